@@ -1,0 +1,1 @@
+"""The demo checkpoint: its drawn world, its training and its evaluation."""

@@ -1,0 +1,88 @@
+"""Every exception latentrt raises on purpose, as one tree.
+
+LatentRTError
+├── RequestError                 what was asked for cannot be made (also a ValueError)
+├── KernelArgumentError          an operator got a tensor it cannot take (also a ValueError)
+├── CheckpointError              a checkpoint is missing, damaged or not understood
+│   ├── CheckpointNotFoundError  no such folder, file or hub id
+│   ├── UnsafeWeightsError       pickled weights, which can run code, are refused
+│   ├── WeightsMismatchError     keys or shapes differ from the model's
+│   └── UnsupportedConfigError   a configuration field asks for what latentrt lacks
+├── BackendError                 a back end failed
+│   ├── UnknownBackendError      no back end of that name
+│   └── BackendUnavailableError  known, but it cannot run on this machine
+├── ExportError                  a component could not be written as ONNX, or its check failed
+└── CacheError                   the store of exported models cannot be read or written
+
+A message names the value that was refused and what to do instead.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendError",
+    "BackendUnavailableError",
+    "CacheError",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "ExportError",
+    "KernelArgumentError",
+    "LatentRTError",
+    "RequestError",
+    "UnknownBackendError",
+    "UnsafeWeightsError",
+    "UnsupportedConfigError",
+    "WeightsMismatchError",
+]
+
+
+class LatentRTError(Exception):
+    """Base of every error that latentrt raises on purpose."""
+
+
+class RequestError(LatentRTError, ValueError):
+    """What was asked for cannot be made: a size, step count, prompt, seed or sampler."""
+
+
+class KernelArgumentError(LatentRTError, ValueError):
+    """An operator got a tensor of a shape, dtype or device it cannot take."""
+
+
+class CheckpointError(LatentRTError):
+    """A checkpoint is missing, damaged or not understood."""
+
+
+class CheckpointNotFoundError(CheckpointError):
+    """No folder, file or hub id of that name."""
+
+
+class UnsafeWeightsError(CheckpointError):
+    """Only pickled weights were found; unpickling can run code, so they are refused."""
+
+
+class WeightsMismatchError(CheckpointError):
+    """The checkpoint's keys or shapes differ from the model's; all of them are listed."""
+
+
+class UnsupportedConfigError(CheckpointError):
+    """A configuration field asks for something latentrt does not implement."""
+
+
+class BackendError(LatentRTError):
+    """A back end failed while it prepared or ran a component."""
+
+
+class UnknownBackendError(BackendError):
+    """No back end has that name."""
+
+
+class BackendUnavailableError(BackendError):
+    """The back end exists but cannot run on this machine."""
+
+
+class ExportError(LatentRTError):
+    """A component could not be written as ONNX, or what was written computes something else."""
+
+
+class CacheError(LatentRTError):
+    """The store of exported models cannot be read or written."""

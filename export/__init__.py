@@ -1,0 +1,1 @@
+"""Export: components written as ONNX and checked against the PyTorch they came from."""
