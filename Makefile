@@ -1,0 +1,65 @@
+# Everything sets itself up in .venv from a bare clone: Python 3.11 or newer and make are enough.
+PYTHON ?= python3
+PROMPT ?= a large red circle above a small blue square
+SEED ?= 0
+IMAGE ?= image.png
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+CONSTRAINTS := $(if $(filter cpu,$(EXTRA)),-c constraints.txt)
+PYTEST := $(BIN)/python -m pytest
+
+export PROMPT IMAGE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help generate test test-full gpu check format clean
+
+help:
+	@echo 'make generate [PROMPT="..."] [SEED=0] [IMAGE=image.png]   a picture from the shipped demo model'
+	@echo 'make test        the tests, a few minutes'
+	@echo 'make test-full   the slow ones as well: every sampler, demo quality, full-size weights'
+	@echo 'make gpu         what needs a CUDA GPU'
+	@echo 'make check       ruff and mypy'
+	@echo 'make clean       remove what these made'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "latentrt needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Try make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[$(EXTRA)]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[$(EXTRA),test]'
+	@mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/latentrt  # the name mypy knows the root by
+	@touch $(VENV)/.runtime $@
+
+generate: $(VENV)/.runtime
+	@$(BIN)/latentrt generate "$$PROMPT" --seed $(SEED) -o "$$IMAGE"
+
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(PYTEST) -m 'not full' -n 2
+
+test-full: $(VENV)/.test
+	$(PYTEST) -n 0
+	$(BIN)/python -m latentrt.bench.demo_model.evaluate
+	$(BIN)/python -m latentrt.bench.full_size
+
+gpu: $(VENV)/.test
+	$(PYTEST) -m gpu
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=$(VENV)/src $(BIN)/mypy
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build latentrt.egg-info .pytest_cache .mypy_cache .ruff_cache image.png
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

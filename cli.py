@@ -1,0 +1,191 @@
+"""The command line: `latentrt generate`, `latentrt backends`, `latentrt info`.
+
+Each command imports what it needs when it runs, so that `latentrt --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .errors import LatentRTError, RequestError
+
+__all__ = ["main"]
+
+
+def _size(text: str) -> tuple[int, int]:
+    """`WIDTHxHEIGHT` -> (height, width)."""
+    width, found, height = text.lower().partition("x")
+    if not found or not width.isdecimal() or not height.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write WIDTHxHEIGHT, such as 1024x1024")
+    return int(height), int(width)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="latentrt", description="An inference runtime for Stable Diffusion XL.")
+    parser.add_argument("--version", action="version", version=f"latentrt {__version__}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is chosen, exported and loaded")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    g = commands.add_parser("generate", help="make images from a prompt")
+    g.add_argument("prompt", metavar="PROMPT")
+    g.add_argument("-o", "--output", metavar="FILE", default="image.png", help="PNG to write (default image.png)")
+    g.add_argument(
+        "--model",
+        default="demo",
+        metavar="MODEL",
+        help="'demo' (shipped), a diffusers folder, a .safetensors file or a hub id",
+    )
+    g.add_argument(
+        "--refiner",
+        metavar="MODEL",
+        help="refiner for the last steps; 'none' for none (default: the demo's own for the demo, else none)",
+    )
+    g.add_argument("--backend", default="auto", help="see `latentrt backends` (default auto)")
+    g.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: by device")
+    g.add_argument("--variant", help="weights variant, such as fp16")
+    g.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    g.add_argument("--sampler", help="override the checkpoint's, such as euler or dpm++2m-karras")
+    g.add_argument("--steps", type=int, default=30)
+    g.add_argument("--seed", type=int, help="of the first image; the next ones count up (default: random)")
+    g.add_argument("--guidance", type=float, help="guidance scale; 1 or less turns guidance off")
+    g.add_argument("--guidance-rescale", type=float, default=0.0)
+    g.add_argument("--negative", metavar="PROMPT", help="what to steer away from")
+    g.add_argument("--size", type=_size, metavar="WxH", help="in pixels (default: the model's own)")
+    g.add_argument("--count", type=int, default=1, help="images to make; FILE-1.png, FILE-2.png ... when several")
+    g.add_argument(
+        "--high-noise-frac", type=float, default=0.8, help="share of the schedule the base denoises before a refiner"
+    )
+    g.add_argument("--no-metadata", action="store_true", help="do not write the parameters into the PNG")
+    g.add_argument("--json", action="store_true", help="print what was made as JSON, and no progress")
+    g.set_defaults(run=_generate)
+
+    b = commands.add_parser("backends", help="which back ends there are, and whether they run here")
+    b.add_argument("--json", action="store_true")
+    b.set_defaults(run=_backends)
+
+    i = commands.add_parser("info", help="read the generation parameters back from a PNG")
+    i.add_argument("file", metavar="FILE.png")
+    i.add_argument("--json", action="store_true")
+    i.set_defaults(run=_info)
+    return parser
+
+
+def _output_paths(output: str, count: int) -> list[Path]:
+    path = Path(output)
+    if path.suffix.lower() != ".png":
+        raise RequestError(f"the output is {output!r}; latentrt writes PNG, so name it {path.stem or 'image'}.png")
+    if path.is_dir():
+        raise RequestError(f"the output {output!r} is a folder; give a file name in it")
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{k + 1}{path.suffix}") for k in range(count)]
+
+
+def _generate(args: argparse.Namespace) -> None:
+    if not args.prompt.strip():
+        raise RequestError("the prompt is empty; say what the picture should show")
+    if args.count < 1:
+        raise RequestError(f"--count is {args.count}; it must be at least 1")
+    paths = _output_paths(args.output, args.count)
+    refiner = args.refiner
+    if refiner is None and args.model == "demo":
+        refiner = "demo"
+
+    from .runtime.image import save_png
+    from .runtime.pipeline import Pipeline
+
+    pipe = Pipeline.from_pretrained(
+        args.model,
+        None if refiner == "none" else refiner,
+        backend=args.backend,
+        dtype=args.dtype,
+        variant=args.variant,
+        device=args.device,
+    )
+    pipe.set_progress_bar_config(disable=True if args.json else None)
+    options: dict[str, Any] = {} if args.guidance is None else {"guidance_scale": args.guidance}
+    if args.size is not None:
+        options["height"], options["width"] = args.size
+    result = pipe(
+        args.prompt,
+        negative_prompt=args.negative,
+        num_images_per_prompt=args.count,
+        num_inference_steps=args.steps,
+        guidance_rescale=args.guidance_rescale,
+        high_noise_frac=args.high_noise_frac,
+        seed=args.seed,
+        sampler=args.sampler,
+        **options,
+    )
+    for image, path, parameters in zip(result.images, paths, result.parameters, strict=True):
+        save_png(image, path, None if args.no_metadata else parameters)
+    if args.json:
+        files = [{"file": str(p), **q} for p, q in zip(paths, result.parameters, strict=True)]
+        _write(json.dumps({"images": files, "timings": result.timings}, indent=2, ensure_ascii=False))
+        return
+    stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.timings.items())
+    for path, parameters in zip(paths, result.parameters, strict=True):
+        _write(f"{path}  {parameters['size']}, seed {parameters['seed']}, {parameters['backend']}")
+    _write(stages)
+
+
+def _backends(args: argparse.Namespace) -> None:
+    from .runtime.engines.registry import describe
+
+    rows = describe()
+    if args.json:
+        _write(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        state = "available" if row["available"] else f"not here: {row['reason']} ({row['remedy']})"
+        _write(f"{row['name']:<14}{state}")
+
+
+def _info(args: argparse.Namespace) -> None:
+    from .runtime.image import read_parameters
+
+    record = read_parameters(args.file)
+    if args.json:
+        _write(json.dumps(record, indent=2, ensure_ascii=False))
+        return
+    width = max(len(key) for key in record)
+    for key, value in record.items():
+        _write(f"{key:<{width}}  {value}")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0, or 1 after an error told in one line, 2 for unusable arguments, 130 after Ctrl-C.
+    """
+    args = _parser().parse_args(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger("latentrt").setLevel(logging.INFO if args.verbose else logging.WARNING)
+    try:
+        args.run(args)
+    except LatentRTError as error:
+        sys.stderr.write(f"latentrt: {error}\n")
+        return 1
+    except OSError as error:
+        sys.stderr.write(f"latentrt: {error.strerror or error}: {error.filename or ''}\n".rstrip(": \n") + "\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("latentrt: interrupted\n")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

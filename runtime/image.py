@@ -1,0 +1,215 @@
+"""Pixels become files, and files become pixels.
+
+A PNG carries what made it twice: `parameters`, the text AUTOMATIC1111's web UI writes and many tools read, and
+`latentrt`, the same as JSON, which survives any prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.PngImagePlugin
+import torch
+from torch import Tensor
+
+from ..errors import RequestError
+
+__all__ = ["from_tensor", "parse_parameters", "read_parameters", "save_png", "to_tensor"]
+
+_LABELS = {
+    "steps": "Steps",
+    "sampler": "Sampler",
+    "guidance_scale": "CFG scale",
+    "seed": "Seed",
+    "size": "Size",
+    "model": "Model",
+    "refiner": "Refiner",
+    "high_noise_frac": "Refiner switch at",
+    "strength": "Denoising strength",
+    "clip_skip": "Clip skip",
+    "backend": "Backend",
+    "version": "Version",
+}
+_KEYS = {label: key for key, label in _LABELS.items()}
+# One `Label: value` pair; a value with a comma, colon, quote or line break is written as a JSON string.
+_PAIR = re.compile(r'\s*([\w][\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+
+
+def from_tensor(images: Tensor, output_type: str) -> Any:
+    """Hand images to the caller in the form asked for.
+
+    Args:
+        images: `[B, 3, H, W]` in [0, 1].
+        output_type: `pil` (a list of RGB images), `np` (float32 `[B, H, W, 3]`) or `pt` (the tensor).
+    """
+    if output_type == "pt":
+        return images
+    array = images.detach().float().permute(0, 2, 3, 1).cpu().numpy()
+    if output_type == "np":
+        return array
+    return [PIL.Image.fromarray(row) for row in (array * 255).round().astype(np.uint8)]
+
+
+def to_tensor(image: Any) -> Tensor:
+    """Pictures to start from, as the VAE encoder wants them; latents pass through.
+
+    Args:
+        image: a PIL image, an array `[H, W, 3]` in [0, 1], a tensor `[3, H, W]` or `[B, 3, H, W]` in [0, 1],
+            latents `[4, h, w]` or `[B, 4, h, w]`, or a list of any of these. PIL images are resized down to
+            multiples of 8 pixels.
+
+    Returns:
+        float32 `[B, 3, H, W]` in [-1, 1], or the latents `[B, 4, h, w]`.
+
+    Raises:
+        RequestError: anything else, or pictures of several sizes.
+    """
+    if isinstance(image, (list, tuple)):
+        if not image:
+            raise RequestError("image is an empty list; give at least one picture or latent")
+        parts = [to_tensor(part) for part in image]
+        shapes = {tuple(part.shape[1:]) for part in parts}
+        if len(shapes) > 1:
+            raise RequestError(f"the images of one call must have one size; got {sorted(shapes)}")
+        return torch.cat(parts)
+    if isinstance(image, PIL.Image.Image):
+        width, height = (side - side % 8 for side in image.size)
+        if not width or not height:
+            raise RequestError(f"image is {image.size[0]}x{image.size[1]} pixels; it must be at least 8x8")
+        rgb = image.convert("RGB")
+        if rgb.size != (width, height):
+            rgb = rgb.resize((width, height), PIL.Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.array(rgb, dtype=np.float32) / 255.0)
+        return pixels.permute(2, 0, 1)[None] * 2 - 1
+    if isinstance(image, np.ndarray):
+        array = image if image.ndim == 4 else image[None]
+        if array.ndim != 4 or array.shape[-1] != 3:
+            raise RequestError(f"an image array must be [H, W, 3] or [B, H, W, 3]; got {list(image.shape)}")
+        return to_tensor(torch.from_numpy(np.ascontiguousarray(array)).permute(0, 3, 1, 2))
+    if isinstance(image, Tensor):
+        batch = image if image.ndim == 4 else image[None]
+        if batch.ndim != 4 or batch.shape[1] not in (3, 4):
+            raise RequestError(
+                f"an image tensor must be [B, 3, H, W] pixels or [B, 4, h, w] latents; got {list(image.shape)}"
+            )
+        if not batch.isfinite().all():
+            raise RequestError("the image holds NaN or infinite values")
+        if batch.shape[1] == 4:
+            return batch
+        low, high = float(batch.min()), float(batch.max())
+        if low < 0 or high > 1:
+            raise RequestError(
+                f"image pixels must be in [0, 1]; got {low:.3g} to {high:.3g} (for [-1, 1], pass x / 2 + 0.5)"
+            )
+        if batch.shape[2] % 8 or batch.shape[3] % 8 or 0 in batch.shape[2:]:
+            raise RequestError(
+                f"image is {batch.shape[3]}x{batch.shape[2]} pixels; both sides must be multiples of 8"
+            )
+        return batch.float() * 2 - 1
+    raise RequestError(f"image must be a PIL image, an array, a tensor or a list of them; got {type(image)}")
+
+
+def _text(value: Any) -> str:
+    text = str(value)
+    return json.dumps(text) if any(c in text for c in ',:"\n') else text
+
+
+def format_parameters(parameters: Mapping[str, Any]) -> str:
+    """The `parameters` text in AUTOMATIC1111's syntax."""
+    lines = [str(parameters.get("prompt", ""))]
+    if parameters.get("negative_prompt"):
+        lines.append(f"Negative prompt: {parameters['negative_prompt']}")
+    pairs = [
+        f"{label}: {_text(parameters[key])}"
+        for key, label in _LABELS.items()
+        if parameters.get(key) is not None
+    ]
+    return "\n".join([*lines, ", ".join(pairs)])
+
+
+def parse_parameters(text: str) -> dict[str, str]:
+    """Read AUTOMATIC1111's `parameters` text, as far as that syntax can be told apart from the prompt."""
+    *body, last = text.strip().split("\n")
+    pairs = _PAIR.findall(last)
+    if not any(label == "Steps" for label, _ in pairs):
+        body, pairs = [*body, last], []
+    joined = "\n".join(body)
+    prompt, found, negative = joined.partition("\nNegative prompt:")
+    if not found and joined.startswith("Negative prompt:"):
+        prompt, negative = "", joined.removeprefix("Negative prompt:")
+    result = {"prompt": prompt.strip()}
+    if negative.strip():
+        result["negative_prompt"] = negative.strip()
+    for label, value in pairs:
+        key = _KEYS.get(label.strip(), label.strip().lower().replace(" ", "_"))
+        result[key] = json.loads(value) if value.startswith('"') else value.strip()
+    return result
+
+
+def save_png(image: PIL.Image.Image, path: str | os.PathLike[str], parameters: Mapping[str, Any] | None) -> Path:
+    """Write a PNG whole or not at all: beside its place first, then renamed.
+
+    Args:
+        image: what to save.
+        path: its place; missing folders are made.
+        parameters: what made it, embedded as text; None embeds nothing.
+
+    Raises:
+        OSError: the disk is full, or the place cannot be written.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    info = PIL.PngImagePlugin.PngInfo()
+    if parameters is not None:
+        info.add_itxt("parameters", format_parameters(parameters))
+        info.add_itxt("latentrt", json.dumps(dict(parameters), ensure_ascii=False, sort_keys=True))
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            image.save(file, format="PNG", pnginfo=info)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What made a PNG: latentrt's own record, else AUTOMATIC1111's text.
+
+    Raises:
+        RequestError: the file is missing, is no image, or carries no parameters.
+    """
+    try:
+        with PIL.Image.open(path) as image:
+            image.load()
+            info: dict[Any, Any] = dict(image.info)
+    except FileNotFoundError as error:
+        raise RequestError(f"there is no file {os.fspath(path)!r}") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise RequestError(f"{os.fspath(path)!r} cannot be read as an image: {error}") from error
+    if "latentrt" in info:
+        try:
+            record = json.loads(info["latentrt"])
+        except ValueError as error:
+            raise RequestError(f"the parameters in {os.fspath(path)!r} are damaged: {error}") from error
+        if isinstance(record, dict):
+            return record
+    if "parameters" in info:
+        return dict(parse_parameters(str(info["parameters"])))
+    raise RequestError(f"{os.fspath(path)!r} carries no generation parameters")
+
+

@@ -1,0 +1,112 @@
+"""Prompts become token ids.
+
+Each CLIP text encoder has a byte-pair tokenizer of its own (SDXL's two differ in how they pad). Text is
+lower-cased and split as in OpenAI's CLIP; a prompt longer than the encoder's context is cut, and a warning
+quotes what was cut.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+__all__ = ["ClipTokenizer"]
+
+logger = logging.getLogger(__name__)
+
+_START = "<|startoftext|>"
+_END = "<|endoftext|>"
+_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def _content(token: Any, default: str) -> str:
+    """A special token in tokenizer_config.json is a string or an object with its text under `content`."""
+    if isinstance(token, Mapping):
+        return str(token.get("content", default))
+    return default if token is None else str(token)
+
+
+class ClipTokenizer:
+    """CLIP's byte-pair encoding, padded to the encoder's context.
+
+    Args:
+        vocab: token -> id.
+        merges: pairs in order of rank.
+        config: the checkpoint's tokenizer_config.json: special tokens and `model_max_length`.
+
+    Raises:
+        CheckpointError: a special token is not in the vocabulary.
+    """
+
+    def __init__(
+        self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], config: Mapping[str, Any]
+    ) -> None:
+        start = _content(config.get("bos_token"), _START)
+        end = _content(config.get("eos_token"), _END)
+        pad = _content(config.get("pad_token"), _END)
+        unknown = _content(config.get("unk_token"), _END)
+        for role, token in (("bos", start), ("eos", end), ("pad", pad), ("unk", unknown)):
+            if token not in vocab:
+                raise CheckpointError(
+                    f"the tokenizer's {role}_token {token!r} is not in its vocabulary of {len(vocab)} tokens; "
+                    "the tokenizer files do not belong together"
+                )
+        bpe = models.BPE(
+            vocab=dict(vocab),
+            merges=list(merges),
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            unk_token=unknown,
+        )
+        backend = tokenizers.Tokenizer(bpe)
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        special = dict.fromkeys((start, end, unknown, pad))
+        backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+        self._backend = backend
+        self._start, self._end, self._pad = vocab[start], vocab[end], vocab[pad]
+        # Some configurations carry 1e30, which stands for "not set".
+        length = int(min(float(config.get("model_max_length") or 77), 1e6))
+        self.context = length if length <= 1024 else 77
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids of each prompt.
+
+        Returns:
+            int64 `[len(prompts), context]`: start token, text, end token, padding.
+        """
+        rows = []
+        for prompt in prompts:
+            text = self._backend.encode(prompt, add_special_tokens=False).ids
+            kept, cut = text[: self.context - 2], text[self.context - 2 :]
+            if cut:
+                logger.warning(
+                    "the prompt has %d tokens and the text encoder reads %d; cut off: %r",
+                    len(text),
+                    self.context - 2,
+                    self.decode(cut),
+                )
+            row = [self._start, *kept, self._end]
+            rows.append(row + [self._pad] * (self.context - len(row)))
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.context)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, with single spaces between words."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=False)
+        return text.replace("</w>", " ").strip()

@@ -1,0 +1,300 @@
+"""What may be asked for, checked once, before anything is computed.
+
+`GenerationRequest.create` takes diffusers' arguments in all their forms (one prompt or many, one seed or a list,
+sizes as pairs or per prompt) and gives back plain lists with one entry per image.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import RequestError
+from .image import to_tensor
+
+__all__ = ["MAX_SIDE", "GenerationRequest", "OutputType", "Size"]
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+Size = tuple[int, int]
+
+MAX_SIDE = 16_384
+"""Longest side of an image in pixels; beyond it positions no longer fit float16 conditioning by far."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A validated request; every list has one entry per image unless said otherwise.
+
+    `prompts`, `prompts_2`, `negatives`, `negatives_2` have one entry per prompt; image k belongs to prompt
+    `k // images_per_prompt`. A negative of None is "none given" (SDXL's base then uses zeros).
+    """
+
+    prompts: list[str]
+    prompts_2: list[str]
+    negatives: list[str | None]
+    negatives_2: list[str | None]
+    images_per_prompt: int
+    height: int
+    width: int
+    steps: int
+    guidance_scale: float
+    guidance_rescale: float
+    eta: float
+    clip_skip: int | None
+    generators: list[torch.Generator] | torch.Generator
+    seeds: list[int | None]
+    image: Tensor | None
+    latents: Tensor | None
+    strength: float
+    denoising_start: float | None
+    denoising_end: float | None
+    high_noise_frac: float
+    original_sizes: list[Size]
+    crops: list[Size]
+    target_sizes: list[Size]
+    negative_original_sizes: list[Size] | None
+    negative_crops: list[Size] | None
+    negative_target_sizes: list[Size] | None
+    aesthetic_score: float
+    negative_aesthetic_score: float
+    output_type: OutputType
+
+    @property
+    def batch(self) -> int:
+        """Images asked for."""
+        return len(self.prompts) * self.images_per_prompt
+
+    @classmethod
+    def create(
+        cls, arguments: Mapping[str, Any], *, default_size: Size, latent_scale: int, latent_channels: int
+    ) -> GenerationRequest:
+        """Check and normalise the arguments of one call.
+
+        Args:
+            arguments: as in `Pipeline.__call__`, every one present.
+            default_size: (height, width) in pixels when none is given.
+            latent_scale: pixels per latent along a side, 8.
+            latent_channels: 4.
+
+        Raises:
+            RequestError: naming the argument, the value and what is allowed.
+        """
+        a = dict(arguments)
+        prompts = _texts("prompt", a["prompt"], None)
+        count = len(prompts)
+        negatives: list[str | None] = [None] * count
+        if a["negative_prompt"] is not None:
+            negatives = [*_texts("negative_prompt", a["negative_prompt"], count)]
+        negatives_2 = negatives
+        if a["negative_prompt_2"] is not None:
+            negatives_2 = [*_texts("negative_prompt_2", a["negative_prompt_2"], count)]
+            negatives = ["" if text is None else text for text in negatives]
+        prompts_2 = prompts if a["prompt_2"] is None else _texts("prompt_2", a["prompt_2"], count)
+        per_prompt = _integer("num_images_per_prompt", a["num_images_per_prompt"], 1, 1024)
+        batch = count * per_prompt
+
+        image = None if a["image"] is None else _per_image("image", to_tensor(a["image"]), batch)
+        latents = None if a["latents"] is None else _per_image("latents", a["latents"], batch)
+        height, width = _size_of(a, image, latents, default_size, latent_scale, latent_channels)
+        start, end = a["denoising_start"], a["denoising_end"]
+        start = None if start is None else _number("denoising_start", start, 0, 1)
+        end = None if end is None else _number("denoising_end", end, 0, 1)
+        if start is not None and end is not None and start >= end:
+            raise RequestError(
+                f"denoising_start is {start} and denoising_end {end}; the start must come before the end"
+            )
+        if start is not None and image is None and latents is None:
+            raise RequestError(
+                f"denoising_start={start} continues from latents; pass them as image= "
+                '(the result of a call with denoising_end and output_type="latent")'
+            )
+        if a["output_type"] not in ("pil", "np", "pt", "latent"):
+            raise RequestError(f"output_type is {a['output_type']!r}; it can be 'pil', 'np', 'pt' or 'latent'")
+        generators, seeds = _generators(a["seed"], a["generator"], batch)
+
+        def pairs(name: str, default: Size | None) -> list[Size] | None:
+            return _pairs(name, a[name], default, count, per_prompt)
+
+        original = pairs("original_size", (height, width))
+        crops = pairs("crops_coords_top_left", (0, 0))
+        target = pairs("target_size", (height, width))
+        if original is None or crops is None or target is None:
+            raise AssertionError("sizes with a default are never None")
+        clip_skip = a["clip_skip"]
+        return cls(
+            prompts=prompts,
+            prompts_2=prompts_2,
+            negatives=negatives,
+            negatives_2=negatives_2,
+            images_per_prompt=per_prompt,
+            height=height,
+            width=width,
+            steps=_integer("num_inference_steps", a["num_inference_steps"], 1, None),
+            guidance_scale=_number("guidance_scale", a["guidance_scale"], -1e4, 1e4),
+            guidance_rescale=_number("guidance_rescale", a["guidance_rescale"], 0, 1),
+            eta=_number("eta", a["eta"], 0, 1),
+            clip_skip=None if clip_skip is None else _integer("clip_skip", clip_skip, 0, None),
+            generators=generators,
+            seeds=seeds,
+            image=image,
+            latents=latents,
+            strength=_number("strength", a["strength"], 0, 1),
+            denoising_start=start,
+            denoising_end=end,
+            high_noise_frac=_number("high_noise_frac", a["high_noise_frac"], 0, 1),
+            original_sizes=original,
+            crops=crops,
+            target_sizes=target,
+            negative_original_sizes=pairs("negative_original_size", None),
+            negative_crops=pairs("negative_crops_coords_top_left", None),
+            negative_target_sizes=pairs("negative_target_size", None),
+            aesthetic_score=_number("aesthetic_score", a["aesthetic_score"], -100, 100),
+            negative_aesthetic_score=_number(
+                "negative_aesthetic_score", a["negative_aesthetic_score"], -100, 100
+            ),
+            output_type=a["output_type"],
+        )
+
+
+def _texts(name: str, value: Any, count: int | None) -> list[str]:
+    """A prompt or a list of them; a single one stands for all `count` prompts."""
+    if isinstance(value, str):
+        return [value] * (1 if count is None else count)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
+        raise RequestError(f"{name} must be a string or a list of strings; got {type(value).__name__}: {value!r}")
+    if not value:
+        raise RequestError(f"{name} is an empty list; give at least one prompt")
+    if count is not None and len(value) != count:
+        raise RequestError(f"{name} has {len(value)} entries for {count} prompts; give one for each, or a string")
+    return list(value)
+
+
+def _integer(name: str, value: Any, low: int, high: int | None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name} must be a whole number; got {value!r}")
+    if value < low or (high is not None and value > high):
+        bound = f"at least {low}" if high is None else f"{low} to {high}"
+        raise RequestError(f"{name} is {value}; it must be {bound}")
+    return value
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise RequestError(f"{name} must be a finite number; got {value!r}")
+    if not low <= value <= high:
+        raise RequestError(f"{name} is {value}; it must be between {low} and {high}")
+    return float(value)
+
+
+def _pair(name: str, value: Any) -> Size:
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        return _integer(name, value[0], 0, MAX_SIDE), _integer(name, value[1], 0, MAX_SIDE)
+    raise RequestError(f"{name} must be a pair of whole numbers (height, width or top, left); got {value!r}")
+
+
+def _pairs(name: str, value: Any, default: Size | None, count: int, per_prompt: int) -> list[Size] | None:
+    """A pair for every image, from one pair or one per prompt."""
+    if value is None:
+        return None if default is None else [default] * (count * per_prompt)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, (list, tuple)) for v in value):
+        if len(value) != count:
+            raise RequestError(f"{name} has {len(value)} pairs for {count} prompts; give one for each, or one pair")
+        return [_pair(name, v) for v in value for _ in range(per_prompt)]
+    return [_pair(name, value)] * (count * per_prompt)
+
+
+def _per_image(name: str, value: Any, batch: int) -> Tensor:
+    """Rows for every image; fewer rows are repeated as diffusers does, the whole block at a time."""
+    if not isinstance(value, Tensor) or value.ndim != 4:
+        raise RequestError(f"{name} must be a tensor [B, C, h, w]; got {value!r}")
+    if not value.shape[0] or batch % value.shape[0]:
+        raise RequestError(f"{name} has {value.shape[0]} rows for {batch} images; {batch} must be a multiple of it")
+    return value.repeat(batch // value.shape[0], 1, 1, 1)
+
+
+def _size_of(
+    a: Mapping[str, Any],
+    image: Tensor | None,
+    latents: Tensor | None,
+    default: Size,
+    latent_scale: int,
+    latent_channels: int,
+) -> Size:
+    """Height and width in pixels, from the image or latents where they are given."""
+    asked: list[int | None] = []
+    for name in ("height", "width"):
+        value = a[name]
+        if value is not None:
+            _integer(name, value, latent_scale, MAX_SIDE)
+            if value % latent_scale:
+                near = max(latent_scale, round(value / latent_scale) * latent_scale)
+                raise RequestError(f"{name} is {value}; it must be a multiple of {latent_scale}, such as {near}")
+        asked.append(value)
+    given: Size | None = None
+    for name, rows in (("latents", latents), ("image", image)):
+        if rows is None:
+            continue
+        if name == "latents" and rows.shape[1] != latent_channels:
+            raise RequestError(f"latents have {rows.shape[1]} channels; this model's have {latent_channels}")
+        scale = 1 if rows.shape[1] == 3 else latent_scale
+        found = (rows.shape[2] * scale, rows.shape[3] * scale)
+        if given is not None and given != found:
+            raise RequestError(f"latents are for {given[1]}x{given[0]} pixels, the image for {found[1]}x{found[0]}")
+        given = found
+    if given is None:
+        return asked[0] or default[0], asked[1] or default[1]
+    for side, value, actual in zip(("height", "width"), asked, given, strict=True):
+        if value is not None and value != actual:
+            raise RequestError(f"{side} is {value}, but the image or latents given are {actual}; leave it out")
+    if max(given) > MAX_SIDE:
+        raise RequestError(f"the image is {given[1]}x{given[0]} pixels; sides may be at most {MAX_SIDE}")
+    return given
+
+
+def _generators(
+    seed: Any, generator: Any, batch: int
+) -> tuple[list[torch.Generator] | torch.Generator, list[int | None]]:
+    """One generator per image, and the seeds that are known.
+
+    A seed s for several images stands for s, s + 1, ... A single torch generator for several images is drawn
+    from in diffusers' order. With neither, seeds are drawn at random, so that the result can be told.
+    """
+    if seed is not None and generator is not None:
+        raise RequestError("give seed= or generator=, not both")
+    if generator is not None:
+        many = isinstance(generator, (list, tuple))
+        if not all(isinstance(g, torch.Generator) for g in (generator if many else [generator])):
+            raise RequestError(f"generator must be a torch.Generator or a list of them; got {generator!r}")
+        if many and len(generator) != batch:
+            raise RequestError(f"{len(generator)} generators for {batch} images; give one for each")
+        if not many and batch > 1:
+            return generator, [None] * batch
+        one: list[torch.Generator] = list(generator) if many else [generator]
+        return one, [_fresh_seed(g) for g in one]
+    limit = 2**63 - 1
+    if seed is None:
+        first = secrets.randbelow(2**32)
+        seeds = [first + k for k in range(batch)]
+    elif isinstance(seed, Sequence) and not isinstance(seed, str):
+        seeds = [_integer("seed", s, 0, limit) for s in seed]
+        if len(seeds) != batch:
+            raise RequestError(f"{len(seeds)} seeds for {batch} images; give one for each, or one number")
+    else:
+        first = _integer("seed", seed, 0, limit - batch)
+        seeds = [first + k for k in range(batch)]
+    return [torch.Generator().manual_seed(s) for s in seeds], [*seeds]
+
+
+def _fresh_seed(generator: torch.Generator) -> int | None:
+    """The seed that would repeat this generator's draws, unless it has been drawn from already."""
+    if generator.device.type != "cpu":
+        return None
+    seed = generator.initial_seed()
+    fresh = torch.Generator().manual_seed(seed)
+    return seed if torch.equal(fresh.get_state(), generator.get_state()) else None

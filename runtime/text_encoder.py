@@ -1,0 +1,90 @@
+"""Token ids become text embeddings: a sequence for cross-attention and one pooled vector.
+
+SDXL joins the penultimate layers of its two encoders along the channels and pools the second; its refiner has
+the second only; SD 1.x and 2.x have one encoder and take its normalised last layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import RequestError
+from .engines.base import Engine
+from .prompt import ClipTokenizer
+
+__all__ = ["TextEmbeddings", "TextEncoder", "encode_prompts"]
+
+
+@dataclass(frozen=True)
+class TextEmbeddings:
+    """What the UNet is told about the text.
+
+    Attributes:
+        sequence: `[B, tokens, D]`, for cross-attention.
+        pooled: `[B, P]`, of the last encoder.
+    """
+
+    sequence: Tensor
+    pooled: Tensor
+
+    def zeros(self) -> TextEmbeddings:
+        """SDXL's stand-in for an absent negative prompt (`force_zeros_for_empty_prompt`)."""
+        return TextEmbeddings(torch.zeros_like(self.sequence), torch.zeros_like(self.pooled))
+
+    def repeat(self, times: int) -> TextEmbeddings:
+        """Each row `times` times in a row, one for each image of a prompt."""
+        return TextEmbeddings(
+            self.sequence.repeat_interleave(times, dim=0), self.pooled.repeat_interleave(times, dim=0)
+        )
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One CLIP text encoder with its tokenizer.
+
+    Attributes:
+        tokenizer, engine: what turns text into ids, and ids into embeddings.
+        num_layers: transformer layers; hidden state `num_layers` is the last one's output.
+        skip: layers left out at the end when no clip_skip is asked for (SDXL: 1, SD 1.x and 2.x: 0).
+    """
+
+    tokenizer: ClipTokenizer
+    engine: Engine
+    num_layers: int
+    skip: int
+
+    def encode(self, prompts: Sequence[str], clip_skip: int | None, device: torch.device) -> TextEmbeddings:
+        """Embeddings of each prompt; `clip_skip` further layers are left out.
+
+        Raises:
+            RequestError: `clip_skip` leaves no layer.
+        """
+        layer = self.num_layers - self.skip - (clip_skip or 0)
+        if not 0 <= layer <= self.num_layers:
+            raise RequestError(
+                f"clip_skip is {clip_skip}; this text encoder has {self.num_layers} layers, so it can be "
+                f"0 to {self.num_layers - self.skip}"
+            )
+        ids = self.tokenizer.encode(prompts).to(device)
+        out = self.engine({"input_ids": ids, "layer": torch.tensor(layer, dtype=torch.int64, device=device)})
+        return TextEmbeddings(out["sequence"], out["pooled"])
+
+
+def encode_prompts(
+    encoders: Sequence[TextEncoder],
+    prompts: Sequence[Sequence[str]],
+    clip_skip: int | None,
+    device: torch.device,
+) -> TextEmbeddings:
+    """Embeddings of one prompt list per encoder, joined along the channels; the last encoder is pooled.
+
+    Args:
+        encoders: one or two.
+        prompts: for each encoder, its text of every prompt.
+    """
+    parts = [e.encode(texts, clip_skip, device) for e, texts in zip(encoders, prompts, strict=True)]
+    return TextEmbeddings(torch.cat([p.sequence for p in parts], dim=-1), parts[-1].pooled)
