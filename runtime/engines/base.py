@@ -15,16 +15,45 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Availability", "Backend", "Component", "Engine", "TensorSpec"]
+from ...errors import BackendError
+
+__all__ = [
+    "Availability",
+    "Backend",
+    "Component",
+    "Engine",
+    "TensorSpec",
+    "Values",
+    "arguments",
+    "example_inputs",
+]
+
+
+@dataclass(frozen=True)
+class Values:
+    """What an input may hold; examples are drawn from it, evenly.
+
+    Attributes:
+        low, high: the bounds; `high` itself is never drawn. For integers both must be integers.
+        last: written at the end of the last dimension, e.g. the end-of-text token of a prompt.
+    """
+
+    low: float
+    high: float
+    last: int | None = None
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, dtype and dimensions of one input or output; a dimension that varies is a string."""
+    """Name, dtype and dimensions of one input or output; a dimension that varies is a string.
+
+    Inputs without `values` are floating-point, and their examples are standard normal.
+    """
 
     name: str
     dims: tuple[int | str, ...]
     dtype: torch.dtype
+    values: Values | None = None
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape once every named dimension is known."""
@@ -40,11 +69,12 @@ class Component:
         build: makes the module in eval mode with its weights in `dtype`; its forward takes the inputs
             positionally, in the order of `inputs`, and returns a tensor or a tuple in the order of `outputs`.
         dtype: of the weights and of the activations.
-        inputs, outputs: the interface every engine of this component has.
+        inputs, outputs: the interface every engine of this component has. The first dimension of an input is
+            `"batch"` wherever there is one; the named dimensions of outputs are their own.
         fingerprint: hex digest over the weights, the configuration and the dtype: equal fingerprints compute
             the same function.
-        example_sizes: sizes of the named dimensions good for tracing and for checking an export.
-        vocab_size: bound of the token ids for text encoders, else 0: examples are drawn below it.
+        example_sizes: sizes, at least 2, of the named dimensions of the inputs, good for tracing and for
+            checking an export.
     """
 
     name: str
@@ -54,18 +84,21 @@ class Component:
     outputs: tuple[TensorSpec, ...]
     fingerprint: str
     example_sizes: Mapping[str, int]
-    vocab_size: int = 0
 
 
 class Engine(Protocol):
     """A component ready to run."""
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run once. Tensors are named as in the component's specs; safe to call from several threads."""
+        """Run once. Tensors are named as in the component's specs; safe to call from several threads.
+
+        Raises:
+            BackendError: a tensor is missing, unknown or of a shape the component does not have.
+        """
         ...
 
     def close(self) -> None:
-        """Free what the engine holds; calling it afterwards is an error."""
+        """Free what the engine holds; running it afterwards is an error, closing it again is not."""
         ...
 
 
@@ -83,8 +116,8 @@ class Backend(Protocol):
 
     name: str
 
-    def availability(self) -> Availability:
-        """Asked before loading; imports as little as it can."""
+    def availability(self, device: torch.device, dtype: torch.dtype) -> Availability:
+        """Whether components of `dtype` can run on `device`; imports as little as it can."""
         ...
 
     def load(self, component: Component, *, device: torch.device, cache_dir: Path | None) -> Engine:
@@ -94,3 +127,54 @@ class Backend(Protocol):
             BackendError, ExportError, CacheError
         """
         ...
+
+
+def arguments(component: Component, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """The inputs in the component's order, in its dtypes, once names and shapes are seen to fit.
+
+    Raises:
+        BackendError: naming the tensor, what it is and what it should be.
+    """
+    names = [spec.name for spec in component.inputs]
+    if set(names) != set(inputs):
+        raise BackendError(f"{component.name} takes {', '.join(names)}; got {', '.join(sorted(inputs))}")
+    sizes: dict[str, int] = {}
+    ordered: list[Tensor] = []
+    for spec in component.inputs:
+        tensor = inputs[spec.name]
+        fits = tensor.dim() == len(spec.dims)
+        for dim, size in zip(spec.dims, tensor.shape, strict=False):
+            fits = fits and size == (sizes.setdefault(dim, size) if isinstance(dim, str) else dim)
+        if not fits:
+            wanted = ", ".join(f"{d}={sizes[d]}" if d in sizes else str(d) for d in spec.dims)
+            raise BackendError(
+                f"{component.name}: {spec.name} has shape {list(tensor.shape)}, should be [{wanted}]"
+            )
+        ordered.append(tensor.to(spec.dtype))
+    return ordered
+
+
+def example_inputs(component: Component, sizes: Mapping[str, int], seed: int = 0) -> tuple[Tensor, ...]:
+    """Inputs for tracing and checking, in the component's order, on the CPU; same seed, same inputs.
+
+    Raises:
+        BackendError: an integer input has no `values` to draw from.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn: list[Tensor] = []
+    for spec in component.inputs:
+        shape = spec.shape(sizes)
+        if spec.values is None:
+            if not spec.dtype.is_floating_point:
+                raise BackendError(f"{component.name}: {spec.name} is {spec.dtype} and states no values")
+            drawn.append(torch.randn(shape, generator=generator).to(spec.dtype))
+            continue
+        low, high = spec.values.low, spec.values.high
+        if spec.dtype.is_floating_point:
+            tensor = (low + (high - low) * torch.rand(shape, generator=generator)).to(spec.dtype)
+        else:
+            tensor = torch.randint(int(low), int(high), shape, generator=generator, dtype=spec.dtype)
+        if spec.values.last is not None:
+            tensor[..., -1] = spec.values.last
+        drawn.append(tensor)
+    return tuple(drawn)

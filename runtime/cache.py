@@ -1,0 +1,250 @@
+"""The store of what was built from a checkpoint: exported models, later engines.
+
+    <root>/entries/<key>/manifest.json    what it is, and size and SHA-256 of each file
+    <root>/entries/<key>/...              the files
+    <root>/partial/<key>.<random>/        being written
+    <root>/locks/<key>.lock               held while an entry is written or replaced
+
+An entry's key is a digest over everything that decides its contents, so an entry is never updated: it
+is whole or absent. It is written aside, in the same filesystem, and renamed. Whole entries are read
+without a lock or a write, so a read-only cache that has the entry works.
+
+**What is verified.** Every file's size and SHA-256, each time the entry is asked for. Only for a file of
+256 MB or more a digest that was right is remembered, with the file's size, inode, mtime and ctime, in
+`verified.json` beside the manifest, and not computed again while those stay: up to 4 s a GB are too much
+at each start. A disk that loses bits of such a file without a write is then not noticed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..errors import CacheError
+
+__all__ = ["Store", "cache_root", "digest_of"]
+
+_log = logging.getLogger(__name__)
+
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+_VERIFIED = "verified.json"
+_REMEMBER_FROM = 256 << 20  # bytes
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
+_NOT_A_FOLDER = {errno.ENOTDIR, errno.EEXIST}
+
+
+def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """`cache_dir` if given, else the environment's LATENTRT_CACHE, else ~/.cache/latentrt."""
+    chosen = cache_dir or os.environ.get("LATENTRT_CACHE") or "~/.cache/latentrt"
+    return Path(chosen).expanduser()
+
+
+def digest_of(description: Mapping[str, Any]) -> str:
+    """SHA-256, in hex, over a description that JSON can hold; the order of its keys does not matter."""
+    text = json.dumps(description, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Store:
+    """Folders of files, built once each, by key. Safe for several threads and processes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def get_or_build(
+        self, key: str, description: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any]]
+    ) -> Path:
+        """The folder of the entry `key`, verified; built first where it is absent or damaged.
+
+        Args:
+            key: hex digest over everything that decides the contents, e.g. `digest_of(description)`.
+            description: kept in the manifest, for people; "name" in it is used in messages.
+            build: writes the files into the empty folder it is given; what it returns, e.g. the figures of a
+                check, is kept in the manifest. When it raises, nothing is stored.
+
+        Raises:
+            CacheError: the disk is full, or the cache cannot be written.
+        """
+        entry = self.root / "entries" / key
+        with _explained(self.root):
+            if _damage(entry, key) is None:
+                return entry
+            for folder in ("entries", "partial", "locks"):
+                (self.root / folder).mkdir(parents=True, exist_ok=True)
+            name = str(description.get("name", key[:12]))
+            with self._locked(key, name):
+                damage = _damage(entry, key)
+                if damage is None:
+                    return entry
+                if entry.exists():
+                    _log.warning("cached %s is damaged (%s): building it again", name, damage)
+                    self._discard(entry)
+                self._sweep(key)
+                self._build(entry, key, description, build)
+        return entry
+
+    def _build(
+        self,
+        entry: Path,
+        key: str,
+        description: Mapping[str, Any],
+        build: Callable[[Path], Mapping[str, Any]],
+    ) -> None:
+        partial = self._partial(key)
+        partial.mkdir()
+        try:
+            figures = dict(build(partial))
+            manifest = {
+                "format": _FORMAT,
+                "key": key,
+                "description": dict(description),
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "figures": figures,
+                "files": {
+                    path.relative_to(partial).as_posix(): {
+                        "size": path.stat().st_size,
+                        "sha256": _sha256(path),
+                    }
+                    for path in sorted(partial.rglob("*"))
+                    if path.is_file()
+                },
+            }
+            (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            partial.rename(entry)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    @contextmanager
+    def _locked(self, key: str, name: str) -> Iterator[None]:
+        lock = self._lock(key)
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            _log.info("waiting for another process, which is building %s", name)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _lock(self, key: str) -> FileLock:
+        return FileLock(self.root / "locks" / f"{key}.lock")
+
+    def _partial(self, key: str) -> Path:
+        return self.root / "partial" / f"{key}.{secrets.token_hex(8)}"
+
+    def _discard(self, entry: Path) -> None:
+        """Remove an entry, seen whole or not at all."""
+        aside = self._partial(entry.name)
+        entry.rename(aside)
+        shutil.rmtree(aside)
+
+    def _sweep(self, own_key: str) -> None:
+        """Remove what writers that were killed left behind: whoever holds a key's lock is its only writer."""
+        for leftover in (self.root / "partial").iterdir():
+            key = leftover.name.partition(".")[0]
+            if key == own_key:
+                shutil.rmtree(leftover, ignore_errors=True)
+                continue
+            lock = self._lock(key)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            try:
+                shutil.rmtree(leftover, ignore_errors=True)
+            finally:
+                lock.release()
+
+
+def _damage(entry: Path, key: str) -> str | None:
+    """What is wrong with an entry, naming the file; None when it is as it was written."""
+    try:
+        manifest = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))
+        files = {str(name): (int(f["size"]), str(f["sha256"])) for name, f in manifest["files"].items()}
+        if (manifest["format"], manifest["key"]) != (_FORMAT, key):
+            return f"{_MANIFEST} is of another entry"
+    except FileNotFoundError:
+        return f"{_MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{_MANIFEST} cannot be read: {error!r}"
+    remembered = _read_verified(entry)
+    verified: dict[str, list[int]] = {}
+    for name, (size, sha256) in files.items():
+        path = entry / name
+        try:
+            stat = path.stat()
+            if stat.st_size != size:
+                return f"{name} has {stat.st_size} bytes, should have {size}"
+            identity = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+            if remembered.get(name) != identity and _sha256(path) != sha256:
+                return f"{name} has another SHA-256 than when it was written"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        if size >= _REMEMBER_FROM:
+            verified[name] = identity
+    if verified != remembered:
+        _write_verified(entry, verified)
+    return None
+
+
+def _read_verified(entry: Path) -> dict[str, Any]:
+    try:
+        known = json.loads((entry / _VERIFIED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write_verified(entry: Path, verified: dict[str, list[int]]) -> None:
+    aside = entry / f"{_VERIFIED}.{secrets.token_hex(8)}"
+    try:
+        aside.write_text(json.dumps(verified), encoding="utf-8")
+        aside.replace(entry / _VERIFIED)
+    except OSError as error:
+        # Costs time at the next start, nothing else: read-only caches are meant to work.
+        aside.unlink(missing_ok=True)
+        _log.debug("cannot remember that %s was verified: %s", entry, error)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _explained(root: Path) -> Iterator[None]:
+    """Errors of the filesystem under `root` as CacheErrors that say what to do; others pass as they are."""
+    try:
+        yield
+    except OSError as error:
+        code = error.errno
+        elsewhere = error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(root)
+        other = "set LATENTRT_CACHE or cache_dir to another folder"
+        if code in _FULL:
+            raise CacheError(
+                f"no space left on the device while writing the cache {root} ({error}); free some, or {other}"
+            ) from error
+        if code in _NOT_WRITABLE and not elsewhere:
+            raise CacheError(
+                f"the cache {root} cannot be written ({error}); make it writable, or {other}"
+            ) from error
+        if code in _NOT_A_FOLDER and not elsewhere:
+            raise CacheError(f"the cache {root} is not a folder ({error}); {other}") from error
+        raise

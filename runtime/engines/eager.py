@@ -1,0 +1,51 @@
+"""The PyTorch modules as they are, on any device and in any dtype of PyTorch: the reference back end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import BackendError
+from .base import Availability, Component, Engine, arguments
+
+__all__ = ["EagerBackend", "EagerEngine"]
+
+
+class EagerEngine:
+    """One module on one device. Its outputs are inference tensors: not to be written in place elsewhere."""
+
+    def __init__(self, component: Component, device: torch.device) -> None:
+        self._component = component
+        self._device = device
+        self._module: nn.Module | None = component.build().to(device).eval().requires_grad_(False)
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        module = self._module  # held here, so that a close() in another thread cannot take it away
+        if module is None:
+            raise BackendError(f"{self._component.name} was closed; load it again")
+        with torch.inference_mode():
+            result = module(*(x.to(self._device) for x in arguments(self._component, inputs)))
+        outputs = (result,) if isinstance(result, Tensor) else tuple(result)
+        return {spec.name: x for spec, x in zip(self._component.outputs, outputs, strict=True)}
+
+    def close(self) -> None:
+        self._module = None
+
+
+class EagerBackend:
+    name = "eager"
+
+    def availability(self, device: torch.device, dtype: torch.dtype) -> Availability:
+        if device.type == "cuda" and not torch.cuda.is_available():
+            return Availability(
+                False,
+                f"PyTorch {torch.__version__} sees no CUDA device",
+                "install a CUDA build of PyTorch and the driver, or use device 'cpu'",
+            )
+        return Availability(True, f"PyTorch {torch.__version__}")
+
+    def load(self, component: Component, *, device: torch.device, cache_dir: Path | None) -> Engine:
+        return EagerEngine(component, device)

@@ -1,0 +1,139 @@
+"""The back ends there are, by name, and the choice among them.
+
+A back end's module is imported when that back end is asked for. A new one is a line in `_BACKENDS`, and a
+place in `_PREFERENCE` once it has been measured to deserve one.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from importlib import import_module
+from typing import cast
+
+import torch
+
+from ...errors import BackendUnavailableError, UnknownBackendError
+from .base import Availability, Backend
+
+__all__ = [
+    "Choice",
+    "Description",
+    "available_backends",
+    "backend_names",
+    "choose",
+    "describe",
+    "get_backend",
+]
+
+_log = logging.getLogger(__name__)
+
+# name -> module of this package and the class in it
+_BACKENDS = {
+    "onnxruntime": (".onnxruntime", "OnnxRuntimeBackend"),
+    "eager": (".eager", "EagerBackend"),
+}
+
+# What `auto` tries, best first. On the CPU ONNX Runtime is faster and gives an image the same bits at any
+# batch size. Elsewhere PyTorch first: it needs no export, and the others have not been measured there.
+_PREFERENCE = {"cpu": ("onnxruntime", "eager")}
+_PREFERENCE_ELSEWHERE = ("eager", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The back end that was chosen and why, in words for the user."""
+
+    backend: Backend
+    reason: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """One row of `latentrt backends`.
+
+    Attributes:
+        reason: a version where the back end can run, else why it cannot.
+        remedy: what would make it run; empty where it can.
+        preferred: whether `auto` takes it.
+    """
+
+    name: str
+    available: bool
+    reason: str
+    remedy: str
+    preferred: bool
+
+
+def backend_names() -> list[str]:
+    """Every name that `get_backend` takes, whether or not it can run here."""
+    return list(_BACKENDS)
+
+
+def get_backend(name: str) -> Backend:
+    """The back end of that name, which may still be unable to run here: ask its `availability`.
+
+    Raises:
+        UnknownBackendError: no such name; the names are listed.
+    """
+    if name not in _BACKENDS:
+        raise UnknownBackendError(f"no back end {name!r}; there are {', '.join(_BACKENDS)}, and auto")
+    module, cls = _BACKENDS[name]
+    return cast(Backend, getattr(import_module(module, __package__), cls)())
+
+
+def available_backends(device: torch.device, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Names of the back ends that can run `dtype` on `device`, best first."""
+    return [row.name for row in describe(device, dtype) if row.available]
+
+
+def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Choice:
+    """The back end `name`, or with `"auto"` the best that can run `dtype` on `device`. Logged at INFO.
+
+    Raises:
+        UnknownBackendError: no such name.
+        BackendUnavailableError: it cannot run here; says why and what would change that.
+    """
+    if name != "auto":
+        backend = get_backend(name)
+        found = backend.availability(device, dtype)
+        if not found.ok:
+            raise _unavailable(name, found)
+        return _chosen(Choice(backend, f"asked for; {found.reason}"))
+    passed_over: list[str] = []
+    for candidate in _preferred(device):
+        backend = get_backend(candidate)
+        found = backend.availability(device, dtype)
+        if found.ok:
+            why = f"the best for {device.type}; {found.reason}"
+            if passed_over:
+                why = f"{found.reason}; passed over {'; '.join(passed_over)}"
+            return _chosen(Choice(backend, why))
+        passed_over.append(f"{candidate}: {found.reason} ({found.remedy})")
+    raise BackendUnavailableError(f"no back end runs {dtype} on {device}: {'; '.join(passed_over)}")
+
+
+def describe(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Description]:
+    """Every back end, best first, with whether it can run `dtype` on `device`."""
+    preferred = _preferred(device)
+    rows: list[Description] = []
+    chosen: str | None = None
+    for name in (*preferred, *(n for n in _BACKENDS if n not in preferred)):
+        found = get_backend(name).availability(device, dtype)
+        if found.ok and chosen is None and name in preferred:
+            chosen = name
+        rows.append(Description(name, found.ok, found.reason, found.remedy, name == chosen))
+    return rows
+
+
+def _preferred(device: torch.device) -> tuple[str, ...]:
+    return _PREFERENCE.get(device.type, _PREFERENCE_ELSEWHERE)
+
+
+def _unavailable(name: str, found: Availability) -> BackendUnavailableError:
+    return BackendUnavailableError(f"back end {name!r} cannot run here: {found.reason}; {found.remedy}")
+
+
+def _chosen(choice: Choice) -> Choice:
+    _log.info("back end %s: %s", choice.backend.name, choice.reason)
+    return choice
