@@ -1,1 +1,21 @@
-"""kernels."""
+"""The operators the models are written against.
+
+Each is a checked function over plain tensors. What it means is in `reference`, in a few lines of PyTorch.
+"""
+
+from __future__ import annotations
+
+from .attention import attention
+from .geglu import geglu, linear_geglu
+from .group_norm import group_norm, group_norm_silu
+from .layer_norm import add_layer_norm, layer_norm
+
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "geglu",
+    "group_norm",
+    "group_norm_silu",
+    "layer_norm",
+    "linear_geglu",
+]

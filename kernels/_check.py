@@ -1,0 +1,61 @@
+"""Argument checks shared by the operators' public wrappers.
+
+Symbolic sizes (while a graph is exported with dynamic dimensions) are left alone: comparing would pin them
+to the example's values. Ranks, dtypes, devices and fixed sizes are always checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import KernelArgumentError
+
+__all__ = ["FLOATS", "fail", "require_dtypes", "require_equal", "require_multiple", "require_rank"]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def fail(op: str, argument: str, need: str, got: object) -> KernelArgumentError:
+    """The error to raise: which operator, which argument, what it needs and what it got."""
+    return KernelArgumentError(f"{op}: {argument} must {need}, got {got}")
+
+
+def require_dtypes(op: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """All tensors that are given: floating point, one dtype, one device. The first names both."""
+    first = ""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise fail(op, name, "be a torch.Tensor", type(tensor).__name__)
+        if not first:
+            first, dtype, device = name, tensor.dtype, tensor.device
+            if dtype not in FLOATS:
+                raise fail(op, name, "be float16, bfloat16, float32 or float64", dtype)
+        elif tensor.dtype != dtype:
+            raise fail(op, name, f"have {first}'s dtype {dtype}", tensor.dtype)
+        elif tensor.device != device:
+            raise fail(op, name, f"be on {first}'s device {device}", tensor.device)
+
+
+def require_rank(op: str, argument: str, tensor: Tensor, layout: str) -> None:
+    """`layout` names the dimensions, such as `[B, S, H, D]`."""
+    if tensor.ndim != layout.count(",") + 1:
+        raise fail(op, argument, f"be {layout}", f"shape {tuple(tensor.shape)}")
+
+
+def require_equal(op: str, argument: str, need: str, got: int, want: int) -> None:
+    """`got` must be `want`, unless either is symbolic."""
+    if isinstance(got, int) and isinstance(want, int) and got != want:
+        raise fail(op, argument, f"{need} {want}", got)
+
+
+def require_multiple(op: str, argument: str, what: str, got: int, of: int) -> None:
+    """`got` must be a positive multiple of `of`, unless it is symbolic."""
+    if of < 1:
+        raise fail(op, argument, "be at least 1", of)
+    if isinstance(got, int) and (got < of or got % of != 0):
+        raise fail(op, argument, f"divide {what} {got}", of)
