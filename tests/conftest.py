@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,25 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture
 def cache_dir() -> Path:
     return Path(os.environ["LATENTRT_CACHE"])
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny("sdxl")` is the folder of a tiny random checkpoint, written once a session; don't change it.
+
+    Takes the arguments of `tiny_checkpoints.save_tiny` but the path.
+    """
+    folders: dict[tuple[Any, ...], Path] = {}
+
+    def make(kind: str, **options: Any) -> Path:
+        from tiny_checkpoints import save_tiny
+
+        key = (kind, *sorted(options.items()))
+        if key not in folders:
+            folders[key] = save_tiny(kind, tmp_path_factory.mktemp(kind), **options)
+        return folders[key]
+
+    return make
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,122 @@
+"""A tokenizer's tables: CLIP's byte-pair encoding as a vocabulary, an ordered list of merges and a config.
+
+A diffusers folder brings its own; a single-file checkpoint brings none, so CLIP's full merges are shipped as
+`data/clip_merges.txt.gz` and the vocabulary is rebuilt from them, as CLIP defines it: 256 byte symbols, the
+same 256 ending a word, one entry for each merge, then the start and end tokens.
+Source: openai/CLIP, `clip/simple_tokenizer.py`; licence in `data/clip_merges.LICENSE`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+
+__all__ = ["END_TOKEN", "START_TOKEN", "TokenizerFiles", "clip_merges", "clip_vocabulary", "read_tokenizer"]
+
+START_TOKEN = "<|startoftext|>"
+END_TOKEN = "<|endoftext|>"
+END_OF_WORD = "</w>"
+
+Merge = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What it takes to build a CLIP tokenizer.
+
+    Attributes:
+        vocab: token -> id.
+        merges: pairs in order of priority, the first merges first.
+        config: `tokenizer_config.json` (pad_token, model_max_length, ...); token entries are plain strings.
+    """
+
+    vocab: Mapping[str, int]
+    merges: Sequence[Merge]
+    config: Mapping[str, Any]
+
+
+def byte_symbols() -> list[str]:
+    """CLIP's 256 printable stand-ins for bytes, in vocabulary order: printable bytes first, then the rest
+    shifted to U+0100 and up."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = 256 - len(printable)
+    return [chr(b) for b in printable] + [chr(256 + n) for n in range(others)]
+
+
+def clip_merges(count: int | None = None) -> list[Merge]:
+    """The first `count` of CLIP's 48,894 merges; all of them by default."""
+    data = (files(__package__) / "data" / "clip_merges.txt.gz").read_bytes()
+    return _parse_merges(gzip.decompress(data).decode("utf-8"))[:count]
+
+
+def clip_vocabulary(merges: Sequence[Merge]) -> dict[str, int]:
+    """token -> id for these merges; 49,408 tokens for all of CLIP's."""
+    symbols = byte_symbols()
+    ending = [symbol + END_OF_WORD for symbol in symbols]
+    tokens = [*symbols, *ending, *(a + b for a, b in merges), START_TOKEN, END_TOKEN]
+    return {token: index for index, token in enumerate(tokens)}
+
+
+def read_tokenizer(folder: Path) -> TokenizerFiles:
+    """The tokenizer of a diffusers folder: `vocab.json` and `merges.txt`, or else `tokenizer.json`.
+
+    Raises:
+        CheckpointError: neither is there, or a file is not what it should be.
+    """
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            config |= _read_json(folder / name)
+    config = {key: _token_text(value) for key, value in config.items()}
+    vocab_file, merges_file, both = folder / "vocab.json", folder / "merges.txt", folder / "tokenizer.json"
+    if vocab_file.is_file() and merges_file.is_file():
+        vocab = _read_json(vocab_file)
+        try:
+            merges = _parse_merges(merges_file.read_text("utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{merges_file} is not a list of merges: {error}") from error
+        return TokenizerFiles(vocab, merges, config)
+    if both.is_file():
+        model = _read_json(both).get("model", {})
+        if model.get("type") != "BPE" or not {"vocab", "merges"} <= model.keys():
+            raise CheckpointError(
+                f"{both} holds a {model.get('type')!r} tokenizer; CLIP's is 'BPE' with merges"
+            )
+        pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        return TokenizerFiles(model["vocab"], [(a, b) for a, b in pairs], config)
+    raise CheckpointError(f"{folder} has no tokenizer: expected vocab.json and merges.txt, or tokenizer.json")
+
+
+def _parse_merges(text: str) -> list[Merge]:
+    """One pair a line; a first line `#version: ...` and empty lines are skipped."""
+    merges: list[Merge] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip() or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.split()
+        if len(pair) != 2:
+            raise ValueError(f"line {number} is {line!r}, not two symbols")
+        merges.append((pair[0], pair[1]))
+    return merges
+
+
+def _token_text(value: Any) -> Any:
+    """Saved tokens are strings or `{"content": ..., "lstrip": ...}`; both become strings."""
+    return value["content"] if isinstance(value, dict) and "content" in value else value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, expected an object")
+    return data
