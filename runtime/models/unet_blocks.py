@@ -1,0 +1,207 @@
+"""The UNet's transformers and its down, middle and up blocks, over the operators of `latentrt.kernels`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels import attention, linear_geglu
+from .layers import Downsample, GroupNorm, LayerNorm, ResnetBlock, Upsample
+from .unet_config import UNetConfig
+
+__all__ = ["DownBlock", "MidBlock", "UpBlock"]
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x over a context, or over x itself."""
+
+    def __init__(self, dim: int, context_dim: int, num_heads: int, upcast: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.upcast = upcast
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x: [B, S, C]; context: [B, Sk, Cc], x where None. Returns [B, S, C]."""
+        context = x if context is None else context
+        q, k, v = (
+            projected.unflatten(-1, (self.num_heads, -1))  # [B, S, H, D]
+            for projected in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        if self.upcast:
+            q, k, v = q.float(), k.float(), v.float()
+        out: Tensor = self.to_out[0](attention(q, k, v).flatten(2).to(x.dtype))
+        return out
+
+
+class GEGLU(nn.Module):
+    """`kernels.linear_geglu` with its parameters."""
+
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_geglu(x, self.proj.weight, self.proj.bias)
+
+
+class FeedForward(nn.Module):
+    """[B, S, C] -> [B, S, C] through four times the width."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        # The middle one is where training has its dropout: it keeps the checkpoints' numbering.
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each on the norm of the residual stream."""
+
+    def __init__(self, dim: int, num_heads: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(dim, eps=1e-5)
+        self.attn1 = Attention(dim, dim, num_heads, config.upcast_attention)
+        self.norm2 = LayerNorm(dim, eps=1e-5)
+        self.attn2 = Attention(dim, config.cross_attention_dim, num_heads, config.upcast_attention)
+        self.norm3 = LayerNorm(dim, eps=1e-5)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x: [B, S, C]; context: [B, Sk, Cc]. Returns [B, S, C]."""
+        h, x = self.norm2.add(self.attn1(self.norm1(x)), x)
+        h, x = self.norm3.add(self.attn2(h, context), x)
+        out: Tensor = self.ff(h) + x
+        return out
+
+
+class Transformer(nn.Module):
+    """Transformer blocks over the pixels of an image, around a skip connection."""
+
+    def __init__(self, channels: int, num_heads: int, depth: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.linear = config.use_linear_projection
+        self.norm = GroupNorm(config.norm_num_groups, channels, 1e-6)
+        self.proj_in = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, num_heads, config) for _ in range(depth)
+        )
+        self.proj_out = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x: [B, C, H, W]; context: [B, Sk, Cc]. Returns [B, C, H, W]."""
+        height, width = x.shape[2:]
+        h = self.norm(x)
+        if self.linear:
+            h = self.proj_in(h.flatten(2).transpose(1, 2))  # [B, HW, C]
+        else:
+            h = self.proj_in(h).flatten(2).transpose(1, 2)  # [B, HW, C]
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        if self.linear:
+            h = self.proj_out(h).transpose(1, 2).unflatten(2, (height, width))  # [B, C, H, W]
+        else:
+            h = self.proj_out(h.transpose(1, 2).unflatten(2, (height, width)))
+        out: Tensor = x + h
+        return out
+
+
+def _transformers(channels: int, level: int, count: int, config: UNetConfig) -> nn.ModuleList:
+    heads, depth = config.num_heads[level], config.transformer_layers[level]
+    return nn.ModuleList(Transformer(channels, heads, depth, config) for _ in range(count))
+
+
+def _resnet(in_channels: int, out_channels: int, config: UNetConfig) -> ResnetBlock:
+    return ResnetBlock(
+        in_channels, out_channels, config.norm_num_groups, config.norm_eps, config.time_embedding_dim
+    )
+
+
+class DownBlock(nn.Module):
+    """Residual blocks of one level, transformers where the level has them, then a halving of the image."""
+
+    def __init__(self, config: UNetConfig, level: int) -> None:
+        super().__init__()
+        channels = config.block_out_channels[level]
+        previous = config.block_out_channels[max(level - 1, 0)]
+        count = config.layers_per_block[level]
+        self.resnets = nn.ModuleList(
+            _resnet(previous if i == 0 else channels, channels, config) for i in range(count)
+        )
+        self.attentions = _transformers(channels, level, count if config.down_attention[level] else 0, config)
+        last = level == len(config.block_out_channels) - 1
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(channels)])
+
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """x: [B, Cin, H, W]; temb: [B, T]; context: [B, Sk, Cc].
+
+        Returns:
+            The block's output and every tensor on the way, for the up blocks.
+        """
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, temb)
+            if self.attentions:
+                x = self.attentions[i](x, context)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    """A transformer between two residual blocks, at the coarsest level."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        channels = config.block_out_channels[-1]
+        self.resnets = nn.ModuleList(_resnet(channels, channels, config) for _ in range(2))
+        self.attentions = _transformers(channels, -1, 1, config)
+
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+        """x: [B, C, H, W] -> [B, C, H, W]."""
+        x = self.attentions[0](self.resnets[0](x, temb), context)
+        out: Tensor = self.resnets[1](x, temb)
+        return out
+
+
+class UpBlock(nn.Module):
+    """Residual blocks of one level, each fed a tensor kept on the way down, then a doubling of the image."""
+
+    def __init__(self, config: UNetConfig, level: int, has_attention: bool) -> None:
+        super().__init__()
+        widths = config.block_out_channels
+        channels = widths[level]
+        below = widths[min(level + 1, len(widths) - 1)]  # of the up block that ran before
+        above = widths[max(level - 1, 0)]  # of the last tensor kept: the input of this level's down block
+        count = config.layers_per_block[level] + 1
+        self.resnets = nn.ModuleList(
+            _resnet(
+                (below if i == 0 else channels) + (above if i == count - 1 else channels), channels, config
+            )
+            for i in range(count)
+        )
+        self.attentions = _transformers(channels, level, count if has_attention else 0, config)
+        self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(channels)])
+
+    def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor) -> Tensor:
+        """x: [B, Cin, H, W]; temb: [B, T]; context: [B, Sk, Cc].
+
+        `skips` is shared by all up blocks: each takes its own from the end. What is left tells the size to
+        grow to, which is odd where a halving was rounded up.
+        """
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips.pop()], dim=1), temb)
+            if self.attentions:
+                x = self.attentions[i](x, context)
+        for upsample in self.upsamplers:
+            height, width = skips[-1].shape[2:]
+            x = upsample(x, (height, width))
+        return x
