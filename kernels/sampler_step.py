@@ -1,0 +1,184 @@
+"""One step of any sampler: guidance, prediction of x0, update of the latents and of their history.
+
+A sampler is a table `[N, COLUMNS]` with one row of coefficients for each step, so that this one operator
+serves them all. With `out` the guided model output, h_k what was kept k + 1 steps ago, z standard normal
+noise:
+
+    out   = out_uncond + s (out_cond - out_uncond)
+    x0    = clamp(x0_x x + x0_out out, -clamp, clamp)
+    x    <- w_x x + w_x0 x0 + w_out out + sum_k w_hk h_k + w_noise exp(l / 2) z
+    h    <- (x0 or out, h_0, h_1) where the row says that this step is kept
+
+where l = log_var_min (1 - v) / 2 + log_var_max (1 + v) / 2 if the model predicts its variance too, as v in
+[-1, 1], and 0 if not.
+
+Sources: guidance: Ho and Salimans, "Classifier-Free Diffusion Guidance" (2022), equation 6; its rescaling:
+Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed" (2023), equations 14 to 16; l:
+Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (2021), equation 15.
+
+Everything but the guidance rescaling is elementwise, so one pass over the latents is enough for it. Which
+step it is, is read from a tensor: a recorded CUDA graph replays it for any table, sampler and number of
+steps.
+"""
+
+from __future__ import annotations
+
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ._check import FLOATS, fail
+
+__all__ = ["COLUMNS", "HISTORY", "KEEP_NOTHING", "KEEP_OUT", "KEEP_X0", "StepRow", "sampler_step", "step_row"]
+
+_OP = "sampler_step"
+_Number = TypeVar("_Number", float, Tensor)
+
+KEEP_NOTHING, KEEP_X0, KEEP_OUT = 0.0, 1.0, 2.0
+"""What a step puts into the history."""
+
+
+class StepRow(NamedTuple, Generic[_Number]):
+    """The columns of a sampler table, in order."""
+
+    timestep: _Number
+    """What the model is told, in training steps; not always whole."""
+    input_scale: _Number
+    """The model sees the latents times this."""
+    x0_x: _Number
+    x0_out: _Number
+    clamp: _Number
+    """Bound of |x0|; inf for none."""
+    w_x: _Number
+    w_x0: _Number
+    w_out: _Number
+    w_h0: _Number
+    w_h1: _Number
+    w_h2: _Number
+    w_noise: _Number
+    log_var_min: _Number
+    log_var_max: _Number
+    keep: _Number
+    """KEEP_NOTHING, KEEP_X0 or KEEP_OUT."""
+
+
+COLUMNS = len(StepRow._fields)
+HISTORY = 3
+"""Tensors kept from earlier steps; PNDM needs three, DPM++ 2M one, the others none."""
+
+
+def step_row(table: Tensor, step: Tensor) -> StepRow[Tensor]:
+    """The row of `table` [N, COLUMNS] at `step` (int64, one element), which the host never reads."""
+    return StepRow(*table.index_select(0, step.reshape(1)).reshape(COLUMNS).unbind())
+
+
+def sampler_step(
+    x: Tensor,
+    model_out: Tensor,
+    history: Tensor | None,
+    noise: Tensor | None,
+    table: Tensor,
+    step: Tensor,
+    guidance_scale: float | Tensor | None = None,
+    guidance_rescale: float = 0.0,
+) -> Tensor:
+    """Take one step, in place. Computed in x's dtype whatever the model's; each image by itself, so that on
+    the CPU it does not depend, to the bit, on the batch it is in.
+
+    Args:
+        x: latents [B, C, h, w], float32 (or float64); overwritten with the next latents.
+        model_out: [B, C, h, w], or [2B, C, h, w] with guidance, the unconditional half first; 2C channels
+            where the model predicts its variance too, in the second C. Any float dtype.
+        history: [HISTORY, B, C, h, w] of x's dtype, the latest first; updated. Zero it before the first step.
+            None for a table that keeps nothing.
+        noise: [N, B, C, h, w] of x's dtype, standard normal, a row for each step. None for a table without
+            noise.
+        table: [N, COLUMNS] of x's dtype; its columns are `StepRow`.
+        step: int64, one element, on x's device: the row to take.
+        guidance_scale: s, a number or [B] of x's dtype; None for no guidance.
+        guidance_rescale: share in [0, 1] of the guided output rescaled to the conditional one's deviation.
+
+    Returns:
+        x.
+
+    Raises:
+        KernelArgumentError: naming the argument and what it got.
+    """
+    _check(x, model_out, history, noise, table, step, guidance_scale, guidance_rescale)
+    row = step_row(table, step)
+    out = model_out.to(x.dtype)
+    if guidance_scale is not None:
+        out = _guide(out, guidance_scale, guidance_rescale)
+    log_var: Tensor | None = None
+    if out.shape[1] != x.shape[1]:
+        out, share = out.chunk(2, dim=1)
+        share = (share + 1) / 2
+        log_var = share * row.log_var_max + (1 - share) * row.log_var_min
+
+    x0 = (row.x0_x * x + row.x0_out * out).clamp(-row.clamp, row.clamp)
+    following = row.w_x * x + row.w_x0 * x0 + row.w_out * out
+    if history is not None:
+        for weight, kept in zip((row.w_h0, row.w_h1, row.w_h2), history, strict=True):
+            following = following + weight * kept
+    if noise is not None:
+        z = noise.index_select(0, step.reshape(1))[0]
+        following = following + row.w_noise * (z if log_var is None else (log_var / 2).exp() * z)
+    if history is not None:
+        latest = torch.where(row.keep == KEEP_X0, x0, out)
+        shifted = torch.cat([latest[None], history[:-1]])
+        history.copy_(torch.where(row.keep == KEEP_NOTHING, history, shifted))
+    return x.copy_(following)
+
+
+def _guide(out: Tensor, scale: float | Tensor, rescale: float) -> Tensor:
+    """[2B, ...] -> [B, ...]"""
+    uncond, cond = out.chunk(2)
+    if isinstance(scale, Tensor):
+        scale = scale.reshape(-1, 1, 1, 1)
+    guided = uncond + scale * (cond - uncond)
+    if rescale == 0:
+        return guided
+    # One reduction for each image: a batched one sums in an order that depends on the batch.
+    ratio = torch.stack([c.std() / g.std() for c, g in zip(cond, guided, strict=True)]).reshape(-1, 1, 1, 1)
+    return rescale * (guided * ratio) + (1 - rescale) * guided
+
+
+def _check(
+    x: Tensor,
+    model_out: Tensor,
+    history: Tensor | None,
+    noise: Tensor | None,
+    table: Tensor,
+    step: Tensor,
+    guidance_scale: float | Tensor | None,
+    guidance_rescale: float,
+) -> None:
+    if x.ndim != 4 or x.dtype not in (torch.float32, torch.float64):
+        raise fail(_OP, "x", "be [B, C, h, w] in float32 or float64", f"{tuple(x.shape)} in {x.dtype}")
+    B, C, *size = x.shape
+    rows = B if guidance_scale is None else 2 * B
+    shapes = [(rows, C, *size), (rows, 2 * C, *size)]
+    if tuple(model_out.shape) not in shapes or model_out.dtype not in FLOATS:
+        need = f"be {shapes[0]}, or {shapes[1]} with a variance, of a float dtype"
+        raise fail(_OP, "model_out", need, f"{tuple(model_out.shape)} in {model_out.dtype}")
+    if table.ndim != 2 or table.shape[1] != COLUMNS:
+        raise fail(_OP, "table", f"be [N, {COLUMNS}]", f"shape {tuple(table.shape)}")
+    if step.dtype != torch.int64 or step.numel() != 1:
+        raise fail(_OP, "step", "be one int64", f"{tuple(step.shape)} in {step.dtype}")
+    if history is not None and tuple(history.shape) != (HISTORY, *x.shape):
+        raise fail(_OP, "history", f"be {(HISTORY, *x.shape)}", f"shape {tuple(history.shape)}")
+    if noise is not None and tuple(noise.shape) != (table.shape[0], *x.shape):
+        raise fail(_OP, "noise", f"be {(table.shape[0], *x.shape)}", f"shape {tuple(noise.shape)}")
+    scale = guidance_scale if isinstance(guidance_scale, Tensor) else None
+    if scale is not None and tuple(scale.shape) != (B,):
+        raise fail(_OP, "guidance_scale", f"be a number or [{B}]", f"shape {tuple(scale.shape)}")
+    if not 0 <= guidance_rescale <= 1:
+        raise fail(_OP, "guidance_rescale", "be in [0, 1]", guidance_rescale)
+    others = {"table": table, "history": history, "noise": noise, "guidance_scale": scale}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise fail(_OP, name, f"have x's dtype {x.dtype}", tensor.dtype)
+    for name, tensor in {**others, "model_out": model_out, "step": step}.items():
+        if tensor is not None and tensor.device != x.device:
+            raise fail(_OP, name, f"be on x's device {x.device}", tensor.device)

@@ -1,0 +1,297 @@
+"""What a checkpoint's `scheduler_config.json` asks for, and the samplers that can be put in its place."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import RequestError, UnsupportedConfigError
+
+__all__ = ["SAMPLERS", "SamplerConfig"]
+
+logger = logging.getLogger(__name__)
+
+_Fields = Mapping[str, Any]
+
+_KINDS = {
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler-a",
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "PNDMScheduler": "pndm",
+    "DPMSolverMultistepScheduler": "dpm++2m",
+    "LCMScheduler": "lcm",
+}
+
+_DPM_2M = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
+_OVERRIDES: Mapping[str, tuple[str, _Fields]] = {
+    "euler": ("euler", {}),
+    "euler-a": ("euler-a", {}),
+    "ddim": ("ddim", {}),
+    "ddpm": ("ddpm", {}),
+    "pndm": ("pndm", {"skip_prk_steps": True}),
+    "dpm++2m": ("dpm++2m", {**_DPM_2M, "use_karras_sigmas": False}),
+    "dpm++2m-karras": ("dpm++2m", {**_DPM_2M, "use_karras_sigmas": True}),
+    "lcm": ("lcm", {}),
+}
+SAMPLERS = tuple(_OVERRIDES)
+"""Names that `sampler=` takes."""
+
+# What a field is when the file lacks it: the defaults of diffusers' classes.
+_COMMON: _Fields = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "steps_offset": 0,
+}
+_SIGMAS: _Fields = {
+    "timestep_spacing": "linspace",
+    "rescale_betas_zero_snr": False,
+}
+_CLIPPED: _Fields = {
+    "timestep_spacing": "leading",
+    "rescale_betas_zero_snr": False,
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "thresholding": False,
+}
+_KARRAS: _Fields = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "final_sigmas_type": "zero",
+}
+_DEFAULTS: Mapping[str, _Fields] = {
+    "euler": {
+        **_COMMON,
+        **_SIGMAS,
+        **_KARRAS,
+        "interpolation_type": "linear",
+        "timestep_type": "discrete",
+        "sigma_min": None,
+        "sigma_max": None,
+    },
+    "euler-a": {**_COMMON, **_SIGMAS},
+    "ddim": {**_COMMON, **_CLIPPED, "set_alpha_to_one": True},
+    "ddpm": {**_COMMON, **_CLIPPED, "variance_type": "fixed_small"},
+    "pndm": {**_COMMON, "timestep_spacing": "leading", "skip_prk_steps": False, "set_alpha_to_one": False},
+    "dpm++2m": {
+        **_COMMON,
+        **_SIGMAS,
+        **_KARRAS,
+        **_DPM_2M,
+        "lower_order_final": True,
+        "euler_at_final": False,
+        "use_lu_lambdas": False,
+        "use_flow_sigmas": False,
+        "use_dynamic_shifting": False,
+        "thresholding": False,
+        "lambda_min_clipped": -math.inf,
+        "variance_type": None,
+    },
+    "lcm": {
+        **_COMMON,
+        **_CLIPPED,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "original_inference_steps": 50,
+        "timestep_scaling": 10.0,
+    },
+}
+
+_OFF = (False, None)
+_PREDICTIONS = ("epsilon", "v_prediction", "sample")
+_ALLOWED: Mapping[str, tuple[Any, ...]] = {
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "prediction_type": _PREDICTIONS,
+    "timestep_spacing": ("leading", "linspace", "trailing"),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "interpolation_type": ("linear",),
+    "algorithm_type": ("dpmsolver++",),
+    "solver_order": (2,),
+    "solver_type": ("midpoint",),
+    "skip_prk_steps": (True,),
+    "thresholding": _OFF,
+    "use_exponential_sigmas": _OFF,
+    "use_beta_sigmas": _OFF,
+    "use_lu_lambdas": _OFF,
+    "use_flow_sigmas": _OFF,
+    "use_dynamic_shifting": _OFF,
+}
+# diffusers' fixed_large_log takes the root of a negative number, and its "learned" the root of a raw output.
+_VARIANCES: Mapping[str, tuple[Any, ...]] = {
+    "ddpm": (None, "fixed_small", "fixed_small_log", "fixed_large", "learned_range"),
+    "dpm++2m": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}
+
+_KNOWN = frozenset[str]().union(*_DEFAULTS.values()) | {"dynamic_thresholding_ratio", "sample_max_value"}
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """A sampler and the noise schedule it runs on; names and meanings are diffusers'.
+
+    Attributes:
+        kind: euler, euler-a, ddim, ddpm, pndm, dpm++2m or lcm.
+        clip: bound of the predicted clean latents; inf for none.
+        variance_type: fixed_small, fixed_large or learned_range. Used by ddpm.
+        trained_betas: the whole schedule, when the checkpoint brings its own.
+    """
+
+    kind: str
+    num_train_timesteps: int
+    beta_start: float
+    beta_end: float
+    beta_schedule: str
+    trained_betas: tuple[float, ...] | None
+    rescale_betas_zero_snr: bool
+    prediction_type: str
+    timestep_spacing: str
+    steps_offset: int
+    clip: float
+    set_alpha_to_one: bool
+    variance_type: str
+    use_karras_sigmas: bool
+    sigma_min: float | None
+    sigma_max: float | None
+    final_sigmas_type: str
+    lower_order_final: bool
+    euler_at_final: bool
+    lambda_min_clipped: float
+    original_inference_steps: int
+    timestep_scaling: float
+
+    @property
+    def name(self) -> str:
+        """What `sampler=` calls it."""
+        return f"{self.kind}-karras" if self.use_karras_sigmas else self.kind
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], sampler: str | None = None) -> SamplerConfig:
+        """Read a `scheduler_config.json`.
+
+        Args:
+            config: its content. Fields that only other samplers know are passed over, as diffusers does:
+                files keep them from conversions.
+            sampler: one of `SAMPLERS` to use instead of the checkpoint's. As with diffusers'
+                `Scheduler.from_config`, it takes over every field it knows that the file gives, and its own
+                defaults for the rest.
+
+        Raises:
+            RequestError: no sampler of that name.
+            UnsupportedConfigError: naming the field and the value.
+        """
+        if sampler is not None:
+            if sampler not in _OVERRIDES:
+                raise RequestError(f"there is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
+            kind, forced = _OVERRIDES[sampler]
+        else:
+            name = config.get("_class_name")
+            if name not in _KINDS:
+                raise UnsupportedConfigError(
+                    f"scheduler _class_name is {name!r}; latentrt has {', '.join(_KINDS)}; "
+                    f"or choose one with sampler=, such as {SAMPLERS[0]!r}"
+                )
+            kind, forced = _KINDS[name], {}
+        return _resolve(kind, {**_explicit(config), **forced})
+
+    def for_stable_diffusion(self) -> SamplerConfig:
+        """What diffusers' StableDiffusionPipeline (SD 1.x and 2.x, not SDXL) makes of a scheduler when it
+        loads
+        one: `steps_offset` 1 and no clipping, whatever an outdated file says."""
+        return replace(self, steps_offset=1, clip=math.inf)
+
+
+def _explicit(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that the file itself gives; in memory diffusers marks those it filled in."""
+    filled_in = config.get("_use_default_values", ())
+    given = {k: v for k, v in config.items() if not k.startswith("_") and k not in filled_in}
+    if unknown := sorted(given.keys() - _KNOWN):
+        logger.warning("scheduler fields that no supported sampler has are ignored: %s", ", ".join(unknown))
+    return given
+
+
+def _resolve(kind: str, given: Mapping[str, Any]) -> SamplerConfig:
+    defaults = _DEFAULTS[kind]
+    f = {name: given.get(name, default) for name, default in defaults.items()}
+    if kind == "pndm" and given.get("rescale_betas_zero_snr"):
+        logger.warning("pndm has no zero terminal SNR; rescale_betas_zero_snr is ignored, as in diffusers")
+
+    for name, allowed in _ALLOWED.items():
+        if name in f and f[name] not in allowed:
+            raise _unsupported(kind, name, f[name], allowed)
+    if kind in _VARIANCES and f["variance_type"] not in _VARIANCES[kind]:
+        raise _unsupported(kind, "variance_type", f["variance_type"], _VARIANCES[kind])
+    prediction = f["prediction_type"]
+    if kind == "pndm" and prediction == "sample":
+        raise _unsupported(kind, "prediction_type", prediction, _PREDICTIONS[:2])
+    if f.get("timestep_type", "discrete") != "discrete" and prediction == "v_prediction":
+        raise _unsupported(kind, "timestep_type", f["timestep_type"], ("discrete",))
+    zero_snr = bool(f.get("rescale_betas_zero_snr", False))
+    if zero_snr and prediction == "epsilon":
+        raise UnsupportedConfigError(
+            "scheduler field rescale_betas_zero_snr is True with prediction_type 'epsilon': where the signal "
+            "is zero, the noise says nothing of it; such a model predicts v_prediction or sample"
+        )
+
+    steps = _number(kind, f, "num_train_timesteps", 1)
+    betas = f["trained_betas"]
+    if betas is not None and len(betas) != steps:
+        raise UnsupportedConfigError(
+            f"scheduler field trained_betas has {len(betas)} values for num_train_timesteps {int(steps)}; "
+            "one is needed for each"
+        )
+    original = int(_number(kind, {"original_inference_steps": steps, **f}, "original_inference_steps", 1))
+    if original > steps:
+        raise UnsupportedConfigError(
+            f"scheduler field original_inference_steps is {original}, above num_train_timesteps {int(steps)}"
+        )
+    variance = f.get("variance_type")
+    return SamplerConfig(
+        kind=kind,
+        num_train_timesteps=int(steps),
+        beta_start=_number(kind, f, "beta_start", 0),
+        beta_end=_number(kind, f, "beta_end", 0),
+        beta_schedule=f["beta_schedule"],
+        trained_betas=None if betas is None else tuple(float(b) for b in betas),
+        rescale_betas_zero_snr=zero_snr,
+        prediction_type=prediction,
+        timestep_spacing=f["timestep_spacing"],
+        steps_offset=int(_number(kind, f, "steps_offset", 0)),
+        clip=_number(kind, f, "clip_sample_range", 0) if f.get("clip_sample") else math.inf,
+        set_alpha_to_one=bool(f.get("set_alpha_to_one", True)),
+        variance_type="fixed_small" if variance in (None, "fixed_small_log") else str(variance),
+        use_karras_sigmas=bool(f.get("use_karras_sigmas", False)),
+        sigma_min=f.get("sigma_min"),
+        sigma_max=f.get("sigma_max"),
+        final_sigmas_type=f.get("final_sigmas_type", "zero"),
+        lower_order_final=bool(f.get("lower_order_final", True)),
+        euler_at_final=bool(f.get("euler_at_final", False)),
+        lambda_min_clipped=float(f.get("lambda_min_clipped", -math.inf)),
+        original_inference_steps=original,
+        timestep_scaling=float(f.get("timestep_scaling", 10.0)),
+    )
+
+
+def _number(kind: str, fields: _Fields, name: str, least: float) -> float:
+    value = fields[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+        raise UnsupportedConfigError(
+            f"scheduler field {name} of {kind} is {value!r}; it must be a number from {least}"
+        )
+    return float(value)
+
+
+def _unsupported(kind: str, name: str, value: Any, allowed: tuple[Any, ...]) -> UnsupportedConfigError:
+    return UnsupportedConfigError(
+        f"scheduler field {name} of {kind} is {value!r}; supported: {', '.join(repr(a) for a in allowed)}; "
+        f"other samplers can be chosen with sampler= ({', '.join(SAMPLERS)})"
+    )
