@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,20 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="latentrt", description="An inference runtime for Stable Diffusion XL.")
+    parser = argparse.ArgumentParser(
+        prog="latentrt", description="An inference runtime for Stable Diffusion XL."
+    )
     parser.add_argument("--version", action="version", version=f"latentrt {__version__}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="say what is chosen, exported and loaded")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="say what is chosen, exported and loaded"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     g = commands.add_parser("generate", help="make images from a prompt")
     g.add_argument("prompt", metavar="PROMPT")
-    g.add_argument("-o", "--output", metavar="FILE", default="image.png", help="PNG to write (default image.png)")
+    g.add_argument(
+        "-o", "--output", metavar="FILE", default="image.png", help="PNG to write (default image.png)"
+    )
     g.add_argument(
         "--model",
         default="demo",
@@ -58,9 +65,14 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--guidance-rescale", type=float, default=0.0)
     g.add_argument("--negative", metavar="PROMPT", help="what to steer away from")
     g.add_argument("--size", type=_size, metavar="WxH", help="in pixels (default: the model's own)")
-    g.add_argument("--count", type=int, default=1, help="images to make; FILE-1.png, FILE-2.png ... when several")
     g.add_argument(
-        "--high-noise-frac", type=float, default=0.8, help="share of the schedule the base denoises before a refiner"
+        "--count", type=int, default=1, help="images to make; FILE-1.png, FILE-2.png ... when several"
+    )
+    g.add_argument(
+        "--high-noise-frac",
+        type=float,
+        default=0.8,
+        help="share of the schedule the base denoises before a refiner",
     )
     g.add_argument("--no-metadata", action="store_true", help="do not write the parameters into the PNG")
     g.add_argument("--json", action="store_true", help="print what was made as JSON, and no progress")
@@ -80,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
 def _output_paths(output: str, count: int) -> list[Path]:
     path = Path(output)
     if path.suffix.lower() != ".png":
-        raise RequestError(f"the output is {output!r}; latentrt writes PNG, so name it {path.stem or 'image'}.png")
+        raise RequestError(
+            f"the output is {output!r}; latentrt writes PNG, so name it {path.stem or 'image'}.png"
+        )
     if path.is_dir():
         raise RequestError(f"the output {output!r} is a folder; give a file name in it")
     if count == 1:
@@ -137,15 +151,19 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _backends(args: argparse.Namespace) -> None:
+    import torch
+
     from .runtime.engines.registry import describe
 
-    rows = describe()
+    rows = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if args.json:
-        _write(json.dumps(rows, indent=2))
+        _write(json.dumps([asdict(row) for row in rows], indent=2))
         return
     for row in rows:
-        state = "available" if row["available"] else f"not here: {row['reason']} ({row['remedy']})"
-        _write(f"{row['name']:<14}{state}")
+        mark = "*" if row.preferred else " "
+        state = row.reason if row.available else f"not here: {row.reason}; {row.remedy}"
+        _write(f"{mark} {row.name:<14}{state}")
+    _write("* what --backend auto takes")
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -179,7 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"latentrt: {error}\n")
         return 1
     except OSError as error:
-        sys.stderr.write(f"latentrt: {error.strerror or error}: {error.filename or ''}\n".rstrip(": \n") + "\n")
+        sys.stderr.write(
+            f"latentrt: {error.strerror or error}: {error.filename or ''}\n".rstrip(": \n") + "\n"
+        )
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("latentrt: interrupted\n")

@@ -73,17 +73,15 @@ def guidance_batch(
         dtype: of the UNet. Sizes stay float32: float16 cannot hold every pixel count above 2,048.
     """
 
-    def join(below: Tensor | None, above: Tensor) -> Tensor:
-        return above if below is None else torch.cat([below, above])
-
-    guided = negative is not None
-    hidden = join(negative.sequence if guided else None, positive.sequence).to(dtype)
+    hidden, pooled = positive.sequence, positive.pooled
+    if negative is not None:
+        hidden, pooled = torch.cat([negative.sequence, hidden]), torch.cat([negative.pooled, pooled])
     if sizes is None:
-        return Conditioning(hidden)
-    rows = [*(negative_sizes or []), *sizes] if guided else list(sizes)
+        return Conditioning(hidden.to(dtype))
+    rows = [*(negative_sizes or []), *sizes] if negative is not None else sizes
     return Conditioning(
-        encoder_hidden_states=hidden,
-        text_embeds=join(negative.pooled if guided else None, positive.pooled).to(dtype),
+        encoder_hidden_states=hidden.to(dtype),
+        text_embeds=pooled.to(dtype),
         time_ids=torch.tensor([r.ids() for r in rows], dtype=torch.float32, device=hidden.device),
     )
 

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,9 @@ def parse_parameters(text: str) -> dict[str, str]:
     return result
 
 
-def save_png(image: PIL.Image.Image, path: str | os.PathLike[str], parameters: Mapping[str, Any] | None) -> Path:
+def save_png(
+    image: PIL.Image.Image, path: str | os.PathLike[str], parameters: Mapping[str, Any] | None
+) -> Path:
     """Write a PNG whole or not at all: beside its place first, then renamed.
 
     Args:
@@ -211,5 +213,3 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
     if "parameters" in info:
         return dict(parse_parameters(str(info["parameters"])))
     raise RequestError(f"{os.fspath(path)!r} carries no generation parameters")
-
-

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
 import tokenizers
@@ -80,7 +81,7 @@ class ClipTokenizer:
         special = dict.fromkeys((start, end, unknown, pad))
         backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
         self._backend = backend
-        self._start, self._end, self._pad = vocab[start], vocab[end], vocab[pad]
+        self._start, self.end, self._pad = vocab[start], vocab[end], vocab[pad]
         # Some configurations carry 1e30, which stands for "not set".
         length = int(min(float(config.get("model_max_length") or 77), 1e6))
         self.context = length if length <= 1024 else 77
@@ -100,9 +101,9 @@ class ClipTokenizer:
                     "the prompt has %d tokens and the text encoder reads %d; cut off: %r",
                     len(text),
                     self.context - 2,
-                    self.decode(cut),
+                    shorten(self.decode(cut), 200, placeholder=" ..."),
                 )
-            row = [self._start, *kept, self._end]
+            row = [self._start, *kept, self.end]
             rows.append(row + [self._pad] * (self.context - len(row)))
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.context)
 

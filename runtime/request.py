@@ -115,7 +115,9 @@ class GenerationRequest:
                 '(the result of a call with denoising_end and output_type="latent")'
             )
         if a["output_type"] not in ("pil", "np", "pt", "latent"):
-            raise RequestError(f"output_type is {a['output_type']!r}; it can be 'pil', 'np', 'pt' or 'latent'")
+            raise RequestError(
+                f"output_type is {a['output_type']!r}; it can be 'pil', 'np', 'pt' or 'latent'"
+            )
         generators, seeds = _generators(a["seed"], a["generator"], batch)
 
         def pairs(name: str, default: Size | None) -> list[Size] | None:
@@ -167,11 +169,15 @@ def _texts(name: str, value: Any, count: int | None) -> list[str]:
     if isinstance(value, str):
         return [value] * (1 if count is None else count)
     if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
-        raise RequestError(f"{name} must be a string or a list of strings; got {type(value).__name__}: {value!r}")
+        raise RequestError(
+            f"{name} must be a string or a list of strings; got {type(value).__name__}: {value!r}"
+        )
     if not value:
         raise RequestError(f"{name} is an empty list; give at least one prompt")
     if count is not None and len(value) != count:
-        raise RequestError(f"{name} has {len(value)} entries for {count} prompts; give one for each, or a string")
+        raise RequestError(
+            f"{name} has {len(value)} entries for {count} prompts; give one for each, or a string"
+        )
     return list(value)
 
 
@@ -204,7 +210,9 @@ def _pairs(name: str, value: Any, default: Size | None, count: int, per_prompt: 
         return None if default is None else [default] * (count * per_prompt)
     if isinstance(value, (list, tuple)) and value and all(isinstance(v, (list, tuple)) for v in value):
         if len(value) != count:
-            raise RequestError(f"{name} has {len(value)} pairs for {count} prompts; give one for each, or one pair")
+            raise RequestError(
+                f"{name} has {len(value)} pairs for {count} prompts; give one for each, or one pair"
+            )
         return [_pair(name, v) for v in value for _ in range(per_prompt)]
     return [_pair(name, value)] * (count * per_prompt)
 
@@ -214,7 +222,9 @@ def _per_image(name: str, value: Any, batch: int) -> Tensor:
     if not isinstance(value, Tensor) or value.ndim != 4:
         raise RequestError(f"{name} must be a tensor [B, C, h, w]; got {value!r}")
     if not value.shape[0] or batch % value.shape[0]:
-        raise RequestError(f"{name} has {value.shape[0]} rows for {batch} images; {batch} must be a multiple of it")
+        raise RequestError(
+            f"{name} has {value.shape[0]} rows for {batch} images; {batch} must be a multiple of it"
+        )
     return value.repeat(batch // value.shape[0], 1, 1, 1)
 
 
@@ -234,7 +244,9 @@ def _size_of(
             _integer(name, value, latent_scale, MAX_SIDE)
             if value % latent_scale:
                 near = max(latent_scale, round(value / latent_scale) * latent_scale)
-                raise RequestError(f"{name} is {value}; it must be a multiple of {latent_scale}, such as {near}")
+                raise RequestError(
+                    f"{name} is {value}; it must be a multiple of {latent_scale}, such as {near}"
+                )
         asked.append(value)
     given: Size | None = None
     for name, rows in (("latents", latents), ("image", image)):
@@ -245,13 +257,17 @@ def _size_of(
         scale = 1 if rows.shape[1] == 3 else latent_scale
         found = (rows.shape[2] * scale, rows.shape[3] * scale)
         if given is not None and given != found:
-            raise RequestError(f"latents are for {given[1]}x{given[0]} pixels, the image for {found[1]}x{found[0]}")
+            raise RequestError(
+                f"latents are for {given[1]}x{given[0]} pixels, the image for {found[1]}x{found[0]}"
+            )
         given = found
     if given is None:
         return asked[0] or default[0], asked[1] or default[1]
     for side, value, actual in zip(("height", "width"), asked, given, strict=True):
         if value is not None and value != actual:
-            raise RequestError(f"{side} is {value}, but the image or latents given are {actual}; leave it out")
+            raise RequestError(
+                f"{side} is {value}, but the image or latents given are {actual}; leave it out"
+            )
     if max(given) > MAX_SIDE:
         raise RequestError(f"the image is {given[1]}x{given[0]} pixels; sides may be at most {MAX_SIDE}")
     return given

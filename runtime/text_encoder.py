@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from .engines.base import Engine
+from .engines.lazy import LazyEngine
 from .prompt import ClipTokenizer
 
 __all__ = ["TextEmbeddings", "TextEncoder", "encode_prompts"]
@@ -50,12 +50,15 @@ class TextEncoder:
         tokenizer, engine: what turns text into ids, and ids into embeddings.
         num_layers: transformer layers; hidden state `num_layers` is the last one's output.
         skip: layers left out at the end when no clip_skip is asked for (SDXL: 1, SD 1.x and 2.x: 0).
+        width, pooled_width: channels of the sequence and of the pooled vector.
     """
 
     tokenizer: ClipTokenizer
-    engine: Engine
+    engine: LazyEngine
     num_layers: int
     skip: int
+    width: int
+    pooled_width: int
 
     def encode(self, prompts: Sequence[str], clip_skip: int | None, device: torch.device) -> TextEmbeddings:
         """Embeddings of each prompt; `clip_skip` further layers are left out.

@@ -1,0 +1,150 @@
+"""An expert denoiser: a UNet together with what it was trained to be told.
+
+SDXL is an ensemble of two (Podell et al., 2023, section 2.5): the base, and a refiner for the last, low-noise part of
+the schedule. To the denoising loop they are the same thing with different data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .conditioning import Conditioning, MicroConditioning, guidance_batch, guidance_scale_embedding
+from .denoise import UNetCall
+from .engines.lazy import LazyEngine
+from .models.unet import UNetConfig
+from .request import GenerationRequest
+from .sampler import SamplerConfig
+from .text_encoder import TextEmbeddings, TextEncoder, encode_prompts
+
+__all__ = ["Expert"]
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One UNet and its conditioning.
+
+    Attributes:
+        source: where its weights came from, for people to read.
+        unet, config: the network.
+        text_encoder, text_encoder_2: those it was trained on; SDXL's refiner has only the second, SD 1.x and 2.x
+            only the first.
+        scheduler: the checkpoint's scheduler_config.json.
+        aesthetic: its size conditioning ends in an aesthetic score.
+        zero_negative: an absent negative prompt is zeros, not the empty text.
+    """
+
+    source: str
+    unet: LazyEngine
+    config: UNetConfig
+    text_encoder: TextEncoder | None
+    text_encoder_2: TextEncoder | None
+    scheduler: Mapping[str, Any]
+    aesthetic: bool
+    zero_negative: bool
+
+    @property
+    def name(self) -> str:
+        """`refiner` for one that knows aesthetic scores, else `base`."""
+        return "refiner" if self.aesthetic else "base"
+
+    @property
+    def takes_sizes(self) -> bool:
+        """Whether it is of SDXL's family, which is told sizes and crops."""
+        return self.config.addition_embed_type == "text_time"
+
+    @property
+    def encoders(self) -> list[TextEncoder]:
+        """The text encoders there are, in the order their sequences are joined."""
+        return [e for e in (self.text_encoder, self.text_encoder_2) if e is not None]
+
+    def engines(self) -> list[LazyEngine]:
+        """Everything it runs."""
+        return [*(encoder.engine for encoder in self.encoders), self.unet]
+
+    def sampler(self, override: str | None) -> SamplerConfig:
+        """Its sampler, or another one on the same noise schedule."""
+        config = SamplerConfig.from_dict(self.scheduler, override)
+        return config if self.takes_sizes else config.for_stable_diffusion()
+
+    def predictor(self, conditioning: Conditioning) -> UNetCall:
+        """The UNet as the loop calls it, told what is constant over the steps."""
+        constant = conditioning.named()
+
+        def predict(sample: Tensor, timestep: Tensor) -> Tensor:
+            return self.unet({"sample": sample, "timestep": timestep, **constant})["prediction"]
+
+        return predict
+
+    def guided(self, request: GenerationRequest) -> bool:
+        """Whether a step runs the UNet on negative and positive rows both."""
+        return request.guidance_scale > 1 and self.config.time_cond_proj_dim is None
+
+    def condition(
+        self, request: GenerationRequest, device: torch.device, *, from_image: bool
+    ) -> Conditioning:
+        """Everything this UNet is told about every image of a request.
+
+        Args:
+            from_image: it continues from a picture or latents rather than from noise; then the negative crop
+                is (0, 0) unless given, as in diffusers' image-to-image pipeline.
+        """
+        guided = self.guided(request)
+        two = len(self.encoders) == 2
+        texts = [request.prompts, request.prompts_2] if two else [request.prompts]
+        positive = encode_prompts(self.encoders, texts, request.clip_skip, device)
+        negative = self._negative(request, positive, device) if guided else None
+        sizes, negative_sizes = None, None
+        if self.takes_sizes:
+            sizes, negative_sizes = self._sizes(request, from_image)
+        joined = guidance_batch(
+            positive.repeat(request.images_per_prompt),
+            negative and negative.repeat(request.images_per_prompt),
+            sizes,
+            negative_sizes,
+            self.unet.component.dtype,
+        )
+        if self.config.time_cond_proj_dim is None:
+            return joined
+        embedding = guidance_scale_embedding(
+            request.guidance_scale, self.config.time_cond_proj_dim, request.batch
+        )
+        return Conditioning(**{**joined.named(), "timestep_cond": embedding.to(joined.encoder_hidden_states)})
+
+    def _negative(
+        self, request: GenerationRequest, positive: TextEmbeddings, device: torch.device
+    ) -> TextEmbeddings:
+        if self.zero_negative and all(text is None for text in request.negatives):
+            return positive.zeros()
+        two = len(self.encoders) == 2
+        lists = [request.negatives, request.negatives_2] if two else [request.negatives]
+        # Like diffusers, clip_skip is for the positive prompt only.
+        return encode_prompts(
+            self.encoders, [[text or "" for text in texts] for texts in lists], None, device
+        )
+
+    def _sizes(
+        self, request: GenerationRequest, from_image: bool
+    ) -> tuple[list[MicroConditioning], list[MicroConditioning]]:
+        r = request
+        given = r.negative_original_sizes is not None or r.negative_target_sizes is not None
+        origin = [(0, 0)] * r.batch
+        negative_crops = r.negative_crops or (origin if given or from_image else r.crops)
+        score, negative_score = (
+            (r.aesthetic_score, r.negative_aesthetic_score) if self.aesthetic else (None, None)
+        )
+        positive = zip(r.original_sizes, r.crops, r.target_sizes, strict=True)
+        negative = zip(
+            r.negative_original_sizes or r.original_sizes,
+            negative_crops,
+            r.negative_target_sizes or r.target_sizes,
+            strict=True,
+        )
+        return (
+            [MicroConditioning(*row, score) for row in positive],
+            [MicroConditioning(*row, negative_score) for row in negative],
+        )

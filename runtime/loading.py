@@ -1,0 +1,240 @@
+"""From a checkpoint to the parts of a pipeline: components, their engines, and what each expert needs to know."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError
+from .engines.base import Component, TensorSpec, Values
+from .engines.lazy import EngineLoader
+from .expert import Expert
+from .models.clip import CLIPTextConfig, CLIPTextEncoder, rename_clip_keys
+from .models.unet import UNet, UNetConfig
+from .models.vae import VAEConfig, VAEDecoder, VAEEncoder, rename_legacy_vae_keys
+from .prompt import ClipTokenizer
+from .text_encoder import TextEncoder
+from .vae import VAE
+from .weights import Checkpoint
+
+__all__ = ["load_expert", "load_text_encoder", "load_vae", "unet_component"]
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """How one module is made and filled from a checkpoint's component."""
+
+    checkpoint: Checkpoint
+    source: str
+    config: Mapping[str, Any]
+    make: Callable[[], nn.Module]
+    rename: Callable[[str], str | None] | None = None
+
+    def build(self, dtype: torch.dtype) -> nn.Module:
+        with torch.device("meta"):
+            module = self.make()
+        self.checkpoint.weights(self.source).load_into(module, dtype, rename=self.rename)
+        return module.eval()
+
+    def fingerprint(self, name: str, dtype: torch.dtype) -> str:
+        config = json.dumps(dict(self.config), sort_keys=True, default=str)
+        digest = self.checkpoint.weights(self.source).digest()
+        return hashlib.sha256(f"{name}\n{dtype}\n{config}\n{digest}".encode()).hexdigest()
+
+    def component(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        example_sizes: Mapping[str, int],
+    ) -> Component:
+        return Component(
+            name=name,
+            build=lambda: self.build(dtype),
+            dtype=dtype,
+            inputs=inputs,
+            outputs=outputs,
+            fingerprint=self.fingerprint(name, dtype),
+            example_sizes=example_sizes,
+        )
+
+
+def load_expert(
+    checkpoint: Checkpoint,
+    loader: EngineLoader,
+    text_encoder: TextEncoder | None = None,
+    text_encoder_2: TextEncoder | None = None,
+) -> Expert:
+    """A checkpoint's UNet with the text encoders it was trained on.
+
+    Args:
+        text_encoder, text_encoder_2: to share with another expert, in place of the checkpoint's own.
+
+    Raises:
+        CheckpointError: the parts do not fit each other.
+    """
+    config = UNetConfig.from_dict(checkpoint.config("unet"))
+    index = checkpoint.model_index
+    sdxl = config.addition_embed_type == "text_time"
+    aesthetic = sdxl and bool(index.get("requires_aesthetics_score", False))
+    encoders: dict[str, TextEncoder | None] = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+    for name, shared in encoders.items():
+        if not checkpoint.has(name):
+            encoders[name] = shared if name == "text_encoder_2" and sdxl else None
+        elif shared is None:
+            encoders[name] = load_text_encoder(checkpoint, name, loader, sdxl=sdxl)
+    present = [encoder for encoder in encoders.values() if encoder is not None]
+    if not present:
+        raise CheckpointError(f"{checkpoint.source} has no text encoder, and none was given to share")
+    width = sum(encoder.width for encoder in present)
+    if width != config.cross_attention_dim:
+        raise CheckpointError(
+            f"the text encoders of {checkpoint.source} give {width} channels and its UNet reads "
+            f"{config.cross_attention_dim}; they do not belong together"
+        )
+    return Expert(
+        source=checkpoint.source,
+        unet=loader.engine(unet_component(checkpoint, config, loader, present[-1], aesthetic=aesthetic)),
+        config=config,
+        text_encoder=encoders["text_encoder"],
+        text_encoder_2=encoders["text_encoder_2"],
+        scheduler=checkpoint.config("scheduler"),
+        aesthetic=aesthetic,
+        zero_negative=sdxl and bool(index.get("force_zeros_for_empty_prompt", True)),
+    )
+
+
+def load_text_encoder(checkpoint: Checkpoint, name: str, loader: EngineLoader, *, sdxl: bool) -> TextEncoder:
+    """One CLIP text encoder with its tokenizer.
+
+    Args:
+        name: `text_encoder` or `text_encoder_2`.
+        sdxl: take the penultimate layer as it is, not the normalised last one.
+    """
+    raw = checkpoint.config(name)
+    config = CLIPTextConfig.from_dict(raw)
+    files = checkpoint.tokenizer_files(name.replace("text_encoder", "tokenizer"))
+    weights = _Weights(
+        checkpoint,
+        name,
+        {**raw, "normalize_sequence": not sdxl},
+        lambda: CLIPTextEncoder(config, normalize_sequence=not sdxl),
+        rename_clip_keys,
+    )
+    length = config.max_position_embeddings
+    tokenizer = ClipTokenizer(files.vocab, files.merges, files.config)
+    if tokenizer.context != length:
+        raise CheckpointError(
+            f"the tokenizer of {name} gives {tokenizer.context} tokens and the encoder reads {length}"
+        )
+    pooled = config.projection_dim or config.hidden_size
+    component = weights.component(
+        name,
+        loader.dtype,
+        inputs=(
+            TensorSpec(
+                "input_ids", ("batch", length), torch.int64, Values(0, config.vocab_size, last=tokenizer.end)
+            ),
+            TensorSpec("layer", (), torch.int64, Values(0, config.num_hidden_layers + 1)),
+        ),
+        outputs=(
+            TensorSpec("sequence", ("batch", length, config.hidden_size), loader.dtype),
+            TensorSpec("pooled", ("batch", pooled), loader.dtype),
+        ),
+        example_sizes={"batch": 2},
+    )
+    return TextEncoder(
+        tokenizer=tokenizer,
+        engine=loader.engine(component),
+        num_layers=config.num_hidden_layers,
+        skip=1 if sdxl else 0,
+        width=config.hidden_size,
+        pooled_width=pooled,
+    )
+
+
+def unet_component(
+    checkpoint: Checkpoint, config: UNetConfig, loader: EngineLoader, encoder: TextEncoder, *, aesthetic: bool
+) -> Component:
+    """The UNet as a component.
+
+    Args:
+        encoder: the text encoder whose pooled output it is told.
+        aesthetic: its size conditioning ends in an aesthetic score (five numbers), not in a target size (six).
+    """
+    dtype = loader.dtype
+    inputs = [
+        TensorSpec("sample", ("batch", config.in_channels, "height", "width"), dtype),
+        TensorSpec("timestep", ("batch",), torch.float32, Values(0, 1000)),
+        TensorSpec(
+            "encoder_hidden_states", ("batch", encoder.tokenizer.context, config.cross_attention_dim), dtype
+        ),
+    ]
+    if config.addition_embed_type == "text_time":
+        numbers = 5 if aesthetic else 6
+        channels = encoder.pooled_width + numbers * (config.addition_time_embed_dim or 0)
+        if channels != config.projection_class_embeddings_input_dim:
+            raise CheckpointError(
+                f"the UNet of {checkpoint.source} reads {config.projection_class_embeddings_input_dim} channels of "
+                f"text and sizes, and a pooled text of {encoder.pooled_width} with {numbers} numbers gives {channels}; "
+                "is requires_aesthetics_score in model_index.json right?"
+            )
+        inputs.append(TensorSpec("text_embeds", ("batch", encoder.pooled_width), dtype))
+        inputs.append(TensorSpec("time_ids", ("batch", numbers), torch.float32, Values(0, 1024)))
+    if config.time_cond_proj_dim is not None:
+        inputs.append(TensorSpec("timestep_cond", ("batch", config.time_cond_proj_dim), dtype))
+    side = max(8, 2 ** (len(config.block_out_channels) - 1))
+    return _Weights(checkpoint, "unet", checkpoint.config("unet"), lambda: UNet(config)).component(
+        "unet",
+        dtype,
+        inputs=tuple(inputs),
+        outputs=(TensorSpec("prediction", ("batch", config.out_channels, "height", "width"), dtype),),
+        example_sizes={"batch": 2, "height": side, "width": side + 2},
+    )
+
+
+def load_vae(checkpoint: Checkpoint, loader: EngineLoader) -> VAE:
+    """Both halves of the VAE; in float32 where float16 would overflow (`force_upcast`)."""
+    raw = checkpoint.config("vae")
+    config = VAEConfig.from_dict(raw)
+    dtype = torch.float32 if config.force_upcast and loader.dtype == torch.float16 else loader.dtype
+    scale = config.scale
+
+    def half(name: str, make: Callable[[], nn.Module]) -> _Weights:
+        wanted = ("decoder.", "post_quant_conv.") if name == "vae_decoder" else ("encoder.", "quant_conv.")
+
+        def rename(key: str) -> str | None:
+            return rename_legacy_vae_keys(key) if key.startswith(wanted) else None
+
+        return _Weights(checkpoint, "vae", raw, make, rename)
+
+    latents = TensorSpec("latents", ("batch", config.latent_channels, "height", "width"), dtype)
+    decoder = half("vae_decoder", lambda: VAEDecoder(config)).component(
+        "vae_decoder",
+        dtype,
+        inputs=(latents,),
+        outputs=(TensorSpec("image", ("batch", 3, "image_height", "image_width"), dtype),),
+        example_sizes={"batch": 2, "height": 8, "width": 10},
+    )
+    encoder = half("vae_encoder", lambda: VAEEncoder(config)).component(
+        "vae_encoder",
+        dtype,
+        inputs=(TensorSpec("image", ("batch", 3, "image_height", "image_width"), dtype),),
+        outputs=(TensorSpec("moments", ("batch", 2 * config.latent_channels, "height", "width"), dtype),),
+        example_sizes={"batch": 2, "image_height": 8 * scale, "image_width": 10 * scale},
+    )
+    return VAE(
+        decoder=loader.engine(decoder),
+        encoder=loader.engine(encoder),
+        dtype=dtype,
+        scaling_factor=config.scaling_factor,
+        channels=config.latent_channels,
+        scale=scale,
+    )

@@ -1,0 +1,399 @@
+"""The pipeline: a prompt becomes an image. `Pipeline.__call__` is the whole flow, top to bottom."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..errors import BackendUnavailableError, RequestError, UnsafeWeightsError
+from .denoise import denoise
+from .engines.lazy import EngineLoader
+from .expert import Expert
+from .image import from_tensor
+from .latents import NoiseSource, initial_latents, noised_latents
+from .loading import load_expert, load_vae
+from .progress import Watch
+from .request import GenerationRequest, OutputType, Size
+from .sampler import SamplerTable, build_table, step_range
+from .text_encoder import TextEncoder
+from .vae import VAE
+from .weights import open_checkpoint
+
+__all__ = ["Pipeline", "PipelineOutput"]
+
+OnStepEnd = Callable[["Pipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """What a call made.
+
+    Attributes:
+        images: a list of PIL images, an array, a tensor or latents, as `output_type` asked.
+        parameters: what made each image, ready for a PNG; a seed is None where a used generator was given.
+        timings: seconds of each stage: prepare (load, and export the first time), text, start, base, refiner,
+            decode, total.
+        interrupted: the images are unfinished, because the call was told to stop.
+    """
+
+    images: Any
+    parameters: list[dict[str, Any]]
+    timings: dict[str, float]
+    interrupted: bool = False
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A run of steps that one expert takes."""
+
+    name: str
+    expert: Expert
+    table: SamplerTable
+
+
+class Pipeline:
+    """Base and refiner behind one call. Safe to call from several threads: a call keeps its state to itself."""
+
+    def __init__(self, base: Expert, refiner: Expert | None, vae: VAE, loader: EngineLoader) -> None:
+        """Parts that belong together; `from_pretrained` makes them."""
+        self._base = base
+        self._refiner = refiner
+        self._loader = loader
+        self._progress: dict[str, Any] = {}
+        self._running: set[Watch] = set()
+        self.vae = vae
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        refiner: str | os.PathLike[str] | None = None,
+        *,
+        backend: str = "auto",
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        device: torch.device | str | None = None,
+        use_safetensors: bool = True,
+        text_encoder: TextEncoder | None = None,
+        text_encoder_2: TextEncoder | None = None,
+        vae: VAE | None = None,
+    ) -> Pipeline:
+        """Load a checkpoint, and a refiner for the last steps.
+
+        Args:
+            model: `"demo"` (shipped), a diffusers folder, a single `.safetensors` file or a hub id. A refiner
+                loads alone too (`"demo-refiner"` is the demo's).
+            refiner: the same; `"demo"` stands for the demo's refiner.
+            backend: `"auto"`, or a name that `latentrt backends` lists.
+            dtype, torch_dtype: of weights and activations, a torch.dtype or its name; float32 on the CPU and
+                float16 elsewhere by default.
+            variant: of the weight files, such as `"fp16"`.
+            revision: of a hub id.
+            cache_dir: where exported models are kept; `LATENTRT_CACHE` or `~/.cache/latentrt` by default.
+            device: `"cuda"` where there is one, else `"cpu"`, by default.
+            use_safetensors: accepted for diffusers' sake; latentrt reads nothing else.
+            text_encoder, text_encoder_2, vae: parts of another pipeline to share instead of loading.
+
+        Raises:
+            CheckpointError: it is not there, damaged, or not understood.
+            BackendError: unknown, or it cannot run here.
+        """
+        if not use_safetensors:
+            raise UnsafeWeightsError(
+                "use_safetensors=False asks for pickled weights, which can run code; leave it out"
+            )
+        if dtype is not None and torch_dtype is not None and _dtype(dtype) != _dtype(torch_dtype):
+            raise RequestError(f"dtype is {dtype} and torch_dtype {torch_dtype}; give one of them")
+        place = _device(device)
+        chosen = dtype if dtype is not None else torch_dtype
+        kind = _dtype(chosen or ("float32" if place.type == "cpu" else "float16"))
+        loader = EngineLoader(backend, place, kind, None if cache_dir is None else Path(cache_dir))
+        checkpoint = open_checkpoint(model, variant=variant, revision=revision)
+        base = load_expert(checkpoint, loader, text_encoder, text_encoder_2)
+        vae = vae or load_vae(checkpoint, loader)
+        second = None
+        if refiner is not None:
+            name = "demo-refiner" if os.fspath(refiner) == "demo" else refiner
+            second = load_expert(open_checkpoint(name, variant=variant), loader, None, base.text_encoder_2)
+        return cls(base, second, vae, loader)
+
+    @property
+    def text_encoder(self) -> TextEncoder | None:
+        """The first text encoder, to share; None for a refiner."""
+        return self._base.text_encoder
+
+    @property
+    def text_encoder_2(self) -> TextEncoder | None:
+        """SDXL's second text encoder, to share."""
+        return self._base.text_encoder_2
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._loader.device
+
+    @property
+    def backend(self) -> str:
+        """The back end that was chosen."""
+        return self._loader.backend.name
+
+    def to(self, device: torch.device | str) -> Pipeline:
+        """Run on another device from the next call on; parts shared with another pipeline stay with that one.
+
+        Raises:
+            BackendUnavailableError: the back end cannot run there.
+        """
+        place = _device(device)
+        if place != self._loader.device:
+            self._loader.move(place)
+        return self
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options for tqdm, such as `disable=True`. By default bars show on a terminal only."""
+        self._progress = options
+
+    def interrupt(self) -> None:
+        """Stop every call in progress after the step it is at; each returns what it has."""
+        for watch in list(self._running):
+            watch.stop.set()
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        prompt_2: str | Sequence[str] | None = None,
+        *,
+        image: Any = None,
+        strength: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
+        high_noise_frac: float = 0.8,
+        guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        sampler: str | None = None,
+        clip_skip: int | None = None,
+        original_size: Size | Sequence[Size] | None = None,
+        crops_coords_top_left: Size | Sequence[Size] = (0, 0),
+        target_size: Size | Sequence[Size] | None = None,
+        negative_original_size: Size | Sequence[Size] | None = None,
+        negative_crops_coords_top_left: Size | Sequence[Size] | None = None,
+        negative_target_size: Size | Sequence[Size] | None = None,
+        aesthetic_score: float = 6.0,
+        negative_aesthetic_score: float = 2.5,
+        output_type: OutputType = "pil",
+        callback_on_step_end: OnStepEnd | None = None,
+    ) -> PipelineOutput:
+        """Make images. Arguments have diffusers' names and meanings; those of latentrt's own are marked (*).
+
+        Args:
+            prompt: a text, or a list of them.
+            prompt_2: for SDXL's second text encoder; `prompt` by default.
+            image: start from this picture, or from latents: see `image.to_tensor` for the forms it can have.
+            strength: share of the steps taken from `image`; 0.3 for SDXL and 0.8 for SD by default.
+            height, width: in pixels, multiples of 8; the model's own by default.
+            num_inference_steps: steps of the whole schedule, base and refiner together.
+            denoising_start: the image is latents already denoised for this fraction of the schedule.
+            denoising_end: stop after this fraction; with `output_type="latent"` a refiner goes on from there.
+            high_noise_frac: (*) with a refiner loaded, the fraction the base denoises. At 1 the refiner does
+                nothing.
+            guidance_scale: 1 or less turns guidance off; 5 for SDXL and 7.5 for SD by default.
+            guidance_rescale: share in [0, 1], against overexposure (Lin et al., 2023, section 3.4).
+            negative_prompt, negative_prompt_2: what to steer away from.
+            num_images_per_prompt: images of each prompt, next to each other in the result.
+            eta: DDIM's share of noise.
+            seed: (*) of the first image, the next ones count up; or one for each image. Random by default.
+            generator: instead of seed, one torch.Generator for each image, or one for all.
+            latents: instead of noise, `[B, 4, H/8, W/8]` of unit variance.
+            sampler: (*) overrides the checkpoint's, such as "euler" or "dpm++2m-karras".
+            clip_skip: text encoder layers left out, besides those the model always leaves out.
+            original_size, crops_coords_top_left, target_size: (height, width) or (top, left), for all images
+                or one per prompt; the image's size and (0, 0) by default.
+            negative_original_size, negative_crops_coords_top_left, negative_target_size: of the negative half.
+            aesthetic_score, negative_aesthetic_score: told to a refiner.
+            output_type: "pil", "np" (float32 `[B, H, W, 3]` in [0, 1]), "pt" (float32 `[B, 3, H, W]`) or "latent".
+            callback_on_step_end: called after each step as `callback(pipeline, step, timestep, {"latents": x})`.
+                It may return `{"latents": y}` to go on with, or `{"interrupt": True}` to stop.
+
+        Raises:
+            RequestError: an argument cannot be met; the message names it.
+        """
+        arguments = {
+            k: v for k, v in locals().items() if k not in ("self", "sampler", "callback_on_step_end")
+        }
+        request = self._request(arguments)
+        stages = self._stages(request, sampler)
+        noise = NoiseSource(request.generators, request.batch)
+        with self._watched(stages, callback_on_step_end) as watch, torch.inference_mode():
+            with watch.stage("prepare", self.device):
+                self._prepare(request, stages)
+            with watch.stage("text", self.device):
+                conditionings = [
+                    stage.expert.condition(
+                        request, self.device, from_image=request.image is not None or k > 0
+                    )
+                    for k, stage in enumerate(stages)
+                ]
+            with watch.stage("start", self.device):
+                latents = self._start(request, stages[0].table, noise)
+            for stage, conditioning in zip(stages, conditionings, strict=True):
+                with watch.stage(stage.name, self.device):
+                    latents = denoise(
+                        stage.expert.predictor(conditioning),
+                        latents,
+                        stage.table,
+                        guidance_scale=request.guidance_scale if stage.expert.guided(request) else None,
+                        guidance_rescale=request.guidance_rescale,
+                        noise=noise.draw_steps(stage.table, latents.shape[1:], latents.device),
+                        dtype=stage.expert.unet.component.dtype,
+                        on_step=watch.on_step,
+                        should_stop=watch.stop.is_set,
+                    )
+            images: Any = latents
+            if request.output_type != "latent":
+                with watch.stage("decode", self.device):
+                    images = from_tensor(self.vae.decode(latents), request.output_type)
+        return PipelineOutput(images, self._parameters(request, sampler), watch.timings, watch.stop.is_set())
+
+    def _request(self, arguments: dict[str, Any]) -> GenerationRequest:
+        sdxl = self._base.takes_sizes
+        defaults = {"guidance_scale": 5.0 if sdxl else 7.5, "strength": 0.3 if sdxl else 0.8}
+        for name, value in defaults.items():
+            if arguments[name] is None:
+                arguments[name] = value
+        side = self._base.config.sample_size or (128, 128)
+        return GenerationRequest.create(
+            arguments,
+            default_size=(side[0] * self.vae.scale, side[1] * self.vae.scale),
+            latent_scale=self.vae.scale,
+            latent_channels=self.vae.channels,
+        )
+
+    def _stages(self, request: GenerationRequest, sampler: str | None) -> list[_Stage]:
+        """Who takes which steps. Stages without steps are left out, but the first, whose schedule is the start's."""
+        strength = request.strength if request.image is not None and request.denoising_start is None else None
+        if self._refiner is None:
+            experts = [self._base]
+            windows = [(request.denoising_start, request.denoising_end)]
+        else:
+            if request.denoising_start is not None or request.denoising_end is not None:
+                raise RequestError(
+                    "this pipeline has a refiner and divides the schedule at high_noise_frac; load base and refiner "
+                    "as two pipelines to use denoising_start and denoising_end"
+                )
+            experts = [self._base, self._refiner]
+            windows = [(None, request.high_noise_frac), (request.high_noise_frac, None)]
+        stages = []
+        for expert, (start, end) in zip(experts, windows, strict=True):
+            config = expert.sampler(sampler)
+            first, last = step_range(config, request.steps, denoising_start=start, denoising_end=end)
+            if strength is not None:
+                first = min(last, max(first, step_range(config, request.steps, strength=strength)[0]))
+            table = build_table(config, request.steps, begin=first, end=last, eta=request.eta)
+            stages.append(_Stage(expert.name, expert, table))
+        return [stage for stage in stages if len(stage.table)] or stages[:1]
+
+    def _prepare(self, request: GenerationRequest, stages: Sequence[_Stage]) -> None:
+        """Load what the stages need, so that their times are their own."""
+        needed = [engine for stage in stages for engine in stage.expert.engines()]
+        if request.image is not None and request.image.shape[1] == 3:
+            needed.append(self.vae.encoder)
+        if request.output_type != "latent":
+            needed.append(self.vae.decoder)
+        for engine in needed:
+            engine.load()
+
+    def _start(self, request: GenerationRequest, table: SamplerTable, noise: NoiseSource) -> Tensor:
+        """Latents at the noise level of the first step."""
+        scale = self.vae.scale
+        shape = (self.vae.channels, request.height // scale, request.width // scale)
+        if request.image is None:
+            given = noise.draw(shape) if request.latents is None else request.latents
+            return initial_latents(given.to(self.device, torch.float32), table)
+        clean = request.image.to(self.device, torch.float32)
+        if clean.shape[1] == 3:
+            clean = self.vae.encode(clean, noise.draw)
+        if request.denoising_start is not None or not len(table):
+            return clean
+        return noised_latents(clean, noise.draw(shape).to(clean), table)
+
+    @contextmanager
+    def _watched(self, stages: Sequence[_Stage], callback: OnStepEnd | None) -> Iterator[Watch]:
+        """A watch over one call, known to `interrupt` while it lasts."""
+        steps = sum(len(stage.table) for stage in stages)
+        watch = Watch(steps, self._progress, None if callback is None else partial(callback, self))
+        self._running.add(watch)
+        try:
+            yield watch
+        finally:
+            self._running.discard(watch)
+            watch.close()
+
+    def _parameters(self, request: GenerationRequest, sampler: str | None) -> list[dict[str, Any]]:
+        """What made each image."""
+        common = {
+            "steps": request.steps,
+            "sampler": sampler or self._base.sampler(None).name,
+            "guidance_scale": request.guidance_scale,
+            "size": f"{request.width}x{request.height}",
+            "model": self._base.source,
+            "backend": self.backend,
+            "version": f"latentrt {__version__}",
+        }
+        if self._refiner is not None:
+            common |= {"refiner": self._refiner.source, "high_noise_frac": request.high_noise_frac}
+        if request.image is not None and request.denoising_start is None:
+            common["strength"] = request.strength
+        if request.clip_skip is not None:
+            common["clip_skip"] = request.clip_skip
+        records = []
+        for k, seed in enumerate(request.seeds):
+            p = k // request.images_per_prompt
+            record = {"prompt": request.prompts[p], **common, "seed": seed}
+            if request.negatives[p]:
+                record["negative_prompt"] = request.negatives[p]
+            records.append(record)
+        return records
+
+
+def _dtype(value: torch.dtype | str) -> torch.dtype:
+    name = str(value).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise RequestError(f"dtype is {value!r}; it can be {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _device(value: torch.device | str | None) -> torch.device:
+    if value is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(value)
+    except RuntimeError as error:
+        raise RequestError(f"device is {value!r}; it can be 'cpu', 'cuda' or 'cuda:1' and so on") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailableError(
+            f"device is {str(value)!r}, and PyTorch {torch.__version__} sees no CUDA device"
+        )
+    return device

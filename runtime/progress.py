@@ -1,0 +1,76 @@
+"""What a call reports while it runs: a progress bar, the time each stage took, and whether to stop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import RequestError
+
+__all__ = ["StepCallback", "Watch"]
+
+StepCallback = Callable[[int, float, dict[str, Any]], Mapping[str, Any] | None]
+"""(step, timestep, {"latents": x}) -> None, or a mapping with `latents` to go on with or `interrupt`."""
+
+
+class Watch:
+    """One call's progress.
+
+    Attributes:
+        stop: set to end the call after the step it is at.
+        timings: seconds of each stage that has ended; `total` when the call has.
+    """
+
+    def __init__(self, steps: int, options: Mapping[str, Any], callback: StepCallback | None) -> None:
+        """A bar over `steps`; `options` are tqdm's, and by default it shows on a terminal only."""
+        self.stop = threading.Event()
+        self.timings: dict[str, float] = {}
+        self._bar = tqdm(total=steps, **{"disable": None, "leave": False, "unit": "step", **options})
+        self._callback = callback
+        self._step = 0
+
+    @contextmanager
+    def stage(self, name: str, device: torch.device) -> Iterator[None]:
+        """Time what happens inside, work queued on the device included."""
+        self._bar.set_description(name)
+        begun = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.timings[name] = time.perf_counter() - begun
+
+    def on_step(self, _: int, timestep: float, latents: Tensor) -> Tensor | None:
+        """Count a step of whichever expert, and hear the caller.
+
+        Raises:
+            RequestError: the callback returned something else than it may.
+        """
+        step, self._step = self._step, self._step + 1
+        self._bar.update()
+        if self._callback is None:
+            return None
+        answer = self._callback(step, timestep, {"latents": latents}) or {}
+        if not isinstance(answer, Mapping) or not set(answer) <= {"latents", "interrupt"}:
+            raise RequestError(
+                f"callback_on_step_end returned {answer!r}; it can return a mapping with 'latents' or 'interrupt'"
+            )
+        if answer.get("interrupt"):
+            self.stop.set()
+        replaced = answer.get("latents")
+        if replaced is not None and replaced.shape != latents.shape:
+            raise RequestError(
+                f"callback_on_step_end returned latents {list(replaced.shape)}; they are {list(latents.shape)}"
+            )
+        return replaced
+
+    def close(self) -> None:
+        """Remove the bar and sum the timings."""
+        self._bar.close()
+        self.timings["total"] = sum(self.timings.values())
