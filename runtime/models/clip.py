@@ -153,7 +153,7 @@ class CLIPTextEncoder(nn.Module):
 
         end = input_ids if self.config.eos_token_id == 2 else input_ids == self.config.eos_token_id
         position = end.to(torch.int32).argmax(dim=-1)  # [B]
-        pooled = norm(states[-1][torch.arange(len(position), device=position.device), position])
+        pooled = norm(states[-1][torch.arange(position.shape[0], device=position.device), position])
         if self.text_projection is not None:
             pooled = self.text_projection(pooled)
         return sequence, pooled
