@@ -1,0 +1,119 @@
+"""A component as an ONNX file, traced by torch.export, with its weights in a file beside it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from ..errors import ExportError
+from ..runtime.engines.base import Component, example_inputs
+
+__all__ = ["OPSET", "export_component"]
+
+OPSET = 20
+
+# Of each node torch keeps the Python stack, the FX node and its scopes: ten times the graph, and paths of the
+# machine it was exported on. The scopes are kept: they say which module of the model a node came from.
+_KEPT_METADATA = "namespace"
+
+
+def export_component(component: Component, path: Path, *, module: nn.Module | None = None) -> Path:
+    """Write the component to `path` and its weights to `path` + ".data".
+
+    Every named dimension of the inputs is dynamic, and shared by the inputs that name it. The model says in
+    its metadata which component it is and what made it.
+
+    Args:
+        component: what to export.
+        path: the .onnx file, in a folder that exists.
+        module: the component's module where it was built already; it is not changed.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ExportError: torch.export, the ONNX exporter or ONNX's checker refuse it.
+        OSError: the files cannot be written.
+    """
+    dims = {
+        name: torch.export.Dim(name)
+        for spec in component.inputs
+        for name in spec.dims
+        if isinstance(name, str)
+    }
+    shapes = tuple(
+        {i: dims[name] for i, name in enumerate(spec.dims) if isinstance(name, str)}
+        for spec in component.inputs
+    )
+    try:
+        with _quietly(), torch.no_grad():
+            # Traced here, because the ONNX exporter tries other ways when tracing fails, and those pin a dynamic
+            # dimension to its example instead of refusing a module that does.
+            traced = torch.export.export(
+                component.build() if module is None else module,
+                example_inputs(component, component.example_sizes),
+                dynamic_shapes=shapes,
+            )
+            program = torch.onnx.export(
+                traced,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[spec.name for spec in component.inputs],
+                output_names=[spec.name for spec in component.outputs],
+                verbose=False,
+            )
+            assert program is not None
+            _describe(program.model, component)
+            program.save(path, external_data=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch.export, onnxscript and ONNX share no base
+        raise ExportError(f"{component.name} cannot be exported to ONNX: {error}") from error
+    try:
+        onnx.checker.check_model(path)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"{component.name} was exported to an invalid ONNX model: {error}") from error
+    return path
+
+
+def _describe(model: Any, component: Component) -> None:
+    """Write what the model is into its metadata, and take from its nodes what only a debugger wants."""
+    for node in model.graph.all_nodes():
+        for key in [key for key in node.metadata_props if not key.endswith(_KEPT_METADATA)]:
+            del node.metadata_props[key]
+    model.producer_name = "latentrt"
+    model.producer_version = metadata.version("latentrt")
+    model.metadata_props.update(
+        {
+            "latentrt.component": component.name,
+            "latentrt.fingerprint": component.fingerprint,
+            "latentrt.dtype": str(component.dtype).removeprefix("torch."),
+            "latentrt.version": metadata.version("latentrt"),
+            "torch.version": torch.__version__,
+        }
+    )
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the exporter's warnings about its own internals: an export is judged by its checks."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
