@@ -9,7 +9,6 @@ Source: openai/CLIP, `clip/simple_tokenizer.py`; licence in `data/clip_merges.LI
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .json_file import read_json
 
 __all__ = ["END_TOKEN", "START_TOKEN", "TokenizerFiles", "clip_merges", "clip_vocabulary", "read_tokenizer"]
 
@@ -73,18 +73,18 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            config |= _read_json(folder / name)
+            config |= read_json(folder / name)
     config = {key: _token_text(value) for key, value in config.items()}
     vocab_file, merges_file, both = folder / "vocab.json", folder / "merges.txt", folder / "tokenizer.json"
     if vocab_file.is_file() and merges_file.is_file():
-        vocab = _read_json(vocab_file)
+        vocab = read_json(vocab_file)
         try:
             merges = _parse_merges(merges_file.read_text("utf-8"))
         except ValueError as error:
             raise CheckpointError(f"{merges_file} is not a list of merges: {error}") from error
         return TokenizerFiles(vocab, merges, config)
     if both.is_file():
-        model = _read_json(both).get("model", {})
+        model = read_json(both).get("model", {})
         if model.get("type") != "BPE" or not {"vocab", "merges"} <= model.keys():
             raise CheckpointError(
                 f"{both} holds a {model.get('type')!r} tokenizer; CLIP's is 'BPE' with merges"
@@ -110,13 +110,3 @@ def _parse_merges(text: str) -> list[Merge]:
 def _token_text(value: Any) -> Any:
     """Saved tokens are strings or `{"content": ..., "lstrip": ...}`; both become strings."""
     return value["content"] if isinstance(value, dict) and "content" in value else value
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}, expected an object")
-    return data

@@ -1,0 +1,79 @@
+"""SHA-256 of files, remembered.
+
+Hashing five gigabytes takes seconds and the weights rarely change, so a digest is kept in `digests.json` with
+the file's size, inode, mtime and ctime, and holds while all four stay the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+from filelock import FileLock
+
+from .cache import cache_root
+
+__all__ = ["DigestMemory", "combined"]
+
+_log = logging.getLogger(__name__)
+
+
+class DigestMemory:
+    """Digests of files, in `digests.json` under the cache folder. Safe for several threads and processes.
+
+    Args:
+        cache_dir: as for `cache.cache_root`. When it cannot be written, digests are computed each time, and a
+            warning says so.
+    """
+
+    def __init__(self, cache_dir: str | os.PathLike[str] | None = None) -> None:
+        self._file = cache_root(cache_dir) / "digests.json"
+
+    def digest(self, file: Path) -> str:
+        """SHA-256 of the file's contents, in hex."""
+        path = file.resolve()
+        stamp = _stamp(path)
+        known = self._load().get(str(path))
+        if known is not None and known[:-1] == stamp:
+            return str(known[-1])
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if _stamp(path) == stamp:  # else it changed while it was read: what was read is not to be remembered
+            self._remember(path, [*stamp, digest])
+        return digest
+
+    def _load(self) -> dict[str, list[int | str]]:
+        try:
+            known = json.loads(self._file.read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}  # absent or damaged: it only saves time, and is written anew
+        return known if isinstance(known, dict) else {}
+
+    def _remember(self, path: Path, entry: list[int | str]) -> None:
+        partial = self._file.with_name(f"digests.{secrets.token_hex(4)}.partial")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._file.with_suffix(".lock")):
+                known = {name: old for name, old in self._load().items() if Path(name).exists()}
+                partial.write_text(json.dumps({**known, str(path): entry}, indent=1), "utf-8")
+                partial.replace(self._file)
+        except OSError as error:
+            _log.warning(
+                "cannot remember digests in %s (%s): weights are hashed at each start", self._file, error
+            )
+            partial.unlink(missing_ok=True)
+
+
+def combined(digests: Iterable[str]) -> str:
+    """One digest over several, in their order."""
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _stamp(path: Path) -> list[int | str]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]

@@ -1,0 +1,302 @@
+"""Checkpoints: a diffusers folder, a hub id, a single safetensors file or the shipped demo, all read alike.
+
+`open_checkpoint` finds one and reads nothing but small JSON files; `Checkpoint.weights` finds a component's
+tensors, and `WeightSet.load_into` reads them. Pickled weights are refused: unpickling can run code.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, CheckpointNotFoundError, UnsafeWeightsError
+from . import hub, single_file
+from .digests import DigestMemory
+from .json_file import read_json
+from .tokenizer_files import TokenizerFiles, clip_merges, clip_vocabulary, read_tokenizer
+from .weight_set import TensorRef, WeightSet, read_header
+
+__all__ = ["Checkpoint", "WeightSet", "open_checkpoint"]
+
+_log = logging.getLogger(__name__)
+
+_HERE = Path(__file__).parent
+_DEMO = _HERE / "demo"
+_DATA = _HERE / "data"
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_REMEDY = (
+    "unpickling can run code, so latentrt reads safetensors only: take the safetensors files of the model, or "
+    "convert these where you trust them, e.g. with diffusers' save_pretrained(..., safe_serialization=True)"
+)
+_SHARED_WITH_BASE = ("text_encoder_2", "tokenizer_2", "vae")
+
+
+def open_checkpoint(
+    model: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    config: str | os.PathLike[str] | None = None,
+) -> Checkpoint:
+    """Find a checkpoint.
+
+    Args:
+        model: "demo" or "demo-refiner", the shipped ones; a diffusers folder; a single `.safetensors` file of
+            SDXL's base or refiner in the original key layout; or a hub id `owner/name`. What exists on disk comes
+            before the hub.
+        variant: such as "fp16", for `*.fp16.safetensors`; components without it are read in their plain form,
+            with a warning.
+        revision: branch, tag or commit of a hub id.
+        cache_dir: latentrt's cache, where digests are remembered. Downloads are kept in huggingface_hub's own.
+        config: for a single file of other sizes than SDXL's, a diffusers folder to take the configurations and
+            tokenizers from.
+
+    Raises:
+        CheckpointNotFoundError: neither on disk nor on the hub.
+        UnsafeWeightsError: `model` is a pickle.
+        CheckpointError: it is there but is no checkpoint that is understood, or has nothing of that variant.
+    """
+    source = os.fspath(model)
+    if source in ("demo", "demo-refiner"):
+        return _demo(source, variant, cache_dir)
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _single_file(path, cache_dir, config)
+    if path.is_dir():
+        return Checkpoint(source, path, variant=variant, cache_dir=cache_dir)
+    if isinstance(model, str) and hub.is_hub_id(model):
+        folder = hub.fetch(model, variant=variant, revision=revision)
+        return Checkpoint(source, folder, variant=variant, cache_dir=cache_dir)
+    raise CheckpointNotFoundError(
+        f'{source!r} is no folder or file, and not a hub id (owner/name) either; give one of these, or "demo" for '
+        "the checkpoint that is shipped"
+    )
+
+
+class Checkpoint:
+    """A diffusers folder.
+
+    Args:
+        source: what the user asked for, for messages.
+        folder: where `model_index.json` is.
+        variant, cache_dir: as in `open_checkpoint`.
+        fallback: where the components named in `shared` come from when this one does not list them.
+
+    Attributes:
+        source: as given.
+        folder: as given.
+        model_index: `model_index.json`.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        folder: Path,
+        *,
+        variant: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        fallback: Checkpoint | None = None,
+        shared: Iterable[str] = (),
+    ) -> None:
+        index = folder / "model_index.json"
+        if not index.is_file():
+            raise CheckpointError(_not_a_pipeline(folder))
+        self.source = source
+        self.folder = folder
+        self.model_index: Mapping[str, Any] = read_json(index)
+        self._memory = DigestMemory(cache_dir)
+        self._variant = variant
+        self._fallback = fallback
+        self._shared = frozenset(shared)
+        if variant is not None:
+            self._check_variant(variant)
+
+    def has(self, component: str) -> bool:
+        """Whether there is a component of that name, such as "text_encoder_2"."""
+        if self._borrowed(component) is not None:
+            return True
+        entry = self.model_index.get(component)
+        return isinstance(entry, list) and any(entry)
+
+    def config(self, component: str) -> dict[str, Any]:
+        """`config.json` of a network, `scheduler_config.json` of the scheduler.
+
+        Raises:
+            CheckpointError: there is no such component, or its file cannot be read.
+        """
+        if (lender := self._borrowed(component)) is not None:
+            return lender.config(component)
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
+        return read_json(self._folder_of(component) / name)
+
+    def tokenizer_files(self, tokenizer: str) -> TokenizerFiles:
+        """The tables of "tokenizer" or "tokenizer_2".
+
+        Raises:
+            CheckpointError: there is no such tokenizer, or its files cannot be read.
+        """
+        if (lender := self._borrowed(tokenizer)) is not None:
+            return lender.tokenizer_files(tokenizer)
+        return read_tokenizer(self._folder_of(tokenizer))
+
+    def weights(self, component: str) -> WeightSet:
+        """The tensors of a network, not read yet.
+
+        Raises:
+            UnsafeWeightsError: there are pickled ones only.
+            CheckpointError: there is no such component, or a file is missing or damaged.
+        """
+        if (lender := self._borrowed(component)) is not None:
+            return lender.weights(component)
+        folder = self._folder_of(component)
+        tensors: dict[str, TensorRef] = {}
+        for file in _weight_files(folder, self._variant):
+            for key, ref in read_header(file).items():
+                if key in tensors:
+                    raise CheckpointError(f"{file} and {tensors[key].file.name} both have {key!r}")
+                tensors[key] = ref
+        return WeightSet(f"{component} of {self.source}", tensors, self._memory)
+
+    def _borrowed(self, component: str) -> Checkpoint | None:
+        if component in self.model_index or component not in self._shared:
+            return None
+        return self._fallback
+
+    def _folder_of(self, component: str) -> Path:
+        if not self.has(component):
+            parts = (name for name in self.model_index if not name.startswith("_") and self.has(name))
+            raise CheckpointError(f"{self.source} has no {component}; it has {', '.join(sorted(parts))}")
+        folder = self.folder / component
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{self.source} lists {component} in model_index.json but {folder} is missing; the checkpoint is "
+                "incomplete: fetch it again"
+            )
+        return folder
+
+    def _check_variant(self, variant: str) -> None:
+        folders = [self.folder / name for name in hub.WEIGHTED if name in self.model_index]
+        if not any(_named(folder, hub.weight_names(variant)) for folder in folders):
+            found = sorted({file.name for folder in folders for file in folder.glob("*.safetensors")})
+            raise CheckpointError(
+                f"{self.source} has nothing of variant {variant!r}; its weights are {', '.join(found) or 'absent'}. "
+                "Leave variant out to read the plain files"
+            )
+
+
+class _SingleFile(Checkpoint):
+    """A single file, described by the configurations of `folder`."""
+
+    def __init__(
+        self, file: Path, kind: str, tensors: Mapping[str, TensorRef], folder: Path, cache_dir: Any
+    ) -> None:
+        super().__init__(str(file), folder, cache_dir=cache_dir)
+        self._tensors = tensors
+        configs = {name: Checkpoint.config(self, name) for name in ("unet", "vae")}
+        self._components = single_file.convert(kind, tensors, configs)
+
+    def config(self, component: str) -> dict[str, Any]:
+        config = super().config(component)
+        conv_in = self._components["unet"].get("conv_in.weight")
+        if component == "unet" and conv_in is not None and len(conv_in.shape) == 4:
+            config["in_channels"] = conv_in.shape[1]  # 9 for inpainting
+        if component == "scheduler":
+            # Two empty tensors by which community checkpoints say how they were trained.
+            if "v_pred" in self._tensors:
+                config["prediction_type"] = "v_prediction"
+            if "ztsnr" in self._tensors:
+                config["rescale_betas_zero_snr"] = True
+        return config
+
+    def tokenizer_files(self, tokenizer: str) -> TokenizerFiles:
+        folder = self._folder_of(tokenizer)
+        if (folder / "vocab.json").is_file() or (folder / "tokenizer.json").is_file():
+            return read_tokenizer(folder)
+        merges = clip_merges()
+        return TokenizerFiles(clip_vocabulary(merges), merges, read_json(folder / "tokenizer_config.json"))
+
+    def weights(self, component: str) -> WeightSet:
+        if component not in self._components:
+            raise CheckpointError(f"{self.source} has no {component}; it has {', '.join(self._components)}")
+        return WeightSet(f"{component} of {self.source}", self._components[component], self._memory)
+
+
+def _demo(name: str, variant: str | None, cache_dir: str | os.PathLike[str] | None) -> Checkpoint:
+    base = Checkpoint("demo", _DEMO, variant=variant, cache_dir=cache_dir)
+    if name == "demo":
+        return base
+    refiner = _DEMO / "refiner"
+    return Checkpoint(
+        name, refiner, variant=variant, cache_dir=cache_dir, fallback=base, shared=_SHARED_WITH_BASE
+    )
+
+
+def _single_file(
+    file: Path, cache_dir: str | os.PathLike[str] | None, config: str | os.PathLike[str] | None
+) -> Checkpoint:
+    if file.suffix in _PICKLES:
+        raise UnsafeWeightsError(f"{file} is a pickle; {_REMEDY}")
+    if file.suffix != ".safetensors":
+        raise CheckpointError(f"{file} is not a .safetensors file, nor a folder with a model_index.json")
+    tensors = read_header(file)
+    kind = single_file.recognise(file, tensors)
+    folder = _DATA / kind if config is None else Path(config).expanduser()
+    return _SingleFile(file, kind, tensors, folder, cache_dir)
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The safetensors files of a component: one, or the shards its index lists."""
+    found = _named(folder, hub.weight_names(variant))
+    if not found and variant is not None:
+        found = _named(folder, hub.weight_names(None))
+        if found:
+            _log.warning("%s has no variant %r: reading %s", folder, variant, found[0].name)
+    if not found:
+        there = sorted(path.name for path in folder.iterdir())
+        pickles = [name for name in there if Path(name).suffix in _PICKLES]
+        if pickles:
+            raise UnsafeWeightsError(f"{folder} has only pickled weights ({', '.join(pickles)}); {_REMEDY}")
+        raise CheckpointError(
+            f"{folder} has no weights: expected {' or '.join(f'{stem}.safetensors' for stem in hub.STEMS)}, "
+            f"found {', '.join(there) or 'nothing'}"
+        )
+    first = found[0]
+    if first.suffix == ".json":
+        return _shards(first)
+    if "-of-" in first.name:
+        raise CheckpointError(f"{folder} has shards such as {first.name} without an index; fetch it again")
+    return [first]
+
+
+def _named(folder: Path, names: Iterable[str]) -> list[Path]:
+    """Files of these names, in the names' order."""
+    return [path for name in names for path in sorted(folder.glob(name))]
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map; it does not list shards")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        # The index is downloaded text: it may name files beside it and nothing else.
+        if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index} names {name!r}, which is not a safetensors file beside it; refused"
+            )
+    return [index.parent / name for name in names]
+
+
+def _not_a_pipeline(folder: Path) -> str:
+    """What to say of a folder without model_index.json."""
+    message = f"{folder} has no model_index.json, so it is not a diffusers pipeline"
+    if (folder / "config.json").is_file():
+        return f"{message}; it looks like one component: give the folder above it"
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if files:
+        return f"{message}; to load a single-file checkpoint give the file itself, such as {files[0]}"
+    return message
