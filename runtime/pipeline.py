@@ -122,13 +122,13 @@ class Pipeline:
         chosen = dtype if dtype is not None else torch_dtype
         kind = _dtype(chosen or ("float32" if place.type == "cpu" else "float16"))
         loader = EngineLoader(backend, place, kind, None if cache_dir is None else Path(cache_dir))
-        checkpoint = open_checkpoint(model, variant=variant, revision=revision)
+        checkpoint = open_checkpoint(model, variant=variant, revision=revision, cache_dir=cache_dir)
         base = load_expert(checkpoint, loader, text_encoder, text_encoder_2)
         vae = vae or load_vae(checkpoint, loader)
         second = None
         if refiner is not None:
             name = "demo-refiner" if os.fspath(refiner) == "demo" else refiner
-            second = load_expert(open_checkpoint(name, variant=variant), loader, None, base.text_encoder_2)
+            second = load_expert(open_checkpoint(name, variant=variant, cache_dir=cache_dir), loader, None, base.text_encoder_2)
         return cls(base, second, vae, loader)
 
     @property
@@ -358,12 +358,12 @@ class Pipeline:
             "sampler": sampler or self._base.sampler(None).name,
             "guidance_scale": request.guidance_scale,
             "size": f"{request.width}x{request.height}",
-            "model": self._base.source,
+            "model": _public_name(self._base.source),
             "backend": self.backend,
             "version": f"latentrt {__version__}",
         }
         if self._refiner is not None:
-            common |= {"refiner": self._refiner.source, "high_noise_frac": request.high_noise_frac}
+            common |= {"refiner": _public_name(self._refiner.source), "high_noise_frac": request.high_noise_frac}
         if request.image is not None and request.denoising_start is None:
             common["strength"] = request.strength
         if request.clip_skip is not None:
@@ -376,6 +376,12 @@ class Pipeline:
                 record["negative_prompt"] = request.negatives[p]
             records.append(record)
         return records
+
+
+def _public_name(source: str) -> str:
+    """A checkpoint's name without the folders it lies in on this machine."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
 
 
 def _dtype(value: torch.dtype | str) -> torch.dtype:
