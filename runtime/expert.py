@@ -7,7 +7,7 @@ the schedule. To the denoising loop they are the same thing with different data.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,12 @@ class Expert:
     def encoders(self) -> list[TextEncoder]:
         """The text encoders there are, in the order their sequences are joined."""
         return [e for e in (self.text_encoder, self.text_encoder_2) if e is not None]
+
+    def sharing(self, other: Expert) -> Expert:
+        """The same expert, with the second text encoder of another one where they are equal."""
+        mine, theirs = self.text_encoder_2, other.text_encoder_2
+        same = mine is not None and theirs is not None and mine.equals(theirs)
+        return replace(self, text_encoder_2=theirs) if same else self
 
     def engines(self) -> list[LazyEngine]:
         """Everything it runs."""

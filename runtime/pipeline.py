@@ -128,7 +128,8 @@ class Pipeline:
         second = None
         if refiner is not None:
             name = "demo-refiner" if os.fspath(refiner) == "demo" else refiner
-            second = load_expert(open_checkpoint(name, variant=variant, cache_dir=cache_dir), loader, None, base.text_encoder_2)
+            second = load_expert(open_checkpoint(name, variant=variant, cache_dir=cache_dir), loader)
+            second = second.sharing(base)
         return cls(base, second, vae, loader)
 
     @property

@@ -86,6 +86,14 @@ class ClipTokenizer:
         length = int(min(float(config.get("model_max_length") or 77), 1e6))
         self.context = length if length <= 1024 else 77
 
+    def equals(self, other: ClipTokenizer) -> bool:
+        """Whether both give every prompt the same ids."""
+        return (self._pad, self.context, self._backend.to_str()) == (
+            other._pad,
+            other.context,
+            other._backend.to_str(),
+        )
+
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Token ids of each prompt.
 

@@ -101,6 +101,8 @@ class GenerationRequest:
 
         image = None if a["image"] is None else _per_image("image", to_tensor(a["image"]), batch)
         latents = None if a["latents"] is None else _per_image("latents", a["latents"], batch)
+        if image is not None and latents is not None:
+            raise RequestError("give image= or latents=, not both; to continue from latents, pass them as image=")
         height, width = _size_of(a, image, latents, default_size, latent_scale, latent_channels)
         start, end = a["denoising_start"], a["denoising_end"]
         start = None if start is None else _number("denoising_start", start, 0, 1)

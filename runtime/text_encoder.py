@@ -60,6 +60,14 @@ class TextEncoder:
     width: int
     pooled_width: int
 
+    def equals(self, other: TextEncoder) -> bool:
+        """Whether both give every prompt the same embeddings: same weights, same tokens."""
+        return (
+            self.engine.component.fingerprint == other.engine.component.fingerprint
+            and self.tokenizer.equals(other.tokenizer)
+            and self.skip == other.skip
+        )
+
     def encode(self, prompts: Sequence[str], clip_skip: int | None, device: torch.device) -> TextEmbeddings:
         """Embeddings of each prompt; `clip_skip` further layers are left out.
 
