@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -39,7 +40,7 @@ class DigestMemory:
         path = file.resolve()
         stamp = _stamp(path)
         known = self._load().get(str(path))
-        if known is not None and known[:-1] == stamp:
+        if isinstance(known, list) and known[:-1] == stamp:
             return str(known[-1])
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -47,7 +48,7 @@ class DigestMemory:
             self._remember(path, [*stamp, digest])
         return digest
 
-    def _load(self) -> dict[str, list[int | str]]:
+    def _load(self) -> dict[str, object]:
         try:
             known = json.loads(self._file.read_text("utf-8"))
         except (OSError, ValueError):
@@ -66,7 +67,8 @@ class DigestMemory:
             _log.warning(
                 "cannot remember digests in %s (%s): weights are hashed at each start", self._file, error
             )
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
 
 
 def combined(digests: Iterable[str]) -> str:

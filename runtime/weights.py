@@ -66,7 +66,7 @@ def open_checkpoint(
     path = Path(source).expanduser()
     if path.is_file():
         return _single_file(path, cache_dir, config)
-    if path.is_dir():
+    if source and path.is_dir():  # "" would be the working directory
         return Checkpoint(source, path, variant=variant, cache_dir=cache_dir)
     if isinstance(model, str) and hub.is_hub_id(model):
         folder = hub.fetch(model, variant=variant, revision=revision)

@@ -1,0 +1,96 @@
+"""Tokenizer tables: CLIP's own, and those of a folder in either format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from latentrt.errors import CheckpointError
+from latentrt.runtime.tokenizer_files import clip_merges, clip_vocabulary, read_tokenizer
+from tiny_checkpoints import save_tokenizer, write_json
+from transformers import CLIPTokenizer
+
+Tiny = Callable[..., Path]
+
+
+def test_clip_has_its_published_ids() -> None:
+    """Ids of openai/clip-vit-large-patch14."""
+    merges = clip_merges()
+    vocab = clip_vocabulary(merges)
+    assert (len(merges), len(vocab)) == (48894, 49408)
+    assert (merges[0], merges[-1]) == (("i", "n"), ("jeky", "ll</w>"))
+    expected = {"!": 0, "~": 93, "!</w>": 256, "a</w>": 320, "cat</w>": 2368, "photo</w>": 1125}
+    expected |= {"of</w>": 539, "<|startoftext|>": 49406, "<|endoftext|>": 49407}
+    assert {token: vocab[token] for token in expected} == expected
+    assert sorted(vocab.values()) == list(range(49408))
+
+
+def test_the_same_text_has_the_same_ids_in_transformers(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, pad_token="!", merges=48894)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+
+
+def test_cut_merges_are_the_first_ones() -> None:
+    assert clip_merges(1000) == clip_merges()[:1000]
+    assert len(clip_vocabulary(clip_merges(1000))) == 1514
+
+
+@pytest.mark.parametrize(("tokenizer", "pad"), [("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")])
+def test_a_folder_is_read(tiny: Tiny, tokenizer: str, pad: str) -> None:
+    files = read_tokenizer(tiny("sdxl") / tokenizer)
+    assert files.vocab == clip_vocabulary(clip_merges(1000))
+    assert list(files.merges) == clip_merges(1000)
+    assert files.config["pad_token"] == pad
+    assert files.config["model_max_length"] == 77
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_tokenizer_json_says_the_same(tiny: Tiny, tmp_path: Path, paired: bool) -> None:
+    """Newer files pair the merges, older ones join them by a space."""
+    classic = read_tokenizer(tiny("sdxl") / "tokenizer")
+    merges = [list(m) if paired else " ".join(m) for m in classic.merges]
+    model = {"type": "BPE", "vocab": classic.vocab, "merges": merges}
+    write_json(tmp_path / "tokenizer.json", {"model": model})
+    token = {"content": "!", "lstrip": False, "normalized": True}
+    write_json(tmp_path / "special_tokens_map.json", {"pad_token": token, "model_max_length": 3})
+    write_json(tmp_path / "tokenizer_config.json", {"model_max_length": 77})
+    files = read_tokenizer(tmp_path)
+    assert files.vocab == classic.vocab
+    assert list(files.merges) == list(classic.merges)
+    assert files.config["pad_token"] == "!"
+    assert files.config["model_max_length"] == 77
+
+
+def test_what_transformers_saves_is_read(tiny: Tiny, tmp_path: Path) -> None:
+    CLIPTokenizer.from_pretrained(tiny("sdxl") / "tokenizer_2").save_pretrained(tmp_path)
+    files = read_tokenizer(tmp_path)
+    assert files.vocab == clip_vocabulary(clip_merges(1000))
+    assert list(files.merges) == clip_merges(1000)
+    assert files.config["pad_token"] == "!"
+
+
+def test_a_folder_without_a_tokenizer_says_what_is_expected(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"no tokenizer: expected vocab.json and merges.txt, or tokenizer.json"
+    ):
+        read_tokenizer(tmp_path)
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, pad_token="!")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\ni n\nt h e\n")
+    with pytest.raises(CheckpointError, match=r"merges.txt is not a list of merges: line 3 is 't h e'"):
+        read_tokenizer(tmp_path)
+    (tmp_path / "vocab.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"vocab.json cannot be read as JSON"):
+        read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("model", [{"type": "WordPiece", "vocab": {}}, {"type": "BPE", "vocab": {}}, {}])
+def test_another_kind_of_tokenizer_is_refused(tmp_path: Path, model: dict[str, object]) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    with pytest.raises(CheckpointError, match=r"tokenizer; CLIP's is 'BPE' with merges"):
+        read_tokenizer(tmp_path)
