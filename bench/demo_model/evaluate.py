@@ -1,0 +1,206 @@
+"""Measure the demo checkpoint: `python -m latentrt.bench.demo_model.evaluate [--short] [--json FILE]`.
+
+Three measurements, each repeatable from the seeds printed with it:
+accuracy   objects and relations by the pixel checker, half of the prompts from held-out pairings
+fid        base alone against base + refiner at the same total steps, paired seeds, bootstrap interval
+sizes      a small original size blurs; a crop offset moves the object
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from scipy import ndimage
+
+from ..quality import ImageTower, fid_difference, fid_features, frechet_distance
+from .checker import Picture, find_objects, judge
+from .generate import DiffusersGenerator, Generator, LatentrtGenerator
+from .scenes import Scene, caption, random_scene, render
+from .train_text import DEMO
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of prompts right; `failures` lists (seed, prompt) of those that are not."""
+
+    prompts: int
+    steps: int
+    objects: float
+    objects_held_out: float
+    colours: float
+    relations: float
+    failures: list[tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Fid:
+    """FID of base alone and of base + refiner, and base minus base + refiner with its 95 % interval."""
+
+    pairs: int
+    steps: int
+    base: float
+    refined: float
+    difference: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Mean high-frequency energy at the full and at a small original size; mean shifts in pixels."""
+
+    seeds: int
+    energy_full: float
+    energy_small: float
+    shift_right: float  # the object's movement in x, asked for a crop `offset` pixels to the right
+    shift_down: float
+    offset: int
+
+
+def grammar_prompts(count: int, seed: int) -> list[tuple[str, Scene]]:
+    """(prompt, scene it describes), alternately from trained and held-out pairings."""
+    rng = random.Random(f"latentrt demo prompts {seed}")
+    rows = []
+    for k in range(count):
+        scene = random_scene(rng, want_held_out=k % 2 == 1)
+        rows.append((caption(rng, scene, say_relation=True), scene))
+    return rows
+
+
+def measure_accuracy(generate: Generator, *, count: int = 200, steps: int = 30, seed: int = 0) -> Accuracy:
+    """Judge `count` pictures; picture k has the seed `seed + k`."""
+    rows = grammar_prompts(count, seed)
+    pictures = generate([words for words, _ in rows], range(seed, seed + count), steps=steps)
+    verdicts = [judge(picture, scene) for picture, (_, scene) in zip(pictures, rows, strict=True)]
+    relations = [v.relation for v in verdicts if v.relation is not None]
+    return Accuracy(
+        prompts=count,
+        steps=steps,
+        objects=float(np.mean([v.objects for v in verdicts])),
+        objects_held_out=float(np.mean([v.objects for v in verdicts[1::2]])),
+        colours=float(np.mean([v.colours for v in verdicts])),
+        relations=float(np.mean(relations)),
+        failures=[
+            (seed + k, words)
+            for k, (v, (words, _)) in enumerate(zip(verdicts, rows, strict=True))
+            if not v.objects or v.relation is False
+        ],
+    )
+
+
+def measure_fid(
+    base: Generator,
+    refined: Generator,
+    tower: ImageTower,
+    *,
+    count: int = 1000,
+    steps: int = 20,
+    seed: int = 0,
+) -> Fid:
+    """Compare both with twice as many drawn scenes; row k of both has the prompt and seed k."""
+    rng = random.Random(f"latentrt demo fid {seed}")
+    scenes = [random_scene(rng) for _ in range(count)]
+    prompts = [caption(rng, scene) for scene in scenes]
+    seeds = range(seed, seed + count)
+    a = fid_features(tower, base(prompts, seeds, steps=steps))
+    b = fid_features(tower, refined(prompts, seeds, steps=steps))
+    drawn = [render(scene) for scene in scenes] + [render(random_scene(rng)) for _ in range(count)]
+    truth = fid_features(tower, drawn)
+    difference, low, high = fid_difference(truth, a, b, seed=seed)
+    return Fid(count, steps, frechet_distance(truth, a), frechet_distance(truth, b), difference, low, high)
+
+
+def measure_sizes(
+    generate: Generator, *, count: int = 16, steps: int = 20, seed: int = 0, offset: int = 24
+) -> Sizes:
+    """Make the same pictures of single things with other original sizes and crops."""
+    rng = random.Random(f"latentrt demo sizes {seed}")
+    scenes = [random_scene(rng, count=1) for _ in range(count)]
+    prompts = [
+        f"a {thing.colour} {thing.shape} on a {s.background} background" for s in scenes for thing in s.things
+    ]
+    seeds = range(seed, seed + count)
+    plain = generate(prompts, seeds, steps=steps)
+    small = generate(prompts, seeds, steps=steps, original=(32, 32))
+    right = generate(prompts, seeds, steps=steps, crop=(0, offset))
+    down = generate(prompts, seeds, steps=steps, crop=(offset, 0))
+    return Sizes(
+        seeds=count,
+        energy_full=float(np.mean([high_frequency_energy(p) for p in plain])),
+        energy_small=float(np.mean([high_frequency_energy(p) for p in small])),
+        shift_right=_mean_shift(plain, right, 0),
+        shift_down=_mean_shift(plain, down, 1),
+        offset=offset,
+    )
+
+
+def high_frequency_energy(picture: Picture) -> float:
+    """Mean square of what a Gaussian blur of 1.5 pixels takes away, of the picture in [0, 1]."""
+    image = picture.astype(np.float64) / 255
+    return float(np.mean((image - ndimage.gaussian_filter(image, (1.5, 1.5, 0))) ** 2))
+
+
+def _mean_shift(before: list[Picture], after: list[Picture], axis: int) -> float:
+    shifts = []
+    for a, b in zip(before, after, strict=True):
+        first, second = find_objects(a), find_objects(b)
+        if first and second:
+            places = [(f[0].x, f[0].y)[axis] for f in (first, second)]
+            shifts.append(places[1] - places[0])
+    return float(np.mean(shifts)) if shifts else float("nan")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--demo", type=Path, help="a pipeline folder; the shipped demo by default")
+    parser.add_argument("--only", choices=("accuracy", "fid", "sizes"))
+    parser.add_argument("--short", action="store_true", help="16 prompts, 40 pairs, 4 seeds")
+    parser.add_argument("--pairs", type=int, default=1000, help="paired seeds of the FID")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--with", dest="runner", choices=("latentrt", "diffusers"), default="latentrt")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    make: Callable[..., Generator] = LatentrtGenerator if options.runner == "latentrt" else DiffusersGenerator
+    settings = {} if options.guidance is None else {"guidance": options.guidance}
+    model: Any = options.demo or ("demo" if options.runner == "latentrt" else DEMO)
+    refined = make(model, refine=True, **settings)
+    results: dict[str, Any] = {"seed": options.seed}
+
+    def note(name: str, result: Accuracy | Fid | Sizes, since: float) -> None:
+        results[name] = asdict(result)
+        console.print(name, results[name], f"{time.monotonic() - since:.0f} s, seeds from {options.seed}")
+
+    started = time.monotonic()
+    if options.only in (None, "accuracy"):
+        count = 16 if options.short else 200
+        note("accuracy", measure_accuracy(refined, count=count, seed=options.seed), started)
+    started = time.monotonic()
+    if options.only in (None, "sizes"):
+        note("sizes", measure_sizes(refined, count=4 if options.short else 16, seed=options.seed), started)
+    started = time.monotonic()
+    if options.only in (None, "fid"):
+        base = make(model, refine=False, **settings)
+        tower = ImageTower.load((options.demo or DEMO) / "image_tower")
+        count = 40 if options.short else options.pairs
+        note("fid", measure_fid(base, refined, tower, count=count, seed=options.seed), started)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

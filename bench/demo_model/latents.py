@@ -1,0 +1,114 @@
+"""Stage "latents": encode the training examples once, with their conditioning, for both UNets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from rich.progress import track
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from ..quality import as_input
+from . import data
+from .loop import Run, console
+from .scenes import CANVASES
+from .tokenizer import MAX_LENGTH
+from .train_text import DEMO
+
+BATCH = 20
+REFINER_SEED = 500_000_000  # the refiner's examples begin here
+REFINER_SHARE = 0.3  # refiner's examples per base example
+
+
+@dataclass
+class Encoded:
+    """Examples of one canvas: scaled latents [N, 4, h, w] and what goes with row k."""
+
+    latents: Tensor
+    captions: list[str]
+    sizes: Tensor  # [N, 7]: original h, w, crop top, left, target h, w, aesthetic score
+
+
+def stage_latents(run: Run) -> None:
+    """Write `out/latents/base.pt` and `refiner.pt`."""
+    for name in ("base", "refiner"):
+        load(run, name)
+
+
+def load(run: Run, name: str) -> list[Encoded]:
+    """The encoded examples of "base" or "refiner", a table per canvas; encoded first where they are not yet."""
+    path = run.out / "latents" / f"{name}.pt"
+    if not path.exists():
+        vae = AutoencoderKL.from_pretrained(run.out / "vae").to(run.device).eval()
+        offset = run.seed * run.examples
+        if name == "base":
+            seeds, damaged = range(offset, offset + run.examples), 0.0
+        else:
+            count = int(run.examples * REFINER_SHARE)
+            seeds, damaged = range(REFINER_SEED + offset, REFINER_SEED + offset + count), data.DAMAGED
+        tables = encode(vae, seeds, damaged, f"latents for the {name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        torch.save([(t.latents, t.captions, t.sizes) for t in tables], temporary)
+        temporary.replace(path)
+        console.log(f"latents: {len(seeds)} examples for the {name}")
+    return [Encoded(*row) for row in torch.load(path, weights_only=True)]
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, seeds: range, damaged: float, title: str) -> list[Encoded]:
+    """Draw and encode examples; latents are means, scaled to unit deviation, in fp16."""
+    waiting: dict[tuple[int, int], list[data.Example]] = {canvas: [] for canvas in CANVASES}
+    done: dict[tuple[int, int], list[tuple[Tensor, data.Example]]] = {canvas: [] for canvas in CANVASES}
+
+    def flush(canvas: tuple[int, int]) -> None:
+        examples = waiting[canvas]
+        if examples:
+            x = as_input([e.pixels for e in examples]).to(vae.device)
+            z = vae.encode(x).latent_dist.mode() * vae.config.scaling_factor
+            blank = [data.without_pixels(e) for e in examples]
+            done[canvas].extend(zip(z.half().cpu(), blank, strict=True))
+            examples.clear()
+
+    for seed in track(seeds, title, disable=None):
+        canvas = data.canvas_of(seed)
+        waiting[canvas].append(data.example(seed, damaged=damaged))
+        if len(waiting[canvas]) == BATCH:
+            flush(canvas)
+    tables = []
+    for canvas in CANVASES:
+        flush(canvas)
+        sizes = [[*e.original, *e.crop, *canvas, e.aesthetic] for _, e in done[canvas]]
+        latents = torch.stack([z for z, _ in done[canvas]])
+        tables.append(Encoded(latents, [e.caption for _, e in done[canvas]], torch.tensor(sizes)))
+    return tables
+
+
+class TextEncoders:
+    """Both frozen encoders: captions -> (sequence [B, 77, C1 + C2], pooled [B, P]) as SDXL reads them."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.tokenizers = [CLIPTokenizer.from_pretrained(DEMO / n) for n in ("tokenizer", "tokenizer_2")]
+        self.first = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+        self.second = CLIPTextModelWithProjection.from_pretrained(
+            folder / "text_encoder_2", dtype=torch.float32
+        )
+        self.first.to(device).eval()
+        self.second.to(device).eval()
+        self.widths = (self.first.config.hidden_size, self.second.config.hidden_size)
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Encode a batch of captions."""
+        states = []
+        for tokenizer, encoder in zip(self.tokenizers, (self.first, self.second), strict=True):
+            tokens = tokenizer(
+                captions, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
+            )
+            out = encoder(tokens["input_ids"].to(self.device), output_hidden_states=True)
+            states.append(out.hidden_states[-2])
+        return torch.cat(states, dim=-1), out.text_embeds

@@ -1,0 +1,64 @@
+"""Train the demo checkpoint: `python -m latentrt.bench.demo_model.train --out DIR --seed 0`.
+
+Stages, each resumable: vae, text (both text encoders and the image tower), latents, base, refiner. On a CPU the
+default minutes give the shipped checkpoint; on a GPU the same command trains in bf16, and more minutes help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .loop import Run
+
+STAGES = ("vae", "text", "latents", "base", "refiner")
+MODULES = {
+    "vae": "train_vae",
+    "text": "train_text",
+    "latents": "latents",
+    "base": "train_unet",
+    "refiner": "train_unet",
+}
+MINUTES = {"vae": 14.0, "text": 9.0, "latents": 0.0, "base": 60.0, "refiner": 20.0}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and run the stages asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="where checkpoints and the pipeline folder go"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", nargs="*", default=[], metavar="STAGE=N", help=f"defaults: {MINUTES}")
+    parser.add_argument("--examples", type=int, default=20_000, help="encoded scenes to train the UNets on")
+    parser.add_argument(
+        "--workers", type=int, help="threads sharing a UNet's batch; on a CPU its cores, else 1"
+    )
+    options = parser.parse_args(arguments)
+    minutes = dict(MINUTES)
+    for item in options.minutes:
+        stage, _, value = item.partition("=")
+        if stage not in STAGES:
+            parser.error(f"--minutes: unknown stage {stage!r}: one of {', '.join(STAGES)}")
+        minutes[stage] = float(value)
+    torch.set_flush_denormal(True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device(options.device)
+    workers = options.workers or (torch.get_num_threads() if device.type == "cpu" else 1)
+    run = Run(options.out, options.seed, device, minutes, options.examples, workers)
+    for stage in STAGES if options.stage == "all" else (options.stage,):
+        module = importlib.import_module(f".{MODULES[stage]}", __package__)
+        stage_function: Callable[[Run], None] = getattr(module, f"stage_{stage}")
+        stage_function(run)
+
+
+if __name__ == "__main__":
+    main()

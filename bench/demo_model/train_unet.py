@@ -1,0 +1,195 @@
+"""Stages "base" and "refiner": the two UNets over the encoded examples.
+
+Both predict v (Salimans and Ho 2022): at high noise an epsilon prediction says almost nothing about the picture,
+and a small model that must get layout and colours right early learns them several times faster from v.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from .assemble import save_unet, write_pipelines
+from .latents import Encoded, TextEncoders, load
+from .loop import Ema, Run, Stage, console, train
+from .replicas import Replicas
+from .samples import sample_grid
+
+BATCH = 32
+DROPPED = 0.1  # share of examples without a caption, for guidance
+OFFSET_NOISE = 0.07  # of unit noise, one value per channel: brightness is then not read off the noise
+REFINER_BELOW = 220  # timesteps; generation hands over at 200
+POOLED, TIME_IDS = 128, 32  # width of the pooled text, and of each size's embedding
+
+SCHEDULER: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}
+COMMON: dict[str, Any] = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": TIME_IDS,
+    "norm_num_groups": 32,
+}
+
+
+def unet_config(name: str, widths: tuple[int, int]) -> dict[str, Any]:
+    """SDXL's anatomy scaled down; `widths` are those of the text encoders."""
+    if name == "base":
+        return {
+            **COMMON,
+            "layers_per_block": 1,
+            "block_out_channels": (64, 96, 128),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 1, 1),
+            "attention_head_dim": (2, 3, 4),  # heads, not their size: diffusers' naming; heads are of 32
+            "cross_attention_dim": sum(widths),
+            "projection_class_embeddings_input_dim": POOLED + 6 * TIME_IDS,
+        }
+    return {
+        **COMMON,
+        "layers_per_block": 2,
+        "block_out_channels": (64, 64, 64),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 1, 1),
+        "attention_head_dim": (2, 2, 2),
+        "cross_attention_dim": widths[1],
+        "projection_class_embeddings_input_dim": POOLED + 5 * TIME_IDS,
+    }
+
+
+@dataclass
+class Conditioning:
+    """A canvas's latents and conditioning, in fp16 on the CPU; row k of each belongs together."""
+
+    latents: Tensor  # [N, 4, h, w]
+    sequence: Tensor  # [N, 77, C]
+    pooled: Tensor  # [N, P]
+    time_ids: Tensor  # [N, 6] or [N, 5]
+
+
+def prepare(name: str, table: Encoded, text: TextEncoders) -> Conditioning:
+    """Encode a table's captions; the refiner reads the second encoder alone and the aesthetic score."""
+    parts = [text(table.captions[k : k + 64]) for k in range(0, len(table.captions), 64)]
+    sequence, pooled = (torch.cat([part[k].half().cpu() for part in parts]) for k in (0, 1))
+    if name == "base":
+        return Conditioning(table.latents, sequence, pooled, table.sizes[:, :6])
+    time_ids = torch.cat([table.sizes[:, :4], table.sizes[:, 6:]], dim=1)
+    return Conditioning(table.latents, sequence[..., text.widths[0] :].contiguous(), pooled, time_ids)
+
+
+def stage_base(run: Run) -> None:
+    """Train the base UNet and write the pipeline folders."""
+    train_unet(run, "base", 1.0e-3)
+
+
+def stage_refiner(run: Run) -> None:
+    """Train the refiner UNet and write the pipeline folders."""
+    train_unet(run, "refiner", 1.0e-3)
+
+
+def train_unet(run: Run, name: str, peak_rate: float) -> None:
+    """Train one UNet on all its canvases and save its averaged weights."""
+    torch.manual_seed(run.seed)
+    text = TextEncoders(run.out, run.device)
+    tables = [prepare(name, table, text) for table in load(run, name)]
+    counts = torch.tensor([len(table.latents) for table in tables], dtype=torch.float32)
+    unet = UNet2DConditionModel(**unet_config(name, text.widths))
+    unet.to(run.device, memory_format=torch.channels_last)
+    console.log(f"{name}: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters")
+    ema = Ema(unet, 0.998)
+    optimiser = torch.optim.AdamW(unet.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
+    scheduler = EulerDiscreteScheduler(**SCHEDULER)
+    alpha_bar = scheduler.alphas_cumprod.to(run.device)
+    if name == "base":  # as SDXL: no caption is zeros
+        no_sequence, no_pooled = torch.zeros(1), torch.zeros(1)
+    else:
+        sequence, pooled = text([""])
+        no_sequence, no_pooled = sequence[0, :, text.widths[0] :].cpu().half(), pooled[0].cpu().half()
+    replicas = Replicas(unet, run.workers)
+
+    def loss_of(
+        module: UNet2DConditionModel, x: Tensor, target: Tensor, timesteps: Tensor, *text: Tensor
+    ) -> Tensor:
+        sequence, pooled, time_ids = text
+        with run.autocast():
+            v = module(
+                x,
+                timesteps,
+                sequence,
+                added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
+                return_dict=False,
+            )[0]
+        return F.mse_loss(v.float(), target)
+
+    def step(progress: float, generator: torch.Generator) -> dict[str, float]:
+        table = tables[int(torch.multinomial(counts, 1, generator=generator))]
+        rows = torch.randint(len(table.latents), (BATCH,), generator=generator)
+        dropped = torch.rand(BATCH, generator=generator) < DROPPED
+        sequence = torch.where(dropped[:, None, None], no_sequence.half(), table.sequence[rows])
+        pooled = torch.where(dropped[:, None], no_pooled.half(), table.pooled[rows])
+        x0 = table.latents[rows].float()
+        noise = torch.randn(x0.shape, generator=generator)
+        if name == "base":
+            noise = noise + OFFSET_NOISE * torch.randn(*x0.shape[:2], 1, 1, generator=generator)
+            # evenly spread draws, thinned at low noise: the refiner's part needs the base less
+            even = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
+            timesteps = (1000 * even**0.8).long().clamp(max=999)
+        else:
+            timesteps = torch.randint(REFINER_BELOW, (BATCH,), generator=generator)
+        x0, noise, timesteps, sequence, pooled, time_ids = (
+            value.to(run.device)
+            for value in (
+                x0,
+                noise,
+                timesteps,
+                sequence.float(),
+                pooled.float(),
+                table.time_ids[rows].float(),
+            )
+        )
+        signal = alpha_bar[timesteps].sqrt().view(-1, 1, 1, 1)
+        spread = (1 - alpha_bar[timesteps]).sqrt().view(-1, 1, 1, 1)
+        x = (signal * x0 + spread * noise).to(memory_format=torch.channels_last)
+        target = signal * noise - spread * x0
+        loss = replicas.backward(loss_of, x, target, timesteps, sequence, pooled, time_ids)
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimiser.step()
+        return {"loss": loss}
+
+    def save() -> None:
+        with ema.applied():
+            save_unet(unet, run.out / ("unet" if name == "base" else "refiner_unet"))
+            write_pipelines(run.out, SCHEDULER)
+
+    def report(steps: int) -> None:
+        save()
+        sample_grid(run.out / "demo", run.out / f"{name}_{steps:06d}.png", refine=name == "refiner")
+
+    stage = Stage(
+        name,
+        {"unet": unet},
+        optimiser,
+        step,
+        peak_rate,
+        ema={"unet": ema},
+        on_report=report,
+        report_every=300.0,
+    )
+    train(run, stage)
+    save()

@@ -1,0 +1,117 @@
+"""Stage "vae": the KL autoencoder, factor 8 and 4 latent channels, on crops of scenes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from . import data
+from .loop import Run, Stage, console, train
+
+CONFIG = {
+    "block_out_channels": (16, 32, 64, 64),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "sample_size": 128,
+    "force_upcast": True,
+}
+CROP = 64
+BATCH = 8
+PICTURES = 4000
+HELD_OUT_SEED = 900_000_000  # examples from here on are never trained on
+KL_WEIGHT = 2e-5
+LATENT_NOISE = 0.08  # of the latents' own deviation, in the second half: the decoder meets inexact latents
+
+
+def stage_vae(run: Run) -> None:
+    """Train the autoencoder and write it to `out/vae`."""
+    torch.manual_seed(run.seed)
+    vae = AutoencoderKL(**CONFIG).to(run.device, memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4)
+    pictures = [
+        np.moveaxis(data.example(run.seed * PICTURES + k, damaged=0.1).pixels, -1, 0) for k in range(PICTURES)
+    ]
+    console.log(f"vae: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters")
+
+    def step(progress: float, generator: torch.Generator) -> dict[str, float]:
+        x = _crops(pictures, generator).to(run.device, memory_format=torch.channels_last)
+        with run.autocast():
+            mean, log_variance = vae.quant_conv(vae.encoder(x)).float().chunk(2, dim=1)
+            log_variance = log_variance.clamp(-30.0, 20.0)
+            z = mean + torch.exp(0.5 * log_variance) * torch.randn(mean.shape, generator=generator).to(mean)
+            if progress > 0.5:
+                z = z + LATENT_NOISE * mean.detach().std() * torch.randn(mean.shape, generator=generator).to(
+                    z
+                )
+            y = vae.decoder(vae.post_quant_conv(z)).float()
+        squared = F.mse_loss(y, x)
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3)).mean()
+        loss = squared + 0.1 * F.l1_loss(y, x) + KL_WEIGHT * kl / (CROP * CROP / 64)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimiser.step()
+        return {"psnr": 10 * math.log10(4.0 / float(squared.detach())), "kl": float(kl.detach())}
+
+    def report(steps: int) -> None:
+        console.log(
+            f"vae: step {steps}, {whole_scene_psnr(vae, 24, run.out / 'vae.png'):.2f} dB on whole held-out scenes"
+        )
+
+    train(run, Stage("vae", {"vae": vae}, optimiser, step, 1.5e-3, on_report=report, report_every=150.0))
+    vae.eval()
+    mean, deviation = _latent_statistics(vae)
+    console.log(f"vae: latents' mean {mean:.3f}, deviation {deviation:.3f}")
+    vae.register_to_config(scaling_factor=round(1.0 / deviation, 5))
+    vae.save_pretrained(run.out / "vae")
+    console.log(f"vae: {whole_scene_psnr(vae, 200, run.out / 'vae.png'):.2f} dB on 200 whole held-out scenes")
+
+
+def _crops(pictures: list[np.ndarray], generator: torch.Generator) -> torch.Tensor:
+    """[BATCH, 3, CROP, CROP] in [-1, 1]; of two candidate windows the busier one is taken."""
+    draws = torch.rand(BATCH, 2, 3, generator=generator).tolist()
+    crops = []
+    for candidates in draws:
+        picture = pictures[int(candidates[0][0] * len(pictures))]
+        _, height, width = picture.shape
+        windows = []
+        for _, down, right in candidates:
+            top, left = int(down * (height - CROP + 1)), int(right * (width - CROP + 1))
+            windows.append(picture[:, top : top + CROP, left : left + CROP])
+        crops.append(max(windows, key=lambda window: float(window[:, ::4, ::4].std())))
+    return torch.from_numpy(np.stack(crops).astype(np.float32) / 127.5 - 1.0)
+
+
+@torch.no_grad()
+def whole_scene_psnr(vae: AutoencoderKL, count: int, picture: Path | None = None) -> float:
+    """Mean PSNR in dB (of the [0, 1] image, encoded to the mean) over whole held-out scenes."""
+    device, total, shown = vae.device, 0.0, []
+    for k in range(count):
+        x = torch.from_numpy(data.to_tensor_range(data.example(HELD_OUT_SEED + k).pixels))[None].to(device)
+        y = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
+        total += 10 * math.log10(4.0 / float(F.mse_loss(y, x)))
+        if x.shape[-2:] == (128, 128) and len(shown) < 8:
+            shown.append(torch.cat([x[0], y[0]], dim=1).cpu())
+    if picture is not None:
+        grid = ((torch.cat(shown, dim=2) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(grid).save(picture)
+    return total / count
+
+
+@torch.no_grad()
+def _latent_statistics(vae: AutoencoderKL) -> tuple[float, float]:
+    latents = []
+    for k in range(100):
+        x = torch.from_numpy(data.to_tensor_range(data.example(k).pixels))[None].to(vae.device)
+        latents.append(vae.encode(x).latent_dist.mode().flatten())
+    values = torch.cat(latents).double()
+    return float(values.mean()), float(values.std())
