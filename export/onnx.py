@@ -62,6 +62,8 @@ def export_component(component: Component, path: Path, *, module: nn.Module | No
                 component.build() if module is None else module,
                 example_inputs(component, component.example_sizes),
                 dynamic_shapes=shapes,
+                # Else "a level below is not 1 pixel high" is a guard, and the smallest sizes are refused.
+                prefer_deferred_runtime_asserts_over_guards=True,
             )
             program = torch.onnx.export(
                 traced,
