@@ -10,7 +10,7 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from .train_text import DEMO
+from .tokenizer import DEMO
 
 VERSION = "0.36.0"  # the oldest diffusers these folders are meant for
 BASE_INDEX = {

@@ -12,7 +12,6 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ from scipy import ndimage
 
 from ..quality import ImageTower, fid_difference, fid_features, frechet_distance
 from .checker import Picture, find_objects, judge
-from .generate import DiffusersGenerator, Generator, LatentrtGenerator
+from .generate import Generator, PipelineGenerator
 from .scenes import Scene, caption, random_scene, render
-from .train_text import DEMO
+from .tokenizer import DEMO
 
 console = Console()
 
@@ -172,13 +171,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1000, help="paired seeds of the FID")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float)
-    parser.add_argument("--with", dest="runner", choices=("latentrt", "diffusers"), default="latentrt")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    make: Callable[..., Generator] = LatentrtGenerator if options.runner == "latentrt" else DiffusersGenerator
     settings = {} if options.guidance is None else {"guidance": options.guidance}
-    model: Any = options.demo or ("demo" if options.runner == "latentrt" else DEMO)
-    refined = make(model, refine=True, **settings)
+    refined = PipelineGenerator(options.demo, refine=True, **settings)
     results: dict[str, Any] = {"seed": options.seed}
 
     def note(name: str, result: Accuracy | Fid | Sizes, since: float) -> None:
@@ -194,7 +190,7 @@ def main() -> None:
         note("sizes", measure_sizes(refined, count=4 if options.short else 16, seed=options.seed), started)
     started = time.monotonic()
     if options.only in (None, "fid"):
-        base = make(model, refine=False, **settings)
+        base = PipelineGenerator(options.demo, refine=False, **settings)
         tower = ImageTower.load((options.demo or DEMO) / "image_tower")
         count = 40 if options.short else options.pairs
         note("fid", measure_fid(base, refined, tower, count=count, seed=options.seed), started)

@@ -15,8 +15,7 @@ from ..quality import as_input
 from . import data
 from .loop import Run, console
 from .scenes import CANVASES
-from .tokenizer import MAX_LENGTH
-from .train_text import DEMO
+from .tokenizer import DEMO, MAX_LENGTH
 
 BATCH = 20
 REFINER_SEED = 500_000_000  # the refiner's examples begin here

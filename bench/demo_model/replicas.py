@@ -45,7 +45,11 @@ class Replicas:
         if self.pool is None:
             return one(0)
         total = sum(self.pool.map(one, range(count)))
-        gradients = [parameter.grad for parameter in self.modules[0].parameters()]
+        gradients = _gradients(self.modules[0])
         for replica in self.modules[1:]:
-            torch._foreach_add_(gradients, [parameter.grad for parameter in replica.parameters()])
+            torch._foreach_add_(gradients, _gradients(replica))
         return total
+
+
+def _gradients(module: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]

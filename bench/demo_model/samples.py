@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .generate import DiffusersGenerator
+from .generate import PipelineGenerator
 
 PROMPTS = (
     "a red circle on a white background",
@@ -32,7 +32,7 @@ PROMPTS = (
 
 def sample_grid(demo: Path, picture: Path, *, refine: bool, steps: int = 20, columns: int = 8) -> None:
     """Draw the prompts above, seed k for prompt k, and write them as one PNG."""
-    generator = DiffusersGenerator(demo, refine=refine)
+    generator = PipelineGenerator(demo, refine=refine, backend="eager")
     pictures = generator(list(PROMPTS), list(range(len(PROMPTS))), steps=steps)
     rows = [np.concatenate(pictures[k : k + columns], axis=1) for k in range(0, len(pictures), columns)]
     Image.fromarray(np.concatenate(rows)).save(picture, optimize=True)

@@ -21,9 +21,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from ..quality import ImageTower, as_input
 from . import data, scenes
 from .loop import Run, Stage, console, train
-from .tokenizer import MAX_LENGTH
+from .tokenizer import DEMO, MAX_LENGTH
 
-DEMO = Path(__file__).resolve().parents[2] / "runtime" / "demo"  # where the tokenizers lie
 PICTURES = 10_000
 BATCH = 64
 SEEN_LENGTH = 32  # tokens; captions are shorter, and causal attention makes the rest unreachable
