@@ -169,11 +169,6 @@ class SamplerConfig:
     original_inference_steps: int
     timestep_scaling: float
 
-    @property
-    def name(self) -> str:
-        """What `sampler=` calls it."""
-        return f"{self.kind}-karras" if self.use_karras_sigmas else self.kind
-
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], sampler: str | None = None) -> SamplerConfig:
         """Read a `scheduler_config.json`.
@@ -202,6 +197,11 @@ class SamplerConfig:
                 )
             kind, forced = _KINDS[name], {}
         return _resolve(kind, {**_explicit(config), **forced})
+
+    @property
+    def name(self) -> str:
+        """The name in `SAMPLERS` that stands for it."""
+        return f"{self.kind}-karras" if self.kind == "dpm++2m" and self.use_karras_sigmas else self.kind
 
     def for_stable_diffusion(self) -> SamplerConfig:
         """What diffusers' StableDiffusionPipeline (SD 1.x and 2.x, not SDXL) makes of a scheduler when it

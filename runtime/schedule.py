@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..errors import RequestError
 from .sampler_config import SamplerConfig
@@ -61,8 +62,9 @@ def make_schedule(config: SamplerConfig, num_steps: int) -> Schedule:
     trained = config.num_train_timesteps
     if num_steps < 1 or num_steps > trained:
         raise RequestError(f"{num_steps} steps were asked for; this schedule has 1 to {trained}")
-    alphas_cumprod = _alphas_cumprod(config)
-    levels = np.sqrt((1 - alphas_cumprod) / np.maximum(alphas_cumprod, 1e-300))  # [T], ascending
+    trained_levels = _alphas_cumprod(config)
+    alphas_cumprod: Array = trained_levels.double().numpy()
+    levels: Array = ((1 - trained_levels) / trained_levels).sqrt().double().numpy()  # [T], ascending
     sigmas = np.empty(0)
     if config.kind == "lcm":
         timesteps = _lcm_timesteps(config, num_steps)
@@ -139,7 +141,7 @@ def _cut(fraction: float, trained: int) -> int:
     return round(trained - fraction * trained)
 
 
-def _alphas_cumprod(config: SamplerConfig) -> Array:
+def _alphas_cumprod(config: SamplerConfig) -> Tensor:
     T = config.num_train_timesteps
     if config.trained_betas is not None:
         betas = torch.tensor(config.trained_betas)
@@ -154,7 +156,7 @@ def _alphas_cumprod(config: SamplerConfig) -> Array:
         root = (1 - betas).cumprod(0).sqrt()
         rescaled = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
         betas = 1 - torch.cat([rescaled[:1], rescaled[1:] / rescaled[:-1]])
-    alphas_cumprod: Array = (1 - betas).cumprod(0).double().numpy()
+    alphas_cumprod = (1 - betas).cumprod(0)
     if config.rescale_betas_zero_snr and config.kind in ("euler", "euler-a", "dpm++2m"):
         alphas_cumprod[-1] = _NEARLY_ZERO
     return alphas_cumprod
@@ -235,7 +237,8 @@ def _karras(low: float, high: float, num_steps: int) -> Array:
 
 def _nearest_timesteps(sigmas: Array, levels: Array) -> Array:
     """Timesteps with these noise levels, interpolated in log sigma and kept within the trained ones."""
-    return np.interp(np.log(sigmas), np.log(levels), np.arange(len(levels)))
+    # Where the result is cut to a whole number, the float32 logarithm decides between 998 and 999.
+    return np.interp(np.log(sigmas), np.log(levels.astype(np.float32)), np.arange(len(levels)))
 
 
 def _last_sigma(config: SamplerConfig, levels: Array) -> float:

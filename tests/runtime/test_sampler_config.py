@@ -1,0 +1,211 @@
+"""scheduler_config.json -> SamplerConfig: what is taken over, what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from typing import Any
+
+import diffusers
+import pytest
+from latentrt.errors import RequestError, UnsupportedConfigError
+from latentrt.runtime.sampler import SAMPLERS, SamplerConfig, build_table
+from sampler_oracle import (
+    CLASSES,
+    diffusers_steps,
+    error,
+    generators,
+    make_scheduler,
+    noise_like,
+    start_at,
+    table_steps,
+)
+from tolerances import SAMPLER_TRAJECTORY
+
+X = noise_like(1, 4, 6, 6)
+
+# As published; fields of other samplers are there from conversions.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "SDXL": {
+        "_class_name": "EulerDiscreteScheduler",
+        "_diffusers_version": "0.19.0.dev0",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "clip_sample": False,
+        "interpolation_type": "linear",
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "sample_max_value": 1.0,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+        "trained_betas": None,
+        "use_karras_sigmas": False,
+    },
+    "SD 1.5": {
+        "_class_name": "PNDMScheduler",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "num_train_timesteps": 1000,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "trained_betas": None,
+        "clip_sample": False,
+    },
+    "SD 2.1, zero SNR": {
+        "_class_name": "DDIMScheduler",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "clip_sample": True,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+        "steps_offset": 1,
+    },
+    "DDPM": {
+        "_class_name": "DDPMScheduler",
+        "variance_type": "fixed_large",
+        "beta_schedule": "squaredcos_cap_v2",
+    },
+    "LCM": {"_class_name": "LCMScheduler", "original_inference_steps": 40, "clip_sample_range": 2.0},
+    "DPM++": {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "use_karras_sigmas": True,
+        "final_sigmas_type": "sigma_min",
+        "timestep_spacing": "trailing",
+    },
+}
+FORCED = {
+    "pndm": {"skip_prk_steps": True},
+    "dpm++2m": {"use_karras_sigmas": False},
+    "dpm++2m-karras": {"use_karras_sigmas": True},
+}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("source", PUBLISHED)
+def test_another_sampler_takes_over_what_from_config_takes_over(source: str, sampler: str) -> None:
+    published = PUBLISHED[source]
+    original = getattr(diffusers, published["_class_name"]).from_config(published)
+    other = getattr(diffusers, CLASSES[sampler][0])
+    as_saved = json.loads(original.to_json_string())  # every field of the class, and those passed along
+    for config in (published, dict(original.config), as_saved):
+        scheduler = other.from_config(config, **FORCED.get(sampler, {}))
+        start_at(scheduler, 5)
+        x = X * scheduler.init_noise_sigma
+        theirs = diffusers_steps(scheduler, x, scheduler.timesteps, generators(1))
+        ours = table_steps(SamplerConfig.from_dict(config, sampler), 5, x, generators(1))
+        # Euler at zero terminal SNR: see SAMPLER_ZERO_SNR_EULER; what was taken over shows in the other samplers.
+        loose = "SNR" in source and sampler.startswith("euler")
+        assert error(ours, theirs) < (1e-3 if loose else SAMPLER_TRAJECTORY)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_defaults_are_those_of_the_class(name: str) -> None:
+    """A file that gives nothing but the class."""
+    cls, own = CLASSES[name]
+    scheduler = getattr(diffusers, cls)(**own)
+    config = SamplerConfig.from_dict({"_class_name": cls, **own})
+    scheduler.set_timesteps(7)
+    x = X * scheduler.init_noise_sigma
+    theirs = diffusers_steps(scheduler, x, scheduler.timesteps, generators(1))
+    assert error(table_steps(config, 7, x, generators(1)), theirs) < SAMPLER_TRAJECTORY
+    assert build_table(config, 7).init_noise_sigma == pytest.approx(float(scheduler.init_noise_sigma))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_names(name: str) -> None:
+    assert SamplerConfig.from_dict(PUBLISHED["SDXL"], name).name == name
+
+
+def test_unknown_sampler_lists_those_there_are() -> None:
+    with pytest.raises(RequestError, match=r"'heun'.*euler, euler-a, ddim, ddpm, pndm, dpm.*lcm"):
+        SamplerConfig.from_dict(PUBLISHED["SDXL"], "heun")
+
+
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", None])
+def test_unknown_class_is_named(name: str | None) -> None:
+    with pytest.raises(UnsupportedConfigError, match=f"{name!r}.*EulerDiscreteScheduler.*sampler="):
+        SamplerConfig.from_dict({"_class_name": name})
+
+
+REFUSED = [
+    ("euler", "beta_schedule", "sigmoid"),
+    ("euler", "prediction_type", "flow_prediction"),
+    ("euler", "timestep_spacing", "quadratic"),
+    ("euler", "interpolation_type", "log_linear"),
+    ("euler", "use_exponential_sigmas", True),
+    ("euler", "use_beta_sigmas", True),
+    ("euler", "final_sigmas_type", "one"),
+    ("euler", "num_train_timesteps", 0),
+    ("euler", "num_train_timesteps", "1000"),
+    ("euler", "steps_offset", -1),
+    ("euler", "beta_start", math.nan),
+    ("euler", "trained_betas", [0.1, 0.2]),
+    ("ddim", "thresholding", True),
+    ("ddpm", "thresholding", True),
+    ("ddpm", "variance_type", "learned"),
+    ("ddpm", "variance_type", "fixed_large_log"),
+    ("pndm", "skip_prk_steps", False),
+    ("pndm", "prediction_type", "sample"),
+    ("dpm++2m", "algorithm_type", "sde-dpmsolver++"),
+    ("dpm++2m", "solver_order", 3),
+    ("dpm++2m", "solver_type", "heun"),
+    ("dpm++2m", "use_lu_lambdas", True),
+    ("dpm++2m", "use_flow_sigmas", True),
+    ("dpm++2m", "variance_type", "learned_range"),
+    ("lcm", "original_inference_steps", 2000),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "value"), REFUSED)
+def test_unsupported_fields_are_named_with_their_value(name: str, field: str, value: Any) -> None:
+    cls, own = CLASSES[name]
+    with pytest.raises(UnsupportedConfigError) as raised:
+        SamplerConfig.from_dict({"_class_name": cls, **own, field: value})
+    message = str(raised.value)
+    assert field in message
+    assert ("2 values" if field == "trained_betas" else str(value)) in message
+
+
+@pytest.mark.parametrize("name", [n for n in CLASSES if n != "pndm"])
+def test_zero_terminal_snr_needs_a_model_that_does_not_predict_noise(name: str) -> None:
+    cls, own = CLASSES[name]
+    with pytest.raises(UnsupportedConfigError, match=r"rescale_betas_zero_snr.*epsilon"):
+        SamplerConfig.from_dict({"_class_name": cls, **own, "rescale_betas_zero_snr": True})
+
+
+def test_continuous_timesteps_are_refused_where_they_matter() -> None:
+    config = {**PUBLISHED["SDXL"], "timestep_type": "continuous"}
+    assert SamplerConfig.from_dict(config).kind == "euler"
+    with pytest.raises(UnsupportedConfigError, match=r"timestep_type.*continuous"):
+        SamplerConfig.from_dict({**config, "prediction_type": "v_prediction"})
+
+
+def test_what_is_passed_over_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="latentrt"):
+        SamplerConfig.from_dict(PUBLISHED["SDXL"])
+        assert not caplog.records
+        SamplerConfig.from_dict({**PUBLISHED["SDXL"], "shift": 3.0})
+        SamplerConfig.from_dict(PUBLISHED["SD 2.1, zero SNR"], "pndm")
+    assert ["shift" in caplog.text, "rescale_betas_zero_snr" in caplog.text] == [True, True]
+
+
+def test_stable_diffusion_pipelines_mend_old_files() -> None:
+    """diffusers does it when a StableDiffusionPipeline is made."""
+    old = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012}
+    config = SamplerConfig.from_dict(old)
+    assert (config.steps_offset, config.clip) == (0, 1.0)
+    mended = config.for_stable_diffusion()
+    assert (mended.steps_offset, mended.clip) == (1, math.inf)
+
+
+def test_schedulers_of_the_oracle_are_the_ones_named() -> None:
+    assert tuple(CLASSES) == SAMPLERS
+    assert {type(make_scheduler(name)).__name__ for name in CLASSES} == {cls for cls, _ in CLASSES.values()}
