@@ -70,7 +70,8 @@ def enlarge(scene: Scene, original: tuple[int, int]) -> NDArray[np.uint8]:
     """Draw the scene with `original` (height, width) pixels and enlarge the picture to the canvas."""
     small = render(scene, height=original[0], width=original[1], scale=original[0] / scene.height)
     picture = Image.fromarray(small).resize((scene.width, scene.height), Image.Resampling.BICUBIC)
-    return np.asarray(picture)
+    pixels: NDArray[np.uint8] = np.asarray(picture)
+    return pixels
 
 
 def _offset(rng: random.Random, scene: Scene) -> tuple[int, int]:
@@ -97,7 +98,8 @@ def damage(rng: random.Random, pixels: NDArray[np.uint8], severity: float) -> ND
     if kind == 2:
         return np.asarray(picture.filter(ImageFilter.GaussianBlur(0.5 + 2.5 * severity)))
     flat = np.asarray(picture.convert("L"), np.float32)[..., None].mean(axis=(0, 1), keepdims=True)
-    return np.clip(pixels + 0.6 * severity * (flat - pixels), 0, 255).astype(np.uint8)
+    flattened: NDArray[np.uint8] = np.clip(pixels + 0.6 * severity * (flat - pixels), 0, 255).astype(np.uint8)
+    return flattened
 
 
 def without_pixels(example: Example) -> Example:

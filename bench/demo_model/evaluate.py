@@ -160,7 +160,7 @@ def _mean_shift(before: list[Picture], after: list[Picture], axis: int) -> float
     return float(np.mean(shifts)) if shifts else float("nan")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     settings = {} if options.guidance is None else {"guidance": options.guidance}
     refined = PipelineGenerator(options.demo, refine=True, **settings)
     results: dict[str, Any] = {"seed": options.seed}

@@ -72,7 +72,7 @@ def encode(vae: AutoencoderKL, seeds: range, damaged: float, title: str) -> list
             done[canvas].extend(zip(z.half().cpu(), blank, strict=True))
             examples.clear()
 
-    for seed in track(seeds, title, disable=None):
+    for seed in track(seeds, title):
         canvas = data.canvas_of(seed)
         waiting[canvas].append(data.example(seed, damaged=damaged))
         if len(waiting[canvas]) == BATCH:

@@ -31,6 +31,7 @@ class Run:
     device: torch.device
     minutes: dict[str, float] = field(default_factory=dict)
     examples: int = 20_000
+    batch: int = 32  # of the UNets
     workers: int = 1  # threads that share a UNet's batch
 
     def autocast(self) -> torch.autocast:
@@ -113,7 +114,7 @@ def train(run: Run, stage: Stage) -> None:
     averages: dict[str, float] = {}
     saved = reported = logged = last = time.monotonic()
     with Progress(*columns, console=console, refresh_per_second=0.5) as bar:  # redrawing costs a busy core
-        task = bar.add_task(stage.name, total=budget, completed=used, note="")
+        task = bar.add_task(stage.name, total=budget, completed=round(used), note="")
         while used < budget:
             progress = min(1.0, used / budget)
             for group in stage.optimiser.param_groups:

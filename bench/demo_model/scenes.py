@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 Relation = Literal["above", "below", "left of", "right of"]
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -188,7 +188,8 @@ def signed_distance(shape: str, x: Array, y: Array, radius: float) -> Array:
     if shape == "cross":
         arm, half = radius, 0.34 * radius
         x, y = np.abs(x), np.abs(y)
-        return np.minimum(np.maximum(x - arm, y - half), np.maximum(x - half, y - arm))
+        crossed: Array = np.minimum(np.maximum(x - arm, y - half), np.maximum(x - half, y - arm))
+        return crossed
     if shape == "ring":
         return np.abs(np.hypot(x, y) - 0.73 * radius) - 0.27 * radius
     if shape == "star":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from . import evaluate
 from .loop import Run
 
 STAGES = ("vae", "text", "latents", "base", "refiner")
@@ -23,7 +24,7 @@ MODULES = {
     "base": "train_unet",
     "refiner": "train_unet",
 }
-MINUTES = {"vae": 14.0, "text": 9.0, "latents": 0.0, "base": 60.0, "refiner": 20.0}
+MINUTES = {"vae": 13.0, "text": 9.0, "latents": 0.0, "base": 58.0, "refiner": 18.0}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", nargs="*", default=[], metavar="STAGE=N", help=f"defaults: {MINUTES}")
     parser.add_argument("--examples", type=int, default=20_000, help="encoded scenes to train the UNets on")
+    parser.add_argument("--batch", type=int, default=32, help="of the UNets; a GPU takes 128 as easily")
     parser.add_argument(
         "--workers", type=int, help="threads sharing a UNet's batch; on a CPU its cores, else 1"
     )
@@ -53,11 +55,13 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
     workers = options.workers or (torch.get_num_threads() if device.type == "cpu" else 1)
-    run = Run(options.out, options.seed, device, minutes, options.examples, workers)
+    run = Run(options.out, options.seed, device, minutes, options.examples, options.batch, workers)
     for stage in STAGES if options.stage == "all" else (options.stage,):
         module = importlib.import_module(f".{MODULES[stage]}", __package__)
         stage_function: Callable[[Run], None] = getattr(module, f"stage_{stage}")
         stage_function(run)
+    if options.stage == "all":
+        evaluate.main(["--demo", str(options.out / "demo"), "--seed", str(options.seed)])
 
 
 if __name__ == "__main__":

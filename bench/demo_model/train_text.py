@@ -128,10 +128,10 @@ def stage_text(run: Run) -> None:
         "second": second,
         "tower": ImageTower(embedding=128),
         "first_projection": nn.Linear(WIDTHS[0], 128, bias=False),
-        "probes_1": Probes(WIDTHS[0]),
-        "probes_2": Probes(WIDTHS[1]),
         "temperature": nn.ParameterDict({"log": nn.Parameter(torch.tensor(math.log(1 / 0.07)))}),
     }
+    probes_of = {name: Probes(width) for name, width in zip(("probes_1", "probes_2"), WIDTHS, strict=True)}
+    modules |= probes_of
     for module in modules.values():
         module.to(run.device)
     tower, temperature = modules["tower"], modules["temperature"].get_parameter("log")
@@ -160,7 +160,7 @@ def stage_text(run: Run) -> None:
             scale = temperature.clamp(max=math.log(100.0)).exp()
             contrast = torch.stack([_info_nce(image, F.normalize(t.float(), dim=-1), scale) for t in texts])
             probes = [
-                modules[name].loss(out.hidden_states[-2], rows, columns, entity, end, scene)
+                probes_of[name].loss(out.hidden_states[-2], rows, columns, entity, end, scene)
                 for name, out in (("probes_1", one), ("probes_2", two))
             ]
         loss = contrast.sum() + PROBE_WEIGHT * (probes[0] + probes[1])

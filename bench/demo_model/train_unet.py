@@ -20,7 +20,6 @@ from .loop import Ema, Run, Stage, console, train
 from .replicas import Replicas
 from .samples import sample_grid
 
-BATCH = 32
 DROPPED = 0.1  # share of examples without a caption, for guidance
 OFFSET_NOISE = 0.07  # of unit noise, one value per channel: brightness is then not read off the noise
 REFINER_BELOW = 220  # timesteps; generation hands over at 200
@@ -139,8 +138,8 @@ def train_unet(run: Run, name: str, peak_rate: float) -> None:
 
     def step(progress: float, generator: torch.Generator) -> dict[str, float]:
         table = tables[int(torch.multinomial(counts, 1, generator=generator))]
-        rows = torch.randint(len(table.latents), (BATCH,), generator=generator)
-        dropped = torch.rand(BATCH, generator=generator) < DROPPED
+        rows = torch.randint(len(table.latents), (run.batch,), generator=generator)
+        dropped = torch.rand(run.batch, generator=generator) < DROPPED
         sequence = torch.where(dropped[:, None, None], no_sequence.half(), table.sequence[rows])
         pooled = torch.where(dropped[:, None], no_pooled.half(), table.pooled[rows])
         x0 = table.latents[rows].float()
@@ -148,10 +147,10 @@ def train_unet(run: Run, name: str, peak_rate: float) -> None:
         if name == "base":
             noise = noise + OFFSET_NOISE * torch.randn(*x0.shape[:2], 1, 1, generator=generator)
             # evenly spread draws, thinned at low noise: the refiner's part needs the base less
-            even = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
+            even = (torch.arange(run.batch) + torch.rand(run.batch, generator=generator)) / run.batch
             timesteps = (1000 * even**0.8).long().clamp(max=999)
         else:
-            timesteps = torch.randint(REFINER_BELOW, (BATCH,), generator=generator)
+            timesteps = torch.randint(REFINER_BELOW, (run.batch,), generator=generator)
         x0, noise, timesteps, sequence, pooled, time_ids = (
             value.to(run.device)
             for value in (

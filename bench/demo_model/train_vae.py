@@ -94,7 +94,8 @@ def _crops(pictures: list[np.ndarray], generator: torch.Generator) -> torch.Tens
 @torch.no_grad()
 def whole_scene_psnr(vae: AutoencoderKL, count: int, picture: Path | None = None) -> float:
     """Mean PSNR in dB (of the [0, 1] image, encoded to the mean) over whole held-out scenes."""
-    device, total, shown = vae.device, 0.0, []
+    device, total = vae.device, 0.0
+    shown: list[torch.Tensor] = []
     for k in range(count):
         x = torch.from_numpy(data.to_tensor_range(data.example(HELD_OUT_SEED + k).pixels))[None].to(device)
         y = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)

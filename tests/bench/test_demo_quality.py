@@ -1,0 +1,95 @@
+"""The shipped demo draws what its prompts say: a short form here, the whole of it in `make test-full`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from latentrt.bench.demo_model.evaluate import measure_accuracy, measure_fid, measure_sizes
+from latentrt.bench.demo_model.generate import PipelineGenerator
+from latentrt.bench.demo_model.scenes import random_scene, render
+from latentrt.bench.demo_model.tokenizer import DEMO
+from latentrt.bench.quality import ImageTower, fid_difference, fid_features, frechet_distance
+
+
+@pytest.fixture(scope="module")
+def refined() -> PipelineGenerator:
+    return PipelineGenerator(refine=True, backend="eager")
+
+
+@pytest.fixture(scope="module")
+def tower() -> ImageTower:
+    return ImageTower.load(DEMO / "image_tower")
+
+
+def test_short_prompts_are_drawn(refined: PipelineGenerator) -> None:
+    result = measure_accuracy(refined, count=12, steps=20)
+    print(result)
+    assert result.objects >= 0.75
+    assert result.relations >= 0.75
+
+
+def test_a_wrong_prompt_is_noticed(refined: PipelineGenerator) -> None:
+    """The measurement can fail: the same pictures against shuffled prompts."""
+
+    def shuffled(prompts: list[str], seeds: Sequence[int], *, steps: int) -> list[np.ndarray]:
+        return refined(prompts[1:] + prompts[:1], seeds, steps=steps)
+
+    assert measure_accuracy(shuffled, count=6, steps=8).objects <= 0.35
+
+
+def test_short_sizes_take_effect(refined: PipelineGenerator) -> None:
+    result = measure_sizes(refined, count=3, steps=10)
+    print(result)
+    assert result.energy_small < 0.7 * result.energy_full
+    assert result.shift_right < -6
+    assert result.shift_down < -6
+
+
+def test_fid_tells_drawn_from_damaged(tower: ImageTower) -> None:
+    import random
+
+    rng = random.Random(0)
+    drawn = [render(random_scene(rng)) for _ in range(160)]
+    noise = np.random.default_rng(0)
+    noisy = [np.clip(p + noise.normal(0, 8, p.shape), 0, 255).astype(np.uint8) for p in drawn[80:]]
+    truth, clean, damaged = (fid_features(tower, part) for part in (drawn[:80], drawn[80:], noisy))
+    assert frechet_distance(truth, clean) < frechet_distance(truth, damaged)
+    _, low, _ = fid_difference(truth, damaged, clean, seed=0, rounds=20)
+    assert low > 0
+
+
+def test_frechet_distance_of_gaussians() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0, 1, (4000, 3)), rng.normal(2, 3, (4000, 3))
+    assert frechet_distance(a, b) == pytest.approx(3 * (4 + (3 - 1) ** 2), rel=0.05)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3000)
+def test_full_accuracy(refined: PipelineGenerator) -> None:
+    result = measure_accuracy(refined)
+    print(result)
+    assert result.objects >= 0.9
+    assert result.objects_held_out >= 0.85
+    assert result.relations >= 0.9
+
+
+@pytest.mark.full
+@pytest.mark.timeout(6000)
+def test_full_refiner_improves_fid(refined: PipelineGenerator, tower: ImageTower) -> None:
+    result = measure_fid(PipelineGenerator(refine=False, backend="eager"), refined, tower)
+    print(result)
+    assert result.low > 0
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1000)
+def test_full_sizes(refined: PipelineGenerator) -> None:
+    result = measure_sizes(refined)
+    print(result)
+    assert result.energy_small < 0.6 * result.energy_full
+    assert result.shift_right == pytest.approx(-result.offset, abs=8)
+    assert result.shift_down == pytest.approx(-result.offset, abs=8)
