@@ -9,6 +9,7 @@ from .attention import attention
 from .geglu import geglu, linear_geglu
 from .group_norm import group_norm, group_norm_silu
 from .layer_norm import add_layer_norm, layer_norm
+from .sampler_step import sampler_step
 
 __all__ = [
     "add_layer_norm",
@@ -18,4 +19,5 @@ __all__ = [
     "group_norm_silu",
     "layer_norm",
     "linear_geglu",
+    "sampler_step",
 ]

@@ -132,7 +132,9 @@ _VARIANCES: Mapping[str, tuple[Any, ...]] = {
     "dpm++2m": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
 }
 
-_KNOWN = frozenset[str]().union(*_DEFAULTS.values()) | {"dynamic_thresholding_ratio", "sample_max_value"}
+# Fields of these classes that only matter beside one that is refused.
+_IDLE = {"dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"}
+_KNOWN = frozenset[str]().union(*_DEFAULTS.values()) | _IDLE
 
 
 @dataclass(frozen=True)

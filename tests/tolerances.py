@@ -16,3 +16,6 @@ PIPELINE_ONNXRUNTIME = 5e-4
 # At zero terminal SNR the first step divides by nearly nothing, and diffusers' own float32 is that far off the
 # exact table; later steps make up for it.
 PIPELINE_ZERO_SNR_FEW_STEPS = 3e-3
+
+SAMPLER_STEP = 2e-6
+"""One step in float32 against float64: about twenty roundings of numbers up to ten times the result."""

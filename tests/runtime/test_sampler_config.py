@@ -13,6 +13,7 @@ from latentrt.errors import RequestError, UnsupportedConfigError
 from latentrt.runtime.sampler import SAMPLERS, SamplerConfig, build_table
 from sampler_oracle import (
     CLASSES,
+    config_of,
     diffusers_steps,
     error,
     generators,
@@ -190,7 +191,8 @@ def test_continuous_timesteps_are_refused_where_they_matter() -> None:
 
 def test_what_is_passed_over_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="latentrt"):
-        SamplerConfig.from_dict(PUBLISHED["SDXL"])
+        for name in CLASSES:
+            config_of(make_scheduler(name))
         assert not caplog.records
         SamplerConfig.from_dict({**PUBLISHED["SDXL"], "shift": 3.0})
         SamplerConfig.from_dict(PUBLISHED["SD 2.1, zero SNR"], "pndm")
