@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from latentrt.runtime.engines.base import Component, TensorSpec, Values
+from latentrt.runtime.engines.base import Component, TensorSpec, Values, example_inputs
 from latentrt.runtime.models.clip import CLIPTextConfig, CLIPTextEncoder
 from latentrt.runtime.models.unet import UNet, UNetConfig
 from latentrt.runtime.models.vae import VAEConfig, VAEDecoder, VAEEncoder
@@ -85,6 +85,12 @@ def component(
     for tensor in build().state_dict().values():
         digest.update(tensor.float().numpy().tobytes())
     return Component(name, build, dtype, inputs, outputs, digest.hexdigest(), example_sizes)
+
+
+def named_inputs(component: Component, seed: int = 0, **sizes: int) -> dict[str, Tensor]:
+    """Example inputs as an engine takes them; sizes that are not given are the component's example."""
+    drawn = example_inputs(component, {**component.example_sizes, **sizes}, seed)
+    return {spec.name: x for spec, x in zip(component.inputs, drawn, strict=True)}
 
 
 def unet(dtype: torch.dtype = torch.float32, config: Mapping[str, Any] = UNET, seed: int = 0) -> Component:

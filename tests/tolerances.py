@@ -19,3 +19,21 @@ PIPELINE_ZERO_SNR_FEW_STEPS = 3e-3
 
 SAMPLER_STEP = 2e-6
 """One step in float32 against float64: about twenty roundings of numbers up to ten times the result."""
+
+# Operators against float64, inputs as rounded to the dtype: a few roundings of numbers about as large as the
+# result, and for half types the one of the result itself.
+OPERATOR = {"float64": 1e-12, "float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
+OPERATOR_LARGE_MEAN = {"float64": 1e-10, "float32": 5e-5, "float16": 1e-3, "bfloat16": 8e-3}
+"""Norms where the mean is 125 times the deviation, which float32 has to subtract."""
+OPERATOR_TWO_ROUNDINGS = {"float64": 1e-12, "float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
+"""Where half types are rounded once more on the way: between a projection and its gate."""
+
+MODEL = 1e-5
+"""A network's output in float32 against diffusers and transformers; the same operations, in another order."""
+MODEL_HALF_VERSUS_THEIRS = 1.5
+"""Our error in half precision, at most this many times theirs; both against float32."""
+
+EXPORT_FLOAT32 = 1e-4
+"""An exported component in ONNX Runtime against its module, relative. 2e-6 is usual."""
+EXPORT_FLOAT16 = 1e-2
+"""The same in float16, where PyTorch rounds after each operator and ONNX Runtime on the CPU does not."""

@@ -1,0 +1,316 @@
+"""The store of built models: whole or absent, built once, verified, and clear about what stops it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from latentrt.errors import CacheError
+from latentrt.runtime import cache
+from latentrt.runtime.cache import Store, cache_root, digest_of
+
+KEY = "ab" * 32
+OTHER = "cd" * 32
+DESCRIPTION = {"name": "unet"}
+
+
+def writes(text: str = "weights") -> Callable[[Path], Mapping[str, Any]]:
+    """A build that writes two files, one of them in a folder."""
+
+    def build(folder: Path) -> Mapping[str, Any]:
+        (folder / "model.onnx").write_text(text)
+        (folder / "more").mkdir()
+        (folder / "more" / "model.onnx.data").write_text(text * 2)
+        return {"error": 1e-6}
+
+    return build
+
+
+def never(folder: Path) -> Mapping[str, Any]:
+    raise AssertionError(f"built in {folder}, though a whole entry is there")
+
+
+def leftovers(store: Store) -> list[str]:
+    return [path.name for path in (store.root / "partial").iterdir()]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "cache")
+
+
+def test_built_once_then_read(store: Store) -> None:
+    entry = store.get_or_build(KEY, DESCRIPTION, writes())
+    assert (entry / "more" / "model.onnx.data").read_text() == "weightsweights"
+    assert store.get_or_build(KEY, DESCRIPTION, never) == entry
+    assert leftovers(store) == []
+
+
+def test_keys_do_not_share_entries(store: Store) -> None:
+    first = store.get_or_build(KEY, DESCRIPTION, writes("a"))
+    second = store.get_or_build(OTHER, DESCRIPTION, writes("b"))
+    assert (first / "model.onnx").read_text() == "a"
+    assert (second / "model.onnx").read_text() == "b"
+
+
+def test_manifest_says_what_the_entry_is(store: Store) -> None:
+    entry = store.get_or_build(KEY, DESCRIPTION, writes())
+    manifest = json.loads((entry / "manifest.json").read_text())
+    assert manifest["key"] == KEY
+    assert manifest["description"] == DESCRIPTION
+    assert manifest["figures"] == {"error": 1e-6}
+    assert manifest["files"]["model.onnx"] == {
+        "size": 7,
+        "sha256": hashlib.sha256(b"weights").hexdigest(),
+    }
+    assert set(manifest["files"]) == {"model.onnx", "more/model.onnx.data"}
+
+
+def change_a_byte(entry: Path) -> None:
+    path = entry / "more" / "model.onnx.data"
+    path.write_bytes(b"W" + path.read_bytes()[1:])
+
+
+def truncate(entry: Path) -> None:
+    (entry / "model.onnx").write_text("weigh")
+
+
+def remove(entry: Path) -> None:
+    (entry / "model.onnx").unlink()
+
+
+def blank_manifest(entry: Path) -> None:
+    (entry / "manifest.json").write_text("")
+
+
+def list_manifest(entry: Path) -> None:
+    (entry / "manifest.json").write_text("[]")
+
+
+def foreign_manifest(entry: Path) -> None:
+    path = entry / "manifest.json"
+    path.write_text(path.read_text().replace(KEY, OTHER))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (change_a_byte, "more/model.onnx.data has another SHA-256"),
+        (truncate, "model.onnx has 5 bytes, should have 7"),
+        (remove, "model.onnx is missing"),
+        (blank_manifest, "manifest.json cannot be read"),
+        (list_manifest, "manifest.json cannot be read"),
+        (foreign_manifest, "manifest.json is of another entry"),
+        (lambda entry: (entry / "manifest.json").unlink(), "manifest.json is missing"),
+    ],
+)
+def test_a_damaged_entry_is_built_again_with_a_warning(
+    store: Store, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], named: str
+) -> None:
+    entry = store.get_or_build(KEY, DESCRIPTION, writes("earlier"))
+    damage(entry)
+    with caplog.at_level(logging.WARNING):
+        assert store.get_or_build(KEY, DESCRIPTION, writes("rebuilt")) == entry
+    assert (entry / "model.onnx").read_text() == "rebuilt"
+    (record,) = caplog.records
+    assert "cached unet is damaged" in record.getMessage()
+    assert named in record.getMessage()
+    assert leftovers(store) == []
+    assert store.get_or_build(KEY, DESCRIPTION, never) == entry
+
+
+def test_large_files_are_hashed_once_until_they_are_touched(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cache, "_REMEMBER_FROM", 10)
+    entry = store.get_or_build(KEY, DESCRIPTION, writes())
+    hashed: list[str] = []
+    sha256 = cache._sha256
+
+    def counting(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256(path)
+
+    monkeypatch.setattr(cache, "_sha256", counting)
+    for _ in range(3):
+        store.get_or_build(KEY, DESCRIPTION, never)
+    assert hashed.count("model.onnx.data") == 1  # 14 bytes: remembered
+    assert hashed.count("model.onnx") == 3  # 7 bytes: verified each time
+
+    path = entry / "more" / "model.onnx.data"
+    before = path.stat()
+    with path.open("r+b") as file:  # the same size, inode and mtime; the ctime gives it away
+        file.write(b"W")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    store.get_or_build(KEY, DESCRIPTION, writes())
+    assert "model.onnx.data has another SHA-256" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux' /dev/full")
+def test_full_disk(store: Store) -> None:
+    def build(folder: Path) -> Mapping[str, Any]:
+        (folder / "model.onnx").write_text("half of it")
+        with Path("/dev/full").open("w") as file:
+            file.write("the other half")
+        return {}
+
+    with pytest.raises(CacheError, match=r"no space left .* free some, or set LATENTRT_CACHE") as caught:
+        store.get_or_build(KEY, DESCRIPTION, build)
+    assert str(store.root) in str(caught.value)
+    assert leftovers(store) == []
+    assert list((store.root / "entries").iterdir()) == []
+    assert (store.get_or_build(KEY, DESCRIPTION, writes()) / "model.onnx").exists()  # once there is room
+
+
+def test_full_disk_while_the_manifest_is_written(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text = Path.write_text
+
+    def full(self: Path, *args: Any, **kwargs: Any) -> int:
+        if self.name == "manifest.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return write_text(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(CacheError, match="no space left"):
+        store.get_or_build(KEY, DESCRIPTION, writes())
+    assert leftovers(store) == []
+    assert list((store.root / "entries").iterdir()) == []
+
+
+def refuse_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a read-only file system; a test may run as root, whom permissions do not stop."""
+
+    def refused(self: Path, *args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    for name in ("mkdir", "write_text", "rename", "replace"):
+        monkeypatch.setattr(Path, name, refused)
+
+
+def test_read_only_cache(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_writes(monkeypatch)
+    with pytest.raises(CacheError, match=r"cannot be written .* make it writable, or set LATENTRT_CACHE"):
+        store.get_or_build(KEY, DESCRIPTION, never)
+
+
+def test_read_only_cache_that_has_the_entry(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = store.get_or_build(KEY, DESCRIPTION, writes())
+    monkeypatch.setattr(cache, "_REMEMBER_FROM", 10)  # it also fails to remember a digest, harmlessly
+    refuse_writes(monkeypatch)
+    assert store.get_or_build(KEY, DESCRIPTION, never) == entry
+
+
+def test_a_file_where_the_cache_should_be(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("not a folder")
+    with pytest.raises(CacheError, match=r"is not a folder .* set LATENTRT_CACHE or cache_dir"):
+        Store(tmp_path / "cache").get_or_build(KEY, DESCRIPTION, never)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("shapes"), PermissionError(errno.EACCES, "denied", "/somewhere/else")], ids=repr
+)
+def test_what_a_build_raises_passes_and_nothing_is_kept(store: Store, error: Exception) -> None:
+    def build(folder: Path) -> Mapping[str, Any]:
+        (folder / "model.onnx").write_text("half")
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        store.get_or_build(KEY, DESCRIPTION, build)
+    assert caught.value is error
+    assert leftovers(store) == []
+    assert list((store.root / "entries").iterdir()) == []
+
+
+def test_threads_build_once(store: Store) -> None:
+    built: list[Path] = []
+
+    def build(folder: Path) -> Mapping[str, Any]:
+        built.append(folder)
+        return writes()(folder)
+
+    threads = [threading.Thread(target=store.get_or_build, args=(KEY, DESCRIPTION, build)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1
+
+
+BUILDER = textwrap.dedent("""
+    import os, signal, sys, time
+    from pathlib import Path
+    from latentrt.runtime.cache import Store
+
+    root, key, how = sys.argv[1:]
+
+    def build(folder):
+        with open(Path(root).parent / "builds", "a") as log:
+            log.write("built\\n")
+        (folder / "model.onnx").write_text("weights")
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.5)
+        return {}
+
+    Store(Path(root)).get_or_build(key, {"name": "unet"}, build)
+""")
+
+
+def builder(store: Store, key: str, how: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", BUILDER, str(store.root), key, how])
+
+
+def test_processes_build_once(store: Store) -> None:
+    processes = [builder(store, KEY, "slowly") for _ in range(3)]
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    assert (store.root.parent / "builds").read_text() == "built\n"
+    store.get_or_build(KEY, DESCRIPTION, never)
+
+
+@pytest.mark.parametrize("then", [KEY, OTHER], ids=["the same entry", "another entry"])
+def test_what_a_killed_writer_leaves_is_removed(store: Store, then: str) -> None:
+    assert builder(store, KEY, "killed").wait(60) != 0
+    assert len(leftovers(store)) == 1
+    entry = store.get_or_build(then, DESCRIPTION, writes("rebuilt"))
+    assert (entry / "model.onnx").read_text() == "rebuilt"
+    assert leftovers(store) == []
+
+
+def test_the_sweep_leaves_a_living_writer_alone(store: Store) -> None:
+    seen: list[list[str]] = []
+
+    def build(folder: Path) -> Mapping[str, Any]:
+        thread = threading.Thread(target=store.get_or_build, args=(OTHER, DESCRIPTION, writes()))
+        thread.start()
+        thread.join()
+        seen.append(leftovers(store))
+        return writes()(folder)
+
+    entry = store.get_or_build(KEY, DESCRIPTION, build)
+    assert [[name.partition(".")[0] for name in names] for names in seen] == [[KEY]]
+    assert (entry / "model.onnx").exists()
+
+
+def test_digests_do_not_depend_on_order() -> None:
+    assert digest_of({"a": 1, "b": [2]}) == digest_of({"b": [2], "a": 1})
+    assert digest_of({"a": 1}) != digest_of({"a": 2})
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path / "from_environment"))
+    assert cache_root() == tmp_path / "from_environment"
+    assert cache_root(tmp_path / "given") == tmp_path / "given"
+    monkeypatch.delenv("LATENTRT_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_root() == tmp_path / ".cache" / "latentrt"
