@@ -1,6 +1,7 @@
 """The operators the models are written against.
 
-Each is a checked function over plain tensors. What it means is in `reference`, in a few lines of PyTorch.
+Each is a checked function over plain tensors. What it means is in `reference`, in a few lines of PyTorch;
+`sampler_step` is its own reference.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""runtime/models."""
+"""The networks of a Stable Diffusion checkpoint, in PyTorch over `latentrt.kernels`."""

@@ -77,7 +77,8 @@ class Fields:
         return None if self._values[field] is None else self.number(field)
 
     def flag(self, field: str) -> bool:
-        return bool(self._of(field, bool, "true or false"))
+        """True or false; published files also write null for false."""
+        return False if self._values[field] is None else bool(self._of(field, bool, "true or false"))
 
     def string(self, field: str, choices: Collection[str]) -> str:
         value = self._of(field, str, f"one of {', '.join(choices)}")

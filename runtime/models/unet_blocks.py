@@ -98,16 +98,18 @@ class Transformer(nn.Module):
         """x: [B, C, H, W]; context: [B, Sk, Cc]. Returns [B, C, H, W]."""
         height, width = x.shape[2:]
         h = self.norm(x)
+        if not self.linear:
+            h = self.proj_in(h)
+        h = h.flatten(2).transpose(1, 2)  # [B, HW, C]
         if self.linear:
-            h = self.proj_in(h.flatten(2).transpose(1, 2))  # [B, HW, C]
-        else:
-            h = self.proj_in(h).flatten(2).transpose(1, 2)  # [B, HW, C]
+            h = self.proj_in(h)
         for block in self.transformer_blocks:
             h = block(h, context)
         if self.linear:
-            h = self.proj_out(h).transpose(1, 2).unflatten(2, (height, width))  # [B, C, H, W]
-        else:
-            h = self.proj_out(h.transpose(1, 2).unflatten(2, (height, width)))
+            h = self.proj_out(h)
+        h = h.transpose(1, 2).unflatten(2, (height, width))  # [B, C, H, W]
+        if not self.linear:
+            h = self.proj_out(h)
         out: Tensor = x + h
         return out
 

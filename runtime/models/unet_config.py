@@ -40,33 +40,35 @@ def _is(*allowed: object) -> tuple[Callable[[Any], bool], str]:
     return lambda value: value in allowed, " or ".join(repr(a) for a in allowed)
 
 
-def _never(value: Any) -> bool:
-    """False or None, for all levels or for each."""
-    return not (any(value) if isinstance(value, (list, tuple)) else value)
+def _off(value: Any) -> bool:
+    """False or null, for all levels or for each."""
+    return not any(value) if isinstance(value, (list, tuple)) else value in (False, None)
 
+
+_OFF = (_off, "False")
 
 # Fields with one implemented meaning: the values that have it.
 _FIXED = {
     "act_fn": _is("silu", "swish"),
     "attention_type": _is("default"),
-    "center_input_sample": _is(False),
+    "center_input_sample": _OFF,
     "class_embed_type": _is(None),
-    "class_embeddings_concat": _is(False),
+    "class_embeddings_concat": _OFF,
     "conv_in_kernel": _is(3),
     "conv_out_kernel": _is(3),
     "cross_attention_norm": _is(None),
     "downsample_padding": _is(1),
-    "dual_cross_attention": _is(False),
+    "dual_cross_attention": _OFF,
     "encoder_hid_dim": _is(None),
     "encoder_hid_dim_type": _is(None),
-    "mid_block_only_cross_attention": _is(None, False),
+    "mid_block_only_cross_attention": _OFF,
     "mid_block_scale_factor": _is(1),
     "mid_block_type": _is("UNetMidBlock2DCrossAttn"),
     "num_attention_heads": _is(None),
     "num_class_embeds": _is(None),
-    "only_cross_attention": (_never, "False"),
+    "only_cross_attention": _OFF,
     "resnet_out_scale_factor": _is(1),
-    "resnet_skip_time_act": _is(False),
+    "resnet_skip_time_act": _OFF,
     "resnet_time_scale_shift": _is("default"),
     "reverse_transformer_layers_per_block": _is(None),
     "time_embedding_act_fn": _is(None),
@@ -191,9 +193,3 @@ class UNetConfig:
             addition_time_embed_dim=time_ids_dim,
             projection_class_embeddings_input_dim=addition_dim,
         )
-
-    def num_time_ids(self, pooled_dim: int) -> int:
-        """How many size ids the model takes beside pooled text of `pooled_dim`; 0 without text_time."""
-        if self.addition_time_embed_dim is None or self.projection_class_embeddings_input_dim is None:
-            return 0
-        return (self.projection_class_embeddings_input_dim - pooled_dim) // self.addition_time_embed_dim

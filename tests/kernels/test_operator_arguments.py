@@ -1,0 +1,114 @@
+"""What the operators refuse, in words, and that their checks pin no symbolic size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from latentrt.errors import KernelArgumentError
+from latentrt.kernels import (
+    add_layer_norm,
+    attention,
+    geglu,
+    group_norm,
+    group_norm_silu,
+    layer_norm,
+    linear_geglu,
+)
+from torch import Tensor, nn
+
+T = torch.zeros
+META = torch.zeros(4, device="meta")
+Q = T(2, 5, 3, 8)
+X, C = T(2, 8, 4, 4), T(8)
+REFUSED: list[tuple[Callable[[], object], str]] = [
+    (lambda: attention(T(2, 5, 24), Q, Q), r"attention: q must be \[B, Sq, H, D\], got shape \(2, 5, 24\)"),
+    (lambda: attention(Q, T(2, 5, 24), Q), r"attention: k must be \[B, Sk, H, D\], got shape \(2, 5, 24\)"),
+    (lambda: attention(Q, T(3, 5, 3, 8), Q), r"attention: k must have q's batch size 2, got 3"),
+    (lambda: attention(Q, Q, T(2, 5, 4, 8)), r"attention: v must have q's number of heads 3, got 4"),
+    (lambda: attention(Q, T(2, 5, 3, 9), Q), r"attention: k must have q's head size 8, got 9"),
+    (lambda: attention(Q, Q, T(2, 6, 3, 8)), r"attention: v must have k's number of keys 5, got 6"),
+    (lambda: attention(Q, Q[:, :0], Q[:, :0]), r"attention: k must hold at least one key, got shape"),
+    (lambda: attention(Q, Q.half(), Q), r"attention: k must have q's dtype torch.float32, got torch.float16"),
+    (lambda: attention(Q.int(), Q, Q), r"attention: q must be float16, .* or float64, got torch.int32"),
+    (lambda: attention(Q, Q, 1.0), r"attention: v must be a torch.Tensor, got float"),  # type: ignore[arg-type]
+    (lambda: group_norm(T(8), C, C, 4, 1e-5), r"group_norm: x must be \[B, C, ...\], got shape \(8,\)"),
+    (lambda: group_norm(X, T(7), C, 4, 1e-5), r"group_norm: weight must have one value .* 8, got 7"),
+    (lambda: group_norm(X, C, T(8, 1), 4, 1e-5), r"group_norm: bias must be \[C\], got shape \(8, 1\)"),
+    (lambda: group_norm(X, C, C, 3, 1e-5), r"group_norm: num_groups must divide x's channels, 8, got 3"),
+    (lambda: group_norm(X, C, C, 16, 1e-5), r"num_groups must divide x's channels, 8, got 16"),
+    (lambda: group_norm(X, C, C, 0, 1e-5), r"group_norm: num_groups must be at least 1, got 0"),
+    (lambda: group_norm(X, C, C, 4, -1.0), r"group_norm: eps must be zero or more, got -1.0"),
+    (lambda: group_norm(X, C, C, 4, float("nan")), r"group_norm: eps must be zero or more, got nan"),
+    (lambda: group_norm(X, C.double(), C, 4, 0.0), r"weight must have x's dtype torch.float32, got torch.fl"),
+    (
+        lambda: group_norm_silu(X, C, META, 4, 0.0),
+        r"group_norm_silu: bias must be on x's device cpu, got meta",
+    ),
+    (
+        lambda: group_norm_silu(X, C, C, 4, 0.0, T(2, 8, 1, 1)),
+        r"group_norm_silu: shift must be \[B, C\], got",
+    ),
+    (lambda: group_norm_silu(X, C, C, 4, 0.0, T(1, 8)), r"shift must have x's batch size 2, got 1"),
+    (lambda: group_norm_silu(X, C, C, 4, 0.0, T(2, 4)), r"shift must have one value for each .* 8, got 4"),
+    (lambda: geglu(T(2, 7)), r"geglu: x must be \[..., 2F\], got shape \(2, 7\)"),
+    (lambda: geglu(T(())), r"geglu: x must be \[..., 2F\], got shape \(\)"),
+    (lambda: linear_geglu(T(2, 5), T(8)), r"linear_geglu: weight must be \[2F, D\], got shape \(8,\)"),
+    (lambda: linear_geglu(T(2, 5), T(8, 6)), r"weight must have x's last dimension 5, got 6"),
+    (lambda: linear_geglu(T(2, 5), T(7, 5)), r"linear_geglu: weight must be \[2F, D\], got shape \(7, 5\)"),
+    (lambda: linear_geglu(T(2, 5), T(8, 5), T(4)), r"bias must have weight's first dimension 8, got 4"),
+    (
+        lambda: layer_norm(T(2, 5), T(4), T(5), 0.0),
+        r"layer_norm: weight must have x's last dimension 5, got 4",
+    ),
+    (lambda: layer_norm(T(()), T(1), T(1), 0.0), r"layer_norm: x must be \[..., D\], got shape \(\)"),
+    (lambda: layer_norm(T(2, 5), T(5), T(5), -0.1), r"layer_norm: eps must be zero or more, got -0.1"),
+    (
+        lambda: add_layer_norm(T(2, 3, 5), T(3, 5), T(5), T(5), 0.0),
+        r"add_layer_norm: residual must have x's rank 3, got shape \(3, 5\)",
+    ),
+    (
+        lambda: add_layer_norm(T(2, 3, 5), T(2, 1, 5), T(5), T(5), 0.0),
+        r"add_layer_norm: residual must have x's dimension 1, 3, got 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(KernelArgumentError, match=message):
+        call()
+
+
+class Everything(nn.Module):
+    """Each operator once, on an image and a text of sizes to be known later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8))
+        self.bias = nn.Parameter(torch.rand(8))
+        self.proj = nn.Parameter(torch.rand(16, 8))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """x: [B, 8, H, W], text: [B, S, 8]."""
+        h = group_norm_silu(x, self.weight, self.bias, 4, 1e-5, text.mean(1))
+        h = group_norm(h, self.weight, self.bias, 2, 1e-5).flatten(2).transpose(1, 2)  # [B, HW, 8]
+        q, k = (layer_norm(t, self.weight, self.bias, 1e-5).unflatten(-1, (2, 4)) for t in (h, text))
+        h, total = add_layer_norm(attention(q, k, k).flatten(2), h, self.weight, self.bias, 1e-5)
+        return total + linear_geglu(h, self.proj) + geglu(torch.cat([h, h], -1))
+
+
+def test_the_checks_leave_traced_sizes_free() -> None:
+    """A graph traced at one batch, image and text size runs at others."""
+    model = Everything().eval()
+    batch, height, width, words = (torch.export.Dim(name, min=1, max=64) for name in "bhws")
+    program = torch.export.export(
+        model,
+        (torch.randn(2, 8, 6, 10), torch.randn(2, 7, 8)),
+        dynamic_shapes=({0: batch, 2: height, 3: width}, {0: batch, 1: words}),
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    for b, h, w, s in ((1, 5, 3, 9), (3, 12, 4, 2)):
+        x, text = torch.randn(b, 8, h, w), torch.randn(b, s, 8)
+        torch.testing.assert_close(program.module()(x, text), model(x, text))
