@@ -45,13 +45,13 @@ def export_component(component: Component, path: Path, *, module: nn.Module | No
         OSError: the files cannot be written.
     """
     dims = {
-        name: torch.export.Dim(name)
+        name: _dimension(name, component.example_sizes[name])
         for spec in component.inputs
         for name in spec.dims
         if isinstance(name, str)
     }
     shapes = tuple(
-        {i: dims[name] for i, name in enumerate(spec.dims) if isinstance(name, str)}
+        {i: dims[name] for i, name in enumerate(spec.dims) if isinstance(name, str)} or None
         for spec in component.inputs
     )
     try:
@@ -69,6 +69,7 @@ def export_component(component: Component, path: Path, *, module: nn.Module | No
                 traced,
                 dynamo=True,
                 opset_version=OPSET,
+                dynamic_shapes=shapes,  # for their names
                 input_names=[spec.name for spec in component.inputs],
                 output_names=[spec.name for spec in component.outputs],
                 verbose=False,
@@ -85,6 +86,12 @@ def export_component(component: Component, path: Path, *, module: nn.Module | No
     except onnx.checker.ValidationError as error:
         raise ExportError(f"{component.name} was exported to an invalid ONNX model: {error}") from error
     return path
+
+
+def _dimension(name: str, example: int) -> torch.export.Dim:
+    """A dimension that may vary. Tracing wants the coarsest level of a network to stay above one pixel, as it is in the
+    example; what it writes holds below that too, as the tests of the smallest sizes show."""
+    return torch.export.Dim(name, min=1 if name == "batch" else example // 2 + 1)
 
 
 def _describe(model: Any, component: Component) -> None:

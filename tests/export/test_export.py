@@ -1,0 +1,210 @@
+"""Exports against the modules they were traced from, at sizes that tracing never saw; and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import tiny_components as tiny
+import torch
+from latentrt.errors import ExportError
+from latentrt.export import check_export, export_component
+from latentrt.export.check import LIMITS, relative_error
+from latentrt.export.onnx import OPSET
+from latentrt.runtime.engines.base import Component, TensorSpec
+from latentrt.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from latentrt.runtime.prepare import onnx_model
+from tolerances import EXPORT_FLOAT16, EXPORT_FLOAT32
+from torch import Tensor, nn
+
+CPU = torch.device("cpu")
+
+# Latent sizes: odd at every level, not square, one pixel, one row, and larger than the example.
+LATENTS = [(8, 6), (5, 7), (1, 1), (1, 9), (16, 24)]
+
+
+def worst_error(component: Component, cache_dir: Path, **sizes: int) -> float:
+    """The largest relative error over the outputs, for inputs of one draw."""
+    engine = OnnxRuntimeEngine(component, onnx_model(component, cache_dir=cache_dir), CPU)
+    inputs = tiny.named_inputs(component, seed=7, **sizes)
+    with torch.inference_mode():
+        result = component.build()(*inputs.values())
+    wanted = (result,) if isinstance(result, Tensor) else result
+    return max(relative_error(a, b) for a, b in zip(engine(inputs).values(), wanted, strict=True))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("height", "width"), LATENTS)
+def test_unet(cache_dir: Path, batch: int, height: int, width: int) -> None:
+    error = worst_error(tiny.unet(), cache_dir, batch=batch, height=height, width=width)
+    assert error < EXPORT_FLOAT32
+
+
+@pytest.mark.parametrize("tokens", [1, 77, 154])
+def test_unet_prompt_lengths(cache_dir: Path, tokens: int) -> None:
+    assert worst_error(tiny.unet(), cache_dir, tokens=tokens) < EXPORT_FLOAT32
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("height", "width"), LATENTS)
+def test_vae_decoder(cache_dir: Path, batch: int, height: int, width: int) -> None:
+    error = worst_error(tiny.vae_decoder(), cache_dir, batch=batch, height=height, width=width)
+    assert error < EXPORT_FLOAT32
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("height", "width"), LATENTS)
+def test_vae_encoder(cache_dir: Path, batch: int, height: int, width: int) -> None:
+    sizes = {"batch": batch, "image_height": 8 * height, "image_width": 8 * width}
+    assert worst_error(tiny.vae_encoder(), cache_dir, **sizes) < EXPORT_FLOAT32
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_text_encoder(cache_dir: Path, batch: int) -> None:
+    assert worst_error(tiny.text_encoder(), cache_dir, batch=batch) < EXPORT_FLOAT32
+
+
+def test_text_encoder_layers(cache_dir: Path) -> None:
+    component = tiny.text_encoder()
+    engine = OnnxRuntimeEngine(component, onnx_model(component, cache_dir=cache_dir), CPU)
+    inputs = tiny.named_inputs(component)
+    sequences = [engine({**inputs, "layer": torch.tensor(layer)})["sequence"] for layer in (0, 1, 2)]
+    for layer, sequence in enumerate(sequences):
+        wanted = component.build()(inputs["input_ids"], torch.tensor(layer))[0]
+        assert relative_error(sequence, wanted) < EXPORT_FLOAT32
+    assert relative_error(sequences[1], sequences[2]) > 0.1
+
+
+def test_unet_in_half_precision(cache_dir: Path) -> None:
+    # One level is enough for what goes wrong in half precision: the time embedding is computed in float32.
+    config = {
+        **tiny.UNET,
+        "block_out_channels": [32],
+        "down_block_types": ["CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D"],
+        "transformer_layers_per_block": [1],
+        "attention_head_dim": [2],
+    }
+    assert worst_error(tiny.unet(torch.float16, config), cache_dir, batch=3) < EXPORT_FLOAT16
+
+
+def test_bfloat16_is_written_and_valid(tmp_path: Path) -> None:
+    component = tiny.affine(torch.bfloat16)
+    path = export_component(component, tmp_path / "model.onnx")
+    model = onnx.load(path)
+    assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
+    assert check_export(component, path) == {}  # nothing on the CPU runs it
+
+
+def test_the_model_says_what_it_is(cache_dir: Path) -> None:
+    component = tiny.unet()
+    path = onnx_model(component, cache_dir=cache_dir)
+    model = onnx.load(path, load_external_data=False)
+    properties = {p.key: p.value for p in model.metadata_props}
+    assert properties["latentrt.component"] == "unet"
+    assert properties["latentrt.fingerprint"] == component.fingerprint
+    assert properties["latentrt.dtype"] == "float32"
+    assert properties["torch.version"] == torch.__version__
+    assert {o.domain: o.version for o in model.opset_import}[""] == OPSET
+    dims = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    assert dims["sample"] == ["batch", 4, "height", "width"]
+    assert dims["timestep"] == ["batch"]
+    assert dims["encoder_hidden_states"] == ["batch", "tokens", 24]
+    assert dims["out_sample"] == ["batch", 4, "height", "width"]
+    assert list(dims) == [spec.name for spec in (*component.inputs, *component.outputs)]
+
+
+def test_the_model_holds_no_path_of_the_machine(cache_dir: Path) -> None:
+    path = onnx_model(tiny.unet(), cache_dir=cache_dir)
+    assert b".py" not in path.read_bytes()
+
+
+def test_the_manifest_has_the_figures_of_the_check(cache_dir: Path) -> None:
+    path = onnx_model(tiny.unet(), cache_dir=cache_dir)
+    figures = json.loads((path.parent / "manifest.json").read_text())["figures"]
+    assert figures["limit"] == LIMITS[torch.float32]
+    errors = figures["relative_error"]
+    assert list(errors) == ["batch=2 height=8 width=6 tokens=77", "batch=1 height=12 width=9 tokens=115"]
+    assert all(0 < e["out_sample"] < EXPORT_FLOAT32 for e in errors.values())
+
+
+# --- what is refused
+
+
+class Pinned(nn.Module):
+    """Uses the batch size as a number, which pins it while tracing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.arange(len(x))[:, None]
+
+
+class Branching(nn.Module):
+    """Has no graph: which way it goes depends on what is in the tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class Drifting(nn.Module):
+    """Another function each time it is asked, as an export that went wrong looks to its check."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + 1e-2 * self.calls
+
+
+def of(make: Callable[[], nn.Module]) -> Component:
+    return Component(
+        "affine",
+        make,
+        torch.float32,
+        (TensorSpec("x", ("batch", 4), torch.float32),),
+        (TensorSpec("y", ("batch", 4), torch.float32),),
+        "0",
+        {"batch": 2},
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "why"), [(Pinned, "batch"), (Branching, "data-dependent")], ids=["pinned", "branching"]
+)
+def test_what_cannot_be_traced_is_refused(tmp_path: Path, make: Callable[[], nn.Module], why: str) -> None:
+    with pytest.raises(ExportError, match=rf"affine cannot be exported to ONNX: (?s:.*){why}"):
+        export_component(of(make), tmp_path / "model.onnx")
+
+
+def test_an_export_that_computes_something_else_is_refused(cache_dir: Path) -> None:
+    with pytest.raises(ExportError, match=r"of affine computes something else than PyTorch: .*limit 0.0001"):
+        onnx_model(of(Drifting), cache_dir=cache_dir)
+    with pytest.raises(ExportError):  # and nothing was kept
+        onnx_model(of(Drifting), cache_dir=cache_dir)
+
+
+def test_an_export_that_does_not_run_is_refused(cache_dir: Path, tmp_path: Path) -> None:
+    path = onnx_model(tiny.affine(), cache_dir=cache_dir)
+    wrong: dict[str, Any] = {"inputs": (TensorSpec("z", ("batch", 4), torch.float32),)}
+    component = of(nn.Identity)
+    with pytest.raises(ExportError, match="the export of affine does not run"):
+        check_export(Component(**{**vars(component), **wrong}), path)
+    (tmp_path / "model.onnx").write_bytes(b"?")
+    with pytest.raises(ExportError, match="the export of affine does not load"):
+        check_export(component, tmp_path / "model.onnx")
+
+
+def test_relative_error() -> None:
+    b = torch.tensor([4.0, -8.0])
+    assert relative_error(b + torch.tensor([0.0, 0.8]), b) == pytest.approx(0.1)
+    assert relative_error(b[:1], b) == float("inf")
+    assert not relative_error(torch.tensor([float("nan"), 1.0]), b) <= 1.0
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0.0

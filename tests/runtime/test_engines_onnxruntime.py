@@ -1,0 +1,220 @@
+"""The ONNX Runtime back end: the same function as PyTorch, exported once, the same bits at any batch size."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import textwrap
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_components as tiny
+import torch
+from latentrt import export
+from latentrt.errors import BackendError, BackendUnavailableError, CacheError
+from latentrt.export.check import relative_error
+from latentrt.runtime import prepare
+from latentrt.runtime.engines.base import Component, Engine
+from latentrt.runtime.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine
+from latentrt.runtime.prepare import onnx_model
+from tolerances import EXPORT_FLOAT32
+from torch import Tensor
+
+CPU = torch.device("cpu")
+
+
+def load(component: Component, cache_dir: Path) -> Engine:
+    return OnnxRuntimeBackend().load(component, device=CPU, cache_dir=cache_dir)
+
+
+@pytest.fixture
+def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(component: Component, *args: object, **kwargs: object) -> Path:
+        raise AssertionError(f"{component.name} was exported again")
+
+    monkeypatch.setattr(export, "export_component", refuse)
+
+
+def test_computes_what_the_module_computes(cache_dir: Path) -> None:
+    component = tiny.affine()
+    engine = load(component, cache_dir)
+    for batch in (1, 3, 8):
+        inputs = tiny.named_inputs(component, batch=batch)
+        with torch.inference_mode():
+            wanted = component.build()(inputs["x"])
+        assert relative_error(engine(inputs)["y"], wanted) < EXPORT_FLOAT32
+
+
+def test_takes_any_strides_dtypes_and_gradients(cache_dir: Path) -> None:
+    engine = load(tiny.affine(), cache_dir)
+    x = torch.randn(4, 6, dtype=torch.float64)[:, ::2].t().requires_grad_()  # [3, 4], strided
+    wanted = engine({"x": x.detach().float().contiguous()})["y"]
+    assert torch.equal(engine({"x": x})["y"], wanted)
+
+
+def test_does_not_write_its_inputs_and_outlives_its_session(cache_dir: Path) -> None:
+    engine = load(tiny.affine(), cache_dir)
+    x = torch.randn(64, 4)
+    before = x.clone()
+    first = engine({"x": x})["y"]
+    kept = first.clone()
+    engine({"x": -x})
+    engine.close()
+    load(tiny.affine(), cache_dir)({"x": torch.randn(64, 4)})
+    assert torch.equal(x, before)
+    assert torch.equal(first, kept)
+
+
+def test_the_second_load_exports_nothing(cache_dir: Path, request: pytest.FixtureRequest) -> None:
+    load(tiny.affine(), cache_dir)
+    request.getfixturevalue("no_export")
+    load(tiny.affine(), cache_dir)
+
+
+def test_a_process_that_finds_the_export_imports_no_exporter(cache_dir: Path) -> None:
+    model = onnx_model(tiny.affine(), cache_dir=cache_dir)
+    script = textwrap.dedent("""
+        import sys
+        import torch
+        import tiny_components as tiny
+        from latentrt.runtime.engines.registry import get_backend
+
+        component = tiny.affine()
+        engine = get_backend("onnxruntime").load(component, device=torch.device("cpu"), cache_dir=None)
+        print(engine(tiny.named_inputs(component))["y"].shape)
+        loaded = [m for m in ("onnx", "onnxscript", "torch.onnx._internal.exporter._core") if m in sys.modules]
+        assert not loaded, loaded
+    """)
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=Path(tiny.__file__).parent,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "torch.Size([2, 4])\n"
+    assert len(list(model.parent.parent.glob(model.parent.name))) == 1
+
+
+def test_a_corrupted_export_is_made_again(cache_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    component = tiny.affine(seed=11)
+    wanted = load(component, cache_dir)(tiny.named_inputs(component))["y"]
+    model = onnx_model(component, cache_dir=cache_dir)
+    content = bytearray(model.read_bytes())
+    content[len(content) // 2] ^= 1
+    model.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        engine = load(component, cache_dir)
+    assert "cached affine is damaged (model.onnx has another SHA-256" in caplog.text
+    assert torch.equal(engine(tiny.named_inputs(component))["y"], wanted)
+
+
+def test_what_decides_the_entry(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    component = tiny.affine()
+    first = onnx_model(component, cache_dir=cache_dir)
+    other_weights = onnx_model(tiny.affine(seed=1), cache_dir=cache_dir)
+    monkeypatch.setattr(prepare, "exporter_digest", lambda: "of changed sources")
+    other_code = onnx_model(component, cache_dir=cache_dir)
+    assert len({first, other_weights, other_code}) == 3
+
+
+def test_the_exporter_digest_is_over_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for folder in prepare._SOURCES:
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "code.py").write_text("x = 1\n")
+    monkeypatch.setattr(prepare, "_PACKAGE", tmp_path)
+    digests = set()
+    for folder in ("", *prepare._SOURCES):
+        if folder:
+            (tmp_path / folder / "code.py").write_text("x = 2\n")
+        digests.add(prepare.exporter_digest.__wrapped__())
+    assert len(digests) == 1 + len(prepare._SOURCES)
+
+
+def test_no_room_for_the_export(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(CacheError, match="is not a folder"):
+        load(tiny.affine(), tmp_path / "cache")
+
+
+def test_a_closed_engine_says_so(cache_dir: Path) -> None:
+    engine = load(tiny.affine(), cache_dir)
+    engine.close()
+    engine.close()
+    with pytest.raises(BackendError, match="affine was closed"):
+        engine({"x": torch.zeros(2, 4)})
+
+
+def test_what_onnxruntime_cannot_load_is_a_back_end_error(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"not a model")
+    with pytest.raises(BackendError, match=r"cannot load .*model\.onnx"):
+        OnnxRuntimeEngine(tiny.affine(), tmp_path / "model.onnx", CPU)
+
+
+def test_what_fails_in_onnxruntime_names_the_component(cache_dir: Path) -> None:
+    component = tiny.affine()
+    model = onnx_model(component, cache_dir=cache_dir)
+    wider = replace(component, inputs=(replace(component.inputs[0], dims=("batch", "width")),))
+    with pytest.raises(BackendError, match=r"ONNX Runtime failed on affine: .*invalid dimensions"):
+        OnnxRuntimeEngine(wider, model, CPU)({"x": torch.zeros(2, 5)})
+
+
+def test_cuda_without_the_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(BackendUnavailableError, match=r"built without CUDA; pip install \"latentrt\[gpu\]\""):
+        OnnxRuntimeBackend().load(tiny.affine(), device=torch.device("cuda"), cache_dir=None)
+
+
+def test_threads_share_an_engine(cache_dir: Path) -> None:
+    component = tiny.text_encoder()
+    engine = load(component, cache_dir)
+    inputs = [tiny.named_inputs(component, seed) for seed in range(4)]
+    wanted = [engine(x)["sequence"] for x in inputs]
+    wrong: list[int] = []
+
+    def work(k: int) -> None:
+        for _ in range(20):
+            if not torch.equal(engine(inputs[k])["sequence"], wanted[k]):
+                wrong.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+# Sizes: square, odd and not square, one latent pixel, one row.
+SIZES = [(8, 8), (5, 7), (1, 1), (1, 9)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("make", [tiny.unet, tiny.vae_decoder, tiny.text_encoder], ids=lambda f: f.__name__)
+def test_a_row_has_the_same_bits_in_any_batch(make: object, threads: int, cache_dir: Path) -> None:
+    component = make()  # type: ignore[operator]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        engine = load(component, cache_dir)
+    finally:
+        torch.set_num_threads(before)
+    sizes = SIZES if "height" in component.example_sizes else SIZES[:1]
+    for height, width in sizes:
+        inputs = tiny.named_inputs(component, batch=6, height=height, width=width)
+        whole = engine(inputs)
+        for rows in (slice(0, 1), slice(5, 6), slice(1, 3), slice(2, 6)):
+            part = engine({name: _rows(x, rows) for name, x in inputs.items()})
+            for name, x in part.items():
+                np.testing.assert_array_equal(x.numpy(), whole[name][rows].numpy())
+
+
+def _rows(x: Tensor, rows: slice) -> Tensor:
+    return x[rows] if x.dim() else x
