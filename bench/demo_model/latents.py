@@ -19,7 +19,7 @@ from .tokenizer import DEMO, MAX_LENGTH
 
 BATCH = 20
 REFINER_SEED = 500_000_000  # the refiner's examples begin here
-REFINER_SHARE = 0.3  # refiner's examples per base example
+REFINER_SHARE = 0.2  # refiner's examples per base example
 
 
 @dataclass

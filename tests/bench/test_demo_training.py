@@ -1,0 +1,127 @@
+"""The training machinery: resume, replicas that equal one model, true conditioning, and a folder that loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from latentrt.bench.demo_model import data
+from latentrt.bench.demo_model.loop import Ema, Run, Stage, train
+from latentrt.bench.demo_model.replicas import Replicas
+from latentrt.bench.demo_model.scenes import SHAPES, Scene, Thing, render, signed_distance
+from torch import nn
+
+
+def _stage(steps: list[float]) -> Stage:
+    torch.manual_seed(0)
+    module = nn.Linear(3, 1)
+    optimiser = torch.optim.AdamW(module.parameters(), lr=0.0)
+
+    def step(progress: float, generator: torch.Generator) -> dict[str, float]:
+        steps.append(progress)
+        loss = module(torch.randn(4, 3, generator=generator)).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        return {"loss": float(loss.detach())}
+
+    return Stage("toy", {"module": module}, optimiser, step, 1e-2, ema={"module": Ema(module, 0.9)})
+
+
+def test_a_stage_resumes_where_it_stopped(tmp_path: Path) -> None:
+    first: list[float] = []
+    stage = _stage(first)
+    train(Run(tmp_path, 0, torch.device("cpu"), {"toy": 0.005}), stage)
+    weights = stage.modules["module"].weight.clone()
+    assert first[0] == 0.0
+    assert first[-1] > 0.9
+    done: list[float] = []
+    train(Run(tmp_path, 0, torch.device("cpu"), {"toy": 0.005}), again := _stage(done))
+    assert done == []
+    assert torch.equal(again.modules["module"].weight, weights)
+    more: list[float] = []
+    train(Run(tmp_path, 0, torch.device("cpu"), {"toy": 0.01}), _stage(more))
+    assert more[0] == pytest.approx(0.5, abs=0.1)
+
+
+def test_replicas_leave_the_gradients_of_the_whole_batch() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2))
+    x, y = torch.randn(8, 5), torch.randn(8, 2)
+    F.mse_loss(module(x), y).backward()
+    wanted = [parameter.grad.clone() for parameter in module.parameters()]
+    Replicas(module, 2).backward(lambda part, a, b: F.mse_loss(part(a), b), x, y)
+    for parameter, gradient in zip(module.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_conditioning_tells_the_truth() -> None:
+    kinds = {"small": 0, "crop": 0, "plain": 0}
+    for seed in range(60):
+        e = data.example(seed)
+        height, width = e.pixels.shape[:2]
+        assert (height, width) == data.canvas_of(seed)
+        if e.crop != (0, 0):
+            kinds["crop"] += 1
+            window = render(e.scene, top=e.crop[0], left=e.crop[1])
+            assert np.array_equal(window, e.pixels)
+        elif e.original != (height, width):
+            kinds["small"] += 1
+            assert e.original[0] < height
+            assert not np.array_equal(render(e.scene), e.pixels)
+        else:
+            kinds["plain"] += 1
+            assert np.array_equal(render(e.scene), e.pixels)
+        assert 5.5 <= e.aesthetic <= 7
+    assert all(kinds.values()), kinds
+
+
+def test_damaged_pictures_score_low() -> None:
+    scores = [data.example(seed, damaged=1.0).aesthetic for seed in range(20)]
+    assert max(scores) < 5
+
+
+def test_crops_move_the_picture_by_their_offset() -> None:
+    scene = Scene(128, 128, "white", (0.0, 0.0), (Thing("square", "red", "large", 24, 64, 64),), None)
+    whole, window = render(scene), render(scene, top=10, left=20)
+    assert np.array_equal(whole[10:, 20:], window[:-10, :-20])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_signed_distance_is_a_distance(shape: str) -> None:
+    """Negative at some point inside, positive outside, and never steeper than one."""
+    grid = np.arange(-40, 41, dtype=np.float32)
+    y, x = np.meshgrid(grid, grid, indexing="ij")
+    distance = signed_distance(shape, x, y, 24.0)
+    assert distance.min() < -3
+    assert distance[0].min() > 0
+    assert np.abs(np.diff(distance, axis=1)).max() <= 1.001
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_every_stage_runs_and_diffusers_loads_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentrt.bench.demo_model import train_text, train_unet, train_vae
+    from latentrt.bench.demo_model.latents import stage_latents
+
+    monkeypatch.setattr(train_vae, "PICTURES", 20)
+    monkeypatch.setattr(train_text, "PICTURES", 400)
+    minutes = {"vae": 0.02, "text": 0.02, "base": 0.02, "refiner": 0.02}
+    run = Run(tmp_path, 0, torch.device("cpu"), minutes, examples=40, batch=4, workers=2)
+    train_vae.stage_vae(run)
+    train_text.stage_text(run)
+    stage_latents(run)
+    train_unet.stage_base(run)
+    train_unet.stage_refiner(run)
+    from diffusers import StableDiffusionXLPipeline
+    from latentrt.bench.demo_model.generate import DiffusersGenerator, PipelineGenerator
+
+    assert StableDiffusionXLPipeline.from_pretrained(tmp_path / "demo").unet.config.in_channels == 4
+    theirs = DiffusersGenerator(tmp_path / "demo", refine=True).arrays(["a red circle"], [3], steps=5)
+    ours = PipelineGenerator(tmp_path / "demo", refine=True, backend="eager")(["a red circle"], [3], steps=5)
+    assert np.abs(ours[0] / 255 - theirs[0]).max() < 0.01
