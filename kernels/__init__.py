@@ -6,11 +6,14 @@ Each is a checked function over plain tensors. What it means is in `reference`, 
 
 from __future__ import annotations
 
-from .attention import attention
-from .geglu import geglu, linear_geglu
-from .group_norm import group_norm, group_norm_silu
-from .layer_norm import add_layer_norm, layer_norm
-from .sampler_step import sampler_step
+# Where Python runs in the repository's root, this folder is also a top-level `kernels`, and transformers imports
+# whatever has that name to see whether it is another project's package: then there is nothing here.
+if __name__ != "kernels":
+    from .attention import attention
+    from .geglu import geglu, linear_geglu
+    from .group_norm import group_norm, group_norm_silu
+    from .layer_norm import add_layer_norm, layer_norm
+    from .sampler_step import sampler_step
 
 __all__ = [
     "add_layer_norm",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import latentrt.kernels
 import pytest
@@ -219,3 +222,13 @@ def test_the_public_names() -> None:
         "sampler_step",
     ]
     assert all(callable(getattr(latentrt.kernels, name)) for name in latentrt.kernels.__all__)
+
+
+def test_the_folder_is_not_taken_for_another_projects_package() -> None:
+    """From the repository's root `import kernels` finds this folder, and transformers tries it: an error there,
+    or a version to go by, would break transformers for everyone who works in the root."""
+    root = Path(latentrt.kernels.__file__).parents[1]
+    program = (
+        "import sys, kernels; assert not hasattr(kernels, '__version__'); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=root, check=True)
