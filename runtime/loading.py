@@ -190,7 +190,7 @@ def unet_component(
         inputs.append(TensorSpec("time_ids", ("batch", numbers), torch.float32, Values(0, 1024)))
     if config.time_cond_proj_dim is not None:
         inputs.append(TensorSpec("timestep_cond", ("batch", config.time_cond_proj_dim), dtype))
-    side = max(8, 2 ** (len(config.block_out_channels) - 1))
+    side = 2 ** len(config.block_out_channels)  # the coarsest level is two pixels high
     return _Weights(checkpoint, "unet", checkpoint.config("unet"), lambda: UNet(config)).component(
         "unet",
         dtype,

@@ -63,9 +63,11 @@ class LazyEngine:
         with self._lock:
             if self._engine is None:
                 loader = self._loader
-                self._engine = loader.backend.load(
-                    self.component, device=loader.device, cache_dir=loader.cache_dir
-                )
+                # A caller's inference mode would mark the weights, and tracing would bake it in.
+                with torch.inference_mode(False):
+                    self._engine = loader.backend.load(
+                        self.component, device=loader.device, cache_dir=loader.cache_dir
+                    )
             return self._engine
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
