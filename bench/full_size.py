@@ -1,0 +1,203 @@
+"""SDXL's base UNet at its full size, on the CPU: loaded from safetensors, and one forward.
+
+    python -m latentrt.bench.full_size [--dtype bfloat16] [--size 512] [--folder DIR] [--out FILE.json]
+
+The weights are random (there may be no published ones at hand), written to a file in float16 one tensor at a
+time: 5.1 GB, removed afterwards unless `--folder` names where to keep them. What is held: loading takes less
+than 1.3 times the weights' own memory, and the output is finite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..runtime.models.unet import UNet, UNetConfig, input_names
+from ..runtime.weights import open_checkpoint
+from .machine import describe_machine
+
+__all__ = ["Result", "main", "measure", "write_checkpoint"]
+
+MAX_LOAD_RATIO = 1.3
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_CONFIG = Path(__file__).resolve().parents[1] / "runtime" / "data" / "sdxl_base" / "unet" / "config.json"
+_TOKENS = 77
+_POOLED = 1280
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run.
+
+    Attributes:
+        parameters: of the UNet.
+        dtype: of its weights and of the forward.
+        size: of the image in pixels, along each side.
+        weight_bytes: of the weights in `dtype`.
+        load_seconds, forward_seconds: wall time.
+        load_ratio: what loading added to the process's peak memory, over `weight_bytes`.
+        forward_ratio: the same up to the end of the forward.
+        output_std: of the prediction.
+        finite: no infinities or NaNs in it.
+    """
+
+    parameters: int
+    dtype: str
+    size: int
+    weight_bytes: int
+    load_seconds: float
+    forward_seconds: float
+    load_ratio: float
+    forward_ratio: float
+    output_std: float
+    finite: bool
+
+
+def write_checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
+    """Write a UNet of random float16 weights as a diffusers folder, without ever holding two tensors.
+
+    Weights keep the variance of what passes through them, norms are 1 and biases 0, so that a float16 forward
+    stays finite. The seed is fixed.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
+    with torch.device("meta"):
+        shapes = {key: t.shape for key, t in UNet(UNetConfig.from_dict(config)).state_dict().items()}
+    header: dict[str, Any] = {}
+    end = 0
+    for key, shape in shapes.items():
+        begin, end = end, end + 2 * shape.numel()
+        header[key] = {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors start aligned
+
+    (folder / "unet").mkdir(parents=True, exist_ok=True)
+    (folder / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}\n')
+    (folder / "unet" / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+    random = torch.Generator().manual_seed(0)
+    with open(folder / "unet" / "diffusion_pytorch_model.safetensors", "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for key, shape in shapes.items():
+            if len(shape) > 1:
+                tensor = torch.randn(shape, generator=random).div_(shape[1:].numel() ** 0.5)
+            else:
+                tensor = torch.ones(shape) if key.endswith("weight") else torch.zeros(shape)
+            file.write(tensor.half().numpy().data)
+    return folder
+
+
+def measure(folder: Path, dtype: torch.dtype, size: int) -> Result:
+    """Load the UNet of a folder and run it once on noise.
+
+    Args:
+        folder: a diffusers folder with a UNet of SDXL's anatomy.
+        dtype: to load and run in.
+        size: of the image in pixels, along each side.
+    """
+    checkpoint = open_checkpoint(folder)
+    config = UNetConfig.from_dict(checkpoint.config("unet"))
+    with torch.device("meta"):
+        unet = UNet(config).eval()
+    parameters = sum(p.numel() for p in unet.parameters())
+    weight_bytes = parameters * dtype.itemsize
+
+    before = _peak_bytes()
+    begun = time.perf_counter()
+    checkpoint.weights("unet").load_into(unet, dtype)
+    _touch(unet)
+    load_seconds = time.perf_counter() - begun
+    load_ratio = (_peak_bytes() - before) / weight_bytes
+
+    inputs = _inputs(config, dtype, size // 8)
+    begun = time.perf_counter()
+    with torch.inference_mode():
+        output = unet(*inputs)
+    forward_seconds = time.perf_counter() - begun
+    return Result(
+        parameters=parameters,
+        dtype=str(dtype).removeprefix("torch."),
+        size=size,
+        weight_bytes=weight_bytes,
+        load_seconds=load_seconds,
+        forward_seconds=forward_seconds,
+        load_ratio=load_ratio,
+        forward_ratio=(_peak_bytes() - before) / weight_bytes,
+        output_std=float(output.float().std()),
+        finite=bool(output.isfinite().all()),
+    )
+
+
+def _touch(module: nn.Module) -> None:
+    """Read every page: weights that are mapped from the file are in memory only from then on."""
+    for parameter in module.parameters():
+        parameter.detach().view(torch.int8).flatten()[::4096].sum()
+
+
+def _inputs(config: UNetConfig, dtype: torch.dtype, side: int) -> list[torch.Tensor]:
+    random = torch.Generator().manual_seed(1)
+    shapes = {
+        "sample": (1, config.in_channels, side, side),
+        "timestep": (1,),
+        "encoder_hidden_states": (1, _TOKENS, config.cross_attention_dim),
+        "text_embeds": (1, _POOLED),
+        "time_ids": (1, 6),
+    }
+    values = {name: torch.randn(shape, generator=random).to(dtype) for name, shape in shapes.items()}
+    pixels = 8.0 * side
+    values["timestep"] = torch.tensor([500.0])
+    values["time_ids"] = torch.tensor([[pixels, pixels, 0.0, 0.0, pixels, pixels]])
+    return [values[name] for name in input_names(config)]
+
+
+def _peak_bytes() -> int:
+    """The most memory this process has had, shared pages of mapped files included."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; 1 where what must hold does not."""
+    parser = argparse.ArgumentParser(description="One forward of the full-size SDXL base UNet on the CPU.")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--size", type=int, default=512, help="pixels along each side, a multiple of 8")
+    parser.add_argument("--folder", type=Path, help="keep the checkpoint here, and use it if it is there")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    args = parser.parse_args(argv)
+    if args.size < 8 or args.size % 8:
+        parser.error(f"--size {args.size}: it must be a multiple of 8")
+    with tempfile.TemporaryDirectory(prefix="latentrt-") as scratch:
+        folder = args.folder or Path(scratch)
+        if not (folder / "model_index.json").is_file():
+            print(f"writing 5.1 GB of random weights to {folder}", flush=True)
+            write_checkpoint(folder, json.loads(_CONFIG.read_text("utf-8")))
+        result = measure(folder, DTYPES[args.dtype], args.size)
+    print(
+        f"{result.parameters / 1e6:,.2f} M parameters in {result.dtype}, {result.weight_bytes / 1e9:.2f} GB\n"
+        f"load     {result.load_seconds:7.1f} s, peak memory {result.load_ratio:.2f} x the weights\n"
+        f"forward  {result.forward_seconds:7.1f} s at {result.size}x{result.size}, "
+        f"peak memory {result.forward_ratio:.2f} x the weights, {torch.get_num_threads()} threads\n"
+        f"output   standard deviation {result.output_std:.3f}, {'finite' if result.finite else 'NOT FINITE'}"
+    )
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        report = {"schema": 1, "benchmark": "full-size UNet, CPU", "machine": describe_machine()}
+        args.out.write_text(json.dumps({**report, "result": asdict(result)}, indent=2) + "\n")
+    if result.load_ratio >= MAX_LOAD_RATIO:
+        print(f"loading took {result.load_ratio:.2f} x the weights; the limit is {MAX_LOAD_RATIO}")
+    return int(result.load_ratio >= MAX_LOAD_RATIO or not result.finite)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

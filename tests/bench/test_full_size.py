@@ -1,0 +1,50 @@
+"""The full-size script, on a small UNet: what it writes loads, and what it measures is what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from latentrt.bench import full_size
+from published_configs import sdxl
+from safetensors.torch import load_file
+
+SMALL = {
+    **sdxl("base", "unet"),
+    "block_out_channels": [32, 64, 64],
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": [2, 4, 4],
+    "norm_num_groups": 8,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_written_checkpoint_loads_and_runs(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = full_size.write_checkpoint(tmp_path, SMALL)
+    state = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    result = full_size.measure(folder, dtype, 64)
+    assert result.parameters == sum(t.numel() for t in state.values())
+    assert result.weight_bytes == result.parameters * dtype.itemsize
+    assert result.finite
+    assert 0.1 < result.output_std < 10
+
+
+def test_main_keeps_a_named_folder_and_writes_its_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "unet", tmp_path / "results" / "full.json"
+    full_size.write_checkpoint(folder, SMALL)
+    full_size.main(["--folder", str(folder), "--size", "64", "--out", str(out)])
+    printed = capsys.readouterr().out
+    result = json.loads(out.read_text())["result"]
+    assert f"{result['parameters'] / 1e6:,.2f} M parameters in bfloat16" in printed
+    assert "writing" not in printed
+    assert (folder / "model_index.json").is_file()
+
+
+def test_a_size_that_is_no_multiple_of_8_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        full_size.main(["--size", "500"])
+    assert "--size 500: it must be a multiple of 8" in capsys.readouterr().err
