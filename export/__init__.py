@@ -2,7 +2,32 @@
 
 from __future__ import annotations
 
-from .check import check_export
+import gc
+from pathlib import Path
+from typing import Any
+
+from ..runtime.engines.base import Component
+from .check import check_export, expected_outputs
 from .onnx import export_component
 
-__all__ = ["check_export", "export_component"]
+__all__ = ["export_checked"]
+
+
+def export_checked(component: Component, path: Path) -> dict[str, Any]:
+    """Write a component to `path` as ONNX, with its weights beside it, and hold it against PyTorch.
+
+    Returns:
+        The figures of the check: see `check_export`.
+
+    Raises:
+        ExportError: it cannot be exported, or the export computes something else.
+        OSError: the files cannot be written.
+    """
+    module = component.build()
+    export_component(component, module, path)
+    expected = expected_outputs(component, module)
+    # The module goes before ONNX Runtime comes, so that the weights are in memory once. The traced program
+    # refers to itself, hence the collector.
+    del module
+    gc.collect()
+    return check_export(component, path, expected)

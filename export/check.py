@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,44 @@ from ..errors import BackendError, ExportError
 from ..runtime.engines.base import Component, example_inputs
 from ..runtime.engines.onnxruntime import open_session, run_session
 
-__all__ = ["LIMITS", "check_export", "relative_error"]
+__all__ = ["LIMITS", "Expected", "check_export", "expected_outputs", "relative_error"]
 
 # Largest max|a - b| / max|b| over an output that passes. In float32 both sides differ by the order of their
 # sums only, some 1e-6; in float16 PyTorch rounds after every operator, and ONNX Runtime computes in float32.
 LIMITS = {torch.float32: 1e-4, torch.float16: 2e-2}
 
 
-def check_export(
-    component: Component, path: Path, *, module: nn.Module | None = None, seed: int = 0
-) -> dict[str, Any]:
-    """Run the model in ONNX Runtime on the CPU and compare it with PyTorch, on seeded inputs.
+@dataclass(frozen=True)
+class Expected:
+    """What the module makes of example inputs of these sizes."""
 
-    At the sizes it was traced with, and at others: batch 1, and half as much again in every other dimension.
+    sizes: Mapping[str, int]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+def expected_outputs(component: Component, module: nn.Module, seed: int = 0) -> list[Expected]:
+    """Run the module on seeded inputs, at the sizes it is traced with and at others.
+
+    The others are batch 1, and half as much again in every other dimension.
+    """
+    traced = dict(component.example_sizes)
+    other = {name: 1 if name == "batch" else size * 3 // 2 for name, size in traced.items()}
+    expected = []
+    for sizes in (traced, other):
+        inputs = example_inputs(component, sizes, seed)
+        with torch.inference_mode():
+            result = module(*inputs)
+        expected.append(Expected(sizes, inputs, (result,) if isinstance(result, Tensor) else tuple(result)))
+    return expected
+
+
+def check_export(component: Component, path: Path, expected: Sequence[Expected]) -> dict[str, Any]:
+    """Run the model in ONNX Runtime on the CPU and compare it with what its module made of the same inputs.
 
     Returns:
-        The relative error of each output at each sizes, for the manifest. Empty for dtypes that ONNX Runtime
-        cannot run on the CPU.
+        The relative error of each output at each of the sizes, for the manifest. Empty for dtypes that ONNX
+        Runtime cannot run on the CPU.
 
     Raises:
         ExportError: an error is beyond the limit of the component's dtype, or the model does not run.
@@ -37,26 +59,21 @@ def check_export(
     limit = LIMITS.get(component.dtype)
     if limit is None:
         return {}
-    module = component.build() if module is None else module
     cpu = torch.device("cpu")
-    figures: dict[str, Any] = {}
+    figures: dict[str, dict[str, float]] = {}
     try:
         session = open_session(path, cpu)
-        for sizes in _sizes(component):
-            inputs = example_inputs(component, sizes, seed)
-            with torch.inference_mode():
-                result = module(*inputs)
-            wanted = (result,) if isinstance(result, Tensor) else tuple(result)
-            got = run_session(component, session, list(inputs), cpu)
-            errors = {
-                spec.name: relative_error(a, b)
-                for spec, a, b in zip(component.outputs, got, wanted, strict=True)
-            }
-            figures[" ".join(f"{name}={size}" for name, size in sizes.items())] = errors
     except BackendError as error:
         raise ExportError(f"the export of {component.name} does not load: {error}") from error
-    except Exception as error:  # ONNX Runtime's errors have no base of their own
-        raise ExportError(f"the export of {component.name} does not run: {error}") from error
+    for case in expected:
+        try:
+            got = run_session(component, session, list(case.inputs), cpu)
+        except Exception as error:  # ONNX Runtime's errors have no base of their own
+            raise ExportError(f"the export of {component.name} does not run: {error}") from error
+        figures[" ".join(f"{name}={size}" for name, size in case.sizes.items())] = {
+            spec.name: relative_error(a, b)
+            for spec, a, b in zip(component.outputs, got, case.outputs, strict=True)
+        }
     if not all(error <= limit for errors in figures.values() for error in errors.values()):
         raise ExportError(
             f"the export of {component.name} computes something else than PyTorch: "
@@ -71,9 +88,3 @@ def relative_error(a: Tensor, b: Tensor) -> float:
         return float("inf")
     wanted = b.double()
     return float((a.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
-
-
-def _sizes(component: Component) -> list[Mapping[str, int]]:
-    traced = dict(component.example_sizes)
-    other = {name: 1 if name == "batch" else size * 3 // 2 for name, size in traced.items()}
-    return [traced, other]

@@ -26,7 +26,7 @@ OPSET = 20
 _KEPT_METADATA = "namespace"
 
 
-def export_component(component: Component, path: Path, *, module: nn.Module | None = None) -> Path:
+def export_component(component: Component, module: nn.Module, path: Path) -> Path:
     """Write the component to `path` and its weights to `path` + ".data".
 
     Every named dimension of the inputs is dynamic, and shared by the inputs that name it. The model says in
@@ -34,8 +34,8 @@ def export_component(component: Component, path: Path, *, module: nn.Module | No
 
     Args:
         component: what to export.
+        module: what `component.build` made; it is not changed.
         path: the .onnx file, in a folder that exists.
-        module: the component's module where it was built already; it is not changed.
 
     Returns:
         `path`.
@@ -59,7 +59,7 @@ def export_component(component: Component, path: Path, *, module: nn.Module | No
             # Traced here, because the ONNX exporter tries other ways when tracing fails, and those pin a dynamic
             # dimension to its example instead of refusing a module that does.
             traced = torch.export.export(
-                component.build() if module is None else module,
+                module,
                 example_inputs(component, component.example_sizes),
                 dynamic_shapes=shapes,
                 # Else "a level below is not 1 pixel high" is a guard, and the smallest sizes are refused.

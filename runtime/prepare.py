@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
@@ -22,6 +23,9 @@ __all__ = ["exporter_digest", "onnx_model"]
 _log = logging.getLogger(__name__)
 
 MODEL_FILE = "model.onnx"
+
+# PyTorch's tracing is not meant for several threads.
+_ONE_AT_A_TIME = threading.Lock()
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # What an exported graph is made of: a change in any of these sources is another graph.
@@ -51,12 +55,11 @@ def onnx_model(component: Component, *, cache_dir: Path | None) -> Path:
     }
 
     def build(directory: Path) -> Mapping[str, Any]:
-        from ..export import check_export, export_component
+        from ..export import export_checked
 
         _log.info("exporting %s to ONNX; this is done once", component.name)
-        module = component.build()
-        model = export_component(component, directory / MODEL_FILE, module=module)
-        return check_export(component, model, module=module)
+        with _ONE_AT_A_TIME:
+            return export_checked(component, directory / MODEL_FILE)
 
     store = Store(cache_root(cache_dir))
     return store.get_or_build(digest_of(description), description, build) / MODEL_FILE

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
 import tiny_components as tiny
 import torch
 from latentrt.errors import ExportError
-from latentrt.export import check_export, export_component
-from latentrt.export.check import LIMITS, relative_error
-from latentrt.export.onnx import OPSET
+from latentrt.export.check import LIMITS, check_export, expected_outputs, relative_error
+from latentrt.export.onnx import OPSET, export_component
 from latentrt.runtime.engines.base import Component, TensorSpec
 from latentrt.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from latentrt.runtime.prepare import onnx_model
@@ -94,10 +93,12 @@ def test_unet_in_half_precision(cache_dir: Path) -> None:
 
 def test_bfloat16_is_written_and_valid(tmp_path: Path) -> None:
     component = tiny.affine(torch.bfloat16)
-    path = export_component(component, tmp_path / "model.onnx")
+    module = component.build()
+    path = export_component(component, module, tmp_path / "model.onnx")
     model = onnx.load(path)
     assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
-    assert check_export(component, path) == {}  # nothing on the CPU runs it
+    expected = expected_outputs(component, module)
+    assert check_export(component, path, expected) == {}  # nothing on the CPU runs it
 
 
 def test_the_model_says_what_it_is(cache_dir: Path) -> None:
@@ -152,18 +153,6 @@ class Branching(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-class Drifting(nn.Module):
-    """Another function each time it is asked, as an export that went wrong looks to its check."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return x + 1e-2 * self.calls
-
-
 def of(make: Callable[[], nn.Module]) -> Component:
     return Component(
         "affine",
@@ -181,25 +170,38 @@ def of(make: Callable[[], nn.Module]) -> Component:
 )
 def test_what_cannot_be_traced_is_refused(tmp_path: Path, make: Callable[[], nn.Module], why: str) -> None:
     with pytest.raises(ExportError, match=rf"affine cannot be exported to ONNX: (?s:.*){why}"):
-        export_component(of(make), tmp_path / "model.onnx")
+        export_component(of(make), make(), tmp_path / "model.onnx")
 
 
 def test_an_export_that_computes_something_else_is_refused(cache_dir: Path) -> None:
-    with pytest.raises(ExportError, match=r"of affine computes something else than PyTorch: .*limit 0.0001"):
-        onnx_model(of(Drifting), cache_dir=cache_dir)
-    with pytest.raises(ExportError):  # and nothing was kept
-        onnx_model(of(Drifting), cache_dir=cache_dir)
+    path = onnx_model(tiny.affine(), cache_dir=cache_dir)
+    other = tiny.affine().build()
+    with torch.no_grad():
+        other.linear.bias[2] += 1e-2
+    expected = expected_outputs(tiny.affine(), other)
+    with pytest.raises(ExportError, match=r"of affine computes something else than PyTorch: .*limit 0\.0001"):
+        check_export(tiny.affine(), path, expected)
+
+
+def test_a_refused_export_is_not_kept(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    component = tiny.affine(seed=5)
+    monkeypatch.setitem(LIMITS, torch.float32, -1.0)
+    with pytest.raises(ExportError, match="computes something else"):
+        onnx_model(component, cache_dir=cache_dir)
+    monkeypatch.setitem(LIMITS, torch.float32, 1e-4)
+    assert onnx_model(component, cache_dir=cache_dir).exists()
 
 
 def test_an_export_that_does_not_run_is_refused(cache_dir: Path, tmp_path: Path) -> None:
-    path = onnx_model(tiny.affine(), cache_dir=cache_dir)
-    wrong: dict[str, Any] = {"inputs": (TensorSpec("z", ("batch", 4), torch.float32),)}
-    component = of(nn.Identity)
+    component = tiny.affine()
+    path = onnx_model(component, cache_dir=cache_dir)
+    expected = expected_outputs(component, component.build())
+    renamed = replace(component, inputs=(TensorSpec("z", ("batch", 4), torch.float32),))
     with pytest.raises(ExportError, match="the export of affine does not run"):
-        check_export(Component(**{**vars(component), **wrong}), path)
+        check_export(renamed, path, expected)
     (tmp_path / "model.onnx").write_bytes(b"?")
     with pytest.raises(ExportError, match="the export of affine does not load"):
-        check_export(component, tmp_path / "model.onnx")
+        check_export(component, tmp_path / "model.onnx", expected)
 
 
 def test_relative_error() -> None:

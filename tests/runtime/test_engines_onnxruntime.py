@@ -33,10 +33,10 @@ def load(component: Component, cache_dir: Path) -> Engine:
 
 @pytest.fixture
 def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(component: Component, *args: object, **kwargs: object) -> Path:
+    def refuse(component: Component, path: Path) -> dict[str, float]:
         raise AssertionError(f"{component.name} was exported again")
 
-    monkeypatch.setattr(export, "export_component", refuse)
+    monkeypatch.setattr(export, "export_checked", refuse)
 
 
 def test_computes_what_the_module_computes(cache_dir: Path) -> None:
