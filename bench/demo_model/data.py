@@ -7,8 +7,12 @@ sees damaged pictures with a low aesthetic score.
 
 from __future__ import annotations
 
+import functools
 import io
+import multiprocessing
+import os
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +25,7 @@ SMALL_ORIGINAL = 0.13  # share of enlarged small originals
 CROPPED = 0.13  # share of windows
 DAMAGED = 0.3  # share of damaged pictures among the refiner's
 LARGEST_OFFSET = 40  # pixels
+FEW_CORES = 4
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,17 @@ def example(seed: int, *, damaged: float = 0.0) -> Example:
         severity = rng.uniform(0.15, 1.0)
         pixels, aesthetic = damage(rng, pixels, severity), 5.0 - 4.0 * severity
     return Example(pixels, words, original, crop, aesthetic, scene)
+
+
+def examples(seeds: range, *, damaged: float = 0.0) -> Iterator[Example]:
+    """Draw examples in order, in several processes where there are more than a few cores."""
+    draw = functools.partial(example, damaged=damaged)
+    cores = len(os.sched_getaffinity(0))
+    if cores < FEW_CORES:
+        yield from map(draw, seeds)
+        return
+    with multiprocessing.get_context("spawn").Pool(min(cores, 16)) as pool:
+        yield from pool.imap(draw, seeds, chunksize=64)
 
 
 def enlarge(scene: Scene, original: tuple[int, int]) -> NDArray[np.uint8]:

@@ -72,9 +72,10 @@ def encode(vae: AutoencoderKL, seeds: range, damaged: float, title: str) -> list
             done[canvas].extend(zip(z.half().cpu(), blank, strict=True))
             examples.clear()
 
-    for seed in track(seeds, title):
+    drawn = data.examples(seeds, damaged=damaged)
+    for seed, example in track(zip(seeds, drawn, strict=True), title, total=len(seeds)):
         canvas = data.canvas_of(seed)
-        waiting[canvas].append(data.example(seed, damaged=damaged))
+        waiting[canvas].append(example)
         if len(waiting[canvas]) == BATCH:
             flush(canvas)
     tables = []

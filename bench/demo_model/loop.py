@@ -34,6 +34,10 @@ class Run:
     batch: int = 32  # of the UNets
     workers: int = 1  # threads that share a UNet's batch
 
+    def batch_of(self, cpu: int) -> int:
+        """A stage's batch: as given on a CPU, four times that on a GPU."""
+        return cpu if self.device.type == "cpu" else 4 * cpu
+
     def autocast(self) -> torch.autocast:
         """bf16 on a GPU, nothing on a CPU."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")

@@ -1,5 +1,8 @@
 """Stage "text": both text encoders and the image tower, contrastively (InfoNCE, Radford et al. 2021).
 
+Each picture also meets a caption that is wrong in one thing (two colours swapped, "above" for "below"): among
+random scenes the set of colours alone tells captions apart, and who is above whom would never be learnt.
+
 The UNet reads the penultimate layer of both encoders, which the contrastive loss shapes only through the last
 one. Throwaway probes on that layer keep it readable: the last token of a shape's name tells its colour, shape
 and size, and the end token what lies where.
@@ -10,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +31,7 @@ PICTURES = 10_000
 BATCH = 64
 SEEN_LENGTH = 32  # tokens; captions are shorter, and causal attention makes the rest unreachable
 WIDTHS = (96, 128)
-PROBE_WEIGHT = 0.3
+PROBE_WEIGHT = 1.0
 NOT_SAID = -100
 
 ENTITY_TARGETS = (len(scenes.COLOURS), len(scenes.SHAPES), len(scenes.SIZES))
@@ -134,14 +138,17 @@ def stage_text(run: Run) -> None:
     modules |= probes_of
     for module in modules.values():
         module.to(run.device)
+    pooled_probe = nn.Linear(WIDTHS[1], sum(SCENE_TARGETS))
+    modules["pooled_probe"] = pooled_probe
     tower, temperature = modules["tower"], modules["temperature"].get_parameter("log")
     parameters = [p for module in modules.values() for p in module.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.02)
     examples = [
         e
-        for k in range(run.seed * PICTURES, (run.seed + 1) * PICTURES)
-        if (e := data.example(k, damaged=0.05)).crop == (0, 0)
+        for e in data.examples(range(run.seed * PICTURES, (run.seed + 1) * PICTURES), damaged=0.05)
+        if e.crop == (0, 0)
     ]
+    size = run.batch_of(BATCH)
     by_canvas = [[e for e in examples if e.pixels.shape[:2] == canvas] for canvas in scenes.CANVASES]
     console.log(
         f"text: {len(examples)} pictures, {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters"
@@ -149,9 +156,10 @@ def stage_text(run: Run) -> None:
 
     def step(progress: float, generator: torch.Generator) -> dict[str, float]:
         rng = random.Random(int(torch.randint(2**40, (1,), generator=generator)))
-        chosen = rng.sample(by_canvas[rng.choice((0, 0, 0, 1, 2))], BATCH)
-        batch = _batch(tokenizer, rng, chosen)
-        pixels, ids, rows, columns, entity, end, scene = (t.to(run.device) for t in batch)
+        chosen = rng.sample(by_canvas[rng.choice((0, 0, 0, 1, 2))], size)
+        pixels, ids, rows, columns, entity, end, scene = (
+            t.to(run.device) for t in _batch(tokenizer, rng, chosen)
+        )
         with run.autocast():
             one = first(ids, output_hidden_states=True)
             two = second(ids, output_hidden_states=True)
@@ -159,26 +167,28 @@ def stage_text(run: Run) -> None:
             texts = (modules["first_projection"](one.pooler_output), two.text_embeds)
             scale = temperature.clamp(max=math.log(100.0)).exp()
             contrast = torch.stack([_info_nce(image, F.normalize(t.float(), dim=-1), scale) for t in texts])
+            layout = _split_loss(pooled_probe(F.layer_norm(two.text_embeds, (128,))), scene, SCENE_TARGETS)
             probes = [
                 probes_of[name].loss(out.hidden_states[-2], rows, columns, entity, end, scene)
                 for name, out in (("probes_1", one), ("probes_2", two))
             ]
-        loss = contrast.sum() + PROBE_WEIGHT * (probes[0] + probes[1])
+        loss = contrast.sum() + PROBE_WEIGHT * (probes[0] + probes[1] + torch.stack(layout).mean())
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         accuracy = (image @ F.normalize(texts[1].float(), dim=-1).T).argmax(1) == torch.arange(
-            BATCH, device=ids.device
+            size, device=ids.device
         )
         return {
             "nce1": float(contrast[0].detach()),
             "nce2": float(contrast[1].detach()),
             "probe": float(probes[1].detach()),
+            "layout": float(torch.stack(layout).mean().detach()),
             "right": float(accuracy.float().mean()),
         }
 
-    train(run, Stage("text", modules, optimiser, step, 1.0e-3))
+    train(run, Stage("text", modules, optimiser, step, 2.0e-3))
     for name, encoder in (("text_encoder", first), ("text_encoder_2", second)):
         save_text_encoder(encoder.eval(), run.out / name)
     assert isinstance(tower, ImageTower)
@@ -186,20 +196,48 @@ def stage_text(run: Run) -> None:
 
 
 def _info_nce(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """Row k of a belongs to row k of b; b's further rows belong to none."""
     logits = scale * a @ b.T
     target = torch.arange(len(a), device=a.device)
-    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : len(a)].T, target))
+
+
+def wrong_in_one_thing(rng: random.Random, scene: scenes.Scene) -> scenes.Scene:
+    """A scene that a picture of `scene` does not show: one relation, exchange or attribute is different."""
+    if scene.relation is not None:
+        first, second = scene.things
+        ways = (
+            ["relation"]
+            + ["colours"] * (first.colour != second.colour)
+            + ["shapes"] * (first.shape != second.shape)
+        )
+        way = rng.choice(ways)
+        if way == "relation":
+            return replace(scene, relation=scenes.INVERSE[scene.relation])
+        a, b = (replace(first, colour=second.colour), replace(second, colour=first.colour))
+        if way == "shapes":
+            a, b = (replace(first, shape=second.shape), replace(second, shape=first.shape))
+        return replace(scene, things=(a, b))
+    (thing,) = scene.things
+    if rng.random() < 0.5:
+        other = rng.choice([c for c in scenes.COLOURS if c != thing.colour])
+        return replace(scene, things=(replace(thing, colour=other),))
+    other = rng.choice([s for s in scenes.SHAPES if s != thing.shape])
+    return replace(scene, things=(replace(thing, shape=other),))
 
 
 def _batch(tokenizer: CLIPTokenizer, rng: random.Random, chosen: list[data.Example]) -> tuple[Tensor, ...]:
-    captions = [scenes.caption(rng, e.scene) for e in chosen]
+    described = [e.scene for e in chosen]
+    described += [wrong_in_one_thing(rng, scene) for scene in described]
+    said = [None] * len(chosen) + [True] * len(chosen)
+    captions = [scenes.caption(rng, s, say_relation=r) for s, r in zip(described, said, strict=True)]
     tokens = tokenizer(
         captions, padding="max_length", max_length=SEEN_LENGTH, truncation=True, return_tensors="pt"
     )
     ids = tokens["input_ids"]
     rows, columns, entity, scene = [], [], [], []
-    for k, (words, e) in enumerate(zip(captions, chosen, strict=True)):
-        entities, layout = text_targets(words, e.scene)
+    for k, (words, depicted) in enumerate(zip(captions, described, strict=True)):
+        entities, layout = text_targets(words, depicted)
         scene.append(layout)
         for place, targets in entities:
             rows.append(k)

@@ -76,7 +76,7 @@ def unet_config(name: str, widths: tuple[int, int]) -> dict[str, Any]:
 
 @dataclass
 class Conditioning:
-    """A canvas's latents and conditioning, in fp16 on the CPU; row k of each belongs together."""
+    """A canvas's latents and conditioning, in fp16 where training runs; row k of each belongs together."""
 
     latents: Tensor  # [N, 4, h, w]
     sequence: Tensor  # [N, 77, C]
@@ -87,11 +87,12 @@ class Conditioning:
 def prepare(name: str, table: Encoded, text: TextEncoders) -> Conditioning:
     """Encode a table's captions; the refiner reads the second encoder alone and the aesthetic score."""
     parts = [text(table.captions[k : k + 64]) for k in range(0, len(table.captions), 64)]
-    sequence, pooled = (torch.cat([part[k].half().cpu() for part in parts]) for k in (0, 1))
+    sequence, pooled = (torch.cat([part[k].half() for part in parts]) for k in (0, 1))
+    latents, sizes = table.latents.to(text.device), table.sizes.to(text.device)
     if name == "base":
-        return Conditioning(table.latents, sequence, pooled, table.sizes[:, :6])
-    time_ids = torch.cat([table.sizes[:, :4], table.sizes[:, 6:]], dim=1)
-    return Conditioning(table.latents, sequence[..., text.widths[0] :].contiguous(), pooled, time_ids)
+        return Conditioning(latents, sequence, pooled, sizes[:, :6])
+    time_ids = torch.cat([sizes[:, :4], sizes[:, 6:]], dim=1)
+    return Conditioning(latents, sequence[..., text.widths[0] :].contiguous(), pooled, time_ids)
 
 
 def stage_base(run: Run) -> None:
@@ -118,10 +119,10 @@ def train_unet(run: Run, name: str, peak_rate: float) -> None:
     scheduler = EulerDiscreteScheduler(**SCHEDULER)
     alpha_bar = scheduler.alphas_cumprod.to(run.device)
     if name == "base":  # as SDXL: no caption is zeros
-        no_sequence, no_pooled = torch.zeros(1), torch.zeros(1)
+        no_sequence, no_pooled = torch.zeros((2, 1), dtype=torch.float16, device=run.device)
     else:
         sequence, pooled = text([""])
-        no_sequence, no_pooled = sequence[0, :, text.widths[0] :].cpu().half(), pooled[0].cpu().half()
+        no_sequence, no_pooled = sequence[0, :, text.widths[0] :].half(), pooled[0].half()
     replicas = Replicas(unet, run.workers)
 
     def loss_of(
@@ -140,11 +141,11 @@ def train_unet(run: Run, name: str, peak_rate: float) -> None:
 
     def step(progress: float, generator: torch.Generator) -> dict[str, float]:
         table = tables[int(torch.multinomial(counts, 1, generator=generator))]
-        rows = torch.randint(len(table.latents), (run.batch,), generator=generator)
-        dropped = torch.rand(run.batch, generator=generator) < DROPPED
-        sequence = torch.where(dropped[:, None, None], no_sequence.half(), table.sequence[rows])
-        pooled = torch.where(dropped[:, None], no_pooled.half(), table.pooled[rows])
-        x0 = table.latents[rows].float()
+        rows = torch.randint(len(table.latents), (run.batch,), generator=generator).to(run.device)
+        dropped = (torch.rand(run.batch, generator=generator) < DROPPED).to(run.device)
+        sequence = torch.where(dropped[:, None, None], no_sequence, table.sequence[rows]).float()
+        pooled = torch.where(dropped[:, None], no_pooled, table.pooled[rows]).float()
+        time_ids, x0 = table.time_ids[rows].float(), table.latents[rows].float()
         noise = torch.randn(x0.shape, generator=generator)
         if name == "base":
             noise = noise + OFFSET_NOISE * torch.randn(*x0.shape[:2], 1, 1, generator=generator)
@@ -153,17 +154,7 @@ def train_unet(run: Run, name: str, peak_rate: float) -> None:
             timesteps = torch.from_numpy(np.interp(even, *TIMESTEP_DRAWS)).long().clamp(max=999)
         else:
             timesteps = torch.randint(REFINER_BELOW, (run.batch,), generator=generator)
-        x0, noise, timesteps, sequence, pooled, time_ids = (
-            value.to(run.device)
-            for value in (
-                x0,
-                noise,
-                timesteps,
-                sequence.float(),
-                pooled.float(),
-                table.time_ids[rows].float(),
-            )
-        )
+        noise, timesteps = noise.to(run.device), timesteps.to(run.device)
         signal = alpha_bar[timesteps].sqrt().view(-1, 1, 1, 1)
         spread = (1 - alpha_bar[timesteps]).sqrt().view(-1, 1, 1, 1)
         x = (signal * x0 + spread * noise).to(memory_format=torch.channels_last)

@@ -38,12 +38,14 @@ def stage_vae(run: Run) -> None:
     vae = AutoencoderKL(**CONFIG).to(run.device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4)
     pictures = [
-        np.moveaxis(data.example(run.seed * PICTURES + k, damaged=0.1).pixels, -1, 0) for k in range(PICTURES)
+        np.moveaxis(e.pixels, -1, 0)
+        for e in data.examples(range(run.seed * PICTURES, (run.seed + 1) * PICTURES), damaged=0.1)
     ]
+    batch = run.batch_of(BATCH)
     console.log(f"vae: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters")
 
     def step(progress: float, generator: torch.Generator) -> dict[str, float]:
-        x = _crops(pictures, generator).to(run.device, memory_format=torch.channels_last)
+        x = _crops(pictures, batch, generator).to(run.device, memory_format=torch.channels_last)
         with run.autocast():
             mean, log_variance = vae.quant_conv(vae.encoder(x)).float().chunk(2, dim=1)
             log_variance = log_variance.clamp(-30.0, 20.0)
@@ -76,9 +78,9 @@ def stage_vae(run: Run) -> None:
     console.log(f"vae: {whole_scene_psnr(vae, 200, run.out / 'vae.png'):.2f} dB on 200 whole held-out scenes")
 
 
-def _crops(pictures: list[np.ndarray], generator: torch.Generator) -> torch.Tensor:
-    """[BATCH, 3, CROP, CROP] in [-1, 1]; of two candidate windows the busier one is taken."""
-    draws = torch.rand(BATCH, 2, 3, generator=generator).tolist()
+def _crops(pictures: list[np.ndarray], batch: int, generator: torch.Generator) -> torch.Tensor:
+    """[batch, 3, CROP, CROP] in [-1, 1]; of two candidate windows the busier one is taken."""
+    draws = torch.rand(batch, 2, 3, generator=generator).tolist()
     crops = []
     for candidates in draws:
         picture = pictures[int(candidates[0][0] * len(pictures))]
