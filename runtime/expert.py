@@ -96,8 +96,7 @@ class Expert:
         """Everything this UNet is told about every image of a request.
 
         Args:
-            from_image: it continues from a picture or latents rather than from noise; then the negative crop
-                is (0, 0) unless given, as in diffusers' image-to-image pipeline.
+            from_image: it continues from a picture or latents rather than from noise.
         """
         guided = self.guided(request)
         two = len(self.encoders) == 2
@@ -137,9 +136,11 @@ class Expert:
         self, request: GenerationRequest, from_image: bool
     ) -> tuple[list[MicroConditioning], list[MicroConditioning]]:
         r = request
-        given = r.negative_original_sizes is not None or r.negative_target_sizes is not None
-        origin = [(0, 0)] * r.batch
-        negative_crops = r.negative_crops or (origin if given or from_image else r.crops)
+        # The negative crop that was not given is diffusers': (0, 0) for a refiner and beside negative sizes, else
+        # the positive one; its image-to-image pipeline does not look at the sizes.
+        sized = r.negative_original_sizes is not None or r.negative_target_sizes is not None
+        at_origin = self.aesthetic or (sized and not from_image)
+        negative_crops = r.negative_crops or ([(0, 0)] * r.batch if at_origin else r.crops)
         score, negative_score = (
             (r.aesthetic_score, r.negative_aesthetic_score) if self.aesthetic else (None, None)
         )

@@ -100,14 +100,15 @@ def to_tensor(image: Any) -> Tensor:
             raise RequestError(
                 f"an image tensor must be [B, 3, H, W] pixels or [B, 4, h, w] latents; got {list(image.shape)}"
             )
-        if not batch.isfinite().all():
-            raise RequestError("the image holds NaN or infinite values")
+        if batch.is_complex() or not batch.isfinite().all():
+            raise RequestError("the image holds NaN, infinite or complex values")
         if batch.shape[1] == 4:
             return batch
         low, high = float(batch.min()), float(batch.max())
         if low < 0 or high > 1:
             raise RequestError(
-                f"image pixels must be in [0, 1]; got {low:.3g} to {high:.3g} (for [-1, 1], pass x / 2 + 0.5)"
+                f"image pixels must be in [0, 1]; got {low:.3g} to {high:.3g} "
+                "(for [0, 255] pass x / 255, for [-1, 1] pass x / 2 + 0.5)"
             )
         if batch.shape[2] % 8 or batch.shape[3] % 8 or 0 in batch.shape[2:]:
             raise RequestError(

@@ -55,11 +55,12 @@ class PipelineOutput:
 
 @dataclass(frozen=True)
 class _Stage:
-    """A run of steps that one expert takes."""
+    """A run of steps that one expert takes; `from_image` when it does not begin with noise of its own."""
 
     name: str
     expert: Expert
     table: SamplerTable
+    from_image: bool
 
 
 class Pipeline:
@@ -118,10 +119,16 @@ class Pipeline:
             )
         if dtype is not None and torch_dtype is not None and _dtype(dtype) != _dtype(torch_dtype):
             raise RequestError(f"dtype is {dtype} and torch_dtype {torch_dtype}; give one of them")
+        shared = ((text_encoder, TextEncoder), (text_encoder_2, TextEncoder), (vae, VAE))
+        for part, kind in shared:
+            if part is not None and not isinstance(part, kind):
+                raise RequestError(
+                    f"a {type(part).__name__} was given to share; give the {kind.__name__} of a latentrt.Pipeline"
+                )
         place = _device(device)
         chosen = dtype if dtype is not None else torch_dtype
-        kind = _dtype(chosen or ("float32" if place.type == "cpu" else "float16"))
-        loader = EngineLoader(backend, place, kind, None if cache_dir is None else Path(cache_dir))
+        precision = _dtype(chosen or ("float32" if place.type == "cpu" else "float16"))
+        loader = EngineLoader(backend, place, precision, None if cache_dir is None else Path(cache_dir))
         checkpoint = open_checkpoint(model, variant=variant, revision=revision, cache_dir=cache_dir)
         base = load_expert(checkpoint, loader, text_encoder, text_encoder_2)
         vae = vae or load_vae(checkpoint, loader)
@@ -252,10 +259,8 @@ class Pipeline:
                 self._prepare(request, stages)
             with watch.stage("text", self.device):
                 conditionings = [
-                    stage.expert.condition(
-                        request, self.device, from_image=request.image is not None or k > 0
-                    )
-                    for k, stage in enumerate(stages)
+                    stage.expert.condition(request, self.device, from_image=stage.from_image)
+                    for stage in stages
                 ]
             with watch.stage("start", self.device):
                 latents = self._start(request, stages[0].table, noise)
@@ -307,13 +312,13 @@ class Pipeline:
             experts = [self._base, self._refiner]
             windows = [(None, request.high_noise_frac), (request.high_noise_frac, None)]
         stages = []
-        for expert, (start, end) in zip(experts, windows, strict=True):
+        for k, (expert, (start, end)) in enumerate(zip(experts, windows, strict=True)):
             config = expert.sampler(sampler)
             first, last = step_range(config, request.steps, denoising_start=start, denoising_end=end)
             if strength is not None:
                 first = min(last, max(first, step_range(config, request.steps, strength=strength)[0]))
             table = build_table(config, request.steps, begin=first, end=last, eta=request.eta)
-            stages.append(_Stage(expert.name, expert, table))
+            stages.append(_Stage(expert.name, expert, table, request.image is not None or k > 0))
         return [stage for stage in stages if len(stage.table)] or stages[:1]
 
     def _prepare(self, request: GenerationRequest, stages: Sequence[_Stage]) -> None:
@@ -364,7 +369,10 @@ class Pipeline:
             "version": f"latentrt {__version__}",
         }
         if self._refiner is not None:
-            common |= {"refiner": _public_name(self._refiner.source), "high_noise_frac": request.high_noise_frac}
+            common |= {
+                "refiner": _public_name(self._refiner.source),
+                "high_noise_frac": request.high_noise_frac,
+            }
         if request.image is not None and request.denoising_start is None:
             common["strength"] = request.strength
         if request.clip_skip is not None:
@@ -397,8 +405,10 @@ def _device(value: torch.device | str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(value)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise RequestError(f"device is {value!r}; it can be 'cpu', 'cuda' or 'cuda:1' and so on") from error
+    if device.type not in ("cpu", "cuda"):
+        raise RequestError(f"device is {value!r}; latentrt runs on 'cpu' and 'cuda'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailableError(
             f"device is {str(value)!r}, and PyTorch {torch.__version__} sees no CUDA device"

@@ -10,6 +10,7 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -102,7 +103,9 @@ class GenerationRequest:
         image = None if a["image"] is None else _per_image("image", to_tensor(a["image"]), batch)
         latents = None if a["latents"] is None else _per_image("latents", a["latents"], batch)
         if image is not None and latents is not None:
-            raise RequestError("give image= or latents=, not both; to continue from latents, pass them as image=")
+            raise RequestError(
+                "give image= or latents=, not both; to continue from latents, pass them as image="
+            )
         height, width = _size_of(a, image, latents, default_size, latent_scale, latent_channels)
         start, end = a["denoising_start"], a["denoising_end"]
         start = None if start is None else _number("denoising_start", start, 0, 1)
@@ -111,7 +114,7 @@ class GenerationRequest:
             raise RequestError(
                 f"denoising_start is {start} and denoising_end {end}; the start must come before the end"
             )
-        if start is not None and image is None and latents is None:
+        if start is not None and image is None:
             raise RequestError(
                 f"denoising_start={start} continues from latents; pass them as image= "
                 '(the result of a call with denoising_end and output_type="latent")'
@@ -169,7 +172,7 @@ class GenerationRequest:
 def _texts(name: str, value: Any, count: int | None) -> list[str]:
     """A prompt or a list of them; a single one stands for all `count` prompts."""
     if isinstance(value, str):
-        return [value] * (1 if count is None else count)
+        value = [value] * (1 if count is None else count)
     if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
         raise RequestError(
             f"{name} must be a string or a list of strings; got {type(value).__name__}: {value!r}"
@@ -180,24 +183,36 @@ def _texts(name: str, value: Any, count: int | None) -> list[str]:
         raise RequestError(
             f"{name} has {len(value)} entries for {count} prompts; give one for each, or a string"
         )
+    for text in value:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"{name} is not text: {text[:80]!r} holds half a character; give UTF-8"
+            ) from error
     return list(value)
 
 
 def _integer(name: str, value: Any, low: int, high: int | None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise RequestError(f"{name} must be a whole number; got {value!r}")
-    if value < low or (high is not None and value > high):
+    number = int(value)
+    if number < low or (high is not None and number > high):
         bound = f"at least {low}" if high is None else f"{low} to {high}"
-        raise RequestError(f"{name} is {value}; it must be {bound}")
-    return value
+        raise RequestError(f"{name} is {number}; it must be {bound}")
+    return number
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    # Integers may be too large for a float, but not for a comparison.
+    number = (
+        int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else math.nan
+    )
+    if isinstance(value, bool) or number != number or abs(number) == math.inf:
         raise RequestError(f"{name} must be a finite number; got {value!r}")
-    if not low <= value <= high:
-        raise RequestError(f"{name} is {value}; it must be between {low} and {high}")
-    return float(value)
+    if not low <= number <= high:
+        raise RequestError(f"{name} is {number}; it must be between {low} and {high}")
+    return float(number)
 
 
 def _pair(name: str, value: Any) -> Size:
@@ -222,7 +237,12 @@ def _pairs(name: str, value: Any, default: Size | None, count: int, per_prompt: 
 def _per_image(name: str, value: Any, batch: int) -> Tensor:
     """Rows for every image; fewer rows are repeated as diffusers does, the whole block at a time."""
     if not isinstance(value, Tensor) or value.ndim != 4:
-        raise RequestError(f"{name} must be a tensor [B, C, h, w]; got {value!r}")
+        got = list(value.shape) if isinstance(value, Tensor) else repr(value)
+        raise RequestError(f"{name} must be a tensor [B, C, h, w]; got {got}")
+    if value.is_complex() or not value.isfinite().all():
+        raise RequestError(f"{name} cannot hold NaN, infinite or complex values")
+    if 0 in value.shape[2:]:
+        raise RequestError(f"{name} has the shape {list(value.shape)}; no side can be 0")
     if not value.shape[0] or batch % value.shape[0]:
         raise RequestError(
             f"{name} has {value.shape[0]} rows for {batch} images; {batch} must be a multiple of it"
@@ -294,7 +314,9 @@ def _generators(
         if not many and batch > 1:
             return generator, [None] * batch
         one: list[torch.Generator] = list(generator) if many else [generator]
-        return one, [_fresh_seed(g) for g in one]
+        # One that is listed twice has been drawn from when its second image begins.
+        known = [_fresh_seed(g) if all(g is not h for h in one[:k]) else None for k, g in enumerate(one)]
+        return one, known
     limit = 2**63 - 1
     if seed is None:
         first = secrets.randbelow(2**32)

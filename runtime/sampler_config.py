@@ -187,7 +187,7 @@ class SamplerConfig:
             UnsupportedConfigError: naming the field and the value.
         """
         if sampler is not None:
-            if sampler not in _OVERRIDES:
+            if sampler not in SAMPLERS:
                 raise RequestError(f"there is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
             kind, forced = _OVERRIDES[sampler]
         else:

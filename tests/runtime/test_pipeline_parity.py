@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import combinations, product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,17 +18,8 @@ from parity import (
     all_cases,
     cover,
     families,
-    save_lcm,
 )
 from tolerances import PIPELINE_EAGER, PIPELINE_ONNXRUNTIME, PIPELINE_ZERO_SNR_FEW_STEPS
-
-
-@pytest.fixture(scope="module")
-def rig(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Rig:
-    def folder(kind: str) -> Path:
-        return save_lcm(tmp_path_factory.mktemp("lcm"), tiny("sdxl")) if kind == "lcm" else tiny(kind)
-
-    return Rig(folder)
 
 
 @pytest.mark.parametrize("case", cover(), ids=str)
