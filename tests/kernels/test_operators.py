@@ -166,6 +166,28 @@ def test_norms_of_large_means(dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_types_are_rounded_once(dtype: torch.dtype) -> None:
+    """All but a few ties are the exact result's nearest neighbour; one more rounding moves every tenth."""
+    x, shift = draw(2, 32, 24, 24, dtype=dtype), draw(2, 32, dtype=dtype)
+    weight, bias = draw(32, dtype=dtype, mean=1), draw(32, dtype=dtype)
+    shifted = x.double() + shift.double()[..., None, None]
+    rows = x.flatten(1, 2)
+    for got, exact in (
+        (group_norm(x, weight, bias, 4, 1e-5), exact_group_norm(x, weight, bias, 4, 1e-5)),
+        (
+            group_norm_silu(x, weight, bias, 4, 1e-5, shift),
+            exact_silu(exact_group_norm(shifted, weight, bias, 4, 1e-5)),
+        ),
+        (geglu(rows), exact_geglu(rows)),
+        (
+            layer_norm(rows, weight[:24], bias[:24], 1e-5),
+            exact_layer_norm(rows, weight[:24], bias[:24], 1e-5),
+        ),
+    ):
+        assert (got != exact.to(dtype)).double().mean() < 0.01
+
+
 def test_eps_decides_where_the_variance_is_nothing() -> None:
     """Of a constant 3 under an eps of 4: the norm is 0, and half of what a tiny deviation would be."""
     one, zero = torch.ones(4), torch.zeros(4)
