@@ -100,6 +100,7 @@ UNETS: dict[str, Config] = {
     },
     "refiner": {
         **_UNET,
+        "layers_per_block": 1,
         "block_out_channels": (32, 48, 64, 64),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -113,6 +114,7 @@ UNETS: dict[str, Config] = {
     },
     "sd15": {
         **_UNET,
+        "layers_per_block": 1,
         "block_out_channels": (32, 64, 64),
         "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -121,6 +123,7 @@ UNETS: dict[str, Config] = {
     },
     "sd21": {
         **_UNET,
+        "layers_per_block": 1,
         "block_out_channels": (32, 64, 64),
         "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),

@@ -1,0 +1,278 @@
+"""What a call promises besides the right image: seeds, threads, interruption, forms of output, what it tells."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import latentrt
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from latentrt.errors import RequestError
+from parity import SEEDS, Case, Rig
+from tolerances import PIPELINE_EAGER
+
+CALL: dict[str, Any] = {
+    "prompt": "a red cat on the hill",
+    "negative_prompt": "blurry",
+    "height": 64,
+    "width": 48,
+    "num_inference_steps": 4,
+    "output_type": "np",
+}
+
+
+@pytest.fixture(scope="module")
+def pipe(rig: Rig) -> latentrt.Pipeline:
+    return rig.pipeline("sdxl", "eager")
+
+
+@pytest.fixture(scope="module")
+def both(rig: Rig) -> latentrt.Pipeline:
+    return rig.pipeline("ensemble", "eager")
+
+
+def alone_and_together(rig: Rig, backend: str) -> tuple[list[Any], list[Any]]:
+    """Three images of a stochastic sampler through base and refiner: each alone, and in one call."""
+    case = Case("ensemble", "euler-a", "epsilon", 3, 7.5, 3, "a", backend)
+    pipe = rig.pipeline("ensemble", backend)
+    size = dict(zip(("height", "width"), case.size, strict=True))
+    common = {**case.options(), **size, "sampler": case.sampler, "output_type": "np", "high_noise_frac": 0.5}
+    alone = [pipe(**case.told(k), **common, seed=SEEDS[k]).images[0] for k in range(case.batch)]
+    return alone, list(rig.ours(case))
+
+
+@pytest.mark.timeout(900)
+def test_a_seed_gives_the_same_bits_alone_and_in_a_batch_on_onnxruntime(rig: Rig) -> None:
+    alone, together = alone_and_together(rig, "onnxruntime")
+    for a, b in zip(alone, together, strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_a_seed_gives_the_same_image_alone_and_in_a_batch_on_eager(rig: Rig) -> None:
+    alone, together = alone_and_together(rig, "eager")
+    for a, b in zip(alone, together, strict=True):
+        assert np.abs(a - b).max() <= PIPELINE_EAGER
+    assert np.abs(together[0] - together[1]).max() > 0.1
+
+
+def test_seeds_count_up_from_the_first(pipe: latentrt.Pipeline) -> None:
+    four = pipe(**CALL, num_images_per_prompt=4, seed=41)
+    assert [p["seed"] for p in four.parameters] == [41, 42, 43, 44]
+    third = pipe(**CALL, seed=43).images[0]
+    assert np.abs(four.images[2] - third).max() <= PIPELINE_EAGER
+
+
+def test_seed_zero_is_a_seed(pipe: latentrt.Pipeline) -> None:
+    zero = pipe(**CALL, seed=0)
+    assert zero.parameters[0]["seed"] == 0
+    again = pipe(**CALL, generator=torch.Generator().manual_seed(0))
+    assert np.array_equal(zero.images, again.images)
+    assert again.parameters[0]["seed"] == 0
+
+
+def test_without_a_seed_one_is_drawn_and_told(pipe: latentrt.Pipeline) -> None:
+    first, second = pipe(**CALL), pipe(**CALL)
+    assert first.parameters[0]["seed"] != second.parameters[0]["seed"]
+    assert not np.array_equal(first.images, second.images)
+    assert np.array_equal(first.images, pipe(**CALL, seed=first.parameters[0]["seed"]).images)
+
+
+def test_a_used_generator_has_no_seed_to_tell(pipe: latentrt.Pipeline) -> None:
+    generator = torch.Generator().manual_seed(5)
+    first = pipe(**CALL, generator=generator)
+    second = pipe(**CALL, generator=generator)
+    assert [p.parameters[0]["seed"] for p in (first, second)] == [5, None]
+    twice = {**CALL, "prompt": ["storm", "storm"], "negative_prompt": "blurry"}
+    fresh = torch.Generator().manual_seed(5)
+    assert [p["seed"] for p in pipe(**twice, generator=[fresh, fresh]).parameters] == [5, None]
+
+
+def test_threads_each_get_their_own_image(tiny: Callable[..., Path]) -> None:
+    """On a pipeline nothing of which is loaded yet, with other samplers, steps and sizes in each thread."""
+    pipe = latentrt.Pipeline.from_pretrained(tiny("sdxl"), tiny("refiner"), backend="eager")
+    pipe.set_progress_bar_config(disable=True)
+    calls = [
+        {**CALL, "seed": 1, "sampler": "euler-a"},
+        {**CALL, "seed": 2, "num_inference_steps": 6, "sampler": "dpm++2m"},
+        {**CALL, "seed": 3, "height": 48, "width": 64, "guidance_scale": 1.0},
+        {**CALL, "seed": 4, "prompt": ["storm", "green"], "high_noise_frac": 0.5},
+    ]
+    start = threading.Barrier(len(calls))
+
+    def run(call: dict[str, Any]) -> Any:
+        start.wait()
+        return pipe(**call).images
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        together = list(pool.map(run, calls))
+    for call, images in zip(calls, together, strict=True):
+        assert np.array_equal(images, pipe(**call).images)
+
+
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_a_callback_can_interrupt(at: int, both: latentrt.Pipeline) -> None:
+    """Three steps are the base's and one the refiner's; the latents are those of the step it was told at."""
+    call = {**CALL, "seed": 6, "high_noise_frac": 0.75}
+    whole = both(**call).images
+    seen: list[torch.Tensor] = []
+
+    def stop(_: Any, step: int, timestep: float, values: dict[str, Any]) -> dict[str, Any]:
+        seen.append(values["latents"])
+        return {"interrupt": step == at}
+
+    result = both(**{**call, "output_type": "latent"}, callback_on_step_end=stop)
+    assert result.interrupted
+    assert len(seen) == at + 1
+    assert torch.equal(result.images, seen[-1])
+    again = both(**call)
+    assert not again.interrupted
+    assert np.array_equal(again.images, whole)
+
+
+def test_interrupt_from_another_thread(both: latentrt.Pipeline) -> None:
+    steps = []
+
+    def wait_for_it(pipe: latentrt.Pipeline, step: int, *_: Any) -> None:
+        steps.append(step)
+        if step == 1:
+            thread = threading.Thread(target=pipe.interrupt)
+            thread.start()
+            thread.join()
+
+    result = both(**CALL, seed=6, callback_on_step_end=wait_for_it)
+    assert result.interrupted
+    assert steps == [0, 1]
+    assert result.images.shape == (1, 64, 48, 3)
+    assert np.isfinite(result.images).all()
+    both.interrupt()  # nothing runs: nothing happens, to later calls neither
+    assert not both(**CALL, seed=6).interrupted
+
+
+def test_a_callback_that_fails_leaves_the_pipeline_usable(pipe: latentrt.Pipeline) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        pipe(**CALL, callback_on_step_end=fail)
+    assert not pipe(**CALL).interrupted
+
+
+def test_a_callback_sees_and_replaces_what_it_does_in_diffusers(rig: Rig, pipe: latentrt.Pipeline) -> None:
+    def halve(log: list[tuple[int, float]]) -> Callable[..., dict[str, Any]]:
+        def callback(_: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            log.append((step, float(timestep)))
+            return {"latents": values["latents"] * 0.5} if step == 1 else {}
+
+        return callback
+
+    ours: list[tuple[int, float]] = []
+    theirs: list[tuple[int, float]] = []
+    image = pipe(**CALL, generator=torch.Generator().manual_seed(1), callback_on_step_end=halve(ours)).images
+    oracle = rig.diffusers("sdxl")(
+        **CALL, generator=torch.Generator().manual_seed(1), callback_on_step_end=halve(theirs)
+    ).images
+    assert ours == theirs
+    assert np.abs(image - oracle).max() <= PIPELINE_EAGER
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (3, "callback_on_step_end returned 3; it can return"),
+        ({"latent": 1}, "'latent': 1.*'latents' or 'interrupt'"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, r"returned latents \[1, 4, 8, 8\]; they are \[1, 4, 8, 6\]"),
+    ],
+)
+def test_what_a_callback_may_not_return(answer: Any, message: str, pipe: latentrt.Pipeline) -> None:
+    with pytest.raises(RequestError, match=message):
+        pipe(**CALL, callback_on_step_end=lambda *_: answer)
+
+
+def test_changing_the_latents_in_place_changes_nothing(pipe: latentrt.Pipeline) -> None:
+    """They are a copy: whoever keeps them for a preview need not fear the next step."""
+
+    def spoil(_: Any, __: int, ___: float, values: Mapping[str, Any]) -> None:
+        values["latents"].zero_()
+
+    assert np.array_equal(
+        pipe(**CALL, seed=2, callback_on_step_end=spoil).images, pipe(**CALL, seed=2).images
+    )
+
+
+def test_forms_of_output(pipe: latentrt.Pipeline) -> None:
+    made = {
+        kind: pipe(**{**CALL, "output_type": kind}, seed=8).images for kind in ("pil", "np", "pt", "latent")
+    }
+    array = made["np"]
+    assert (array.shape, array.dtype) == ((1, 64, 48, 3), np.float32)
+    assert array.min() >= 0
+    assert array.max() <= 1
+    assert (tuple(made["pt"].shape), made["pt"].dtype) == ((1, 3, 64, 48), torch.float32)
+    assert np.array_equal(made["pt"].permute(0, 2, 3, 1).numpy(), array)
+    (image,) = made["pil"]
+    assert isinstance(image, PIL.Image.Image)
+    assert (image.size, image.mode) == ((48, 64), "RGB")
+    assert np.array_equal(np.asarray(image), (array[0] * 255).round().astype(np.uint8))
+    assert (tuple(made["latent"].shape), made["latent"].dtype) == ((1, 4, 8, 6), torch.float32)
+
+
+def test_parameters_tell_how_to_make_it_again(both: latentrt.Pipeline) -> None:
+    call = {**CALL, "prompt": ["storm", "green"], "negative_prompt": ["blurry", ""], "seed": [9, 4]}
+    first, second = both(
+        **call, num_images_per_prompt=1, guidance_scale=3, sampler="ddim", clip_skip=1, high_noise_frac=0.5
+    ).parameters
+    assert first == {
+        "prompt": "storm",
+        "negative_prompt": "blurry",
+        "steps": 4,
+        "sampler": "ddim",
+        "guidance_scale": 3.0,
+        "size": "48x64",
+        "seed": 9,
+        "model": both._base.source.rsplit("/", 1)[-1],
+        "refiner": both._refiner.source.rsplit("/", 1)[-1],
+        "high_noise_frac": 0.5,
+        "clip_skip": 1,
+        "backend": "eager",
+        "version": f"latentrt {latentrt.__version__}",
+    }
+    assert (second["prompt"], second["seed"]) == ("green", 4)
+    assert "negative_prompt" not in second
+
+
+def test_stages_are_timed(both: latentrt.Pipeline) -> None:
+    timings = both(**CALL).timings
+    assert list(timings) == ["prepare", "text", "start", "base", "refiner", "decode", "total"]
+    assert all(seconds >= 0 for seconds in timings.values())
+    assert timings["total"] == pytest.approx(sum(timings.values()) / 2)
+    assert "decode" not in both(**{**CALL, "output_type": "latent"}).timings
+
+
+def test_progress_shows_only_where_it_is_wanted(
+    both: latentrt.Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        both.set_progress_bar_config()
+        both(**CALL)
+        assert capsys.readouterr() == ("", "")  # not a terminal
+        shown = io.StringIO()
+        both.set_progress_bar_config(disable=False, file=shown, leave=True)
+        both(**CALL)
+        assert "4/4" in shown.getvalue()
+    finally:
+        both.set_progress_bar_config(disable=True)
+
+
+def test_moving_where_it_is_already_keeps_what_is_loaded(pipe: latentrt.Pipeline) -> None:
+    pipe(**CALL)
+    engine = pipe._base.unet.load()
+    assert pipe.to("cpu") is pipe
+    assert pipe.to(torch.device("cpu")) is pipe
+    assert pipe._base.unet.load() is engine
