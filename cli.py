@@ -189,8 +189,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 1 after an error told in one line, 2 for unusable arguments, 130 after Ctrl-C.
     """
     args = _parser().parse_args(argv)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.basicConfig(format="latentrt: %(message)s")
     logging.getLogger("latentrt").setLevel(logging.INFO if args.verbose else logging.WARNING)
+    # A first run exports for a minute; that is said without being asked for.
+    logging.getLogger("latentrt.runtime.prepare").setLevel(logging.INFO)
     try:
         args.run(args)
     except LatentRTError as error:
