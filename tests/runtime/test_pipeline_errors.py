@@ -1,0 +1,282 @@
+"""What is refused, and what the message says: the value, and what to do instead."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import latentrt
+import numpy as np
+import pytest
+import torch
+from latentrt.errors import (
+    BackendUnavailableError,
+    CacheError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    LatentRTError,
+    RequestError,
+    UnknownBackendError,
+    UnsafeWeightsError,
+    UnsupportedConfigError,
+)
+from parity import Rig
+from tiny_checkpoints import write_json
+from tolerances import PIPELINE_ONNXRUNTIME
+
+SMALL: dict[str, Any] = {"height": 64, "width": 48, "num_inference_steps": 2, "output_type": "np"}
+
+
+@pytest.fixture(scope="module")
+def pipe(rig: Rig) -> latentrt.Pipeline:
+    return rig.pipeline("sdxl", "eager")
+
+
+def linked(source: Path, target: Path, *, without: str) -> Path:
+    """A copy of a checkpoint whose folders are links, but for one that is to be spoilt."""
+    target.mkdir()
+    for part in source.iterdir():
+        if part.name == without:
+            shutil.copytree(part, target / part.name)
+        elif part.is_dir():
+            (target / part.name).symlink_to(part, target_is_directory=True)
+        else:
+            shutil.copy(part, target / part.name)
+    return target
+
+
+def weights_of(folder: Path) -> Path:
+    (file,) = folder.glob("*.safetensors")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": []}, "prompt is an empty list; give at least one"),
+        ({"prompt": 3}, "prompt must be a string or a list of strings; got int: 3"),
+        ({"prompt": ["a", None]}, "prompt must be a string or a list of strings"),
+        ({"prompt": "a \udcff"}, r"prompt is not text: 'a \\udcff' holds half a character; give UTF-8"),
+        ({"sampler": "heun"}, "no sampler 'heun'; there are euler, euler-a, ddim, ddpm, pndm"),
+        ({"sampler": ["euler"]}, r"no sampler \['euler'\]"),
+        ({"height": 60}, "height is 60; it must be a multiple of 8, such as 64"),
+        ({"width": 1}, "width is 1; it must be 8 to 16384"),
+        ({"width": 64.0}, "width must be a whole number; got 64.0"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0; it must be at least 1"),
+        ({"num_inference_steps": 1001}, "1001 steps were asked for; this schedule has 1 to 1000"),
+        ({"num_inference_steps": 51, "sampler": "lcm"}, "51 steps .* distilled on 50"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number; got nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number; got inf"),
+        ({"guidance_scale": 10**400}, "guidance_scale is 1000.*; it must be between"),
+        ({"guidance_scale": "7"}, "guidance_scale must be a finite number; got '7'"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale is 1.5; it must be between 0 and 1"),
+        ({"eta": -0.1}, "eta is -0.1; it must be between 0 and 1"),
+        ({"clip_skip": 3}, "clip_skip is 3; this text encoder has 3 layers, so it can be 0 to 2"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 entries for 1 prompts"),
+        ({"prompt": ["a", "b"], "prompt_2": ["c"]}, "prompt_2 has 1 entries for 2 prompts"),
+        ({"prompt": ["a", "b"], "seed": [1, 2, 3]}, "3 seeds for 2 images"),
+        ({"prompt": ["a", "b"], "original_size": [(8, 8)]}, "original_size has 1 pairs for 2 prompts"),
+        ({"generator": [torch.Generator()] * 2}, "2 generators for 1 images"),
+        ({"seed": 1, "generator": torch.Generator()}, "seed= or generator=, not both"),
+        ({"seed": -1}, "seed is -1; it must be 0 to"),
+        ({"seed": "1"}, "seed must be a whole number; got '1'"),
+        ({"target_size": (64,)}, r"target_size must be a pair of whole numbers .* got \(64,\)"),
+        ({"crops_coords_top_left": (-8, 0)}, "crops_coords_top_left is -8; it must be 0 to"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0; it must be 1 to"),
+        ({"output_type": "jpeg"}, "output_type is 'jpeg'; it can be 'pil', 'np', 'pt' or 'latent'"),
+        ({"denoising_start": 0.5}, "denoising_start=0.5 continues from latents; pass them as image="),
+        ({"denoising_end": 1.1}, "denoising_end is 1.1; it must be between 0 and 1"),
+        ({"latents": torch.zeros(3, 4, 8, 6)}, "latents has 3 rows for 1 images"),
+        ({"latents": torch.zeros(1, 3, 8, 6)}, "latents have 3 channels; this model's have 4"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, "width is 48, but the image or latents given are 64"),
+        ({"latents": torch.full((1, 4, 8, 6), torch.nan)}, "latents cannot hold NaN"),
+        (
+            {"image": torch.full((1, 3, 64, 48), 255.0)},
+            r"pixels must be in \[0, 1\]; got 255 to 255 .* x / 255",
+        ),
+        (
+            {"image": torch.zeros(1, 4, 8, 6), "latents": torch.zeros(1, 4, 8, 6)},
+            "image= or latents=, not both",
+        ),
+        (
+            {"image": torch.zeros(1, 3, 64, 48), "strength": 1.5},
+            "strength is 1.5; it must be between 0 and 1",
+        ),
+        ({"image": "cat.png"}, "image must be a PIL image, an array, a tensor or a list"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_requests_that_cannot_be_met(
+    arguments: dict[str, Any], message: str, pipe: latentrt.Pipeline
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        pipe(**{"prompt": "a cat", **SMALL, **arguments})
+
+
+def test_a_refiner_in_the_pipeline_divides_the_schedule_itself(rig: Rig) -> None:
+    with pytest.raises(
+        RequestError, match="divides the schedule at high_noise_frac; load base and refiner as two"
+    ):
+        rig.pipeline("ensemble", "eager")("a cat", denoising_end=0.8, **SMALL)
+
+
+def test_a_prompt_of_ten_thousand_characters_is_cut_and_quoted(
+    pipe: latentrt.Pipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept, cut = "red " * 75, "blue " * 2000
+    assert len(kept + cut) > 10_000
+    with caplog.at_level(logging.WARNING):
+        image = pipe(kept + cut, **SMALL, seed=1).images
+    (message, *_) = caplog.messages
+    assert "tokens and the text encoder reads 75; cut off: 'blue blue" in message
+    assert len(message) < 400
+    caplog.clear()
+    assert np.array_equal(pipe(kept, **SMALL, seed=1).images, image)
+    assert not caplog.messages
+
+
+def test_an_empty_prompt_is_one(pipe: latentrt.Pipeline) -> None:
+    assert np.isfinite(pipe("", **SMALL).images).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"backend": "tensorflow"},
+            UnknownBackendError,
+            "no back end 'tensorflow'; there are onnxruntime, eager",
+        ),
+        (
+            {"backend": "onnxruntime", "dtype": "bfloat16"},
+            BackendUnavailableError,
+            "'onnxruntime' cannot run here: .* no bfloat16 .*; use float32 or float16",
+        ),
+        ({"dtype": "int8"}, RequestError, "dtype is 'int8'; it can be float32, float16, bfloat16"),
+        ({"dtype": "float32", "torch_dtype": torch.float16}, RequestError, "give one of them"),
+        ({"use_safetensors": False}, UnsafeWeightsError, "asks for pickled weights, which can run code"),
+        ({"variant": "int4"}, CheckpointError, "nothing of variant 'int4'"),
+        ({"device": "gpu"}, RequestError, "device is 'gpu'; it can be 'cpu', 'cuda'"),
+        ({"device": "mps"}, RequestError, "device is 'mps'; latentrt runs on 'cpu' and 'cuda'"),
+        ({"device": torch.float16}, RequestError, "device is torch.float16"),
+    ],
+)
+def test_pipelines_that_cannot_be_made(
+    options: dict[str, Any], error: type[LatentRTError], message: str, tiny: Callable[..., Path]
+) -> None:
+    with pytest.raises(error, match=message):
+        latentrt.Pipeline.from_pretrained(tiny("sdxl"), **options)
+
+
+def test_a_gpu_that_is_not_there(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendUnavailableError, match="sees no CUDA device"):
+        latentrt.Pipeline.from_pretrained(tiny("sdxl"), device="cuda")
+
+
+@pytest.mark.parametrize("model", ["no/such-model", "/no/such/folder", "", "a b c"])
+def test_unknown_models(model: str) -> None:
+    with pytest.raises(CheckpointNotFoundError, match=f"{model!r} is no folder or file"):
+        latentrt.Pipeline.from_pretrained(model)
+
+
+def test_an_unknown_refiner(tiny: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="'/no/refiner' is no folder or file"):
+        latentrt.Pipeline.from_pretrained(tiny("sdxl"), "/no/refiner", backend="eager")
+
+
+def test_a_truncated_file_is_named(tmp_path: Path, tiny: Callable[..., Path]) -> None:
+    folder = linked(tiny("sdxl"), tmp_path / "cut", without="unet")
+    file = weights_of(folder / "unet")
+    os.truncate(file, file.stat().st_size - 100)
+    with pytest.raises(CheckpointError, match=f"{file.name}.*(cut|truncat|incomplete|short)"):
+        latentrt.Pipeline.from_pretrained(folder, backend="eager")("a cat", **SMALL)
+
+
+def test_pickles_are_refused(tmp_path: Path, tiny: Callable[..., Path]) -> None:
+    folder = linked(tiny("sdxl"), tmp_path / "pickled", without="vae")
+    weights_of(folder / "vae").unlink()
+    torch.save({}, folder / "vae" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UnsafeWeightsError, match=r"diffusion_pytorch_model\.bin"):
+        latentrt.Pipeline.from_pretrained(folder, backend="eager")("a cat", **SMALL)
+
+
+def test_a_scheduler_that_is_not_there_yet_is_named(tmp_path: Path, tiny: Callable[..., Path]) -> None:
+    folder = linked(tiny("sdxl"), tmp_path / "heun", without="scheduler")
+    write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "HeunDiscreteScheduler"})
+    pipe = latentrt.Pipeline.from_pretrained(folder, backend="eager")
+    with pytest.raises(UnsupportedConfigError, match=r"'HeunDiscreteScheduler'; latentrt has .* sampler="):
+        pipe("a cat", **SMALL)
+    assert np.isfinite(pipe("a cat", **SMALL, sampler="euler").images).all()
+
+
+def test_a_file_where_the_cache_should_be(tmp_path: Path, tiny: Callable[..., Path]) -> None:
+    (tmp_path / "file").write_text("")
+    pipe = latentrt.Pipeline.from_pretrained(tiny("sdxl"), backend="onnxruntime", cache_dir=tmp_path / "file")
+    with pytest.raises(CacheError, match=r"is not a folder .* set LATENTRT_CACHE or cache_dir"):
+        pipe("a cat", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.ENOSPC, "no space left .* free some, or set LATENTRT_CACHE"),
+        (errno.EROFS, "cannot be written .* make it writable, or set LATENTRT_CACHE"),
+    ],
+)
+def test_a_cache_that_takes_nothing(
+    code: int, message: str, tmp_path: Path, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A test may run as root, whom permissions do not stop; so the failure is planted where files are made."""
+    root = tmp_path / "cache"
+    pipe = latentrt.Pipeline.from_pretrained(tiny("sdxl"), backend="onnxruntime", cache_dir=root)
+    mkdir = Path.mkdir
+
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> None:
+        if self.parent == root / "partial":
+            raise OSError(code, os.strerror(code), str(self))
+        mkdir(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refuse)
+        with pytest.raises(CacheError, match=message):
+            pipe("a cat", **SMALL)
+    assert [*(root / "entries").iterdir(), *(root / "partial").iterdir()] == []
+
+
+@pytest.mark.timeout(900)
+def test_a_damaged_export_is_made_again(
+    tmp_path: Path, rig: Rig, exports: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its image is what it was before, and the cache is whole again."""
+    call = {"prompt": "a cat", **SMALL, "seed": 4}
+    image = rig.pipeline("sdxl", "onnxruntime")(**call).images
+    copy = tmp_path / "cache"
+    shutil.copytree(exports, copy)
+    encoders = [
+        file
+        for file in copy.glob("entries/*/manifest.json")
+        if '"name": "text_encoder"' in file.read_text("utf-8")
+    ]
+    assert encoders
+    for manifest in encoders:
+        model = manifest.with_name("model.onnx.data")
+        damaged = bytearray(model.read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        model.write_bytes(damaged)
+    folder = rig._folder("sdxl")
+    pipe = latentrt.Pipeline.from_pretrained(folder, backend="onnxruntime", cache_dir=copy)
+    with caplog.at_level(logging.WARNING):
+        again = pipe(**call).images
+    assert np.abs(again - image).max() <= PIPELINE_ONNXRUNTIME
+    assert "cached text_encoder is damaged (model.onnx.data has another SHA-256" in caplog.text
+    assert "building it again" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        latentrt.Pipeline.from_pretrained(folder, backend="onnxruntime", cache_dir=copy)(**call)
+    assert not caplog.messages
