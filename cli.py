@@ -6,8 +6,11 @@ Each command imports what it needs when it runs, so that `latentrt --help` answe
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
+import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -97,6 +100,11 @@ def _output_paths(output: str, count: int) -> list[Path]:
         )
     if path.is_dir():
         raise RequestError(f"the output {output!r} is a folder; give a file name in it")
+    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise RequestError(
+            f"the output {output!r} cannot be written: {existing} is no folder that can be written to"
+        )
     if count == 1:
         return [path]
     return [path.with_name(f"{path.stem}-{k + 1}{path.suffix}") for k in range(count)]
@@ -175,7 +183,12 @@ def _info(args: argparse.Namespace) -> None:
         return
     width = max(len(key) for key in record)
     for key, value in record.items():
-        _write(f"{key:<{width}}  {value}")
+        _write(f"{_visible(key):<{width}}  {_visible(str(value))}")
+
+
+def _visible(text: str) -> str:
+    """Without control characters, which would drive the terminal: anyone may have written the file."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
 
 
 def _write(text: str) -> None:
@@ -188,6 +201,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 after an error told in one line, 2 for unusable arguments, 130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a prompt may hold what the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
     logging.basicConfig(format="latentrt: %(message)s")
     logging.getLogger("latentrt").setLevel(logging.INFO if args.verbose else logging.WARNING)

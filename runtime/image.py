@@ -104,15 +104,15 @@ def to_tensor(image: Any) -> Tensor:
             raise RequestError("the image holds NaN, infinite or complex values")
         if batch.shape[1] == 4:
             return batch
+        if batch.shape[2] % 8 or batch.shape[3] % 8 or 0 in batch.shape[2:]:
+            raise RequestError(
+                f"image is {batch.shape[3]}x{batch.shape[2]} pixels; both sides must be multiples of 8"
+            )
         low, high = float(batch.min()), float(batch.max())
         if low < 0 or high > 1:
             raise RequestError(
                 f"image pixels must be in [0, 1]; got {low:.3g} to {high:.3g} "
                 "(for [0, 255] pass x / 255, for [-1, 1] pass x / 2 + 0.5)"
-            )
-        if batch.shape[2] % 8 or batch.shape[3] % 8 or 0 in batch.shape[2:]:
-            raise RequestError(
-                f"image is {batch.shape[3]}x{batch.shape[2]} pixels; both sides must be multiples of 8"
             )
         return batch.float() * 2 - 1
     raise RequestError(f"image must be a PIL image, an array, a tensor or a list of them; got {type(image)}")
@@ -139,7 +139,7 @@ def format_parameters(parameters: Mapping[str, Any]) -> str:
 def parse_parameters(text: str) -> dict[str, str]:
     """Read AUTOMATIC1111's `parameters` text, as far as that syntax can be told apart from the prompt."""
     *body, last = text.strip().split("\n")
-    pairs = _PAIR.findall(last)
+    pairs = _pairs(last)
     if not any(label == "Steps" for label, _ in pairs):
         body, pairs = [*body, last], []
     joined = "\n".join(body)
@@ -151,8 +151,26 @@ def parse_parameters(text: str) -> dict[str, str]:
         result["negative_prompt"] = negative.strip()
     for label, value in pairs:
         key = _KEYS.get(label.strip(), label.strip().lower().replace(" ", "_"))
-        result[key] = json.loads(value) if value.startswith('"') else value.strip()
+        result[key] = _unquoted(value)
     return result
+
+
+def _pairs(line: str) -> list[tuple[str, str]]:
+    """`Label: value` pairs from the line's beginning on, up to where it is none."""
+    pairs, at = [], 0
+    while at < len(line) and (match := _PAIR.match(line, at)):
+        pairs.append((match[1], match[2]))
+        at = match.end()
+    return pairs
+
+
+def _unquoted(value: str) -> str:
+    if value.startswith('"'):
+        try:
+            return str(json.loads(value))
+        except ValueError:
+            pass  # another program's own way to quote
+    return value.strip()
 
 
 def save_png(
@@ -202,14 +220,14 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
             info: dict[Any, Any] = dict(image.info)
     except FileNotFoundError as error:
         raise RequestError(f"there is no file {os.fspath(path)!r}") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise RequestError(f"{os.fspath(path)!r} cannot be read as an image: {error}") from error
     if "latentrt" in info:
         try:
             record = json.loads(info["latentrt"])
         except ValueError as error:
             raise RequestError(f"the parameters in {os.fspath(path)!r} are damaged: {error}") from error
-        if isinstance(record, dict):
+        if isinstance(record, dict) and record:
             return record
     if "parameters" in info:
         return dict(parse_parameters(str(info["parameters"])))

@@ -1,0 +1,282 @@
+"""Pixels and files: what may be given to start from, and what a PNG tells."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.PngImagePlugin
+import pytest
+import torch
+from latentrt.errors import RequestError
+from latentrt.runtime.image import (
+    format_parameters,
+    from_tensor,
+    parse_parameters,
+    read_parameters,
+    save_png,
+    to_tensor,
+)
+
+PICTURE = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
+RECORD: dict[str, Any] = {
+    "prompt": "a red circle above a small blue square",
+    "negative_prompt": "blurry",
+    "steps": 30,
+    "sampler": "dpm++2m-karras",
+    "guidance_scale": 5.0,
+    "seed": 0,
+    "size": "128x96",
+    "model": "demo",
+    "refiner": "demo-refiner",
+    "high_noise_frac": 0.8,
+    "backend": "onnxruntime",
+    "version": "latentrt 0.1.0",
+}
+HOSTILE = [
+    "a, b, c: d",
+    "first line\nsecond line\r\nthird",
+    "x\nNegative prompt: not a negative one\nSteps: 3, Sampler: fake, Seed: 7",
+    "Negative prompt: from the start",
+    "Steps: 3",
+    'quotes " and \\ and \\" and \\u0041 and {"prompt": 1}',
+    "日本語 🙂 é e\u0301 \u202e \u200d ½",
+    "",
+    " spaces around ",
+    "nul \0 and \x1b[2J and \x7f",
+    "<b>&amp;</b> %s %(x)s {0}",
+    "long " * 5000,
+]
+
+
+@pytest.mark.parametrize("prompt", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.parametrize("negative", [None, *HOSTILE[2:5]], ids=["none", 2, 3, 4])
+def test_any_prompt_comes_back_from_a_png(prompt: str, negative: str | None, tmp_path: Path) -> None:
+    record = {**RECORD, "prompt": prompt, "negative_prompt": negative}
+    save_png(PICTURE, tmp_path / "x.png", record)
+    assert read_parameters(tmp_path / "x.png") == record
+
+
+def test_pixels_are_kept(tmp_path: Path) -> None:
+    save_png(PICTURE, tmp_path / "x.png", RECORD)
+    with PIL.Image.open(tmp_path / "x.png") as image:
+        assert np.array_equal(np.asarray(image), np.asarray(PICTURE))
+
+
+def test_other_tools_find_the_text_they_know(tmp_path: Path) -> None:
+    save_png(PICTURE, tmp_path / "x.png", RECORD)
+    with PIL.Image.open(tmp_path / "x.png") as image:
+        text = image.info["parameters"]
+    assert text == (
+        "a red circle above a small blue square\nNegative prompt: blurry\n"
+        "Steps: 30, Sampler: dpm++2m-karras, CFG scale: 5.0, Seed: 0, Size: 128x96, Model: demo, "
+        "Refiner: demo-refiner, Refiner switch at: 0.8, Backend: onnxruntime, Version: latentrt 0.1.0"
+    )
+    assert parse_parameters(text) == {key: str(value) for key, value in RECORD.items()}
+
+
+def test_values_with_commas_are_quoted() -> None:
+    record = {"prompt": "x", "steps": 2, "model": 'my, "best": model\n2', "seed": 1}
+    parsed = parse_parameters(format_parameters(record))
+    assert parsed == {"prompt": "x", "steps": "2", "model": 'my, "best": model\n2', "seed": "1"}
+
+
+def test_text_of_the_web_ui_is_read(tmp_path: Path) -> None:
+    info = PIL.PngImagePlugin.PngInfo()
+    info.add_text(
+        "parameters",
+        "a castle, (detailed:1.2)\non a hill\nNegative prompt: lowres, bad\nSteps: 20, Sampler: Euler a, CFG scale: 7, "
+        'Seed: 42, Size: 512x768, Model hash: 1a2b, Lora hashes: "one: aa, two: bb", Version: v1.9',
+    )
+    PICTURE.save(tmp_path / "x.png", pnginfo=info)
+    assert read_parameters(tmp_path / "x.png") == {
+        "prompt": "a castle, (detailed:1.2)\non a hill",
+        "negative_prompt": "lowres, bad",
+        "steps": "20",
+        "sampler": "Euler a",
+        "guidance_scale": "7",
+        "seed": "42",
+        "size": "512x768",
+        "model_hash": "1a2b",
+        "lora_hashes": "one: aa, two: bb",
+        "version": "v1.9",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("only a prompt", {"prompt": "only a prompt"}),
+        ("time: noon, place: hill", {"prompt": "time: noon, place: hill"}),
+        (
+            r"x" + "\n" + r'Steps: 1, Odd: "a\q", Seed: 2',
+            {"prompt": "x", "steps": "1", "odd": r'"a\q"', "seed": "2"},
+        ),
+        ("", {"prompt": ""}),
+        ("Steps: 4", {"prompt": "", "steps": "4"}),
+    ],
+)
+def test_other_texts_are_read_as_far_as_they_go(text: str, expected: dict[str, str]) -> None:
+    assert parse_parameters(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["w " * 200_000, "Steps: 1, " + "w" * 400_000, "Steps: 1, x: " + '"\\' * 200_000]
+)
+def test_reading_takes_no_longer_than_the_text(text: str) -> None:
+    begun = time.process_time()
+    parse_parameters(text)
+    assert time.process_time() - begun < 2
+
+
+def test_nothing_is_embedded_when_nothing_is_to_be(tmp_path: Path) -> None:
+    save_png(PICTURE, tmp_path / "x.png", None)
+    with PIL.Image.open(tmp_path / "x.png") as image:
+        image.load()
+        assert image.info == {}
+    with pytest.raises(RequestError, match="carries no generation parameters"):
+        read_parameters(tmp_path / "x.png")
+
+
+def png_with(record: str) -> bytes:
+    info = PIL.PngImagePlugin.PngInfo()
+    info.add_itxt("latentrt", record)
+    file = io.BytesIO()
+    PICTURE.save(file, "PNG", pnginfo=info)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot be read as an image"),
+        (b"not a picture", "cannot be read as an image"),
+        (png_with("{}")[:80], "cannot be read as an image"),
+        (png_with("{broken"), "are damaged"),
+        (png_with("[1]"), "carries no generation parameters"),
+        (png_with("{}"), "carries no generation parameters"),
+    ],
+)
+def test_files_without_parameters(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(RequestError, match=message):
+        read_parameters(tmp_path / "x.png")
+
+
+def test_a_picture_too_large_to_unpack(tmp_path: Path) -> None:
+    header = (60_000).to_bytes(4) * 2 + bytes([8, 2, 0, 0, 0])
+    chunk = b"IHDR" + header
+    file = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4)
+    (tmp_path / "x.png").write_bytes(file + b"\0\0\0\0IEND\xaeB`\x82")
+    with pytest.raises(RequestError, match="cannot be read as an image"):
+        read_parameters(tmp_path / "x.png")
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="there is no file"):
+        read_parameters(tmp_path / "x.png")
+    with pytest.raises(RequestError, match="cannot be read as an image"):
+        read_parameters(tmp_path)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_png_is_written_whole_or_not_at_all(
+    failure: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "new" / "x.png"
+    save_png(PICTURE, target, RECORD)
+    before = target.read_bytes()
+
+    def half(self: PIL.Image.Image, file: Any, **_: Any) -> None:
+        file.write(b"half a picture")
+        file.flush()
+        raise failure
+
+    monkeypatch.setattr(PIL.Image.Image, "save", half)
+    with pytest.raises(type(failure)):
+        save_png(PICTURE, target, RECORD)
+    assert [p.name for p in target.parent.iterdir()] == ["x.png"]
+    assert target.read_bytes() == before
+
+
+def test_a_png_can_be_read_by_those_who_may(tmp_path: Path) -> None:
+    """The file aside is private; what it becomes is not."""
+    path = save_png(PICTURE, tmp_path / "x.png", None)
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
+def test_latents_pass_through() -> None:
+    latents = torch.randn(2, 4, 5, 7)
+    assert to_tensor(latents) is latents
+    assert torch.equal(to_tensor([latents[0], latents[1]]), latents)
+
+
+def test_all_forms_of_a_picture_mean_the_same() -> None:
+    array = np.asarray(PICTURE, dtype=np.float32) / 255
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    wanted = tensor[None] * 2 - 1
+    for form in (
+        PICTURE,
+        array,
+        array[None],
+        tensor,
+        tensor[None],
+        [PICTURE],
+        [tensor],
+        (array,),
+        tensor.double(),
+    ):
+        assert torch.allclose(to_tensor(form), wanted, atol=1e-6)
+        assert to_tensor(form).dtype == torch.float32
+    assert torch.equal(to_tensor([PICTURE, PICTURE]), to_tensor(PICTURE).repeat(2, 1, 1, 1))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16", "CMYK"])
+def test_pictures_of_other_modes_become_rgb(mode: str) -> None:
+    picture = PIL.Image.new(mode, (19, 26))
+    assert to_tensor(picture).shape == (1, 3, 24, 16)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ([], "image is an empty list"),
+        ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 16)], "must have one size; got"),
+        (PIL.Image.new("RGB", (7, 64)), "image is 7x64 pixels; it must be at least 8x8"),
+        (np.zeros((64, 64)), r"must be \[H, W, 3\] or \[B, H, W, 3\]; got \[64, 64\]"),
+        (np.zeros((8, 8, 3), np.uint8) + 255, r"in \[0, 1\]; got 255 to 255 .for \[0, 255\] pass x / 255"),
+        (torch.zeros(1, 9, 8, 8), r"\[B, 4, h, w\] latents; got \[1, 9, 8, 8\]"),
+        (torch.zeros(3, 12, 8), "image is 8x12 pixels; both sides must be multiples of 8"),
+        (torch.zeros(3, 0, 8), r"image is 8x0 pixels"),
+        (torch.full((3, 8, 8), torch.nan), "holds NaN"),
+        (torch.zeros(3, 8, 8, dtype=torch.complex64), "complex"),
+        (torch.full((3, 8, 8), -0.5), r"in \[0, 1\]; got -0.5 to -0.5"),
+        (None, "got <class 'NoneType'>"),
+        ("x.png", "got <class 'str'>"),
+    ],
+)
+def test_what_is_no_picture(image: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        to_tensor(image)
+
+
+def test_pixels_round_to_the_nearest() -> None:
+    values = torch.tensor([0.0, 0.4999 / 255, 0.5001 / 255, 1.0]).reshape(1, 1, 2, 2).expand(1, 3, 2, 2)
+    (image,) = from_tensor(values, "pil")
+    assert np.asarray(image)[..., 0].tolist() == [[0, 0], [1, 255]]
+
+
+def test_a_record_is_plain_json(tmp_path: Path) -> None:
+    """Anything that reads JSON can read it, whatever the prompt's script."""
+    save_png(PICTURE, tmp_path / "x.png", {**RECORD, "prompt": "日本"})
+    with PIL.Image.open(tmp_path / "x.png") as image:
+        assert json.loads(image.info["latentrt"])["prompt"] == "日本"
