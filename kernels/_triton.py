@@ -59,6 +59,8 @@ class Kernel:
         import triton
         import triton.language
 
+        if triton.knobs.runtime.interpret:
+            _mend_interpreter()
         scope = dict(self.function.__globals__)
         for name, value in scope.items():
             if value is self:
@@ -75,11 +77,31 @@ class Kernel:
         return f"Kernel({self.function.__module__}.{self.name})"
 
 
-def kernel(function: Callable[..., None] | Callable[..., Any]) -> Kernel:
-    """Decorator: a Triton kernel, or a function that kernels call."""
+def kernel(function: Callable[..., Any]) -> Any:
+    """Decorator: a Triton kernel, or a function that kernels call. A `Kernel`, but callable to a type checker."""
     if not isinstance(function, FunctionType):
         raise TypeError(f"a kernel is a plain function, not {function!r}")
     return Kernel(function)
+
+
+@cache
+def _mend_interpreter() -> None:
+    """Triton's interpreter holds bfloat16 as its bits, and tl.dot multiplies those (3.9): widen them first."""
+    import numpy as np
+    from triton import language
+    from triton.runtime import interpreter
+
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def widened(x: Any) -> Any:
+        if x.dtype.scalar != language.bfloat16 or x.data.dtype != np.uint16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), language.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return plain(self, widened(a), widened(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 @dataclass(frozen=True)
