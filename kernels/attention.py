@@ -46,12 +46,12 @@ def _attention(
     H,
     Sq,
     Sk,
-    scale,  # of the scores, times log2(e); not negative
+    scale,  # of the scores, times log2(e); positive
     D: tl.constexpr,
     NEGATE: tl.constexpr,  # whether the true scale is negative
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,  # a head is cut into BLOCK_D and BLOCK_E columns: 80 is 64 + 16, not a padded 128
-    BLOCK_E: tl.constexpr,  # 0 where the first are enough
+    BLOCK_E: tl.constexpr,  # 0 where the first are enough; else they fit D exactly
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -68,7 +68,6 @@ def _attention(
     e = BLOCK_D + tl.arange(0, BLOCK_E if BLOCK_E > 0 else 16)
     m_m = first + m < Sq
     m_d = d < D
-    m_e = e < D
 
     p_q = q_ptr + b * stride_qb + h * stride_qh + first.to(tl.int64) * stride_qs + m[:, None] * stride_qs
     p_k = k_ptr + b * stride_kb + h * stride_kh + n[None, :] * stride_ks
@@ -77,7 +76,7 @@ def _attention(
     b_q = tl.load(p_q + d[None, :] * stride_qd, mask=m_m[:, None] & m_d[None, :], other=0.0)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if BLOCK_E > 0:
-        b_q_e = tl.load(p_q + e[None, :] * stride_qd, mask=m_m[:, None] & m_e[None, :], other=0.0)
+        b_q_e = tl.load(p_q + e[None, :] * stride_qd, mask=m_m[:, None], other=0.0)
         b_acc_e = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -95,10 +94,10 @@ def _attention(
                 b_k = tl.load(p_k + d[:, None] * stride_kd, mask=m_d[:, None] & m_n[None, :], other=0.0)
             b_s = tl.dot(b_q, b_k, input_precision=PRECISION)
             if BLOCK_E > 0:
-                if TAIL == 0 and BLOCK_D + BLOCK_E <= D:
+                if TAIL == 0:
                     b_k_e = tl.load(p_k + e[:, None] * stride_kd)
                 else:
-                    b_k_e = tl.load(p_k + e[:, None] * stride_kd, mask=m_e[:, None] & m_n[None, :], other=0.0)
+                    b_k_e = tl.load(p_k + e[:, None] * stride_kd, mask=m_n[None, :], other=0.0)
                 b_s = tl.dot(b_q_e, b_k_e, b_s, input_precision=PRECISION)
             if NEGATE:
                 b_s = -b_s
@@ -106,8 +105,6 @@ def _attention(
                 b_s = tl.where(m_n[None, :], b_s, float("-inf"))
             b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
             b_p = tl.exp2(b_s * scale - b_new[:, None])
-            if TAIL == 1:
-                b_p = tl.where(m_n[None, :], b_p, 0.0)  # with a scale of 0, -inf became NaN
             b_old = tl.exp2(b_max - b_new)
             b_sum = b_sum * b_old + tl.sum(b_p, 1)
             b_max = b_new
@@ -122,10 +119,10 @@ def _attention(
                 b_v = tl.load(p_v + d[None, :] * stride_vd, mask=m_n[:, None] & m_d[None, :], other=0.0)
             b_acc = tl.dot(b_p, b_v, b_acc * b_old[:, None], input_precision=PRECISION)
             if BLOCK_E > 0:
-                if TAIL == 0 and BLOCK_D + BLOCK_E <= D:
+                if TAIL == 0:
                     b_v_e = tl.load(p_v + e[None, :] * stride_vd)
                 else:
-                    b_v_e = tl.load(p_v + e[None, :] * stride_vd, mask=m_n[:, None] & m_e[None, :], other=0.0)
+                    b_v_e = tl.load(p_v + e[None, :] * stride_vd, mask=m_n[:, None], other=0.0)
                 b_acc_e = tl.dot(b_p, b_v_e, b_acc_e * b_old[:, None], input_precision=PRECISION)
 
             p_k += BLOCK_N * stride_ks
@@ -136,7 +133,7 @@ def _attention(
     tl.store(p_o + d[None, :], b_o, mask=m_m[:, None] & m_d[None, :])
     if BLOCK_E > 0:
         b_o = (b_acc_e / b_sum[:, None]).to(o_ptr.dtype.element_ty)
-        tl.store(p_o + e[None, :], b_o, mask=m_m[:, None] & m_e[None, :])
+        tl.store(p_o + e[None, :], b_o, mask=m_m[:, None])
 
 
 @kernel
@@ -204,7 +201,7 @@ def _attention_wide(
             b_s = -b_s
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
-        b_p = tl.where(m_n[None, :], tl.exp2(b_s * scale - b_new[:, None]), 0.0)
+        b_p = tl.exp2(b_s * scale - b_new[:, None])
         b_old = tl.exp2(b_max - b_new)
         b_sum = b_sum * b_old + tl.sum(b_p, 1)
         b_max = b_new
@@ -231,7 +228,8 @@ def _plan(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         for dim, stride in zip("bshd", tensor.stride(), strict=True):
             args[f"stride_{name}{dim}"] = stride
-    args["scale"] = abs(scale) * math.log2(math.e)
+    # Masked scores are -inf, and stay so unless multiplied by zero; this much makes all scores equal as well.
+    args["scale"] = max(abs(scale) * math.log2(math.e), 1e-30)
     tuned = dict(tuning.constants("attention", arch, q.dtype, _shape_class(D, Sk)))
     num_warps, num_stages = tuned.pop("num_warps"), tuned.pop("num_stages")
     constants = {"D": D, "NEGATE": scale < 0, **tuned}
@@ -258,11 +256,10 @@ def _shape_class(D: int, Sk: int) -> str:
 
 
 def _cut(D: int) -> tuple[int, int]:
-    """Powers of two, the second perhaps 0, that hold D columns with little to spare."""
+    """Two powers of two that make up D; or the next power of two, whose rest is masked, and 0."""
     whole = max(16, 1 << (D - 1).bit_length())
-    half = whole // 2
-    rest = max(16, 1 << (D - half - 1).bit_length()) if half < D else whole
-    return (half, rest) if half >= 16 and half + rest < whole else (whole, 0)
+    rest = D - whole // 2
+    return (whole // 2, rest) if 16 <= rest < whole // 2 and rest & (rest - 1) == 0 else (whole, 0)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
