@@ -13,9 +13,11 @@ of the scale.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import reference, tuning
 from ._check import fail, require_dtypes, require_equal, require_rank
@@ -50,6 +52,7 @@ def _attention(
     D: tl.constexpr,
     NEGATE: tl.constexpr,  # whether the true scale is negative
     PRECISION: tl.constexpr,
+    EIGHTS: tl.constexpr,  # whether strides of batches, rows and heads are multiples of eight
     BLOCK_D: tl.constexpr,  # a head is cut into BLOCK_D and BLOCK_E columns: 80 is 64 + 16, not a padded 128
     BLOCK_E: tl.constexpr,  # 0 where the first are enough; else they fit D exactly
     BLOCK_M: tl.constexpr,
@@ -61,6 +64,12 @@ def _attention(
     first = (pid % blocks) * BLOCK_M
     b = (pid // blocks // H).to(tl.int64)
     h = (pid // blocks % H).to(tl.int64)
+    if (
+        EIGHTS
+    ):  # which Triton sees of multiples of sixteen only: heads of 40 would be loaded by single elements
+        stride_qb, stride_qs, stride_qh = stride_qb // 8 * 8, stride_qs // 8 * 8, stride_qh // 8 * 8
+        stride_kb, stride_ks, stride_kh = stride_kb // 8 * 8, stride_ks // 8 * 8, stride_kh // 8 * 8
+        stride_vb, stride_vs, stride_vh = stride_vb // 8 * 8, stride_vs // 8 * 8, stride_vh // 8 * 8
 
     m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
@@ -230,7 +239,8 @@ def _plan(
             args[f"stride_{name}{dim}"] = stride
     # Masked scores are -inf, and stay so unless multiplied by zero; this much makes all scores equal as well.
     args["scale"] = max(abs(scale) * math.log2(math.e), 1e-30)
-    tuned = dict(tuning.constants("attention", arch, q.dtype, _shape_class(D, Sk)))
+    table = "attention_wide" if D > WIDE else "attention"
+    tuned = dict(tuning.constants(table, arch, q.dtype, _shape_class(D, Sk)))
     num_warps, num_stages = tuned.pop("num_warps"), tuned.pop("num_stages")
     constants = {"D": D, "NEGATE": scale < 0, **tuned}
     # TF32 would drop thirteen of float32's bits.
@@ -240,6 +250,7 @@ def _plan(
         programs *= -(-D // tuned["BLOCK_V"])
         return out, [Launch(_attention_wide, (programs,), args, constants, num_warps, num_stages)]
     constants["BLOCK_D"], constants["BLOCK_E"] = _cut(D)
+    constants["EIGHTS"] = all(stride % 8 == 0 for t in (q, k, v) for stride in t.stride()[:3])
     return out, [Launch(_attention, (programs,), args, constants, num_warps, num_stages)]
 
 
@@ -251,7 +262,7 @@ SHORT = 128
 
 
 def _shape_class(D: int, Sk: int) -> str:
-    width = next((f"d{size}" for size in _HEADS if size >= D), "wide")
+    width = next((f"d{size}" for size in _HEADS if size >= D), "any")
     return f"{width}-short" if Sk <= SHORT else width
 
 
@@ -322,6 +333,32 @@ def _case(name: str, B: int, Sq: int, Sk: int, H: int, D: int, calls: int) -> Ca
     return Case(name, inputs, flops, elements=2 * B * H * D * (Sq + Sk), calls=calls)
 
 
+def _sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return reference.attention(q, k, v)
+
+    return call
+
+
+_CANDIDATES = [
+    {"BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
+    for M, N, warps in ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 64, 4), (64, 128, 4), (128, 32, 4))
+    for stages in (1, 2, 3, 4)
+]
+_WIDE_CANDIDATES = [
+    {"BLOCK_D": 64, "BLOCK_V": V, "BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
+    for M, V, N, warps in (
+        (64, 256, 64, 8),
+        (64, 256, 32, 8),
+        (64, 128, 64, 4),
+        (64, 128, 32, 4),
+        (128, 128, 64, 8),
+        (64, 512, 32, 8),
+    )
+    for stages in (1, 2, 3)
+]
+
 SPEC = register(
     OpSpec(
         name="attention",
@@ -337,5 +374,11 @@ SPEC = register(
         ),
         limit="matmul",
         tensor_cores=True,
+        candidates={"attention": _CANDIDATES, "attention_wide": _WIDE_CANDIDATES},
+        rivals={
+            "SDPA flash": _sdpa(SDPBackend.FLASH_ATTENTION),
+            "SDPA cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION),
+            "SDPA memory-efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),
+        },
     )
 )

@@ -64,7 +64,7 @@ def test_numerics(
     k, v = torch.randn(B, Sk, 2, H, D, device=device).to(dtype).unbind(2)
     if Sq == Sk:
         q, k, v = fused(B, Sq, H, D, dtype, device)
-    with tuning.trying("attention", SMALL_WIDE if D > 256 else SMALL):
+    with tuning.trying("attention", SMALL), tuning.trying("attention_wide", SMALL_WIDE):
         check(q, k, v)
     assert sum(launches.values()) == 1
 
@@ -81,7 +81,7 @@ def test_tuned_blocks(dtype: torch.dtype, device: torch.device, launches: Counte
 @pytest.mark.usefixtures("launches")
 def test_a_wide_head_that_no_slice_divides(device: torch.device) -> None:
     q, k, v = fused(1, 18, 1, 320, torch.float16, device)
-    with tuning.trying("attention", SMALL_WIDE):
+    with tuning.trying("attention_wide", SMALL_WIDE):
         check(q, k, v)
 
 
