@@ -168,7 +168,7 @@ def _apply_kernel(
         mean = tl.sum(tl.where(member, b_mean[:, None], 0.0), 0)  # [BLOCK_C]
         scale = tl.sum(tl.where(member, b_rstd[:, None], 0.0), 0)
         if shift_ptr is not None:
-            mean -= tl.load(shift_ptr + n * C + c, mask=m_c, other=0.0).to(tl.float32)
+            b_shift = tl.load(shift_ptr + n * C + c, mask=m_c, other=0.0).to(tl.float32)
         scale *= tl.load(weight_ptr + c, mask=m_c, other=0.0).to(tl.float32)
         b_bias = tl.load(bias_ptr + c, mask=m_c, other=0.0).to(tl.float32)
         for s0 in range(start, end, BLOCK_S):
@@ -178,6 +178,8 @@ def _apply_kernel(
                 at = n * C * S + s0 + c.to(tl.int64)[:, None] * S + cols[None, :]
             m_x = m_c[:, None] & (s0 + cols < end)[None, :]
             b_x = tl.load(x_ptr + at, mask=m_x, other=0.0).to(tl.float32)
+            if shift_ptr is not None:
+                b_x += b_shift[:, None]
             # The mean is taken off first: x * scale - mean * scale cancels where the mean is large.
             y = (b_x - mean[:, None]) * scale[:, None] + b_bias[:, None]
             if SILU:
@@ -277,7 +279,11 @@ def _plan(
     chunk = -(-chunk // block_s) * block_s
     splits = -(-S // chunk)
     stats = torch.empty(2, N, num_groups, splits, dtype=torch.float32, device=x.device)
-    common = {"x_ptr": x, "shift_ptr": None if shift is None else shift.contiguous(), "stats_ptr": stats}
+    common: dict[str, Any] = {
+        "x_ptr": x,
+        "shift_ptr": None if shift is None else shift.contiguous(),
+        "stats_ptr": stats,
+    }
     common |= {"S": S, "chunk": chunk, "splits": splits, "partials": stats.numel() // 2}
     grid = (N * (C // tile_c) * splits,)
     even = S % block_s == 0 and (tile_c <= tile["BLOCK_C"] or tile_c % tile["BLOCK_C"] == 0)
