@@ -239,8 +239,8 @@ def _kernels(args: argparse.Namespace) -> None:
     _write(f"sm_{arch}, {args.dtype}; floors of {gpu.name} by {gpu.source} ceilings")
     _write(f"{'':44}{'GFLOP':>9}{'MB':>9}{'floor us':>10}{'regs':>6}{'spill':>6}{'smem':>8}  tensor cores")
     for row in rows:
-        work = f"{row['flops'] / 1e9:>9.2f}{row['bytes'] / 1e6:>9.1f}{row['floor_us']:>10.1f}"
-        _write(f"{row['op'] + ', ' + row['case']:<44}{work}")
+        figures = f"{row['flops'] / 1e9:>9.2f}{row['bytes'] / 1e6:>9.1f}{row['floor_us']:>10.1f}"
+        _write(f"{row['op'] + ', ' + row['case']:<44}{figures}")
         for k in row["kernels"]:
             cores = ", ".join(f"{count} {name}" for name, count in k["tensor_core"].items())
             code = f"{k['registers']:>6}{k['spills']:>6}{k['shared'] / 1024:>6.0f} K  {cores}"
