@@ -29,10 +29,10 @@ def draw(
 
 
 def exact(x: Tensor, w: Tensor, b: Tensor, groups: int, shift: Tensor | None, silu: bool) -> Tensor:
-    x, w, b = (t.double().cpu().contiguous() for t in (x, w, b))
+    x, w, b = (t.double().contiguous() for t in (x, w, b))
     if not silu:
         return reference.group_norm(x, w, b, groups, 1e-5)
-    return reference.group_norm_silu(x, w, b, groups, 1e-5, None if shift is None else shift.double().cpu())
+    return reference.group_norm_silu(x, w, b, groups, 1e-5, None if shift is None else shift.double())
 
 
 def check(x: Tensor, groups: int, shift: Tensor | None = None, silu: bool = True) -> Tensor:
@@ -44,7 +44,7 @@ def check(x: Tensor, groups: int, shift: Tensor | None = None, silu: bool = True
     else:
         out = group_norm(x, w, b, groups, 1e-5)
         usual = reference.group_norm(x.contiguous(), w, b, groups, 1e-5)
-    assert_as_good(out.cpu(), usual.cpu(), exact(x, w, b, groups, shift, silu))
+    assert_as_good(out, usual, exact(x, w, b, groups, shift, silu))
     return out
 
 
