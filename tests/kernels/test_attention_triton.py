@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,6 +154,19 @@ def test_without_triton_a_forced_kernel_is_refused(monkeypatch: pytest.MonkeyPat
     finally:
         monkeypatch.undo()
         _triton._triton_missing.cache_clear()
+
+
+def test_a_gpu_without_triton_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from latentrt.kernels import _triton
+
+    monkeypatch.setattr(_triton, "unavailable", lambda device: "there is none")
+    on_a_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=torch.device("cuda"))
+    assert [_triton.usable(on_a_gpu) for _ in range(3)] == [False] * 3  # type: ignore[arg-type]
+    assert [r.getMessage() for r in caplog.records] == [
+        "operators on the GPU run their PyTorch references: there is none"
+    ]
 
 
 @pytest.mark.gpu
