@@ -1,4 +1,4 @@
-"""The command line: `latentrt generate`, `latentrt backends`, `latentrt info`.
+"""The command line: `latentrt generate`, `backends`, `info`, `kernels`.
 
 Each command imports what it needs when it runs, so that `latentrt --help` answers at once.
 """
@@ -29,6 +29,14 @@ def _size(text: str) -> tuple[int, int]:
     if not found or not width.isdecimal() or not height.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write WIDTHxHEIGHT, such as 1024x1024")
     return int(height), int(width)
+
+
+def _arch(text: str) -> int:
+    """`sm_90` -> 90."""
+    digits = text.lower().removeprefix("sm_")
+    if not digits.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not an architecture; write sm_90 or the like")
+    return int(digits)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,6 +97,24 @@ def _parser() -> argparse.ArgumentParser:
     i.add_argument("file", metavar="FILE.png")
     i.add_argument("--json", action="store_true")
     i.set_defaults(run=_info)
+
+    k = commands.add_parser(
+        "kernels",
+        help="what the Triton kernels compile to, and the least time their work takes",
+        description="Compiles each kernel at SDXL's shapes for an architecture, which needs no GPU, and puts the "
+        "roofline of a named GPU beside it. --measure and --tune need a GPU.",
+    )
+    k.add_argument("--arch", type=_arch, metavar="sm_NN", help="default: the architecture of --gpu")
+    k.add_argument("--gpu", default="H200", help="whose roofline (default H200)")
+    k.add_argument("--dtype", choices=("float16", "bfloat16"), default="bfloat16")
+    k.add_argument(
+        "--op", action="append", default=[], metavar="OP", help="only this operator; may be repeated"
+    )
+    k.add_argument("--json", action="store_true")
+    k.add_argument("--measure", action="store_true", help="time them here, beside PyTorch's own")
+    k.add_argument("--tune", action="store_true", help="find this GPU's block sizes and write them down")
+    k.add_argument("--seconds", type=float, default=400.0, help="begin nothing new after (default 400)")
+    k.set_defaults(run=_kernels)
     return parser
 
 
@@ -189,6 +215,49 @@ def _info(args: argparse.Namespace) -> None:
 def _visible(text: str) -> str:
     """Without control characters, which would drive the terminal: anyone may have written the file."""
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
+
+
+def _kernels(args: argparse.Namespace) -> None:
+    import torch
+
+    from .kernels.registry import specs
+
+    unknown = set(args.op) - {spec.name for spec in specs()}
+    if unknown:
+        names = ", ".join(spec.name for spec in specs())
+        raise RequestError(f"no operator is called {', '.join(sorted(unknown))}; there are {names}")
+    if args.measure or args.tune:
+        from .bench import kernels as bench
+
+        here = bench.Bench(bench.require_gpu(), bench.cuda_microseconds, args.seconds)
+        found = (bench.tune if args.tune else bench.measure)(here, operators=specs(args.op))
+        _write(json.dumps(found, indent=2))
+        return
+
+    from .kernels import aot, roofline
+
+    gpu = roofline.gpu(args.gpu)
+    arch, dtype = args.arch or gpu.arch, getattr(torch, args.dtype)
+    cases = [(spec, case) for spec in specs(args.op) for case in spec.cases]
+    requests = [aot.Request(s.name, c.inputs(dtype, torch.device("meta")), arch) for s, c in cases]
+    rows = []
+    for (spec, case), built in zip(cases, aot.reports(requests), strict=True):
+        floor = {"floor_us": roofline.floor_us(case, dtype, gpu), "gpu": gpu.name, "ceilings": gpu.source}
+        work = {"flops": case.flops, "bytes": case.elements * dtype.itemsize, "calls": case.calls}
+        kernels = [asdict(report) for report in built]
+        rows.append({"op": spec.name, "case": case.name, **work, **floor, "kernels": kernels})
+    if args.json:
+        _write(json.dumps({"arch": arch, "dtype": args.dtype, "rows": rows}, indent=2))
+        return
+    _write(f"sm_{arch}, {args.dtype}; floors of {gpu.name} by {gpu.source} ceilings")
+    _write(f"{'':44}{'GFLOP':>9}{'MB':>9}{'floor us':>10}{'regs':>6}{'spill':>6}{'smem':>8}  tensor cores")
+    for row in rows:
+        figures = f"{row['flops'] / 1e9:>9.2f}{row['bytes'] / 1e6:>9.1f}{row['floor_us']:>10.1f}"
+        _write(f"{row['op'] + ', ' + row['case']:<44}{figures}")
+        for k in row["kernels"]:
+            cores = ", ".join(f"{count} {name}" for name, count in k["tensor_core"].items())
+            code = f"{k['registers']:>6}{k['spills']:>6}{k['shared'] / 1024:>6.0f} K  {cores}"
+            _write(f"    {k['kernel']:<68}{code}".rstrip())
 
 
 def _write(text: str) -> None:

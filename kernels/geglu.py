@@ -8,12 +8,100 @@ the exact form. The order of the halves is diffusers': value first, gate second.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import reference, tuning
 from ._check import fail, require_dtypes, require_equal, require_rank
+from ._triton import Launch, arch_of, kernel, run, takes, tl, usable
+from .registry import Case, OpSpec, register
 
 __all__ = ["geglu", "linear_geglu"]
+
+
+@kernel
+def _gated(value, gate):
+    """value * gelu(gate), float32"""
+    return value * (0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)))
+
+
+@kernel
+def _geglu_kernel(
+    x_ptr,  # [M, 2N]
+    y_ptr,  # [M, N]
+    M,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    BLOCKS_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    rows = (pid // BLOCKS_N).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = (pid % BLOCKS_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    p_x = x_ptr + rows[:, None] * (2 * N) + cols[None, :]
+    value = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(p_x + N, mask=mask, other=0.0).to(tl.float32)
+    y = _gated(value, gate)
+    tl.store(y_ptr + rows[:, None] * N + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@kernel
+def _linear_geglu_kernel(
+    x_ptr,  # [M, K]
+    weight_ptr,  # [2N, K]: the values' rows, then the gates'
+    bias_ptr,  # [2N] or None
+    y_ptr,  # [M, N]
+    M,
+    K,
+    N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # Programs that run together share rows of x and of the weight in L2: GROUP_M tiles down, then across.
+    BLOCKS_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    first_m = pid // (GROUP_M * BLOCKS_N) * GROUP_M
+    group = tl.minimum(tl.cdiv(M, BLOCK_M) - first_m, GROUP_M)
+    in_group = pid % (GROUP_M * BLOCKS_N)
+    tile_m = first_m + in_group % group
+    tile_n = in_group // group
+
+    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # Beyond the edge the last row again: loads need no mask, and the store drops what comes of it.
+    p_x = x_ptr + tl.minimum(rows, M - 1)[:, None] * K + k[None, :]
+    p_value = weight_ptr + tl.minimum(cols, N - 1).to(tl.int64)[None, :] * K + k[:, None]
+    p_gate = p_value + N * K
+    value = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        if EVEN_K:
+            b_x = tl.load(p_x + k0)
+            b_value = tl.load(p_value + k0)
+            b_gate = tl.load(p_gate + k0)
+        else:
+            m_k = k0 + k < K
+            b_x = tl.load(p_x + k0, mask=m_k[None, :], other=0.0)
+            b_value = tl.load(p_value + k0, mask=m_k[:, None], other=0.0)
+            b_gate = tl.load(p_gate + k0, mask=m_k[:, None], other=0.0)
+        value = tl.dot(b_x, b_value, value, input_precision="ieee")
+        gate = tl.dot(b_x, b_gate, gate, input_precision="ieee")
+    if bias_ptr is not None:
+        m_n = cols < N
+        value += tl.load(bias_ptr + cols, mask=m_n, other=0.0).to(tl.float32)[None, :]
+        gate += tl.load(bias_ptr + N + cols, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    p_y = y_ptr + rows[:, None] * N + cols[None, :]
+    tl.store(p_y, _gated(value, gate).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -31,6 +119,9 @@ def geglu(x: Tensor) -> Tensor:
     require_dtypes("geglu", {"x": x})
     if x.ndim < 1 or (isinstance(x.shape[-1], int) and x.shape[-1] % 2 != 0):
         raise fail("geglu", "x", "be [..., 2F]", f"shape {tuple(x.shape)}")
+    if takes(x):
+        out: Tensor = torch.ops.latentrt.geglu(x)
+        return out
     return reference.geglu(x)
 
 
@@ -58,4 +149,147 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     if bias is not None:
         require_rank("linear_geglu", "bias", bias, "[2F]")
         require_equal("linear_geglu", "bias", "have weight's first dimension", bias.shape[0], weight.shape[0])
+    if takes(x):
+        out: Tensor = torch.ops.latentrt.linear_geglu(x, weight, bias)
+        return out
     return reference.linear_geglu(x, weight, bias)
+
+
+def _plan(x: Tensor, *, arch: int) -> tuple[Tensor, list[Launch]]:
+    x = x.contiguous()
+    N = x.shape[-1] // 2
+    y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y, []
+    M = y.numel() // N
+    sizes = tuning.constants("geglu", arch, x.dtype, "any")
+    blocks = {name: sizes[name] for name in ("BLOCK_M", "BLOCK_N")}
+    grid = (-(-M // blocks["BLOCK_M"]) * -(-N // blocks["BLOCK_N"]),)
+    args = {"x_ptr": x, "y_ptr": y, "M": M}
+    return y, [Launch(_geglu_kernel, grid, args, {"N": N, **blocks}, sizes["num_warps"], sizes["num_stages"])]
+
+
+def _plan_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, arch: int
+) -> tuple[Tensor, list[Launch]]:
+    x = x.contiguous()
+    N, K = weight.shape[0] // 2, weight.shape[1]
+    y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y, []
+    M = y.numel() // N
+    sizes = tuning.constants("linear_geglu", arch, x.dtype, "few" if M <= 512 else "many")
+    blocks = {name: sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")}
+    grid = (-(-M // blocks["BLOCK_M"]) * -(-N // blocks["BLOCK_N"]),)
+    args = {
+        "x_ptr": x,
+        "weight_ptr": weight.contiguous(),
+        "bias_ptr": None if bias is None else bias.contiguous(),
+        "y_ptr": y,
+        "M": M,
+        "K": K,
+    }
+    constants = {"N": N, "EVEN_K": K % blocks["BLOCK_K"] == 0, **blocks}
+    return y, [Launch(_linear_geglu_kernel, grid, args, constants, sizes["num_warps"], sizes["num_stages"])]
+
+
+@torch.library.custom_op("latentrt::geglu", mutates_args=())
+def _geglu_op(x: Tensor) -> Tensor:
+    if not usable(x):
+        return reference.geglu(x).contiguous()
+    y, launches = _plan(x, arch=arch_of(x.device))
+    run(launches)
+    return y
+
+
+@_geglu_op.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+
+@torch.library.custom_op("latentrt::linear_geglu", mutates_args=())
+def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not usable(x):
+        return reference.linear_geglu(x, weight, bias).contiguous()
+    y, launches = _plan_linear(x, weight, bias, arch=arch_of(x.device))
+    run(launches)
+    return y
+
+
+@_linear_op.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
+
+
+def _inputs(M: int, N: int) -> Callable[[torch.dtype, torch.device], tuple[Any, ...]]:
+    return lambda dtype, device: (torch.randn(2, M, 2 * N, dtype=dtype, device=device),)
+
+
+def _linear_inputs(M: int, K: int) -> Callable[[torch.dtype, torch.device], tuple[Any, ...]]:
+    def draw(dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+        weight = torch.randn(8 * K, K, dtype=dtype, device=device) * K**-0.5
+        bias = torch.randn(8 * K, dtype=dtype, device=device)
+        return torch.randn(2, M, K, dtype=dtype, device=device), weight, bias
+
+    return draw
+
+
+def _linear_case(M: int, K: int, calls: int) -> Case:
+    """With guidance; the projection is to 4 K values and as many gates."""
+    elements = 2 * M * K + 8 * K * K + 8 * K + 2 * M * 4 * K
+    return Case(f"{M} x {K} to {4 * K}", _linear_inputs(M, K), 2.0 * 2 * M * K * 8 * K, elements, calls)
+
+
+def _linear_then_gate(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    value, gate = F.linear(x, weight, bias).chunk(2, -1)
+    return value * F.gelu(gate)
+
+
+register(
+    OpSpec(
+        name="geglu",
+        op=geglu,
+        reference=reference.geglu,
+        plan=_plan,
+        cases=[
+            Case("4096 x 2560", _inputs(4096, 2560), flops=0, elements=3 * 2 * 4096 * 2560, calls=0),
+            Case("1024 x 5120", _inputs(1024, 5120), flops=0, elements=3 * 2 * 1024 * 5120, calls=0),
+        ],
+        limit="copy",
+        candidates={
+            "geglu": [
+                {"BLOCK_M": m, "BLOCK_N": n, "num_warps": w, "num_stages": 1}
+                for m in (1, 2, 4)
+                for n in (512, 1024)
+                for w in (4, 8)
+            ]
+        },
+        rivals={"chunk, F.gelu, multiply": lambda x: x.chunk(2, -1)[0] * F.gelu(x.chunk(2, -1)[1])},
+    )
+)
+register(
+    OpSpec(
+        name="linear_geglu",
+        op=linear_geglu,
+        reference=reference.linear_geglu,
+        plan=_plan_linear,
+        cases=[_linear_case(4096, 640, 10), _linear_case(1024, 1280, 60)],
+        limit="matmul",
+        tensor_cores=True,
+        candidates={
+            "linear_geglu": [
+                {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8, "num_warps": w, "num_stages": s}
+                for m, n, k, w in (
+                    (128, 128, 64, 8),
+                    (128, 64, 64, 4),
+                    (128, 64, 64, 8),
+                    (64, 128, 64, 4),
+                    (256, 64, 64, 8),
+                    (128, 128, 32, 8),
+                )
+                for s in (2, 3, 4, 5)
+            ]
+        },
+        rivals={"F.linear, then gate": _linear_then_gate},
+    )
+)

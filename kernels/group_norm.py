@@ -11,10 +11,18 @@ Source: Wu and He, "Group Normalization" (2018), equations 1 to 4; SiLU from Elf
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 from ._check import fail, require_dtypes, require_equal, require_multiple, require_rank
+from ._group_norm_triton import dense, plan
+from ._triton import Launch, arch_of, run, takes, usable
+from .registry import Case, OpSpec, register
 
 __all__ = ["group_norm", "group_norm_silu"]
 
@@ -35,6 +43,9 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: fl
         KernelArgumentError: naming the argument and what it got.
     """
     _check("group_norm", x, weight, bias, num_groups, eps, None)
+    if takes(x):
+        out: Tensor = torch.ops.latentrt.group_norm(x, weight, bias, num_groups, eps)
+        return out
     return reference.group_norm(x, weight, bias, num_groups, eps)
 
 
@@ -57,6 +68,9 @@ def group_norm_silu(
         KernelArgumentError: naming the argument and what it got.
     """
     _check("group_norm_silu", x, weight, bias, num_groups, eps, shift)
+    if takes(x):
+        out: Tensor = torch.ops.latentrt.group_norm_silu(x, weight, bias, num_groups, eps, shift)
+        return out
     return reference.group_norm_silu(x, weight, bias, num_groups, eps, shift)
 
 
@@ -77,3 +91,124 @@ def _check(
         require_rank(op, "shift", shift, "[B, C]")
         require_equal(op, "shift", "have x's batch size", shift.shape[0], x.shape[0])
         require_equal(op, "shift", "have one value for each of x's channels,", shift.shape[1], channels)
+
+
+def _plan_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, *, arch: int
+) -> tuple[Tensor, list[Launch]]:
+    return plan(x, weight, bias, num_groups, eps, silu=False, arch=arch)
+
+
+def _plan_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    shift: Tensor | None = None,
+    *,
+    arch: int,
+) -> tuple[Tensor, list[Launch]]:
+    return plan(x, weight, bias, num_groups, eps, shift, silu=True, arch=arch)
+
+
+@torch.library.custom_op("latentrt::group_norm", mutates_args=())
+def _norm_op(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
+    if not usable(x):
+        return _like(reference.group_norm(x, weight, bias, num_groups, eps), x)
+    y, launches = _plan_norm(x, weight, bias, num_groups, eps, arch=arch_of(x.device))
+    run(launches)
+    return y
+
+
+@_norm_op.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
+    return torch.empty_like(dense(x))
+
+
+@torch.library.custom_op("latentrt::group_norm_silu", mutates_args=())
+def _silu_op(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, shift: Tensor | None = None
+) -> Tensor:
+    if not usable(x):
+        return _like(reference.group_norm_silu(x, weight, bias, num_groups, eps, shift), x)
+    y, launches = _plan_silu(x, weight, bias, num_groups, eps, shift, arch=arch_of(x.device))
+    run(launches)
+    return y
+
+
+@_silu_op.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, shift: Tensor | None = None
+) -> Tensor:
+    return torch.empty_like(dense(x))
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    """y in the layout that the kernels and the fakes give it."""
+    return torch.empty_like(dense(x)).copy_(y)
+
+
+def _case(name: str, shape: tuple[int, ...], calls: int, shift: bool = False) -> Case:
+    """Channels_last, as convolutions want it on a GPU."""
+
+    def draw(dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+        x = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last).normal_()
+        weight, bias = (torch.randn(shape[1], dtype=dtype, device=device) for _ in range(2))
+        added = (torch.randn(shape[:2], dtype=dtype, device=device),) if shift else ()
+        return (x, weight, bias, 32, 1e-5, *added)
+
+    return Case(name, draw, flops=0, elements=2 * math.prod(shape), calls=calls)
+
+
+def _torch_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, shift: Tensor | None = None
+) -> Tensor:
+    if shift is not None:
+        x = x + shift[:, :, None, None]
+    return F.silu(F.group_norm(x, num_groups, weight, bias, eps))
+
+
+_CANDIDATES = {
+    "group_norm": [
+        {"BLOCK": block, "PROGRAM": program, "PROGRAMS": 1024, "num_warps": warps, "num_stages": 1}
+        for block in (2048, 4096, 8192)
+        for program in (8192, 16384, 32768, 65536)
+        for warps in (4, 8)
+    ]
+}
+
+register(
+    OpSpec(
+        name="group_norm",
+        op=group_norm,
+        reference=reference.group_norm,
+        plan=_plan_norm,
+        cases=[
+            _case("640 x 64 x 64", (2, 640, 64, 64), 5),
+            _case("1280 x 32 x 32", (2, 1280, 32, 32), 6),
+        ],
+        limit="copy",
+        candidates=_CANDIDATES,
+        rivals={"F.group_norm": lambda x, w, b, groups, eps: F.group_norm(x, groups, w, b, eps)},
+    )
+)
+register(
+    OpSpec(
+        name="group_norm_silu",
+        op=group_norm_silu,
+        reference=reference.group_norm_silu,
+        plan=_plan_silu,
+        cases=[
+            _case("320 x 128 x 128", (2, 320, 128, 128), 10),
+            _case("320 x 128 x 128, shifted", (2, 320, 128, 128), 5, shift=True),
+            _case("640 x 64 x 64, shifted", (2, 640, 64, 64), 5, shift=True),
+            _case("1280 x 32 x 32, shifted", (2, 1280, 32, 32), 7, shift=True),
+            _case("VAE 128 x 1024 x 1024", (1, 128, 1024, 1024), 6),
+            _case("VAE 512 x 128 x 128", (1, 512, 128, 128), 10),
+        ],
+        limit="copy",
+        candidates=_CANDIDATES,
+        rivals={"F.group_norm, F.silu": _torch_norm_silu},
+    )
+)

@@ -23,12 +23,15 @@ steps.
 
 from __future__ import annotations
 
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ._check import FLOATS, fail
+from ._sampler_step_triton import plan
+from ._triton import arch_of, run, takes, usable
+from .registry import Case, OpSpec, register
 
 __all__ = ["COLUMNS", "HISTORY", "KEEP_NOTHING", "KEEP_OUT", "KEEP_X0", "StepRow", "sampler_step", "step_row"]
 
@@ -106,6 +109,26 @@ def sampler_step(
         KernelArgumentError: naming the argument and what it got.
     """
     _check(x, model_out, history, noise, table, step, guidance_scale, guidance_rescale)
+    if takes(x):
+        tensor = guidance_scale if isinstance(guidance_scale, Tensor) else None
+        number = None if tensor is not None else guidance_scale
+        torch.ops.latentrt.sampler_step(
+            x, model_out, history, noise, table, step, tensor, number, guidance_rescale
+        )
+        return x
+    return _reference(x, model_out, history, noise, table, step, guidance_scale, guidance_rescale)
+
+
+def _reference(
+    x: Tensor,
+    model_out: Tensor,
+    history: Tensor | None,
+    noise: Tensor | None,
+    table: Tensor,
+    step: Tensor,
+    guidance_scale: float | Tensor | None = None,
+    guidance_rescale: float = 0.0,
+) -> Tensor:
     row = step_row(table, step)
     out = model_out.to(x.dtype)
     if guidance_scale is not None:
@@ -182,3 +205,73 @@ def _check(
     for name, tensor in {**others, "model_out": model_out, "step": step}.items():
         if tensor is not None and tensor.device != x.device:
             raise fail(_OP, name, f"be on x's device {x.device}", tensor.device)
+
+
+@torch.library.custom_op("latentrt::sampler_step", mutates_args=("x", "history"))
+def _op(
+    x: Tensor,
+    model_out: Tensor,
+    history: Tensor | None,
+    noise: Tensor | None,
+    table: Tensor,
+    step: Tensor,
+    scale_tensor: Tensor | None,
+    scale: float | None,
+    guidance_rescale: float,
+) -> None:
+    both = scale if scale_tensor is None else scale_tensor
+    if not usable(x):
+        _reference(x, model_out, history, noise, table, step, both, guidance_rescale)
+        return
+    dense_x = x.contiguous()
+    dense_history = None if history is None else history.contiguous()
+    arch = arch_of(x.device)
+    run(plan(dense_x, model_out, dense_history, noise, table, step, both, guidance_rescale, arch=arch)[1])
+    if dense_x is not x:
+        x.copy_(dense_x)
+    if history is not None and dense_history is not None and dense_history is not history:
+        history.copy_(dense_history)
+
+
+@_op.register_fake
+def _(
+    x: Tensor,
+    model_out: Tensor,
+    history: Tensor | None,
+    noise: Tensor | None,
+    table: Tensor,
+    step: Tensor,
+    scale_tensor: Tensor | None,
+    scale: float | None,
+    guidance_rescale: float,
+) -> None:
+    return None
+
+
+def _inputs(dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    """One image at 1024x1024 with guidance, history and noise; the model's output of `dtype`."""
+    x = torch.randn(1, 4, 128, 128, device=device)
+    out = torch.randn(2, 4, 128, 128, device=device).to(dtype)
+    history = torch.randn(HISTORY, *x.shape, device=device)
+    noise = torch.randn(30, *x.shape, device=device)
+    table = torch.rand(30, COLUMNS, device=device)
+    return x, out, history, noise, table, torch.zeros(1, dtype=torch.int64, device=device), 7.5
+
+
+register(
+    OpSpec(
+        name=_OP,
+        op=sampler_step,
+        reference=_reference,
+        plan=plan,
+        cases=[Case("1024 x 1024", _inputs, flops=0, elements=(2 + 2 + 6 + 1) * 4 * 128 * 128)],
+        limit="copy",
+        candidates={
+            _OP: [
+                {"BLOCK": block, "num_warps": warps, "num_stages": 1}
+                for block in (256, 512, 1024, 2048)
+                for warps in (2, 4, 8)
+            ]
+        },
+    )
+)

@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Triton reads this once, when it is first imported, and other libraries may import it: so it is set before any
+# test module is. Where there is a GPU the kernels' tests run compiled on it instead.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,8 +50,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`gpu` tests skip where torch sees no CUDA device; nothing else may skip for want of a GPU."""
-    import torch
-
     if torch.cuda.is_available():
         return
     for item in items:

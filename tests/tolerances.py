@@ -37,3 +37,8 @@ EXPORT_FLOAT32 = 1e-4
 """An exported component in ONNX Runtime against its module, relative. 2e-6 is usual."""
 EXPORT_FLOAT16 = 1e-2
 """The same in float16, where PyTorch rounds after each operator and ONNX Runtime on the CPU does not."""
+
+KERNEL_VERSUS_REFERENCE = 2.0
+"""A Triton kernel's largest error against float64, at most this many times its reference's in the same dtype,"""
+KERNEL_ULPS = 2.0
+"""or this many units in the last place of the largest value. The reference may be exact by luck."""

@@ -1,0 +1,269 @@
+"""The Triton kernels of group normalisation, and how they are launched: see `group_norm`.
+
+One kernel takes the statistics of part of a group in each program, the other puts them together and applies
+them: two launches, no atomics, and the same sum in the same order every time. Means and squared deviations are
+merged after Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+Variances" (1979), equation 2.1; within a lane that is Welford's update (1962).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import tuning
+from ._triton import Launch, kernel, tl
+
+__all__ = ["dense", "plan"]
+
+MOST_SPLITS = 256
+"""Programs that share the statistics of one group: each of them reads all partial ones again to apply them."""
+
+
+@kernel
+def _merge(n, mean, m2, AXIS: tl.constexpr):
+    """Chan's merge of (count, mean, sum of squared deviations) along an axis; the second sum corrects the first."""
+    total = tl.sum(n, AXIS)
+    share = 1.0 / tl.maximum(total, 1.0)
+    centre = tl.sum(n * mean, AXIS) * share
+    d = mean - tl.expand_dims(centre, AXIS)
+    correction = tl.sum(n * d, AXIS) * share
+    d -= tl.expand_dims(correction, AXIS)
+    return total, centre + correction, tl.sum(m2 + n * d * d, AXIS)
+
+
+@kernel
+def _stats_kernel(
+    x_ptr,  # [N, C, S], or [N, S, C] where CHANNELS_LAST
+    shift_ptr,  # [N, C] or None
+    stats_ptr,  # float32 [2, N, G, splits]: mean, sum of squared deviations
+    S,
+    chunk,
+    splits,
+    partials,  # N G splits
+    C: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE_GROUPS: tl.constexpr,
+    PAD_GROUPS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    TILE_C: tl.constexpr = TILE_GROUPS * GROUP
+    TILES: tl.constexpr = C // TILE_C
+    pid = tl.program_id(0)
+    split = pid % splits
+    tile = (pid // splits) % TILES
+    n = (pid // (splits * TILES)).to(tl.int64)
+    start = split * chunk
+    end = tl.minimum(start + chunk, S)
+    rows = tl.arange(0, BLOCK_C)
+    cols = tl.arange(0, BLOCK_S)
+
+    # Welford in every lane: nothing is reduced across threads until the end.
+    count = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
+    mean = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
+    m2 = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
+    seen = 0.0
+    for c0 in range(0, TILE_C, BLOCK_C):
+        c = tile * TILE_C + c0 + rows
+        m_c = c0 + rows < TILE_C
+        if shift_ptr is not None:
+            b_shift = tl.load(shift_ptr + n * C + c, mask=m_c, other=0.0).to(tl.float32)
+        for s0 in range(start, end, BLOCK_S):
+            if CHANNELS_LAST:
+                p_x = x_ptr + (n * S + s0) * C + c[:, None] + (cols * C)[None, :]
+            else:
+                p_x = x_ptr + n * C * S + s0 + c.to(tl.int64)[:, None] * S + cols[None, :]
+            if FULL:
+                b_x = tl.load(p_x, mask=m_c[:, None], other=0.0).to(tl.float32)
+                if shift_ptr is not None:
+                    b_x += b_shift[:, None]
+                seen += 1.0
+                d = b_x - mean
+                mean += d * (1.0 / seen)
+                m2 += d * (b_x - mean)
+            else:
+                m_x = m_c[:, None] & (s0 + cols < end)[None, :]
+                b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
+                if shift_ptr is not None:
+                    b_x += b_shift[:, None]
+                count += m_x.to(tl.float32)
+                d = tl.where(m_x, b_x - mean, 0.0)
+                mean += d / tl.maximum(count, 1.0)
+                m2 += d * (b_x - mean)
+    if FULL:  # rows beyond the tile saw zeros only
+        count = tl.where((rows < TILE_C)[:, None], count + seen, 0.0)
+
+    b_n, b_mean, b_m2 = _merge(count, mean, m2, 1)  # [BLOCK_C]
+    g = tl.arange(0, PAD_GROUPS)
+    member = (rows // GROUP)[None, :] == g[:, None]  # [PAD_GROUPS, BLOCK_C]
+    b_mean = tl.where(member, b_mean[None, :], 0.0)
+    b_n, b_mean, b_m2 = _merge(
+        tl.where(member, b_n[None, :], 0.0), b_mean, tl.where(member, b_m2[None, :], 0.0), 1
+    )
+    p_stats = stats_ptr + (n * (C // GROUP) + tile * TILE_GROUPS + g) * splits + split
+    tl.store(p_stats, b_mean, mask=g < TILE_GROUPS)
+    tl.store(p_stats + partials, b_m2, mask=g < TILE_GROUPS)
+
+
+@kernel
+def _apply_kernel(
+    x_ptr,  # [N, C, S], or [N, S, C] where CHANNELS_LAST
+    shift_ptr,  # [N, C] or None
+    weight_ptr,  # [C]
+    bias_ptr,  # [C]
+    stats_ptr,  # float32 [2, N, G, splits]
+    y_ptr,  # as x
+    S,
+    chunk,
+    splits,
+    partials,
+    eps,
+    C: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE_GROUPS: tl.constexpr,
+    PAD_GROUPS: tl.constexpr,
+    PAD_SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    TILE_C: tl.constexpr = TILE_GROUPS * GROUP
+    TILES: tl.constexpr = C // TILE_C
+    pid = tl.program_id(0)
+    split = pid % splits
+    tile = (pid // splits) % TILES
+    n = (pid // (splits * TILES)).to(tl.int64)
+    start = split * chunk
+    end = tl.minimum(start + chunk, S)
+    rows = tl.arange(0, BLOCK_C)
+    cols = tl.arange(0, BLOCK_S)
+
+    g = tl.arange(0, PAD_GROUPS)
+    k = tl.arange(0, PAD_SPLITS)
+    m_k = (g < TILE_GROUPS)[:, None] & (k < splits)[None, :]
+    p_stats = stats_ptr + ((n * (C // GROUP) + tile * TILE_GROUPS + g) * splits)[:, None] + k[None, :]
+    b_mean = tl.load(p_stats, mask=m_k, other=0.0)
+    b_m2 = tl.load(p_stats + partials, mask=m_k, other=0.0)
+    positions = tl.minimum(S - k * chunk, chunk)[None, :] * GROUP
+    b_n, b_mean, b_m2 = _merge(tl.where(m_k, positions.to(tl.float32), 0.0), b_mean, b_m2, 1)
+    b_rstd = 1.0 / tl.sqrt(b_m2 / tl.maximum(b_n, 1.0) + eps)  # [PAD_GROUPS]
+    member = (rows // GROUP)[None, :] == g[:, None]
+
+    for c0 in range(0, TILE_C, BLOCK_C):
+        c = tile * TILE_C + c0 + rows
+        m_c = c0 + rows < TILE_C
+        mean = tl.sum(tl.where(member, b_mean[:, None], 0.0), 0)  # [BLOCK_C]
+        scale = tl.sum(tl.where(member, b_rstd[:, None], 0.0), 0)
+        if shift_ptr is not None:
+            b_shift = tl.load(shift_ptr + n * C + c, mask=m_c, other=0.0).to(tl.float32)
+        scale *= tl.load(weight_ptr + c, mask=m_c, other=0.0).to(tl.float32)
+        b_bias = tl.load(bias_ptr + c, mask=m_c, other=0.0).to(tl.float32)
+        for s0 in range(start, end, BLOCK_S):
+            if CHANNELS_LAST:
+                at = (n * S + s0) * C + c[:, None] + (cols * C)[None, :]
+            else:
+                at = n * C * S + s0 + c.to(tl.int64)[:, None] * S + cols[None, :]
+            m_x = m_c[:, None] & (s0 + cols < end)[None, :]
+            b_x = tl.load(x_ptr + at, mask=m_x, other=0.0).to(tl.float32)
+            if shift_ptr is not None:
+                b_x += b_shift[:, None]
+            # The mean is taken off first: x * scale - mean * scale cancels where the mean is large.
+            y = (b_x - mean[:, None]) * scale[:, None] + b_bias[:, None]
+            if SILU:
+                y = y / (1.0 + tl.exp(-y))
+            tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=m_x)
+
+
+def plan(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    shift: Tensor | None = None,
+    *,
+    silu: bool,
+    arch: int,
+) -> tuple[Tensor, list[Launch]]:
+    """A fresh output in the layout of `dense(x)`, and the launches that fill it."""
+    x = dense(x)
+    y = torch.empty_like(x)
+    N, C = x.shape[:2]
+    S = math.prod(x.shape[2:])
+    if x.numel() == 0:
+        return y, []
+    channels_last = not x.is_contiguous()
+    sizes = tuning.constants("group_norm", arch, x.dtype, "channels_last" if channels_last else "contiguous")
+    tile = _tile(C, C // num_groups, S, sizes["BLOCK"], channels_last)
+    tile_c, block_s = tile["TILE_GROUPS"] * tile["GROUP"], tile["BLOCK_S"]
+    program = min(sizes["PROGRAM"], x.numel() // sizes["PROGRAMS"])  # elements of one
+    chunk = max(program // tile_c, -(-S // MOST_SPLITS), block_s)
+    chunk = -(-chunk // block_s) * block_s
+    splits = -(-S // chunk)
+    stats = torch.empty(2, N, num_groups, splits, dtype=torch.float32, device=x.device)
+    common: dict[str, Any] = {
+        "x_ptr": x,
+        "shift_ptr": None if shift is None else shift.contiguous(),
+        "stats_ptr": stats,
+    }
+    common |= {"S": S, "chunk": chunk, "splits": splits, "partials": stats.numel() // 2}
+    grid = (N * (C // tile_c) * splits,)
+    even = S % block_s == 0 and (tile_c <= tile["BLOCK_C"] or tile_c % tile["BLOCK_C"] == 0)
+    warps, stages = sizes["num_warps"], sizes["num_stages"]
+    affine = {"weight_ptr": weight.contiguous(), "bias_ptr": bias.contiguous()}
+    return y, [
+        Launch(_stats_kernel, grid, common, {**tile, "FULL": even}, warps, stages),
+        Launch(
+            _apply_kernel,
+            grid,
+            {**common, **affine, "y_ptr": y, "eps": eps},
+            {**tile, "PAD_SPLITS": _power_of_2(splits), "SILU": silu},
+            warps,
+            stages,
+        ),
+    ]
+
+
+def _tile(C: int, group: int, S: int, block: int, channels_last: bool) -> dict[str, Any]:
+    """The constants of a tile of about `block` elements: whole groups, or one group in several steps."""
+    groups = 1
+    if channels_last:  # neighbours in memory are channels: enough groups that they fill whole sectors
+        divisors = [g for g in range(1, C // group + 1) if C // group % g == 0 and g * group <= 256]
+        groups = next(
+            (g for g in divisors if g * group >= 64 and g * group % 8 == 0), max(divisors, default=1)
+        )
+        block_c = min(_power_of_2(groups * group), 256)
+        block_s = min(max(block // block_c, 1), _power_of_2(S))
+    else:
+        even = S & -S  # the largest power of two that divides it
+        block_s = min(even if even >= 256 else _power_of_2(S), block)
+        block_c = min(group & -group, block // block_s)
+        if block_c * block_s < block // 2:
+            block_c = min(_power_of_2(group), max(block // block_s, 1))
+    return {
+        "C": C,
+        "GROUP": group,
+        "TILE_GROUPS": groups,
+        "PAD_GROUPS": _power_of_2(groups),
+        "BLOCK_C": block_c,
+        "BLOCK_S": block_s,
+        "CHANNELS_LAST": channels_last,
+    }
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def dense(x: Tensor) -> Tensor:
+    """x itself where it is contiguous or channels_last; a contiguous copy of anything else."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous()

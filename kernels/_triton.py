@@ -1,0 +1,241 @@
+"""The one place that knows Triton: building kernels late, launching them, and deciding whether they can run.
+
+Importing `latentrt.kernels` neither needs nor imports Triton; a kernel is built when it is first launched or
+compiled. Every operator plans its work as a list of `Launch`, so that what runs on a GPU, what Triton's
+interpreter runs in the tests and what `aot` compiles without a GPU are the same thing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendUnavailableError
+
+__all__ = [
+    "Kernel",
+    "Launch",
+    "arch_of",
+    "counted",
+    "forced",
+    "kernel",
+    "run",
+    "takes",
+    "tl",
+    "unavailable",
+    "usable",
+]
+
+log = logging.getLogger(__name__)
+
+OLDEST_ARCH = 80
+"""Older GPUs lack bfloat16 tensor cores and asynchronous copies, and the kernels were never compiled for them."""
+
+tl: Any = None
+"""Stands for `triton.language` in the source of kernels; `Kernel` puts the module in its place."""
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Kernel:
+    """A Triton function, built at first use. May call others of its module, and `tl`."""
+
+    def __init__(self, function: FunctionType) -> None:
+        self.function = function
+        self.name = function.__name__
+
+    @cached_property
+    def jitted(self) -> Any:
+        """What `triton.jit` makes of it: compiled, or interpreted where TRITON_INTERPRET is set."""
+        import triton
+        import triton.language
+
+        if triton.knobs.runtime.interpret:
+            _mend_interpreter()
+        scope = dict(self.function.__globals__)
+        for name, value in scope.items():
+            if value is self:
+                continue
+            if isinstance(value, Kernel) and name in self.function.__code__.co_names:
+                scope[name] = value.jitted
+        scope["tl"] = triton.language
+        copy = FunctionType(self.function.__code__, scope, self.name)
+        for attribute in ("__module__", "__qualname__", "__doc__", "__annotations__", "__defaults__"):
+            setattr(copy, attribute, getattr(self.function, attribute))
+        return triton.jit(copy)
+
+    def __repr__(self) -> str:
+        return f"Kernel({self.function.__module__}.{self.name})"
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Decorator: a Triton kernel, or a function that kernels call. A `Kernel`, but callable to a type checker."""
+    if not isinstance(function, FunctionType):
+        raise TypeError(f"a kernel is a plain function, not {function!r}")
+    return Kernel(function)
+
+
+@cache
+def _mend_interpreter() -> None:
+    """Triton's interpreter holds bfloat16 as its bits, and tl.dot multiplies those (3.9): widen them first."""
+    import numpy as np
+    from triton import language
+    from triton.runtime import interpreter
+
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def widened(x: Any) -> Any:
+        if x.dtype.scalar != language.bfloat16 or x.data.dtype != np.uint16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), language.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return plain(self, widened(a), widened(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel, its grid and everything it is called with."""
+
+    kernel: Kernel
+    grid: tuple[int, ...]
+    args: Mapping[str, Any]
+    """By parameter: tensors (on the meta device to compile only), tensor descriptors, int, float, None."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """The kernel's `tl.constexpr` parameters."""
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+_counts: list[Counter[str]] = []
+_forced = [False]
+
+
+def run(launches: Iterable[Launch]) -> None:
+    """Launch on the tensors' device. CPU tensors need Triton's interpreter.
+
+    Raises:
+        BackendUnavailableError: Triton cannot run on the tensors' device.
+    """
+    for launch in launches:
+        if 0 in launch.grid:
+            continue
+        device = next(a.device for a in launch.args.values() if isinstance(a, Tensor))
+        reason = unavailable(device)
+        if reason:
+            raise BackendUnavailableError(f"the Triton kernel {launch.kernel.name} cannot run: {reason}")
+        for counts in _counts:
+            counts[launch.kernel.name] += 1
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            # Fused multiply-adds by default changed between Triton versions, so say it.
+            launch.kernel.jitted[launch.grid](
+                **launch.args,
+                **launch.constants,
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+                enable_fp_fusion=True,
+            )
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Launches made meanwhile, by the kernel's name: a test's proof that nothing fell back."""
+    counts: Counter[str] = Counter()
+    _counts.append(counts)
+    try:
+        yield counts
+    finally:
+        # By identity: counters compare by value.
+        _counts[:] = [c for c in _counts if c is not counts]
+
+
+@contextmanager
+def forced() -> Iterator[None]:
+    """CPU tensors take the custom operator and its Triton kernel too, in Triton's interpreter."""
+    _forced.append(True)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def takes(x: Tensor) -> bool:
+    """Whether an operator on `x` goes through its custom op: on CUDA always, elsewhere if `forced`.
+
+    On the CPU the references are called directly: quicker, and an export sees through them.
+    """
+    return x.is_cuda or _forced[-1]
+
+
+def usable(x: Tensor) -> bool:
+    """Whether a custom op on `x` launches Triton, rather than its reference. Says so once where it cannot."""
+    if x.dtype not in _DTYPES:
+        return False
+    if not (x.is_cuda or _forced[-1]):
+        return False
+    reason = unavailable(x.device)
+    if reason:
+        if _forced[-1]:
+            raise BackendUnavailableError(
+                f"Triton kernels were asked for on the {x.device.type}, but {reason}"
+            )
+        _say_once(f"operators on the GPU run their PyTorch references: {reason}")
+    return not reason
+
+
+@cache
+def _say_once(message: str) -> None:
+    log.warning(message)
+
+
+def unavailable(device: torch.device) -> str:
+    """Why Triton cannot run on `device`; empty where it can."""
+    reason = _triton_missing()
+    if reason:
+        return reason
+    if device.type == "cuda":
+        if torch.version.hip is not None:
+            return "the kernels are written for NVIDIA GPUs"
+        arch = arch_of(device)
+        return f"sm_{arch} is older than sm_{OLDEST_ARCH}" if arch < OLDEST_ARCH else ""
+    if device.type == "cpu":
+        from triton import knobs
+
+        return "" if knobs.runtime.interpret else "TRITON_INTERPRET was not set when Triton was imported"
+    return f"Triton does not run on the {device.type}"
+
+
+@cache
+def _triton_missing() -> str:
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); pip install 'latentrt[triton]'"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 6):
+        return f"Triton {triton.__version__} is older than 3.6; pip install 'latentrt[triton]'"
+    return ""
+
+
+@cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def arch_of(device: torch.device) -> int:
+    """90 for sm_90; the oldest supported for the CPU (the interpreter) and for meta tensors."""
+    if device.type != "cuda":
+        return OLDEST_ARCH
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)

@@ -1,0 +1,108 @@
+"""Block sizes by architecture, as data: `tuned/sm_90.json` and its like. Nothing is tuned at run time.
+
+A file is {"arch": 90, "measured_on": null or what `latentrt kernels --tune` ran on, "tables": {table: {key:
+constants}}}. A table is an operator, or one of its kernels; a key is the width of the dtype and a shape class
+of the operator's choosing, such as "16/d64". Constants are the kernel's own plus num_warps and num_stages.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["FOLDER", "architectures", "constants", "load", "save", "trying", "width"]
+
+log = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent / "tuned"
+
+_trials: list[tuple[str, Mapping[str, int], set[str]]] = []
+
+
+def constants(table: str, arch: int, dtype: torch.dtype, shape_class: str) -> Mapping[str, int]:
+    """What to launch `table`'s kernel with, from the data of `arch` or of the nearest older architecture.
+
+    Raises:
+        KeyError: the data lack the table or the shape class, which is a mistake in this package.
+    """
+    key = f"{width(dtype)}/{shape_class}"
+    for name, candidate, asked in reversed(_trials):
+        if name == table:
+            asked.add(key)
+            return candidate
+    tables: Mapping[str, Any] = load(_with_data(arch))["tables"]
+    try:
+        found: Mapping[str, int] = tables[table][key]
+    except KeyError:
+        raise KeyError(f"tuned/sm_{_with_data(arch)}.json has no {table} {key}") from None
+    return found
+
+
+def width(dtype: torch.dtype) -> int:
+    """Bits: 16 for both half types, which share their block sizes."""
+    return 8 * dtype.itemsize
+
+
+@cache
+def architectures() -> tuple[int, ...]:
+    """Those with data, oldest first."""
+    return tuple(sorted(int(path.stem.removeprefix("sm_")) for path in FOLDER.glob("sm_*.json")))
+
+
+@cache
+def _with_data(arch: int) -> int:
+    known = architectures()
+    if arch in known:
+        return arch
+    nearest = max((a for a in known if a < arch), default=known[0])
+    log.info("no tuned block sizes for sm_%d; those of sm_%d are taken", arch, nearest)
+    return nearest
+
+
+@cache
+def load(arch: int) -> Mapping[str, Any]:
+    """The file of one architecture."""
+    data: Mapping[str, Any] = json.loads((FOLDER / f"sm_{arch}.json").read_text(encoding="utf-8"))
+    return data
+
+
+def save(arch: int, table: str, entries: Mapping[str, Mapping[str, int]], measured_on: Any = None) -> Path:
+    """Put entries (by key) into one architecture's file, leaving the others; one line each, sorted."""
+    path = FOLDER / f"sm_{arch}.json"
+    data: dict[str, Any] = {"arch": arch, "measured_on": None, "tables": {}}
+    if path.exists():
+        data = json.loads(path.read_text(encoding="utf-8"))
+    tables: dict[str, dict[str, Mapping[str, int]]] = data["tables"]
+    tables[table] = {**tables.get(table, {}), **entries}
+    data["measured_on"] = measured_on or data["measured_on"]
+    rows = [
+        f"    {json.dumps(name)}: {{\n"
+        + ",\n".join(
+            f"      {json.dumps(key)}: {json.dumps(row)}" for key, row in sorted(tables[name].items())
+        )
+        + "\n    }"
+        for name in sorted(tables)
+    ]
+    head = f'  "arch": {arch},\n  "measured_on": {json.dumps(data["measured_on"])},\n'
+    path.write_text("{\n" + head + '  "tables": {\n' + ",\n".join(rows) + "\n  }\n}\n", encoding="utf-8")
+    for function in (load, architectures, _with_data):
+        function.cache_clear()
+    return path
+
+
+@contextmanager
+def trying(table: str, candidate: Mapping[str, int]) -> Iterator[set[str]]:
+    """Launch `table`'s kernel with `candidate`, whatever the data say; yields the keys that were asked for."""
+    asked = set[str]()
+    _trials.append((table, candidate, asked))
+    try:
+        yield asked
+    finally:
+        _trials.pop()

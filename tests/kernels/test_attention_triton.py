@@ -1,0 +1,195 @@
+"""The Triton attention kernels against float64: on the GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from kernel_checks import assert_as_good
+from latentrt.errors import BackendUnavailableError
+from latentrt.kernels import attention, reference, tuning
+from latentrt.kernels._triton import forced
+from torch import Tensor
+
+SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+SMALL_WIDE = {**SMALL, "BLOCK_D": 128, "BLOCK_V": 256}
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def fused(B: int, S: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """q, k, v as views of one projection."""
+    return torch.randn(B, S, 3, H, D, device=device).to(dtype).unbind(2)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> None:
+    out = attention(q, k, v, scale)
+    assert out.is_contiguous()
+    exact = reference.attention(q.double().cpu(), k.double().cpu(), v.double().cpu(), scale)
+    assert_as_good(out.cpu(), reference.attention(q, k, v, scale).cpu(), exact)
+
+
+CASES = [
+    pytest.param(2, 33, 33, 2, 64, id="two heads, a block and one row"),
+    pytest.param(1, 20, 77, 1, 64, id="a text's 77 keys"),
+    pytest.param(1, 1, 1, 1, 40, id="one query, one key; D of SD 1.x, not a power of two"),
+    pytest.param(1, 17, 127, 1, 80, id="127 keys, D = 64 + 16"),
+    pytest.param(1, 16, 32, 1, 128, id="whole blocks only"),
+    pytest.param(1, 5, 35, 1, 160, id="D = 128 + 32"),
+    pytest.param(1, 7, 20, 3, 8, id="D below a block"),
+    pytest.param(1, 7, 18, 1, 512, id="the VAE's head, cut"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("B", "Sq", "Sk", "H", "D"), CASES)
+def test_numerics(
+    B: int,
+    Sq: int,
+    Sk: int,
+    H: int,
+    D: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    launches: Counter[str],
+) -> None:
+    q = torch.randn(B, Sq, H, D, device=device).to(dtype)
+    k, v = torch.randn(B, Sk, 2, H, D, device=device).to(dtype).unbind(2)
+    if Sq == Sk:
+        q, k, v = fused(B, Sq, H, D, dtype, device)
+    with tuning.trying("attention", SMALL), tuning.trying("attention_wide", SMALL_WIDE):
+        check(q, k, v)
+    assert sum(launches.values()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_tuned_blocks(dtype: torch.dtype, device: torch.device, launches: Counter[str]) -> None:
+    """Blocks as they are tuned, many keys: 1025 is one more than whole blocks."""
+    q = torch.randn(1, 3, 1, 64, device=device).to(dtype)
+    k, v = torch.randn(1, 1025, 2, 1, 64, device=device).to(dtype).unbind(2)
+    check(q, k, v)
+    assert launches == {"_attention": 1}
+
+
+@pytest.mark.usefixtures("launches")
+def test_a_wide_head_that_no_slice_divides(device: torch.device) -> None:
+    q, k, v = fused(1, 18, 1, 320, torch.float16, device)
+    with tuning.trying("attention_wide", SMALL_WIDE):
+        check(q, k, v)
+
+
+@pytest.mark.usefixtures("launches")
+def test_any_strides(device: torch.device) -> None:
+    """Heads before positions, columns apart."""
+    q, k, v = (torch.randn(2, 3, 64, 20, device=device).permute(0, 3, 1, 2)[:, ::2] for _ in range(3))
+    with tuning.trying("attention", SMALL):
+        check(q, k, v)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 2.0])
+@pytest.mark.usefixtures("launches")
+def test_scales(scale: float, device: torch.device) -> None:
+    q, k, v = fused(1, 20, 1, 16, torch.float32, device)
+    with tuning.trying("attention", SMALL):
+        check(q, k, v, scale)
+
+
+@pytest.mark.parametrize("size", [0.0, 1.0, 100.0])
+@pytest.mark.usefixtures("launches")
+def test_equal_and_large_scores(size: float, device: torch.device) -> None:
+    """Rows of equal scores give the mean of v; scores in the thousands overflow nothing."""
+    q, k, v = fused(1, 35, 1, 64, torch.float16, device)
+    k = torch.full_like(k, size)
+    with tuning.trying("attention", SMALL):
+        check(q * size, k, v)
+        check(q * size, q * size, v)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 2, 64), (2, 0, 2, 64), (2, 5, 0, 64)])
+@pytest.mark.usefixtures("launches")
+def test_nothing_to_do(shape: tuple[int, ...], device: torch.device) -> None:
+    B, _, H, D = shape
+    q = torch.randn(shape, device=device)
+    k = torch.randn(B, 7, H, D, device=device)
+    assert attention(q, k, k).shape == shape
+
+
+def test_the_custom_op(device: torch.device, launches: Counter[str]) -> None:
+    """Schema, fake and dispatch, with the kernel inside and, on the CPU, without."""
+    q, k, v = fused(1, 5, 2, 16, torch.float32, device)
+    with tuning.trying("attention", SMALL):
+        torch.library.opcheck(torch.ops.latentrt.attention.default, (q, k, v, None))
+    assert launches["_attention"] > 0
+
+
+def test_the_custom_op_by_its_reference(device: torch.device) -> None:
+    q, k, v = fused(1, 5, 2, 16, torch.float64, device)
+    torch.library.opcheck(torch.ops.latentrt.attention.default, (q, k, v, 0.3))
+
+
+def test_float64_runs_the_reference(device: torch.device, launches: Counter[str]) -> None:
+    q, k, v = fused(1, 5, 2, 16, torch.float64, device)
+    torch.testing.assert_close(attention(q, k, v), reference.attention(q, k, v))
+    assert not launches
+
+
+def test_without_triton_a_forced_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from latentrt.kernels import _triton
+
+    monkeypatch.setitem(sys.modules, "triton", None)
+    _triton._triton_missing.cache_clear()
+    q = torch.randn(1, 5, 2, 16)
+    try:
+        assert torch.equal(attention(q, q, q), reference.attention(q, q, q))
+        with forced(), pytest.raises(BackendUnavailableError, match=r"pip install 'latentrt\[triton\]'"):
+            attention(q, q, q)
+    finally:
+        monkeypatch.undo()
+        _triton._triton_missing.cache_clear()
+
+
+def test_a_gpu_without_triton_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from latentrt.kernels import _triton
+
+    monkeypatch.setattr(_triton, "unavailable", lambda device: "there is none")
+    on_a_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=torch.device("cuda"))
+    assert [_triton.usable(on_a_gpu) for _ in range(3)] == [False] * 3  # type: ignore[arg-type]
+    assert [r.getMessage() for r in caplog.records] == [
+        "operators on the GPU run their PyTorch references: there is none"
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("D", [40, 64, 80, 128, 160])
+@pytest.mark.parametrize("Sk", [77, 4096])
+def test_full_size(D: int, Sk: int, dtype: torch.dtype, launches: Counter[str]) -> None:
+    device = torch.device("cuda")
+    q = torch.randn(2, 4096, 10, D, device=device).to(dtype)
+    k, v = torch.randn(2, Sk, 2, 10, D, device=device).to(dtype).unbind(2)
+    out = attention(q, k, v)
+    rows = slice(0, 4096, 64)  # float64 of them all would need gigabytes
+    exact = reference.attention(q[:, rows].double(), k.double(), v.double())
+    assert_as_good(out[:, rows], reference.attention(q, k, v)[:, rows], exact)
+    assert launches == {"_attention": 1}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_vae_at_full_size(dtype: torch.dtype, launches: Counter[str]) -> None:
+    q, k, v = fused(1, 16384, 1, 512, dtype, torch.device("cuda"))
+    out = attention(q, k, v)
+    rows = slice(0, 16384, 256)
+    exact = reference.attention(q[:, rows].double(), k.double(), v.double())
+    assert_as_good(out[:, rows], reference.attention(q[:, rows], k, v), exact)
+    assert launches == {"_attention_wide": 1}

@@ -1,0 +1,149 @@
+"""The Triton GEGLU kernels against float64: on the GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_checks import assert_as_good
+from latentrt.kernels import aot, geglu, linear_geglu, reference, tuning
+from torch import Tensor
+
+SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP_M": 2, "num_warps": 4, "num_stages": 1}
+by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def check(x: Tensor) -> None:
+    assert_as_good(geglu(x), reference.geglu(x), reference.geglu(x.double()))
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    exact = reference.linear_geglu(x.double(), weight.double(), None if bias is None else bias.double())
+    usual = reference.linear_geglu(x, weight, bias)
+    assert_as_good(linear_geglu(x, weight, bias), usual, exact)
+
+
+@by_dtype
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((2, 3, 2560), id="several blocks across"),
+        pytest.param((9, 30), id="nothing aligned"),
+        pytest.param((2,), id="one value, one gate"),
+    ],
+)
+def test_gate(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, launches: Counter[str]
+) -> None:
+    x = (3 * torch.randn(shape, device=device)).to(dtype)  # gates far into both tails
+    check(x)
+    assert launches == {"_geglu_kernel": 1}
+
+
+@pytest.mark.usefixtures("launches")
+def test_gate_of_any_strides(device: torch.device) -> None:
+    x = torch.randn(2, 12, 5, device=device)
+    check(x.mT)
+    check(x.mT[:, ::2])
+
+
+@pytest.mark.usefixtures("launches")
+def test_gates_so_large_that_nothing_or_all_passes(device: torch.device) -> None:
+    gates = torch.tensor([-3e4, -100.0, -10.0, -0.0, 0.0, 10.0, 100.0, 3e4], device=device)
+    check(torch.cat([torch.ones_like(gates), gates]))
+    check(torch.cat([torch.ones_like(gates), gates]).half())
+
+
+@by_dtype
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(
+    ("rows", "K", "N"),
+    [
+        pytest.param((2, 16), 32, 48, id="whole blocks only"),
+        pytest.param((5, 17), 40, 35, id="nothing aligned, a last group of one block"),
+        pytest.param((), 16, 16, id="a vector"),
+        pytest.param((1, 1, 3), 7, 1, id="smaller than a block in every direction"),
+    ],
+)
+def test_projection(
+    rows: tuple[int, ...],
+    K: int,
+    N: int,
+    bias: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    launches: Counter[str],
+) -> None:
+    x = torch.randn(*rows, K, device=device).to(dtype)
+    weight = (torch.randn(2 * N, K, device=device) * 0.3).to(dtype)
+    with tuning.trying("linear_geglu", SMALL):
+        check_linear(x, weight, torch.randn(2 * N, device=device).to(dtype) if bias else None)
+    assert launches == {"_linear_geglu_kernel": 1}
+
+
+@pytest.mark.parametrize("rows", [70, 520], ids=["few", "many"])
+def test_projection_with_tuned_blocks(rows: int, device: torch.device, launches: Counter[str]) -> None:
+    x, weight = torch.randn(rows, 64, device=device).half(), torch.randn(40, 64, device=device).half()
+    check_linear(x, weight, None)
+    assert launches == {"_linear_geglu_kernel": 1}
+
+
+@pytest.mark.usefixtures("launches")
+def test_projection_of_any_strides(device: torch.device) -> None:
+    x, weight = torch.randn(2, 20, 6, device=device).mT, torch.randn(20, 20, device=device).mT
+    bias = torch.randn(40, device=device)[::2]
+    with tuning.trying("linear_geglu", SMALL):
+        check_linear(x, weight, bias)
+
+
+@pytest.mark.usefixtures("launches")
+def test_nothing_to_do(device: torch.device) -> None:
+    weight = torch.ones(6, 4, device=device)
+    assert geglu(torch.empty(0, 6, device=device)).shape == (0, 3)
+    assert linear_geglu(torch.empty(2, 0, 4, device=device), weight).shape == (2, 0, 3)
+
+
+@pytest.mark.usefixtures("launches")
+def test_the_custom_ops(device: torch.device) -> None:
+    x, weight, bias = (torch.randn(shape, device=device) for shape in ((2, 3, 8), (6, 8), (6,)))
+    torch.library.opcheck(torch.ops.latentrt.geglu.default, (x,))
+    with tuning.trying("linear_geglu", SMALL):
+        torch.library.opcheck(torch.ops.latentrt.linear_geglu.default, (x, weight, bias))
+
+
+def test_the_custom_ops_by_their_references(device: torch.device) -> None:
+    x, weight = (torch.randn(shape, device=device, dtype=torch.float64) for shape in ((8, 6), (6, 8)))
+    torch.library.opcheck(torch.ops.latentrt.geglu.default, (x.mT,))
+    torch.library.opcheck(torch.ops.latentrt.linear_geglu.default, (x.mT, weight, None))
+
+
+def test_projection_on_tensor_cores() -> None:
+    """Compiled without a GPU, by the instructions that each architecture should use; the rest is in test_aot."""
+    wanted = {90: "HGMMA", 86: "HMMA"}
+    requests = [aot.request("linear_geglu", "1024 x 1280 to 5120", torch.float16, arch) for arch in wanted]
+    for (report,) in aot.reports(requests, Path(sys.prefix) / "latentrt-aot"):
+        assert report.tensor_core.get(wanted[report.arch], 0) > 0, report
+        assert report.spills == report.stack == report.scratch == 0, report
+        assert report.shared <= aot.SHARED_LIMIT[report.arch] * 1024, report
+
+
+@pytest.mark.gpu
+@by_dtype
+@pytest.mark.parametrize(("rows", "K"), [(4096, 640), (1024, 1280), (77, 640)])
+def test_full_size(rows: int, K: int, dtype: torch.dtype, launches: Counter[str]) -> None:
+    x = torch.randn(2, rows, K, device="cuda").to(dtype)
+    weight = (torch.randn(8 * K, K, device="cuda") * K**-0.5).to(dtype)
+    bias = torch.randn(8 * K, device="cuda").to(dtype)
+    check_linear(x, weight, bias)
+    check(torch.randn(2, rows, 8 * K, device="cuda").to(dtype))
+    assert launches == {"_linear_geglu_kernel": 1, "_geglu_kernel": 1}

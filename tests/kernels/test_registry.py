@@ -1,0 +1,197 @@
+"""What the registry says of each operator, the data of block sizes, rooflines, and the timing code dry."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from latentrt import cli
+from latentrt.bench import kernels as bench
+from latentrt.errors import BackendUnavailableError, RequestError
+from latentrt.kernels import aot, roofline, tuning
+from latentrt.kernels._triton import forced
+from latentrt.kernels.registry import Case, OpSpec, specs
+
+ATTENTION = specs(["attention"])[0]
+HALF = torch.float16
+
+
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+@pytest.mark.parametrize("spec", specs(), ids=lambda s: s.name)
+def test_every_case_is_planned_for_every_architecture(spec: OpSpec, arch: int) -> None:
+    """On the meta device: the data have block sizes, and every parameter of every kernel is given."""
+    for case in spec.cases:
+        for dtype in (torch.float16, torch.float32):
+            args = case.inputs(dtype, torch.device("meta"))
+            out, launches = spec.plan(*args, arch=arch)
+            assert launches
+            for launch in launches:
+                types, values, _ = aot._signature(launch)
+                assert set(values) <= set(types)
+                assert set(launch.args) | set(launch.constants) == set(types), launch.kernel
+            got = out if isinstance(out, torch.Tensor) else out[0]
+            want = spec.op(*args)
+            assert got.shape == (want if isinstance(want, torch.Tensor) else want[0]).shape
+
+
+def test_the_work_of_self_attention() -> None:
+    """Two products of 4096 x 4096 x 64 for each of 10 heads of 2 images; q, k, v and the result once."""
+    case = ATTENTION.cases[0]
+    assert case.flops == 2 * (2 * 4096 * 4096 * 64) * 10 * 2
+    assert case.elements == 4 * 2 * 4096 * 640
+    h200 = roofline.gpu("h200")
+    assert roofline.floor_us(case, HALF, h200) == pytest.approx(case.flops / 790e12 * 1e6)
+    traffic = Case("all traffic", case.inputs, flops=0, elements=1_000_000)
+    assert roofline.floor_us(traffic, HALF, h200) == pytest.approx(2e6 / 4.3e12 * 1e6)
+
+
+def test_rooflines_refuse_what_they_do_not_know() -> None:
+    with pytest.raises(RequestError, match=r"no ceilings are known for the GPU 'V100'; there are H200, "):
+        roofline.gpu("V100")
+    with pytest.raises(RequestError, match=r"float16 and bfloat16, not torch.float32"):
+        roofline.floor_us(ATTENTION.cases[0], torch.float32, roofline.gpu("L4"))
+
+
+def test_an_architecture_without_data_takes_the_nearest_older(caplog: pytest.LogCaptureFixture) -> None:
+    tuning._with_data.cache_clear()
+    caplog.set_level("INFO", logger="latentrt")
+    for _ in range(2):
+        assert tuning.constants("attention", 103, HALF, "d64") == tuning.constants(
+            "attention", 100, HALF, "d64"
+        )
+    assert [r.getMessage() for r in caplog.records] == [
+        "no tuned block sizes for sm_103; those of sm_100 are taken"
+    ]
+    with pytest.raises(KeyError, match=r"tuned/sm_90.json has no attention 16/d63"):
+        tuning.constants("attention", 90, HALF, "d63")
+
+
+def test_saving_block_sizes_keeps_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    try:
+        tuning.save(90, "one", {"16/b": {"BLOCK": 2}, "16/a": {"BLOCK": 1}})
+        tuning.save(90, "two", {"16/a": {"BLOCK": 3}}, {"gpu": "G"})
+        path = tuning.save(90, "one", {"16/b": {"BLOCK": 4}})
+        assert json.loads(path.read_text()) == {
+            "arch": 90,
+            "measured_on": {"gpu": "G"},
+            "tables": {"one": {"16/a": {"BLOCK": 1}, "16/b": {"BLOCK": 4}}, "two": {"16/a": {"BLOCK": 3}}},
+        }
+        assert tuning.constants("one", 90, HALF, "b") == {"BLOCK": 4}
+    finally:
+        monkeypatch.undo()
+        for function in (tuning.load, tuning.architectures, tuning._with_data):
+            function.cache_clear()
+
+
+SMALL = [
+    {"BLOCK_M": 16, "BLOCK_N": n, "num_warps": 4, "num_stages": 1} for n in (48, 16, 32)
+]  # 48 cannot be compiled
+
+
+def small_attention(**changes: Any) -> OpSpec:
+    def inputs(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+        return torch.randn(1, 20, 3, 1, 64, dtype=dtype, device=device).unbind(2)
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no such back end")
+
+    fields = {
+        **vars(ATTENTION),
+        "cases": [Case(name, inputs, 1e6, 5120, calls) for name, calls in (("one", 1), ("two", 3))],
+        "candidates": {"attention_wide": SMALL, "attention": SMALL},
+        "rivals": {"itself": ATTENTION.reference, "broken": fails},
+        **changes,
+    }
+    return OpSpec(**fields)
+
+
+def fake_timer(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> float:
+    """Runs it once; blocks of 32 are the quickest."""
+    for args in inputs:
+        call(*args)
+    with tuning.trying("nothing", {}):
+        trial = next((c for name, c, _ in tuning._trials if name == "attention"), {"BLOCK_N": 16})
+    return 10.0 if trial["BLOCK_N"] == 32 else 20.0
+
+
+HERE = bench.Bench(torch.device("cpu"), fake_timer)
+
+
+def test_measuring_dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the clock and the GPU: the gate, launches counted, rivals that fail, going on from a file."""
+    monkeypatch.setattr(bench, "describe_machine", lambda: {"gpu": "fake", "commit": "c", "versions": {}})
+    path = tmp_path / "results" / "kernels.json"
+    dtypes = [torch.bfloat16]
+    with forced(), tuning.trying("attention", SMALL[1]):
+        none = bench.measure(bench.Bench(HERE.device, fake_timer, -1.0), path, [small_attention()], dtypes)
+        assert none["rows"] == []
+        assert none["left"] == [["attention", "one", "bfloat16"], ["attention", "two", "bfloat16"]]
+        result = bench.measure(HERE, path, [small_attention()], dtypes)
+    assert json.loads(path.read_text()) == result
+    assert [row["case"] for row in result["rows"]] == ["one", "two"]
+    row = result["rows"][0]
+    assert row["correct"]
+    assert row["launches"] == {"_attention": 1}
+    assert row["tflops"] == pytest.approx(1e6 / 20e-6 / 1e12)
+    assert row["rivals"] == {"itself": 20.0, "broken": "RuntimeError: no such back end"}
+    assert row["speedup_over_best"] == 1.0
+    calls: list[object] = []
+    with forced():
+        again = bench.measure(HERE, path, [small_attention(op=calls.append)], dtypes)
+    assert again["rows"] == result["rows"]
+    assert not calls
+
+
+def test_a_wrong_kernel_is_not_timed(tmp_path: Path) -> None:
+    def wrong(*args: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = ATTENTION.op(*args)
+        return out * 1.1
+
+    with forced(), tuning.trying("attention", SMALL[1]):
+        result = bench.measure(HERE, tmp_path / "r.json", [small_attention(op=wrong)], [torch.bfloat16])
+    assert [row["correct"] for row in result["rows"]] == [False, False]
+    assert not any("us" in row for row in result["rows"])
+    fallen = bench.measure(HERE, tmp_path / "f.json", [small_attention()], [torch.bfloat16])
+    assert {row["error"] for row in fallen["rows"]} == {"no kernel of ours ran"}
+
+
+def test_tuning_dry() -> None:
+    """The quickest over both cases that share a key; what does not compile is passed over."""
+    with forced():
+        found = bench.tune(HERE, [small_attention()], save=False)
+    assert found == {"attention_wide": {}, "attention": {"16/d64-short": {"best": SMALL[2], "us": 40.0}}}
+
+
+def test_timing_wants_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendUnavailableError, match="timed on a CUDA GPU"):
+        bench.require_gpu()
+    assert cli.main(["kernels", "--measure"]) == 1
+    assert "PyTorch sees none here" in capsys.readouterr().err
+
+
+def test_the_kernels_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def reports(requests: list[aot.Request]) -> list[list[aot.Report]]:
+        return [
+            [aot.Report(r.op, "k", r.arch, 128, 0, 0, 49152, 0, {"HGMMA": 24}, 900, 8, 3, {})]
+            for r in requests
+        ]
+
+    monkeypatch.setattr(aot, "reports", reports)
+    assert cli.main(["kernels", "--op", "attention", "--gpu", "h100"]) == 0
+    table = capsys.readouterr().out
+    assert table.startswith("sm_90, bfloat16; floors of H100 by datasheet ceilings\n")
+    assert "attention, self 4096 x 10 heads" in table
+    assert "24 HGMMA" in table
+    assert cli.main(["kernels", "--op", "attention", "--arch", "sm_80", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["arch"] == 80
+    assert data["rows"][0]["floor_us"] == pytest.approx(108.7, abs=0.1)
+    assert data["rows"][0]["kernels"][0]["registers"] == 128
+    assert cli.main(["kernels", "--op", "conv"]) == 1
+    assert "no operator is called conv; there are" in capsys.readouterr().err

@@ -1,0 +1,158 @@
+"""The Triton sampler step against float64: on the GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from latentrt.kernels import sampler_step
+from latentrt.kernels.sampler_step import COLUMNS, HISTORY, KEEP_NOTHING, KEEP_OUT, KEEP_X0, StepRow
+from tolerances import SAMPLER_STEP
+from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def inputs(
+    shape: tuple[int, ...],
+    device: torch.device,
+    *,
+    keep: float = KEEP_X0,
+    clamp: float = math.inf,
+    rows: int = 2,
+    variance: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    B, C, *size = shape
+    table = 2 * torch.rand(5, COLUMNS) - 1
+    table[:, StepRow._fields.index("clamp")] = clamp
+    table[:, StepRow._fields.index("keep")] = keep
+    return {
+        "x": torch.randn(shape, device=device),
+        "model_out": torch.randn(rows * B, C * (2 if variance else 1), *size, device=device).to(dtype),
+        "history": torch.randn(HISTORY, *shape, device=device),
+        "noise": torch.randn(5, *shape, device=device),
+        "table": table.to(device),
+        "step": torch.tensor([3], device=device),
+    }
+
+
+def check(given: dict[str, Tensor], scale: float | Tensor | None = None, rescale: float = 0.0) -> None:
+    """x and history after one step, against the same operator's float64 path, which is no kernel."""
+    exact: dict[str, Any] = {
+        name: t.double().cpu() if t.is_floating_point() else t.cpu() for name, t in given.items()
+    }
+    exact_scale = scale.double().cpu() if isinstance(scale, Tensor) else scale
+    assert sampler_step(**given, guidance_scale=scale, guidance_rescale=rescale) is given["x"]
+    sampler_step(**exact, guidance_scale=exact_scale, guidance_rescale=rescale)
+    for name in ("x", "history"):
+        if given[name] is not None:
+            error = (given[name].cpu().double() - exact[name]).abs().max() / exact[name].abs().max()
+            assert error <= SAMPLER_STEP
+
+
+@pytest.mark.parametrize("keep", [KEEP_NOTHING, KEEP_X0, KEEP_OUT])
+@pytest.mark.parametrize("variance", [False, True], ids=["", "variance"])
+@pytest.mark.parametrize(
+    ("scale", "rescale", "clamp"), [(None, 0.0, math.inf), (7.4, 0.0, 0.5), (3.0, 0.7, math.inf)]
+)
+def test_formula(
+    keep: float,
+    variance: bool,
+    scale: float | None,
+    rescale: float,
+    clamp: float,
+    device: torch.device,
+    launches: Counter[str],
+) -> None:
+    rows = 1 if scale is None else 2
+    given = inputs((3, 4, 5, 7), device, keep=keep, clamp=clamp, rows=rows, variance=variance)
+    check(given, scale, rescale)
+    assert launches == {"_step_kernel": 1, **({"_ratio_kernel": 1} if rescale else {})}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rescale", [0.0, 0.5])
+@pytest.mark.usefixtures("launches")
+def test_layout_and_dtype_of_the_model(dtype: torch.dtype, rescale: float, device: torch.device) -> None:
+    """channels_last, as a UNet leaves it; a scale for each image; more than one block; any strides."""
+    scale = torch.rand(2, device=device) * 8
+    for variance in (False, True):
+        given = inputs((2, 4, 20, 19), device, variance=variance, dtype=dtype)
+        given["model_out"] = given["model_out"].contiguous(memory_format=torch.channels_last)
+        check(given, scale, rescale)
+        given["model_out"] = given["model_out"].mT.contiguous().mT
+        check(given, scale, rescale)
+
+
+@pytest.mark.usefixtures("launches")
+def test_without_history_and_noise(device: torch.device) -> None:
+    given: dict[str, Any] = inputs((2, 1, 1, 1), device, keep=KEEP_NOTHING)
+    x = given["x"].clone()
+    exact = x.double().cpu()
+    sampler_step(given["x"], given["model_out"], None, None, given["table"], given["step"], 7.4)
+    cpu = {name: given[name].cpu() for name in ("model_out", "table", "step")}
+    sampler_step(exact, cpu["model_out"], None, None, cpu["table"].double(), cpu["step"], 7.4)
+    assert (given["x"].cpu() - exact).abs().max() <= SAMPLER_STEP * exact.abs().max()
+    assert not torch.equal(given["x"], x)
+
+
+@pytest.mark.usefixtures("launches")
+def test_strided_latents_are_written_in_place(device: torch.device) -> None:
+    given = inputs((2, 4, 6, 5), device)
+    given["x"] = torch.randn(2, 6, 5, 4, device=device).permute(0, 3, 1, 2)
+    given["history"] = torch.randn(2, HISTORY, 4, 6, 5, device=device).transpose(0, 1)
+    check(given, 3.0)
+
+
+@pytest.mark.usefixtures("launches")
+def test_nothing_to_do(device: torch.device) -> None:
+    given = inputs((0, 4, 6, 5), device)
+    assert sampler_step(**given, guidance_scale=3.0, guidance_rescale=0.5).shape == (0, 4, 6, 5)
+
+
+@pytest.mark.usefixtures("launches")
+def test_the_custom_op(device: torch.device) -> None:
+    args = tuple(inputs((2, 4, 3, 5), device).values())
+    op = torch.ops.latentrt.sampler_step.default
+    torch.library.opcheck(op, (*args, None, 3.0, 0.5))
+    torch.library.opcheck(op, (*args, torch.ones(2, device=device), None, 0.0))
+
+
+def test_the_custom_op_by_its_reference(device: torch.device) -> None:
+    args = (t.double() if t.is_floating_point() else t for t in inputs((2, 4, 3, 5), device).values())
+    torch.library.opcheck(torch.ops.latentrt.sampler_step.default, (*args, None, 3.0, 0.5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_full_size(rescale: float, launches: Counter[str]) -> None:
+    check(inputs((4, 4, 128, 128), torch.device("cuda"), dtype=torch.float16), 7.4, rescale)
+    assert launches["_step_kernel"] == 1
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_serves_every_step(launches: Counter[str]) -> None:
+    """The step is read on the device: what was recorded at step 3 replays step 1."""
+    given = inputs((1, 4, 16, 16), torch.device("cuda"))
+    start = {name: given[name].clone() for name in ("x", "history")}
+    sampler_step(**given, guidance_scale=7.4)  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sampler_step(**given, guidance_scale=7.4)
+    for name, t in start.items():
+        given[name].copy_(t)
+    given["step"].fill_(1)
+    graph.replay()
+    exact = {name: {**given, **start}[name].cpu() for name in given}
+    exact = {name: t.double() if t.is_floating_point() else t for name, t in exact.items()}
+    sampler_step(**exact, guidance_scale=7.4)
+    assert (given["x"].cpu() - exact["x"]).abs().max() <= SAMPLER_STEP * exact["x"].abs().max()
