@@ -23,28 +23,16 @@ def tower() -> ImageTower:
     return ImageTower.load(DEMO / "image_tower")
 
 
-def test_short_prompts_are_drawn(refined: PipelineGenerator) -> None:
-    result = measure_accuracy(refined, count=12, steps=20)
-    print(result)
-    assert result.objects >= 0.75
-    assert result.relations >= 0.75
-
-
-def test_a_wrong_prompt_is_noticed(refined: PipelineGenerator) -> None:
-    """The measurement can fail: the same pictures against shuffled prompts."""
+def test_prompts_steer_the_picture(refined: PipelineGenerator) -> None:
+    """Colours are right for the picture's own prompt and wrong for another's; shapes are held by `make test-full`."""
 
     def shuffled(prompts: list[str], seeds: Sequence[int], *, steps: int) -> list[np.ndarray]:
         return refined(prompts[1:] + prompts[:1], seeds, steps=steps)
 
-    assert measure_accuracy(shuffled, count=6, steps=8).objects <= 0.35
-
-
-def test_short_sizes_take_effect(refined: PipelineGenerator) -> None:
-    result = measure_sizes(refined, count=3, steps=10)
-    print(result)
-    assert result.energy_small < 0.7 * result.energy_full
-    assert result.shift_right < -6
-    assert result.shift_down < -6
+    own, other = (measure_accuracy(g, count=16, steps=12) for g in (refined, shuffled))
+    print(own, other)
+    assert own.colours >= 0.5
+    assert other.colours <= 0.25
 
 
 def test_fid_tells_drawn_from_damaged(tower: ImageTower) -> None:
