@@ -250,9 +250,12 @@ def _batch(tokenizer: CLIPTokenizer, rng: random.Random, chosen: list[data.Examp
 
 
 def save_text_encoder(encoder: CLIPTextModel | CLIPTextModelWithProjection, folder: Path) -> None:
-    """Write fp16 weights under the key names that published checkpoints use."""
+    """Write fp16 weights under the key names that published checkpoints use.
+
+    The config says float32: transformers loads what it says, and diffusers loads the UNet in float32.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**encoder.config.to_dict(), "architectures": [type(encoder).__name__], "dtype": "float16"}
+    config = {**encoder.config.to_dict(), "architectures": [type(encoder).__name__], "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     state = {}
     for key, value in encoder.state_dict().items():
