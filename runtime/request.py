@@ -263,7 +263,7 @@ def _size_of(
     for name in ("height", "width"):
         value = a[name]
         if value is not None:
-            _integer(name, value, latent_scale, MAX_SIDE)
+            value = _integer(name, value, latent_scale, MAX_SIDE)
             if value % latent_scale:
                 near = max(latent_scale, round(value / latent_scale) * latent_scale)
                 raise RequestError(
