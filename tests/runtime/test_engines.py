@@ -144,7 +144,7 @@ def test_an_unknown_back_end_lists_those_there_are() -> None:
 
 
 def test_auto_takes_onnxruntime_on_the_cpu_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="latentrt"):
         choice = choose("auto", CPU)
     assert choice.backend.name == "onnxruntime"
     assert "best for cpu; ONNX Runtime 1." in choice.reason
