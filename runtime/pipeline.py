@@ -218,7 +218,7 @@ class Pipeline:
 
         Args:
             prompt: a text, or a list of them.
-            prompt_2: for SDXL's second text encoder; `prompt` by default.
+            prompt_2: for SDXL's second text encoder; `prompt` by default, and in the place of an empty string.
             image: start from this picture, or from latents: see `image.to_tensor` for the forms it can have.
             strength: share of the steps taken from `image`; 0.3 for SDXL and 0.8 for SD by default.
             height, width: in pixels, multiples of 8; the model's own by default.

@@ -93,10 +93,10 @@ class GenerationRequest:
         if a["negative_prompt"] is not None:
             negatives = [*_texts("negative_prompt", a["negative_prompt"], count)]
         negatives_2 = negatives
-        if a["negative_prompt_2"] is not None:
+        if a["negative_prompt_2"] not in (None, ""):
             negatives_2 = [*_texts("negative_prompt_2", a["negative_prompt_2"], count)]
             negatives = ["" if text is None else text for text in negatives]
-        prompts_2 = prompts if a["prompt_2"] is None else _texts("prompt_2", a["prompt_2"], count)
+        prompts_2 = prompts if a["prompt_2"] in (None, "") else _texts("prompt_2", a["prompt_2"], count)
         per_prompt = _integer("num_images_per_prompt", a["num_images_per_prompt"], 1, 1024)
         batch = count * per_prompt
 

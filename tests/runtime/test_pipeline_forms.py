@@ -15,7 +15,7 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
 )
 from parity import Case, Rig
-from tolerances import PIPELINE_EAGER
+from tolerances import PIPELINE_EAGER, PIPELINE_ONNXRUNTIME
 
 SIZE = {"height": 64, "width": 48}
 STEPS = {"num_inference_steps": 4, "guidance_scale": 6.0}
@@ -188,3 +188,37 @@ def test_an_empty_negative_is_not_an_absent_one(rig: Rig, base: latentrt.Pipelin
         images.append(base(**call, generator=seeded()).images)
         assert_same(images[-1], rig.diffusers("sdxl")(**call, generator=seeded()).images)
     assert np.abs(images[0] - images[1]).max() > 100 * PIPELINE_EAGER
+
+
+@pytest.mark.parametrize("second", ["", "green"])
+def test_texts_for_the_second_encoder(second: str, rig: Rig, base: latentrt.Pipeline) -> None:
+    """An empty one stands for none, as in diffusers."""
+    call = {**TEXT, "prompt_2": second, "negative_prompt_2": second, **SIZE, **STEPS, "output_type": "np"}
+    ours = base(**call, generator=seeded()).images
+    assert_same(ours, rig.diffusers("sdxl")(**call, generator=seeded()).images)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("size", [(8, 8), (8, 72), (104, 24)])
+def test_any_size_of_whole_latents_on_onnxruntime(size: tuple[int, int], rig: Rig) -> None:
+    """Down to one latent, where levels of the UNet have nothing left to halve; with five images, and from a picture."""
+    call = {
+        "prompt": "storm",
+        "num_inference_steps": 2,
+        "num_images_per_prompt": 5,
+        "seed": 1,
+        "output_type": "np",
+    }
+    height, width = size
+    images = [
+        rig.pipeline("sdxl", backend)(**call, height=height, width=width).images
+        for backend in ("eager", "onnxruntime")
+    ]
+    assert images[0].shape == (5, *size, 3)
+    assert np.abs(images[0] - images[1]).max() <= PIPELINE_ONNXRUNTIME
+    refined = [
+        rig.pipeline("refiner", backend)(**call, image=picture(*size), strength=0.6).images
+        for backend in ("eager", "onnxruntime")
+    ]
+    assert refined[0].shape == (5, *size, 3)
+    assert np.abs(refined[0] - refined[1]).max() <= PIPELINE_ONNXRUNTIME
