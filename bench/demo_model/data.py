@@ -21,8 +21,8 @@ from PIL import Image, ImageFilter
 
 from .scenes import CANVASES, Scene, caption, random_scene, render
 
-SMALL_ORIGINAL = 0.13  # share of enlarged small originals
-CROPPED = 0.13  # share of windows
+SMALL_ORIGINAL = 0.16  # share of enlarged small originals
+CROPPED = 0.18  # share of windows
 DAMAGED = 0.3  # share of damaged pictures among the refiner's
 LARGEST_OFFSET = 40  # pixels
 FEW_CORES = 4

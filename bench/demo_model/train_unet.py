@@ -18,12 +18,13 @@ from torch import Tensor
 from .assemble import save_unet, write_pipelines
 from .latents import Encoded, TextEncoders, load
 from .loop import Ema, Run, Stage, console, train
+from .muon import Muon
 from .replicas import Replicas
 from .samples import sample_grid
 
 DROPPED = 0.1  # share of examples without a caption, for guidance
 OFFSET_NOISE = 0.07  # of unit noise, one value per channel: brightness is then not read off the noise
-TIMESTEP_DRAWS = ([0.0, 0.1, 0.8, 1.0], [0, 200, 800, 1000])  # shares of the draws, timesteps
+TIMESTEP_DRAWS = ([0.0, 0.07, 0.8, 1.0], [0, 200, 800, 1000])  # shares of the draws, timesteps
 REFINER_BELOW = 220  # timesteps; generation hands over at 200
 POOLED, TIME_IDS = 128, 32  # width of the pooled text, and of each size's embedding
 
@@ -97,12 +98,12 @@ def prepare(name: str, table: Encoded, text: TextEncoders) -> Conditioning:
 
 def stage_base(run: Run) -> None:
     """Train the base UNet and write the pipeline folders."""
-    train_unet(run, "base", 1.0e-3)
+    train_unet(run, "base", 3.0e-3)
 
 
 def stage_refiner(run: Run) -> None:
     """Train the refiner UNet and write the pipeline folders."""
-    train_unet(run, "refiner", 1.0e-3)
+    train_unet(run, "refiner", 3.0e-3)
 
 
 def train_unet(run: Run, name: str, peak_rate: float) -> None:
@@ -115,7 +116,7 @@ def train_unet(run: Run, name: str, peak_rate: float) -> None:
     unet.to(run.device, memory_format=torch.channels_last)
     console.log(f"{name}: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters")
     ema = Ema(unet, 0.998)
-    optimiser = torch.optim.AdamW(unet.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
+    optimiser = Muon(unet, adam_for=("conv_in", "conv_out"), workers=run.workers)
     scheduler = EulerDiscreteScheduler(**SCHEDULER)
     alpha_bar = scheduler.alphas_cumprod.to(run.device)
     if name == "base":  # as SDXL: no caption is zeros

@@ -10,8 +10,17 @@ import torch
 import torch.nn.functional as F
 from latentrt.bench.demo_model import data
 from latentrt.bench.demo_model.loop import Ema, Run, Stage, train
+from latentrt.bench.demo_model.muon import Muon, orthogonalised
 from latentrt.bench.demo_model.replicas import Replicas
-from latentrt.bench.demo_model.scenes import SHAPES, Scene, Thing, render, signed_distance
+from latentrt.bench.demo_model.scenes import (
+    SHAPES,
+    Scene,
+    Thing,
+    held_out,
+    random_scene,
+    render,
+    signed_distance,
+)
 from torch import nn
 
 
@@ -56,6 +65,54 @@ def test_replicas_leave_the_gradients_of_the_whole_batch() -> None:
     Replicas(module, 2).backward(lambda part, a, b: F.mse_loss(part(a), b), x, y)
     for parameter, gradient in zip(module.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("shape", [(16, 144), (64, 24), (32, 32)])
+def test_muon_takes_the_singular_values_to_one(shape: tuple[int, int]) -> None:
+    u, _, v = torch.linalg.svd(torch.randn(2, *shape, dtype=torch.float64), full_matrices=False)
+    values = torch.linspace(0.1, 3, min(shape), dtype=torch.float64)
+    got = orthogonalised(u * values @ v)
+    torch.testing.assert_close(got, u * (u.mT @ got @ v.mT).diagonal(dim1=-2, dim2=-1)[:, None] @ v)
+    assert torch.linalg.svdvals(got).sub(1).abs().max() < 0.35
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_muon_goes_on_where_its_state_was_saved(workers: int) -> None:
+    def run(steps: list[int], states: tuple[dict, dict] | None = None) -> tuple[dict, dict]:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 4))
+        module = module.to(memory_format=torch.channels_last)
+        optimiser = Muon(module, adam_for=("0.",), workers=workers)
+        if states:
+            module.load_state_dict(states[0])
+            optimiser.load_state_dict(states[1])
+        optimiser.param_groups[0]["lr"] = 0.01
+        for step in steps:
+            x = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(step))
+            module.zero_grad()
+            module(x).square().mean().backward()
+            optimiser.step()
+        return module.state_dict(), optimiser.state_dict()
+
+    whole, _ = run([0, 1, 2, 3])
+    parts, _ = run([2, 3], run([0, 1]))
+    for key, value in whole.items():
+        torch.testing.assert_close(parts[key], value)
+    assert all(not torch.equal(value, run([])[0][key]) for key, value in whole.items())
+
+
+def test_wrong_captions_show_nothing_held_out() -> None:
+    import random
+
+    from latentrt.bench.demo_model.train_text import wrong_in_one_thing
+
+    rng = random.Random(3)
+    for _ in range(400):
+        scene = random_scene(rng)
+        wrong = wrong_in_one_thing(rng, scene)
+        assert not held_out(wrong)
+        assert wrong != scene
+        assert len({(thing.colour, thing.shape) for thing in wrong.things}) == len(scene.things)
 
 
 def test_conditioning_tells_the_truth() -> None:
