@@ -12,6 +12,7 @@ LatentRTError
 │   ├── UnknownBackendError      no back end of that name
 │   └── BackendUnavailableError  known, but it cannot run on this machine
 ├── ExportError                  a component could not be written as ONNX, or its check failed
+├── BuildError                   an exported component could not be compiled to an engine
 └── CacheError                   the store of exported models cannot be read or written
 
 A message names the value that was refused and what to do instead.
@@ -22,6 +23,7 @@ from __future__ import annotations
 __all__ = [
     "BackendError",
     "BackendUnavailableError",
+    "BuildError",
     "CacheError",
     "CheckpointError",
     "CheckpointNotFoundError",
@@ -82,6 +84,10 @@ class BackendUnavailableError(BackendError):
 
 class ExportError(LatentRTError):
     """A component could not be written as ONNX, or what was written computes something else."""
+
+
+class BuildError(LatentRTError):
+    """An exported component could not be compiled to an engine; names the component, the node and the remedy."""
 
 
 class CacheError(LatentRTError):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..runtime.engines.base import Component
-from .check import check_export, expected_outputs
-from .onnx import export_component
+if TYPE_CHECKING:
+    from ..runtime.engines.base import Component
 
 __all__ = ["export_checked"]
 
@@ -23,6 +22,10 @@ def export_checked(component: Component, path: Path) -> dict[str, Any]:
         ExportError: it cannot be exported, or the export computes something else.
         OSError: the files cannot be written.
     """
+    # Here, because the process that builds engines is of this package and needs neither torch nor its memory.
+    from .check import check_export, expected_outputs
+    from .onnx import export_component
+
     module = component.build()
     export_component(component, module, path)
     expected = expected_outputs(component, module)

@@ -1,6 +1,6 @@
-"""The store of what was built from a checkpoint: exported models, later engines.
+"""The store of what was built from a checkpoint: exported models and engines.
 
-    <root>/entries/<key>/manifest.json    what it is, and size and SHA-256 of each file
+    <root>/entries/<key>/manifest.json    what it is, size and SHA-256 of each file, and the manifest's own digest
     <root>/entries/<key>/...              the files
     <root>/partial/<key>.<random>/        being written
     <root>/locks/<key>.lock               held while an entry is written or replaced
@@ -12,7 +12,10 @@ without a lock or a write, so a read-only cache that has the entry works.
 **What is verified.** Every file's size and SHA-256, each time the entry is asked for. Only for a file of
 256 MB or more a digest that was right is remembered, with the file's size, inode, mtime and ctime, in
 `verified.json` beside the manifest, and not computed again while those stay: up to 4 s a GB are too much
-at each start. A disk that loses bits of such a file without a write is then not noticed.
+at each start. A disk that loses bits of such a file without a write is then noticed by `latentrt cache verify`
+only.
+
+A manifest's mtime says when its entry was last asked for, which decides what is pruned first.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,12 +37,12 @@ from filelock import FileLock, Timeout
 
 from ..errors import CacheError
 
-__all__ = ["Store", "cache_root", "digest_of"]
+__all__ = ["MANIFEST", "Store", "cache_root", "damage_of", "digest_of", "explained"]
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 1
-_MANIFEST = "manifest.json"
+_FORMAT = 2
+MANIFEST = "manifest.json"
 _VERIFIED = "verified.json"
 _REMEMBER_FROM = 256 << 20  # bytes
 
@@ -66,8 +69,35 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    @property
+    def entries(self) -> Path:
+        """The folder of entries, by key."""
+        return self.root / "entries"
+
+    def get(self, key: str) -> Path | None:
+        """The folder of the entry `key`, verified; None where there is none.
+
+        Raises:
+            CacheError: it is damaged.
+        """
+        entry = self.entries / key
+        if not entry.exists():
+            return None
+        damage = damage_of(entry)
+        if damage is not None:
+            raise CacheError(
+                f"{entry} is damaged ({damage}); build it again, or see `latentrt cache verify` for others"
+            )
+        _mark_used(entry)
+        return entry
+
     def get_or_build(
-        self, key: str, description: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any]]
+        self,
+        key: str,
+        description: Mapping[str, Any],
+        build: Callable[[Path], Mapping[str, Any]],
+        *,
+        again: bool = False,
     ) -> Path:
         """The folder of the entry `key`, verified; built first where it is absent or damaged.
 
@@ -76,27 +106,36 @@ class Store:
             description: kept in the manifest, for people; "name" in it is used in messages.
             build: writes the files into the empty folder it is given; what it returns, e.g. the figures of a
                 check, is kept in the manifest. When it raises, nothing is stored.
+            again: build it though it is there; until it has been built the one that is there stays.
 
         Raises:
             CacheError: the disk is full, or the cache cannot be written.
         """
-        entry = self.root / "entries" / key
-        with _explained(self.root):
-            if _damage(entry, key) is None:
+        entry = self.entries / key
+        with explained(self.root):
+            if not again and damage_of(entry) is None:
+                _mark_used(entry)
                 return entry
             for folder in ("entries", "partial", "locks"):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
             name = str(description.get("name", key[:12]))
             with self._locked(key, name):
-                damage = _damage(entry, key)
-                if damage is None:
+                damage = damage_of(entry)
+                if damage is None and not again:
                     return entry
-                if entry.exists():
+                if damage is not None and entry.exists():
                     _log.warning("cached %s is damaged (%s): building it again", name, damage)
-                    self._discard(entry)
-                self._sweep(key)
+                    self.discard(entry)
+                self.sweep(key)
                 self._build(entry, key, description, build)
         return entry
+
+    def remove(self, key: str) -> bool:
+        """Remove an entry; False where another process is writing it."""
+        with explained(self.root), suppress(Timeout), self._lock(key).acquire(timeout=0):
+            self.discard(self.entries / key)
+            return True
+        return False
 
     def _build(
         self,
@@ -124,7 +163,10 @@ class Store:
                     if path.is_file()
                 },
             }
-            (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            (partial / MANIFEST).write_text(_signed(manifest), encoding="utf-8")
+            _write_verified(partial, {name: _identity(partial / name) for name in _large(manifest["files"])})
+            if entry.exists():
+                self.discard(entry)
             partial.rename(entry)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -149,15 +191,16 @@ class Store:
     def _partial(self, key: str) -> Path:
         return self.root / "partial" / f"{key}.{secrets.token_hex(8)}"
 
-    def _discard(self, entry: Path) -> None:
-        """Remove an entry, seen whole or not at all."""
+    def discard(self, entry: Path) -> None:
+        """Remove an entry, seen whole or not at all. Its lock must be held."""
         aside = self._partial(entry.name)
         entry.rename(aside)
         shutil.rmtree(aside)
 
-    def _sweep(self, own_key: str) -> None:
+    def sweep(self, own_key: str | None = None) -> None:
         """Remove what writers that were killed left behind: whoever holds a key's lock is its only writer."""
-        for leftover in (self.root / "partial").iterdir():
+        folder = self.root / "partial"
+        for leftover in folder.iterdir() if folder.exists() else ():
             key = leftover.name.partition(".")[0]
             if key == own_key:
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -173,27 +216,38 @@ class Store:
                 lock.release()
 
 
-def _damage(entry: Path, key: str) -> str | None:
-    """What is wrong with an entry, naming the file; None when it is as it was written."""
+def damage_of(entry: Path, *, trust: bool = True) -> str | None:
+    """What is wrong with an entry, naming the file; None when it is as it was written.
+
+    Args:
+        trust: take large files whose digest was right, and which were not written to since, for unchanged.
+    """
     try:
-        manifest = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))
+        text = (entry / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        found = manifest["format"]
+        if found != _FORMAT:
+            return f"{MANIFEST} has format {found}, and this version of latentrt writes {_FORMAT}"
+        manifest.pop("sha256")
+        if text != _signed(manifest):
+            return f"{MANIFEST} has another SHA-256 than when it was written"
+        if manifest["key"] != entry.name:
+            return f"{MANIFEST} is of another entry"
         files = {str(name): (int(f["size"]), str(f["sha256"])) for name, f in manifest["files"].items()}
-        if (manifest["format"], manifest["key"]) != (_FORMAT, key):
-            return f"{_MANIFEST} is of another entry"
     except FileNotFoundError:
-        return f"{_MANIFEST} is missing"
+        return f"{MANIFEST} is missing"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{_MANIFEST} cannot be read: {error!r}"
+        return f"{MANIFEST} cannot be read: {error!r}"
     remembered = _read_verified(entry)
     verified: dict[str, list[int]] = {}
     for name, (size, sha256) in files.items():
         path = entry / name
         try:
-            stat = path.stat()
-            if stat.st_size != size:
-                return f"{name} has {stat.st_size} bytes, should have {size}"
-            identity = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
-            if remembered.get(name) != identity and _sha256(path) != sha256:
+            identity = _identity(path)
+            if identity[0] != size:
+                return f"{name} has {identity[0]} bytes, should have {size}"
+            known = trust and remembered.get(name) == identity
+            if not known and _sha256(path) != sha256:
                 return f"{name} has another SHA-256 than when it was written"
         except FileNotFoundError:
             return f"{name} is missing"
@@ -202,6 +256,26 @@ def _damage(entry: Path, key: str) -> str | None:
     if verified != remembered:
         _write_verified(entry, verified)
     return None
+
+
+def _signed(manifest: Mapping[str, Any]) -> str:
+    """The text of a manifest, with the digest of the rest of it at its end."""
+    return json.dumps({**manifest, "sha256": digest_of(manifest)}, indent=2) + "\n"
+
+
+def _large(files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [name for name, file in files.items() if file["size"] >= _REMEMBER_FROM]
+
+
+def _identity(path: Path) -> list[int]:
+    """What changes when a file is written to."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _mark_used(entry: Path) -> None:
+    with suppress(OSError):  # a read-only cache is nobody's to prune
+        os.utime(entry / MANIFEST)
 
 
 def _read_verified(entry: Path) -> dict[str, Any]:
@@ -213,6 +287,8 @@ def _read_verified(entry: Path) -> dict[str, Any]:
 
 
 def _write_verified(entry: Path, verified: dict[str, list[int]]) -> None:
+    if not verified and not (entry / _VERIFIED).exists():
+        return
     aside = entry / f"{_VERIFIED}.{secrets.token_hex(8)}"
     try:
         aside.write_text(json.dumps(verified), encoding="utf-8")
@@ -229,7 +305,7 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def _explained(root: Path) -> Iterator[None]:
+def explained(root: Path) -> Iterator[None]:
     """Errors of the filesystem under `root` as CacheErrors that say what to do; others pass as they are."""
     try:
         yield

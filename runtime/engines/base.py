@@ -75,6 +75,9 @@ class Component:
             the same function.
         example_sizes: sizes, at least 2, of the named dimensions of the inputs, good for tracing and for
             checking an export.
+        native_size: side, in pixels, of the images the model was trained for.
+        latent_scale: pixels along a side that one latent stands for. Dimensions called `height` and `width` count
+            latents, `image_height` and `image_width` pixels.
     """
 
     name: str
@@ -84,6 +87,8 @@ class Component:
     outputs: tuple[TensorSpec, ...]
     fingerprint: str
     example_sizes: Mapping[str, int]
+    native_size: int = 512
+    latent_scale: int = 8
 
 
 class Engine(Protocol):

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from latentrt.errors import CacheError
 from latentrt.runtime import cache
-from latentrt.runtime.cache import Store, cache_root, digest_of
+from latentrt.runtime.cache import Store, cache_root, damage_of, digest_of
 
 KEY = "ab" * 32
 OTHER = "cd" * 32
@@ -98,9 +98,19 @@ def list_manifest(entry: Path) -> None:
     (entry / "manifest.json").write_text("[]")
 
 
-def foreign_manifest(entry: Path) -> None:
+def changed_manifest(entry: Path) -> None:
     path = entry / "manifest.json"
-    path.write_text(path.read_text().replace(KEY, OTHER))
+    path.write_text(path.read_text().replace('"name": "unet"', '"name": "unit"'))
+
+
+def foreign_manifest(entry: Path) -> None:
+    other = Store(entry.parent.parent).get_or_build(OTHER, DESCRIPTION, writes("earlier"))
+    (entry / "manifest.json").write_bytes((other / "manifest.json").read_bytes())
+
+
+def older_manifest(entry: Path) -> None:
+    path = entry / "manifest.json"
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +121,9 @@ def foreign_manifest(entry: Path) -> None:
         (remove, "model.onnx is missing"),
         (blank_manifest, "manifest.json cannot be read"),
         (list_manifest, "manifest.json cannot be read"),
+        (changed_manifest, "manifest.json has another SHA-256"),
         (foreign_manifest, "manifest.json is of another entry"),
+        (older_manifest, "manifest.json has format 1, and this version of latentrt writes 2"),
         (lambda entry: (entry / "manifest.json").unlink(), "manifest.json is missing"),
     ],
 )
@@ -130,6 +142,40 @@ def test_a_damaged_entry_is_built_again_with_a_warning(
     assert store.get_or_build(KEY, DESCRIPTION, never) == entry
 
 
+def test_a_flipped_bit_anywhere_in_a_manifest_is_seen(store: Store) -> None:
+    entry = store.get_or_build(KEY, DESCRIPTION, writes())
+    path = entry / "manifest.json"
+    whole = path.read_bytes()
+    for k in range(len(whole)):
+        path.write_bytes(whole[:k] + bytes([whole[k] ^ 1]) + whole[k + 1 :])
+        assert damage_of(entry) is not None, whole[max(0, k - 20) : k + 20]
+    path.write_bytes(whole)
+    assert damage_of(entry) is None
+
+
+def test_get_reads_and_never_builds(store: Store) -> None:
+    assert store.get(KEY) is None
+    entry = store.get_or_build(KEY, DESCRIPTION, writes())
+    assert store.get(KEY) == entry
+    change_a_byte(entry)
+    with pytest.raises(CacheError, match=r"is damaged \(more/model.onnx.data has another SHA-256.*build it again"):
+        store.get(KEY)
+
+
+def test_built_again_when_told_so(store: Store) -> None:
+    entry = store.get_or_build(KEY, DESCRIPTION, writes("earlier"))
+
+    def fails(folder: Path) -> Mapping[str, Any]:
+        raise ValueError("shapes")
+
+    with pytest.raises(ValueError, match="shapes"):
+        store.get_or_build(KEY, DESCRIPTION, fails, again=True)
+    assert (entry / "model.onnx").read_text() == "earlier"  # a build that fails takes nothing away
+    assert store.get_or_build(KEY, DESCRIPTION, writes("later"), again=True) == entry
+    assert (entry / "model.onnx").read_text() == "later"
+    assert leftovers(store) == []
+
+
 def test_large_files_are_hashed_once_until_they_are_touched(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -145,7 +191,7 @@ def test_large_files_are_hashed_once_until_they_are_touched(
     monkeypatch.setattr(cache, "_sha256", counting)
     for _ in range(3):
         store.get_or_build(KEY, DESCRIPTION, never)
-    assert hashed.count("model.onnx.data") == 1  # 14 bytes: remembered
+    assert hashed.count("model.onnx.data") == 0  # 14 bytes: remembered since it was written
     assert hashed.count("model.onnx") == 3  # 7 bytes: verified each time
 
     path = entry / "more" / "model.onnx.data"

@@ -1,0 +1,212 @@
+"""An ONNX model compiled to a TensorRT engine, by either product, in this process.
+
+The process is meant to be a child (`build_process.py`): a build cannot be interrupted from within. Nothing here
+imports torch or onnx.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import BuildError
+from ..runtime.engines import trt as products
+
+__all__ = ["EngineRequest", "build_engine"]
+
+_COMPATIBILITY = {
+    "none": "NONE",
+    "same-capability": "SAME_COMPUTE_CAPABILITY",
+    "ampere-plus": "AMPERE_PLUS",
+}
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """What to build; all of it can be written as JSON.
+
+    Attributes:
+        component: its name, for messages.
+        product: "tensorrt" or "tensorrt-rtx".
+        model, plan: paths of the ONNX model and of the engine to write.
+        profiles: for each optimisation profile, (smallest, best, largest) shape of every input by name.
+        archs: compute capabilities such as 89. TensorRT takes none: it builds for its GPU.
+        weight_streaming: weights may stay in host memory at run time.
+        hardware_compatibility: "none", "same-capability" or "ampere-plus".
+        timing_cache: file to keep the timings of kernels in (TensorRT only).
+    """
+
+    component: str
+    product: str
+    model: str
+    plan: str
+    profiles: tuple[Mapping[str, list[list[int]]], ...]
+    archs: tuple[int, ...] = ()
+    weight_streaming: bool = False
+    hardware_compatibility: str = "none"
+    timing_cache: str | None = None
+
+
+def build_engine(request: EngineRequest, on_phase: Callable[[str], None]) -> dict[str, Any]:
+    """Parse the model, build the engine and write it to `request.plan`.
+
+    The network is strongly typed: precisions are those of the ONNX graph. float32 stays float32 (no TF32), and an
+    engine uses one stream and memory that its caller gives it, so that it can be captured in a CUDA graph.
+
+    Args:
+        on_phase: told what the builder is doing, at times from other threads.
+
+    Returns:
+        Seconds, layers and bytes, for the manifest.
+
+    Raises:
+        BackendUnavailableError: the product is not there.
+        BuildError: it rejects the model; the message has the node and what to do.
+        OSError: the engine cannot be written.
+    """
+    trt = products.load(products.product(request.product))
+    work = _Build(trt, request)
+    on_phase("reading the model")
+    begun = time.perf_counter()
+    network, parser = work.parse()
+    parsed = time.perf_counter()
+    plan = work.compile(network, on_phase)
+    built = time.perf_counter()
+    on_phase("writing the engine")
+    with open(request.plan, "wb") as file:
+        file.write(memoryview(plan))
+    del parser  # the network lives in it
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "parse_seconds": round(parsed - begun, 3),
+        "build_seconds": round(built - parsed, 3),
+        "layers": network.num_layers,
+        "plugin_layers": sum(
+            "PLUGIN" in network.get_layer(k).type.name for k in range(network.num_layers)
+        ),
+        "engine_bytes": plan.nbytes,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+    }
+
+
+class _Build:
+    """One build: its logger and builder, which must outlive what they make."""
+
+    def __init__(self, trt: Any, request: EngineRequest) -> None:
+        self.trt = trt
+        self.request = request
+        self.product = products.product(request.product)
+        self.log = products.make_log(trt)
+        self.builder = trt.Builder(self.log)
+        if not self.builder:
+            raise self._error(f"cannot start ({self.log.why()})", "see that its GPU and driver work")
+
+    def parse(self) -> tuple[Any, Any]:
+        trt = self.trt
+        network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, self.log)
+        if not Path(self.request.model).is_file():
+            raise self._error(f"finds no model at {self.request.model}", "export it again")
+        if not parser.parse_from_file(self.request.model):
+            found = [_describe_parser_error(parser.get_error(k)) for k in range(parser.num_errors)]
+            raise self._error(
+                f"rejects {'; '.join(dict.fromkeys(found)) or self.log.why()}",
+                "run this component on another back end (`latentrt backends`), or export it without that operator",
+            )
+        return network, parser
+
+    def compile(self, network: Any, on_phase: Callable[[str], None]) -> Any:
+        """The serialised engine."""
+        config = self._config(network)
+        config.progress_monitor = _monitor(self.trt, on_phase)
+        cache = self._timing_cache(config)
+        self.log.clear()
+        plan = self.builder.build_serialized_network(network, config)
+        if plan is None:
+            raise self._error(
+                f"cannot build it: {self.log.why()}",
+                "run this component on another back end, or build it in another dtype or for other sizes",
+            )
+        if cache is not None:
+            _replace(Path(str(self.request.timing_cache)), memoryview(config.get_timing_cache().serialize()))
+        return plan
+
+    def _config(self, network: Any) -> Any:
+        trt, request = self.trt, self.request
+        config = self.builder.create_builder_config()
+        config.clear_flag(trt.BuilderFlag.TF32)
+        config.max_aux_streams = 0
+        if request.weight_streaming:
+            config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+        elif hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+            # TensorRT for RTX allocates while it runs, unless told, and cannot be captured then. With weight
+            # streaming it has to, so such an engine runs without a CUDA graph.
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        level = _COMPATIBILITY[request.hardware_compatibility]
+        config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
+        if request.archs:
+            config.num_compute_capabilities = len(request.archs)
+            for k, arch in enumerate(request.archs):
+                config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{arch}"), k)
+        for shapes in request.profiles:
+            profile = self.builder.create_optimization_profile()
+            for k in range(network.num_inputs):
+                name = network.get_input(k).name
+                profile.set_shape(name, *shapes[name])
+            if config.add_optimization_profile(profile) < 0:
+                raise self._error(f"refuses the sizes {shapes}: {self.log.why()}", "build it for other sizes")
+        return config
+
+    def _timing_cache(self, config: Any) -> Any:
+        """The timings of earlier builds, given to this one; TensorRT refuses those of another GPU or version."""
+        if self.request.timing_cache is None:
+            return None
+        file = Path(self.request.timing_cache)
+        cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
+        if cache is None or not config.set_timing_cache(cache, False):
+            cache = config.create_timing_cache(b"")
+            config.set_timing_cache(cache, False)
+        return cache
+
+    def _error(self, what: str, remedy: str) -> BuildError:
+        title = f"{self.product.title} {self.trt.__version__}"
+        return BuildError(f"{self.request.component}: {title} {what}; {remedy}")
+
+
+def _describe_parser_error(error: Any) -> str:
+    why = " ".join(error.desc().split())
+    if error.node() < 0:
+        return f"the file: {why}"
+    functions = " in ".join(error.local_function_stack())
+    place = f", in the function {functions}" if functions else ""
+    return f"node {error.node_name() or error.node()!r} ({error.node_operator()}{place}): {why}"
+
+
+def _monitor(trt: Any, on_phase: Callable[[str], None]) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            on_phase(name)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            pass
+
+    return Monitor()
+
+
+def _replace(file: Path, content: memoryview) -> None:
+    """Write a file whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f"{file.name}.partial")
+    aside.write_bytes(content)
+    aside.replace(file)

@@ -1,0 +1,126 @@
+"""The two TensorRT products behind one face: found lazily, their versions held, their logs turned into errors.
+
+TensorRT compiles for the GPU it builds on; TensorRT for RTX compiles for named architectures, without a GPU,
+and finishes on the GPU when an engine is loaded. Their Python API is the same but for what is noted where it is
+used. Nothing here imports torch: the process that builds engines needs its memory for something else.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module, util
+from typing import Any
+
+from ...errors import BackendUnavailableError, UnknownBackendError
+
+__all__ = ["PRODUCTS", "Product", "architectures", "load", "make_log", "product"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Product:
+    """One of them.
+
+    Attributes:
+        name: as in `--engine` and `--backend`.
+        title: as its maker writes it.
+        modules: names it may be imported by, best first.
+        majors: major versions whose API is the one used here.
+        install: what to run where it is missing.
+        needs_gpu: whether building takes a GPU.
+    """
+
+    name: str
+    title: str
+    modules: tuple[str, ...]
+    majors: tuple[int, ...]
+    install: str
+    needs_gpu: bool
+
+
+PRODUCTS = {
+    product.name: product
+    for product in (
+        Product("tensorrt", "TensorRT", ("tensorrt",), (10, 11), 'pip install "latentrt[gpu]"', True),
+        Product(
+            "tensorrt-rtx",
+            "TensorRT for RTX",
+            # The second is there without the meta package, whose name the first is.
+            ("tensorrt_rtx", "tensorrt_rtx_bindings"),
+            (1,),
+            'pip install "latentrt[rtx]"',
+            False,
+        ),
+    )
+}
+
+
+def product(name: str) -> Product:
+    """The product of that name.
+
+    Raises:
+        UnknownBackendError: there is none.
+    """
+    if name not in PRODUCTS:
+        raise UnknownBackendError(f"no engine {name!r}; there are {', '.join(PRODUCTS)}")
+    return PRODUCTS[name]
+
+
+@cache
+def load(product: Product) -> Any:
+    """The product's module.
+
+    Raises:
+        BackendUnavailableError: it is not installed, cannot be imported, or has another major version.
+    """
+    name = next((m for m in product.modules if util.find_spec(m) is not None), None)
+    if name is None:
+        raise BackendUnavailableError(f"{product.title} is not installed; {product.install}")
+    try:
+        module = import_module(name)
+    except Exception as error:  # a missing library, or a package that is not what its name says
+        raise BackendUnavailableError(
+            f"{product.title} is installed but cannot be imported ({error}); {product.install}"
+        ) from error
+    version = str(getattr(module, "__version__", "of no version"))
+    if version.partition(".")[0] not in map(str, product.majors):
+        known = " and ".join(map(str, product.majors))
+        raise BackendUnavailableError(
+            f"{product.title} {version} is installed, and latentrt drives major version {known}; {product.install}"
+        )
+    return module
+
+
+def architectures(trt: Any) -> tuple[int, ...]:
+    """Compute capabilities, such as 89, that TensorRT for RTX builds for; none for TensorRT, which takes the GPU's."""
+    names = getattr(getattr(trt, "ComputeCapability", None), "__members__", ())
+    return tuple(sorted(int(n.removeprefix("SM")) for n in names if n.startswith("SM")))
+
+
+def make_log(trt: Any) -> Any:
+    """A logger for the product's calls, with what went wrong since `clear()` in `errors`."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self.errors.append(" ".join(message.split()))
+            else:
+                _log.debug("%s", message)
+
+        def clear(self) -> None:
+            self.errors.clear()
+
+        def why(self) -> str:
+            """The errors in one line, each once."""
+            # Without a driver every object complains of that as it is made, and works all the same.
+            telling = [e for e in self.errors if "cudaError 35" not in e] or self.errors
+            return "; ".join(dict.fromkeys(telling)) or "it does not say why"
+
+    return Log()
