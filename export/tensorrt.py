@@ -6,8 +6,6 @@ imports torch or onnx.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from typing import Any
 
 from ..errors import BuildError
 from ..runtime.engines import trt as products
+from .memory import peak_bytes
 
 __all__ = ["EngineRequest", "build_engine"]
 
@@ -81,16 +80,13 @@ def build_engine(request: EngineRequest, on_phase: Callable[[str], None]) -> dic
     with open(request.plan, "wb") as file:
         file.write(memoryview(plan))
     del parser  # the network lives in it
-    unit = 1 if sys.platform == "darwin" else 1024
     return {
         "parse_seconds": round(parsed - begun, 3),
         "build_seconds": round(built - parsed, 3),
         "layers": network.num_layers,
-        "plugin_layers": sum(
-            "PLUGIN" in network.get_layer(k).type.name for k in range(network.num_layers)
-        ),
+        "plugin_layers": sum("PLUGIN" in network.get_layer(k).type.name for k in range(network.num_layers)),
         "engine_bytes": plan.nbytes,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "peak_memory_bytes": peak_bytes(),
     }
 
 

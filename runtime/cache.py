@@ -148,6 +148,7 @@ class Store:
         partial.mkdir()
         try:
             figures = dict(build(partial))
+            paths = [path for path in sorted(partial.rglob("*")) if path.is_file()]
             manifest = {
                 "format": _FORMAT,
                 "key": key,
@@ -159,12 +160,12 @@ class Store:
                         "size": path.stat().st_size,
                         "sha256": _sha256(path),
                     }
-                    for path in sorted(partial.rglob("*"))
-                    if path.is_file()
+                    for path in paths
                 },
             }
             (partial / MANIFEST).write_text(_signed(manifest), encoding="utf-8")
-            _write_verified(partial, {name: _identity(partial / name) for name in _large(manifest["files"])})
+            large = [path for path in paths if path.stat().st_size >= _REMEMBER_FROM]
+            _write_verified(partial, {p.relative_to(partial).as_posix(): _identity(p) for p in large})
             if entry.exists():
                 self.discard(entry)
             partial.rename(entry)
@@ -261,10 +262,6 @@ def damage_of(entry: Path, *, trust: bool = True) -> str | None:
 def _signed(manifest: Mapping[str, Any]) -> str:
     """The text of a manifest, with the digest of the rest of it at its end."""
     return json.dumps({**manifest, "sha256": digest_of(manifest)}, indent=2) + "\n"
-
-
-def _large(files: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return [name for name, file in files.items() if file["size"] >= _REMEMBER_FROM]
 
 
 def _identity(path: Path) -> list[int]:

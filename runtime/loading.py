@@ -23,7 +23,7 @@ from .text_encoder import TextEncoder
 from .vae import VAE
 from .weights import Checkpoint
 
-__all__ = ["load_expert", "load_text_encoder", "load_vae", "unet_component"]
+__all__ = ["load_components", "load_expert", "load_text_encoder", "load_vae", "unet_component"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class _Weights:
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
         example_sizes: Mapping[str, int],
+        native_size: int = 512,
+        latent_scale: int = 8,
     ) -> Component:
         return Component(
             name=name,
@@ -63,7 +65,25 @@ class _Weights:
             outputs=outputs,
             fingerprint=self.fingerprint(name, dtype),
             example_sizes=example_sizes,
+            native_size=native_size,
+            latent_scale=latent_scale,
         )
+
+
+def load_components(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Component]:
+    """Every component of a checkpoint by name, ready to be exported; no weights are read yet.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or its parts do not fit each other.
+    """
+    loader = EngineLoader("eager", torch.device("cpu"), dtype, None)
+    expert = load_expert(checkpoint, loader)
+    encoders = [e for e in (expert.text_encoder, expert.text_encoder_2) if e is not None]
+    engines = [*(e.engine for e in encoders), expert.unet]
+    if checkpoint.has("vae"):
+        vae = load_vae(checkpoint, loader)
+        engines += [vae.decoder, vae.encoder]
+    return {engine.component.name: engine.component for engine in engines}
 
 
 def load_expert(
@@ -191,12 +211,15 @@ def unet_component(
     if config.time_cond_proj_dim is not None:
         inputs.append(TensorSpec("timestep_cond", ("batch", config.time_cond_proj_dim), dtype))
     side = 2 ** len(config.block_out_channels)  # the coarsest level is two pixels high
+    scale = VAEConfig.from_dict(checkpoint.config("vae")).scale if checkpoint.has("vae") else 8
     return _Weights(checkpoint, "unet", checkpoint.config("unet"), lambda: UNet(config)).component(
         "unet",
         dtype,
         inputs=tuple(inputs),
         outputs=(TensorSpec("prediction", ("batch", config.out_channels, "height", "width"), dtype),),
         example_sizes={"batch": 2, "height": side, "width": side + 2},
+        native_size=scale * max(config.sample_size or (64, 64)),
+        latent_scale=scale,
     )
 
 
@@ -206,6 +229,7 @@ def load_vae(checkpoint: Checkpoint, loader: EngineLoader) -> VAE:
     config = VAEConfig.from_dict(raw)
     dtype = torch.float32 if config.force_upcast and loader.dtype == torch.float16 else loader.dtype
     scale = config.scale
+    sizes = {"native_size": max(config.sample_size or (512, 512)), "latent_scale": scale}
 
     def half(name: str, make: Callable[[], nn.Module]) -> _Weights:
         wanted = ("decoder.", "post_quant_conv.") if name == "vae_decoder" else ("encoder.", "quant_conv.")
@@ -222,6 +246,7 @@ def load_vae(checkpoint: Checkpoint, loader: EngineLoader) -> VAE:
         inputs=(latents,),
         outputs=(TensorSpec("image", ("batch", 3, "image_height", "image_width"), dtype),),
         example_sizes={"batch": 2, "height": 8, "width": 10},
+        **sizes,
     )
     encoder = half("vae_encoder", lambda: VAEEncoder(config)).component(
         "vae_encoder",
@@ -229,6 +254,7 @@ def load_vae(checkpoint: Checkpoint, loader: EngineLoader) -> VAE:
         inputs=(TensorSpec("image", ("batch", 3, "image_height", "image_width"), dtype),),
         outputs=(TensorSpec("moments", ("batch", 2 * config.latent_channels, "height", "width"), dtype),),
         example_sizes={"batch": 2, "image_height": 8 * scale, "image_width": 10 * scale},
+        **sizes,
     )
     return VAE(
         decoder=loader.engine(decoder),

@@ -1,7 +1,7 @@
-"""Where the runtime asks for an export: the ONNX model of a component, from the cache or made now.
+"""Where the runtime asks for an export or an engine: from the cache, or made now.
 
-The only module of the runtime that imports `export`, and only when the cache lacks the model: reading a
-cached model needs neither torch.onnx nor onnxscript.
+The only module of the runtime that imports `export`, and only when the cache lacks something: reading what it
+has needs neither torch.onnx nor onnxscript, nor TensorRT's builder.
 """
 
 from __future__ import annotations
@@ -9,16 +9,30 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from ..errors import BackendError
 from .cache import Store, cache_root, digest_of
+from .engine_store import (
+    PLAN_FILE,
+    EngineTarget,
+    StoredEngine,
+    describe_engine,
+    find_engine,
+    last_seconds,
+    stored_engine,
+)
 from .engines.base import Component, TensorSpec
+from .engines.sizes import Profile, SizePolicy, profiles_for
 
-__all__ = ["exporter_digest", "onnx_model"]
+__all__ = ["Rebuild", "engine", "exporter_digest", "onnx_model"]
+
+Rebuild = Literal["auto", "never", "always"]
+"""Whether an engine that is absent, damaged or stale is built, or one that is whole built anew."""
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +44,10 @@ _ONE_AT_A_TIME = threading.Lock()
 _PACKAGE = Path(__file__).resolve().parents[1]
 # What an exported graph is made of: a change in any of these sources is another graph.
 _SOURCES = ("kernels", "runtime/models", "export")
-_DISTRIBUTIONS = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
+# What makes engines of exported graphs: no part of the graphs.
+_BUILDER = ("export/tensorrt.py", "export/build_process.py", "export/memory.py")
+_MAKERS = ("torch", "onnx", "onnxscript")
+_CHECKERS = ("onnxruntime", "onnxruntime-gpu")
 
 
 def onnx_model(component: Component, *, cache_dir: Path | None) -> Path:
@@ -43,16 +60,7 @@ def onnx_model(component: Component, *, cache_dir: Path | None) -> Path:
         ExportError: the component could not be exported, or the export computes something else.
         CacheError: the cache cannot be written.
     """
-    description = {
-        "name": component.name,
-        "kind": "onnx",
-        "fingerprint": component.fingerprint,
-        "dtype": str(component.dtype).removeprefix("torch."),
-        "inputs": [_interface(spec) for spec in component.inputs],
-        "outputs": [_interface(spec) for spec in component.outputs],
-        "exporter": exporter_digest(),
-        "versions": _versions(),
-    }
+    description = _describe_model(component, (*_MAKERS, *_CHECKERS))
 
     def build(directory: Path) -> Mapping[str, Any]:
         from ..export import export_checked
@@ -65,27 +73,115 @@ def onnx_model(component: Component, *, cache_dir: Path | None) -> Path:
     return store.get_or_build(digest_of(description), description, build) / MODEL_FILE
 
 
+def engine(
+    component: Component,
+    target: EngineTarget,
+    sizes: SizePolicy | None = None,
+    *,
+    cache_dir: Path | None,
+    rebuild: Rebuild = "auto",
+) -> StoredEngine:
+    """The component's TensorRT engine, from the cache or built now; its ONNX model is exported first where absent.
+
+    Args:
+        target: product, architectures and options.
+        sizes: what it takes. Without them the newest engine that runs here is taken, whatever it takes, and one for
+            sizes around the model's own is built where there is none.
+        rebuild: "auto" builds what is absent, damaged or stale; "never" names it and raises; "always" builds.
+
+    Raises:
+        BackendError: there is none, and `rebuild` is "never"; or the product is not there.
+        ExportError, BuildError: the component cannot be exported or built.
+        CacheError: the cache cannot be written, or holds a damaged one and `rebuild` is "never".
+    """
+    store = Store(cache_root(cache_dir))
+    wanted = describe_engine(
+        component,
+        target,
+        onnx=digest_of(_describe_model(component, _MAKERS)),
+        builder=_digest_of_files([_PACKAGE / file for file in _BUILDER]),
+    )
+    title = f"{component.name} in {wanted['dtype']}"
+    found = find_engine(store, wanted, title) if sizes is None else None
+    if found is None:
+        profiles = profiles_for(component, sizes or SizePolicy.around(component))
+        description = {**wanted, "profiles": [profile.to_json() for profile in profiles]}
+    else:
+        description = dict(found.description)
+        profiles = tuple(map(Profile.from_json, description["profiles"]))
+    key = digest_of(description)
+    if rebuild == "never":
+        folder = store.get(key)
+        if folder is None:
+            raise BackendError(
+                f"the cache {store.root} has no {target.product} engine of {title} that runs here; `latentrt build` "
+                "makes one"
+            )
+        return stored_engine(folder)
+
+    def build(directory: Path) -> Mapping[str, Any]:
+        from ..export.build_process import build_in_child
+        from ..export.tensorrt import EngineRequest
+
+        model = onnx_model(component, cache_dir=cache_dir)
+        seconds = last_seconds(store, wanted)
+        last = "" if seconds is None else f"; last time it took {seconds:.0f} s"
+        _log.info("building the %s engine of %s%s", target.product, title, last)
+        request = EngineRequest(
+            component=component.name,
+            product=target.product,
+            model=str(model),
+            plan=str(directory / PLAN_FILE),
+            profiles=tuple({spec.name: p.shapes(spec) for spec in component.inputs} for p in profiles),
+            archs=tuple(description["archs"]),
+            weight_streaming=description["weight_streaming"],
+            hardware_compatibility=description["hardware_compatibility"],
+            timing_cache=str(store.root / "timings" / f"{digest_of({'of': wanted['version']})[:12]}.cache"),
+        )
+        return build_in_child(request, expected_seconds=seconds)
+
+    return stored_engine(store.get_or_build(key, description, build, again=rebuild == "always"))
+
+
 @cache
 def exporter_digest() -> str:
     """SHA-256, in hex, over the sources that decide what an export contains."""
+    files = [path for folder in _SOURCES for path in sorted((_PACKAGE / folder).rglob("*.py"))]
+    return _digest_of_files([path for path in files if not path.as_posix().endswith(_BUILDER)])
+
+
+def _digest_of_files(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for folder in _SOURCES:
-        for path in sorted((_PACKAGE / folder).rglob("*.py")):
-            digest.update(f"{path.relative_to(_PACKAGE).as_posix()}\0".encode())
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for path in files:
+        digest.update(f"{path.relative_to(_PACKAGE).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def _describe_model(component: Component, distributions: Iterable[str]) -> dict[str, Any]:
+    """What decides what an exported model is."""
+    return {
+        "name": component.name,
+        "kind": "onnx",
+        "fingerprint": component.fingerprint,
+        "dtype": str(component.dtype).removeprefix("torch."),
+        "inputs": [_interface(spec) for spec in component.inputs],
+        "outputs": [_interface(spec) for spec in component.outputs],
+        "exporter": exporter_digest(),
+        "versions": _versions(distributions),
+    }
 
 
 def _interface(spec: TensorSpec) -> str:
     return f"{spec.name}: {spec.dtype} {list(spec.dims)}"
 
 
-def _versions() -> dict[str, str]:
-    """Versions of what an export is made and checked with, as far as it is installed."""
+def _versions(distributions: Iterable[str]) -> dict[str, str]:
+    """Versions of those that are installed, without the suffix of a build for one CUDA or for none."""
     versions = {}
-    for name in _DISTRIBUTIONS:
+    for name in distributions:
         try:
-            versions[name] = metadata.version(name)
+            versions[name] = metadata.version(name).partition("+")[0]
         except metadata.PackageNotFoundError:
             continue
     return versions

@@ -7,6 +7,7 @@ used. Nothing here imports torch: the process that builds engines needs its memo
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +16,7 @@ from typing import Any
 
 from ...errors import BackendUnavailableError, UnknownBackendError
 
-__all__ = ["PRODUCTS", "Product", "architectures", "load", "make_log", "product"]
+__all__ = ["PRODUCTS", "Product", "architectures", "driver_class", "load", "make_log", "product"]
 
 _log = logging.getLogger(__name__)
 
@@ -98,6 +99,25 @@ def architectures(trt: Any) -> tuple[int, ...]:
     """Compute capabilities, such as 89, that TensorRT for RTX builds for; none for TensorRT, which takes the GPU's."""
     names = getattr(getattr(trt, "ComputeCapability", None), "__members__", ())
     return tuple(sorted(int(n.removeprefix("SM")) for n in names if n.startswith("SM")))
+
+
+def driver_class(product: Product) -> str:
+    """What an engine of this product asks of the driver: the CUDA major it was tuned under, or "any".
+
+    Raises:
+        BackendUnavailableError: there is no driver, and the product needs one.
+    """
+    if not product.needs_gpu:
+        return "any"
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError as error:
+        raise BackendUnavailableError(
+            f"{product.title} builds on the GPU it is for, and there is no NVIDIA driver ({error}); build with "
+            "tensorrt-rtx, which takes no GPU, or on the machine that will run it"
+        ) from error
+    return f"cuda-{version.value // 1000}"
 
 
 def make_log(trt: Any) -> Any:

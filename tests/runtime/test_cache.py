@@ -158,7 +158,9 @@ def test_get_reads_and_never_builds(store: Store) -> None:
     entry = store.get_or_build(KEY, DESCRIPTION, writes())
     assert store.get(KEY) == entry
     change_a_byte(entry)
-    with pytest.raises(CacheError, match=r"is damaged \(more/model.onnx.data has another SHA-256.*build it again"):
+    with pytest.raises(
+        CacheError, match=r"is damaged \(more/model.onnx.data has another SHA-256.*build it again"
+    ):
         store.get(KEY)
 
 

@@ -1,0 +1,133 @@
+"""What the store holds, seen as a whole: listed, verified, pruned."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError
+from .cache import MANIFEST, Store, damage_of, explained
+
+__all__ = ["Entry", "Pruned", "contents", "parse_bytes", "prune", "verify"]
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry, as its manifest has it; nothing is verified.
+
+    Attributes:
+        key: its digest.
+        description: what it was made of; empty where the manifest cannot be read.
+        figures: what its build measured.
+        created, used: when it was written and last asked for, in UTC to the second; empty where unknown.
+        bytes: on the disk, all of it.
+    """
+
+    key: str
+    description: Mapping[str, Any]
+    figures: Mapping[str, Any]
+    created: str
+    used: str
+    bytes: int
+
+    @property
+    def name(self) -> str:
+        return str(self.description.get("name", "unknown"))
+
+    @property
+    def kind(self) -> str:
+        return str(self.description.get("kind", "unknown"))
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was removed, and bytes of what is left."""
+
+    removed: tuple[Entry, ...]
+    bytes: int
+
+
+def contents(store: Store) -> list[Entry]:
+    """Every entry, the last used first.
+
+    Raises:
+        CacheError: the cache cannot be read.
+    """
+    with explained(store.root):
+        folders = list(store.entries.iterdir()) if store.entries.exists() else []
+        entries = [entry for folder in folders if (entry := _entry(folder)) is not None]
+    return sorted(entries, key=lambda entry: (entry.used, entry.key), reverse=True)
+
+
+def verify(store: Store) -> dict[str, str]:
+    """Read every file of every entry -> what is wrong, by key; empty where all is as it was written.
+
+    Raises:
+        CacheError: the cache cannot be read.
+    """
+    with explained(store.root):
+        found = {entry.key: damage_of(store.entries / entry.key, trust=False) for entry in contents(store)}
+    return {key: damage for key, damage in found.items() if damage is not None}
+
+
+def prune(store: Store, max_bytes: int) -> Pruned:
+    """Remove leftovers, damaged entries, then those used longest ago until `max_bytes` are kept.
+
+    Entries that another process is writing stay.
+
+    Raises:
+        CacheError: the cache cannot be written.
+    """
+    with explained(store.root):
+        store.sweep()
+        entries = contents(store)
+        kept = sum(entry.bytes for entry in entries)
+        removed = []
+        damaged = {entry.key for entry in entries if damage_of(store.entries / entry.key) is not None}
+        for entry in sorted(entries, key=lambda entry: (entry.key not in damaged, entry.used)):
+            if (entry.key in damaged or kept > max_bytes) and store.remove(entry.key):
+                removed.append(entry)
+                kept -= entry.bytes
+    return Pruned(tuple(removed), kept)
+
+
+def parse_bytes(text: str) -> int:
+    """`20GB`, `500M` or `1e9` -> bytes; units of a thousand.
+
+    Raises:
+        RequestError: it is no such thing.
+    """
+    found = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    try:
+        return int(float(found[1]) * _UNITS[found[2].upper()]) if found else int(text)
+    except ValueError as error:
+        raise RequestError(f"{text!r} is no amount of memory; write such as 20GB or 500MB") from error
+
+
+def _entry(folder: Path) -> Entry | None:
+    """None for one that was removed while it was read."""
+    try:
+        stat = (folder / MANIFEST).stat()
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        description, figures = dict(manifest["description"]), dict(manifest["figures"])
+        created = str(manifest["created"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return Entry(folder.name, {}, {}, "", "", _bytes(folder)) if folder.exists() else None
+    used = datetime.fromtimestamp(stat.st_mtime, UTC).isoformat(timespec="seconds")
+    return Entry(folder.name, description, figures, created, used, _bytes(folder))
+
+
+def _bytes(folder: Path) -> int:
+    total = 0
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # it is being removed
+            total += file.stat().st_size if file.is_file() else 0
+    return total

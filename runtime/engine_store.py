@@ -1,0 +1,165 @@
+"""Engines in the store: what decides their contents, which of them runs a component here, why others do not."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError
+from .cache import MANIFEST, Store
+from .cache_contents import Entry, contents
+from .engines import trt
+from .engines.base import Component
+from .engines.sizes import Profile
+
+__all__ = [
+    "PLAN_FILE",
+    "EngineTarget",
+    "StoredEngine",
+    "describe_engine",
+    "find_engine",
+    "last_seconds",
+    "stored_engine",
+]
+
+_log = logging.getLogger(__name__)
+
+PLAN_FILE = "model.plan"
+
+
+@dataclass(frozen=True)
+class EngineTarget:
+    """What an engine is for, apart from component and sizes.
+
+    Attributes:
+        product: "tensorrt" or "tensorrt-rtx".
+        archs: compute capabilities such as 89; several for TensorRT for RTX only.
+        weight_streaming: weights may stay in host memory at run time; such an engine of TensorRT for RTX cannot be
+            captured in a CUDA graph.
+        hardware_compatibility: "none", "same-capability" or "ampere-plus".
+        plugins: version of each operator of latentrt that is taken by a plugin.
+    """
+
+    product: str
+    archs: tuple[int, ...]
+    weight_streaming: bool = False
+    hardware_compatibility: str = "none"
+    plugins: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        product = trt.product(self.product)
+        if product.needs_gpu:
+            if len(self.archs) != 1:
+                raise RequestError(
+                    f"{product.title} builds for one GPU, its own; leave --arch out, or build with tensorrt-rtx"
+                )
+            return
+        known = trt.architectures(trt.load(product))
+        unknown = [f"sm_{arch}" for arch in self.archs if arch not in known]
+        if unknown or not self.archs:
+            raise RequestError(
+                f"{product.title} has no engines for {', '.join(unknown) or 'no architecture'}; it has them for "
+                f"{', '.join(f'sm_{arch}' for arch in known)}. Others take --engine tensorrt, on such a GPU"
+            )
+
+
+@dataclass(frozen=True)
+class StoredEngine:
+    """An engine that is whole.
+
+    Attributes:
+        key: of its entry.
+        plan: the file.
+        profiles: what it takes, in the engine's order.
+        figures: what its build measured.
+    """
+
+    key: str
+    plan: Path
+    profiles: tuple[Profile, ...]
+    figures: Mapping[str, Any]
+
+
+def describe_engine(component: Component, target: EngineTarget, *, onnx: str, builder: str) -> dict[str, Any]:
+    """What decides what an engine is, but for its sizes.
+
+    Args:
+        onnx: digest of what decides the ONNX model.
+        builder: digest of the code that builds.
+    """
+    product = trt.product(target.product)
+    return {
+        "name": component.name,
+        "kind": "engine",
+        "fingerprint": component.fingerprint,
+        "dtype": str(component.dtype).removeprefix("torch."),
+        **asdict(target),
+        "archs": list(target.archs),
+        "version": str(trt.load(product).__version__),
+        "driver": trt.driver_class(product),
+        "onnx": onnx,
+        "builder": builder,
+    }
+
+
+def find_engine(store: Store, wanted: Mapping[str, Any], title: str) -> Entry | None:
+    """The newest engine of this component that runs here, whatever its sizes.
+
+    Others of the same component and product are named, with the reason why not, in a warning.
+    """
+    of_component = [entry for entry in contents(store) if _same(entry.description, wanted)]
+    fitting = [entry for entry in of_component if not mismatches(entry.description, wanted)]
+    if not fitting:
+        for entry in of_component:
+            why = "; ".join(mismatches(entry.description, wanted))
+            _log.warning(
+                "not the engine %s of %s, built on %s: %s", entry.key[:12], title, entry.created, why
+            )
+    return max(fitting, key=lambda entry: entry.created, default=None)
+
+
+def mismatches(have: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Why an engine does not run here, or is not what would be built today; empty where it does and is."""
+    found = []
+    archs, here = have.get("archs", []), wanted["archs"]
+    anywhere = have.get("hardware_compatibility") == "ampere-plus" and min(here) >= 80
+    if have.get("version") != wanted["version"]:
+        found.append(f"it was built by version {have.get('version')}, this is {wanted['version']}")
+    if have.get("driver") != wanted["driver"]:
+        found.append(f"it was built under the driver {have.get('driver')}, this is {wanted['driver']}")
+    if not set(here) <= set(archs) and not anywhere:
+        found.append(f"it was built for {_names(archs)}, wanted is {_names(here)}")
+    if have.get("plugins") != wanted["plugins"]:
+        found.append(f"it was built with the plugins {have.get('plugins')}, wanted are {wanted['plugins']}")
+    if have.get("onnx") != wanted["onnx"]:
+        found.append("it is stale: exported by other versions of latentrt, PyTorch or onnxscript")
+    elif have.get("builder") != wanted["builder"]:
+        found.append("it is stale: built by other code of latentrt")
+    return found
+
+
+def last_seconds(store: Store, wanted: Mapping[str, Any]) -> float | None:
+    """What building this component took last time, whatever the sizes; None if it is not known."""
+    timed = [e for e in contents(store) if _same(e.description, wanted) and "seconds" in e.figures]
+    newest = max(timed, key=lambda entry: entry.created, default=None)
+    return None if newest is None else float(newest.figures["seconds"])
+
+
+def stored_engine(folder: Path) -> StoredEngine:
+    """The engine in an entry's folder, once that was verified."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    profiles = tuple(Profile.from_json(axes) for axes in manifest["description"]["profiles"])
+    return StoredEngine(folder.name, folder / PLAN_FILE, profiles, manifest["figures"])
+
+
+def _same(have: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    fields = ("kind", "name", "product", "fingerprint")
+    return all(have.get(name) == wanted[name] for name in fields)
+
+
+def _names(archs: Sequence[int]) -> str:
+    return ", ".join(f"sm_{arch}" for arch in archs)
