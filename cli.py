@@ -1,4 +1,4 @@
-"""The command line: `latentrt generate`, `backends`, `info`, `kernels`.
+"""The command line: `latentrt generate`, `build`, `cache`, `backends`, `info`, `kernels`.
 
 Each command imports what it needs when it runs, so that `latentrt --help` answers at once.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .errors import LatentRTError, RequestError
+from .errors import CacheError, LatentRTError, RequestError
 
 __all__ = ["main"]
 
@@ -37,6 +37,11 @@ def _arch(text: str) -> int:
     if not digits.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not an architecture; write sm_90 or the like")
     return int(digits)
+
+
+def _archs(text: str) -> tuple[int, ...]:
+    """`sm_89,sm_120` -> (89, 120)."""
+    return tuple(sorted({_arch(part.strip()) for part in text.split(",")}))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,6 +102,47 @@ def _parser() -> argparse.ArgumentParser:
     i.add_argument("file", metavar="FILE.png")
     i.add_argument("--json", action="store_true")
     i.set_defaults(run=_info)
+
+    e = commands.add_parser(
+        "build",
+        help="compile a model's components to TensorRT engines",
+        description="Exports each component where that was not done yet and compiles it. tensorrt-rtx builds for named "
+        "architectures without a GPU; tensorrt builds for the GPU it runs on. Engines that are in the cache already "
+        "are found, not built.",
+    )
+    e.add_argument("model", metavar="MODEL", help="as for `latentrt generate --model`")
+    e.add_argument("--engine", choices=("tensorrt", "tensorrt-rtx"), required=True)
+    e.add_argument("--arch", type=_archs, metavar="sm_NN,...", help="default: this machine's GPU")
+    e.add_argument(
+        "--sizes",
+        action="append",
+        default=[],
+        metavar="SIZES",
+        help="WxH, or such as '512..1280 step 64'; may be repeated (default: half to 5/4 of the model's own)",
+    )
+    e.add_argument("--batch", default="1..4", metavar="N..M", help="images at once (default 1..4)")
+    e.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
+    e.add_argument("--variant", help="weights variant, such as fp16")
+    e.add_argument(
+        "--component", action="append", default=[], metavar="NAME", help="only this one; may be repeated"
+    )
+    e.add_argument("--weight-streaming", action="store_true", help="weights may stay in host memory")
+    e.add_argument(
+        "--hardware-compatibility", choices=("none", "same-capability", "ampere-plus"), default="none"
+    )
+    e.add_argument("--rebuild", action="store_true", help="build anew what is in the cache")
+    e.add_argument("--json", action="store_true", help="print what was built as JSON")
+    e.set_defaults(run=_build)
+
+    c = commands.add_parser("cache", help="what is kept of exports and engines")
+    c.add_argument("action", choices=("list", "verify", "prune"))
+    c.add_argument(
+        "--max-size",
+        metavar="SIZE",
+        help="prune: keep this much, such as 20GB, of what was used last (default: remove only what is damaged)",
+    )
+    c.add_argument("--json", action="store_true")
+    c.set_defaults(run=_cache)
 
     k = commands.add_parser(
         "kernels",
@@ -210,6 +256,71 @@ def _info(args: argparse.Namespace) -> None:
     width = max(len(key) for key in record)
     for key, value in record.items():
         _write(f"{_visible(key):<{width}}  {_visible(str(value))}")
+
+
+def _build(args: argparse.Namespace) -> None:
+    import torch
+
+    from .export.engines import build_engines, local_archs
+    from .runtime.engine_store import EngineTarget
+
+    target = EngineTarget(
+        args.engine,
+        args.arch or local_archs(args.engine),
+        weight_streaming=args.weight_streaming,
+        hardware_compatibility=args.hardware_compatibility,
+    )
+    rows = build_engines(
+        args.model,
+        target,
+        dtype=getattr(torch, args.dtype),
+        sizes=args.sizes,
+        batch=args.batch,
+        components=args.component,
+        variant=args.variant,
+        rebuild="always" if args.rebuild else "auto",
+    )
+    if args.json:
+        _write(json.dumps([row.to_json() for row in rows], indent=2))
+        return
+    for row in rows:
+        how = "built" if row.engine.built else "found"
+        size = row.engine.figures["engine_bytes"] / 1e6
+        _write(
+            f"{row.component:<16}{row.dtype:<9} {how} in {row.seconds:.1f} s, {size:,.0f} MB  {row.engine.key[:12]}"
+        )
+        for profile in row.engine.profiles:
+            _write(f"{'':16}{profile}")
+
+
+def _cache(args: argparse.Namespace) -> None:
+    from .runtime.cache import Store, cache_root
+    from .runtime.cache_contents import contents, parse_bytes, prune, verify
+
+    if args.max_size is not None and args.action != "prune":
+        raise RequestError(f"--max-size is for `latentrt cache prune`, not for {args.action}")
+    store = Store(cache_root())
+    entries = contents(store)
+    damage = verify(store) if args.action == "verify" else {}
+    kept, last = entries, f"{len(entries)} entries"
+    if args.action == "prune":
+        removed = prune(store, None if args.max_size is None else parse_bytes(args.max_size))
+        kept, entries = [entry for entry in entries if entry not in removed], removed
+        last = f"removed {len(removed)}, kept {len(kept)} entries"
+    if args.json:
+        _write(json.dumps([{**asdict(e), "damage": damage.get(e.key)} for e in entries], indent=2))
+    else:
+        for entry in entries:
+            state = f"  DAMAGED: {damage[entry.key]}" if entry.key in damage else ""
+            _write(
+                f"{entry.bytes / 1e6:>9,.1f} MB  {entry.used:<25}  {entry.key[:12]}  {entry.summary}{state}"
+            )
+        _write(f"{sum(entry.bytes for entry in kept) / 1e6:>9,.1f} MB  {last} in {store.root}")
+    if damage:
+        raise CacheError(
+            f"{len(damage)} of {len(entries)} entries are damaged; they are built again when they are next needed, "
+            "and `latentrt cache prune` removes them"
+        )
 
 
 def _visible(text: str) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 
 from ..errors import RequestError
 from .cache import MANIFEST, Store, damage_of, explained
+from .engines.sizes import Profile
 
-__all__ = ["Entry", "Pruned", "contents", "parse_bytes", "prune", "verify"]
+__all__ = ["Entry", "contents", "parse_bytes", "prune", "verify"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -39,20 +40,15 @@ class Entry:
     bytes: int
 
     @property
-    def name(self) -> str:
-        return str(self.description.get("name", "unknown"))
-
-    @property
-    def kind(self) -> str:
-        return str(self.description.get("kind", "unknown"))
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """What was removed, and bytes of what is left."""
-
-    removed: tuple[Entry, ...]
-    bytes: int
+    def summary(self) -> str:
+        """What it is, in a line."""
+        d = self.description
+        parts = [d.get("kind", "unknown"), d.get("name", ""), d.get("dtype", "")]
+        if d.get("kind") == "engine":
+            archs = ",".join(f"sm_{arch}" for arch in d["archs"])
+            sizes = "; ".join(str(Profile.from_json(axes)) for axes in d["profiles"])
+            parts += [f"{d['product']} {d['version']}", archs, f"({sizes})"]
+        return " ".join(filter(None, parts))
 
 
 def contents(store: Store) -> list[Entry]:
@@ -78,10 +74,13 @@ def verify(store: Store) -> dict[str, str]:
     return {key: damage for key, damage in found.items() if damage is not None}
 
 
-def prune(store: Store, max_bytes: int) -> Pruned:
-    """Remove leftovers, damaged entries, then those used longest ago until `max_bytes` are kept.
+def prune(store: Store, max_bytes: int | None) -> list[Entry]:
+    """Remove leftovers, damaged entries, then those used longest ago until no more than `max_bytes` are left.
 
     Entries that another process is writing stay.
+
+    Returns:
+        What was removed, but for leftovers.
 
     Raises:
         CacheError: the cache cannot be written.
@@ -93,10 +92,11 @@ def prune(store: Store, max_bytes: int) -> Pruned:
         removed = []
         damaged = {entry.key for entry in entries if damage_of(store.entries / entry.key) is not None}
         for entry in sorted(entries, key=lambda entry: (entry.key not in damaged, entry.used)):
-            if (entry.key in damaged or kept > max_bytes) and store.remove(entry.key):
+            excess = max_bytes is not None and kept > max_bytes
+            if (excess or entry.key in damaged) and store.remove(entry.key):
                 removed.append(entry)
                 kept -= entry.bytes
-    return Pruned(tuple(removed), kept)
+    return removed
 
 
 def parse_bytes(text: str) -> int:

@@ -76,12 +76,14 @@ class StoredEngine:
         plan: the file.
         profiles: what it takes, in the engine's order.
         figures: what its build measured.
+        built: whether it was built just now.
     """
 
     key: str
     plan: Path
     profiles: tuple[Profile, ...]
     figures: Mapping[str, Any]
+    built: bool
 
 
 def describe_engine(component: Component, target: EngineTarget, *, onnx: str, builder: str) -> dict[str, Any]:
@@ -149,11 +151,11 @@ def last_seconds(store: Store, wanted: Mapping[str, Any]) -> float | None:
     return None if newest is None else float(newest.figures["seconds"])
 
 
-def stored_engine(folder: Path) -> StoredEngine:
+def stored_engine(folder: Path, *, built: bool) -> StoredEngine:
     """The engine in an entry's folder, once that was verified."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     profiles = tuple(Profile.from_json(axes) for axes in manifest["description"]["profiles"])
-    return StoredEngine(folder.name, folder / PLAN_FILE, profiles, manifest["figures"])
+    return StoredEngine(folder.name, folder / PLAN_FILE, profiles, manifest["figures"], built)
 
 
 def _same(have: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

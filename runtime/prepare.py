@@ -117,7 +117,9 @@ def engine(
                 f"the cache {store.root} has no {target.product} engine of {title} that runs here; `latentrt build` "
                 "makes one"
             )
-        return stored_engine(folder)
+        return stored_engine(folder, built=False)
+
+    requests = []
 
     def build(directory: Path) -> Mapping[str, Any]:
         from ..export.build_process import build_in_child
@@ -138,9 +140,11 @@ def engine(
             hardware_compatibility=description["hardware_compatibility"],
             timing_cache=str(store.root / "timings" / f"{digest_of({'of': wanted['version']})[:12]}.cache"),
         )
+        requests.append(request)
         return build_in_child(request, expected_seconds=seconds)
 
-    return stored_engine(store.get_or_build(key, description, build, again=rebuild == "always"))
+    folder = store.get_or_build(key, description, build, again=rebuild == "always")
+    return stored_engine(folder, built=bool(requests))
 
 
 @cache

@@ -1,0 +1,101 @@
+"""Engines of a whole checkpoint, component by component: what `latentrt build` does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import RequestError
+from ..runtime.engine_store import EngineTarget, StoredEngine
+from ..runtime.engines import trt
+from ..runtime.engines.sizes import SizePolicy, profiles_for
+from ..runtime.loading import load_components
+from ..runtime.prepare import Rebuild, engine
+from ..runtime.weights import open_checkpoint
+
+__all__ = ["Built", "build_engines", "local_archs"]
+
+
+@dataclass(frozen=True)
+class Built:
+    """One component's engine, and the seconds it took to have it: to export and build it, or to find it."""
+
+    component: str
+    dtype: str
+    engine: StoredEngine
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "component": self.component,
+            "dtype": self.dtype,
+            "built": self.engine.built,
+            "seconds": round(self.seconds, 3),
+            "profiles": [str(profile) for profile in self.engine.profiles],
+            "key": self.engine.key,
+            "file": str(self.engine.plan),
+            "figures": dict(self.engine.figures),
+        }
+
+
+def build_engines(
+    model: str,
+    target: EngineTarget,
+    *,
+    dtype: torch.dtype,
+    sizes: Sequence[str] = (),
+    batch: str = "1..4",
+    components: Sequence[str] = (),
+    variant: str | None = None,
+    rebuild: Rebuild = "auto",
+    cache_dir: Path | None = None,
+) -> Iterator[Built]:
+    """Build the engines of a checkpoint, one after the other, telling of each as it is there.
+
+    Args:
+        model: as `Pipeline.from_pretrained` takes it.
+        target: product, architectures, options.
+        sizes, batch: as `SizePolicy.parse` takes them; sizes around the model's own by default.
+        components: only these; all by default.
+        variant: of the weight files.
+
+    Raises:
+        RequestError: a size or component there is not.
+        CheckpointError, BackendError, ExportError, BuildError, CacheError: what each says.
+    """
+    asked = SizePolicy.parse(sizes or ("1024x1024",), batch)  # said before weights are looked for
+    checkpoint = open_checkpoint(model, variant=variant, cache_dir=cache_dir)
+    found = load_components(checkpoint, dtype)
+    unknown = [name for name in components if name not in found]
+    if unknown:
+        raise RequestError(f"{model} has no component {', '.join(unknown)}; it has {', '.join(found)}")
+    wanted = [found[name] for name in dict.fromkeys(components or found)]
+    policies = [asked if sizes else replace(SizePolicy.around(c), batch=asked.batch) for c in wanted]
+    for component, policy in zip(wanted, policies, strict=True):
+        profiles_for(component, policy)  # what is wrong with a size is said before minutes of work
+    for component, policy in zip(wanted, policies, strict=True):
+        begun = time.perf_counter()
+        made = engine(component, target, policy, cache_dir=cache_dir, rebuild=rebuild)
+        dtype_name = str(component.dtype).removeprefix("torch.")
+        yield Built(component.name, dtype_name, made, time.perf_counter() - begun)
+
+
+def local_archs(product: str) -> tuple[int, ...]:
+    """The architecture of this machine's GPU.
+
+    Raises:
+        RequestError: there is none.
+    """
+    if not torch.cuda.is_available():
+        known = ", ".join(f"sm_{arch}" for arch in trt.architectures(trt.load(trt.product("tensorrt-rtx"))))
+        raise RequestError(
+            f"there is no GPU here to build {product} engines for; tensorrt-rtx builds for others: --engine "
+            f"tensorrt-rtx --arch with one or several of {known}"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    return (10 * major + minor,)
