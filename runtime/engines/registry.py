@@ -32,10 +32,13 @@ _log = logging.getLogger(__name__)
 _BACKENDS = {
     "onnxruntime": (".onnxruntime", "OnnxRuntimeBackend"),
     "eager": (".eager", "EagerBackend"),
+    "tensorrt": (".tensorrt", "TensorRTBackend"),
+    "tensorrt-rtx": (".tensorrt", "TensorRTRTXBackend"),
 }
 
-# What `auto` tries, best first. On the CPU ONNX Runtime is faster and gives an image the same bits at any
-# batch size. Elsewhere PyTorch first: it needs no export, and the others have not been measured there.
+# What `auto` tries, best first. On the CPU ONNX Runtime is faster and gives an image the same bits at any batch
+# size. Elsewhere PyTorch first: it needs no export, and the others have not been measured there. TensorRT has
+# never been run: who wants it asks for it.
 _PREFERENCE = {"cpu": ("onnxruntime", "eager")}
 _PREFERENCE_ELSEWHERE = ("eager", "onnxruntime")
 

@@ -137,7 +137,8 @@ def test_a_closed_engine_says_so() -> None:
 
 def test_an_unknown_back_end_lists_those_there_are() -> None:
     with pytest.raises(
-        UnknownBackendError, match=r"no back end 'tensorflow'; there are onnxruntime, eager, and auto"
+        UnknownBackendError,
+        match=r"no back end 'tensorflow'; there are onnxruntime, eager, tensorrt, tensorrt-rtx, and auto",
     ):
         choose("tensorflow", CPU)
     assert {get_backend(name).name for name in backend_names()} == set(backend_names())

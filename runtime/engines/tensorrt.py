@@ -1,0 +1,265 @@
+"""TensorRT and TensorRT for RTX: compiled engines on torch's current stream. Never run yet: written without a GPU.
+
+For each size a call comes in there is a context over static buffers: shapes set, addresses bound, once. Inputs
+are copied in and outputs copied out, so a caller owns what it gets. All engines of a back end compute in one
+scratch buffer, one after the other in the order of their calls, whatever the streams.
+
+**In a CUDA graph.** A call may be captured once it has run at these sizes on the same stream. What it was
+captured over lives as long as the engine; a graph must be replayed on that stream too, or scratch is shared by
+two engines at once. Engines of TensorRT for RTX built with weight streaming cannot be captured.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from importlib import util
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ...errors import BackendError, BackendUnavailableError, RequestError
+from ..engine_store import EngineTarget, StoredEngine
+from ..prepare import Rebuild, engine
+from . import trt as products
+from .base import Availability, Component, Engine, arguments
+from .sizes import profile_index
+
+__all__ = ["Scratch", "TensorRTBackend", "TensorRTEngine", "TensorRTRTXBackend"]
+
+_CONTEXTS = (
+    8  # sizes an engine keeps ready; each costs its inputs and outputs and some of TensorRT's own memory
+)
+
+
+class Scratch:
+    """The memory that the engines of one device compute in, and whose turn it is.
+
+    Attributes:
+        lock: held while a call is put on its stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.lock = threading.RLock()
+        self._device = device
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
+        self._captured: list[Tensor] = []
+        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+
+    def begin(self, stream: torch.cuda.Stream, size: int) -> Tensor:
+        """At least `size` bytes, for work put on `stream` from now on."""
+        if torch.cuda.is_current_stream_capturing():
+            if self._buffer.numel() < size:
+                raise BackendError("an engine was captured before it had run; run it once at these sizes")
+            self._captured.append(self._buffer)  # a graph knows its address only
+            return self._buffer
+        if self._last is not None and self._last[0] != stream:
+            stream.wait_event(self._last[1])
+        if self._buffer.numel() < size:
+            # torch keeps the old one until the work that was put on this stream has used it.
+            self._buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+        return self._buffer
+
+    def end(self, stream: torch.cuda.Stream) -> None:
+        """What was put on `stream` since `begin` is all."""
+        if not torch.cuda.is_current_stream_capturing():
+            self._buffer.record_stream(stream)
+            self._last = (stream, stream.record_event())
+
+
+class _Context:
+    """An execution context for one set of sizes, its shapes set and its addresses bound."""
+
+    def __init__(
+        self, owner: TensorRTEngine, sizes: Mapping[str, int], profile: int, stream: torch.cuda.Stream
+    ) -> None:
+        component, device = owner.component, owner.device
+        self.captured = False
+        self._owner = owner
+        self._context = owner.new_context()
+        if not self._context.set_optimization_profile_async(profile, stream.cuda_stream):
+            raise owner.error(f"cannot take profile {profile}")
+        self.inputs = {
+            spec.name: torch.empty(spec.shape(sizes), dtype=spec.dtype, device=device)
+            for spec in component.inputs
+        }
+        for name, x in self.inputs.items():
+            self._bind(name, x)
+            if not self._context.set_input_shape(name, tuple(x.shape)):
+                raise owner.error(f"refuses {name} of shape {list(x.shape)}")
+        unknown = self._context.infer_shapes()
+        if unknown:
+            raise owner.error(f"cannot tell the shape of {', '.join(unknown)}")
+        self.outputs = {
+            spec.name: torch.empty(
+                tuple(self._context.get_tensor_shape(spec.name)), dtype=spec.dtype, device=device
+            )
+            for spec in component.outputs
+        }
+        for name, y in self.outputs.items():
+            self._bind(name, y)
+        self.scratch_bytes = int(self._context.update_device_memory_size_for_shapes())
+
+    def run(self, stream: torch.cuda.Stream, scratch: Tensor) -> None:
+        """Put one execution on the stream."""
+        self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
+        if not self._context.execute_async_v3(stream.cuda_stream):
+            raise self._owner.error("failed")
+
+    def _bind(self, name: str, tensor: Tensor) -> None:
+        if not self._context.set_tensor_address(name, tensor.data_ptr()):
+            raise self._owner.error(f"has no tensor {name}")
+
+
+class TensorRTEngine:
+    """One deserialised engine on one device."""
+
+    def __init__(
+        self,
+        component: Component,
+        stored: StoredEngine,
+        product: products.Product,
+        device: torch.device,
+        scratch: Scratch,
+    ) -> None:
+        self.component = component
+        self.device = device
+        self._product = product
+        self._profiles = stored.profiles
+        self._scratch = scratch
+        self._trt = products.load(product)
+        self._log = products.make_log(self._trt)
+        self._contexts: OrderedDict[tuple[tuple[str, int], ...], _Context] = OrderedDict()
+        self._runtime = self._trt.Runtime(self._log)
+        with open(stored.plan, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+            self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise self.error(f"cannot load {stored.plan}")
+        if self._engine.streamable_weights_size:  # built with weight streaming
+            self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self._engine is None:
+            raise BackendError(f"{self.component.name} was closed; load it again")
+        tensors = arguments(self.component, inputs)
+        sizes = {
+            name: size
+            for spec, x in zip(self.component.inputs, tensors, strict=True)
+            for name, size in zip(spec.dims, x.shape, strict=True)
+            if isinstance(name, str)
+        }
+        stream = torch.cuda.current_stream(self.device)
+        with torch.cuda.device(self.device), self._scratch.lock:
+            context = self._context(sizes, stream)
+            scratch = self._scratch.begin(stream, context.scratch_bytes)
+            for static, x in zip(context.inputs.values(), tensors, strict=True):
+                static.copy_(x, non_blocking=True)
+            context.run(stream, scratch)
+            outputs = {name: y.clone() for name, y in context.outputs.items()}
+            self._scratch.end(stream)
+        return outputs
+
+    def close(self) -> None:
+        with self._scratch.lock:
+            self._contexts.clear()
+            self._engine = None
+
+    def new_context(self) -> Any:
+        """An execution context without memory of its own."""
+        trt = self._trt
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._product.needs_gpu:
+            context = self._engine.create_execution_context(strategy)
+        else:
+            config = self._engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            # Kernels for the shapes at hand are compiled at once, not behind the back of a graph being captured.
+            specialisation = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = specialisation
+            context = self._engine.create_execution_context(config)
+        if context is None:
+            raise self.error("cannot make an execution context")
+        return context
+
+    def error(self, what: str) -> BackendError:
+        """With what TensorRT's log has to say."""
+        why, title = self._log.why(), f"{self._product.title} {self._trt.__version__}"
+        self._log.clear()
+        return BackendError(f"{title}, {self.component.name}: {what} ({why})")
+
+    def _context(self, sizes: Mapping[str, int], stream: torch.cuda.Stream) -> _Context:
+        key = tuple(sizes.items())
+        capturing = torch.cuda.is_current_stream_capturing()
+        if key not in self._contexts:
+            profile = profile_index(self.component, self._profiles, sizes)
+            if capturing:
+                raise BackendError(
+                    f"{self.component.name} was captured before it had run; run it once at these sizes"
+                )
+            self._contexts[key] = _Context(self, sizes, profile, stream)
+            idle = [k for k, context in self._contexts.items() if not context.captured]
+            if len(idle) > _CONTEXTS:
+                stream.synchronize()  # it may still be running
+                del self._contexts[idle[0]]
+        self._contexts.move_to_end(key)
+        context = self._contexts[key]
+        context.captured = context.captured or capturing
+        return context
+
+
+class TensorRTBackend:
+    """TensorRT. `LATENTRT_BUILD=never` makes a missing engine an error where it would be built."""
+
+    name = "tensorrt"
+
+    def __init__(self) -> None:
+        self._scratch: dict[torch.device, Scratch] = {}
+
+    def availability(self, device: torch.device, dtype: torch.dtype) -> Availability:
+        product = products.product(self.name)
+        found = any(util.find_spec(module) is not None for module in product.modules)
+        if device.type != "cuda" or not torch.cuda.is_available():
+            remedy = "use device 'cuda' on a machine with an NVIDIA GPU"
+            if found and not product.needs_gpu:
+                remedy += "; its engines can be built here, by `latentrt build`"
+            return Availability(False, f"{product.title} runs on NVIDIA GPUs only", remedy)
+        if not found:
+            return Availability(False, f"{product.title} is not installed", product.install)
+        try:
+            trt = products.load(product)
+            self._target(device)
+        except (BackendUnavailableError, RequestError) as error:
+            reason, _, remedy = str(error).partition("; ")
+            return Availability(False, reason, remedy)
+        return Availability(True, f"{product.title} {trt.__version__}")
+
+    def load(self, component: Component, *, device: torch.device, cache_dir: Path | None) -> Engine:
+        found = self.availability(device, component.dtype)
+        if not found.ok:
+            raise BackendUnavailableError(f"back end {self.name!r}: {found.reason}; {found.remedy}")
+        stored = engine(component, self._target(device), cache_dir=cache_dir, rebuild=_rebuild())
+        scratch = self._scratch.setdefault(device, Scratch(device))
+        with torch.cuda.device(device):
+            return TensorRTEngine(component, stored, products.product(self.name), device, scratch)
+
+    def _target(self, device: torch.device) -> EngineTarget:
+        major, minor = torch.cuda.get_device_capability(device)
+        return EngineTarget(self.name, (10 * major + minor,))
+
+
+class TensorRTRTXBackend(TensorRTBackend):
+    """TensorRT for RTX, the same in all but its name."""
+
+    name = "tensorrt-rtx"
+
+
+def _rebuild() -> Rebuild:
+    chosen = os.environ.get("LATENTRT_BUILD", "auto")
+    if chosen not in ("auto", "never"):
+        raise BackendError(f"LATENTRT_BUILD is {chosen!r}; it can be auto or never")
+    return cast(Rebuild, chosen)
