@@ -313,7 +313,7 @@ def _cache(args: argparse.Namespace) -> None:
         for entry in entries:
             state = f"  DAMAGED: {damage[entry.key]}" if entry.key in damage else ""
             _write(
-                f"{entry.bytes / 1e6:>9,.1f} MB  {entry.used:<25}  {entry.key[:12]}  {entry.summary}{state}"
+                f"{entry.bytes / 1e6:>9,.1f} MB  {entry.used[:19]:<19}  {entry.key[:12]}  {entry.summary}{state}"
             )
         _write(f"{sum(entry.bytes for entry in kept) / 1e6:>9,.1f} MB  {last} in {store.root}")
     if damage:

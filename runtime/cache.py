@@ -153,7 +153,7 @@ class Store:
                 "format": _FORMAT,
                 "key": key,
                 "description": dict(description),
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "figures": figures,
                 "files": {
                     path.relative_to(partial).as_posix(): {

@@ -28,7 +28,7 @@ class Entry:
         key: its digest.
         description: what it was made of; empty where the manifest cannot be read.
         figures: what its build measured.
-        created, used: when it was written and last asked for, in UTC to the second; empty where unknown.
+        created, used: when it was written and last asked for, in UTC; empty where unknown.
         bytes: on the disk, all of it.
     """
 
@@ -105,11 +105,10 @@ def parse_bytes(text: str) -> int:
     Raises:
         RequestError: it is no such thing.
     """
-    found = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    try:
-        return int(float(found[1]) * _UNITS[found[2].upper()]) if found else int(text)
-    except ValueError as error:
-        raise RequestError(f"{text!r} is no amount of memory; write such as 20GB or 500MB") from error
+    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise RequestError(f"{text!r} is no amount of memory; write such as 20GB or 500MB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def _entry(folder: Path) -> Entry | None:
@@ -121,7 +120,7 @@ def _entry(folder: Path) -> Entry | None:
         created = str(manifest["created"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return Entry(folder.name, {}, {}, "", "", _bytes(folder)) if folder.exists() else None
-    used = datetime.fromtimestamp(stat.st_mtime, UTC).isoformat(timespec="seconds")
+    used = datetime.fromtimestamp(stat.st_mtime, UTC).isoformat(timespec="milliseconds")
     return Entry(folder.name, description, figures, created, used, _bytes(folder))
 
 

@@ -1,0 +1,265 @@
+"""Which engine a component gets: found, built, or refused with the reason. No builder runs here."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_components as tiny
+import torch
+from latentrt.errors import BackendError, BackendUnavailableError, CacheError, RequestError
+from latentrt.export import build_process
+from latentrt.export.tensorrt import EngineRequest
+from latentrt.runtime import prepare
+from latentrt.runtime.engine_store import EngineTarget
+from latentrt.runtime.engines import trt
+from latentrt.runtime.engines.base import Component
+from latentrt.runtime.engines.sizes import SizePolicy
+from latentrt.runtime.prepare import engine
+
+RTX = EngineTarget("tensorrt-rtx", (89,))
+ONE = SizePolicy.parse(["64x64"], "1")
+MORE = SizePolicy.parse(["64..128 step 64"], "1..2")
+
+
+class Builder:
+    """In place of the export and of the process that builds: counts, and writes a few bytes."""
+
+    def __init__(self) -> None:
+        self.requests: list[EngineRequest] = []
+        self.expected: list[float | None] = []
+
+    def __call__(self, request: EngineRequest, *, expected_seconds: float | None) -> Mapping[str, Any]:
+        self.requests.append(request)
+        self.expected.append(expected_seconds)
+        Path(request.plan).write_bytes(b"an engine")
+        return {"seconds": 7.0, "engine_bytes": 9}
+
+
+@pytest.fixture
+def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
+    builder = Builder()
+    monkeypatch.setattr(build_process, "build_in_child", builder)
+    monkeypatch.setattr(prepare, "onnx_model", lambda component, cache_dir: Path("model.onnx"))
+    return builder
+
+
+@pytest.fixture(scope="module")
+def component() -> Component:
+    return tiny.vae_decoder(torch.float16)
+
+
+def manifest(folder: Path, **changes: Any) -> None:
+    """Write an entry of the store as if it had been made otherwise."""
+    path = folder / "manifest.json"
+    found = json.loads(path.read_text())
+    found["description"].update(changes)
+    path.write_text(json.dumps(found))
+
+
+def test_built_once_then_found(builder: Builder, component: Component, tmp_path: Path) -> None:
+    first = engine(component, RTX, ONE, cache_dir=tmp_path)
+    begun = time.perf_counter()
+    again = engine(component, RTX, ONE, cache_dir=tmp_path)
+    assert time.perf_counter() - begun < 1
+    assert first.built
+    assert not again.built
+    assert replace(again, built=True) == first
+    assert first.plan.read_bytes() == b"an engine"
+    assert len(builder.requests) == 1
+
+
+def test_what_the_builder_is_asked_for(builder: Builder, component: Component, tmp_path: Path) -> None:
+    target = EngineTarget(
+        "tensorrt-rtx", (86, 89), weight_streaming=True, hardware_compatibility="same-capability"
+    )
+    engine(component, target, MORE, cache_dir=tmp_path)
+    (request,) = builder.requests
+    assert (request.component, request.product, request.archs) == ("vae_decoder", "tensorrt-rtx", (86, 89))
+    assert (request.weight_streaming, request.hardware_compatibility) == (True, "same-capability")
+    assert request.profiles == ({"latents": [[1, 4, 8, 8], [1, 4, 16, 16], [2, 4, 16, 16]]},)
+    json.dumps(request.__dict__)  # it travels as JSON
+
+
+def test_everything_that_decides_an_engine_makes_another(
+    builder: Builder, component: Component, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine(component, RTX, ONE, cache_dir=tmp_path)
+    others = [
+        (component, RTX, MORE),
+        (component, replace(RTX, archs=(89, 120)), ONE),
+        (component, replace(RTX, weight_streaming=True), ONE),
+        (component, replace(RTX, hardware_compatibility="ampere-plus"), ONE),
+        (component, replace(RTX, plugins={"GroupNormSilu": "1"}), ONE),
+        (replace(component, fingerprint="0"), RTX, ONE),
+        (replace(component, dtype=torch.bfloat16), RTX, ONE),
+    ]
+    for other in others:
+        engine(*other, cache_dir=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(trt.load(trt.product("tensorrt-rtx")), "__version__", "1.99.0")
+        engine(component, RTX, ONE, cache_dir=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_BUILDER", ("export/memory.py",))
+        engine(component, RTX, ONE, cache_dir=tmp_path)
+    assert len(builder.requests) == len(others) + 3
+    for other in [(component, RTX, ONE), *others]:
+        engine(*other, cache_dir=tmp_path)
+    assert len(builder.requests) == len(others) + 3
+
+
+def test_without_sizes_the_newest_is_taken(builder: Builder, component: Component, tmp_path: Path) -> None:
+    default = engine(component, RTX, cache_dir=tmp_path)
+    assert str(default.profiles[0]) == "batch 1..4, height 32..80 step 4, width 32..80 step 4"
+    newest = engine(component, replace(RTX, archs=(86, 89)), ONE, cache_dir=tmp_path)
+    assert engine(component, RTX, cache_dir=tmp_path).key == newest.key  # it serves sm_89 among others
+
+
+def test_the_bar_knows_what_it_took_last_time(builder: Builder, component: Component, tmp_path: Path) -> None:
+    engine(component, RTX, ONE, cache_dir=tmp_path)
+    engine(component, RTX, MORE, cache_dir=tmp_path)
+    engine(replace(component, fingerprint="0"), RTX, ONE, cache_dir=tmp_path)
+    assert builder.expected == [None, 7.0, None]
+
+
+def test_never_builds_when_told_so(builder: Builder, component: Component, tmp_path: Path) -> None:
+    with pytest.raises(
+        BackendError,
+        match=r"has no tensorrt-rtx engine of vae_decoder in float16 that runs here; `latentrt build`",
+    ):
+        engine(component, RTX, cache_dir=tmp_path, rebuild="never")
+    assert builder.requests == []
+    engine(component, RTX, ONE, cache_dir=tmp_path)
+    assert not engine(component, RTX, cache_dir=tmp_path, rebuild="never").built
+
+
+def test_builds_anew_when_told_so(builder: Builder, component: Component, tmp_path: Path) -> None:
+    engine(component, RTX, ONE, cache_dir=tmp_path)
+    assert engine(component, RTX, ONE, cache_dir=tmp_path, rebuild="always").built
+    assert builder.expected == [None, 7.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"version": "1.6.0"}, "it was built by version 1.6.0, this is 1."),
+        ({"archs": [86]}, "it was built for sm_86, wanted is sm_89"),
+        ({"driver": "cuda-12"}, "it was built under the driver cuda-12, this is any"),
+        ({"plugins": {"A": "1"}}, "it was built with the plugins {'A': '1'}, wanted are {}"),
+        ({"onnx": "0"}, "it is stale: exported by other versions of latentrt, PyTorch or onnxscript"),
+        ({"builder": "0"}, "it is stale: built by other code of latentrt"),
+    ],
+)
+def test_stale_and_foreign_engines_are_named(
+    builder: Builder,
+    component: Component,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    change: dict[str, Any],
+    why: str,
+) -> None:
+    old = engine(component, RTX, ONE, cache_dir=tmp_path)
+    manifest(old.plan.parent, **change)
+    with pytest.raises(BackendError, match="has no tensorrt-rtx engine"):
+        engine(component, RTX, cache_dir=tmp_path, rebuild="never")
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert message.startswith(f"not the engine {old.key[:12]} of vae_decoder in float16, built on 20")
+    assert why in message
+    assert engine(component, RTX, cache_dir=tmp_path).built  # auto
+
+
+def test_hardware_compatible_engines_run_elsewhere(
+    builder: Builder, component: Component, tmp_path: Path
+) -> None:
+    target = EngineTarget("tensorrt-rtx", (80,), hardware_compatibility="ampere-plus")
+    built = engine(component, target, ONE, cache_dir=tmp_path)
+    assert engine(component, RTX, cache_dir=tmp_path).key == built.key
+    assert engine(component, replace(RTX, archs=(75,)), cache_dir=tmp_path).key != built.key
+
+
+def test_a_damaged_engine_is_named_and_not_loaded(
+    builder: Builder, component: Component, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored = engine(component, RTX, ONE, cache_dir=tmp_path)
+    stored.plan.write_bytes(b"An engine")
+    for sizes in (ONE, None):
+        with pytest.raises(CacheError, match=r"is damaged \(model.plan has another SHA-256"):
+            engine(component, RTX, sizes, cache_dir=tmp_path, rebuild="never")
+    assert engine(component, RTX, cache_dir=tmp_path).built
+    assert "cached vae_decoder is damaged (model.plan has another SHA-256" in caplog.text
+    assert stored.plan.read_bytes() == b"an engine"
+
+
+def test_a_build_that_fails_leaves_nothing(
+    component: Component, tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(request: EngineRequest, *, expected_seconds: float | None) -> Mapping[str, Any]:
+        Path(request.plan).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_process, "build_in_child", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine(component, RTX, ONE, cache_dir=tmp_path)
+    assert list((tmp_path / "partial").iterdir()) == []
+    assert list((tmp_path / "entries").iterdir()) == []
+
+
+def test_a_full_disk(
+    component: Component, tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(request: EngineRequest, *, expected_seconds: float | None) -> Mapping[str, Any]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), request.plan)
+
+    monkeypatch.setattr(build_process, "build_in_child", full)
+    with pytest.raises(CacheError, match=r"no space left .*model\.plan.* free some, or set LATENTRT_CACHE"):
+        engine(component, RTX, ONE, cache_dir=tmp_path)
+    assert list((tmp_path / "partial").iterdir()) == []
+
+
+# --- targets
+
+
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        (
+            {"archs": (89, 90)},
+            r"no engines for sm_90; it has them for sm_75, sm_80, .*Others take --engine tensorrt",
+        ),
+        ({"archs": ()}, "no engines for no architecture"),
+        (
+            {"product": "tensorrt", "archs": (89, 120)},
+            "TensorRT builds for one GPU, its own; leave --arch out",
+        ),
+    ],
+)
+def test_architectures_there_are_not(target: dict[str, Any], why: str) -> None:
+    with pytest.raises(RequestError, match=why):
+        replace(RTX, **target)
+
+
+def test_an_engine_there_is_not() -> None:
+    with pytest.raises(BackendError, match="no engine 'openvino'; there are tensorrt, tensorrt-rtx"):
+        EngineTarget("openvino", (89,))
+
+
+def test_tensorrt_without_a_driver(
+    component: Component, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(trt, "load", lambda product: type("trt", (), {"__version__": "11.4.0"}))
+    monkeypatch.setattr(trt.ctypes, "CDLL", absent)
+    with pytest.raises(
+        BackendUnavailableError, match=r"no NVIDIA driver .*build with tensorrt-rtx, which takes no GPU"
+    ):
+        engine(component, EngineTarget("tensorrt", (90,)), ONE, cache_dir=tmp_path)
