@@ -23,6 +23,7 @@ __all__ = [
     "describe_engine",
     "find_engine",
     "last_seconds",
+    "mismatches",
     "stored_engine",
 ]
 
@@ -40,7 +41,7 @@ class EngineTarget:
         archs: compute capabilities such as 89; several for TensorRT for RTX only.
         weight_streaming: weights may stay in host memory at run time; such an engine of TensorRT for RTX cannot be
             captured in a CUDA graph.
-        hardware_compatibility: "none", "same-capability" or "ampere-plus".
+        hardware_compatibility: "none", "same-capability" or "ampere-plus"; of TensorRT only.
         plugins: version of each operator of latentrt that is taken by a plugin.
     """
 
@@ -58,6 +59,11 @@ class EngineTarget:
                     f"{product.title} builds for one GPU, its own; leave --arch out, or build with tensorrt-rtx"
                 )
             return
+        if self.hardware_compatibility != "none":  # it takes the option, and builds the same engine
+            raise RequestError(
+                f"hardware_compatibility is {self.hardware_compatibility!r}, which does nothing in {product.title}; "
+                "name the architectures instead, such as --arch sm_86,sm_89"
+            )
         known = trt.architectures(trt.load(product))
         unknown = [f"sm_{arch}" for arch in self.archs if arch not in known]
         if unknown or not self.archs:

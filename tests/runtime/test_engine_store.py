@@ -18,7 +18,7 @@ from latentrt.errors import BackendError, BackendUnavailableError, CacheError, R
 from latentrt.export import build_process
 from latentrt.export.tensorrt import EngineRequest
 from latentrt.runtime import prepare
-from latentrt.runtime.engine_store import EngineTarget
+from latentrt.runtime.engine_store import EngineTarget, mismatches
 from latentrt.runtime.engines import trt
 from latentrt.runtime.engines.base import Component
 from latentrt.runtime.engines.sizes import SizePolicy
@@ -77,13 +77,11 @@ def test_built_once_then_found(builder: Builder, component: Component, tmp_path:
 
 
 def test_what_the_builder_is_asked_for(builder: Builder, component: Component, tmp_path: Path) -> None:
-    target = EngineTarget(
-        "tensorrt-rtx", (86, 89), weight_streaming=True, hardware_compatibility="same-capability"
-    )
+    target = EngineTarget("tensorrt-rtx", (86, 89), weight_streaming=True)
     engine(component, target, MORE, cache_dir=tmp_path)
     (request,) = builder.requests
     assert (request.component, request.product, request.archs) == ("vae_decoder", "tensorrt-rtx", (86, 89))
-    assert (request.weight_streaming, request.hardware_compatibility) == (True, "same-capability")
+    assert (request.weight_streaming, request.hardware_compatibility) == (True, "none")
     assert request.profiles == ({"latents": [[1, 4, 8, 8], [1, 4, 16, 16], [2, 4, 16, 16]]},)
     json.dumps(request.__dict__)  # it travels as JSON
 
@@ -96,7 +94,6 @@ def test_everything_that_decides_an_engine_makes_another(
         (component, RTX, MORE),
         (component, replace(RTX, archs=(89, 120)), ONE),
         (component, replace(RTX, weight_streaming=True), ONE),
-        (component, replace(RTX, hardware_compatibility="ampere-plus"), ONE),
         (component, replace(RTX, plugins={"GroupNormSilu": "1"}), ONE),
         (replace(component, fingerprint="0"), RTX, ONE),
         (replace(component, dtype=torch.bfloat16), RTX, ONE),
@@ -176,13 +173,20 @@ def test_stale_and_foreign_engines_are_named(
     assert engine(component, RTX, cache_dir=tmp_path).built  # auto
 
 
-def test_hardware_compatible_engines_run_elsewhere(
-    builder: Builder, component: Component, tmp_path: Path
-) -> None:
-    target = EngineTarget("tensorrt-rtx", (80,), hardware_compatibility="ampere-plus")
-    built = engine(component, target, ONE, cache_dir=tmp_path)
-    assert engine(component, RTX, cache_dir=tmp_path).key == built.key
-    assert engine(component, replace(RTX, archs=(75,)), cache_dir=tmp_path).key != built.key
+def test_hardware_compatible_engines_run_elsewhere() -> None:
+    wanted = {
+        "version": "11.4.0",
+        "driver": "cuda-13",
+        "plugins": {},
+        "onnx": "0",
+        "builder": "0",
+        "archs": [90],
+    }
+    have = {**wanted, "archs": [80]}
+    assert mismatches(have, wanted) == ["it was built for sm_80, wanted is sm_90"]
+    assert mismatches({**have, "hardware_compatibility": "ampere-plus"}, wanted) == []
+    assert mismatches({**have, "hardware_compatibility": "ampere-plus"}, {**wanted, "archs": [75]}) != []
+    assert mismatches({**have, "hardware_compatibility": "same-capability"}, wanted) != []
 
 
 def test_a_damaged_engine_is_named_and_not_loaded(

@@ -1,0 +1,347 @@
+"""The builder of TensorRT for RTX, for real and without a GPU, on models of a few nodes; and its process."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_onnx
+from latentrt.errors import BackendUnavailableError, BuildError
+from latentrt.export import build_process, memory
+from latentrt.export.build_process import build_in_child
+from latentrt.export.tensorrt import EngineRequest, build_engine
+from latentrt.runtime.engines import trt
+from onnx import helper
+
+SHAPES = {"x": [[1, 8], [2, 8], [4, 8]]}
+
+
+def nothing(phase: str) -> None:
+    pass
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> EngineRequest:
+    """To build one ReLU."""
+    model = tiny_onnx.relu(tmp_path / "model.onnx")
+    return EngineRequest("unet", "tensorrt-rtx", model, str(tmp_path / "model.plan"), (SHAPES,), (89,))
+
+
+# --- in this process
+
+
+def test_an_engine_is_built(request_: EngineRequest) -> None:
+    phases: list[str] = []
+    figures = build_engine(request_, phases.append)
+    plan = Path(request_.plan).read_bytes()
+    assert len(plan) == figures["engine_bytes"] > 1000
+    assert figures["layers"] == 1
+    assert figures["plugin_layers"] == 0
+    assert figures["build_seconds"] > 0
+    assert figures["peak_memory_bytes"] > 50e6
+    assert phases[0] == "reading the model"
+    assert phases[-1] == "writing the engine"
+    assert "Building engine" in phases
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"archs": (80, 86, 89, 120)},
+        {"weight_streaming": True},
+        {"profiles": (SHAPES, {"x": [[8, 8], [8, 8], [8, 8]]})},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_options_build_another_engine(request_: EngineRequest, option: dict[str, Any]) -> None:
+    build_engine(request_, nothing)
+    plain = Path(request_.plan).read_bytes()
+    build_engine(replace(request_, **option), nothing)
+    assert Path(request_.plan).read_bytes() != plain
+
+
+def test_a_rejected_node_is_named(request_: EngineRequest) -> None:
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"], name="/relu"),
+        helper.make_node("GroupNormSilu", ["a"], ["y"], name="/mid/norm", domain="latentrt"),
+    ]
+    tiny_onnx.save(Path(request_.model), nodes, latentrt=1)
+    with pytest.raises(
+        BuildError,
+        match=r"unet: TensorRT for RTX 1\.\S+ rejects node '/mid/norm' \(GroupNormSilu\): .*Plugin not found.*"
+        r"; run this component on another back end \(`latentrt backends`\)",
+    ):
+        build_engine(request_, nothing)
+    assert not Path(request_.plan).exists()
+
+
+def test_a_node_rejected_within_a_function_is_named_with_it(request_: EngineRequest) -> None:
+    import onnx
+
+    node = helper.make_node("Outer", ["x"], ["y"], name="/mid/outer", domain="latentrt")
+    tiny_onnx.save(Path(request_.model), [node], latentrt=1)
+    model = onnx.load(request_.model)
+    body = [helper.make_node("Inner", ["a"], ["b"], name="inner", domain="latentrt")]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("latentrt", 1)]
+    model.functions.append(helper.make_function("latentrt", "Outer", ["a"], ["b"], body, opsets))
+    onnx.save(model, request_.model)
+    with pytest.raises(BuildError, match=r"rejects node '\S*inner' \(Inner, in the function .*Outer"):
+        build_engine(request_, nothing)
+
+
+def test_a_damaged_model_is_told(request_: EngineRequest) -> None:
+    Path(request_.model).write_bytes(b"not a model")
+    with pytest.raises(BuildError, match=r"unet: .* rejects the file: .*Failed to parse"):
+        build_engine(request_, nothing)
+    Path(request_.model).unlink()
+    with pytest.raises(BuildError, match=r"unet: .* finds no model at .*model.onnx; export it again"):
+        build_engine(request_, nothing)
+
+
+def test_sizes_that_no_engine_takes(request_: EngineRequest) -> None:
+    upside_down = {"x": [[4, 8], [2, 8], [1, 8]]}
+    with pytest.raises(
+        BuildError, match=r"refuses the sizes .*MIN<=OPT<=MAX.*; build it for other sizes"
+    ) as caught:
+        build_engine(replace(request_, profiles=(upside_down,)), nothing)
+    assert "cudaError" not in str(caught.value)  # what it says without a driver explains nothing
+    other = {"x": [[1, 9], [2, 9], [4, 9]]}
+    with pytest.raises(
+        BuildError, match=r"unet: .* cannot build it: .*; run this component on another back end"
+    ):
+        build_engine(replace(request_, profiles=(other,)), nothing)
+
+
+# --- products that are not there
+
+
+def test_a_product_that_is_not_installed(request_: EngineRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = util.find_spec
+    monkeypatch.setattr(
+        util, "find_spec", lambda name, *a: None if "tensorrt" in name else find_spec(name, *a)
+    )
+    trt.load.cache_clear()
+    with pytest.raises(
+        BackendUnavailableError, match=r'TensorRT for RTX is not installed; pip install "latentrt\[rtx\]"'
+    ):
+        build_engine(request_, nothing)
+
+
+@pytest.fixture
+def tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """`tensorrt(text)` installs a module of that text as tensorrt."""
+
+    def install(text: str) -> None:
+        (tmp_path / "tensorrt.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+
+    trt.load.cache_clear()
+    before = sys.modules.pop("tensorrt", None)
+    yield install
+    trt.load.cache_clear()
+    sys.modules.pop("tensorrt", None)
+    if before is not None:
+        sys.modules["tensorrt"] = before
+
+
+@pytest.mark.parametrize("version", ["9.3.0", "12.0.1"])
+def test_another_major_version(version: str, tensorrt: Callable[[str], None]) -> None:
+    tensorrt(f"__version__ = {version!r}")
+    with pytest.raises(
+        BackendUnavailableError,
+        match=rf"TensorRT {version} is installed, and latentrt drives major version 10 and 11; pip install",
+    ):
+        trt.load(trt.product("tensorrt"))
+
+
+def test_a_product_whose_libraries_are_missing(tensorrt: Callable[[str], None]) -> None:
+    tensorrt("raise ImportError('libnvinfer.so.11: cannot open')")
+    with pytest.raises(
+        BackendUnavailableError, match=r"cannot be imported \(libnvinfer.so.11: cannot open\)"
+    ):
+        trt.load(trt.product("tensorrt"))
+
+
+# --- in a process of its own
+
+
+def test_the_child_builds_the_same_engine(request_: EngineRequest, capfd: pytest.CaptureFixture[str]) -> None:
+    figures = build_in_child(request_, show=True)
+    assert Path(request_.plan).stat().st_size == figures["engine_bytes"]
+    assert figures["seconds"] >= figures["build_seconds"]
+    assert figures["peak_memory_bytes"] < 400e6  # neither torch nor the parent is in it
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "unet" in err
+
+
+def test_the_childs_errors_are_the_parents(request_: EngineRequest) -> None:
+    Path(request_.model).write_bytes(b"not a model")
+    with pytest.raises(BuildError, match=r"rejects the file"):
+        build_in_child(request_)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux' /dev/full")
+def test_a_full_disk_in_the_child(request_: EngineRequest) -> None:
+    with pytest.raises(OSError, match="No space left") as caught:
+        build_in_child(replace(request_, plan="/dev/full"))
+    assert caught.value.errno == errno.ENOSPC
+
+
+def children() -> list[int]:
+    """Processes that are building."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes()
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if b"latentrt.export.build_process" in command and state != "Z":
+            found.append(int(folder.name))
+    return found
+
+
+def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"{condition} did not come true in {seconds} s")
+
+
+def own_child(parent: int) -> int | None:
+    def parent_of(pid: int) -> int:
+        try:
+            return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return 0
+
+    return next((pid for pid in children() if parent_of(pid) == parent), None)
+
+
+def test_a_child_that_dies_is_told_of(request_: EngineRequest) -> None:
+    def kill() -> None:
+        os.kill(until(lambda: own_child(os.getpid())), signal.SIGKILL)
+
+    slow = replace(
+        request_, model=tiny_onnx.chain(Path(request_.model), 30), profiles=(tiny_onnx.CHAIN_SHAPES,)
+    )
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(
+        BuildError,
+        match=r"unet: the process that built its engine was ended by SIGKILL \(it said nothing\); memory ran out, if "
+        r"nobody killed it: it takes about 0\.6 GB",
+    ):
+        build_in_child(slow)
+    thread.join()
+
+
+def test_what_a_broken_child_said_is_told(request_: EngineRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_process, "__name__", "latentrt.no_such_module")
+    with pytest.raises(
+        BuildError, match=r"ended with status 1 \(.*No module named latentrt.no_such_module\); this is"
+    ):
+        build_in_child(request_)
+
+
+PARENT = textwrap.dedent("""
+    import sys
+    from pathlib import Path
+    from latentrt.export.build_process import build_in_child
+    from latentrt.export.tensorrt import EngineRequest
+    from latentrt.runtime.cache import Store
+
+    root, model, shapes = Path(sys.argv[1]), sys.argv[2], eval(sys.argv[3])
+
+    def build(folder):
+        plan = str(folder / "model.plan")
+        return build_in_child(EngineRequest("unet", "tensorrt-rtx", model, plan, (shapes,), (89,)))
+
+    try:
+        Store(root).get_or_build("ab" * 32, {"name": "unet"}, build)
+    except KeyboardInterrupt:
+        sys.exit(130)
+""")
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
+def test_whatever_ends_the_parent_ends_the_child(tmp_path: Path, how: signal.Signals) -> None:
+    model = tiny_onnx.chain(tmp_path / "model.onnx", 60)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path / "cache"), model, repr(tiny_onnx.CHAIN_SHAPES)]
+    )
+    child = until(lambda: own_child(parent.pid))
+    # In the middle of the build, where TensorRT answers to nothing.
+    until(lambda: "tensorrt" in Path(f"/proc/{child}/maps").read_text())
+    time.sleep(1)
+    parent.send_signal(how)
+    assert parent.wait(20) == (130 if how == signal.SIGINT else -how)
+    until(lambda: child not in children(), 20)
+    if how == signal.SIGINT:
+        assert list((tmp_path / "cache" / "partial").iterdir()) == []
+    assert list((tmp_path / "cache" / "entries").iterdir()) == []
+
+
+# --- memory
+
+
+def test_too_little_memory_is_told_before_the_start(
+    request_: EngineRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(f"{request_.model}.data").write_bytes(b"")
+    os.truncate(f"{request_.model}.data", 5_135_000_000)  # SDXL's base UNet; sparse
+    monkeypatch.setattr(build_process, "available_bytes", lambda: 8_000_000_000)
+    monkeypatch.setattr(build_process, "_child", lambda *_: pytest.fail("it was started"))
+    with pytest.raises(
+        BuildError,
+        match=r"unet: building its engine takes about 19\.6 GB of memory and 8\.0 GB are available; end other programs",
+    ):
+        build_in_child(request_)
+
+
+def test_the_estimate_covers_what_was_measured(tmp_path: Path) -> None:
+    """Weights and peaks of SDXL's two UNets; the estimate may not be so high that 24 GB look too small either."""
+    for weights, peak in ((5.135e9, 19.3e9), (4.519e9, 15.2e9)):
+        (tmp_path / "model.onnx").write_bytes(b"")
+        os.truncate(tmp_path / "model.onnx", int(weights))
+        assert peak < memory.estimated_bytes(tmp_path / "model.onnx") < 1.2 * peak
+
+
+@pytest.mark.parametrize(
+    ("limit", "available"),
+    [("max", 4_096_000), ("2000000", 2_000_000 - 1_500_000 + 400_000), (None, 4_096_000)],
+)
+def test_memory_within_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, available: int
+) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 8000 kB\nMemFree: 10 kB\nMemAvailable: 4000 kB\n")
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text("1500000\n")
+        (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 400000\n")
+    assert memory.available_bytes() == available
+
+
+def test_memory_that_nobody_tells_of_stops_nothing(
+    request_: EngineRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "none")
+    assert memory.available_bytes() is None
+    build_process._require_memory(request_)
