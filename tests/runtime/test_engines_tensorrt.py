@@ -1,4 +1,4 @@
-"""What the TensorRT engine asks of TensorRT, against a stand-in that adds one. For the real thing see the file beside."""
+"""What the TensorRT engine asks of TensorRT, against a stand-in that adds one. The real thing is in the file beside."""
 
 from __future__ import annotations
 
