@@ -1,4 +1,4 @@
-"""The command line: `latentrt generate`, `build`, `cache`, `backends`, `info`, `kernels`.
+"""The command line: `latentrt generate`, `build`, `verify`, `cache`, `backends`, `info`, `kernels`.
 
 Each command imports what it needs when it runs, so that `latentrt --help` answers at once.
 """
@@ -15,10 +15,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .errors import CacheError, LatentRTError, RequestError
+from .errors import BackendError, CacheError, LatentRTError, RequestError
+
+if TYPE_CHECKING:
+    from .export.verify import Verdict
 
 __all__ = ["main"]
 
@@ -133,6 +136,27 @@ def _parser() -> argparse.ArgumentParser:
     e.add_argument("--rebuild", action="store_true", help="build anew what is in the cache")
     e.add_argument("--json", action="store_true", help="print what was built as JSON")
     e.set_defaults(run=_build)
+
+    v = commands.add_parser(
+        "verify",
+        help="compare a back end with eager PyTorch in float32, part by part",
+        description="Runs every component, and then whole pictures, on both sides with the same inputs, and holds "
+        "relative error, PSNR and SSIM against limits. Ends with 1 where a part fails.",
+    )
+    v.add_argument("model", metavar="MODEL", help="as for `latentrt generate --model`")
+    v.add_argument(
+        "--refiner", metavar="MODEL", help="as well, and in the pictures; 'demo' for the demo's own"
+    )
+    v.add_argument("--backend", default="auto", help="see `latentrt backends` (default auto)")
+    v.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: by device")
+    v.add_argument("--variant", help="weights variant, such as fp16")
+    v.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    v.add_argument("--size", type=_size, metavar="WxH", help="in pixels (default: the model's own)")
+    v.add_argument(
+        "--component", action="append", default=[], metavar="NAME", help="only this one; may be repeated"
+    )
+    v.add_argument("--json", action="store_true", help="print what was found as JSON")
+    v.set_defaults(run=_verify)
 
     c = commands.add_parser("cache", help="what is kept of exports and engines")
     c.add_argument("action", choices=("list", "verify", "prune"))
@@ -281,8 +305,11 @@ def _build(args: argparse.Namespace) -> None:
         rebuild="always" if args.rebuild else "auto",
     )
     if args.json:
-        _write(json.dumps([row.to_json() for row in rows], indent=2))
+        built = list(rows)
+        _write(json.dumps([row.to_json() for row in built], indent=2))
+        _require_passed([row.verdict for row in built if row.verdict is not None])
         return
+    verdicts = []
     for row in rows:
         how = "built" if row.engine.built else "found"
         size = row.engine.figures["engine_bytes"] / 1e6
@@ -291,6 +318,46 @@ def _build(args: argparse.Namespace) -> None:
         )
         for profile in row.engine.profiles:
             _write(f"{'':16}{profile}")
+        if row.verdict is not None:
+            _write(f"{'':16}{row.verdict}")
+            verdicts.append(row.verdict)
+    _require_passed(verdicts)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    import torch
+
+    from .export.verify import verify_model
+
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rows = verify_model(
+        args.model,
+        args.refiner,
+        args.backend,
+        device=device,
+        dtype=getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "float16")),
+        components=args.component,
+        variant=args.variant,
+        size=args.size,
+    )
+    if args.json:
+        found = list(rows)
+        _write(json.dumps([row.to_json() for row in found], indent=2))
+    else:
+        found = []
+        for row in rows:
+            _write(str(row))
+            found.append(row)
+    _require_passed(found)
+
+
+def _require_passed(verdicts: Sequence[Verdict]) -> None:
+    failed = [f"{v.part}: {', '.join(v.failures)}" for v in verdicts if v.failures]
+    if failed:
+        raise BackendError(
+            f"{verdicts[0].backend} computes something else than PyTorch; {'; '.join(failed)}; use another back end or "
+            "dtype"
+        )
 
 
 def _cache(args: argparse.Namespace) -> None:

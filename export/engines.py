@@ -13,22 +13,31 @@ import torch
 from ..errors import RequestError
 from ..runtime.engine_store import EngineTarget, StoredEngine
 from ..runtime.engines import trt
+from ..runtime.engines.base import Backend
+from ..runtime.engines.registry import get_backend
 from ..runtime.engines.sizes import SizePolicy, profiles_for
 from ..runtime.loading import load_components
 from ..runtime.prepare import Rebuild, engine
 from ..runtime.weights import open_checkpoint
+from .verify import Verdict, verify_component
 
 __all__ = ["Built", "build_engines", "local_archs"]
 
 
 @dataclass(frozen=True)
 class Built:
-    """One component's engine, and the seconds it took to have it: to export and build it, or to find it."""
+    """One component's engine.
+
+    Attributes:
+        seconds: what it took to have it: to export and build it, or to find it.
+        verdict: what it computes beside PyTorch; None where it was found, or cannot run here.
+    """
 
     component: str
     dtype: str
     engine: StoredEngine
     seconds: float
+    verdict: Verdict | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -40,6 +49,7 @@ class Built:
             "key": self.engine.key,
             "file": str(self.engine.plan),
             "figures": dict(self.engine.figures),
+            "verdict": None if self.verdict is None else self.verdict.to_json(),
         }
 
 
@@ -56,6 +66,8 @@ def build_engines(
     cache_dir: Path | None = None,
 ) -> Iterator[Built]:
     """Build the engines of a checkpoint, one after the other, telling of each as it is there.
+
+    What was built is compared with PyTorch where it can run: see `verify.verify_component`.
 
     Args:
         model: as `Pipeline.from_pretrained` takes it.
@@ -78,11 +90,32 @@ def build_engines(
     policies = [asked if sizes else replace(SizePolicy.around(c), batch=asked.batch) for c in wanted]
     for component, policy in zip(wanted, policies, strict=True):
         profiles_for(component, policy)  # what is wrong with a size is said before minutes of work
+    backend = _backend_here(target, dtype)
+    exact = load_components(checkpoint, torch.float32)
     for component, policy in zip(wanted, policies, strict=True):
         begun = time.perf_counter()
         made = engine(component, target, policy, cache_dir=cache_dir, rebuild=rebuild)
         dtype_name = str(component.dtype).removeprefix("torch.")
-        yield Built(component.name, dtype_name, made, time.perf_counter() - begun)
+        seconds = time.perf_counter() - begun
+        verdict = None
+        if made.built and backend is not None:
+            verdict = verify_component(
+                component,
+                exact[component.name],
+                backend,
+                device=torch.device("cuda"),
+                sizes={name: axis.best for name, axis in made.profiles[0].axes.items()},
+                cache_dir=cache_dir,
+            )
+        yield Built(component.name, dtype_name, made, seconds, verdict)
+
+
+def _backend_here(target: EngineTarget, dtype: torch.dtype) -> Backend | None:
+    """What runs such engines, if this machine can."""
+    backend, device = get_backend(target.product), torch.device("cuda")
+    if not backend.availability(device, dtype).ok:
+        return None
+    return backend if set(local_archs(target.product)) <= set(target.archs) else None
 
 
 def local_archs(product: str) -> tuple[int, ...]:

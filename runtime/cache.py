@@ -2,6 +2,7 @@
 
     <root>/entries/<key>/manifest.json    what it is, size and SHA-256 of each file, and the manifest's own digest
     <root>/entries/<key>/...              the files
+    <root>/entries/<key>/verdict.json     what `latentrt verify` found, where it ran
     <root>/partial/<key>.<random>/        being written
     <root>/locks/<key>.lock               held while an entry is written or replaced
 
@@ -37,12 +38,22 @@ from filelock import FileLock, Timeout
 
 from ..errors import CacheError
 
-__all__ = ["MANIFEST", "Store", "cache_root", "damage_of", "digest_of", "explained"]
+__all__ = [
+    "MANIFEST",
+    "VERDICT",
+    "Store",
+    "cache_root",
+    "damage_of",
+    "digest_of",
+    "explained",
+    "write_beside",
+]
 
 _log = logging.getLogger(__name__)
 
 _FORMAT = 2
 MANIFEST = "manifest.json"
+VERDICT = "verdict.json"
 _VERIFIED = "verified.json"
 _REMEMBER_FROM = 256 << 20  # bytes
 
@@ -284,16 +295,19 @@ def _read_verified(entry: Path) -> dict[str, Any]:
 
 
 def _write_verified(entry: Path, verified: dict[str, list[int]]) -> None:
-    if not verified and not (entry / _VERIFIED).exists():
-        return
-    aside = entry / f"{_VERIFIED}.{secrets.token_hex(8)}"
+    if verified or (entry / _VERIFIED).exists():
+        write_beside(entry, _VERIFIED, verified)
+
+
+def write_beside(entry: Path, name: str, content: Mapping[str, Any]) -> None:
+    """Keep what was found out about an entry since it was written, whole or not at all; if it cannot be, do without."""
+    aside = entry / f"{name}.{secrets.token_hex(8)}"
     try:
-        aside.write_text(json.dumps(verified), encoding="utf-8")
-        aside.replace(entry / _VERIFIED)
-    except OSError as error:
-        # Costs time at the next start, nothing else: read-only caches are meant to work.
+        aside.write_text(json.dumps(content), encoding="utf-8")
+        aside.replace(entry / name)
+    except OSError as error:  # it is found out again when it is needed
         aside.unlink(missing_ok=True)
-        _log.debug("cannot remember that %s was verified: %s", entry, error)
+        _log.debug("cannot keep %s of %s: %s", name, entry, error)
 
 
 def _sha256(path: Path) -> str:

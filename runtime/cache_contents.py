@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from .cache import MANIFEST, Store, damage_of, explained
+from .cache import MANIFEST, VERDICT, Store, damage_of, explained
 from .engines.sizes import Profile
 
 __all__ = ["Entry", "contents", "parse_bytes", "prune", "verify"]
@@ -30,6 +30,7 @@ class Entry:
         figures: what its build measured.
         created, used: when it was written and last asked for, in UTC; empty where unknown.
         bytes: on the disk, all of it.
+        verdict: what `latentrt verify` found last; None where it did not run.
     """
 
     key: str
@@ -38,6 +39,7 @@ class Entry:
     created: str
     used: str
     bytes: int
+    verdict: Mapping[str, Any] | None = None
 
     @property
     def summary(self) -> str:
@@ -48,6 +50,9 @@ class Entry:
             archs = ",".join(f"sm_{arch}" for arch in d["archs"])
             sizes = "; ".join(str(Profile.from_json(axes)) for axes in d["profiles"])
             parts += [f"{d['product']} {d['version']}", archs, f"({sizes})"]
+        if self.verdict is not None:
+            found = "passed" if self.verdict.get("passed") else "FAILED"
+            parts.append(f"[{found} on {self.verdict.get('backend')}, {self.verdict.get('device')}]")
         return " ".join(filter(None, parts))
 
 
@@ -121,7 +126,15 @@ def _entry(folder: Path) -> Entry | None:
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return Entry(folder.name, {}, {}, "", "", _bytes(folder)) if folder.exists() else None
     used = datetime.fromtimestamp(stat.st_mtime, UTC).isoformat(timespec="milliseconds")
-    return Entry(folder.name, description, figures, created, used, _bytes(folder))
+    return Entry(folder.name, description, figures, created, used, _bytes(folder), _verdict(folder))
+
+
+def _verdict(folder: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads((folder / VERDICT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _bytes(folder: Path) -> int:

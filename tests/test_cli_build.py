@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from latentrt.errors import BuildError
-from latentrt.export import build_process
+from latentrt.export import build_process, engines
 from latentrt.export.tensorrt import EngineRequest
+from latentrt.export.verify import LIMITS, Verdict
 from latentrt.runtime import prepare
+from latentrt.runtime.engines.base import Availability, Component
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -165,3 +167,38 @@ def test_a_build_that_fails_leaves_nothing(
     assert message in err
     assert list((tmp_path / "cache" / "entries").iterdir()) == []
     assert list((tmp_path / "cache" / "partial").iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [0.001, 0.5])
+def test_where_engines_run_they_are_verified(
+    error: float, build: Run, requests: list[EngineRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine with a GPU of sm_89; what verifying does is in tests/export/test_verify.py."""
+    here, asked = [89], []
+
+    class Backend:
+        def availability(self, device: torch.device, dtype: torch.dtype) -> Availability:
+            return Availability(device.type == "cuda")
+
+    def verify(component: Component, exact: Component, backend: Backend, **options: Any) -> Verdict:
+        asked.append((component.dtype, exact.dtype, component.name == exact.name, options["sizes"]))
+        limits = LIMITS["unet"][torch.float16]
+        return Verdict("unet", "b", "GPU", "float16", options["sizes"], error, 60.0, None, limits)
+
+    monkeypatch.setattr(engines, "get_backend", lambda name: Backend())
+    monkeypatch.setattr(engines, "local_archs", lambda name: tuple(here))
+    monkeypatch.setattr(engines, "verify_component", verify)
+    code, out, err = build("--component", "unet")
+    assert asked == [(torch.float16, torch.float32, True, {"batch": 2, "height": 16, "width": 16})]
+    if error < 0.01:
+        assert (code, err) == (0, "")
+        assert out.splitlines()[-1].split()[:2] == ["passed", "unet"]
+    else:
+        assert code == 1
+        assert (
+            "b computes something else than PyTorch; unet: relative error 0.5, limit 0.01; use another" in err
+        )
+    assert build("--component", "unet")[0] == 0  # found, and not verified again
+    here[:] = [86]
+    assert build("--component", "unet", "--rebuild")[0] == 0  # does not run here
+    assert len(asked) == 1

@@ -92,7 +92,13 @@ class Component:
 
 
 class Engine(Protocol):
-    """A component ready to run."""
+    """A component ready to run.
+
+    Attributes:
+        entry: the folder of the store it was loaded from; None for one that is made anew each time.
+    """
+
+    entry: Path | None
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run once. Tensors are named as in the component's specs; safe to call from several threads.

@@ -18,6 +18,7 @@ class EagerEngine:
     """One module on one device. Its outputs are inference tensors: not to be written in place elsewhere."""
 
     def __init__(self, component: Component, device: torch.device) -> None:
+        self.entry: Path | None = None
         self._component = component
         self._device = device
         self._module: nn.Module | None = component.build().to(device).eval().requires_grad_(False)

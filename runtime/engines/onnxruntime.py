@@ -32,6 +32,7 @@ class OnnxRuntimeEngine:
     """One session. Inputs and outputs that are on its device are handed over without a copy."""
 
     def __init__(self, component: Component, model: Path, device: torch.device) -> None:
+        self.entry: Path | None = model.parent
         self._component = component
         self._device = device
         self._session: onnxruntime.InferenceSession | None = open_session(model, device)

@@ -129,6 +129,7 @@ class TensorRTEngine:
     ) -> None:
         self.component = component
         self.device = device
+        self.entry: Path | None = stored.plan.parent
         self._product = product
         self._profiles = stored.profiles
         self._scratch = scratch

@@ -1,0 +1,64 @@
+"""How far apart two tensors or pictures are."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["MAX_PSNR", "psnr", "ssim"]
+
+MAX_PSNR = 200.0
+"""In dB; what equal tensors are given."""
+
+_WINDOW, _SIGMA = 11, 1.5
+_K1, _K2 = 0.01, 0.03
+
+
+def psnr(a: Tensor, b: Tensor, peak: float | None = None) -> float:
+    """Peak signal-to-noise ratio of `a` in dB, 10 log10(peak^2 / mean (a - b)^2), computed in float64.
+
+    Minus infinity where the shapes differ, nan where `a` is not finite.
+
+    Args:
+        b: what `a` should be, of the same shape.
+        peak: the range of values; that of `b` by default.
+    """
+    if a.shape != b.shape:
+        return -math.inf
+    wanted = b.double()
+    span = float(wanted.max() - wanted.min()) if peak is None else peak
+    error = float((a.double() - wanted).square().mean())
+    if not math.isfinite(error):
+        return math.nan
+    return min(MAX_PSNR, 10 * math.log10(max(span, 1e-30) ** 2 / max(error, 1e-300)))
+
+
+def ssim(a: Tensor, b: Tensor) -> float:
+    """Mean structural similarity of pictures `[B, C, H, W]` with values in [0, 1]; 1 for equal ones.
+
+    Wang et al., "Image quality assessment: from error visibility to structural similarity" (2004), equation 13, with
+    their window (Gaussian of 11 pixels, deviation 1.5) and constants (0.01 and 0.03), channel by channel in float64,
+    over the places where the window fits. The window is as small as the picture where that is smaller. Where the
+    shapes differ it is -1, the least there is.
+    """
+    if a.shape != b.shape:
+        return -1.0
+    a, b = a.double(), b.double()
+    channels, size = a.shape[1], min(_WINDOW, *a.shape[2:])
+    at = torch.arange(size, dtype=torch.float64, device=a.device) - (size - 1) / 2
+    line = torch.exp(-at.square() / (2 * _SIGMA**2))
+    window = (line[:, None] * line / line.sum() ** 2).expand(channels, 1, size, size)
+
+    def mean(x: Tensor) -> Tensor:
+        return F.conv2d(x, window, groups=channels)
+
+    mean_a, mean_b = mean(a), mean(b)
+    var_a, var_b = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2
+    covariance = mean(a * b) - mean_a * mean_b
+    c1, c2 = _K1**2, _K2**2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    structure = (2 * covariance + c2) / (var_a + var_b + c2)
+    return float((luminance * structure).mean())

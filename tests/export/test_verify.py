@@ -1,0 +1,176 @@
+"""Verdicts: a back end that computes what PyTorch computes passes, one that does not fails and is named."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_components as tiny
+import torch
+from latentrt.errors import BackendUnavailableError, RequestError
+from latentrt.export.verify import LIMITS, Verdict, verify_component, verify_model
+from latentrt.runtime.cache import Store, damage_of
+from latentrt.runtime.cache_contents import contents
+from latentrt.runtime.engines import registry
+from latentrt.runtime.engines.base import Availability, Backend, Component
+from latentrt.runtime.engines.eager import EagerBackend, EagerEngine
+from latentrt.runtime.engines.onnxruntime import OnnxRuntimeBackend
+from torch import Tensor
+
+Run = Callable[..., tuple[int, str, str]]
+
+CPU = torch.device("cpu")
+SIZES = {"batch": 2, "height": 8, "width": 6}
+
+
+class WrongEngine(EagerEngine):
+    def __init__(self, component: Component, fault: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(component, CPU)
+        self._fault = fault
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self._fault(x) for name, x in super().__call__(inputs).items()}
+
+
+class WrongBackend:
+    """Eager PyTorch with a fault in the outputs of one component."""
+
+    name = "wrong"
+
+    def __init__(self, fault: Callable[[Tensor], Tensor], component: str = "vae_decoder") -> None:
+        self._fault, self._component = fault, component
+
+    def availability(self, device: torch.device, dtype: torch.dtype) -> Availability:
+        return Availability(True, "made for a test")
+
+    def load(self, component: Component, *, device: torch.device, cache_dir: Path | None) -> EagerEngine:
+        right = component.name != self._component
+        return EagerEngine(component, CPU) if right else WrongEngine(component, self._fault)
+
+
+def verdict_of(
+    backend: Backend, dtype: torch.dtype = torch.float32, cache_dir: Path | None = None
+) -> Verdict:
+    component = tiny.vae_decoder(dtype)
+    return verify_component(
+        component, tiny.vae_decoder(), backend, device=CPU, sizes=SIZES, cache_dir=cache_dir
+    )
+
+
+def test_onnxruntime_passes_and_that_is_kept(cache_dir: Path) -> None:
+    verdict = verdict_of(OnnxRuntimeBackend(), cache_dir=cache_dir)
+    assert verdict.failures == []
+    assert 0 < verdict.relative_error < 1e-4
+    assert verdict.psnr > 100
+    assert verdict.ssim == pytest.approx(1, abs=1e-6)
+    store = Store(cache_dir)
+    (entry,) = [entry for entry in contents(store) if entry.verdict is not None]
+    assert entry.description["fingerprint"] == tiny.vae_decoder().fingerprint
+    assert entry.verdict["passed"] is True
+    assert entry.verdict["psnr"] == verdict.psnr
+    assert entry.summary.endswith(f"[passed on {verdict.backend}, cpu]")
+    assert damage_of(store.entries / entry.key, trust=False) is None
+
+
+def test_the_reference_against_itself() -> None:
+    verdict = verdict_of(EagerBackend())
+    assert (verdict.relative_error, verdict.psnr, verdict.failures) == (0, 200, [])
+
+
+def test_half_precision_has_errors_of_its_own() -> None:
+    verdict = verdict_of(EagerBackend(), torch.bfloat16)
+    assert verdict.failures == []
+    assert 1e-4 < verdict.relative_error < LIMITS["vae_decoder"][torch.bfloat16].relative_error
+    assert verdict.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("fault", "failures"),
+    [
+        (lambda x: x * 1.01, ["relative error 0.01, limit 0.0001", "PSNR ", "SSIM "]),
+        (lambda x: x.flip(-1), ["relative error ", "PSNR ", "SSIM "]),
+        (lambda x: x * math.nan, ["relative error nan, limit 0.0001", "PSNR nan dB", "SSIM nan"]),
+        (lambda x: x[..., :-1], ["relative error inf", "PSNR -inf dB", "SSIM -1.0"]),
+    ],
+    ids=["scaled", "flipped", "nan", "cut"],
+)
+def test_a_fault_fails(fault: Callable[[Tensor], Tensor], failures: list[str]) -> None:
+    verdict = verdict_of(WrongBackend(fault))
+    found = [f for f in verdict.failures for wanted in failures if f.startswith(wanted)]
+    assert found == verdict.failures
+    assert len(verdict.failures) >= 2
+    told = json.loads(json.dumps(verdict.to_json(), allow_nan=False))
+    assert told["passed"] is False
+    assert str(verdict).startswith("FAILED  vae_decoder")
+
+
+@pytest.fixture
+def verify(run: Run, tiny: Callable[..., Path]) -> Run:
+    """`latentrt verify` of the tiny SDXL checkpoint."""
+    return lambda *more: run("verify", str(tiny("sdxl")), "--size", "64x48", *more)
+
+
+def wrong(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Tensor], Tensor], component: str) -> None:
+    get = registry.get_backend
+    made = WrongBackend(fault, component)
+    monkeypatch.setattr(registry, "get_backend", lambda name: made if name == "wrong" else get(name))
+
+
+PARTS = ["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "pipeline"]
+
+
+def test_the_command_tells_of_each_part(verify: Run) -> None:
+    code, out, err = verify("--backend", "eager")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["passed", part] for part in PARTS]
+    assert (
+        " ".join(lines[-1].split()[2:]) == "float32 48x64 relative error 0.0e+00 PSNR 200.0 dB SSIM 1.00000"
+    )
+
+
+def test_a_faulty_back_end_ends_the_command_with_1(verify: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong(monkeypatch, lambda x: x * 1.05, "unet")
+    code, out, err = verify("--backend", "wrong", "--json")
+    assert code == 1
+    told = json.loads(out)
+    assert [row["part"] for row in told] == PARTS
+    assert [row["part"] for row in told if not row["passed"]] == ["unet", "pipeline"]
+    assert told[2]["limits"] == {"relative_error": 1e-4, "psnr": 80, "ssim": None}
+    assert err.startswith(
+        "latentrt: wrong (made for a test) computes something else than PyTorch; unet: relative error 0.05, limit "
+    )
+    assert err.count("\n") == 1
+
+
+def test_one_component_and_no_pictures(verify: Run) -> None:
+    code, out, _ = verify(
+        "--backend", "eager", "--component", "text_encoder", "--dtype", "bfloat16", "--json"
+    )
+    assert code == 0
+    assert [row["part"] for row in json.loads(out)] == ["text_encoder"]
+
+
+def test_refusals(tiny: Callable[..., Path]) -> None:
+    def verify(backend: str = "eager", **options: Any) -> None:
+        list(verify_model(str(tiny("sdxl")), None, backend, device=CPU, dtype=torch.float32, **options))
+
+    with pytest.raises(RequestError, match=r"has no component vae; it has text_encoder, .*vae_encoder"):
+        verify(components=["vae"])
+    with pytest.raises(RequestError, match="the size 60x64 is no whole number of latents of "):
+        verify(components=["unet"], size=(64, 60))
+    with pytest.raises(BackendUnavailableError, match="'tensorrt' cannot run here"):
+        verify("tensorrt")
+
+
+@pytest.mark.full
+def test_the_demo_on_onnxruntime_in_half_precision(cache_dir: Path) -> None:
+    rows = list(
+        verify_model("demo", "demo", "onnxruntime", device=CPU, dtype=torch.float16, cache_dir=cache_dir)
+    )
+    assert [row.part for row in rows] == [*PARTS[:-1], "refiner unet", "pipeline"]
+    assert [row for row in rows if row.failures] == []
