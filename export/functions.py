@@ -153,18 +153,24 @@ _FUSED_ATTENTION = """
 """
 
 
-def function(name: str, *, fused_attention: bool = False) -> ir.Function:
+def function(name: str, *, casts: bool = True, fused_attention: bool = False) -> ir.Function:
     """The function of a node's type.
 
     Args:
         name: one of the table's.
+        casts: without them the body is for float32 only, and loads faster.
         fused_attention: Attention in terms of ONNX's own, in place of products and a softmax.
     """
     signature, body = _BODIES[name]
     if name == "Attention" and fused_attention:
         body = _FUSED_ATTENTION
     text = f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>\n{name} {signature}\n{{\n{body}\n}}'
-    return ir.serde.deserialize_function(onnx.parser.parse_function(text))
+    made = ir.serde.deserialize_function(onnx.parser.parse_function(text))
+    for node in [] if casts else [node for node in made if node.op_type in ("Cast", "CastLike")]:
+        source, result = node.inputs[0], node.outputs[0]
+        result.replace_all_uses_with(source, replace_graph_outputs=True)
+        made.remove(node, safe=True)
+    return made
 
 
 def functions_of(nodes: Iterable[ir.Node]) -> list[ir.Function]:
@@ -173,15 +179,23 @@ def functions_of(nodes: Iterable[ir.Node]) -> list[ir.Function]:
     Attention is fused where TensorRT has a kernel for all of the graph's: TensorRT refuses ONNX's Attention in
     float32, of one head (one image at a time), and of heads wider than 256, which is what a VAE has.
     """
-    ours = [node for node in nodes if node.domain == DOMAIN]
-    fused = all(_is_fused(node) for node in ours if node.op_type == "Attention")
-    return [function(name, fused_attention=fused) for name in sorted({node.op_type for node in ours})]
+    by_type: dict[str, list[ir.Value]] = {}
+    for node in nodes:
+        if node.domain == DOMAIN and node.inputs[0] is not None:
+            by_type.setdefault(node.op_type, []).append(node.inputs[0])
+    return [
+        function(
+            name,
+            casts=any(x.dtype != ir.DataType.FLOAT for x in first),
+            fused_attention=all(_is_fused(x) for x in first),
+        )
+        for name, first in sorted(by_type.items())
+    ]
 
 
-def _is_fused(node: ir.Node) -> bool:
-    q = node.inputs[0]
-    assert q is not None
-    if q.dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) or q.shape is None:
+def _is_fused(q: ir.Value) -> bool:
+    """Whether TensorRT has a kernel for attention of q, [B, S, H, D]."""
+    if q.dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) or q.shape is None or len(q.shape) != 4:
         return False
     heads, columns = q.shape[2], q.shape[3]
     return isinstance(heads, int) and heads > 1 and isinstance(columns, int) and columns <= _WIDEST_FUSED_HEAD
