@@ -41,8 +41,10 @@ def _of(*targets: Any) -> Callable[[Translation], Translation]:
 
 
 @_of(_ours.attention.default)
-def _attention(b: Builder, fake: Tensor, q: Operand, k: Operand, v: Operand, scale: float | None = None) -> Any:
-    return b.ours("Attention", q, k, v, scale=fake.shape[-1] ** -0.5 if scale is None else scale)
+def _attention(
+    b: Builder, fake: Tensor, q: Operand, k: Operand, v: Operand, scale: float | None = None
+) -> Any:
+    return b.ours("DotProductAttention", q, k, v, scale=fake.shape[-1] ** -0.5 if scale is None else scale)
 
 
 @_of(_ours.group_norm.default)
@@ -265,11 +267,18 @@ def _stack(b: Builder, fake: Tensor, tensors: Sequence[Operand], dim: int = 0) -
 
 @_of(_aten.pad.default)
 def _pad(
-    b: Builder, fake: Tensor, x: Operand, pad: Sequence[int], mode: str = "constant", value: float | None = None
+    b: Builder,
+    fake: Tensor,
+    x: Operand,
+    pad: Sequence[int],
+    mode: str = "constant",
+    value: float | None = None,
 ) -> Any:
     """PyTorch counts from the last dimension: [left, right, top, bottom]."""
     if mode != "constant" or value:
-        raise ExportError(f"pad with mode {mode!r} and value {value} has no translation to ONNX; pad with zeros")
+        raise ExportError(
+            f"pad with mode {mode!r} and value {value} has no translation to ONNX; pad with zeros"
+        )
     before, after = list(pad[-2::-2]), list(pad[::-2])
     kept = [0] * (fake.ndim - len(before))
     return b.op("Pad", x, b.constant([*kept, *before, *kept, *after]))
@@ -279,7 +288,7 @@ def _pad(
 def _upsample(
     b: Builder, fake: Tensor, x: Operand, size: Sequence[Size] | None, scales: Sequence[float] | None = None
 ) -> Any:
-    how = {
+    how: dict[str, Any] = {
         "mode": "nearest",
         "nearest_mode": "floor",
         "coordinate_transformation_mode": "asymmetric",
@@ -294,8 +303,9 @@ def _upsample(
 def _slice(
     b: Builder, fake: Tensor, x: Operand, dim: int = 0, start: int = 0, end: int = 2**63 - 1, step: int = 1
 ) -> Any:
-    size = b.value(x).shape
-    if size is not None and isinstance(size[dim], int) and start == 0 and end >= size[dim] and step == 1:
+    shape = b.value(x).shape
+    size = None if shape is None else shape[dim]
+    if isinstance(size, int) and start == 0 and end >= size and step == 1:
         return b.value(x)
     return b.op("Slice", x, *(b.constant([at]) for at in (start, end, dim, step)))
 
@@ -347,12 +357,8 @@ def _arithmetic(kind: str) -> Translation:
     return lambda b, fake, x, y: b.op(kind, *(b.constant([n]) if isinstance(n, int) else n for n in (x, y)))
 
 
-for _kind, _target in (
-    ("Add", operator.add),
-    ("Sub", operator.sub),
-    ("Mul", operator.mul),
-    ("Div", operator.floordiv),
-):
-    TABLE[_target] = _arithmetic(_kind)
-
+TABLE[operator.add] = _arithmetic("Add")
+TABLE[operator.sub] = _arithmetic("Sub")
+TABLE[operator.mul] = _arithmetic("Mul")
+TABLE[operator.floordiv] = _arithmetic("Div")
 TABLE[operator.getitem] = lambda b, fake, several, i: several[i]

@@ -83,7 +83,7 @@ class Builder:
             self.initializers[name] = ir.Value(
                 name=name,
                 type=ir.TensorType(tensor.dtype),
-                shape=ir.Shape(tensor.shape),
+                shape=ir.Shape(tensor.shape.numpy()),
                 const_value=tensor,
             )
         return self.initializers[name]

@@ -11,7 +11,7 @@ built, one operator at a time, by registering a creator or not; the file stays t
 
 | node | inputs | attributes |
 | --- | --- | --- |
-| Attention | q, k, v | scale |
+| DotProductAttention | q, k, v | scale |
 | GroupNorm, GroupNormSilu | x, weight, bias | num_groups, epsilon |
 | ShiftGroupNormSilu | x, shift, weight, bias | num_groups, epsilon |
 | LayerNorm | x, weight, bias | epsilon |
@@ -22,6 +22,9 @@ built, one operator at a time, by registering a creator or not; the file stays t
 Shapes are those of `latentrt.kernels`, but for LinearGeglu's weight: [D, 2F], as a product wants it. Any of float16,
 bfloat16 and float32 goes in and comes out. Inside, statistics, softmax and what a norm does before its result is
 rounded are float32 whatever goes in, by casts in the body, so that no builder has to guess them.
+
+No type here is that of an operator of any other domain: TensorRT's parser goes by the type alone, and would read an
+`Attention` of ours as ONNX's, with heads and positions exchanged.
 
 The bodies avoid what is standard and wrong: ONNX defines GroupNormalization's variance as E[x^2] - E[x]^2, which
 cancels where the mean is large, and InstanceNormalization's as E[(x - E[x])^2].
@@ -125,7 +128,7 @@ _BODIES = {
         "product = MatMul(x, weight)\n    both = Add(product, bias)" + _GATED.format(x="both"),
     ),
     # The scale goes into q, so that half-precision scores stay as small as they end up.
-    "Attention": (
+    "DotProductAttention": (
         "<scale> (q, k, v) => (o)",
         """
     exact = Constant <value_float: float = @scale> ()
@@ -143,12 +146,13 @@ _BODIES = {
 """,
     ),
 }
-# ONNX's own Attention, for which TensorRT has kernels: of half types, several heads and up to 256 columns.
+# ONNX's own Attention, for which TensorRT has kernels: of half types, several heads and up to 256 columns. They keep
+# the softmax in float32; saying so in `softmax_precision` is refused by the parser.
 _FUSED_ATTENTION = """
     qh = Transpose <perm = [0, 2, 1, 3]> (q)
     kh = Transpose <perm = [0, 2, 1, 3]> (k)
     vh = Transpose <perm = [0, 2, 1, 3]> (v)
-    oh = Attention <scale: float = @scale, softmax_precision = 1> (qh, kh, vh)
+    oh = Attention <scale: float = @scale> (qh, kh, vh)
     o = Transpose <perm = [0, 2, 1, 3]> (oh)
 """
 
@@ -159,16 +163,17 @@ def function(name: str, *, casts: bool = True, fused_attention: bool = False) ->
     Args:
         name: one of the table's.
         casts: without them the body is for float32 only, and loads faster.
-        fused_attention: Attention in terms of ONNX's own, in place of products and a softmax.
+        fused_attention: DotProductAttention by ONNX's own Attention, in place of products and a softmax.
     """
     signature, body = _BODIES[name]
-    if name == "Attention" and fused_attention:
+    if name == "DotProductAttention" and fused_attention:
         body = _FUSED_ATTENTION
     text = f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>\n{name} {signature}\n{{\n{body}\n}}'
     made = ir.serde.deserialize_function(onnx.parser.parse_function(text))
     for node in [] if casts else [node for node in made if node.op_type in ("Cast", "CastLike")]:
-        source, result = node.inputs[0], node.outputs[0]
-        result.replace_all_uses_with(source, replace_graph_outputs=True)
+        source = node.inputs[0]
+        assert source is not None
+        node.outputs[0].replace_all_uses_with(source, replace_graph_outputs=True)
         made.remove(node, safe=True)
     return made
 

@@ -56,7 +56,10 @@ def to_onnx(program: torch.export.ExportedProgram, component: Component) -> ir.M
     needed = _needed(program.graph)
     for node in program.graph.nodes:
         if node.op == "call_function" and node in needed:
-            values[node] = _translated(builder, node, values)
+            try:
+                values[node] = _translated(builder, node, values)
+            except ExportError as error:
+                raise ExportError(f"{component.name}: {error}") from error
     outputs: list[ir.Value] = []
     for node, spec in zip(program.graph.output_node().args[0], component.outputs, strict=True):
         output = builder.value(values[node])

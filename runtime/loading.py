@@ -23,7 +23,7 @@ from .text_encoder import TextEncoder
 from .vae import VAE
 from .weights import Checkpoint
 
-__all__ = ["load_expert", "load_text_encoder", "load_vae", "unet_component"]
+__all__ = ["load_components", "load_expert", "load_text_encoder", "load_vae", "unet_component"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,22 @@ class _Weights:
             fingerprint=self.fingerprint(name, dtype),
             example_sizes=example_sizes,
         )
+
+
+def load_components(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Component]:
+    """Every component of a checkpoint by name, ready to be exported; no weights are read yet.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or its parts do not fit each other.
+    """
+    loader = EngineLoader("eager", torch.device("cpu"), dtype, None)
+    expert = load_expert(checkpoint, loader)
+    encoders = [e for e in (expert.text_encoder, expert.text_encoder_2) if e is not None]
+    engines = [*(e.engine for e in encoders), expert.unet]
+    if checkpoint.has("vae"):
+        vae = load_vae(checkpoint, loader)
+        engines += [vae.decoder, vae.encoder]
+    return {engine.component.name: engine.component for engine in engines}
 
 
 def load_expert(

@@ -1,7 +1,7 @@
 """Where the runtime asks for an export: the ONNX model of a component, from the cache or made now.
 
 The only module of the runtime that imports `export`, and only when the cache lacks the model: reading a
-cached model needs neither torch.onnx nor onnxscript.
+cached model needs neither torch.export nor onnx.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ONE_AT_A_TIME = threading.Lock()
 _PACKAGE = Path(__file__).resolve().parents[1]
 # What an exported graph is made of: a change in any of these sources is another graph.
 _SOURCES = ("kernels", "runtime/models", "export")
-_DISTRIBUTIONS = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
+_DISTRIBUTIONS = ("torch", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
 
 
 def onnx_model(component: Component, *, cache_dir: Path | None) -> Path:
