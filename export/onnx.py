@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -17,13 +17,25 @@ from torch import nn
 from ..errors import ExportError
 from ..kernels import as_nodes
 from ..runtime.engines.base import Component, example_inputs
+from .passes import DEFAULT, Report, run_passes
 from .translate import to_onnx
 
-__all__ = ["export_component", "trace"]
+__all__ = ["export_component", "to_model", "trace", "write_model"]
 
 
 def export_component(component: Component, module: nn.Module, path: Path) -> Path:
-    """Write the component to `path` and its weights to `path` + ".data".
+    """Write the component to `path` and its weights to `path` + ".data": `to_model` and `write_model`.
+
+    Returns:
+        `path`.
+    """
+    return write_model(component, to_model(component, module)[0], path)
+
+
+def to_model(
+    component: Component, module: nn.Module, passes: Sequence[str] = DEFAULT
+) -> tuple[ir.Model, list[Report]]:
+    """The component in ONNX, its weights still those of the module.
 
     Every named dimension of the inputs is dynamic, and shared by the inputs that name it. The model says in
     its metadata which component it is and what made it.
@@ -31,23 +43,36 @@ def export_component(component: Component, module: nn.Module, path: Path) -> Pat
     Args:
         component: what to export.
         module: what `component.build` made; it is not changed.
-        path: the .onnx file, in a folder that exists.
+        passes: names of `passes.PASSES`, in order.
+
+    Returns:
+        The model, and what each pass did.
+
+    Raises:
+        ExportError: torch.export refuses it, or an operation has no translation.
+        RequestError: no pass has that name.
+    """
+    try:
+        model = to_onnx(trace(component, module), component)
+    except ExportError:
+        raise
+    except Exception as error:  # torch.export's errors have no base of their own
+        raise ExportError(f"{component.name} cannot be exported to ONNX: {error}") from error
+    _describe(model, component)
+    return model, run_passes(model, passes)
+
+
+def write_model(component: Component, model: ir.Model, path: Path) -> Path:
+    """Write the model to `path`, in a folder that exists, and its weights to `path` + ".data".
 
     Returns:
         `path`.
 
     Raises:
-        ExportError: torch.export, the ONNX exporter or ONNX's checker refuse it.
+        ExportError: ONNX's checker refuses it.
         OSError: the files cannot be written.
     """
-    try:
-        model = to_onnx(trace(component, module), component)
-        _describe(model, component)
-        ir.save(model, path, external_data=f"{path.name}.data")
-    except (OSError, ExportError):
-        raise
-    except Exception as error:  # torch.export and ONNX share no base
-        raise ExportError(f"{component.name} cannot be exported to ONNX: {error}") from error
+    ir.save(model, path, external_data=f"{path.name}.data")
     try:
         onnx.checker.check_model(path)
     except onnx.checker.ValidationError as error:
