@@ -17,7 +17,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from ..errors import RequestError
 from .builder import TRANSPOSED
 
-__all__ = ["DEFAULT", "PASSES", "Report", "Size", "run_passes"]
+__all__ = ["DEFAULT", "PASSES", "Report", "Size", "check_names", "run_passes"]
 
 Pass = Callable[[ir.Model], None]
 
@@ -54,15 +54,20 @@ def run_passes(model: ir.Model, names: Sequence[str]) -> list[Report]:
     Raises:
         RequestError: there is no pass of a name; those there are are listed.
     """
-    unknown = [name for name in names if name not in PASSES]
-    if unknown:
-        raise RequestError(f"there is no pass {', '.join(unknown)}; there are {', '.join(PASSES)}")
+    check_names(names)
     reports = []
     for name in names:
         before = Size.of(model)
         PASSES[name](model)
         reports.append(Report(name, before, Size.of(model)))
     return reports
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise a RequestError unless each is the name of a pass."""
+    unknown = [name for name in names if name not in PASSES]
+    if unknown:
+        raise RequestError(f"there is no pass {', '.join(unknown)}; there are {', '.join(PASSES)}")
 
 
 def constant_folding(model: ir.Model) -> None:

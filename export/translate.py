@@ -9,6 +9,7 @@ every translation to PyTorch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -44,6 +45,7 @@ def to_onnx(program: torch.export.ExportedProgram, component: Component) -> ir.M
     tensors = {**program.constants, **program.state_dict}
     specs = dict(zip(signature.user_inputs, component.inputs, strict=True))
     builder = Builder()
+    dims: dict[str, str] = {}
     values: dict[fx.Node, Any] = {}
     inputs: list[ir.Value] = []
     for node in program.graph.nodes:
@@ -51,13 +53,16 @@ def to_onnx(program: torch.export.ExportedProgram, component: Component) -> ir.M
             name = names[node.name]
             values[node] = Weight(builder, name, tensors[name])
         elif node.op == "placeholder":
-            inputs.append(_interface(specs[node.name]))
+            spec = specs[node.name]
+            inputs.append(_interface(spec))
             values[node] = inputs[-1]
+            named = zip(node.meta["val"].shape, spec.dims, strict=True)
+            dims |= {str(size): dim for size, dim in named if isinstance(dim, str)}
     needed = _needed(program.graph)
     for node in program.graph.nodes:
         if node.op == "call_function" and node in needed:
             try:
-                values[node] = _translated(builder, node, values)
+                values[node] = _translated(builder, node, values, dims)
             except ExportError as error:
                 raise ExportError(f"{component.name}: {error}") from error
     outputs: list[ir.Value] = []
@@ -90,8 +95,10 @@ def _needed(graph: fx.Graph) -> set[fx.Node]:
     return needed
 
 
-def _translated(builder: Builder, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """What the node computes: a value, or a tuple of values."""
+def _translated(
+    builder: Builder, node: fx.Node, values: Mapping[fx.Node, Any], dims: Mapping[str, str]
+) -> Any:
+    """What the node computes: a value, or a tuple of values. `dims` are the names of tracing's symbols."""
     builder.module = _module(node)
     translation = TABLE.get(node.target)
     if translation is None:
@@ -105,7 +112,7 @@ def _translated(builder: Builder, node: fx.Node, values: dict[fx.Node, Any]) -> 
     result = translation(builder, fake, *args, **kwargs)
     several = (tuple(result), tuple(fake)) if isinstance(result, tuple) else ((result,), (fake,))
     for value, known in zip(*several, strict=True):
-        _annotate(value, known)
+        _annotate(value, known, dims)
     return result
 
 
@@ -116,12 +123,12 @@ def _module(node: fx.Node) -> str:
     return "" if path.startswith("_empty") else path  # torch's own placeholder
 
 
-def _annotate(value: Any, fake: Any) -> None:
-    """Dtype, and the dimensions that are fixed, as tracing found them."""
+def _annotate(value: Any, fake: Any, dims: Mapping[str, str]) -> None:
+    """Dtype, and the dimensions that are fixed or an input's, as tracing found them."""
     if isinstance(fake, Tensor) and isinstance(value, ir.Value):
         value.dtype = from_torch_dtype(fake.dtype)
         if value.shape is None:
-            value.shape = ir.Shape([size if isinstance(size, int) else None for size in fake.shape])
+            value.shape = ir.Shape([n if isinstance(n, int) else dims.get(str(n)) for n in fake.shape])
 
 
 def _interface(spec: TensorSpec) -> ir.Value:
