@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from onnx_ir.passes import common
-from onnx_ir.tensor_adapters import TorchTensor
+from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 
 from ..errors import RequestError
 from .builder import TRANSPOSED
@@ -71,7 +72,7 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def constant_folding(model: ir.Model) -> None:
-    """Compute what depends on constants only, such as the frequencies of the time embedding. Weights stay as they are."""
+    """Compute what depends on small constants only, such as the frequencies of the time embedding."""
     from onnxscript import optimizer  # a quarter of a second
 
     # Small results only: a folded weight would be stored beside the one it came from, under a name of no module.
@@ -84,7 +85,7 @@ def dead_code(model: ir.Model) -> None:
     """Remove identities, and nodes, initializers and functions that no output depends on."""
     common.IdentityEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
-    common.RemoveUnusedFunctionsPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
 
 
 _F16, _BF16, _F32, _F64 = ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE
@@ -154,7 +155,7 @@ PASSES: dict[str, Pass] = {
 }
 """By name."""
 DEFAULT = ("constant-folding", "dead-code", "cast-pairs", "transpose-pairs")
-"""What an export runs. fused-qkv is not among them: TensorRT fuses such products itself, and ONNX Runtime gains nothing."""
+"""What an export runs unless told otherwise. fused-qkv is not among them: it was not seen to gain anything."""
 
 
 def _is(node: ir.Node, kind: str) -> bool:
@@ -188,7 +189,7 @@ def _projection(graph: ir.Graph, node: ir.Node) -> _Projection | None:
     if not _is(node, "MatMul"):
         return None
     x, weight = node.inputs[0], node.inputs[1]
-    if x is None or weight is None or weight.name not in graph.initializers:
+    if x is None or weight is None or weight.name is None or weight.name not in graph.initializers:
         return None
     module, _, leaf = weight.name.removesuffix(f".weight{TRANSPOSED}").rpartition(".")
     if leaf not in ("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj"):
@@ -214,15 +215,11 @@ def _fuse(graph: ir.Graph, x: ir.Value, module: str, projections: Sequence[_Proj
     if biases:
         bias = _side_by_side(graph, biases, f"{name}.bias")
         made.append(ir.node("Add", [product.outputs[0], bias], name=f"{name}/Add"))
-    widths = [int(p.weight.shape[-1]) for p in projections if p.weight.shape is not None]  # type: ignore[arg-type]
-    sizes = ir.tensor(widths, dtype=ir.DataType.INT64, name=f"{name}/widths")
-    value = ir.Value(
-        name=sizes.name, type=ir.TensorType(sizes.dtype), shape=ir.Shape([len(widths)]), const_value=sizes
-    )
-    graph.register_initializer(value)
+    widths = ir.tensor([_tensor(p.weight).shape.numpy()[-1] for p in projections], dtype=ir.DataType.INT64)
+    sizes = _initializer(graph, f"{name}/widths", widths)
     split = ir.node(
         "Split",
-        [made[-1].outputs[0], value],
+        [made[-1].outputs[0], sizes],
         {"axis": -1},
         num_outputs=len(projections),
         name=f"{name}/Split",
@@ -231,7 +228,7 @@ def _fuse(graph: ir.Graph, x: ir.Value, module: str, projections: Sequence[_Proj
     for node in made:
         for i, output in enumerate(node.outputs):
             output.name = f"{node.name}:{i}"
-            output.dtype = x.dtype
+            output.type = x.type
     graph.insert_before(first, made)
     for projection, output in zip(projections, split.outputs, strict=True):
         output.shape = projection.last.outputs[0].shape
@@ -240,25 +237,26 @@ def _fuse(graph: ir.Graph, x: ir.Value, module: str, projections: Sequence[_Proj
 
 def _side_by_side(graph: ir.Graph, values: Sequence[ir.Value], name: str) -> ir.Value:
     """An initializer of several, joined along the last dimension when it is written, not before."""
-    tensors = [value.const_value for value in values]
-    assert all(tensor is not None for tensor in tensors)
-    *rows, _ = tensors[0].shape.numpy()  # type: ignore[union-attr]
-    width = sum(tensor.shape.numpy()[-1] for tensor in tensors if tensor is not None)
-    dtype = tensors[0].dtype  # type: ignore[union-attr]
+    tensors = [_tensor(value) for value in values]
+    shapes = [tensor.shape.numpy() for tensor in tensors]
 
     def join() -> ir.TensorProtocol:
-        import torch
-        from onnx_ir.tensor_adapters import to_torch_dtype
-
-        parts = []
-        for tensor in tensors:
-            assert tensor is not None
-            raw = torch.frombuffer(bytearray(tensor.tobytes()), dtype=to_torch_dtype(dtype))
-            parts.append(raw.reshape(tensor.shape.numpy()))
+        dtype = to_torch_dtype(tensors[0].dtype)
+        flat = (torch.frombuffer(bytearray(tensor.tobytes()), dtype=dtype) for tensor in tensors)
+        parts = [part.reshape(shape) for part, shape in zip(flat, shapes, strict=True)]
         return TorchTensor(torch.cat(parts, -1), name=name)
 
-    shape = ir.Shape([*rows, width])
-    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=shape)
-    value.const_value = ir.LazyTensor(join, dtype=dtype, shape=shape, name=name)
+    shape = ir.Shape([*shapes[0][:-1], sum(each[-1] for each in shapes)])
+    return _initializer(graph, name, ir.LazyTensor(join, dtype=tensors[0].dtype, shape=shape, name=name))
+
+
+def _tensor(initializer: ir.Value) -> ir.TensorProtocol:
+    assert initializer.const_value is not None
+    return initializer.const_value
+
+
+def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    shape = ir.Shape(tensor.shape.numpy())
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
     graph.register_initializer(value)
     return value
