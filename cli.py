@@ -1,4 +1,4 @@
-"""The command line: `latentrt generate`, `build`, `cache`, `backends`, `info`, `kernels`.
+"""The command line: `latentrt generate`, `export`, `build`, `cache`, `backends`, `info`, `kernels`.
 
 Each command imports what it needs when it runs, so that `latentrt --help` answers at once.
 """
@@ -161,6 +161,23 @@ def _parser() -> argparse.ArgumentParser:
     k.add_argument("--tune", action="store_true", help="find this GPU's block sizes and write them down")
     k.add_argument("--seconds", type=float, default=400.0, help="begin nothing new after (default 400)")
     k.set_defaults(run=_kernels)
+    x = commands.add_parser(
+        "export",
+        help="write a model's components as ONNX files",
+        description="Writes DIR/COMPONENT/model.onnx with its weights beside it, checked against PyTorch, and shows "
+        "what each pass did to it.",
+    )
+    x.add_argument("model", metavar="MODEL", help="as for generate; 'demo-refiner' is the demo's refiner")
+    x.add_argument("-o", "--output", metavar="DIR", type=Path, required=True)
+    x.add_argument("--component", action="append", default=[], help="only this one; may be repeated")
+    x.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
+    x.add_argument("--passes", metavar="A,B", help="in place of the usual ones, in this order; '' for none")
+    x.add_argument(
+        "--split", action="store_true", help="the UNet in three: per prompt, per timestep and per step"
+    )
+    x.add_argument("--variant", help="weights variant, such as fp16")
+    x.add_argument("--json", action="store_true")
+    x.set_defaults(run=_export)
     return parser
 
 
@@ -369,6 +386,36 @@ def _kernels(args: argparse.Namespace) -> None:
             cores = ", ".join(f"{count} {name}" for name, count in k["tensor_core"].items())
             code = f"{k['registers']:>6}{k['spills']:>6}{k['shared'] / 1024:>6.0f} K  {cores}"
             _write(f"    {k['kernel']:<68}{code}".rstrip())
+
+
+def _export(args: argparse.Namespace) -> None:
+    import torch
+
+    from .export.command import export_model
+    from .export.passes import DEFAULT
+
+    exported = export_model(
+        args.model,
+        args.output,
+        dtype=getattr(torch, args.dtype),
+        components=args.component,
+        passes=DEFAULT if args.passes is None else [name for name in args.passes.split(",") if name],
+        split=args.split,
+        variant=args.variant,
+    )
+    if args.json:
+        _write(json.dumps([made.to_json() for made in exported], indent=2))
+        return
+    for made in exported:
+        _write(f"{made.component}, {made.dtype}, {made.seconds:.1f} s: {', '.join(map(str, made.files))}")
+        _write(f"    {'':<20}{'nodes':>16}{'initialisers':>18}{'bytes':>26}")
+        for report in made.passes:
+            pairs = zip(asdict(report.before).values(), asdict(report.after).values(), strict=True)
+            nodes, initializers, size = (f"{a:,} > {b:,}" if a != b else f"{a:,}" for a, b in pairs)
+            _write(f"    {report.name:<20}{nodes:>16}{initializers:>18}{size:>26}")
+        for sizes, errors in made.check.get("relative_error", {}).items():
+            found = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+            _write(f"    off PyTorch by {found} at {sizes}")
 
 
 def _write(text: str) -> None:
