@@ -18,29 +18,11 @@ import PIL.Image
 import pytest
 import torch
 from latentrt import __version__
-from latentrt.cli import main
 from latentrt.runtime.image import read_parameters
 
 HOSTILE = 'a, b: "c"\nNegative prompt: none\nSteps: 3, Seed: 1 日本 🙂 \\'
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`run("info", "x.png")` in an empty folder -> (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main(arguments)
-        except SystemExit as exit_:  # argparse
-            code = int(exit_.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture
@@ -135,7 +117,7 @@ def test_what_a_file_says_cannot_drive_the_terminal(run: Run) -> None:
         (("x", "--model", "/no/model"), "'/no/model' is no folder or file"),
         (
             ("x", "--backend", "tensorflow"),
-            "no back end 'tensorflow'; there are onnxruntime, eager, and auto",
+            "no back end 'tensorflow'; there are onnxruntime, eager, tensorrt, tensorrt-rtx, and auto",
         ),
         (("x", "--steps", "0"), "num_inference_steps is 0"),
         (("x", "--steps", "1001"), "1001 steps were asked for; this schedule has 1 to 1000"),

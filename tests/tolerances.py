@@ -38,6 +38,9 @@ EXPORT_FLOAT32 = 1e-4
 EXPORT_FLOAT16 = 5e-3
 """The same in float16, where PyTorch rounds after each operator and ONNX Runtime on the CPU does not."""
 
+ENGINE_FLOAT16 = 1e-2
+"""A TensorRT engine in float16 against eager PyTorch in float16 on the same GPU, relative. Never run yet."""
+
 KERNEL_VERSUS_REFERENCE = 2.0
 """A Triton kernel's largest error against float64, at most this many times its reference's in the same dtype,"""
 KERNEL_ULPS = 2.0

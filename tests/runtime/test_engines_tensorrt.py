@@ -1,0 +1,392 @@
+"""What the TensorRT engine asks of TensorRT, against a stand-in that adds one. The real thing is in the file beside."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tensorrt_rtx_bindings as rtx
+import torch
+from latentrt.errors import BackendError, BackendUnavailableError
+from latentrt.runtime.engine_store import StoredEngine
+from latentrt.runtime.engines import tensorrt as engines
+from latentrt.runtime.engines import trt
+from latentrt.runtime.engines.base import Component, TensorSpec
+from latentrt.runtime.engines.sizes import Axis, Profile
+from latentrt.runtime.engines.tensorrt import Scratch, TensorRTEngine
+from torch import Tensor, nn
+
+CPU = torch.device("cpu")
+NARROW, WIDE = Profile({"batch": Axis(2, 2, 3)}), Profile({"batch": Axis(1, 2, 32)})
+
+
+class FakeContext:
+    """Runs `y = x + 1` over the addresses it was given."""
+
+    def __init__(self, owner: FakeTensorRT, number: int) -> None:
+        self._owner, self._number = owner, number
+        self._addresses: dict[str, int] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        return self._called("set_optimization_profile_async", profile, stream)
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self._addresses[name] = address
+        return self._called("set_tensor_address", name)
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self._shapes[name] = shape
+        return self._called("set_input_shape", name, shape)
+
+    def infer_shapes(self) -> list[str]:
+        self._called("infer_shapes")
+        return self._owner.unknown
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes["x"]
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        return 100 * self._shapes["x"][0]
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        self._called("set_device_memory", memory, size)
+
+    def execute_async_v3(self, stream: int) -> bool:
+        x, y = (
+            (ctypes.c_float * (4 * self._shapes["x"][0])).from_address(self._addresses[name]) for name in "xy"
+        )
+        y[:] = [value + 1 for value in x]
+        return self._called("execute_async_v3", stream)
+
+    def _called(self, name: str, *arguments: Any) -> bool:
+        self._owner.calls.append((self._number, name, *arguments))
+        if name == self._owner.failing:
+            self._owner.log.log(rtx.ILogger.ERROR, "Error Code 3:\n  it broke")
+            return False
+        return True
+
+
+class FakeEngine:
+    def __init__(self, owner: FakeTensorRT) -> None:
+        self._owner = owner
+        self.streamable_weights_size = owner.streamable
+        self.weight_streaming_budget_v2 = -1
+
+    def get_weight_streaming_automatic_budget(self) -> int:
+        return 12345
+
+    def create_runtime_config(self) -> Any:
+        return SimpleNamespace(set_execution_context_allocation_strategy=lambda strategy: None)
+
+    def create_execution_context(self, how: Any) -> FakeContext | None:
+        self._owner.strategies.append(how)
+        if self._owner.failing == "create_execution_context":
+            self._owner.log.log(rtx.ILogger.ERROR, "no memory")
+            return None
+        self._owner.contexts += 1
+        return FakeContext(self._owner, self._owner.contexts)
+
+
+class FakeTensorRT:
+    """The part of the module `tensorrt` that an engine uses."""
+
+    __version__ = "1.0.fake"
+    ILogger = rtx.ILogger
+    ExecutionContextAllocationStrategy = rtx.ExecutionContextAllocationStrategy
+    DynamicShapesKernelSpecializationStrategy = rtx.DynamicShapesKernelSpecializationStrategy
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.strategies: list[Any] = []
+        self.contexts = 0
+        self.failing = ""
+        self.unknown: list[str] = []
+        self.streamable = 0
+        self.engine: FakeEngine | None = None
+
+    def Runtime(self, log: Any) -> Any:  # noqa: N802
+        self.log = log
+        return SimpleNamespace(deserialize_cuda_engine=self._deserialize)
+
+    def _deserialize(self, plan: Any) -> FakeEngine | None:
+        if bytes(plan) != b"an engine":
+            self.log.log(rtx.ILogger.ERROR, "magicTag mismatch")
+            return None
+        self.engine = FakeEngine(self)
+        return self.engine
+
+    def named(self, name: str) -> list[tuple[Any, ...]]:
+        return [call for call in self.calls if call[1] == name]
+
+
+class FakeStream:
+    def __init__(self, number: int) -> None:
+        self.cuda_stream = number
+        self.waited: list[str] = []
+
+    def record_event(self) -> str:
+        return f"event of {self.cuda_stream}"
+
+    def wait_event(self, event: str) -> None:
+        self.waited.append(event)
+
+    def synchronize(self) -> None:
+        self.waited.append("all")
+
+
+class FakeCuda:
+    """torch.cuda's current stream, and whether it is being captured."""
+
+    def __init__(self) -> None:
+        self.stream = FakeStream(1)
+        self.capturing = False
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: fake.stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.capturing)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
+    return fake
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
+    fake = FakeTensorRT()
+    monkeypatch.setattr(trt, "load", lambda product: fake)
+    return fake
+
+
+Load = Callable[..., TensorRTEngine]
+
+
+@pytest.fixture
+def load(fake: FakeTensorRT, cuda: FakeCuda, tmp_path: Path) -> Load:
+    def load(
+        product: str = "tensorrt", scratch: Scratch | None = None, plan: bytes = b"an engine"
+    ) -> TensorRTEngine:
+        spec = ("batch", 4)
+        component = Component(
+            "unet",
+            nn.Identity,
+            torch.float32,
+            (TensorSpec("x", spec, torch.float32),),
+            (TensorSpec("y", spec, torch.float32),),
+            "0",
+            {"batch": 2},
+        )
+        (tmp_path / "model.plan").write_bytes(plan)
+        stored = StoredEngine("0", tmp_path / "model.plan", (WIDE, NARROW), {}, False)
+        return TensorRTEngine(component, stored, trt.product(product), CPU, scratch or Scratch(CPU))
+
+    return load
+
+
+def x_of(batch: int) -> dict[str, Tensor]:
+    return {"x": torch.arange(batch * 4, dtype=torch.float32).view(batch, 4)}
+
+
+def test_the_order_of_calls(load: Load, fake: FakeTensorRT) -> None:
+    out = load()(x_of(1))
+    assert list(out) == ["y"]
+    assert torch.equal(out["y"], x_of(1)["x"] + 1)
+    assert [call[1] for call in fake.calls] == [
+        "set_optimization_profile_async",
+        "set_tensor_address",
+        "set_input_shape",
+        "infer_shapes",
+        "set_tensor_address",
+        "set_device_memory",
+        "execute_async_v3",
+    ]
+    assert fake.strategies == [rtx.ExecutionContextAllocationStrategy.USER_MANAGED]
+
+
+def test_the_products_own_api_has_what_is_called() -> None:
+    """A stand-in agrees with anything; the real classes do not."""
+    for fake, real in ((FakeContext, rtx.IExecutionContext), (FakeEngine, rtx.ICudaEngine)):
+        called = [name for name in vars(fake) if not name.startswith("_")]
+        assert called
+        assert [name for name in called if not hasattr(real, name)] == []
+    for name in ("streamable_weights_size", "weight_streaming_budget_v2"):
+        assert hasattr(rtx.ICudaEngine, name)
+    assert hasattr(rtx.IRuntimeConfig, "set_execution_context_allocation_strategy")
+    assert hasattr(rtx.IRuntimeConfig, "dynamic_shapes_kernel_specialization_strategy")
+
+
+def test_addresses_are_bound_once_per_size(load: Load, fake: FakeTensorRT) -> None:
+    engine = load()
+    for _ in range(3):
+        for batch in (1, 2):
+            assert torch.equal(engine(x_of(batch))["y"], x_of(batch)["x"] + 1)
+    assert fake.contexts == 2
+    assert len(fake.named("set_tensor_address")) == 4
+    assert len(fake.named("execute_async_v3")) == 6
+
+
+def test_outputs_are_the_callers(load: Load) -> None:
+    engine = load()
+    first = engine(x_of(2))["y"]
+    kept = first.clone()
+    engine({"x": torch.full((2, 4), 9.0)})
+    assert torch.equal(first, kept)
+
+
+def test_the_narrowest_profile_is_picked(load: Load, fake: FakeTensorRT) -> None:
+    engine = load()
+    for batch in (1, 2, 3, 4):
+        engine(x_of(batch))
+    assert [call[2] for call in fake.named("set_optimization_profile_async")] == [0, 1, 1, 0]
+
+
+def test_sizes_outside_every_profile_are_refused(load: Load, fake: FakeTensorRT) -> None:
+    with pytest.raises(
+        BackendError, match=r"of unet was built for other sizes than batch 33: it takes batch"
+    ):
+        load()(x_of(33))
+    assert fake.contexts == 0
+
+
+def test_scratch_grows_and_is_shared(load: Load, fake: FakeTensorRT) -> None:
+    scratch = Scratch(CPU)
+    one, other = load(scratch=scratch), load(scratch=scratch)
+    for engine, batch in ((one, 2), (other, 4), (one, 2), (other, 1)):
+        engine(x_of(batch))
+    memory = [call[2:] for call in fake.named("set_device_memory")]
+    assert [size for _, size in memory] == [200, 400, 400, 400]
+    assert len({address for address, _ in memory[1:]}) == 1
+
+
+def test_another_stream_waits_for_the_scratch(load: Load, cuda: FakeCuda, fake: FakeTensorRT) -> None:
+    engine = load()
+    first, second = cuda.stream, FakeStream(2)
+    engine(x_of(1))
+    engine(x_of(1))
+    cuda.stream = second
+    engine(x_of(1))
+    assert (first.waited, second.waited) == ([], ["event of 1"])
+    assert [call[2] for call in fake.named("execute_async_v3")] == [1, 1, 2]
+
+
+def test_a_capture_before_a_first_run_is_refused(load: Load, cuda: FakeCuda, fake: FakeTensorRT) -> None:
+    engine = load()
+    engine(x_of(1))
+    cuda.capturing = True
+    engine(x_of(1))
+    with pytest.raises(BackendError, match="unet was captured before it had run; run it once at these sizes"):
+        engine(x_of(2))
+    assert fake.contexts == 1
+
+
+def test_a_capture_keeps_its_scratch(load: Load, cuda: FakeCuda, fake: FakeTensorRT) -> None:
+    engine = load()
+    engine(x_of(1))
+    cuda.capturing = True
+    engine(x_of(1))
+    cuda.capturing = False
+    held = fake.named("set_device_memory")[-1][2]
+    engine(x_of(8))  # grows it
+    assert fake.named("set_device_memory")[-1][2] != held
+    assert [buffer.data_ptr() for buffer in engine._scratch._captured] == [held]
+
+
+def test_scratch_too_small_for_a_capture_is_refused(cuda: FakeCuda) -> None:
+    cuda.capturing = True
+    with pytest.raises(BackendError, match="captured before it had run"):
+        Scratch(CPU).begin(cuda.stream, 10)
+
+
+def test_the_context_used_longest_ago_goes(load: Load, cuda: FakeCuda, fake: FakeTensorRT) -> None:
+    engine = load()
+    engine(x_of(1))
+    cuda.capturing = True
+    engine(x_of(1))  # captured: stays whatever comes
+    cuda.capturing = False
+    for batch in range(2, 2 + engines._CONTEXTS):
+        engine(x_of(batch))
+    assert cuda.stream.waited == []
+    engine(x_of(2))  # now 3 is the one used longest ago
+    engine(x_of(30))
+    assert cuda.stream.waited == ["all"]
+    before = fake.contexts
+    for batch in (1, 2, 4, 30):
+        engine(x_of(batch))
+    assert fake.contexts == before
+    engine(x_of(3))
+    assert fake.contexts == before + 1
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        ("create_execution_context", r"cannot make an execution context \(no memory\)"),
+        ("set_optimization_profile_async", r"cannot take profile 1 \(Error Code 3: it broke\)"),
+        ("set_tensor_address", r"has no tensor x \(Error Code 3: it broke\)"),
+        ("set_input_shape", r"refuses x of shape \[2, 4\] \(Error Code 3: it broke\)"),
+        ("execute_async_v3", r"failed \(Error Code 3: it broke\)"),
+    ],
+)
+def test_errors_carry_the_log(load: Load, fake: FakeTensorRT, call: str, what: str) -> None:
+    engine = load()
+    fake.failing = call
+    with pytest.raises(BackendError, match=rf"^TensorRT 1\.0\.fake, unet: {what}"):
+        engine(x_of(2))
+    fake.failing = ""
+    assert torch.equal(engine(x_of(2))["y"], x_of(2)["x"] + 1)
+    assert fake.log.errors == []
+
+
+def test_shapes_that_cannot_be_told(load: Load, fake: FakeTensorRT) -> None:
+    fake.unknown = ["y"]
+    with pytest.raises(BackendError, match=r"cannot tell the shape of y \(it does not say why\)"):
+        load()(x_of(2))
+
+
+def test_a_plan_that_is_none(load: Load) -> None:
+    with pytest.raises(BackendError, match=r"unet: cannot load \S*model.plan \(magicTag mismatch\)"):
+        load(plan=b"something else")
+
+
+def test_weights_are_streamed_where_the_engine_can(load: Load, fake: FakeTensorRT) -> None:
+    load()
+    assert fake.engine is not None
+    assert fake.engine.weight_streaming_budget_v2 == -1
+    fake.streamable = 1
+    load()
+    assert fake.engine.weight_streaming_budget_v2 == 12345
+
+
+def test_rtx_specialises_before_it_runs(load: Load, fake: FakeTensorRT) -> None:
+    load("tensorrt-rtx")(x_of(1))
+    (config,) = fake.strategies
+    eager = rtx.DynamicShapesKernelSpecializationStrategy.EAGER
+    assert config.dynamic_shapes_kernel_specialization_strategy == eager
+
+
+def test_a_closed_engine_says_so(load: Load) -> None:
+    engine = load()
+    engine(x_of(1))
+    engine.close()
+    engine.close()
+    with pytest.raises(BackendError, match="unet was closed; load it again"):
+        engine(x_of(1))
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_without_a_gpu_it_says_so(name: str, cache_dir: Path, load: Load) -> None:
+    from latentrt.runtime.engines.registry import get_backend
+
+    backend = get_backend(name)
+    component = load().component
+    with pytest.raises(
+        BackendUnavailableError, match=rf"{name}'.*runs on NVIDIA GPUs only; use device 'cuda'"
+    ):
+        backend.load(component, device=CPU, cache_dir=cache_dir)

@@ -1,0 +1,167 @@
+"""`latentrt build` and what it says of its engines; the builder itself is in tests/export/test_tensorrt.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from latentrt.errors import BuildError
+from latentrt.export import build_process
+from latentrt.export.tensorrt import EngineRequest
+from latentrt.runtime import prepare
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[EngineRequest]:
+    """What is asked of the builder, which writes a few bytes instead; in a cache of its own."""
+    asked: list[EngineRequest] = []
+
+    def build(request: EngineRequest, *, expected_seconds: float | None) -> Mapping[str, Any]:
+        asked.append(request)
+        Path(request.plan).write_bytes(b"an engine")
+        return {"seconds": 7.0, "engine_bytes": 9_400_000}
+
+    monkeypatch.setattr(build_process, "build_in_child", build)
+    monkeypatch.setattr(prepare, "onnx_model", lambda component, cache_dir: Path("model.onnx"))
+    monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path / "cache"))
+    return asked
+
+
+@pytest.fixture
+def build(run: Run, requests: list[EngineRequest]) -> Run:
+    """`latentrt build demo --engine tensorrt-rtx --arch sm_89`, and more."""
+    return lambda *more: run("build", "demo", "--engine", "tensorrt-rtx", "--arch", "sm_89", *more)
+
+
+def test_every_component_is_built_and_told_of(build: Run, requests: list[EngineRequest]) -> None:
+    code, out, err = build()
+    assert (code, err) == (0, "")
+    names = ["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"]
+    assert [request.component for request in requests] == names
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[::2]] == names
+    assert lines[4].startswith("unet            float16   built in ")
+    assert ", 9 MB  " in lines[4]
+    assert lines[5].strip() == "batch 1..8, height 8..20, width 8..20"
+    assert requests[2].archs == (89,)
+
+
+def test_what_is_there_is_found(build: Run, requests: list[EngineRequest]) -> None:
+    first = build("--component", "unet")[1].split()
+    code, out, _ = build("--component", "unet")
+    assert code == 0
+    assert "unet            float16   found in 0." in out
+    assert out.split()[-9] == first[-9]  # its key
+    assert len(requests) == 1
+    build("--component", "unet", "--rebuild")
+    assert len(requests) == 2
+
+
+def test_options_reach_the_builder(run: Run, requests: list[EngineRequest]) -> None:
+    code, out, err = run(
+        *("build", "demo", "--engine", "tensorrt-rtx", "--arch", "sm_120, sm_89", "--dtype", "float32"),
+        *("--component", "unet", "--sizes", "64..128 step 64", "--sizes", "128x64", "--batch", "1..2"),
+        "--weight-streaming",
+        "--json",
+    )
+    assert (code, err) == (0, "")
+    (request,) = requests
+    assert (request.product, request.archs, request.weight_streaming) == ("tensorrt-rtx", (89, 120), True)
+    assert [p["sample"] for p in request.profiles] == [
+        [[1, 4, 8, 8], [2, 4, 16, 16], [4, 4, 16, 16]],
+        [[1, 4, 8, 16], [2, 4, 8, 16], [4, 4, 8, 16]],
+    ]
+    (row,) = json.loads(out)
+    assert (row["component"], row["dtype"], row["built"]) == ("unet", "float32", True)
+    assert row["profiles"][1] == "batch 1..4, height 8, width 16"
+    assert row["figures"]["engine_bytes"] == 9_400_000
+    assert Path(row["file"]).read_bytes() == b"an engine"
+    assert Path(row["file"]).parent.name == row["key"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--component", "refiner"),
+            "demo has no component refiner; it has text_encoder, text_encoder_2, unet",
+        ),
+        (("--sizes", "huge"), "the size 'huge' cannot be read; write such as 1024x1024"),
+        (("--sizes", "100x100"), "100 pixels are no whole number of latents; unet takes multiples of 8"),
+        (("--batch", "4..1"), "'4..1' goes from 4 to 1; write the smaller first"),
+        (("--arch", "sm_90"), "TensorRT for RTX has no engines for sm_90; it has them for sm_75"),
+        (("--hardware-compatibility", "ampere-plus"), "does nothing in TensorRT for RTX"),
+    ],
+)
+def test_refusals_are_one_line_before_any_work(
+    arguments: tuple[str, ...], message: str, build: Run, requests: list[EngineRequest]
+) -> None:
+    code, out, err = build(*arguments)
+    assert (code, out) == (1, "")
+    assert err.startswith("latentrt: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert requests == []
+
+
+@pytest.mark.parametrize("engine", ["tensorrt", "tensorrt-rtx"])
+def test_without_a_gpu_the_architecture_must_be_named(
+    engine: str, run: Run, requests: list[EngineRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = run("build", "demo", "--engine", engine)
+    assert code == 1
+    assert (
+        f"there is no GPU here to build {engine} engines for; tensorrt-rtx builds for others: --engine" in err
+    )
+    assert "--arch with one or several of sm_75, sm_80, sm_86, sm_89, sm_120, sm_121" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("build", "demo"), "--engine"),
+        (("build", "demo", "--engine", "onnx"), "invalid choice: 'onnx'"),
+        (
+            ("build", "demo", "--engine", "tensorrt", "--arch", "ada"),
+            "'ada' is not an architecture; write sm_90",
+        ),
+    ],
+)
+def test_unusable_arguments(arguments: tuple[str, ...], message: str, run: Run) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (BuildError("unet: rejects node 'x'; do that"), "latentrt: unet: rejects node 'x'; do that\n"),
+        (OSError(28, "No space left on device", "f"), "latentrt: no space left on the device while writing"),
+    ],
+)
+def test_a_build_that_fails_leaves_nothing(
+    error: Exception,
+    message: str,
+    build: Run,
+    requests: list[EngineRequest],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    def fail(request: EngineRequest, **_: Any) -> None:
+        Path(request.plan).write_bytes(b"half an eng")
+        raise error
+
+    monkeypatch.setattr(build_process, "build_in_child", fail)
+    code, out, err = build("--component", "unet")
+    assert (code, out) == (1, "")
+    assert message in err
+    assert list((tmp_path / "cache" / "entries").iterdir()) == []
+    assert list((tmp_path / "cache" / "partial").iterdir()) == []
