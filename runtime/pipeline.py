@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import BackendUnavailableError, RequestError, UnsafeWeightsError
 from .denoise import denoise
 from .engines.lazy import EngineLoader
-from .expert import Expert
+from .expert import Expert, check_fit
 from .image import from_tensor
 from .latents import NoiseSource, initial_latents, noised_latents
 from .loading import load_expert, load_vae
@@ -137,6 +137,7 @@ class Pipeline:
             name = "demo-refiner" if os.fspath(refiner) == "demo" else refiner
             second = load_expert(open_checkpoint(name, variant=variant, cache_dir=cache_dir), loader)
             second = second.sharing(base)
+        check_fit(base, second, vae.channels)
         return cls(base, second, vae, loader)
 
     @property
@@ -319,7 +320,8 @@ class Pipeline:
             if strength is not None:
                 first = min(last, max(first, step_range(config, request.steps, strength=strength)[0]))
             table = build_table(config, request.steps, begin=first, end=last, eta=request.eta)
-            stages.append(_Stage(expert.name, expert, table, request.image is not None or k > 0))
+            name = expert.name if self._refiner is None else ("base", "refiner")[k]
+            stages.append(_Stage(name, expert, table, request.image is not None or k > 0))
         return [stage for stage in stages if len(stage.table)] or stages[:1]
 
     def _prepare(self, request: GenerationRequest, stages: Sequence[_Stage]) -> None:

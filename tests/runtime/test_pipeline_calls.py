@@ -312,6 +312,12 @@ def test_stages_are_timed(both: latentrt.Pipeline) -> None:
     assert "decode" not in both(**{**CALL, "output_type": "latent"}).timings
 
 
+def test_two_checkpoints_of_a_kind_are_timed_apart(tiny: Callable[..., Path]) -> None:
+    """A second base in the refiner's place, as communities use them."""
+    pipe = latentrt.Pipeline.from_pretrained(tiny("sdxl"), tiny("sdxl"), backend="eager")
+    assert list(pipe(**CALL).timings) == ["prepare", "text", "start", "base", "refiner", "decode", "total"]
+
+
 def test_progress_shows_only_where_it_is_wanted(
     both: latentrt.Pipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -191,6 +191,21 @@ def test_an_unknown_refiner(tiny: Callable[..., Path]) -> None:
         latentrt.Pipeline.from_pretrained(tiny("sdxl"), "/no/refiner", backend="eager")
 
 
+def test_an_inpainting_model_is_not_run_as_another(tmp_path: Path, tiny: Callable[..., Path]) -> None:
+    folder = linked(tiny("sdxl"), tmp_path / "inpainting", without="unet")
+    file = folder / "unet" / "config.json"
+    write_json(file, {**json.loads(file.read_text("utf-8")), "in_channels": 9})
+    for pair in ((folder, None), (tiny("sdxl"), folder)):
+        with pytest.raises(UnsupportedConfigError, match=r"inpainting reads 9 channels .* latents have 4"):
+            latentrt.Pipeline.from_pretrained(*pair, backend="eager")
+
+
+def test_a_refiner_of_another_family(tiny: Callable[..., Path]) -> None:
+    """Its latents have the same shape and mean something else."""
+    with pytest.raises(CheckpointError, match="are not of one family; a refiner works on its base's latents"):
+        latentrt.Pipeline.from_pretrained(tiny("sdxl"), tiny("sd15"), backend="eager")
+
+
 def test_a_truncated_file_is_named(tmp_path: Path, tiny: Callable[..., Path]) -> None:
     folder = linked(tiny("sdxl"), tmp_path / "cut", without="unet")
     file = weights_of(folder / "unet")
