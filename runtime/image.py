@@ -7,6 +7,7 @@ A PNG carries what made it twice: `parameters`, the text AUTOMATIC1111's web UI 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import secrets
@@ -23,6 +24,8 @@ from torch import Tensor
 from ..errors import RequestError
 
 __all__ = ["from_tensor", "parse_parameters", "read_parameters", "save_png", "to_tensor"]
+
+_log = logging.getLogger(__name__)
 
 _LABELS = {
     "steps": "Steps",
@@ -50,14 +53,21 @@ def from_tensor(images: Tensor, output_type: str) -> Any:
 
     Args:
         images: `[B, 3, H, W]` in [0, 1].
-        output_type: `pil` (a list of RGB images), `np` (float32 `[B, H, W, 3]`) or `pt` (the tensor).
+        output_type: `pil` (a list of RGB images; NaN becomes black, with a warning), `np` (float32 `[B, H, W, 3]`)
+            or `pt` (the tensor).
     """
     if output_type == "pt":
         return images
     array = images.detach().float().permute(0, 2, 3, 1).cpu().numpy()
     if output_type == "np":
         return array
-    return [PIL.Image.fromarray(row) for row in (array * 255).round().astype(np.uint8)]
+    broken = [k for k, row in enumerate(array) if np.isnan(row).any()]
+    if broken:
+        _log.warning(
+            "images %s hold NaN and are black there; does the model overflow in half precision? try float32",
+            ", ".join(str(k) for k in broken),
+        )
+    return [PIL.Image.fromarray(row) for row in (np.nan_to_num(array) * 255).round().astype(np.uint8)]
 
 
 def to_tensor(image: Any) -> Tensor:

@@ -300,6 +300,17 @@ def test_pixels_round_to_the_nearest() -> None:
     assert np.asarray(image)[..., 0].tolist() == [[0, 0], [1, 255]]
 
 
+@pytest.mark.filterwarnings("error")
+def test_black_by_overflow_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    images = torch.full((3, 3, 8, 8), 0.5)
+    from_tensor(images, "pil")
+    assert not caplog.messages
+    images[1, :, 2, 3] = torch.nan
+    pictures = from_tensor(images, "pil")
+    assert "images 1 hold NaN and are black there" in caplog.text
+    assert [picture.getpixel((3, 2)) for picture in pictures] == [(128,) * 3, (0,) * 3, (128,) * 3]
+
+
 def test_a_record_is_plain_json(tmp_path: Path) -> None:
     """Anything that reads JSON can read it, whatever the prompt's script."""
     save_png(PICTURE, tmp_path / "x.png", {**RECORD, "prompt": "日本"})
