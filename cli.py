@@ -202,8 +202,8 @@ def _output_paths(output: str, count: int) -> list[Path]:
 def _generate(args: argparse.Namespace) -> None:
     if not args.prompt.strip():
         raise RequestError("the prompt is empty; say what the picture should show")
-    if args.count < 1:
-        raise RequestError(f"--count is {args.count}; it must be at least 1")
+    if not 1 <= args.count <= 1024:  # before a path is made for each
+        raise RequestError(f"--count is {args.count}; it must be 1 to 1024")
     paths = _output_paths(args.output, args.count)
     refiner = args.refiner
     if refiner is None and args.model == "demo":
@@ -239,7 +239,7 @@ def _generate(args: argparse.Namespace) -> None:
         save_png(image, path, None if args.no_metadata else parameters)
     if args.json:
         files = [{"file": str(p), **q} for p, q in zip(paths, result.parameters, strict=True)]
-        _write(json.dumps({"images": files, "timings": result.timings}, indent=2, ensure_ascii=False))
+        _write(json.dumps({"images": files, "timings": result.timings}, indent=2))
         return
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.timings.items())
     for path, parameters in zip(paths, result.parameters, strict=True):
@@ -268,7 +268,7 @@ def _info(args: argparse.Namespace) -> None:
 
     record = read_parameters(args.file)
     if args.json:
-        _write(json.dumps(record, indent=2, ensure_ascii=False))
+        _write(json.dumps(record, indent=2))
         return
     width = max(len(key) for key in record)
     for key, value in record.items():
@@ -419,7 +419,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    print(text)  # noqa: T201 (unlike sys.stdout.write, it bears a stream that is closed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
