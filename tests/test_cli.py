@@ -19,6 +19,7 @@ import PIL.Image
 import pytest
 import torch
 from latentrt import __version__
+from latentrt.cli import main
 from latentrt.runtime.image import read_parameters
 
 HOSTILE = 'a, b: "c"\nNegative prompt: none\nSteps: 3, Seed: 1 日本 🙂 \\'
