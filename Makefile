@@ -9,7 +9,11 @@ EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 CONSTRAINTS := $(if $(filter cpu,$(EXTRA)),-c constraints.txt)
 PYTEST := $(BIN)/python -m pytest
 
-export PROMPT IMAGE
+# As they were typed: a prompt's `$` is not make's.
+override PROMPT := $(value PROMPT)
+override SEED := $(value SEED)
+override IMAGE := $(value IMAGE)
+export PROMPT SEED IMAGE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -38,7 +42,7 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $(VENV)/.runtime $@
 
 generate: $(VENV)/.runtime
-	@$(BIN)/latentrt generate "$$PROMPT" --seed $(SEED) -o "$$IMAGE"
+	@$(BIN)/latentrt generate --seed "$$SEED" -o "$$IMAGE" -- "$$PROMPT"
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(PYTEST) -m 'not full' -n 2

@@ -1,4 +1,4 @@
-"""The command line: `latentrt generate`, `build`, `verify`, `cache`, `backends`, `info`, `kernels`.
+"""The command line: `latentrt generate`, `export`, `build`, `verify`, `cache`, `backends`, `info`, `kernels`.
 
 Each command imports what it needs when it runs, so that `latentrt --help` answers at once.
 """
@@ -185,6 +185,23 @@ def _parser() -> argparse.ArgumentParser:
     k.add_argument("--tune", action="store_true", help="find this GPU's block sizes and write them down")
     k.add_argument("--seconds", type=float, default=400.0, help="begin nothing new after (default 400)")
     k.set_defaults(run=_kernels)
+    x = commands.add_parser(
+        "export",
+        help="write a model's components as ONNX files",
+        description="Writes DIR/COMPONENT/model.onnx with its weights beside it, checked against PyTorch, and shows "
+        "what each pass did to it.",
+    )
+    x.add_argument("model", metavar="MODEL", help="as for generate; 'demo-refiner' is the demo's refiner")
+    x.add_argument("-o", "--output", metavar="DIR", type=Path, required=True)
+    x.add_argument("--component", action="append", default=[], help="only this one; may be repeated")
+    x.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
+    x.add_argument("--passes", metavar="A,B", help="in place of the usual ones, in this order; '' for none")
+    x.add_argument(
+        "--split", action="store_true", help="the UNet in three: per prompt, per timestep and per step"
+    )
+    x.add_argument("--variant", help="weights variant, such as fp16")
+    x.add_argument("--json", action="store_true")
+    x.set_defaults(run=_export)
     return parser
 
 
@@ -209,8 +226,8 @@ def _output_paths(output: str, count: int) -> list[Path]:
 def _generate(args: argparse.Namespace) -> None:
     if not args.prompt.strip():
         raise RequestError("the prompt is empty; say what the picture should show")
-    if args.count < 1:
-        raise RequestError(f"--count is {args.count}; it must be at least 1")
+    if not 1 <= args.count <= 1024:  # before a path is made for each
+        raise RequestError(f"--count is {args.count}; it must be 1 to 1024")
     paths = _output_paths(args.output, args.count)
     refiner = args.refiner
     if refiner is None and args.model == "demo":
@@ -246,7 +263,7 @@ def _generate(args: argparse.Namespace) -> None:
         save_png(image, path, None if args.no_metadata else parameters)
     if args.json:
         files = [{"file": str(p), **q} for p, q in zip(paths, result.parameters, strict=True)]
-        _write(json.dumps({"images": files, "timings": result.timings}, indent=2, ensure_ascii=False))
+        _write(json.dumps({"images": files, "timings": result.timings}, indent=2))
         return
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.timings.items())
     for path, parameters in zip(paths, result.parameters, strict=True):
@@ -275,7 +292,7 @@ def _info(args: argparse.Namespace) -> None:
 
     record = read_parameters(args.file)
     if args.json:
-        _write(json.dumps(record, indent=2, ensure_ascii=False))
+        _write(json.dumps(record, indent=2))
         return
     width = max(len(key) for key in record)
     for key, value in record.items():
@@ -438,8 +455,38 @@ def _kernels(args: argparse.Namespace) -> None:
             _write(f"    {k['kernel']:<68}{code}".rstrip())
 
 
+def _export(args: argparse.Namespace) -> None:
+    import torch
+
+    from .export.command import export_model
+    from .export.passes import DEFAULT
+
+    exported = export_model(
+        args.model,
+        args.output,
+        dtype=getattr(torch, args.dtype),
+        components=args.component,
+        passes=DEFAULT if args.passes is None else [name for name in args.passes.split(",") if name],
+        split=args.split,
+        variant=args.variant,
+    )
+    if args.json:
+        _write(json.dumps([made.to_json() for made in exported], indent=2))
+        return
+    for made in exported:
+        _write(f"{made.component}, {made.dtype}, {made.seconds:.1f} s: {', '.join(map(str, made.files))}")
+        _write(f"    {'':<20}{'nodes':>16}{'initialisers':>18}{'bytes':>26}")
+        for report in made.passes:
+            pairs = zip(asdict(report.before).values(), asdict(report.after).values(), strict=True)
+            nodes, initializers, size = (f"{a:,} > {b:,}" if a != b else f"{a:,}" for a, b in pairs)
+            _write(f"    {report.name:<20}{nodes:>16}{initializers:>18}{size:>26}")
+        for sizes, errors in made.check.get("relative_error", {}).items():
+            found = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+            _write(f"    off PyTorch by {found} at {sizes}")
+
+
 def _write(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    print(text)  # noqa: T201 (unlike sys.stdout.write, it bears a stream that is closed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

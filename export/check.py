@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ..errors import BackendError, ExportError
 from ..runtime.engines.base import Component, example_inputs
 from ..runtime.engines.onnxruntime import open_session, run_session
 
-__all__ = ["LIMITS", "Expected", "check_export", "expected_outputs", "relative_error"]
+__all__ = ["LIMITS", "Expected", "check_export", "check_parts", "expected_outputs", "relative_error"]
 
 # Largest max|a - b| / max|b| over an output that passes. In float32 both sides differ by the order of their
 # sums only, some 1e-6; in float16 PyTorch rounds after every operator, and ONNX Runtime computes in float32.
@@ -56,18 +56,49 @@ def check_export(component: Component, path: Path, expected: Sequence[Expected])
     Raises:
         ExportError: an error is beyond the limit of the component's dtype, or the model does not run.
     """
-    limit = LIMITS.get(component.dtype)
-    if limit is None:
-        return {}
     cpu = torch.device("cpu")
-    figures: dict[str, dict[str, float]] = {}
+    if component.dtype not in LIMITS:
+        return {}
+    session = _loaded(component, path)
+    return _compare(component, lambda inputs: run_session(component, session, inputs, cpu), expected)
+
+
+def check_parts(component: Component, paths: Sequence[Path], expected: Sequence[Expected]) -> dict[str, Any]:
+    """The same for a component in parts, run one after the other, each with what those before it gave.
+
+    Raises:
+        ExportError: as above.
+    """
+    if component.dtype not in LIMITS:
+        return {}
+    sessions = [_loaded(component, path) for path in paths]
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        values = {spec.name: x.numpy() for spec, x in zip(component.inputs, inputs, strict=True)}
+        for session in sessions:
+            given = {value.name: values[value.name] for value in session.get_inputs()}
+            names = [value.name for value in session.get_outputs()]
+            values |= dict(zip(names, session.run(names, given), strict=True))
+        return [torch.from_numpy(values[spec.name]) for spec in component.outputs]
+
+    return _compare(component, run, expected)
+
+
+def _loaded(component: Component, path: Path) -> Any:
     try:
-        session = open_session(path, cpu)
+        return open_session(path, torch.device("cpu"))
     except BackendError as error:
         raise ExportError(f"the export of {component.name} does not load: {error}") from error
+
+
+def _compare(
+    component: Component, run: Callable[[list[Tensor]], list[Tensor]], expected: Sequence[Expected]
+) -> dict[str, Any]:
+    limit = LIMITS[component.dtype]
+    figures: dict[str, dict[str, float]] = {}
     for case in expected:
         try:
-            got = run_session(component, session, list(case.inputs), cpu)
+            got = run(list(case.inputs))
         except Exception as error:  # ONNX Runtime's errors have no base of their own
             raise ExportError(f"the export of {component.name} does not run: {error}") from error
         figures[" ".join(f"{name}={size}" for name, size in case.sizes.items())] = {

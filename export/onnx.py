@@ -1,33 +1,41 @@
-"""A component as an ONNX file, traced by torch.export, with its weights in a file beside it."""
+"""A component as an ONNX file, with its weights in a file beside it: traced, translated, tidied, written, checked."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
 from torch import nn
 
 from ..errors import ExportError
+from ..kernels import as_nodes
 from ..runtime.engines.base import Component, example_inputs
+from .passes import DEFAULT, Report, run_passes
+from .translate import to_onnx
 
-__all__ = ["OPSET", "export_component"]
-
-OPSET = 20
-
-# Of each node torch keeps the Python stack, the FX node and its scopes: ten times the graph, and paths of the
-# machine it was exported on. The scopes are kept: they say which module of the model a node came from.
-_KEPT_METADATA = "namespace"
+__all__ = ["export_component", "to_model", "trace", "write_model"]
 
 
 def export_component(component: Component, module: nn.Module, path: Path) -> Path:
-    """Write the component to `path` and its weights to `path` + ".data".
+    """Write the component to `path` and its weights to `path` + ".data": `to_model` and `write_model`.
+
+    Returns:
+        `path`.
+    """
+    return write_model(component, to_model(component, module)[0], path)
+
+
+def to_model(
+    component: Component, module: nn.Module, passes: Sequence[str] = DEFAULT
+) -> tuple[ir.Model, list[Report]]:
+    """The component in ONNX, its weights still those of the module.
 
     Every named dimension of the inputs is dynamic, and shared by the inputs that name it. The model says in
     its metadata which component it is and what made it.
@@ -35,14 +43,48 @@ def export_component(component: Component, module: nn.Module, path: Path) -> Pat
     Args:
         component: what to export.
         module: what `component.build` made; it is not changed.
-        path: the .onnx file, in a folder that exists.
+        passes: names of `passes.PASSES`, in order.
+
+    Returns:
+        The model, and what each pass did.
+
+    Raises:
+        ExportError: torch.export refuses it, or an operation has no translation.
+        RequestError: no pass has that name.
+    """
+    try:
+        model = to_onnx(trace(component, module), component)
+    except ExportError:
+        raise
+    except Exception as error:  # torch.export's errors have no base of their own
+        raise ExportError(f"{component.name} cannot be exported to ONNX: {error}") from error
+    _describe(model, component)
+    return model, run_passes(model, passes)
+
+
+def write_model(component: Component, model: ir.Model, path: Path) -> Path:
+    """Write the model to `path`, in a folder that exists, and its weights to `path` + ".data".
 
     Returns:
         `path`.
 
     Raises:
-        ExportError: torch.export, the ONNX exporter or ONNX's checker refuse it.
+        ExportError: ONNX's checker refuses it.
         OSError: the files cannot be written.
+    """
+    ir.save(model, path, external_data=f"{path.name}.data")
+    try:
+        onnx.checker.check_model(path)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"{component.name} was exported to an invalid ONNX model: {error}") from error
+    return path
+
+
+def trace(component: Component, module: nn.Module) -> torch.export.ExportedProgram:
+    """The component's module as one graph over aten and the project's operators.
+
+    Raises:
+        Exception: whatever torch.export raises, where the module has no such graph.
     """
     dims = {
         name: _dimension(name, component.example_sizes[name])
@@ -54,38 +96,14 @@ def export_component(component: Component, module: nn.Module, path: Path) -> Pat
         {i: dims[name] for i, name in enumerate(spec.dims) if isinstance(name, str)} or None
         for spec in component.inputs
     )
-    try:
-        with _quietly(), torch.no_grad():
-            # Traced here, because the ONNX exporter tries other ways when tracing fails, and those pin a dynamic
-            # dimension to its example instead of refusing a module that does.
-            traced = torch.export.export(
-                module,
-                example_inputs(component, component.example_sizes),
-                dynamic_shapes=shapes,
-                # Else "a level below is not 1 pixel high" is a guard, and the smallest sizes are refused.
-                prefer_deferred_runtime_asserts_over_guards=True,
-            )
-            program = torch.onnx.export(
-                traced,
-                dynamo=True,
-                opset_version=OPSET,
-                dynamic_shapes=shapes,  # for their names
-                input_names=[spec.name for spec in component.inputs],
-                output_names=[spec.name for spec in component.outputs],
-                verbose=False,
-            )
-            assert program is not None
-            _describe(program.model, component)
-            program.save(path, external_data=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch.export, onnxscript and ONNX share no base
-        raise ExportError(f"{component.name} cannot be exported to ONNX: {error}") from error
-    try:
-        onnx.checker.check_model(path)
-    except onnx.checker.ValidationError as error:
-        raise ExportError(f"{component.name} was exported to an invalid ONNX model: {error}") from error
-    return path
+    with _quietly(), torch.no_grad(), as_nodes():
+        return torch.export.export(
+            module,
+            example_inputs(component, component.example_sizes),
+            dynamic_shapes=shapes,
+            # Else "a level below is not 1 pixel high" is a guard, and the smallest sizes are refused.
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
 
 
 def _dimension(name: str, example: int) -> torch.export.Dim:
@@ -94,11 +112,8 @@ def _dimension(name: str, example: int) -> torch.export.Dim:
     return torch.export.Dim(name, min=1 if name == "batch" else example // 2 + 1)
 
 
-def _describe(model: Any, component: Component) -> None:
-    """Write what the model is into its metadata, and take from its nodes what only a debugger wants."""
-    for node in model.graph.all_nodes():
-        for key in [key for key in node.metadata_props if not key.endswith(_KEPT_METADATA)]:
-            del node.metadata_props[key]
+def _describe(model: ir.Model, component: Component) -> None:
+    """Write into the model's metadata what it is."""
     model.producer_name = "latentrt"
     model.producer_version = metadata.version("latentrt")
     model.metadata_props.update(
@@ -115,7 +130,7 @@ def _describe(model: Any, component: Component) -> None:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Without the exporter's warnings about its own internals: an export is judged by its checks."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch.export", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from types import FunctionType
@@ -25,6 +26,7 @@ __all__ = [
     "Kernel",
     "Launch",
     "arch_of",
+    "as_nodes",
     "counted",
     "forced",
     "kernel",
@@ -170,12 +172,25 @@ def forced() -> Iterator[None]:
         _forced.pop()
 
 
-def takes(x: Tensor) -> bool:
-    """Whether an operator on `x` goes through its custom op: on CUDA always, elsewhere if `forced`.
+_as_nodes = ContextVar("as_nodes", default=False)
 
-    On the CPU the references are called directly: quicker, and an export sees through them.
+
+@contextmanager
+def as_nodes() -> Iterator[None]:
+    """In this thread, operators are their custom ops on every device: tracing sees one node for each."""
+    token = _as_nodes.set(True)
+    try:
+        yield
+    finally:
+        _as_nodes.reset(token)
+
+
+def takes(x: Tensor) -> bool:
+    """Whether an operator on `x` goes through its custom op: on CUDA always, elsewhere if `forced` or `as_nodes`.
+
+    On the CPU the references are called directly, which is quicker.
     """
-    return x.is_cuda or _forced[-1]
+    return x.is_cuda or _forced[-1] or _as_nodes.get()
 
 
 def usable(x: Tensor) -> bool:

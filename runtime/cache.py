@@ -63,9 +63,19 @@ _NOT_A_FOLDER = {errno.ENOTDIR, errno.EEXIST}
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """`cache_dir` if given, else the environment's LATENTRT_CACHE, else ~/.cache/latentrt."""
+    """`cache_dir` if given, else the environment's LATENTRT_CACHE, else ~/.cache/latentrt.
+
+    Raises:
+        CacheError: there is no home folder to put it in, as for the unnamed users of some containers.
+    """
     chosen = cache_dir or os.environ.get("LATENTRT_CACHE") or "~/.cache/latentrt"
-    return Path(chosen).expanduser()
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError as error:
+        raise CacheError(
+            f"the cache {os.fspath(chosen)} has no place, since this user has no home folder; "
+            "set LATENTRT_CACHE or cache_dir to another folder"
+        ) from error
 
 
 def digest_of(description: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError, UnsupportedConfigError
 from .conditioning import Conditioning, MicroConditioning, guidance_batch, guidance_scale_embedding
 from .denoise import UNetCall
 from .engines.lazy import LazyEngine
@@ -21,7 +22,7 @@ from .request import GenerationRequest
 from .sampler import SamplerConfig
 from .text_encoder import TextEmbeddings, TextEncoder, encode_prompts
 
-__all__ = ["Expert"]
+__all__ = ["Expert", "check_fit"]
 
 
 @dataclass(frozen=True)
@@ -154,4 +155,24 @@ class Expert:
         return (
             [MicroConditioning(*row, score) for row in positive],
             [MicroConditioning(*row, negative_score) for row in negative],
+        )
+
+
+def check_fit(base: Expert, refiner: Expert | None, latent_channels: int) -> None:
+    """Whether the experts work on the VAE's latents, and on each other's.
+
+    Raises:
+        UnsupportedConfigError: a UNet takes more than latents.
+        CheckpointError: base and refiner are of different families.
+    """
+    for expert in [base] if refiner is None else [base, refiner]:
+        if expert.config.in_channels != latent_channels:
+            raise UnsupportedConfigError(
+                f"the UNet of {expert.source} reads {expert.config.in_channels} channels and its VAE's latents have "
+                f"{latent_channels}: pipelines of inpainting and other models with more inputs are not supported"
+            )
+    if refiner is not None and refiner.takes_sizes != base.takes_sizes:
+        raise CheckpointError(
+            f"{base.source} and {refiner.source} are not of one family; a refiner works on its base's latents, so "
+            "SDXL goes with SDXL, and Stable Diffusion 1.x or 2.x with its like"
         )

@@ -7,9 +7,10 @@ A PNG carries what made it twice: `parameters`, the text AUTOMATIC1111's web UI 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,14 @@ from ..errors import RequestError
 
 __all__ = ["from_tensor", "parse_parameters", "read_parameters", "save_png", "to_tensor"]
 
+_log = logging.getLogger(__name__)
+
 _LABELS = {
     "steps": "Steps",
     "sampler": "Sampler",
     "guidance_scale": "CFG scale",
+    "guidance_rescale": "CFG rescale",
+    "eta": "Eta",
     "seed": "Seed",
     "size": "Size",
     "model": "Model",
@@ -48,14 +53,21 @@ def from_tensor(images: Tensor, output_type: str) -> Any:
 
     Args:
         images: `[B, 3, H, W]` in [0, 1].
-        output_type: `pil` (a list of RGB images), `np` (float32 `[B, H, W, 3]`) or `pt` (the tensor).
+        output_type: `pil` (a list of RGB images; NaN becomes black, with a warning), `np` (float32 `[B, H, W, 3]`)
+            or `pt` (the tensor).
     """
     if output_type == "pt":
         return images
     array = images.detach().float().permute(0, 2, 3, 1).cpu().numpy()
     if output_type == "np":
         return array
-    return [PIL.Image.fromarray(row) for row in (array * 255).round().astype(np.uint8)]
+    broken = [k for k, row in enumerate(array) if np.isnan(row).any()]
+    if broken:
+        _log.warning(
+            "images %s hold NaN and are black there; does the model overflow in half precision? try float32",
+            ", ".join(str(k) for k in broken),
+        )
+    return [PIL.Image.fromarray(row) for row in (np.nan_to_num(array) * 255).round().astype(np.uint8)]
 
 
 def to_tensor(image: Any) -> Tensor:
@@ -84,7 +96,7 @@ def to_tensor(image: Any) -> Tensor:
         width, height = (side - side % 8 for side in image.size)
         if not width or not height:
             raise RequestError(f"image is {image.size[0]}x{image.size[1]} pixels; it must be at least 8x8")
-        rgb = image.convert("RGB")
+        rgb = _eight_bit(image).convert("RGB")
         if rgb.size != (width, height):
             rgb = rgb.resize((width, height), PIL.Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(rgb, dtype=np.float32) / 255.0)
@@ -93,7 +105,9 @@ def to_tensor(image: Any) -> Tensor:
         array = image if image.ndim == 4 else image[None]
         if array.ndim != 4 or array.shape[-1] != 3:
             raise RequestError(f"an image array must be [H, W, 3] or [B, H, W, 3]; got {list(image.shape)}")
-        return to_tensor(torch.from_numpy(np.ascontiguousarray(array)).permute(0, 3, 1, 2))
+        if array.dtype.kind not in "biuf":
+            raise RequestError(f"an image array must hold real numbers; got {array.dtype}")
+        return to_tensor(torch.from_numpy(array.astype(np.float32)).permute(0, 3, 1, 2))
     if isinstance(image, Tensor):
         batch = image if image.ndim == 4 else image[None]
         if batch.ndim != 4 or batch.shape[1] not in (3, 4):
@@ -116,6 +130,17 @@ def to_tensor(image: Any) -> Tensor:
             )
         return batch.float() * 2 - 1
     raise RequestError(f"image must be a PIL image, an array, a tensor or a list of them; got {type(image)}")
+
+
+def _eight_bit(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Deeper greyscale brought down to 8 bits, which Pillow would clip to white."""
+    if image.mode.startswith("I;16"):
+        return PIL.Image.fromarray((np.asarray(image) / 257.0).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise RequestError(
+            f"image has Pillow's mode {image.mode!r}, which says no range; convert it to 'RGB', or pass an array"
+        )
+    return image
 
 
 def _text(value: Any) -> str:
@@ -192,18 +217,15 @@ def save_png(
     if parameters is not None:
         info.add_itxt("parameters", format_parameters(parameters))
         info.add_itxt("latentrt", json.dumps(dict(parameters), ensure_ascii=False, sort_keys=True))
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    temporary = target.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             image.save(file, format="PNG", pnginfo=info)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, target)
+        temporary.replace(target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     return target
 

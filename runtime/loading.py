@@ -154,6 +154,11 @@ def load_text_encoder(checkpoint: Checkpoint, name: str, loader: EngineLoader, *
         raise CheckpointError(
             f"the tokenizer of {name} gives {tokenizer.context} tokens and the encoder reads {length}"
         )
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer of {name} has ids up to {tokenizer.vocab_size - 1} and the encoder knows "
+            f"{config.vocab_size} tokens; they do not belong together"
+        )
     pooled = config.projection_dim or config.hidden_size
     component = weights.component(
         name,

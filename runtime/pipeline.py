@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..errors import BackendUnavailableError, RequestError, UnsafeWeightsError
 from .denoise import denoise
 from .engines.lazy import EngineLoader
-from .expert import Expert
+from .expert import Expert, check_fit
 from .image import from_tensor
 from .latents import NoiseSource, initial_latents, noised_latents
 from .loading import load_expert, load_vae
 from .progress import Watch
+from .record import records
 from .request import GenerationRequest, OutputType, Size
 from .sampler import SamplerTable, build_table, step_range
 from .text_encoder import TextEncoder
@@ -137,6 +137,7 @@ class Pipeline:
             name = "demo-refiner" if os.fspath(refiner) == "demo" else refiner
             second = load_expert(open_checkpoint(name, variant=variant, cache_dir=cache_dir), loader)
             second = second.sharing(base)
+        check_fit(base, second, vae.channels)
         return cls(base, second, vae, loader)
 
     @property
@@ -254,7 +255,7 @@ class Pipeline:
         request = self._request(arguments)
         stages = self._stages(request, sampler)
         noise = NoiseSource(request.generators, request.batch)
-        with self._watched(stages, callback_on_step_end) as watch, torch.inference_mode():
+        with self._watched(stages, callback_on_step_end) as watch, torch.no_grad():
             with watch.stage("prepare", self.device):
                 self._prepare(request, stages)
             with watch.stage("text", self.device):
@@ -281,7 +282,8 @@ class Pipeline:
             if request.output_type != "latent":
                 with watch.stage("decode", self.device):
                     images = from_tensor(self.vae.decode(latents), request.output_type)
-        return PipelineOutput(images, self._parameters(request, sampler), watch.timings, watch.stop.is_set())
+        made = records(request, self._base, self._refiner, sampler, self.backend)
+        return PipelineOutput(images, made, watch.timings, watch.stop.is_set())
 
     def _request(self, arguments: dict[str, Any]) -> GenerationRequest:
         sdxl = self._base.takes_sizes
@@ -318,7 +320,8 @@ class Pipeline:
             if strength is not None:
                 first = min(last, max(first, step_range(config, request.steps, strength=strength)[0]))
             table = build_table(config, request.steps, begin=first, end=last, eta=request.eta)
-            stages.append(_Stage(expert.name, expert, table, request.image is not None or k > 0))
+            name = expert.name if self._refiner is None else ("base", "refiner")[k]
+            stages.append(_Stage(name, expert, table, request.image is not None or k > 0))
         return [stage for stage in stages if len(stage.table)] or stages[:1]
 
     def _prepare(self, request: GenerationRequest, stages: Sequence[_Stage]) -> None:
@@ -356,41 +359,6 @@ class Pipeline:
         finally:
             self._running.discard(watch)
             watch.close()
-
-    def _parameters(self, request: GenerationRequest, sampler: str | None) -> list[dict[str, Any]]:
-        """What made each image."""
-        common = {
-            "steps": request.steps,
-            "sampler": sampler or self._base.sampler(None).name,
-            "guidance_scale": request.guidance_scale,
-            "size": f"{request.width}x{request.height}",
-            "model": _public_name(self._base.source),
-            "backend": self.backend,
-            "version": f"latentrt {__version__}",
-        }
-        if self._refiner is not None:
-            common |= {
-                "refiner": _public_name(self._refiner.source),
-                "high_noise_frac": request.high_noise_frac,
-            }
-        if request.image is not None and request.denoising_start is None:
-            common["strength"] = request.strength
-        if request.clip_skip is not None:
-            common["clip_skip"] = request.clip_skip
-        records = []
-        for k, seed in enumerate(request.seeds):
-            p = k // request.images_per_prompt
-            record = {"prompt": request.prompts[p], **common, "seed": seed}
-            if request.negatives[p]:
-                record["negative_prompt"] = request.negatives[p]
-            records.append(record)
-        return records
-
-
-def _public_name(source: str) -> str:
-    """A checkpoint's name without the folders it lies in on this machine."""
-    path = Path(source).expanduser()
-    return path.resolve().name if path.exists() else source
 
 
 def _dtype(value: torch.dtype | str) -> torch.dtype:

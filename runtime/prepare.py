@@ -1,7 +1,7 @@
 """Where the runtime asks for an export or an engine: from the cache, or made now.
 
 The only module of the runtime that imports `export`, and only when the cache lacks something: reading what it
-has needs neither torch.onnx nor onnxscript, nor TensorRT's builder.
+has needs neither torch.export nor onnx, nor TensorRT's builder.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _SOURCES = ("kernels", "runtime/models", "export")
 # What makes engines of exported graphs: no part of the graphs.
 _BUILDER = ("export/tensorrt.py", "export/build_process.py", "export/memory.py")
-_MAKERS = ("torch", "onnx", "onnxscript")
+_MAKERS = ("torch", "onnx", "onnx-ir")
 _CHECKERS = ("onnxruntime", "onnxruntime-gpu")
 
 

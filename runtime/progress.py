@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -56,17 +57,23 @@ class Watch:
         self._bar.update()
         if self._callback is None:
             return None
-        answer = self._callback(step, timestep, {"latents": latents}) or {}
+        answer = self._callback(step, timestep, {"latents": latents})
+        if answer is None:
+            return None
         if not isinstance(answer, Mapping) or not set(answer) <= {"latents", "interrupt"}:
             raise RequestError(
-                f"callback_on_step_end returned {answer!r}; it can return a mapping with 'latents' or 'interrupt'"
+                f"callback_on_step_end returned {reprlib.repr(answer)}; "
+                "it can return a mapping with 'latents' or 'interrupt'"
             )
         if answer.get("interrupt"):
             self.stop.set()
         replaced = answer.get("latents")
-        if replaced is not None and replaced.shape != latents.shape:
+        if replaced is None:
+            return None
+        if not isinstance(replaced, Tensor) or replaced.shape != latents.shape:
+            got = list(replaced.shape) if isinstance(replaced, Tensor) else f"as a {type(replaced).__name__}"
             raise RequestError(
-                f"callback_on_step_end returned latents {list(replaced.shape)}; they are {list(latents.shape)}"
+                f"callback_on_step_end returned latents {got}; they are a tensor {list(latents.shape)}"
             )
         return replaced
 

@@ -8,6 +8,7 @@ quotes what was cut.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from textwrap import shorten
 from typing import Any
@@ -44,7 +45,7 @@ class ClipTokenizer:
         config: the checkpoint's tokenizer_config.json: special tokens and `model_max_length`.
 
     Raises:
-        CheckpointError: a special token is not in the vocabulary.
+        CheckpointError: the tables do not belong together, or a special token is not in the vocabulary.
     """
 
     def __init__(
@@ -60,13 +61,18 @@ class ClipTokenizer:
                     f"the tokenizer's {role}_token {token!r} is not in its vocabulary of {len(vocab)} tokens; "
                     "the tokenizer files do not belong together"
                 )
-        bpe = models.BPE(
-            vocab=dict(vocab),
-            merges=list(merges),
-            continuing_subword_prefix="",
-            end_of_word_suffix="</w>",
-            unk_token=unknown,
-        )
+        try:
+            bpe = models.BPE(
+                vocab=dict(vocab),
+                merges=list(merges),
+                continuing_subword_prefix="",
+                end_of_word_suffix="</w>",
+                unk_token=unknown,
+            )
+        except Exception as error:  # the library's errors have no base of their own
+            raise CheckpointError(
+                f"the tokenizer's vocabulary and merges do not belong together: {str(error).splitlines()[0]}"
+            ) from error
         backend = tokenizers.Tokenizer(bpe)
         backend.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -82,9 +88,14 @@ class ClipTokenizer:
         backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
         self._backend = backend
         self._start, self.end, self._pad = vocab[start], vocab[end], vocab[pad]
+        self.vocab_size = max(vocab.values()) + 1
+        length = config.get("model_max_length") or 77
+        if not isinstance(length, (int, float)) or math.isnan(length):
+            raise CheckpointError(
+                f"the tokenizer's model_max_length is {length!r}; it must be a whole number"
+            )
         # Some configurations carry 1e30, which stands for "not set".
-        length = int(min(float(config.get("model_max_length") or 77), 1e6))
-        self.context = length if length <= 1024 else 77
+        self.context = int(length) if length <= 1024 else 77
 
     def equals(self, other: ClipTokenizer) -> bool:
         """Whether both give every prompt the same ids."""

@@ -7,6 +7,7 @@ sizes as pairs or per prompt) and gives back plain lists with one entry per imag
 from __future__ import annotations
 
 import math
+import reprlib
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -100,8 +101,8 @@ class GenerationRequest:
         per_prompt = _integer("num_images_per_prompt", a["num_images_per_prompt"], 1, 1024)
         batch = count * per_prompt
 
-        image = None if a["image"] is None else _per_image("image", to_tensor(a["image"]), batch)
-        latents = None if a["latents"] is None else _per_image("latents", a["latents"], batch)
+        image = None if a["image"] is None else _per_image("image", to_tensor(a["image"]), batch, per_prompt)
+        latents = None if a["latents"] is None else _per_image("latents", a["latents"], batch, per_prompt)
         if image is not None and latents is not None:
             raise RequestError(
                 "give image= or latents=, not both; to continue from latents, pass them as image="
@@ -175,7 +176,7 @@ def _texts(name: str, value: Any, count: int | None) -> list[str]:
         value = [value] * (1 if count is None else count)
     if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
         raise RequestError(
-            f"{name} must be a string or a list of strings; got {type(value).__name__}: {value!r}"
+            f"{name} must be a string or a list of strings; got {type(value).__name__}: {reprlib.repr(value)}"
         )
     if not value:
         raise RequestError(f"{name} is an empty list; give at least one prompt")
@@ -234,20 +235,21 @@ def _pairs(name: str, value: Any, default: Size | None, count: int, per_prompt: 
     return [_pair(name, value)] * (count * per_prompt)
 
 
-def _per_image(name: str, value: Any, batch: int) -> Tensor:
-    """Rows for every image; fewer rows are repeated as diffusers does, the whole block at a time."""
+def _per_image(name: str, value: Any, batch: int, per_prompt: int) -> Tensor:
+    """Rows for every image: one for each prompt stays with its prompt, other numbers are repeated as a block."""
     if not isinstance(value, Tensor) or value.ndim != 4:
-        got = list(value.shape) if isinstance(value, Tensor) else repr(value)
+        got = list(value.shape) if isinstance(value, Tensor) else reprlib.repr(value)
         raise RequestError(f"{name} must be a tensor [B, C, h, w]; got {got}")
     if value.is_complex() or not value.isfinite().all():
         raise RequestError(f"{name} cannot hold NaN, infinite or complex values")
     if 0 in value.shape[2:]:
         raise RequestError(f"{name} has the shape {list(value.shape)}; no side can be 0")
-    if not value.shape[0] or batch % value.shape[0]:
-        raise RequestError(
-            f"{name} has {value.shape[0]} rows for {batch} images; {batch} must be a multiple of it"
-        )
-    return value.repeat(batch // value.shape[0], 1, 1, 1)
+    rows = value.shape[0]
+    if not rows or batch % rows:
+        raise RequestError(f"{name} has {rows} rows for {batch} images; {batch} must be a multiple of it")
+    if rows * per_prompt == batch:
+        return value.repeat_interleave(per_prompt, dim=0)
+    return value.repeat(batch // rows, 1, 1, 1)
 
 
 def _size_of(

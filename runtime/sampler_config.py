@@ -192,7 +192,7 @@ class SamplerConfig:
             kind, forced = _OVERRIDES[sampler]
         else:
             name = config.get("_class_name")
-            if name not in _KINDS:
+            if not isinstance(name, str) or name not in _KINDS:
                 raise UnsupportedConfigError(
                     f"scheduler _class_name is {name!r}; latentrt has {', '.join(_KINDS)}; "
                     f"or choose one with sampler=, such as {SAMPLERS[0]!r}"
@@ -244,13 +244,17 @@ def _resolve(kind: str, given: Mapping[str, Any]) -> SamplerConfig:
             "is zero, the noise says nothing of it; such a model predicts v_prediction or sample"
         )
 
-    steps = _number(kind, f, "num_train_timesteps", 1)
+    steps = _number(kind, f, "num_train_timesteps", 1, 1_000_000)
     betas = f["trained_betas"]
-    if betas is not None and len(betas) != steps:
-        raise UnsupportedConfigError(
-            f"scheduler field trained_betas has {len(betas)} values for num_train_timesteps {int(steps)}; "
-            "one is needed for each"
-        )
+    if betas is not None:
+        if not isinstance(betas, (list, tuple)) or len(betas) != steps:
+            got = f"{len(betas)} values" if isinstance(betas, (list, tuple)) else repr(betas)
+            raise UnsupportedConfigError(
+                f"scheduler field trained_betas has {got} for num_train_timesteps {int(steps)}; "
+                "one is needed for each"
+            )
+        for beta in betas:
+            _number(kind, {"trained_betas": beta}, "trained_betas", 0, 1)
     original = int(_number(kind, {"original_inference_steps": steps, **f}, "original_inference_steps", 1))
     if original > steps:
         raise UnsupportedConfigError(
@@ -260,8 +264,8 @@ def _resolve(kind: str, given: Mapping[str, Any]) -> SamplerConfig:
     return SamplerConfig(
         kind=kind,
         num_train_timesteps=int(steps),
-        beta_start=_number(kind, f, "beta_start", 0),
-        beta_end=_number(kind, f, "beta_end", 0),
+        beta_start=_number(kind, f, "beta_start", 0, 1),
+        beta_end=_number(kind, f, "beta_end", 0, 1),
         beta_schedule=f["beta_schedule"],
         trained_betas=None if betas is None else tuple(float(b) for b in betas),
         rescale_betas_zero_snr=zero_snr,
@@ -272,8 +276,8 @@ def _resolve(kind: str, given: Mapping[str, Any]) -> SamplerConfig:
         set_alpha_to_one=bool(f.get("set_alpha_to_one", True)),
         variance_type="fixed_small" if variance in (None, "fixed_small_log") else str(variance),
         use_karras_sigmas=bool(f.get("use_karras_sigmas", False)),
-        sigma_min=f.get("sigma_min"),
-        sigma_max=f.get("sigma_max"),
+        sigma_min=None if f.get("sigma_min") is None else _number(kind, f, "sigma_min", 0),
+        sigma_max=None if f.get("sigma_max") is None else _number(kind, f, "sigma_max", 0),
         final_sigmas_type=f.get("final_sigmas_type", "zero"),
         lower_order_final=bool(f.get("lower_order_final", True)),
         euler_at_final=bool(f.get("euler_at_final", False)),
@@ -283,11 +287,12 @@ def _resolve(kind: str, given: Mapping[str, Any]) -> SamplerConfig:
     )
 
 
-def _number(kind: str, fields: _Fields, name: str, least: float) -> float:
+def _number(kind: str, fields: _Fields, name: str, least: float, most: float = math.inf) -> float:
     value = fields[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        bound = f"from {least}" if most == math.inf else f"from {least} to {most}"
         raise UnsupportedConfigError(
-            f"scheduler field {name} of {kind} is {value!r}; it must be a number from {least}"
+            f"scheduler field {name} of {kind} is {value!r}; it must be a number {bound}"
         )
     return float(value)
 

@@ -84,14 +84,22 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
             raise CheckpointError(f"{merges_file} is not a list of merges: {error}") from error
         return TokenizerFiles(vocab, merges, config)
     if both.is_file():
-        model = read_json(both).get("model", {})
-        if model.get("type") != "BPE" or not {"vocab", "merges"} <= model.keys():
-            raise CheckpointError(
-                f"{both} holds a {model.get('type')!r} tokenizer; CLIP's is 'BPE' with merges"
-            )
-        pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        return TokenizerFiles(model["vocab"], [(a, b) for a, b in pairs], config)
+        return _read_both(both, config)
     raise CheckpointError(f"{folder} has no tokenizer: expected vocab.json and merges.txt, or tokenizer.json")
+
+
+def _read_both(file: Path, config: Mapping[str, Any]) -> TokenizerFiles:
+    """`tokenizer.json`, as the tokenizers library writes it."""
+    model = read_json(file).get("model")
+    model = model if isinstance(model, dict) else {}
+    vocab, merges = model.get("vocab"), model.get("merges")
+    if model.get("type") != "BPE" or not isinstance(vocab, dict) or not isinstance(merges, list):
+        raise CheckpointError(f"{file} holds a {model.get('type')!r} tokenizer; CLIP's is 'BPE' with merges")
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise CheckpointError(f"{file} has the merge {pair!r}, not two symbols")
+    return TokenizerFiles(vocab, [(a, b) for a, b in pairs], config)
 
 
 def _parse_merges(text: str) -> list[Merge]:

@@ -130,7 +130,7 @@ class WeightSet:
         Shapes may differ by trailing dimensions of 1: a 1x1 convolution and a linear layer are the same.
 
         Raises:
-            WeightsMismatchError: every missing, surplus and misshapen key, at once; the module is unchanged.
+            WeightsMismatchError: every missing, surplus, misshapen and quantised key, at once; the module is unchanged.
             CheckpointError: a file cannot be read, or two tensors claim one name.
         """
         wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
@@ -159,13 +159,20 @@ class WeightSet:
             for key, shape in wanted.items()
             if key in taken and _stripped(taken[key].shape) != _stripped(shape)
         ]
+        # A number that was quantised means nothing without its scale.
+        quantised = [
+            f"{key} is {taken[key].dtype}"
+            for key in wanted
+            if key in taken and taken[key].dtype not in _DTYPES
+        ]
         missing = [key for key in wanted if key not in taken]
         surplus = [key for key in taken if key not in wanted]
-        if missing or surplus or misshapen:
+        if missing or surplus or misshapen or quantised:
             listed = [
                 _listed("missing", missing),
                 _listed("surplus", surplus),
                 _listed("misshapen", misshapen),
+                _listed("of no floating dtype", quantised),
             ]
             raise WeightsMismatchError(
                 f"the weights of {self.name} ({', '.join(file.name for file in self.files)}) do not fit its "

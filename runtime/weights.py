@@ -63,7 +63,10 @@ def open_checkpoint(
     source = os.fspath(model)
     if source in ("demo", "demo-refiner"):
         return _demo(source, variant, cache_dir)
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError:  # the home of a user there is not
+        path = Path(source)
     if path.is_file():
         return _single_file(path, cache_dir, config)
     if source and path.is_dir():  # "" would be the working directory
@@ -257,6 +260,11 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
             _log.warning("%s has no variant %r: reading %s", folder, variant, found[0].name)
     if not found:
         there = sorted(path.name for path in folder.iterdir())
+        gone = [name for name in there if name.endswith(".safetensors") and not (folder / name).exists()]
+        if gone:
+            raise CheckpointError(
+                f"{folder}: {', '.join(gone)} is a link to a file that is gone; fetch the checkpoint again"
+            )
         pickles = [name for name in there if Path(name).suffix in _PICKLES]
         if pickles:
             raise UnsafeWeightsError(f"{folder} has only pickled weights ({', '.join(pickles)}); {_REMEDY}")

@@ -31,6 +31,13 @@ def cache_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that all worker processes of a run share, so that each component is exported once; don't damage it."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exports"
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tiny("sdxl")` is the folder of a tiny random checkpoint, written once a session; don't change it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -18,6 +19,7 @@ import PIL.Image
 import pytest
 import torch
 from latentrt import __version__
+from latentrt.cli import main
 from latentrt.runtime.image import read_parameters
 
 HOSTILE = 'a, b: "c"\nNegative prompt: none\nSteps: 3, Seed: 1 日本 🙂 \\'
@@ -108,7 +110,8 @@ def test_what_a_file_says_cannot_drive_the_terminal(run: Run) -> None:
         (("x", "-o", "cat"), "so name it cat.png"),
         (("x", "-o", "folder.png"), "the output 'folder.png' is a folder"),
         (("x", "-o", "file/x.png"), "the output 'file/x.png' cannot be written"),
-        (("x", "--count", "0"), "--count is 0; it must be at least 1"),
+        (("x", "--count", "0"), "--count is 0; it must be 1 to 1024"),
+        (("x", "--count", "1000000000"), "--count is 1000000000; it must be 1 to 1024"),
         (("x", "--guidance", "nan"), "guidance_scale must be a finite number; got nan"),
         (("x", "--seed", "-1"), "seed is -1; it must be 0 to"),
         (("x", "--sampler", "heun"), "there is no sampler 'heun'; there are euler, euler-a"),
@@ -221,6 +224,24 @@ def test_a_terminal_that_knows_only_ascii(run: Run) -> None:
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )
     assert (done.returncode, done.stdout) == (0, "prompt  \\u65e5\\u672c\n")
+
+
+def test_json_is_json_whatever_the_encoding(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the stream cannot hold would be escaped as Python does it, which is not JSON."""
+    info = PIL.PngImagePlugin.PngInfo()
+    info.add_itxt("latentrt", json.dumps({"prompt": "é 日 🙂"}))
+    PIL.Image.new("RGB", (8, 8)).save("x.png", pnginfo=info)
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    assert main(("info", "x.png", "--json")) == 0
+    narrow.seek(0)
+    assert json.loads(narrow.read()) == {"prompt": "é 日 🙂"}
+
+
+def test_a_closed_stream_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `>&-` leaves it, and some service managers: the work is done all the same."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["backends"]) == 0
 
 
 # A test run in the background of a shell has SIGINT ignored, and children inherit that.

@@ -13,7 +13,8 @@ import tiny_components as tiny
 import torch
 from latentrt.errors import ExportError
 from latentrt.export.check import LIMITS, check_export, expected_outputs, relative_error
-from latentrt.export.onnx import OPSET, export_component
+from latentrt.export.functions import OPSET
+from latentrt.export.onnx import export_component
 from latentrt.runtime.engines.base import Component, TensorSpec
 from latentrt.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from latentrt.runtime.prepare import onnx_model

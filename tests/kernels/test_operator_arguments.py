@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from latentrt.errors import KernelArgumentError
 from latentrt.kernels import (
     add_layer_norm,
+    as_nodes,
     attention,
     geglu,
     group_norm,
@@ -17,11 +21,21 @@ from latentrt.kernels import (
     linear_geglu,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 T = torch.zeros
 META = torch.zeros(4, device="meta")
 Q = T(2, 5, 3, 8)
 X, C = T(2, 8, 4, 4), T(8)
+OPERATORS = (
+    "add_layer_norm",
+    "attention",
+    "geglu",
+    "group_norm",
+    "group_norm_silu",
+    "layer_norm",
+    "linear_geglu",
+)
 REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: attention(T(2, 5, 24), Q, Q), r"attention: q must be \[B, Sq, H, D\], got shape \(2, 5, 24\)"),
     (lambda: attention(Q, T(2, 5, 24), Q), r"attention: k must be \[B, Sk, H, D\], got shape \(2, 5, 24\)"),
@@ -99,16 +113,47 @@ class Everything(nn.Module):
         return total + linear_geglu(h, self.proj) + geglu(torch.cat([h, h], -1))
 
 
-def test_the_checks_leave_traced_sizes_free() -> None:
-    """A graph traced at one batch, image and text size runs at others."""
+@pytest.mark.parametrize("nodes", [False, True], ids=["references", "nodes"])
+def test_the_checks_leave_traced_sizes_free(nodes: bool) -> None:
+    """A graph traced at one batch, image and text size runs at others; each operator is one node of it if asked."""
     model = Everything().eval()
     batch, height, width, words = (torch.export.Dim(name, min=1, max=64) for name in "bhws")
-    program = torch.export.export(
-        model,
-        (torch.randn(2, 8, 6, 10), torch.randn(2, 7, 8)),
-        dynamic_shapes=({0: batch, 2: height, 3: width}, {0: batch, 1: words}),
-        prefer_deferred_runtime_asserts_over_guards=True,
-    )
+    with as_nodes() if nodes else nullcontext():
+        program = torch.export.export(
+            model,
+            (torch.randn(2, 8, 6, 10), torch.randn(2, 7, 8)),
+            dynamic_shapes=({0: batch, 2: height, 3: width}, {0: batch, 1: words}),
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+    ours = sorted(str(n.target).split(".")[1] for n in program.graph.nodes if "latentrt" in str(n.target))
+    assert ours == (sorted([*OPERATORS, "layer_norm"]) if nodes else [])
     for b, h, w, s in ((1, 5, 3, 9), (3, 12, 4, 2)):
         x, text = torch.randn(b, 8, h, w), torch.randn(b, s, 8)
         torch.testing.assert_close(program.module()(x, text), model(x, text))
+
+
+def test_nodes_are_of_one_thread() -> None:
+    """While one thread traces, another goes on computing without the detour."""
+    x = torch.randn(2, 4)
+    seen: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    def work() -> None:
+        with Seen():
+            geglu(x)
+
+    with as_nodes():
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert "latentrt.geglu.default" not in seen
+        assert seen
+        work()
+    assert "latentrt.geglu.default" in seen
+    seen.clear()
+    work()
+    assert "latentrt.geglu.default" not in seen

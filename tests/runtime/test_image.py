@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import time
 import zlib
 from pathlib import Path
@@ -206,8 +207,14 @@ def test_a_png_is_written_whole_or_not_at_all(
     assert target.read_bytes() == before
 
 
-def test_a_png_can_be_read_by_those_who_may(tmp_path: Path) -> None:
-    """The file aside is private; what it becomes is not."""
+def test_the_longest_name_a_folder_takes(tmp_path: Path) -> None:
+    """Prompts are used as names; the file aside must not need a longer one."""
+    assert save_png(PICTURE, tmp_path / f"{'n' * 251}.png", None).is_file()
+
+
+def test_a_png_can_be_read_by_those_who_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a moment at which other threads write files that everyone may change."""
+    monkeypatch.delattr(os, "umask")
     path = save_png(PICTURE, tmp_path / "x.png", None)
     plain = tmp_path / "plain"
     plain.touch()
@@ -246,9 +253,27 @@ def test_pictures_of_other_modes_become_rgb(mode: str) -> None:
     assert to_tensor(picture).shape == (1, 3, 24, 16)
 
 
+def test_sixteen_bits_of_grey_keep_their_shades() -> None:
+    """Pillow would clip all but the darkest 256 of them to white."""
+    grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    pixels = to_tensor(PIL.Image.fromarray(grey))
+    assert np.abs(pixels[0, 0].numpy() / 2 + 0.5 - grey / 65535).max() <= 0.51 / 255
+    assert torch.equal(pixels[:, 0], pixels[:, 2])
+
+
+@pytest.mark.parametrize("dtype", [">f4", "<f8", "f2"])
+def test_arrays_in_any_layout(dtype: str) -> None:
+    array = np.broadcast_to(np.linspace(0, 1, 8).astype(dtype)[:, None, None], (8, 16, 3))
+    assert torch.allclose(to_tensor(array)[0, 1, :, 5], torch.linspace(-1, 1, 8), atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [
+        (PIL.Image.new("I", (8, 8)), "mode 'I', which says no range; convert it to 'RGB'"),
+        (PIL.Image.new("F", (8, 8)), "mode 'F', which says no range"),
+        (np.zeros((8, 8, 3), object), "must hold real numbers; got object"),
+        (np.zeros((8, 8, 3), complex), "must hold real numbers; got complex128"),
         ([], "image is an empty list"),
         ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 16)], "must have one size; got"),
         (PIL.Image.new("RGB", (7, 64)), "image is 7x64 pixels; it must be at least 8x8"),
@@ -273,6 +298,17 @@ def test_pixels_round_to_the_nearest() -> None:
     values = torch.tensor([0.0, 0.4999 / 255, 0.5001 / 255, 1.0]).reshape(1, 1, 2, 2).expand(1, 3, 2, 2)
     (image,) = from_tensor(values, "pil")
     assert np.asarray(image)[..., 0].tolist() == [[0, 0], [1, 255]]
+
+
+@pytest.mark.filterwarnings("error")
+def test_black_by_overflow_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    images = torch.full((3, 3, 8, 8), 0.5)
+    from_tensor(images, "pil")
+    assert not caplog.messages
+    images[1, :, 2, 3] = torch.nan
+    pictures = from_tensor(images, "pil")
+    assert "images 1 hold NaN and are black there" in caplog.text
+    assert [picture.getpixel((3, 2)) for picture in pictures] == [(128,) * 3, (0,) * 3, (128,) * 3]
 
 
 def test_a_record_is_plain_json(tmp_path: Path) -> None:

@@ -182,12 +182,31 @@ def test_a_callback_sees_and_replaces_what_it_does_in_diffusers(rig: Rig, pipe: 
     assert np.abs(image - oracle).max() <= PIPELINE_EAGER
 
 
+def test_a_callback_can_differentiate(pipe: latentrt.Pipeline) -> None:
+    """As guidance by a gradient does, with diffusers' pipelines as here."""
+
+    def guide(_: Any, __: int, ___: float, values: dict[str, Any]) -> dict[str, Any]:
+        with torch.enable_grad():
+            latents = values["latents"].requires_grad_()
+            (gradient,) = torch.autograd.grad(latents.square().sum(), latents)
+        return {"latents": latents - 0.5 * gradient}
+
+    call = {**CALL, "num_inference_steps": 1, "output_type": "latent"}
+    assert not pipe(**call, callback_on_step_end=guide).images.any()
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
         (3, "callback_on_step_end returned 3; it can return"),
         ({"latent": 1}, "'latent': 1.*'latents' or 'interrupt'"),
-        ({"latents": torch.zeros(1, 4, 8, 8)}, r"returned latents \[1, 4, 8, 8\]; they are \[1, 4, 8, 6\]"),
+        (
+            {"latents": torch.zeros(1, 4, 8, 8)},
+            r"returned latents \[1, 4, 8, 8\]; they are a tensor \[1, 4, 8, 6\]",
+        ),
+        ({"latents": np.zeros((1, 4, 8, 6))}, r"returned latents as a ndarray; they are a tensor"),
+        (torch.zeros(1, 4, 8, 6), r"callback_on_step_end returned tensor.* can return a mapping"),
+        ("", "callback_on_step_end returned ''; it can return"),
     ],
 )
 def test_what_a_callback_may_not_return(answer: Any, message: str, pipe: latentrt.Pipeline) -> None:
@@ -221,6 +240,9 @@ def test_forms_of_output(pipe: latentrt.Pipeline) -> None:
     assert (image.size, image.mode) == ((48, 64), "RGB")
     assert np.array_equal(np.asarray(image), (array[0] * 255).round().astype(np.uint8))
     assert (tuple(made["latent"].shape), made["latent"].dtype) == ((1, 4, 8, 6), torch.float32)
+    for kind in ("pt", "latent"):  # ordinary tensors, to change and to differentiate by
+        made[kind].mul_(2)
+        (made[kind] * torch.ones(1, requires_grad=True)).sum().backward()
 
 
 def test_parameters_tell_how_to_make_it_again(both: latentrt.Pipeline) -> None:
@@ -247,12 +269,53 @@ def test_parameters_tell_how_to_make_it_again(both: latentrt.Pipeline) -> None:
     assert "negative_prompt" not in second
 
 
+def test_whatever_was_asked_for_is_told(both: latentrt.Pipeline) -> None:
+    """A record that leaves something out cannot make the image again."""
+    asked: dict[str, Any] = {
+        "prompt_2": "green",
+        "negative_prompt_2": "dark",
+        "guidance_rescale": 0.5,
+        "eta": 0.25,
+        "aesthetic_score": 7.0,
+        "negative_aesthetic_score": 2.0,
+    }
+    sizes = {
+        "original_size": (32, 40),
+        "target_size": (56, 24),
+        "negative_original_size": (8, 16),
+        "negative_target_size": (24, 32),
+    }
+    crops = {"crops_coords_top_left": (3, 5), "negative_crops_coords_top_left": (0, 0)}
+    (told,) = both(**CALL, seed=1, sampler="ddim", **asked, **sizes, **crops).parameters
+    assert {name: told[name] for name in asked} == asked
+    assert {name: told[name] for name in sizes} == {name: f"{w}x{h}" for name, (h, w) in sizes.items()}
+    assert {name: told[name] for name in crops} == {
+        name: f"{top},{left}" for name, (top, left) in crops.items()
+    }
+
+
+def test_the_ends_and_the_latents_given_are_told(pipe: latentrt.Pipeline) -> None:
+    call = {**CALL, "output_type": "latent", "seed": 1}
+    first = pipe(**call, denoising_end=0.5, latents=torch.zeros(1, 4, 8, 6))
+    assert first.parameters[0]["denoising_end"] == 0.5
+    assert first.parameters[0]["latents"] == "given"
+    second = pipe(**call, denoising_start=0.5, image=first.images).parameters[0]
+    assert second["denoising_start"] == 0.5
+    assert "strength" not in second
+
+
 def test_stages_are_timed(both: latentrt.Pipeline) -> None:
     timings = both(**CALL).timings
     assert list(timings) == ["prepare", "text", "start", "base", "refiner", "decode", "total"]
     assert all(seconds >= 0 for seconds in timings.values())
     assert timings["total"] == pytest.approx(sum(timings.values()) / 2)
     assert "decode" not in both(**{**CALL, "output_type": "latent"}).timings
+
+
+def test_two_checkpoints_of_a_kind_are_timed_apart(tiny: Callable[..., Path]) -> None:
+    """A second base in the refiner's place, as communities use them."""
+    pipe = latentrt.Pipeline.from_pretrained(tiny("sdxl"), tiny("sdxl"), backend="eager")
+    assert list(pipe(**CALL).timings) == ["prepare", "text", "start", "base", "refiner", "decode", "total"]
 
 
 def test_progress_shows_only_where_it_is_wanted(

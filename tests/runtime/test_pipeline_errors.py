@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import shutil
@@ -179,7 +180,7 @@ def test_a_gpu_that_is_not_there(tiny: Callable[..., Path], monkeypatch: pytest.
         latentrt.Pipeline.from_pretrained(tiny("sdxl"), device="cuda")
 
 
-@pytest.mark.parametrize("model", ["no/such-model", "/no/such/folder", "", "a b c"])
+@pytest.mark.parametrize("model", ["no/such-model", "/no/such/folder", "", "a b c", "~nobody_of_that_name/x"])
 def test_unknown_models(model: str) -> None:
     with pytest.raises(CheckpointNotFoundError, match=f"{model!r} is no folder or file"):
         latentrt.Pipeline.from_pretrained(model)
@@ -188,6 +189,21 @@ def test_unknown_models(model: str) -> None:
 def test_an_unknown_refiner(tiny: Callable[..., Path]) -> None:
     with pytest.raises(CheckpointNotFoundError, match="'/no/refiner' is no folder or file"):
         latentrt.Pipeline.from_pretrained(tiny("sdxl"), "/no/refiner", backend="eager")
+
+
+def test_an_inpainting_model_is_not_run_as_another(tmp_path: Path, tiny: Callable[..., Path]) -> None:
+    folder = linked(tiny("sdxl"), tmp_path / "inpainting", without="unet")
+    file = folder / "unet" / "config.json"
+    write_json(file, {**json.loads(file.read_text("utf-8")), "in_channels": 9})
+    for pair in ((folder, None), (tiny("sdxl"), folder)):
+        with pytest.raises(UnsupportedConfigError, match=r"inpainting reads 9 channels .* latents have 4"):
+            latentrt.Pipeline.from_pretrained(*pair, backend="eager")
+
+
+def test_a_refiner_of_another_family(tiny: Callable[..., Path]) -> None:
+    """Its latents have the same shape and mean something else."""
+    with pytest.raises(CheckpointError, match="are not of one family; a refiner works on its base's latents"):
+        latentrt.Pipeline.from_pretrained(tiny("sdxl"), tiny("sd15"), backend="eager")
 
 
 def test_a_truncated_file_is_named(tmp_path: Path, tiny: Callable[..., Path]) -> None:
@@ -213,6 +229,28 @@ def test_a_scheduler_that_is_not_there_yet_is_named(tmp_path: Path, tiny: Callab
     with pytest.raises(UnsupportedConfigError, match=r"'HeunDiscreteScheduler'; latentrt has .* sampler="):
         pipe("a cat", **SMALL)
     assert np.isfinite(pipe("a cat", **SMALL, sampler="euler").images).all()
+
+
+def test_a_user_without_a_home(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(self: Path) -> Path:
+        if str(self).startswith("~"):
+            raise RuntimeError("Could not determine home directory.")
+        return self
+
+    monkeypatch.setattr(Path, "expanduser", nowhere)
+    monkeypatch.delenv("LATENTRT_CACHE", raising=False)
+    with pytest.raises(CacheError, match="no home folder; set LATENTRT_CACHE or cache_dir"):
+        latentrt.Pipeline.from_pretrained(tiny("sdxl"), backend="eager")
+
+
+def test_a_tokenizer_of_another_model(tmp_path: Path, tiny: Callable[..., Path]) -> None:
+    folder = linked(tiny("sdxl"), tmp_path / "large", without="tokenizer_2")
+    file = folder / "tokenizer_2" / "vocab.json"
+    write_json(file, {**json.loads(file.read_text("utf-8")), "extra": 49_407})
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer of text_encoder_2 has ids up to 49407 .* 1514 tokens"
+    ):
+        latentrt.Pipeline.from_pretrained(folder, backend="eager")
 
 
 def test_a_file_where_the_cache_should_be(tmp_path: Path, tiny: Callable[..., Path]) -> None:

@@ -142,7 +142,7 @@ folder, refiner, cache, backends = json.loads(sys.argv[1])
 for backend in backends:
     pipe = latentrt.Pipeline.from_pretrained(folder, refiner, backend=backend, cache_dir=cache)
     image = pipe("a cat", height=64, width=48, num_inference_steps=2, high_noise_frac=0.5, seed=1).images[0]
-    exporter = sorted({"torch.onnx", "onnxscript", "onnx"} & set(sys.modules))
+    exporter = sorted({"torch.onnx", "onnx_ir", "onnx"} & set(sys.modules))
     print(json.dumps([backend, list(image.size), exporter]))
 """
 

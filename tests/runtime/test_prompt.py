@@ -6,6 +6,7 @@ import json
 import logging
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from latentrt.errors import CheckpointError
@@ -91,3 +92,24 @@ def test_special_tokens_must_be_in_the_vocabulary() -> None:
 
 def test_no_prompts_give_no_rows() -> None:
     assert ClipTokenizer(VOCAB, MERGES, config("!")).encode([]).shape == (0, 77)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "merges"),
+    [
+        (VOCAB, [*MERGES, ("not", "there")]),
+        ({**VOCAB, "i": "3"}, MERGES),
+        ({**VOCAB, "i": -3}, MERGES),
+        ({**VOCAB, "i": None}, MERGES),
+    ],
+    ids=["merge", "text", "negative", "null"],
+)
+def test_tables_that_do_not_belong_together(vocab: Any, merges: Any) -> None:
+    with pytest.raises(CheckpointError, match="vocabulary and merges do not belong together: "):
+        ClipTokenizer(vocab, merges, config("!"))
+
+
+@pytest.mark.parametrize("length", ["77", [77], float("nan"), {"tokens": 77}])
+def test_a_length_that_is_no_number(length: object) -> None:
+    with pytest.raises(CheckpointError, match=r"model_max_length is .*; it must be a whole number"):
+        ClipTokenizer(VOCAB, MERGES, {**config("!"), "model_max_length": length})

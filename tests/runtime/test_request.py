@@ -118,11 +118,22 @@ def test_the_size_comes_from_what_is_given() -> None:
     assert request(image=torch.zeros(4, 5, 3), height=40).width == 24
 
 
-def test_fewer_pictures_than_images_are_repeated_as_a_block() -> None:
+@pytest.mark.parametrize("name", ["latents", "image"])
+@pytest.mark.parametrize(
+    ("prompts", "wanted"), [(TWO, [0, 0, 1, 1]), (["one"], [0, 1, 0, 1]), (["p"] * 4, [0, 1, 0, 1])]
+)
+def test_a_picture_for_each_prompt_stays_with_it(prompts: list[str], wanted: list[float], name: str) -> None:
+    """diffusers gives the second image of the first prompt the second prompt's picture."""
     rows = torch.arange(2.0).reshape(2, 1, 1, 1).expand(2, 4, 2, 2)
-    r = request(prompt=TWO, num_images_per_prompt=2, latents=rows)
-    assert r.latents is not None
-    assert r.latents[:, 0, 0, 0].tolist() == [0, 1, 0, 1]
+    r = request(prompt=prompts, num_images_per_prompt=4 // len(prompts), **{name: rows})
+    assert getattr(r, name)[:, 0, 0, 0].tolist() == wanted
+
+
+def test_what_is_refused_is_quoted_in_short() -> None:
+    for wrong in ({"prompt": [3] * 10_000}, {"latents": [torch.zeros(1, 4, 8, 8)]}):
+        with pytest.raises(RequestError) as caught:
+            request(**wrong)
+        assert len(str(caught.value)) < 200
 
 
 def test_seeds() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from typing import Any
 
 import diffusers
@@ -130,9 +131,11 @@ def test_unknown_sampler_lists_those_there_are() -> None:
         SamplerConfig.from_dict(PUBLISHED["SDXL"], "heun")
 
 
-@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", None])
-def test_unknown_class_is_named(name: str | None) -> None:
-    with pytest.raises(UnsupportedConfigError, match=f"{name!r}.*EulerDiscreteScheduler.*sampler="):
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", None, ["Euler"]])
+def test_unknown_class_is_named(name: Any) -> None:
+    with pytest.raises(
+        UnsupportedConfigError, match=f"{re.escape(repr(name))}.*EulerDiscreteScheduler.*sampler="
+    ):
         SamplerConfig.from_dict({"_class_name": name})
 
 
@@ -148,6 +151,10 @@ REFUSED = [
     ("euler", "num_train_timesteps", "1000"),
     ("euler", "steps_offset", -1),
     ("euler", "beta_start", math.nan),
+    ("euler", "num_train_timesteps", 10**12),
+    ("euler", "beta_start", 2),
+    ("euler", "beta_end", math.inf),
+    ("euler", "sigma_min", "low"),
     ("euler", "trained_betas", [0.1, 0.2]),
     ("ddim", "thresholding", True),
     ("ddpm", "thresholding", True),
@@ -173,6 +180,21 @@ def test_unsupported_fields_are_named_with_their_value(name: str, field: str, va
     message = str(raised.value)
     assert field in message
     assert ("2 values" if field == "trained_betas" else str(value)) in message
+
+
+@pytest.mark.parametrize(
+    ("betas", "message"),
+    [
+        (3, "trained_betas has 3 for num_train_timesteps 2"),
+        ("ab", "trained_betas has 'ab' for"),
+        ([0.1, "x"], "trained_betas of euler is 'x'; it must be a number from 0 to 1"),
+        ([0.1, math.nan], "trained_betas of euler is nan"),
+    ],
+)
+def test_betas_that_are_none(betas: Any, message: str) -> None:
+    config = {"_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 2, "trained_betas": betas}
+    with pytest.raises(UnsupportedConfigError, match=message):
+        SamplerConfig.from_dict(config)
 
 
 @pytest.mark.parametrize("name", [n for n in CLASSES if n != "pndm"])

@@ -89,8 +89,36 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         read_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("model", [{"type": "WordPiece", "vocab": {}}, {"type": "BPE", "vocab": {}}, {}])
-def test_another_kind_of_tokenizer_is_refused(tmp_path: Path, model: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "WordPiece", "vocab": {}},
+        {"type": "BPE", "vocab": {}},
+        {"type": "BPE", "vocab": [], "merges": []},
+        {"type": "BPE", "vocab": {}, "merges": {}},
+        {},
+        [],
+        None,
+    ],
+)
+def test_another_kind_of_tokenizer_is_refused(tmp_path: Path, model: object) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
     with pytest.raises(CheckpointError, match=r"tokenizer; CLIP's is 'BPE' with merges"):
         read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("merge", ["a", "a b c", ["a"], 3, None])
+def test_a_merge_of_something_else_than_two_is_named(tmp_path: Path, merge: object) -> None:
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"model": {"type": "BPE", "vocab": {}, "merges": [merge]}})
+    )
+    with pytest.raises(CheckpointError, match=r"tokenizer.json has the merge .*, not two symbols"):
+        read_tokenizer(tmp_path)
+
+
+def test_windows_line_ends_change_nothing(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, pad_token="!")
+    unix = read_tokenizer(tmp_path).merges
+    file = tmp_path / "merges.txt"
+    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_tokenizer(tmp_path).merges == unix

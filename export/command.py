@@ -1,0 +1,136 @@
+"""A checkpoint's components as ONNX files in a folder: what `latentrt export` does."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from ..errors import RequestError
+from ..runtime.engines.base import Component
+from ..runtime.loading import load_components
+from ..runtime.weights import open_checkpoint
+from .check import check_export, check_parts, expected_outputs
+from .hoist import unet_parts
+from .onnx import to_model, write_model
+from .passes import DEFAULT, Report, check_names
+
+__all__ = ["Exported", "export_model"]
+
+_SUFFIX = ".partial"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One component.
+
+    Attributes:
+        files: its models; the weights of each lie beside it, in a file of its name with `.data` at the end.
+        passes: what each pass did.
+        check: the errors that ONNX Runtime makes beside PyTorch, and their limit; empty in bfloat16, which ONNX
+            Runtime does not run on the CPU.
+        seconds: from reading the weights to the end of the check.
+    """
+
+    component: str
+    dtype: str
+    files: list[Path]
+    passes: list[Report]
+    check: dict[str, Any]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "component": self.component,
+            "dtype": self.dtype,
+            "files": [str(path) for path in self.files],
+            "passes": [report.to_json() for report in self.passes],
+            "check": self.check,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def export_model(
+    model: str,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    components: Sequence[str] = (),
+    passes: Sequence[str] = DEFAULT,
+    split: bool = False,
+    variant: str | None = None,
+) -> Iterator[Exported]:
+    """Write `folder/NAME/model.onnx` for each component, telling of each as it is there.
+
+    A component's folder is written aside and renamed once its check has passed, in place of one that was there.
+
+    Args:
+        model: as `Pipeline.from_pretrained` takes it.
+        dtype: of the weights and activations. A VAE that overflows in float16 stays in float32.
+        components: only these; all by default.
+        passes: names of `passes.PASSES`, in order.
+        split: a UNet in three models, `prompt.onnx`, `time.onnx` and `step.onnx`: see `hoist`.
+        variant: of the weight files.
+
+    Raises:
+        RequestError: there is no such component or pass.
+        CheckpointError, ExportError: what each says.
+        OSError: the folder cannot be written.
+    """
+    check_names(passes)
+    found = load_components(open_checkpoint(model, variant=variant), dtype)
+    unknown = [name for name in components if name not in found]
+    if unknown:
+        raise RequestError(f"{model} has no component {', '.join(unknown)}; it has {', '.join(found)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".latentrt.lock"):
+        for name in dict.fromkeys(components or found):
+            begun = time.perf_counter()
+            aside = folder / f".{name}{_SUFFIX}"
+            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+            aside.mkdir()
+            try:
+                files, reports, check = _export(found[name], aside, passes, split=split and name == "unet")
+                _replace(aside, folder / name)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+            yield Exported(
+                name,
+                str(found[name].dtype).removeprefix("torch."),
+                [folder / name / file.name for file in files],
+                reports,
+                check,
+                time.perf_counter() - begun,
+            )
+
+
+def _export(
+    component: Component, folder: Path, passes: Sequence[str], *, split: bool
+) -> tuple[list[Path], list[Report], dict[str, Any]]:
+    module = component.build()
+    model, reports = to_model(component, module, passes)
+    models = unet_parts(model) if split else {"model": model}
+    files = [write_model(component, part, folder / f"{name}.onnx") for name, part in models.items()]
+    expected = expected_outputs(component, module)
+    # As in `export_checked`: the weights are in memory once.
+    del module, model, models
+    gc.collect()
+    check = check_parts(component, files, expected) if split else check_export(component, files[0], expected)
+    return files, reports, check
+
+
+def _replace(aside: Path, target: Path) -> None:
+    """Rename a whole folder, which may take the place of another; that one is seen whole until then."""
+    old = aside.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    aside.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

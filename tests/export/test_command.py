@@ -1,0 +1,119 @@
+"""`latentrt export`: the files, the table, what is refused, and that nothing half-written is left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from latentrt import cli
+from latentrt.errors import ExportError
+from latentrt.export import command
+from latentrt.export.passes import DEFAULT
+
+TEXT = "text_encoder"
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    code = cli.main(["export", *map(str, args)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_component(tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "out"
+    code, text, _ = run(capsys, tiny("sd15"), "-o", out, "--component", TEXT, "--dtype", "float32")
+    assert code == 0
+    files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert files == [".latentrt.lock", f"{TEXT}/model.onnx", f"{TEXT}/model.onnx.data"]
+    onnx.checker.check_model(out / TEXT / "model.onnx")
+    head, *table = text.splitlines()
+    assert head.startswith(f"{TEXT}, float32, ")
+    assert head.endswith(f"{out}/{TEXT}/model.onnx")
+    assert table[0].split() == ["nodes", "initialisers", "bytes"]
+    assert [line.split()[0] for line in table[1 : 1 + len(DEFAULT)]] == list(DEFAULT)
+    transposes = next(line for line in table if "transpose-pairs" in line)
+    assert " > " in transposes
+    assert "off PyTorch by sequence" in table[-1]
+
+
+def test_json_and_no_passes(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = [tiny("sd15"), "-o", tmp_path, "--component", TEXT, "--json"]
+    code, text, _ = run(capsys, *again, "--passes", "")
+    assert code == 0
+    (made,) = json.loads(text)
+    assert (made["component"], made["dtype"], made["passes"]) == (TEXT, "float16", [])
+    assert made["check"]["relative_error"]
+    first = Path(made["files"][0]).read_bytes()
+    code, text, _ = run(capsys, *again, "--passes", "transpose-pairs,dead-code")  # in its place
+    (made,) = json.loads(text)
+    assert [report["name"] for report in made["passes"]] == ["transpose-pairs", "dead-code"]
+    assert made["passes"][0]["before"]["nodes"] > made["passes"][0]["after"]["nodes"]
+    assert Path(made["files"][0]).read_bytes() != first
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".latentrt.lock", TEXT]
+
+
+def test_a_unet_in_three(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [tiny("sd15"), "-o", tmp_path, "--component", "unet", "--dtype", "float32", "--split", "--json"]
+    code, text, _ = run(capsys, *args)
+    assert code == 0
+    (made,) = json.loads(text)
+    assert [Path(file).name for file in made["files"]] == ["prompt.onnx", "time.onnx", "step.onnx"]
+    errors = [error for case in made["check"]["relative_error"].values() for error in case.values()]
+    assert max(errors) < made["check"]["limit"]
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (
+            ["--component", "transformer"],
+            r"has no component transformer; it has text_encoder, unet, vae_decoder,",
+        ),
+        (["--passes", "dead-code,speed"], r"there is no pass speed; there are constant-folding, "),
+    ],
+)
+def test_what_is_refused(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    why: str,
+) -> None:
+    code, out, err = run(capsys, tiny("sd15"), "-o", tmp_path / "out", *options)
+    assert (code, out) == (1, "")
+    assert err.startswith("latentrt: ")
+    assert why in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "failure", [ExportError("it is wrong"), KeyboardInterrupt()], ids=["check", "ctrl-c"]
+)
+def test_a_failure_leaves_what_was_there(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException,
+) -> None:
+    (tmp_path / TEXT).mkdir()
+    (tmp_path / TEXT / "model.onnx").write_text("of before")
+    (tmp_path / f".{TEXT}.partial").mkdir()  # of a run that was killed
+
+    def fail(*_: object) -> None:
+        assert (tmp_path / f".{TEXT}.partial" / "model.onnx").exists()
+        raise failure
+
+    monkeypatch.setattr(command, "check_export", fail)
+    code, _, err = run(capsys, tiny("sd15"), "-o", tmp_path, "--component", TEXT)
+    assert code == (130 if isinstance(failure, KeyboardInterrupt) else 1)
+    assert "it is wrong" in err or "interrupted" in err
+    assert (tmp_path / TEXT / "model.onnx").read_text() == "of before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".latentrt.lock", TEXT]

@@ -1,0 +1,47 @@
+"""What `make generate` hands on: every prompt as it was typed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A set-up project whose `latentrt` writes its arguments to stdout, one a line."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name in ("python", "latentrt"):
+        (programs / name).write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+        (programs / name).chmod(0o755)
+    (tmp_path / ".venv" / ".runtime").touch()
+    return tmp_path
+
+
+def generated(folder: Path, *variables: str) -> list[str]:
+    command = ["make", "--no-print-directory", "generate", *variables]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    "prompt", ["costs $5 and $(shell touch spoilt)", "$$ `touch spoilt`", 'it\'s "quoted" # \\', "-1", "日本"]
+)
+def test_a_prompt_arrives_as_it_was_typed(prompt: str, folder: Path) -> None:
+    seed, image = "3; touch spoilt", "a $b.png"
+    arguments = generated(folder, f"PROMPT={prompt}", f"SEED={seed}", f"IMAGE={image}")
+    assert arguments == ["generate", "--seed", seed, "-o", image, "--", prompt]
+    assert not (folder / "spoilt").exists()
+
+
+def test_there_is_a_picture_without_being_asked(folder: Path) -> None:
+    arguments = generated(folder)
+    assert arguments[:2] == ["generate", "--seed"]
+    assert " above " in arguments[-1] or " below " in arguments[-1]
