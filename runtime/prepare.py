@@ -46,6 +46,8 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _SOURCES = ("kernels", "runtime/models", "export")
 # What makes engines of exported graphs: no part of the graphs.
 _BUILDER = ("export/tensorrt.py", "export/build_process.py", "export/memory.py")
+# What neither writes nor checks a graph.
+_OTHERS = ("export/engines.py", "export/measures.py", "export/verify.py", "export/command.py")
 _MAKERS = ("torch", "onnx", "onnx-ir")
 _CHECKERS = ("onnxruntime", "onnxruntime-gpu")
 
@@ -151,7 +153,7 @@ def engine(
 def exporter_digest() -> str:
     """SHA-256, in hex, over the sources that decide what an export contains."""
     files = [path for folder in _SOURCES for path in sorted((_PACKAGE / folder).rglob("*.py"))]
-    return _digest_of_files([path for path in files if not path.as_posix().endswith(_BUILDER)])
+    return _digest_of_files([path for path in files if not path.as_posix().endswith((*_BUILDER, *_OTHERS))])
 
 
 def _digest_of_files(files: Iterable[Path]) -> str:
