@@ -474,15 +474,7 @@ def _export(args: argparse.Namespace) -> None:
         _write(json.dumps([made.to_json() for made in exported], indent=2))
         return
     for made in exported:
-        _write(f"{made.component}, {made.dtype}, {made.seconds:.1f} s: {', '.join(map(str, made.files))}")
-        _write(f"    {'':<20}{'nodes':>16}{'initialisers':>18}{'bytes':>26}")
-        for report in made.passes:
-            pairs = zip(asdict(report.before).values(), asdict(report.after).values(), strict=True)
-            nodes, initializers, size = (f"{a:,} > {b:,}" if a != b else f"{a:,}" for a, b in pairs)
-            _write(f"    {report.name:<20}{nodes:>16}{initializers:>18}{size:>26}")
-        for sizes, errors in made.check.get("relative_error", {}).items():
-            found = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-            _write(f"    off PyTorch by {found} at {sizes}")
+        _write(made.to_text())
 
 
 def _write(text: str) -> None:

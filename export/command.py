@@ -6,7 +6,7 @@ import gc
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,19 @@ class Exported:
             "check": self.check,
             "seconds": round(self.seconds, 3),
         }
+
+    def to_text(self) -> str:
+        """Where it is, a table of what each pass left, and how far it is from PyTorch."""
+        lines = [f"{self.component}, {self.dtype}, {self.seconds:.1f} s: {', '.join(map(str, self.files))}"]
+        lines.append(f"    {'':<20}{'nodes':>16}{'initialisers':>18}{'bytes':>30}")
+        for report in self.passes:
+            pairs = zip(astuple(report.before), astuple(report.after), strict=True)
+            nodes, initializers, size = (f"{a:,} > {b:,}" if a != b else f"{a:,}" for a, b in pairs)
+            lines.append(f"    {report.name:<20}{nodes:>16}{initializers:>18}{size:>30}")
+        for sizes, errors in self.check.get("relative_error", {}).items():
+            found = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+            lines.append(f"    off PyTorch by {found} at {sizes}")
+        return "\n".join(lines)
 
 
 def export_model(
