@@ -178,7 +178,7 @@ def test_timing_wants_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_the_kernels_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def reports(requests: list[aot.Request]) -> list[list[aot.Report]]:
         return [
-            [aot.Report(r.op, "k", r.arch, 128, 0, 0, 49152, 0, {"HGMMA": 24}, 900, 8, 3, {})]
+            [aot.Report(r.op, "k", r.arch, 128, 0, 0, 49152, 0, {"HGMMA": 24}, 0, False, 900, 8, 3, {})]
             for r in requests
         ]
 
