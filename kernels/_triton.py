@@ -35,6 +35,7 @@ __all__ = [
     "tl",
     "unavailable",
     "usable",
+    "version_of",
 ]
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,10 @@ def _mend_interpreter() -> None:
 
     interpreter.InterpreterBuilder.create_dot = create_dot
 
-    if _version(triton.__version__) < (3, 7):  # takes int() of arrays of one element, which NumPy 2.4 refuses
+    if version_of(triton.__version__) < (
+        3,
+        7,
+    ):  # takes int() of arrays of one element, which NumPy 2.4 refuses
         patch_tensor = interpreter._patch_lang_tensor
 
         def patched(tensor: Any, scope: Any) -> None:
@@ -117,7 +121,8 @@ def _mend_interpreter() -> None:
         interpreter._patch_lang_tensor = patched
 
 
-def _version(text: str) -> tuple[int, ...]:
+def version_of(text: str) -> tuple[int, ...]:
+    """(3, 9) of `3.9.0`."""
     return tuple(int(part) for part in text.split(".")[:2])
 
 
@@ -271,7 +276,7 @@ def _triton_missing() -> str:
         import triton
     except ImportError as error:
         return f"Triton cannot be imported ({error}); pip install 'latentrt[triton]'"
-    if _version(triton.__version__) < (3, 6):
+    if version_of(triton.__version__) < (3, 6):
         return f"Triton {triton.__version__} is older than 3.6; pip install 'latentrt[triton]'"
     return ""
 

@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from ..errors import BackendError, BackendUnavailableError
 from . import tuning
-from ._triton import Descriptor, Kernel, Launch
+from ._triton import Descriptor, Kernel, Launch, version_of
 from .registry import specs
 
 __all__ = [
@@ -53,7 +54,7 @@ SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that one block may have: CUDA C++ Programming Guide, technical specifications."""
 
 TIME_LIMIT = 600.0
-"""Seconds for one batch of compilations."""
+"""Seconds for all that is compiled at once."""
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
 _TENSOR_CORE = re.compile(r"^(?:[A-Z]*GMMA|[HIDQBO]MMA|UTC[A-Z0-9]*MMA)$")
@@ -135,9 +136,9 @@ def reports(requests: Sequence[Request], cache: Path | None = None) -> list[list
 
 
 def attempts(
-    requests: Sequence[Request], cache: Path | None = None, jobs: int = 1
+    requests: Sequence[Request], cache: Path | None = None, jobs: int = 1, seconds: float = TIME_LIMIT
 ) -> list[list[Report] | str]:
-    """As `reports`, by `jobs` processes at a time; in place of what does not compile, the compiler's message.
+    """As `reports`, by `jobs` processes for at most `seconds`; in place of what fails, the compiler's message.
 
     Raises:
         BackendUnavailableError: Triton is not installed.
@@ -149,7 +150,8 @@ def attempts(
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(jobs) as pool:
-            for errors in pool.map(_compile_in_child, [missing[i::jobs] for i in range(jobs)]):
+            shares = [missing[i::jobs] for i in range(jobs)]
+            for errors in pool.map(_compile_in_child, shares, [time.monotonic() + seconds] * jobs):
                 failed |= errors
     return [
         failed[path]
@@ -218,7 +220,7 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
     return types, values, aligned
 
 
-def _compile_in_child(jobs: Sequence[tuple[Path, Request]]) -> dict[Path, str]:
+def _compile_in_child(jobs: Sequence[tuple[Path, Request]], until: float) -> dict[Path, str]:
     """Write the reports; returns what went wrong, by path."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     errors: dict[Path, str] = {}
@@ -229,21 +231,22 @@ def _compile_in_child(jobs: Sequence[tuple[Path, Request]]) -> dict[Path, str]:
                 input=pickle.dumps(left),
                 capture_output=True,
                 env=environment,
-                timeout=TIME_LIMIT,
+                timeout=max(until - time.monotonic(), 0.0),
                 check=False,
             )
             end = f"status {child.returncode}:\n{child.stderr.decode(errors='replace').strip()[-2000:]}"
         except subprocess.TimeoutExpired:
-            end = f"not done after {TIME_LIMIT:.0f} s"
+            end = ""
         for path, _ in left:
             message = path.with_suffix(".error")
             if message.exists():
                 errors[path] = message.read_text(encoding="utf-8")
                 message.unlink()
+        undone = [path for path, _ in left if not (path in errors or path.exists())]
+        if not end:
+            return errors | dict.fromkeys(undone, "there was no time left to compile it")
         # The first that is neither done nor told of is what the child ended at; the others get another child.
-        at = next((path for path, _ in left if not (path in errors or path.exists())), None)
-        if at is not None:
-            errors[at] = end
+        errors |= dict.fromkeys(undone[:1], end)
     return errors
 
 
@@ -253,6 +256,11 @@ def _compile(launch: Launch, op: str, arch: int) -> Report:
     from triton.compiler import ASTSource
 
     types, values, aligned = _signature(launch)
+    if version_of(triton.__version__) >= (
+        3,
+        7,
+    ):  # as launches have it since then: so they find what is compiled here
+        aligned = {(i,): aligned.get((i,), []) for i, n in enumerate(types) if (i,) in aligned or n in values}
     source = ASTSource(launch.kernel.jitted, types, values, aligned)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

@@ -228,7 +228,7 @@ def _plan_linear(
     grid = (-(-M // blocks["BLOCK_M"]) * -(-N // blocks["BLOCK_N"]),)
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    args = {"bias_ptr": bias, "y_ptr": y, "M": M, "K": K}
+    args: dict[str, Any] = {"bias_ptr": bias, "y_ptr": y, "M": M, "K": K}
     # A descriptor's rows and its beginning lie at multiples of 16 bytes.
     half = x.dtype in (torch.float16, torch.bfloat16)
     if (

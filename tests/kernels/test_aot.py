@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,13 @@ def test_a_compiler_that_dies_takes_one_request_along(
 
     monkeypatch.setattr(aot.subprocess, "run", child)
     jobs = [(tmp_path / f"{i}.json", attention(64, 90)) for i in range(5)]
-    errors = aot._compile_in_child(jobs)
+    errors = aot._compile_in_child(jobs, time.monotonic() + 9)
     assert [len(paths) for paths in children] == [5, 3, 1]
     assert {path.stem: text for path, text in errors.items()} == dict.fromkeys(
         ("1", "3"), "status -6:\nUNREACHABLE executed"
     )
+
+
+def test_no_time_to_compile(tmp_path: Path) -> None:
+    (told,) = aot.attempts([attention(64, 90)], tmp_path, seconds=0.0)
+    assert told == "there was no time left to compile it"
