@@ -172,7 +172,8 @@ def _parser() -> argparse.ArgumentParser:
         "kernels",
         help="what the Triton kernels compile to, and the least time their work takes",
         description="Compiles each kernel at SDXL's shapes for an architecture, which needs no GPU, and puts the "
-        "roofline of a named GPU beside it. --measure and --tune need a GPU.",
+        "roofline of a named GPU beside it. --measure and --tune need a GPU, and go on where they stopped when run "
+        "again.",
     )
     k.add_argument("--arch", type=_arch, metavar="sm_NN", help="default: the architecture of --gpu")
     k.add_argument("--gpu", default="H200", help="whose roofline (default H200)")
@@ -184,6 +185,10 @@ def _parser() -> argparse.ArgumentParser:
     k.add_argument("--measure", action="store_true", help="time them here, beside PyTorch's own")
     k.add_argument("--tune", action="store_true", help="find this GPU's block sizes and write them down")
     k.add_argument("--seconds", type=float, default=400.0, help="begin nothing new after (default 400)")
+    k.add_argument("--out", type=Path, metavar="FOLDER", help="for the results (default bench/results)")
+    k.add_argument(
+        "--dry-run", action="store_true", help="only compile what --measure or --tune would run; needs no GPU"
+    )
     k.set_defaults(run=_kernels)
     x = commands.add_parser(
         "export",
@@ -415,6 +420,7 @@ def _visible(text: str) -> str:
 def _kernels(args: argparse.Namespace) -> None:
     import torch
 
+    from .kernels import aot, roofline
     from .kernels.registry import specs
 
     unknown = set(args.op) - {spec.name for spec in specs()}
@@ -422,14 +428,8 @@ def _kernels(args: argparse.Namespace) -> None:
         names = ", ".join(spec.name for spec in specs())
         raise RequestError(f"no operator is called {', '.join(sorted(unknown))}; there are {names}")
     if args.measure or args.tune:
-        from .bench import kernels as bench
-
-        here = bench.Bench(bench.require_gpu(), bench.cuda_microseconds, args.seconds)
-        found = (bench.tune if args.tune else bench.measure)(here, operators=specs(args.op))
-        _write(json.dumps(found, indent=2))
+        _kernels_on_gpu(args)
         return
-
-    from .kernels import aot, roofline
 
     gpu = roofline.gpu(args.gpu)
     arch, dtype = args.arch or gpu.arch, getattr(torch, args.dtype)
@@ -475,6 +475,26 @@ def _export(args: argparse.Namespace) -> None:
         return
     for made in exported:
         _write(made.to_text())
+
+
+def _kernels_on_gpu(args: argparse.Namespace) -> None:
+    from .bench import kernel_timing as timing
+    from .bench import kernel_tuning
+    from .bench import kernels as bench
+    from .kernels import roofline
+    from .kernels.registry import specs
+
+    if args.dry_run:
+        work = kernel_tuning.tuned_requests if args.tune else bench.measured_requests
+        found = bench.dry_run(work(specs(args.op), args.arch or roofline.gpu(args.gpu).arch), args.seconds)
+        _write(json.dumps(found, indent=2))
+        return
+    here = timing.Bench(
+        timing.require_gpu(), timing.cuda_microseconds, args.seconds, args.out or timing.RESULTS
+    )
+    result = (kernel_tuning.tune if args.tune else bench.measure)(here, specs(args.op))
+    lines = (kernel_tuning.lines if args.tune else bench.lines)(result)
+    _write(json.dumps(result, indent=2) if args.json else "\n".join(lines))
 
 
 def _write(text: str) -> None:

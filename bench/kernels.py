@@ -1,291 +1,219 @@
-"""Time each operator's kernels on a GPU beside PyTorch's own, and find their block sizes.
+"""Time each operator's kernels on a GPU beside PyTorch's own.
 
     latentrt kernels --measure     writes bench/results/kernels-GPU.json
-    latentrt kernels --tune        writes kernels/tuned/sm_NN.json
 
-A kernel is timed only after its result was held against float64. Calls are recorded into a CUDA graph over
-inputs that together exceed the cache, so that neither the host nor the cache flatters a time. Both commands
-save after each step and go on where an earlier run of the same commit stopped.
+A kernel is timed only after its result was held against float64. What is compared is recorded into CUDA graphs over
+inputs that together exceed the cache, so that neither the host nor the cache flatters a time, and replayed in turn,
+so that a change of clocks meets all of it. Rented time is short: what Triton compiles is compiled before, by as
+many processes as there are cores; what takes the most of a forward comes first; every row is saved; after the time
+limit nothing is begun; and a second run goes on where the first one stopped, past what never came back.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import re
-import statistics
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import BackendUnavailableError
-from ..kernels import tuning
+from ..kernels import aot
 from ..kernels._triton import arch_of, counted
 from ..kernels.registry import Case, OpSpec, specs
-from .machine import describe_machine
+from .kernel_timing import (
+    LOST,
+    Bench,
+    Gate,
+    answers,
+    compile_ahead,
+    draw,
+    fresh,
+    gpu_state,
+    here,
+    name_of,
+    read_if_same,
+    slug,
+    watched,
+    write,
+)
 
-__all__ = ["Bench", "ceilings", "cuda_microseconds", "measure", "require_gpu", "tune"]
+__all__ = ["ceilings", "dry_run", "lines", "measure", "measured_requests"]
 
 log = logging.getLogger(__name__)
 
-RESULTS = Path(__file__).parent / "results"
-CACHE_BYTES = 256 << 20
-"""Inputs of one timing together, so that none is still in the cache when its turn comes again."""
-CALLS = 16
-"""At most, in one recorded graph."""
-
-Timer = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], float]
-"""Microseconds of a call, given what to call it with in turn."""
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Where and how to time."""
-
-    device: torch.device
-    timer: Timer
-    seconds: float = 400.0
-    """After this much nothing new is begun."""
-
-
-def require_gpu() -> torch.device:
-    """The current CUDA device.
-
-    Raises:
-        BackendUnavailableError: torch sees none.
-    """
-    if not torch.cuda.is_available():
-        raise BackendUnavailableError("kernels are timed on a CUDA GPU, and PyTorch sees none here")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def cuda_microseconds(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> float:
-    """Median over replays of a graph of calls on each of `inputs` in turn."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for args in [*inputs[:1], *inputs]:
-            call(*args)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for args in inputs:
-            call(*args)
-    times: list[float] = []
-    end = time.monotonic() + 0.25
-    while len(times) < 7 or (time.monotonic() < end and len(times) < 200):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3 / len(inputs))
-    return statistics.median(times[1:])
+DTYPES = (torch.bfloat16, torch.float16)
 
 
 def ceilings(bench: Bench) -> dict[str, float]:
-    """TFLOP/s of an 8192^3 matrix product in each half type, TB/s of a copy (read and written), now."""
+    """TFLOP/s of an 8192^3 matrix product in each half type, TB/s of a copy (read and written), now.
+
+    Of random numbers: zeros are quicker.
+    """
     n = 8192 if bench.device.type == "cuda" else 32
     found = {}
     for dtype in (torch.float16, torch.bfloat16):
         a, b = (torch.randn(n, n, device=bench.device).to(dtype) for _ in range(2))
-        found[str(dtype).removeprefix("torch.")] = 2e-6 * n**3 / bench.timer(torch.mm, [(a, b)] * 4)
-    a = torch.empty(n * n * 16, dtype=torch.bfloat16, device=bench.device)
-    found["copy"] = 2e-6 * a.nbytes / bench.timer(torch.Tensor.clone, [(a,)] * 2)
+        found[name_of(dtype)] = 2e-6 * n**3 / _one(bench.timer({"": torch.mm}, [(a, b)] * 4, 0.5))
+    a = torch.randn(n * 4, n * 4, dtype=torch.bfloat16, device=bench.device)
+    found["copy"] = 2e-6 * a.nbytes / _one(bench.timer({"": torch.Tensor.clone}, [(a,)] * 2, 0.5))
     return found
+
+
+def _one(found: Mapping[str, float | str]) -> float:
+    (us,) = found.values()
+    if isinstance(us, str):
+        raise BackendUnavailableError(f"the GPU's ceilings cannot be measured: {us}")
+    return us
 
 
 def measure(
     bench: Bench,
-    path: Path | None = None,
     operators: Sequence[OpSpec] | None = None,
-    dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16),
+    dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> dict[str, Any]:
     """Every operator at every case: correct or not, time, rate, share of the ceiling, PyTorch's own times.
 
     Args:
-        bench: where, how, for how long.
-        path: the JSON file to write and to go on from; bench/results/kernels-GPU.json where None.
+        bench: where, how, for how long; the file is `kernels-GPU.json` in its folder.
         operators: all where None.
-        dtypes: to run.
+        dtypes: to run, in this order.
 
     Returns:
         What was written; "left" lists what the time did not allow.
     """
     started = time.monotonic()
-    machine = describe_machine()
-    path = path or RESULTS / f"kernels-{_slug(machine.get('gpu', 'cpu'))}.json"
-    rows: list[dict[str, Any]] = []
-    if path.exists():
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        same = all(earlier["machine"].get(key) == machine.get(key) for key in ("gpu", "commit", "versions"))
-        rows = earlier["rows"] if same else []
+    machine = here(bench)
+    path = bench.folder / f"kernels-{slug(machine)}.json"
+    earlier = read_if_same(path, machine, "gpu", "versions", "sources", "tuned")
+    # What failed is tried again, unless it took the process along.
+    rows = [row for row in earlier.get("rows", []) if "us" in row or row.get("error") == LOST]
     done = {(row["op"], row["case"], row["dtype"]) for row in rows}
-    result: dict[str, Any] = {"machine": machine, "ceilings": ceilings(bench), "rows": rows, "left": []}
+    operators = specs() if operators is None else operators
     todo = [
         (spec, case, dtype)
         for dtype in dtypes
-        for spec in (specs() if operators is None else operators)
+        for spec in operators
         for case in spec.cases
-        if (spec.name, case.name, _name(dtype)) not in done
+        if (spec.name, case.name, name_of(dtype)) not in done
     ]
+    compile_ahead(bench, measured_requests(operators, arch_of(bench.device), dtypes))
+    ceilings(bench)  # to get the clocks up
+    limits = ceilings(bench)
+    todo.sort(key=lambda item: (dtypes.index(item[2]), -_weight(item[1], item[2], limits)))
+    left = [[spec.name, case.name, name_of(dtype)] for spec, case, dtype in todo]
+    result: dict[str, Any] = {"machine": machine, "ceilings": limits, "rows": rows, "left": left}
     for spec, case, dtype in todo:
         if time.monotonic() - started > bench.seconds:
-            result["left"].append([spec.name, case.name, _name(dtype)])
-        else:
-            rows.append(_row(bench, spec, case, dtype, result["ceilings"]))
-            log.info("%s", rows[-1])
-        _write(path, result)
+            break
+        row = {"op": spec.name, "case": case.name, "dtype": name_of(dtype), "calls": case.calls}
+        rows.append({**row, "error": LOST})
+        del left[0]
+        write(path, result)
+        with watched(bench):
+            rows[-1] = _row(bench, spec, case, dtype, row, limits)
+        log.info("%s", rows[-1])
+        write(path, result)
+        if "error" in rows[-1] and not answers(bench):
+            log.error("the GPU answers no more; run this again to go on")
+            return result
+    result["ceilings_after"], result["machine_after"] = ceilings(bench), gpu_state(bench)
+    write(path, result)
     return result
 
 
+def measured_requests(
+    operators: Sequence[OpSpec], arch: int, dtypes: Sequence[torch.dtype] = DTYPES
+) -> list[aot.Request]:
+    """What `measure` will have Triton compile."""
+    meta = torch.device("meta")
+    return [
+        aot.Request(spec.name, case.inputs(dtype, meta), arch)
+        for dtype in dtypes
+        for spec in operators
+        for case in spec.cases
+    ]
+
+
+def dry_run(requests: Sequence[aot.Request], seconds: float) -> list[dict[str, Any]]:
+    """What compiles, what spills and what does not compile of a run that is to come; without a GPU."""
+    found = aot.attempts(requests, jobs=os.cpu_count() or 1, seconds=seconds)
+    return [
+        {
+            "op": r.op,
+            "trial": r.trial,
+            **({"error": f} if isinstance(f, str) else {"kernels": [asdict(k) for k in f]}),
+        }
+        for r, f in zip(requests, found, strict=True)
+    ]
+
+
+def lines(result: Mapping[str, Any]) -> Iterator[str]:
+    """A short table of what `measure` returns."""
+    yield f"{'':58}{'us':>10}{'share':>7}{'against PyTorch':>17}  best of its own"
+    for row in result["rows"]:
+        name = f"{row['op']}, {row['case']}, {row['dtype']}"
+        if "us" not in row:
+            yield f"{name:58}  {row['error']}"
+            continue
+        rivals = {rival: us for rival, us in row["rivals"].items() if isinstance(us, float)}
+        best = min(rivals, key=rivals.__getitem__, default="")
+        speedup = f"{row['speedup_over_best']:.2f}x" if rivals else "-"
+        yield f"{name:58}{row['us']:>10.1f}{row['share']:>7.0%}{speedup:>17}  {best}"
+    yield f"{len(result['left'])} left"
+
+
+def _weight(case: Case, dtype: torch.dtype, limits: Mapping[str, float]) -> float:
+    """The least microseconds that one forward spends in this call."""
+    compute, traffic = case.flops / limits[name_of(dtype)], case.elements * dtype.itemsize / limits["copy"]
+    return case.calls * max(compute, traffic) * 1e-6
+
+
 def _row(
-    bench: Bench, spec: OpSpec, case: Case, dtype: torch.dtype, limits: Mapping[str, float]
+    bench: Bench,
+    spec: OpSpec,
+    case: Case,
+    dtype: torch.dtype,
+    row: dict[str, Any],
+    limits: Mapping[str, float],
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"op": spec.name, "case": case.name, "dtype": _name(dtype), "calls": case.calls}
     try:
-        inputs = _inputs(bench, case, dtype)
+        inputs = draw(bench, case, dtype)
         with counted() as launches:
-            out = spec.op(*_fresh(inputs[0]))
+            out = spec.op(*fresh(inputs[0]))
         row["launches"] = dict(launches)
         if not launches:
             return {**row, "error": "no kernel of ours ran"}
-        row["error_over_reference"], row["correct"] = _gate(spec, inputs[0], out)
+        row["error_over_reference"], row["correct"] = Gate(spec, inputs[0]).judge(out)
         if not row["correct"]:
-            return row
-        us = bench.timer(spec.op, inputs)
+            return {**row, "error": "wrong result"}
+        del out
+        found = bench.timer({"ours": spec.op, **_rivals(bench, spec)}, inputs, 0.25)
     except Exception as error:  # of one operator: the others are still to be timed
-        return {**row, "error": str(error)[:300]}
+        return {**row, "error": f"{type(error).__name__}: {error}"[:300]}
+    us = found.pop("ours")
+    row["rivals"] = found
+    if isinstance(us, str):
+        return {**row, "error": us}
     row["us"] = us
     row["tflops"] = case.flops / us * 1e-6
     row["tbs"] = case.elements * dtype.itemsize / us * 1e-6
     by_compute = spec.limit == "matmul"
-    row["share"] = row["tflops"] / limits[_name(dtype)] if by_compute else row["tbs"] / limits["copy"]
-    row["rivals"] = {}
-    for name, rival in spec.rivals.items():
-        try:
-            row["rivals"][name] = bench.timer(rival, inputs)
-        except Exception as error:
-            row["rivals"][name] = f"{type(error).__name__}: {error}"[:200]
-    times = [t for t in row["rivals"].values() if isinstance(t, float)]
+    row["ceiling"] = limits[name_of(dtype)] if by_compute else limits["copy"]
+    row["share"] = (row["tflops"] if by_compute else row["tbs"]) / row["ceiling"]
+    times = [t for t in found.values() if isinstance(t, float)]
     row["speedup_over_best"] = min(times) / us if times else None
     return row
 
 
-def _inputs(bench: Bench, case: Case, dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    size = case.elements * dtype.itemsize
-    # Large ones flush the cache by themselves, and two calls still hide the start of the replay.
-    count = min(CALLS, max(2, math.ceil(CACHE_BYTES / size))) if bench.device.type == "cuda" else 1
-    return [case.inputs(dtype, bench.device) for _ in range(count)]
-
-
-def _fresh(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copies with the same strides, for operators that write into their arguments."""
-    return tuple(_copied(a) if isinstance(a, Tensor) else a for a in args)
-
-
-def _copied(x: Tensor) -> Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
-
-
-def _gate(spec: OpSpec, args: tuple[Any, ...], got: Any) -> tuple[float, bool]:
-    """The largest error over the reference's, both against float64, and whether that is good enough:
-    at most twice, or two units in the last place of the largest value. Where the reference is exact, 0."""
-    usual = _tensors(spec.reference(*_fresh(args)))
-    try:
-        exact = _tensors(spec.reference(*_raised(args, torch.float64)))
-    except torch.OutOfMemoryError:
-        exact = _tensors(spec.reference(*_raised(args, torch.float32)))
-    ratio, good = 0.0, True
-    for ours, theirs, true in zip(_tensors(got), usual, exact, strict=True):
-        error, allowed = (float((t.to(true.dtype) - true).abs().max()) for t in (ours, theirs))
-        largest = float(true.abs().max())
-        ulp = torch.finfo(ours.dtype).eps * 2.0 ** math.floor(math.log2(largest)) if largest else 0.0
-        good = good and math.isfinite(error) and error <= max(2 * allowed, 2 * ulp)
-        ratio = max(ratio, error / allowed if allowed else 0.0)
-    return ratio, good
-
-
-def _raised(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
-    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-
-
-def _tensors(out: Any) -> list[Tensor]:
-    return [out] if isinstance(out, Tensor) else list(out)
-
-
-def tune(bench: Bench, operators: Sequence[OpSpec] | None = None, save: bool = True) -> dict[str, Any]:
-    """Time every candidate of every tuning table at the cases that read it, in bfloat16; write the quickest.
-
-    Returns:
-        {table: {key: {"best": constants, "us": microseconds of all its calls in one forward}}}.
-    """
-    started = time.monotonic()
-    arch = arch_of(bench.device)
-    machine = describe_machine()
-    measured_on = {key: machine.get(key) for key in ("gpu", "cuda", "versions", "commit")}
-    found: dict[str, Any] = {}
-    for spec in specs() if operators is None else operators:
-        for table, candidates in spec.candidates.items():
-            best: dict[str, Any] = {}
-            for case in spec.cases:
-                if time.monotonic() - started > bench.seconds:
-                    log.warning("no time left for %s, %s", table, case.name)
-                    continue
-                _try_case(bench, spec, case, table, candidates, best)
-            chosen = {key: _quickest(times) for key, times in best.items()}
-            found[table] = chosen
-            if save and chosen:
-                tuning.save(arch, table, {key: row["best"] for key, row in chosen.items()}, measured_on)
-    return found
-
-
-def _try_case(
-    bench: Bench,
-    spec: OpSpec,
-    case: Case,
-    table: str,
-    candidates: Sequence[Mapping[str, int]],
-    best: dict[str, Any],
-) -> None:
-    """Add each candidate's time at this case, times the calls of one forward, to `best[key]`."""
-    inputs = _inputs(bench, case, torch.bfloat16)
-    for candidate in candidates:
-        with tuning.trying(table, candidate) as keys:
-            try:
-                us = bench.timer(spec.op, inputs)
-            except Exception as error:  # too much shared memory, too many registers, a shape that cannot be
-                log.info("%s %s: %s", table, candidate, str(error)[:100])
-                us = math.inf
-        if not keys:
-            return  # this case does not read the table
-        for key in keys:
-            times = best.setdefault(key, {})
-            name = json.dumps(candidate)
-            times[name] = times.get(name, 0.0) + us * max(1, case.calls)
-            log.info("%s %s %s: %.1f us", table, key, name, us)
-
-
-def _quickest(times: Mapping[str, float]) -> dict[str, Any]:
-    name = min(times, key=lambda n: times[n])
-    if not math.isfinite(times[name]):
-        raise BackendUnavailableError(f"no candidate ran: {', '.join(times)}")
-    return {"best": json.loads(name), "us": times[name]}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def _write(path: Path, result: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+def _rivals(bench: Bench, spec: OpSpec) -> dict[str, Callable[..., Any]]:
+    """PyTorch's own, and those that are several operators also compiled."""
+    rivals = dict(spec.rivals)
+    if bench.device.type == "cuda":
+        torch._dynamo.reset()  # which gives up, silently, after a few shapes of one function
+        eager = {name: call for name, call in rivals.items() if not name.startswith("SDPA")}
+        rivals |= {f"{name}; compiled": torch.compile(call, dynamic=False) for name, call in eager.items()}
+    return rivals

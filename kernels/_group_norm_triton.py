@@ -4,6 +4,8 @@ One kernel takes the statistics of part of a group in each program, the other pu
 them: two launches, no atomics, and the same sum in the same order every time. Means and squared deviations are
 merged after Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
 Variances" (1979), equation 2.1; within a lane that is Welford's update (1962).
+
+An image larger than the cache is read twice: its time cannot be less than half as much again as a copy's.
 """
 
 from __future__ import annotations
@@ -136,7 +138,7 @@ def _apply_kernel(
 ):
     TILE_C: tl.constexpr = TILE_GROUPS * GROUP
     TILES: tl.constexpr = C // TILE_C
-    pid = tl.program_id(0)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # what was read last may still be in the cache
     split = pid % splits
     tile = (pid // splits) % TILES
     n = (pid // (splits * TILES)).to(tl.int64)

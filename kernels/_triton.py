@@ -11,9 +11,9 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from types import FunctionType
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from ..errors import BackendUnavailableError
 
 __all__ = [
+    "Descriptor",
     "Kernel",
     "Launch",
     "arch_of",
@@ -35,6 +36,7 @@ __all__ = [
     "tl",
     "unavailable",
     "usable",
+    "version_of",
 ]
 
 log = logging.getLogger(__name__)
@@ -88,11 +90,13 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 @cache
 def _mend_interpreter() -> None:
-    """Triton's interpreter holds bfloat16 as its bits, and tl.dot multiplies those (3.9): widen them first."""
+    """What Triton's interpreter does not do by itself: bfloat16 products, and loops in 3.6 beside NumPy 2.4."""
     import numpy as np
+    import triton
     from triton import language
     from triton.runtime import interpreter
 
+    # bfloat16 is held as its bits, and tl.dot multiplies those (3.9): widen them first.
     plain = interpreter.InterpreterBuilder.create_dot
 
     def widened(x: Any) -> Any:
@@ -105,6 +109,33 @@ def _mend_interpreter() -> None:
 
     interpreter.InterpreterBuilder.create_dot = create_dot
 
+    if version_of(triton.__version__) < (
+        3,
+        7,
+    ):  # takes int() of arrays of one element, which NumPy 2.4 refuses
+        patch_tensor = interpreter._patch_lang_tensor
+
+        def patched(tensor: Any, scope: Any) -> None:
+            patch_tensor(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+        interpreter._patch_lang_tensor = patched
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """(3, 9) of `3.9.0`."""
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """A tensor that a kernel takes in whole blocks: on the GPU a tensor map for the copy engine (TMA)."""
+
+    base: Tensor
+    """Its last dimension contiguous; the other strides, and where it begins, multiples of 16 bytes."""
+    block: tuple[int, ...]
+    """As many dimensions as `base`."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -113,11 +144,13 @@ class Launch:
     kernel: Kernel
     grid: tuple[int, ...]
     args: Mapping[str, Any]
-    """By parameter: tensors (on the meta device to compile only), tensor descriptors, int, float, None."""
+    """By parameter: tensors (on the meta device to compile only), descriptors, int, float, None."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     """The kernel's `tl.constexpr` parameters."""
     num_warps: int = 4
     num_stages: int = 1
+    scratch: bool = False
+    """Whether the kernel wants global memory of its own, as one does that makes descriptors."""
 
 
 _counts: list[Counter[str]] = []
@@ -139,15 +172,35 @@ def run(launches: Iterable[Launch]) -> None:
             raise BackendUnavailableError(f"the Triton kernel {launch.kernel.name} cannot run: {reason}")
         for counts in _counts:
             counts[launch.kernel.name] += 1
+        call = partial(
+            launch.kernel.jitted[launch.grid],
+            **{name: _described(value) for name, value in launch.args.items()},
+            **launch.constants,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+            enable_fp_fusion=True,  # whose default changed between Triton versions
+        )
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            # Fused multiply-adds by default changed between Triton versions, so say it.
-            launch.kernel.jitted[launch.grid](
-                **launch.args,
-                **launch.constants,
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
-                enable_fp_fusion=True,
-            )
+            if launch.scratch:
+                copy_context().run(_with_scratch, device, call)  # the caller's allocator stays the caller's
+            else:
+                call()
+
+
+def _described(value: Any) -> Any:
+    if not isinstance(value, Descriptor):
+        return value
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(value.base, list(value.block))
+
+
+def _with_scratch(device: torch.device, call: Callable[[], object]) -> None:
+    """Torch gives what Triton asks for, so that it is ordered by the stream and belongs to a captured graph."""
+    import triton
+
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+    call()
 
 
 @contextmanager
@@ -237,8 +290,7 @@ def _triton_missing() -> str:
         import triton
     except ImportError as error:
         return f"Triton cannot be imported ({error}); pip install 'latentrt[triton]'"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < (3, 6):
+    if version_of(triton.__version__) < (3, 6):
         return f"Triton {triton.__version__} is older than 3.6; pip install 'latentrt[triton]'"
     return ""
 

@@ -3,8 +3,9 @@
 A request is an operator with its arguments on the meta device. What is compiled is the operator's own plan, as
 it would launch on that architecture; pointers are taken to be 16-byte aligned, as PyTorch's are. Triton's
 wheel carries the assembler and the disassembler. Compiling happens in a child process, because Triton decides
-between compiling and interpreting once a process, and because an assembler that crashes should not take the
-caller along. Reports are cached by the content of everything that goes in.
+between compiling and interpreting once a process, and because a compiler that crashes should not take the caller
+along. Reports are cached by the content of everything that goes in. What is compiled here lands in Triton's own
+cache as well, where a launch with the same arguments finds it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,21 +33,33 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError, BackendUnavailableError
-from ._triton import Kernel, Launch
+from . import tuning
+from ._triton import Descriptor, Kernel, Launch, version_of
 from .registry import specs
 
-__all__ = ["ARCHITECTURES", "SHARED_LIMIT", "Report", "Request", "cache_folder", "reports", "request"]
+__all__ = [
+    "ARCHITECTURES",
+    "SHARED_LIMIT",
+    "Report",
+    "Request",
+    "Trial",
+    "attempts",
+    "cache_folder",
+    "reports",
+    "request",
+]
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that one block may have: CUDA C++ Programming Guide, technical specifications."""
 
 TIME_LIMIT = 600.0
-"""Seconds for one batch of compilations."""
+"""Seconds for all that is compiled at once."""
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
 _TENSOR_CORE = re.compile(r"^(?:[A-Z]*GMMA|[HIDQBO]MMA|UTC[A-Z0-9]*MMA)$")
 _SPILL = ("LDL", "STL")
+_BLOCK_COPY, _HAND_OVER = "UTMALDG", "USETMAXREG"
 _POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -54,6 +70,9 @@ _POINTERS = {
 }
 
 
+Trial = tuple[str, Mapping[str, int]]
+
+
 @dataclass(frozen=True)
 class Request:
     """Compile `op` called with `args` (tensors on the meta device) for sm_`arch`."""
@@ -61,6 +80,8 @@ class Request:
     op: str
     args: tuple[Any, ...]
     arch: int
+    trial: Trial | None = None
+    """A tuning table and the constants to take in place of the data's."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +103,10 @@ class Report:
     """Bytes of global scratch; a TensorRT plugin can have none."""
     tensor_core: Mapping[str, int]
     """Tensor-core instructions by name: HMMA up to sm_89 and on sm_120, HGMMA on sm_90, UTCHMMA on sm_100."""
+    block_copies: int
+    """Copies of whole blocks by the copy engine (UTMALDG), in instructions."""
+    specialized: bool
+    """Whether warps have roles, which shows in their handing registers to each other (USETMAXREG)."""
     instructions: int
     num_warps: int
     num_stages: int
@@ -102,12 +127,38 @@ def reports(requests: Sequence[Request], cache: Path | None = None) -> list[list
         BackendUnavailableError: Triton is not installed.
         BackendError: a kernel does not compile; the message has the compiler's.
     """
+    built = []
+    for r, found in zip(requests, attempts(requests, cache), strict=True):
+        if isinstance(found, str):
+            raise BackendError(f"compiling {r.op} for sm_{r.arch} failed: {found}")
+        built.append(found)
+    return built
+
+
+def attempts(
+    requests: Sequence[Request], cache: Path | None = None, jobs: int = 1, seconds: float = TIME_LIMIT
+) -> list[list[Report] | str]:
+    """As `reports`, by `jobs` processes for at most `seconds`; in place of what fails, the compiler's message.
+
+    Raises:
+        BackendUnavailableError: Triton is not installed.
+    """
     folder = cache or cache_folder()
     paths = [folder / f"{_digest(r)}.json" for r in requests]
-    missing = {path: r for path, r in zip(paths, requests, strict=True) if not path.exists()}
+    missing = list({path: r for path, r in zip(paths, requests, strict=True) if not path.exists()}.items())
+    failed: dict[Path, str] = {}
     if missing:
-        _compile_in_child(missing, folder)
-    return [[Report(**row) for row in json.loads(path.read_text(encoding="utf-8"))] for path in paths]
+        folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(jobs) as pool:
+            shares = [missing[i::jobs] for i in range(jobs)]
+            for errors in pool.map(_compile_in_child, shares, [time.monotonic() + seconds] * jobs):
+                failed |= errors
+    return [
+        failed[path]
+        if path in failed
+        else [Report(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        for path in paths
+    ]
 
 
 def cache_folder() -> Path:
@@ -117,16 +168,18 @@ def cache_folder() -> Path:
 
 def _launches(r: Request) -> list[Launch]:
     (spec,) = specs([r.op])
-    launches: list[Launch] = spec.plan(*r.args, arch=r.arch)[1]
+    with nullcontext() if r.trial is None else tuning.trying(*r.trial):
+        launches: list[Launch] = spec.plan(*r.args, arch=r.arch)[1]
     return launches
 
 
 def _digest(r: Request) -> str:
-    """Of all that decides the machine code: sources, arguments, options, Triton's version, this file."""
+    """Of all that decides a report: sources, arguments, options, Triton's version, and how it is read."""
     try:
-        parts: list[Any] = [version("triton"), r.arch, inspect.getsource(sys.modules[__name__])]
+        parts: list[Any] = [version("triton"), r.arch, inspect.getsource(_compile), inspect.getsource(Report)]
     except PackageNotFoundError as error:
         raise BackendUnavailableError("Triton is not installed; pip install 'latentrt[triton]'") from error
+    parts += [_INSTRUCTION.pattern, _TENSOR_CORE.pattern, _SPILL, _BLOCK_COPY, _HAND_OVER]
     for launch in _launches(r):
         parts += [_source(launch.kernel), _signature(launch), launch.num_warps, launch.num_stages]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
@@ -151,6 +204,9 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
         elif isinstance(value, Tensor):
             types[name] = _POINTERS[value.dtype]
             aligned[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, Descriptor):
+            block = ", ".join(str(n) for n in value.block)
+            types[name] = f"tensordesc<{_POINTERS[value.base.dtype].removeprefix('*')}[{block}]>"
         elif isinstance(value, bool):
             types[name] = "u1"
         elif isinstance(value, int):
@@ -164,20 +220,34 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
     return types, values, aligned
 
 
-def _compile_in_child(missing: Mapping[Path, Request], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def _compile_in_child(jobs: Sequence[tuple[Path, Request]], until: float) -> dict[Path, str]:
+    """Write the reports; returns what went wrong, by path."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    child = subprocess.run(
-        [sys.executable, "-m", __name__],
-        input=pickle.dumps([(str(path), r) for path, r in missing.items()]),
-        capture_output=True,
-        env=environment,
-        timeout=TIME_LIMIT,
-        check=False,
-    )
-    if child.returncode != 0 or not all(path.exists() for path in missing):
-        tail = child.stderr.decode(errors="replace").strip()[-2000:]
-        raise BackendError(f"compiling kernels failed (status {child.returncode}):\n{tail}")
+    errors: dict[Path, str] = {}
+    while left := [(path, r) for path, r in jobs if not (path in errors or path.exists())]:
+        try:
+            child = subprocess.run(
+                [sys.executable, "-m", __name__],
+                input=pickle.dumps(left),
+                capture_output=True,
+                env=environment,
+                timeout=max(until - time.monotonic(), 0.0),
+                check=False,
+            )
+            end = f"status {child.returncode}:\n{child.stderr.decode(errors='replace').strip()[-2000:]}"
+        except subprocess.TimeoutExpired:
+            end = ""
+        for path, _ in left:
+            message = path.with_suffix(".error")
+            if message.exists():
+                errors[path] = message.read_text(encoding="utf-8")
+                message.unlink()
+        undone = [path for path, _ in left if not (path in errors or path.exists())]
+        if not end:
+            return errors | dict.fromkeys(undone, "there was no time left to compile it")
+        # The first that is neither done nor told of is what the child ended at; the others get another child.
+        errors |= dict.fromkeys(undone[:1], end)
+    return errors
 
 
 def _compile(launch: Launch, op: str, arch: int) -> Report:
@@ -186,6 +256,11 @@ def _compile(launch: Launch, op: str, arch: int) -> Report:
     from triton.compiler import ASTSource
 
     types, values, aligned = _signature(launch)
+    if version_of(triton.__version__) >= (
+        3,
+        7,
+    ):  # as launches have it since then: so they find what is compiled here
+        aligned = {(i,): aligned.get((i,), []) for i, n in enumerate(types) if (i,) in aligned or n in values}
     source = ASTSource(launch.kernel.jitted, types, values, aligned)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -208,6 +283,8 @@ def _compile(launch: Launch, op: str, arch: int) -> Report:
         shared=meta.shared,
         scratch=getattr(meta, "global_scratch_size", 0) or 0,
         tensor_core={name: count for name, count in sorted(counts.items()) if _TENSOR_CORE.match(name)},
+        block_copies=counts[_BLOCK_COPY],
+        specialized=counts[_HAND_OVER] > 0,
         instructions=sum(counts.values()),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -219,14 +296,18 @@ def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _child(jobs: Iterable[tuple[str, Request]]) -> None:
+def _child(jobs: Iterable[tuple[Path, Request]]) -> None:
     for path, r in jobs:
-        rows = [asdict(_compile(launch, r.op, r.arch)) for launch in _launches(r)]
-        target = Path(path)
         # Whole or not at all: several processes may compile the same.
-        partial = target.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(rows), encoding="utf-8")
-        partial.replace(target)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        try:
+            rows = [asdict(_compile(launch, r.op, r.arch)) for launch in _launches(r)]
+        except Exception as error:  # of whatever kind the compiler has: the caller is told
+            partial.write_text(f"{type(error).__name__}: {error}"[:2000], encoding="utf-8")
+            partial.replace(path.with_suffix(".error"))
+        else:
+            partial.write_text(json.dumps(rows), encoding="utf-8")
+            partial.replace(path)
 
 
 if __name__ == "__main__":

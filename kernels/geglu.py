@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import reference, tuning
 from ._check import fail, require_dtypes, require_equal, require_rank
-from ._triton import Launch, arch_of, kernel, run, takes, tl, usable
+from ._triton import Descriptor, Launch, arch_of, kernel, run, takes, tl, usable
 from .registry import Case, OpSpec, register
 
 __all__ = ["geglu", "linear_geglu"]
@@ -51,6 +51,32 @@ def _geglu_kernel(
 
 
 @kernel
+def _tile(M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Which tile this program computes, down and across.
+
+    Programs that run together share rows of x and of the weight in L2: GROUP_M tiles down, then across.
+    """
+    BLOCKS_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    first_m = pid // (GROUP_M * BLOCKS_N) * GROUP_M
+    group = tl.minimum(tl.cdiv(M, BLOCK_M) - first_m, GROUP_M)
+    in_group = pid % (GROUP_M * BLOCKS_N)
+    return first_m + in_group % group, in_group // group
+
+
+@kernel
+def _store_gated(value, gate, bias_ptr, y_ptr, rows, cols, M, N: tl.constexpr):
+    """What follows the products: biases, the gate, one rounding."""
+    if bias_ptr is not None:
+        m_n = cols < N
+        value += tl.load(bias_ptr + cols, mask=m_n, other=0.0).to(tl.float32)[None, :]
+        gate += tl.load(bias_ptr + N + cols, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    p_y = y_ptr + rows[:, None] * N + cols[None, :]
+    tl.store(p_y, _gated(value, gate).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@kernel
 def _linear_geglu_kernel(
     x_ptr,  # [M, K]
     weight_ptr,  # [2N, K]: the values' rows, then the gates'
@@ -65,15 +91,7 @@ def _linear_geglu_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    # Programs that run together share rows of x and of the weight in L2: GROUP_M tiles down, then across.
-    BLOCKS_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    pid = tl.program_id(0)
-    first_m = pid // (GROUP_M * BLOCKS_N) * GROUP_M
-    group = tl.minimum(tl.cdiv(M, BLOCK_M) - first_m, GROUP_M)
-    in_group = pid % (GROUP_M * BLOCKS_N)
-    tile_m = first_m + in_group % group
-    tile_n = in_group // group
-
+    tile_m, tile_n = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -95,13 +113,39 @@ def _linear_geglu_kernel(
             b_gate = tl.load(p_gate + k0, mask=m_k[:, None], other=0.0)
         value = tl.dot(b_x, b_value, value, input_precision="ieee")
         gate = tl.dot(b_x, b_gate, gate, input_precision="ieee")
-    if bias_ptr is not None:
-        m_n = cols < N
-        value += tl.load(bias_ptr + cols, mask=m_n, other=0.0).to(tl.float32)[None, :]
-        gate += tl.load(bias_ptr + N + cols, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    mask = (rows < M)[:, None] & (cols < N)[None, :]
-    p_y = y_ptr + rows[:, None] * N + cols[None, :]
-    tl.store(p_y, _gated(value, gate).to(y_ptr.dtype.element_ty), mask=mask)
+    _store_gated(value, gate, bias_ptr, y_ptr, rows, cols, M, N)
+
+
+@kernel
+def _linear_geglu_tma_kernel(
+    x,  # descriptor of [M, K]; the tensor's pointer where SPECIALIZE
+    weight_desc,  # descriptor of [2N, K]: the values' rows, then the gates'
+    bias_ptr,  # [2N] or None
+    y_ptr,  # [M, N]
+    M,
+    K,
+    N: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """As the one above, with blocks brought by the copy engine: see `_attention_tma` for what that asks and why."""
+    tile_m, tile_n = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    if SPECIALIZE:
+        x = tl.make_tensor_descriptor(x, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
+    value = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in tl.range(0, K, BLOCK_K, warp_specialize=SPECIALIZE):
+        b_x = x.load([tile_m * BLOCK_M, k0])
+        b_value = weight_desc.load([tile_n * BLOCK_N, k0])
+        b_gate = weight_desc.load([N + tile_n * BLOCK_N, k0])
+        value = tl.dot(b_x, tl.trans(b_value), value)
+        gate = tl.dot(b_x, tl.trans(b_gate), gate)
+    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    _store_gated(value, gate, bias_ptr, y_ptr, rows, cols, M, N)
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -180,17 +224,30 @@ def _plan_linear(
     M = y.numel() // N
     sizes = tuning.constants("linear_geglu", arch, x.dtype, "few" if M <= 512 else "many")
     blocks = {name: sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")}
+    warps, stages = sizes["num_warps"], sizes["num_stages"]
     grid = (-(-M // blocks["BLOCK_M"]) * -(-N // blocks["BLOCK_N"]),)
-    args = {
-        "x_ptr": x,
-        "weight_ptr": weight.contiguous(),
-        "bias_ptr": None if bias is None else bias.contiguous(),
-        "y_ptr": y,
-        "M": M,
-        "K": K,
-    }
+    weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    args: dict[str, Any] = {"bias_ptr": bias, "y_ptr": y, "M": M, "K": K}
+    # A descriptor's rows and its beginning lie at multiples of 16 bytes.
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if (
+        sizes.get("TMA")
+        and half
+        and K > 0
+        and K % 8 == 0
+        and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
+    ):
+        specialize = bool(sizes.get("SPECIALIZE"))
+        x = x.view(M, K)
+        described = Descriptor(x, (blocks["BLOCK_M"], blocks["BLOCK_K"]))
+        weights = Descriptor(weight, (blocks["BLOCK_N"], blocks["BLOCK_K"]))
+        args |= {"x": x if specialize else described, "weight_desc": weights}
+        constants = {"N": N, "SPECIALIZE": specialize, **blocks}
+        return y, [Launch(_linear_geglu_tma_kernel, grid, args, constants, warps, stages, scratch=specialize)]
+    args |= {"x_ptr": x, "weight_ptr": weight}
     constants = {"N": N, "EVEN_K": K % blocks["BLOCK_K"] == 0, **blocks}
-    return y, [Launch(_linear_geglu_kernel, grid, args, constants, sizes["num_warps"], sizes["num_stages"])]
+    return y, [Launch(_linear_geglu_kernel, grid, args, constants, warps, stages)]
 
 
 @torch.library.custom_op("latentrt::geglu", mutates_args=())
@@ -245,6 +302,16 @@ def _linear_then_gate(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return value * F.gelu(gate)
 
 
+_BLOCKS = (
+    (128, 128, 64, 8),
+    (256, 64, 64, 8),
+    (128, 64, 64, 8),
+    (128, 64, 64, 4),
+    (64, 128, 64, 4),
+    (128, 128, 32, 8),
+)
+"""BLOCK_M, BLOCK_N, BLOCK_K and warps of `linear_geglu`, to be tried."""
+
 register(
     OpSpec(
         name="geglu",
@@ -278,16 +345,23 @@ register(
         tensor_cores=True,
         candidates={
             "linear_geglu": [
-                {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8, "num_warps": w, "num_stages": s}
-                for m, n, k, w in (
-                    (128, 128, 64, 8),
-                    (128, 64, 64, 4),
-                    (128, 64, 64, 8),
-                    (64, 128, 64, 4),
-                    (256, 64, 64, 8),
-                    (128, 128, 32, 8),
+                {
+                    "BLOCK_M": m,
+                    "BLOCK_N": n,
+                    "BLOCK_K": k,
+                    "GROUP_M": 8,
+                    "num_warps": w,
+                    "num_stages": s,
+                    **variant,
+                }
+                for variant, stages, blocks in (
+                    ({}, (2, 3, 4, 5), _BLOCKS),
+                    ({"TMA": 1}, (3, 4), _BLOCKS[:3]),
+                    # Triton specialises kernels of four warps only, and adds eight.
+                    ({"TMA": 1, "SPECIALIZE": 1}, (3, 4), [(128, 128, 64, 4), (128, 64, 64, 4)]),
                 )
-                for s in (2, 3, 4, 5)
+                for m, n, k, w in blocks
+                for s in stages
             ]
         },
         rivals={"F.linear, then gate": _linear_then_gate},

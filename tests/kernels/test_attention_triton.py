@@ -16,6 +16,8 @@ from torch import Tensor
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
 SMALL_WIDE = {**SMALL, "BLOCK_D": 128, "BLOCK_V": 256}
+TMA = {**SMALL, "BLOCK_M": 32, "TMA": 1}
+variants = pytest.mark.parametrize("variant", [TMA, {**TMA, "SPECIALIZE": 1}], ids=["copied", "specialized"])
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -77,6 +79,62 @@ def test_tuned_blocks(dtype: torch.dtype, device: torch.device, launches: Counte
     k, v = torch.randn(1, 1025, 2, 1, 64, device=device).to(dtype).unbind(2)
     check(q, k, v)
     assert launches == {"_attention": 1}
+
+
+@variants
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("Sq", "Sk", "D"),
+    [
+        pytest.param(48, 48, 64, id="whole blocks of keys, and half a block of queries"),
+        pytest.param(33, 19, 16, id="neither"),
+        pytest.param(3, 16, 512, id="the VAE's head, whole"),
+    ],
+)
+def test_descriptors(
+    Sq: int,
+    Sk: int,
+    D: int,
+    dtype: torch.dtype,
+    variant: dict[str, int],
+    device: torch.device,
+    launches: Counter[str],
+) -> None:
+    """Two images, so that blocks beyond the first one's end would show; and NaN around what is described."""
+    H = 1 if D == 512 else 3
+    q = torch.randn(2, Sq, 3, H, D, device=device).to(dtype)[:, :, 1]
+    k, v = torch.randn(2, Sk, 3, H, D, device=device).to(dtype)[:, :, 1:].unbind(2)
+    wide = {**variant, "BLOCK_D": 128, "BLOCK_V": 256}
+    with tuning.trying("attention", variant), tuning.trying("attention_wide", wide):
+        check(q, k, v)
+        check(q, k, v, -0.2)
+    assert launches == {"_attention_tma": 2}
+
+
+@variants
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_an_image_of_nan_stays_alone(
+    variant: dict[str, int], device: torch.device, launches: Counter[str]
+) -> None:
+    q, k, v = fused(3, 20, 2, 16, torch.float16, device)
+    with tuning.trying("attention", variant):
+        alone = attention(q, k, v)[1]
+        for t in (q, k, v):
+            t[0] = t[2] = float("nan")
+        assert torch.equal(attention(q, k, v)[1], alone)
+    assert launches == {"_attention_tma": 2}
+
+
+def test_what_descriptors_cannot_carry(device: torch.device, launches: Counter[str]) -> None:
+    """Then the plain kernel, with the same blocks."""
+    q, k, v = fused(2, 20, 2, 16, torch.float16, device)
+    with tuning.trying("attention", TMA):
+        check(q.float(), k.float(), v.float())  # too wide
+        check(*fused(2, 20, 2, 40, torch.float16, device))  # no power of two
+        check(q[:, :9], k, v)  # the second image's queries do not follow the first's
+        check(*(torch.empty(2, 20, 2, 17, device=device).half()[..., 1:].copy_(t) for t in (q, k, v)))
+        check(q, k.transpose(1, 3).contiguous().transpose(1, 3), v)  # columns apart
+    assert launches == {"_attention": 5}
 
 
 @pytest.mark.usefixtures("launches")

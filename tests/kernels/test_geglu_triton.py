@@ -91,6 +91,39 @@ def test_projection(
     assert launches == {"_linear_geglu_kernel": 1}
 
 
+@pytest.mark.parametrize("specialize", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "K", "N"), [pytest.param(32, 32, 32, id="whole blocks"), pytest.param(21, 24, 19, id="none")]
+)
+def test_projection_of_described_blocks(
+    rows: int,
+    K: int,
+    N: int,
+    dtype: torch.dtype,
+    specialize: int,
+    device: torch.device,
+    launches: Counter[str],
+) -> None:
+    x = torch.randn(2, rows, K, device=device).to(dtype)
+    weight, bias = ((torch.randn(2 * N, *s, device=device) * 0.3).to(dtype) for s in ((K,), ()))
+    with tuning.trying("linear_geglu", {**SMALL, "TMA": 1, "SPECIALIZE": specialize}):
+        check_linear(x, weight, bias)
+        check_linear(x, weight, None)
+    assert launches == {"_linear_geglu_tma_kernel": 2}
+
+
+def test_what_descriptors_cannot_carry(device: torch.device, launches: Counter[str]) -> None:
+    """Rows of 7 values, single precision, a beginning at an odd address: the plain kernel."""
+    with tuning.trying("linear_geglu", {**SMALL, "TMA": 1}):
+        check_linear(torch.randn(5, 7, device=device).half(), torch.randn(6, 7, device=device).half(), None)
+        check_linear(torch.randn(5, 8, device=device), torch.randn(6, 8, device=device), None)
+        off = torch.randn(41, device=device).half()[1:].view(5, 8)
+        check_linear(off, torch.randn(6, 8, device=device).half(), None)
+        assert linear_geglu(off[:, :0], off[:4, :0]).count_nonzero() == 0
+    assert launches == {"_linear_geglu_kernel": 4}
+
+
 @pytest.mark.parametrize("rows", [70, 520], ids=["few", "many"])
 def test_projection_with_tuned_blocks(rows: int, device: torch.device, launches: Counter[str]) -> None:
     x, weight = torch.randn(rows, 64, device=device).half(), torch.randn(40, 64, device=device).half()

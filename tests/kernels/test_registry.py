@@ -1,19 +1,15 @@
-"""What the registry says of each operator, the data of block sizes, rooflines, and the timing code dry."""
+"""What the registry says of each operator, the data of block sizes, rooflines, and the command that shows them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from latentrt import cli
-from latentrt.bench import kernels as bench
-from latentrt.errors import BackendUnavailableError, RequestError
+from latentrt.errors import RequestError
 from latentrt.kernels import aot, roofline, tuning
-from latentrt.kernels._triton import forced
 from latentrt.kernels.registry import Case, OpSpec, specs
 
 ATTENTION = specs(["attention"])[0]
@@ -88,97 +84,10 @@ def test_saving_block_sizes_keeps_the_others(tmp_path: Path, monkeypatch: pytest
             function.cache_clear()
 
 
-SMALL = [
-    {"BLOCK_M": 16, "BLOCK_N": n, "num_warps": 4, "num_stages": 1} for n in (48, 16, 32)
-]  # 48 cannot be compiled
-
-
-def small_attention(**changes: Any) -> OpSpec:
-    def inputs(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
-        return torch.randn(1, 20, 3, 1, 64, dtype=dtype, device=device).unbind(2)
-
-    def fails(*_: object) -> None:
-        raise RuntimeError("no such back end")
-
-    fields = {
-        **vars(ATTENTION),
-        "cases": [Case(name, inputs, 1e6, 5120, calls) for name, calls in (("one", 1), ("two", 3))],
-        "candidates": {"attention_wide": SMALL, "attention": SMALL},
-        "rivals": {"itself": ATTENTION.reference, "broken": fails},
-        **changes,
-    }
-    return OpSpec(**fields)
-
-
-def fake_timer(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> float:
-    """Runs it once; blocks of 32 are the quickest."""
-    for args in inputs:
-        call(*args)
-    with tuning.trying("nothing", {}):
-        trial = next((c for name, c, _ in tuning._trials if name == "attention"), {"BLOCK_N": 16})
-    return 10.0 if trial["BLOCK_N"] == 32 else 20.0
-
-
-HERE = bench.Bench(torch.device("cpu"), fake_timer)
-
-
-def test_measuring_dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but the clock and the GPU: the gate, launches counted, rivals that fail, going on from a file."""
-    monkeypatch.setattr(bench, "describe_machine", lambda: {"gpu": "fake", "commit": "c", "versions": {}})
-    path = tmp_path / "results" / "kernels.json"
-    dtypes = [torch.bfloat16]
-    with forced(), tuning.trying("attention", SMALL[1]):
-        none = bench.measure(bench.Bench(HERE.device, fake_timer, -1.0), path, [small_attention()], dtypes)
-        assert none["rows"] == []
-        assert none["left"] == [["attention", "one", "bfloat16"], ["attention", "two", "bfloat16"]]
-        result = bench.measure(HERE, path, [small_attention()], dtypes)
-    assert json.loads(path.read_text()) == result
-    assert [row["case"] for row in result["rows"]] == ["one", "two"]
-    row = result["rows"][0]
-    assert row["correct"]
-    assert row["launches"] == {"_attention": 1}
-    assert row["tflops"] == pytest.approx(1e6 / 20e-6 / 1e12)
-    assert row["rivals"] == {"itself": 20.0, "broken": "RuntimeError: no such back end"}
-    assert row["speedup_over_best"] == 1.0
-    calls: list[object] = []
-    with forced():
-        again = bench.measure(HERE, path, [small_attention(op=calls.append)], dtypes)
-    assert again["rows"] == result["rows"]
-    assert not calls
-
-
-def test_a_wrong_kernel_is_not_timed(tmp_path: Path) -> None:
-    def wrong(*args: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = ATTENTION.op(*args)
-        return out * 1.1
-
-    with forced(), tuning.trying("attention", SMALL[1]):
-        result = bench.measure(HERE, tmp_path / "r.json", [small_attention(op=wrong)], [torch.bfloat16])
-    assert [row["correct"] for row in result["rows"]] == [False, False]
-    assert not any("us" in row for row in result["rows"])
-    fallen = bench.measure(HERE, tmp_path / "f.json", [small_attention()], [torch.bfloat16])
-    assert {row["error"] for row in fallen["rows"]} == {"no kernel of ours ran"}
-
-
-def test_tuning_dry() -> None:
-    """The quickest over both cases that share a key; what does not compile is passed over."""
-    with forced():
-        found = bench.tune(HERE, [small_attention()], save=False)
-    assert found == {"attention_wide": {}, "attention": {"16/d64-short": {"best": SMALL[2], "us": 40.0}}}
-
-
-def test_timing_wants_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BackendUnavailableError, match="timed on a CUDA GPU"):
-        bench.require_gpu()
-    assert cli.main(["kernels", "--measure"]) == 1
-    assert "PyTorch sees none here" in capsys.readouterr().err
-
-
 def test_the_kernels_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def reports(requests: list[aot.Request]) -> list[list[aot.Report]]:
         return [
-            [aot.Report(r.op, "k", r.arch, 128, 0, 0, 49152, 0, {"HGMMA": 24}, 900, 8, 3, {})]
+            [aot.Report(r.op, "k", r.arch, 128, 0, 0, 49152, 0, {"HGMMA": 24}, 0, False, 900, 8, 3, {})]
             for r in requests
         ]
 

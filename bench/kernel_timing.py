@@ -1,0 +1,270 @@
+"""How kernels are timed, for `kernels` and `kernel_tuning`: on what, held against what, kept where."""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendUnavailableError
+from ..kernels import aot, tuning
+from ..kernels.registry import Case, OpSpec
+from .machine import describe_machine
+
+__all__ = [
+    "LOST",
+    "RESULTS",
+    "Bench",
+    "Gate",
+    "answers",
+    "compile_ahead",
+    "cuda_microseconds",
+    "draw",
+    "fresh",
+    "gpu_state",
+    "here",
+    "name_of",
+    "read_if_same",
+    "require_gpu",
+    "slug",
+    "watched",
+    "write",
+]
+
+log = logging.getLogger(__name__)
+
+RESULTS = Path(__file__).parent / "results"
+KERNELS = Path(tuning.__file__).parent
+CACHE_BYTES = 256 << 20
+"""Inputs of one timing together, so that none is still in the cache when its turn comes again."""
+CALLS = 16
+"""At most, in one recorded graph."""
+HANG = 90.0
+"""Seconds after which one row, or one candidate, is given up, and the process with it: a kernel may never return."""
+LOST = "never came back"
+"""What the file says of a row from when it begins; it stays where the process ended in it."""
+
+Calls = Mapping[str, Callable[..., Any]]
+Timer = Callable[[Calls, Sequence[tuple[Any, ...]], float], dict[str, float | str]]
+"""Microseconds of a call of each, given what to call them with in turn and for how many seconds; or what went wrong."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and how to time."""
+
+    device: torch.device
+    timer: Timer
+    seconds: float = 400.0
+    """After this much nothing new is begun."""
+    folder: Path = RESULTS
+    """Where the results are kept."""
+
+
+def require_gpu() -> torch.device:
+    """The current CUDA device.
+
+    Raises:
+        BackendUnavailableError: torch sees none.
+    """
+    if not torch.cuda.is_available():
+        raise BackendUnavailableError("kernels are timed on a CUDA GPU, and PyTorch sees none here")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def cuda_microseconds(
+    calls: Calls, inputs: Sequence[tuple[Any, ...]], seconds: float
+) -> dict[str, float | str]:
+    """Medians over replays, in turn, of one graph for each: its calls on each of `inputs`."""
+    found: dict[str, float | str] = {}
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    for name, call in calls.items():
+        try:
+            graphs[name] = _recorded(call, inputs)
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"[:300]
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    end = time.monotonic() + seconds * len(graphs)
+    rounds = 0
+    while graphs and (rounds < 7 or (time.monotonic() < end and rounds < 200)):
+        marks = {}
+        for name, graph in graphs.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            stop.record()
+            marks[name] = start, stop
+        torch.cuda.synchronize()
+        for name, (start, stop) in marks.items():
+            times[name].append(start.elapsed_time(stop) * 1e3 / len(inputs))
+        rounds += 1
+    return found | {name: statistics.median(list_[1:]) for name, list_ in times.items()}
+
+
+def _recorded(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for args in [*inputs[:1], *inputs]:
+            call(*args)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for args in inputs:
+            call(*args)
+    return graph
+
+
+class Gate:
+    """Whether a result may be timed: its largest error against float64 is at most twice that of the operator's
+    reference in the same dtype, or two units in the last place of the largest value."""
+
+    def __init__(self, spec: OpSpec, args: tuple[Any, ...]) -> None:
+        self.usual = _tensors(spec.reference(*fresh(args)))
+        try:
+            self.exact = _tensors(spec.reference(*_raised(args, torch.float64)))
+        except torch.OutOfMemoryError:
+            self.exact = _tensors(spec.reference(*_raised(args, torch.float32)))
+
+    def judge(self, got: Any) -> tuple[float, bool]:
+        """The largest error over the reference's (0 where that is exact), and whether it is good enough."""
+        ratio, good = 0.0, True
+        for ours, theirs, true in zip(_tensors(got), self.usual, self.exact, strict=True):
+            error, allowed = (float((t.to(true.dtype) - true).abs().max()) for t in (ours, theirs))
+            largest = float(true.abs().max())
+            ulp = torch.finfo(ours.dtype).eps * 2.0 ** math.floor(math.log2(largest)) if largest else 0.0
+            good = good and math.isfinite(error) and error <= max(2 * allowed, 2 * ulp)
+            ratio = max(ratio, error / allowed if allowed else 0.0)
+        return ratio, good
+
+
+def _raised(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    return [out] if isinstance(out, Tensor) else list(out)
+
+
+def draw(bench: Bench, case: Case, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    """Inputs that together exceed the cache. Large ones do alone, and two calls still hide the start of a replay."""
+    count = min(CALLS, max(2, math.ceil(CACHE_BYTES / (case.elements * dtype.itemsize))))
+    return [case.inputs(dtype, bench.device) for _ in range(count if bench.device.type == "cuda" else 1)]
+
+
+def fresh(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copies with the same strides, for operators that write into their arguments."""
+    return tuple(_copied(a) if isinstance(a, Tensor) else a for a in args)
+
+
+def _copied(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+
+
+def compile_ahead(bench: Bench, requests: Sequence[aot.Request]) -> None:
+    """Fill Triton's cache, by as many processes as there are cores, for at most half of the time."""
+    if bench.device.type != "cuda":
+        return
+    found = aot.attempts(requests, jobs=os.cpu_count() or 1, seconds=bench.seconds / 2)
+    for r, message in zip(requests, found, strict=True):
+        if isinstance(message, str):
+            log.info("%s %s: %s", r.op, r.trial or "", message[:200])
+
+
+@contextmanager
+def watched(bench: Bench) -> Iterator[None]:
+    """A kernel that hangs takes the process with it, and the next run goes on behind it."""
+    if bench.device.type == "cuda":
+        faulthandler.dump_traceback_later(HANG, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def answers(bench: Bench) -> bool:
+    """Whether the GPU still runs anything: an illegal access ends that for the whole process."""
+    try:
+        torch.zeros(1, device=bench.device).item()
+    except Exception as error:
+        log.error("%s", str(error)[:300])
+        return False
+    return True
+
+
+def here(bench: Bench) -> dict[str, Any]:
+    """The machine, the GPU's state, the kernels' sources and the command: what a result has to be read with."""
+    return {
+        **describe_machine(),
+        **gpu_state(bench),
+        "sources": _digest(KERNELS.glob("*.py"), Path(__file__).parent.glob("kernel*.py")),
+        "tuned": _digest(tuning.FOLDER.glob("*.json")),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def gpu_state(bench: Bench) -> dict[str, str]:
+    """Driver, clocks, power and temperature, as they are now."""
+    fields = "driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+    command = [
+        "nvidia-smi",
+        f"--query-gpu={fields}",
+        "--format=csv,noheader",
+        f"--id={bench.device.index or 0}",
+    ]
+    if bench.device.type != "cuda":
+        return {}
+    try:
+        values = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(fields.split(","), (value.strip() for value in values.split(",")), strict=False))
+
+
+def _digest(*files: Iterable[Path]) -> str:
+    """Of their content, for where there is no repository to ask."""
+    digest = hashlib.sha256()
+    for path in sorted(path for some in files for path in some):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def read_if_same(path: Path, machine: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """An earlier run's file, if that agrees in `keys` of the machine; nothing otherwise."""
+    if not path.exists():
+        return {}
+    earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return earlier if all(earlier["machine"].get(key) == machine.get(key) for key in keys) else {}
+
+
+def write(path: Path, result: Mapping[str, Any]) -> None:
+    """Whole or not at all: the process may be ended at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    partial.replace(path)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def slug(machine: Mapping[str, Any]) -> str:
+    """The GPU's name, as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", str(machine.get("gpu", "cpu")).lower()).strip("-")

@@ -1,0 +1,279 @@
+"""The Triton kernels of attention, and how they are launched: see `attention`.
+
+They keep a running maximum m and sum l of each query's scores and rescale what they have summed when m grows, so
+that no [Sq, Sk] buffer exists: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018),
+algorithm 3; Dao, "FlashAttention-2" (2023), algorithm 1. Exponentials are base 2, log2(e) being part of the scale.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import tuning
+from ._attention_tma import describable, launch
+from ._triton import Launch, kernel, tl
+
+__all__ = ["plan"]
+
+
+@kernel
+def _attention(
+    q_ptr,  # [B, Sq, H, D]
+    k_ptr,  # [B, Sk, H, D]
+    v_ptr,  # [B, Sk, H, D]
+    o_ptr,  # [B, Sq, H, D], contiguous
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_qd,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_kd,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_vd,
+    H,
+    Sq,
+    Sk,
+    scale,  # of the scores, times log2(e); positive
+    D: tl.constexpr,
+    NEGATE: tl.constexpr,  # whether the true scale is negative
+    PRECISION: tl.constexpr,
+    EIGHTS: tl.constexpr,  # whether strides of batches, rows and heads are multiples of eight
+    BLOCK_D: tl.constexpr,  # a head is cut into BLOCK_D and BLOCK_E columns: 80 is 64 + 16, not a padded 128
+    BLOCK_E: tl.constexpr,  # 0 where the first are enough; else they fit D exactly
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program: BLOCK_M queries of one head."""
+    blocks = tl.cdiv(Sq, BLOCK_M)
+    pid = tl.program_id(0)
+    first = (pid % blocks) * BLOCK_M
+    b = (pid // blocks // H).to(tl.int64)
+    h = (pid // blocks % H).to(tl.int64)
+    if (
+        EIGHTS
+    ):  # which Triton sees of multiples of sixteen only: heads of 40 would be loaded by single elements
+        stride_qb, stride_qs, stride_qh = stride_qb // 8 * 8, stride_qs // 8 * 8, stride_qh // 8 * 8
+        stride_kb, stride_ks, stride_kh = stride_kb // 8 * 8, stride_ks // 8 * 8, stride_kh // 8 * 8
+        stride_vb, stride_vs, stride_vh = stride_vb // 8 * 8, stride_vs // 8 * 8, stride_vh // 8 * 8
+
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    e = BLOCK_D + tl.arange(0, BLOCK_E if BLOCK_E > 0 else 16)
+    m_m = first + m < Sq
+    m_d = d < D
+
+    p_q = q_ptr + b * stride_qb + h * stride_qh + first.to(tl.int64) * stride_qs + m[:, None] * stride_qs
+    p_k = k_ptr + b * stride_kb + h * stride_kh + n[None, :] * stride_ks
+    p_v = v_ptr + b * stride_vb + h * stride_vh + n[:, None] * stride_vs
+
+    b_q = tl.load(p_q + d[None, :] * stride_qd, mask=m_m[:, None] & m_d[None, :], other=0.0)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if BLOCK_E > 0:
+        b_q_e = tl.load(p_q + e[None, :] * stride_qd, mask=m_m[:, None], other=0.0)
+        b_acc_e = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+
+    full = Sk // BLOCK_N * BLOCK_N
+    for TAIL in tl.static_range(2):  # whole blocks of keys, then what is left
+        for start in tl.range(full * TAIL, full + (Sk - full) * TAIL, BLOCK_N):
+            m_n = start + n < Sk
+            if TAIL == 0:
+                if BLOCK_D > D:
+                    b_k = tl.load(p_k + d[:, None] * stride_kd, mask=m_d[:, None], other=0.0)
+                else:
+                    b_k = tl.load(p_k + d[:, None] * stride_kd)
+            else:
+                b_k = tl.load(p_k + d[:, None] * stride_kd, mask=m_d[:, None] & m_n[None, :], other=0.0)
+            b_s = tl.dot(b_q, b_k, input_precision=PRECISION)
+            if BLOCK_E > 0:
+                if TAIL == 0:
+                    b_k_e = tl.load(p_k + e[:, None] * stride_kd)
+                else:
+                    b_k_e = tl.load(p_k + e[:, None] * stride_kd, mask=m_n[None, :], other=0.0)
+                b_s = tl.dot(b_q_e, b_k_e, b_s, input_precision=PRECISION)
+            if NEGATE:
+                b_s = -b_s
+            if TAIL == 1:
+                b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+            b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
+            b_p = tl.exp2(b_s * scale - b_new[:, None])
+            b_old = tl.exp2(b_max - b_new)
+            b_sum = b_sum * b_old + tl.sum(b_p, 1)
+            b_max = b_new
+            b_p = b_p.to(v_ptr.dtype.element_ty)
+
+            if TAIL == 0:
+                if BLOCK_D > D:
+                    b_v = tl.load(p_v + d[None, :] * stride_vd, mask=m_d[None, :], other=0.0)
+                else:
+                    b_v = tl.load(p_v + d[None, :] * stride_vd)
+            else:
+                b_v = tl.load(p_v + d[None, :] * stride_vd, mask=m_n[:, None] & m_d[None, :], other=0.0)
+            b_acc = tl.dot(b_p, b_v, b_acc * b_old[:, None], input_precision=PRECISION)
+            if BLOCK_E > 0:
+                if TAIL == 0:
+                    b_v_e = tl.load(p_v + e[None, :] * stride_vd)
+                else:
+                    b_v_e = tl.load(p_v + e[None, :] * stride_vd, mask=m_n[:, None], other=0.0)
+                b_acc_e = tl.dot(b_p, b_v_e, b_acc_e * b_old[:, None], input_precision=PRECISION)
+
+            p_k += BLOCK_N * stride_ks
+            p_v += BLOCK_N * stride_vs
+
+    p_o = o_ptr + ((b * Sq + first) * H + h) * D + m[:, None].to(tl.int64) * (H * D)
+    b_share = (1.0 / b_sum)[:, None]
+    b_o = (b_acc * b_share).to(o_ptr.dtype.element_ty)
+    tl.store(p_o + d[None, :], b_o, mask=m_m[:, None] & m_d[None, :])
+    if BLOCK_E > 0:
+        b_o = (b_acc_e * b_share).to(o_ptr.dtype.element_ty)
+        tl.store(p_o + e[None, :], b_o, mask=m_m[:, None])
+
+
+@kernel
+def _attention_wide(
+    q_ptr,  # [B, Sq, H, D]
+    k_ptr,  # [B, Sk, H, D]
+    v_ptr,  # [B, Sk, H, D]
+    o_ptr,  # [B, Sq, H, D], contiguous
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_qd,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_kd,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_vd,
+    H,
+    Sq,
+    Sk,
+    scale,
+    D: tl.constexpr,
+    NEGATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # columns of q and k multiplied at a time
+    BLOCK_V: tl.constexpr,  # columns of v, and of the result, of one program
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program: BLOCK_M queries and BLOCK_V result columns of one head too wide to be held at once."""
+    slices = tl.cdiv(D, BLOCK_V)
+    blocks = tl.cdiv(Sq, BLOCK_M)
+    pid = tl.program_id(0)
+    columns = (pid % slices) * BLOCK_V + tl.arange(0, BLOCK_V)
+    pid = pid // slices
+    first = (pid % blocks) * BLOCK_M
+    b = (pid // blocks // H).to(tl.int64)
+    h = (pid // blocks % H).to(tl.int64)
+
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    m_m = first + m < Sq
+    m_v = columns < D
+
+    p_q = q_ptr + b * stride_qb + h * stride_qh + first.to(tl.int64) * stride_qs + m[:, None] * stride_qs
+    p_k = k_ptr + b * stride_kb + h * stride_kh + n[None, :] * stride_ks
+    p_v = v_ptr + b * stride_vb + h * stride_vh + n[:, None] * stride_vs + columns[None, :] * stride_vd
+
+    b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    for start in tl.range(0, Sk, BLOCK_N):
+        m_n = start + n < Sk
+        b_s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for c in tl.static_range(0, D, BLOCK_D):
+            m_d = c + d < D
+            b_q = tl.load(p_q + (c + d)[None, :] * stride_qd, mask=m_m[:, None] & m_d[None, :], other=0.0)
+            b_k = tl.load(p_k + (c + d)[:, None] * stride_kd, mask=m_d[:, None] & m_n[None, :], other=0.0)
+            b_s = tl.dot(b_q, b_k, b_s, input_precision=PRECISION)
+        if NEGATE:
+            b_s = -b_s
+        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
+        b_p = tl.exp2(b_s * scale - b_new[:, None])
+        b_old = tl.exp2(b_max - b_new)
+        b_sum = b_sum * b_old + tl.sum(b_p, 1)
+        b_max = b_new
+        b_v = tl.load(p_v, mask=m_n[:, None] & m_v[None, :], other=0.0)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision=PRECISION)
+        p_k += BLOCK_N * stride_ks
+        p_v += BLOCK_N * stride_vs
+
+    p_o = o_ptr + ((b * Sq + first) * H + h) * D + m[:, None].to(tl.int64) * (H * D) + columns[None, :]
+    tl.store(
+        p_o, (b_acc * (1.0 / b_sum)[:, None]).to(o_ptr.dtype.element_ty), mask=m_m[:, None] & m_v[None, :]
+    )
+
+
+def plan(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, arch: int
+) -> tuple[Tensor, list[Launch]]:
+    """A fresh output, and the launch that fills it: by TMA where the data of `arch` say so and the tensors allow."""
+    B, Sq, H, D = q.shape
+    Sk = k.shape[1]
+    out = torch.empty((B, Sq, H, D), dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out, []
+    if scale is None:
+        scale = D**-0.5
+    # Masked scores are -inf, and stay so unless multiplied by zero; this much makes all scores equal as well.
+    magnitude = max(abs(scale) * math.log2(math.e), 1e-30)
+    wide = D > WIDE
+    tuned = dict(
+        tuning.constants("attention_wide" if wide else "attention", arch, q.dtype, _shape_class(D, Sk))
+    )
+    warps, stages = tuned.pop("num_warps"), tuned.pop("num_stages")
+    tma, specialize = tuned.pop("TMA", 0), tuned.pop("SPECIALIZE", 0)
+    if tma and describable(q, k, v):
+        blocks = {name: tuned[name] for name in ("BLOCK_M", "BLOCK_N")}
+        constants = {"NEGATE": scale < 0, "SPECIALIZE": bool(specialize), **blocks}
+        return out, [launch(q, k, v, out, magnitude, constants, warps=warps, stages=stages)]
+
+    args: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "o_ptr": out, "H": H, "Sq": Sq, "Sk": Sk}
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        for dim, stride in zip("bshd", tensor.stride(), strict=True):
+            args[f"stride_{name}{dim}"] = stride
+    args["scale"] = magnitude
+    # TF32 would drop thirteen of float32's bits.
+    precision = "ieee" if q.dtype == torch.float32 else "tf32"
+    constants = {"D": D, "NEGATE": scale < 0, "PRECISION": precision, **tuned}
+    programs = B * H * -(-Sq // tuned["BLOCK_M"])
+    if wide:
+        programs *= -(-D // tuned["BLOCK_V"])
+        return out, [Launch(_attention_wide, (programs,), args, constants, warps, stages)]
+    constants["BLOCK_D"], constants["BLOCK_E"] = _cut(D)
+    constants["EIGHTS"] = all(stride % 8 == 0 for t in (q, k, v) for stride in t.stride()[:3])
+    return out, [Launch(_attention, (programs,), args, constants, warps, stages)]
+
+
+WIDE = 256
+"""Heads of more columns than this are cut."""
+_HEADS = (40, 64, 80, 128, 160, WIDE)
+SHORT = 128
+"""At most this many keys is a shape class of its own: a text's 77."""
+
+
+def _shape_class(D: int, Sk: int) -> str:
+    width = next((f"d{size}" for size in _HEADS if size >= D), "any")
+    return f"{width}-short" if Sk <= SHORT else width
+
+
+def _cut(D: int) -> tuple[int, int]:
+    """Two powers of two that make up D; or the next power of two, whose rest is masked, and 0."""
+    whole = max(16, 1 << (D - 1).bit_length())
+    rest = D - whole // 2
+    return (whole // 2, rest) if 16 <= rest < whole // 2 and rest & (rest - 1) == 0 else (whole, 0)

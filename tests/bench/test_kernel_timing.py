@@ -1,0 +1,310 @@
+"""Measuring and tuning dry: all but the GPU. Kernels run in Triton's interpreter, and the clock is a fake."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from latentrt import cli
+from latentrt.bench import kernel_timing, kernel_tuning
+from latentrt.bench import kernels as bench
+from latentrt.bench.kernel_timing import LOST, Bench
+from latentrt.errors import BackendUnavailableError
+from latentrt.kernels import aot, tuning
+from latentrt.kernels._triton import forced
+from latentrt.kernels.registry import Case, OpSpec, specs
+
+ATTENTION = specs(["attention"])[0]
+SMALL = [
+    {"BLOCK_M": 16, "BLOCK_N": n, "num_warps": 4, "num_stages": 1} for n in (48, 16, 32)
+]  # 48 cannot be compiled
+SMALL_WIDE = [{**small, "BLOCK_D": 64, "BLOCK_V": 64} for small in SMALL]
+FIRST, SECOND = "attention, one", "attention, two"
+
+
+def small_attention(**changes: Any) -> OpSpec:
+    def inputs(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+        return torch.randn(1, 20, 3, 1, 64, dtype=dtype, device=device).unbind(2)
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no such back end")
+
+    # The second is called so often that it is the greater part of a forward.
+    fields = {
+        **vars(ATTENTION),
+        "cases": [Case(name, inputs, 1e6, 5120, calls) for name, calls in (("one", 1), ("two", 3))],
+        "candidates": {"attention_wide": SMALL_WIDE, "attention": SMALL},
+        "rivals": {"itself": ATTENTION.reference, "broken": fails},
+        **changes,
+    }
+    return OpSpec(**fields)
+
+
+def fake_timer(
+    calls: Mapping[str, Callable[..., Any]], inputs: Sequence[tuple[Any, ...]], seconds: float
+) -> dict[str, float | str]:
+    """Runs each once; blocks of 32 are the quickest."""
+    trial = next((c for name, c, _ in tuning._trials if name == "attention"), {"BLOCK_N": 16})
+    found: dict[str, float | str] = {}
+    for name, call in calls.items():
+        try:
+            for args in inputs:
+                call(*args)
+            found[name] = 10.0 if trial["BLOCK_N"] == 32 else 19.0
+        except RuntimeError as error:
+            found[name] = f"RuntimeError: {error}"
+    return found
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    machine = {"gpu": "A Fake", "commit": "c", "versions": {}}
+    monkeypatch.setattr(kernel_timing, "describe_machine", lambda: machine)
+    return Bench(torch.device("cpu"), fake_timer, folder=tmp_path / "results")
+
+
+BF16 = [torch.bfloat16]
+
+
+def test_measuring(here: Bench) -> None:
+    """The gate, launches counted, rivals that fail; what takes the most first."""
+    path = here.folder / "kernels-a-fake.json"
+    with forced(), tuning.trying("attention", SMALL[1]):
+        none = bench.measure(Bench(here.device, fake_timer, -1.0, here.folder), [small_attention()], BF16)
+        assert none["rows"] == []
+        assert none["left"] == [["attention", "two", "bfloat16"], ["attention", "one", "bfloat16"]]
+        result = bench.measure(here, [small_attention()], BF16)
+    assert json.loads(path.read_text()) == result
+    assert [row["case"] for row in result["rows"]] == ["two", "one"]
+    assert result["left"] == []
+    assert {"gpu", "commit", "versions", "sources", "tuned", "command"} <= result["machine"].keys()
+    row = result["rows"][0]
+    assert row["correct"]
+    assert row["launches"] == {"_attention": 1}
+    assert row["tflops"] == pytest.approx(1e6 / 19e-6 / 1e12)
+    assert row["share"] == pytest.approx(row["tflops"] / result["ceilings"]["bfloat16"])
+    assert row["rivals"] == {"itself": 19.0, "broken": "RuntimeError: no such back end"}
+    assert row["speedup_over_best"] == 1.0
+    table = list(bench.lines(result))
+    assert table[1].split()[:4] == ["attention,", "two,", "bfloat16", "19.0"]
+    assert table[-1] == "0 left"
+
+
+def test_measuring_goes_on_where_it_stopped(here: Bench) -> None:
+    """A row that failed is run again, one that took the process along is not."""
+    path = here.folder / "kernels-a-fake.json"
+    calls: list[object] = []
+
+    def died(*args: Any) -> None:
+        calls.append(args)
+        raise KeyboardInterrupt
+
+    with forced(), tuning.trying("attention", SMALL[1]):
+        with pytest.raises(KeyboardInterrupt):
+            bench.measure(here, [small_attention(op=died)], BF16)
+        assert [row["error"] for row in json.loads(path.read_text())["rows"]] == [LOST]
+        fallen = bench.measure(here, [small_attention(op=ATTENTION.reference)], BF16)
+        assert [row["error"] for row in fallen["rows"]] == [LOST, "no kernel of ours ran"]
+        result = bench.measure(here, [small_attention()], BF16)
+        assert [(row["case"], "us" in row) for row in result["rows"]] == [("two", False), ("one", True)]
+        again = bench.measure(here, [small_attention(op=died)], BF16)
+    assert again["rows"] == result["rows"]
+    assert len(calls) == 1
+
+
+def test_a_wrong_kernel_is_not_timed(here: Bench) -> None:
+    def wrong(*args: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = ATTENTION.op(*args)
+        return out * 1.1
+
+    with forced(), tuning.trying("attention", SMALL[1]):
+        result = bench.measure(here, [small_attention(op=wrong)], BF16)
+    assert [row["error"] for row in result["rows"]] == ["wrong result"] * 2
+    assert not any("us" in row for row in result["rows"])
+
+
+def test_a_lost_gpu_ends_the_run(here: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "answers", lambda _: False)
+    result = bench.measure(here, [small_attention()], BF16)  # not forced: no kernel of ours runs
+    assert len(result["rows"]) == 1
+    assert result["left"] == [["attention", "one", "bfloat16"]]
+
+
+def test_tuning(here: Bench) -> None:
+    """The quickest over both cases that share a key; what does not compile is passed over."""
+    with forced():
+        result = kernel_tuning.tune(here, [small_attention()], save=False)
+    assert result["best"] == {"attention": {"16/d64-short": SMALL[2]}}
+    assert result["left"] == []
+    broken, slow, quick = (result["times"]["attention"]["16/d64-short"][json.dumps(c)] for c in SMALL)
+    assert (slow, quick) == ({FIRST: 19.0, SECOND: 57.0}, {FIRST: 10.0, SECOND: 30.0})
+    assert list(broken) == [FIRST]  # and not tried again at the other
+    assert "power of 2" in broken[FIRST]
+    assert list(kernel_tuning.lines(result)) == [
+        f"attention 16/d64-short: {json.dumps(SMALL[2])}, 40.0 us in one forward",
+        "left: none",
+    ]
+
+
+def test_tuning_goes_on_where_it_stopped(here: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the candidate that hung; nothing is written down before all cases were timed."""
+    saved: list[Any] = []
+    monkeypatch.setattr(tuning, "save", lambda *args: saved.append(args))
+    timed: list[int] = []
+
+    def stops(*args: Any) -> dict[str, float | str]:
+        timed.append(tuning._trials[-1][1]["BLOCK_N"])
+        if timed == [16, 32]:
+            raise KeyboardInterrupt  # as if the process had been ended
+        return fake_timer(*args)
+
+    with forced():
+        with pytest.raises(KeyboardInterrupt):
+            kernel_tuning.tune(Bench(here.device, stops, folder=here.folder), [small_attention()])
+        assert not saved
+        result = kernel_tuning.tune(Bench(here.device, stops, folder=here.folder), [small_attention()])
+    assert timed == [16, 32, 16]  # the other case of the one that is left
+    times = result["times"]["attention"]["16/d64-short"]
+    assert times[json.dumps(SMALL[2])] == {FIRST: LOST}
+    arch, table, best, measured_on = saved[0]
+    assert (arch, table, best) == (80, "attention", {"16/d64-short": SMALL[1]})
+    assert measured_on["gpu"] == "A Fake"
+
+
+def test_operators_that_share_a_table_are_tuned_together() -> None:
+    uses = kernel_tuning._tables(specs(["group_norm", "group_norm_silu"]), 90)["group_norm"]
+    assert {use.spec.name for use in uses} == {"group_norm", "group_norm_silu"}
+    assert {use.key for use in uses} == {"16/channels_last"}
+
+
+def test_both_variants_of_a_kernel_are_tried() -> None:
+    tried = {
+        launch.kernel.name
+        for r in kernel_tuning.tuned_requests(specs(["attention", "linear_geglu"]), 90)
+        for launch in aot._launches(r)
+    }
+    assert tried == {
+        "_attention",
+        "_attention_wide",
+        "_attention_tma",
+        "_linear_geglu_kernel",
+        "_linear_geglu_tma_kernel",
+    }
+
+
+def test_no_candidate_runs(here: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    with forced():
+        result = kernel_tuning.tune(here, [small_attention(candidates={"attention": SMALL[:1]})])
+    assert (result["best"], result["left"]) == ({}, ["attention"])
+    assert "no candidate of attention runs in all cases" in caplog.text
+
+
+class FakeEvent:
+    """Events of a GPU whose every replay takes as long as the graph says."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, stop: FakeEvent) -> float:
+        return stop.at - self.at
+
+
+def test_the_timer_replays_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Milliseconds of a replay of two calls, to microseconds of one; what cannot be recorded is told of."""
+    recorded: list[object] = []
+    replays: list[float] = []
+
+    class FakeGraph:
+        def replay(self) -> None:
+            replays.append(self.ms)  # type: ignore[attr-defined]
+            FakeEvent.now += self.ms  # type: ignore[attr-defined]
+
+    @contextmanager
+    def capture(graph: Any, stream: object) -> Iterator[None]:
+        recorded.clear()
+        yield
+        graph.ms = sum(recorded)  # type: ignore[arg-type]
+
+    @contextmanager
+    def on(stream: object) -> Iterator[None]:
+        yield
+
+    stream = SimpleNamespace(wait_stream=lambda _: None, synchronize=lambda: None)
+    fakes = {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": on,
+        "graph": capture,
+        "CUDAGraph": FakeGraph,
+        "Event": FakeEvent,
+        "synchronize": lambda: None,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def fails(*_: object) -> None:
+        raise ValueError("not for this shape")
+
+    calls = {"ours": recorded.append, "theirs": lambda ms: recorded.append(3 * ms), "none": fails}
+    assert kernel_timing.cuda_microseconds(calls, [(0.5,), (1.5,)], 0.0) == {
+        "ours": pytest.approx(1000.0),
+        "theirs": pytest.approx(3000.0),
+        "none": "ValueError: not for this shape",
+    }
+    assert replays == [2.0, 6.0] * 7
+
+
+def test_a_dry_run_compiles_what_the_real_one_would(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[aot.Request] = []
+
+    def attempts(requests: list[aot.Request], jobs: int, seconds: float) -> list[Any]:
+        asked.extend(requests)
+        return ["does not compile", *[[] for _ in requests[1:]]]
+
+    monkeypatch.setattr(aot, "attempts", attempts)
+    assert cli.main(["kernels", "--measure", "--dry-run", "--op", "attention", "--arch", "sm_90"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows[0] == {"op": "attention", "trial": None, "error": "does not compile"}
+    assert len(rows) == len(asked) == 2 * len(ATTENTION.cases)
+    assert cli.main(["kernels", "--tune", "--dry-run", "--op", "attention"]) == 0
+    assert all(r.trial for r in asked[len(rows) :])
+
+
+def test_timing_wants_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendUnavailableError, match="timed on a CUDA GPU"):
+        kernel_timing.require_gpu()
+    assert cli.main(["kernels", "--measure"]) == 1
+    assert "PyTorch sees none here" in capsys.readouterr().err
+
+
+def test_a_hang_is_given_up() -> None:
+    """In a process of its own, because it ends it."""
+    import subprocess
+    import sys
+
+    program = (
+        "import time, torch\n"
+        "from latentrt.bench import kernel_timing as t\n"
+        "t.HANG = 0.2\n"
+        "with t.watched(t.Bench(torch.device('cuda'), None)): time.sleep(60)\n"
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr
+    assert time.monotonic() - began < 55
