@@ -131,11 +131,10 @@ def _attention(
             p_v += BLOCK_N * stride_vs
 
     p_o = o_ptr + ((b * Sq + first) * H + h) * D + m[:, None].to(tl.int64) * (H * D)
-    b_share = (1.0 / b_sum)[:, None]
-    b_o = (b_acc * b_share).to(o_ptr.dtype.element_ty)
+    b_o = (b_acc / b_sum[:, None]).to(o_ptr.dtype.element_ty)
     tl.store(p_o + d[None, :], b_o, mask=m_m[:, None] & m_d[None, :])
     if BLOCK_E > 0:
-        b_o = (b_acc_e * b_share).to(o_ptr.dtype.element_ty)
+        b_o = (b_acc_e / b_sum[:, None]).to(o_ptr.dtype.element_ty)
         tl.store(p_o + e[None, :], b_o, mask=m_m[:, None])
 
 
@@ -214,9 +213,7 @@ def _attention_wide(
         p_v += BLOCK_N * stride_vs
 
     p_o = o_ptr + ((b * Sq + first) * H + h) * D + m[:, None].to(tl.int64) * (H * D) + columns[None, :]
-    tl.store(
-        p_o, (b_acc * (1.0 / b_sum)[:, None]).to(o_ptr.dtype.element_ty), mask=m_m[:, None] & m_v[None, :]
-    )
+    tl.store(p_o, (b_acc / b_sum[:, None]).to(o_ptr.dtype.element_ty), mask=m_m[:, None] & m_v[None, :])
 
 
 def plan(
