@@ -14,7 +14,7 @@ from ...runtime.pipeline import Pipeline
 
 Picture = NDArray[np.uint8]
 SPLIT = 0.8
-GUIDANCE = 4.0
+GUIDANCE = 3.0
 
 
 class Generator(Protocol):

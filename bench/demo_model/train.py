@@ -24,7 +24,7 @@ MODULES = {
     "base": "train_unet",
     "refiner": "train_unet",
 }
-MINUTES = {"vae": 13.0, "text": 9.0, "latents": 0.0, "base": 58.0, "refiner": 18.0}
+MINUTES = {"vae": 13.0, "text": 9.0, "latents": 0.0, "base": 84.0, "refiner": 15.0}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", nargs="*", default=[], metavar="STAGE=N", help=f"defaults: {MINUTES}")
-    parser.add_argument("--examples", type=int, default=20_000, help="encoded scenes to train the UNets on")
+    parser.add_argument("--examples", type=int, default=24_000, help="encoded scenes to train the UNets on")
     parser.add_argument("--batch", type=int, default=32, help="of the UNets; a GPU takes 128 as easily")
     parser.add_argument(
         "--workers", type=int, help="threads sharing a UNet's batch; on a CPU its cores, else 1"
