@@ -83,7 +83,14 @@ def constant_folding(model: ir.Model) -> None:
 
 def dead_code(model: ir.Model) -> None:
     """Remove identities, and nodes, initializers and functions that no output depends on."""
-    common.IdentityEliminationPass()(model)
+    # Not by onnx_ir's pass: it gives two outputs that are one tensor the same name.
+    for node in list(model.graph):
+        (result,) = node.outputs[:1]
+        if _is(node, "Identity") and not result.is_graph_output():
+            source = node.inputs[0]
+            assert source is not None
+            ir.convenience.replace_all_uses_with(result, source)
+            model.graph.remove(node, safe=True)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
 

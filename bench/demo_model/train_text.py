@@ -139,10 +139,10 @@ def stage_text(run: Run) -> None:
     }
     probes_of = {name: Probes(width) for name, width in zip(("probes_1", "probes_2"), WIDTHS, strict=True)}
     modules |= probes_of
-    for module in modules.values():
-        module.to(run.device)
     pooled_probe = nn.Linear(WIDTHS[1], sum(SCENE_TARGETS))
     modules["pooled_probe"] = pooled_probe
+    for module in modules.values():
+        module.to(run.device)
     tower, temperature = modules["tower"], modules["temperature"].get_parameter("log")
     parameters = [p for module in modules.values() for p in module.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.02)

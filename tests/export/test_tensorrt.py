@@ -259,8 +259,10 @@ def test_what_a_broken_child_said_is_told(request_: EngineRequest, monkeypatch: 
         build_in_child(request_)
 
 
+# In the background of a shell SIGINT is ignored, and children inherit that.
 PARENT = textwrap.dedent("""
-    import sys
+    import signal, sys
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from pathlib import Path
     from latentrt.export.build_process import build_in_child
     from latentrt.export.tensorrt import EngineRequest

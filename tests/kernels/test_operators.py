@@ -233,6 +233,7 @@ def test_linear_geglu(rows: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_the_public_names() -> None:
     assert latentrt.kernels.__all__ == [
         "add_layer_norm",
+        "as_nodes",
         "attention",
         "geglu",
         "group_norm",
