@@ -179,7 +179,7 @@ def main() -> None:
 
 def _end_with_parent() -> None:
     sys.stdin.buffer.read()  # returns when the parent's end of the pipe is closed, by whatever
-    os._exit(1)
+    os._exit(1)  # nothing gentler ends a process whose main thread is inside TensorRT's builder
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shlex
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ import numpy as np
 from rich.console import Console
 from scipy import ndimage
 
+from ..machine import describe_machine
 from ..quality import ImageTower, fid_difference, fid_features, frechet_distance
 from .checker import Picture, find_objects, judge
 from .generate import Generator, PipelineGenerator
@@ -175,7 +178,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     settings = {} if options.guidance is None else {"guidance": options.guidance}
     refined = PipelineGenerator(options.demo, refine=True, **settings)
-    results: dict[str, Any] = {"seed": options.seed}
+    results: dict[str, Any] = {
+        "benchmark": "quality of the demo",
+        "command": shlex.join(
+            ["python", "-m", "latentrt.bench.demo_model.evaluate", *(arguments or sys.argv[1:])]
+        ),
+        "machine": describe_machine(),
+        "seed": options.seed,
+        "guidance": refined.guidance,
+    }
 
     def note(name: str, result: Accuracy | Fid | Sizes, since: float) -> None:
         results[name] = asdict(result)
