@@ -47,7 +47,13 @@ _SOURCES = ("kernels", "runtime/models", "export")
 # What makes engines of exported graphs: no part of the graphs.
 _BUILDER = ("export/tensorrt.py", "export/build_process.py", "export/memory.py")
 # What neither writes nor checks a graph.
-_OTHERS = ("export/engines.py", "export/measures.py", "export/verify.py", "export/command.py")
+_OTHERS = (
+    "export/engines.py",
+    "export/measures.py",
+    "export/verify.py",
+    "export/folder.py",
+    "export/commands.py",
+)
 _MAKERS = ("torch", "onnx", "onnx-ir")
 _CHECKERS = ("onnxruntime", "onnxruntime-gpu")
 

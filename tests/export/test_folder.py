@@ -10,7 +10,7 @@ import onnx
 import pytest
 from latentrt import cli
 from latentrt.errors import ExportError
-from latentrt.export import command
+from latentrt.export import folder
 from latentrt.export.passes import DEFAULT
 
 TEXT = "text_encoder"
@@ -111,7 +111,7 @@ def test_a_failure_leaves_what_was_there(
         assert (tmp_path / f".{TEXT}.partial" / "model.onnx").exists()
         raise failure
 
-    monkeypatch.setattr(command, "check_export", fail)
+    monkeypatch.setattr(folder, "check_export", fail)
     code, _, err = run(capsys, tiny("sd15"), "-o", tmp_path, "--component", TEXT)
     assert code == (130 if isinstance(failure, KeyboardInterrupt) else 1)
     assert "it is wrong" in err or "interrupted" in err

@@ -1,0 +1,114 @@
+"""The bodies of `latentrt export`, `build` and `verify`: parsed arguments in, lines to print out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import BackendError
+
+if TYPE_CHECKING:
+    from .verify import Verdict
+
+__all__ = ["build", "export", "verify"]
+
+
+def export(args: argparse.Namespace) -> Iterator[str]:
+    """Write components as ONNX files; what each pass left."""
+    from .folder import export_model
+    from .passes import DEFAULT
+
+    exported = export_model(
+        args.model,
+        args.output,
+        dtype=getattr(torch, args.dtype),
+        components=args.component,
+        passes=DEFAULT if args.passes is None else [name for name in args.passes.split(",") if name],
+        split=args.split,
+        variant=args.variant,
+    )
+    if args.json:
+        yield json.dumps([made.to_json() for made in exported], indent=2)
+        return
+    for made in exported:
+        yield made.to_text()
+
+
+def build(args: argparse.Namespace) -> Iterator[str]:
+    """Build engines, or find them; what they took, and the verdict where they run here."""
+    from ..runtime.engine_store import EngineTarget
+    from .engines import build_engines, local_archs
+
+    target = EngineTarget(
+        args.engine,
+        args.arch or local_archs(args.engine),
+        weight_streaming=args.weight_streaming,
+        hardware_compatibility=args.hardware_compatibility,
+    )
+    rows = build_engines(
+        args.model,
+        target,
+        dtype=getattr(torch, args.dtype),
+        sizes=args.sizes,
+        batch=args.batch,
+        components=args.component,
+        variant=args.variant,
+        rebuild="always" if args.rebuild else "auto",
+    )
+    if args.json:
+        built = list(rows)
+        yield json.dumps([row.to_json() for row in built], indent=2)
+        _require_passed([row.verdict for row in built if row.verdict is not None])
+        return
+    verdicts = []
+    for row in rows:
+        how = "built" if row.engine.built else "found"
+        size = row.engine.figures["engine_bytes"] / 1e6
+        yield (
+            f"{row.component:<16}{row.dtype:<9} {how} in {row.seconds:.1f} s, {size:,.0f} MB  {row.engine.key[:12]}"
+        )
+        for profile in row.engine.profiles:
+            yield f"{'':16}{profile}"
+        if row.verdict is not None:
+            yield f"{'':16}{row.verdict}"
+            verdicts.append(row.verdict)
+    _require_passed(verdicts)
+
+
+def verify(args: argparse.Namespace) -> Iterator[str]:
+    """Compare a back end with PyTorch; a line for each part."""
+    from .verify import verify_model
+
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rows = verify_model(
+        args.model,
+        args.refiner,
+        args.backend,
+        device=device,
+        dtype=getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "float16")),
+        components=args.component,
+        variant=args.variant,
+        size=args.size,
+    )
+    if args.json:
+        found = list(rows)
+        yield json.dumps([row.to_json() for row in found], indent=2)
+    else:
+        found = []
+        for row in rows:
+            yield str(row)
+            found.append(row)
+    _require_passed(found)
+
+
+def _require_passed(verdicts: Sequence[Verdict]) -> None:
+    failed = [f"{v.part}: {', '.join(v.failures)}" for v in verdicts if v.failures]
+    if failed:
+        raise BackendError(
+            f"{verdicts[0].backend} computes something else than PyTorch; {'; '.join(failed)}; use another back end or "
+            "dtype"
+        )
