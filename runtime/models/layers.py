@@ -108,16 +108,15 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         """
         Args:
             x: [B, Cin, H, W].
-            temb: [B, T], after its SiLU; None where the block has no time embedding.
+            shift: [B, Cout], the time embedding's projection; None where the block has no time embedding.
 
         Returns:
             [B, Cout, H, W].
         """
-        shift = self.time_emb_proj(temb) if self.time_emb_proj is not None else None  # [B, Cout]
         h = self.conv1(self.norm1(x))  # [B, Cout, H, W]
         h = self.conv2(self.norm2(h, shift))
         skip = self.conv_shortcut(x) if self.conv_shortcut is not None else x

@@ -6,14 +6,14 @@ al., "SDXL" (2023), section 2. Parameters are named as diffusers' UNet2DConditio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import GroupNormSiLU, TimestepEmbedding, sinusoidal_embedding
-from .unet_blocks import DownBlock, MidBlock, UpBlock
+from .layers import GroupNormSiLU, ResnetBlock, TimestepEmbedding, sinusoidal_embedding
+from .unet_blocks import DownBlock, KeysValues, MidBlock, TransformerBlock, UpBlock
 from .unet_config import UNetConfig
 
 __all__ = ["UNet", "UNetConfig", "input_names"]
@@ -87,29 +87,66 @@ class UNet(nn.Module):
         if len(given) != len(names) - 3:
             raise TypeError(f"this UNet takes {', '.join(names)}: {len(names)} inputs, not {len(given) + 3}")
         conditions = dict(zip(names[3:], given, strict=True))
+        emb = self.embed_time(timestep, sample.dtype, conditions.get("timestep_cond"))
+        if self.add_embedding is not None:
+            emb = emb + self.embed_sizes(conditions["text_embeds"], conditions["time_ids"])
+        return self.step(sample, self.shifts(emb), self.keys_values(encoder_hidden_states))
 
-        temb = self._embed(timestep, conditions, sample.dtype)  # [B, T]
+    def embed_time(self, timestep: Tensor, dtype: torch.dtype, cond: Tensor | None = None) -> Tensor:
+        """timestep: [B] float32; cond: [B, Dc], of consistency models. Returns [B, T]."""
+        # Sinusoids are computed in float32, then cast: a graph that mixes dtypes is invalid in ONNX.
+        waves = self._waves(timestep, self.config.block_out_channels[0]).to(dtype)  # [B, C0]
+        emb: Tensor = self.time_embedding(waves, cond)
+        return emb
+
+    def embed_sizes(self, text_embeds: Tensor, time_ids: Tensor) -> Tensor:
+        """text_embeds: [B, P]; time_ids: [B, N] float32. Returns [B, T], to be added to the time's."""
+        assert self.add_embedding is not None
+        assert self.config.addition_time_embed_dim is not None
+        ids = self._waves(time_ids, self.config.addition_time_embed_dim)  # [B, N, dim]
+        emb: Tensor = self.add_embedding(
+            torch.cat([text_embeds, ids.flatten(1).to(text_embeds.dtype)], dim=-1)
+        )
+        return emb
+
+    def shifts(self, emb: Tensor) -> list[Tensor]:
+        """What each residual block in turn adds to its channels: [B, T] -> [B, Cout] each."""
+        active = F.silu(emb)  # the one that each residual block starts with
+        return [block.time_emb_proj(active) for block in self.resnets() if block.time_emb_proj is not None]
+
+    def keys_values(self, encoder_hidden_states: Tensor) -> list[KeysValues]:
+        """What each transformer block in turn attends to: of a text, [B, S, D]."""
+        return [block.attn2.keys_values(encoder_hidden_states) for block in self.transformers()]
+
+    def step(self, sample: Tensor, shifts: Iterable[Tensor], texts: Iterable[KeysValues]) -> Tensor:
+        """The part of the network that depends on the latents.
+
+        Args:
+            sample: [B, C, H, W].
+            shifts, texts: as `shifts` and `keys_values` give them.
+
+        Returns:
+            [B, out_channels, H, W] of sample's dtype.
+        """
+        shift, text = iter(shifts), iter(texts)
         x = self.conv_in(sample)  # [B, C0, H, W]
         skips = [x]
         for down in self.down_blocks:
-            x, kept = down(x, temb, encoder_hidden_states)
+            x, kept = down(x, shift, text)
             skips += kept
-        x = self.mid_block(x, temb, encoder_hidden_states)
+        x = self.mid_block(x, shift, text)
         for up in self.up_blocks:
-            x = up(x, skips, temb, encoder_hidden_states)
+            x = up(x, skips, shift, text)
         out: Tensor = self.conv_out(self.conv_norm_out(x))
         return out
 
-    def _embed(self, timestep: Tensor, conditions: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """Timestep and conditions as one vector, after the SiLU that each residual block starts with."""
-        # Sinusoids are computed in float32, then cast: a graph that mixes dtypes is invalid in ONNX.
-        waves = self._waves(timestep, self.config.block_out_channels[0]).to(dtype)  # [B, C0]
-        emb: Tensor = self.time_embedding(waves, conditions.get("timestep_cond"))  # [B, T]
-        if self.add_embedding is not None and self.config.addition_time_embed_dim is not None:
-            ids = self._waves(conditions["time_ids"], self.config.addition_time_embed_dim)  # [B, N, dim]
-            pooled = conditions["text_embeds"]
-            emb = emb + self.add_embedding(torch.cat([pooled, ids.flatten(1).to(dtype)], dim=-1))
-        return F.silu(emb)
+    def resnets(self) -> list[ResnetBlock]:
+        """The residual blocks, in the order they run."""
+        return [module for module in self.modules() if isinstance(module, ResnetBlock)]
+
+    def transformers(self) -> list[TransformerBlock]:
+        """The transformer blocks, in the order they run."""
+        return [module for module in self.modules() if isinstance(module, TransformerBlock)]
 
     def _waves(self, t: Tensor, dim: int) -> Tensor:
         return sinusoidal_embedding(

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import attention, linear_geglu
 from .layers import Downsample, GroupNorm, LayerNorm, ResnetBlock, Upsample
 from .unet_config import UNetConfig
 
-__all__ = ["DownBlock", "MidBlock", "UpBlock"]
+__all__ = ["Attention", "DownBlock", "KeysValues", "MidBlock", "TransformerBlock", "UpBlock"]
+
+KeysValues = tuple[Tensor, Tensor]
+"""What a cross-attention attends to: [B, Sk, C] each."""
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x over a context, or over x itself."""
+    """Multi-head attention of x over itself, or over keys and values that were made beforehand."""
 
     def __init__(self, dim: int, context_dim: int, num_heads: int, upcast: bool) -> None:
         super().__init__()
@@ -23,14 +29,20 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_qkv: Tensor | None = None  # the three weights in one, where they are packed
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x: [B, S, C]; context: [B, Sk, Cc], x where None. Returns [B, S, C]."""
-        context = x if context is None else context
-        q, k, v = (
-            projected.unflatten(-1, (self.num_heads, -1))  # [B, S, H, D]
-            for projected in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """[B, Sk, Cc] -> keys and values, [B, Sk, C] each."""
+        return self.to_k(context), self.to_v(context)
+
+    def forward(self, x: Tensor, keys_values: KeysValues | None = None) -> Tensor:
+        """x: [B, S, C]; keys_values: [B, Sk, C] each, x's own where None. Returns [B, S, C]."""
+        projected: tuple[Tensor, ...]
+        if keys_values is None and self.to_qkv is not None:
+            projected = F.linear(x, self.to_qkv).chunk(3, dim=-1)
+        else:
+            projected = (self.to_q(x), *(self.keys_values(x) if keys_values is None else keys_values))
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in projected)  # [B, S, H, D]
         if self.upcast:
             q, k, v = q.float(), k.float(), v.float()
         out: Tensor = self.to_out[0](attention(q, k, v).flatten(2).to(x.dtype))
@@ -73,10 +85,10 @@ class TransformerBlock(nn.Module):
         self.norm3 = LayerNorm(dim, eps=1e-5)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x: [B, S, C]; context: [B, Sk, Cc]. Returns [B, S, C]."""
+    def forward(self, x: Tensor, text: KeysValues) -> Tensor:
+        """x: [B, S, C]; text: what attn2 attends to. Returns [B, S, C]."""
         h, x = self.norm2.add(self.attn1(self.norm1(x)), x)
-        h, x = self.norm3.add(self.attn2(h, context), x)
+        h, x = self.norm3.add(self.attn2(h, text), x)
         out: Tensor = self.ff(h) + x
         return out
 
@@ -94,8 +106,8 @@ class Transformer(nn.Module):
         )
         self.proj_out = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x: [B, C, H, W]; context: [B, Sk, Cc]. Returns [B, C, H, W]."""
+    def forward(self, x: Tensor, texts: Iterator[KeysValues]) -> Tensor:
+        """x: [B, C, H, W]; texts: for each block in turn. Returns [B, C, H, W]."""
         height, width = x.shape[2:]
         h = self.norm(x)
         if not self.linear:
@@ -104,7 +116,7 @@ class Transformer(nn.Module):
         if self.linear:
             h = self.proj_in(h)
         for block in self.transformer_blocks:
-            h = block(h, context)
+            h = block(h, next(texts))
         if self.linear:
             h = self.proj_out(h)
         h = h.transpose(1, 2).unflatten(2, (height, width))  # [B, C, H, W]
@@ -140,17 +152,19 @@ class DownBlock(nn.Module):
         last = level == len(config.block_out_channels) - 1
         self.downsamplers = nn.ModuleList([] if last else [Downsample(channels)])
 
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """x: [B, Cin, H, W]; temb: [B, T]; context: [B, Sk, Cc].
+    def forward(
+        self, x: Tensor, shifts: Iterator[Tensor], texts: Iterator[KeysValues]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x: [B, Cin, H, W]; shifts and texts: for each residual and transformer block in turn.
 
         Returns:
             The block's output and every tensor on the way, for the up blocks.
         """
         skips = []
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, temb)
+            x = resnet(x, next(shifts))
             if self.attentions:
-                x = self.attentions[i](x, context)
+                x = self.attentions[i](x, texts)
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -167,10 +181,10 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(_resnet(channels, channels, config) for _ in range(2))
         self.attentions = _transformers(channels, -1, 1, config)
 
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shifts: Iterator[Tensor], texts: Iterator[KeysValues]) -> Tensor:
         """x: [B, C, H, W] -> [B, C, H, W]."""
-        x = self.attentions[0](self.resnets[0](x, temb), context)
-        out: Tensor = self.resnets[1](x, temb)
+        x = self.attentions[0](self.resnets[0](x, next(shifts)), texts)
+        out: Tensor = self.resnets[1](x, next(shifts))
         return out
 
 
@@ -193,16 +207,18 @@ class UpBlock(nn.Module):
         self.attentions = _transformers(channels, level, count if has_attention else 0, config)
         self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(channels)])
 
-    def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor) -> Tensor:
-        """x: [B, Cin, H, W]; temb: [B, T]; context: [B, Sk, Cc].
+    def forward(
+        self, x: Tensor, skips: list[Tensor], shifts: Iterator[Tensor], texts: Iterator[KeysValues]
+    ) -> Tensor:
+        """x: [B, Cin, H, W]; shifts and texts: for each residual and transformer block in turn.
 
         `skips` is shared by all up blocks: each takes its own from the end. What is left tells the size to
         grow to, which is odd where a halving was rounded up.
         """
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), temb)
+            x = resnet(torch.cat([x, skips.pop()], dim=1), next(shifts))
             if self.attentions:
-                x = self.attentions[i](x, context)
+                x = self.attentions[i](x, texts)
         for upsample in self.upsamplers:
             height, width = skips[-1].shape[2:]
             x = upsample(x, (height, width))
