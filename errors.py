@@ -10,7 +10,8 @@ LatentRTError
 │   └── UnsupportedConfigError   a configuration field asks for what latentrt lacks
 ├── BackendError                 a back end failed
 │   ├── UnknownBackendError      no back end of that name
-│   └── BackendUnavailableError  known, but it cannot run on this machine
+│   ├── BackendUnavailableError  known, but it cannot run on this machine
+│   └── CaptureError             its work could not be recorded as a CUDA graph
 ├── ExportError                  a component could not be written as ONNX, or its check failed
 ├── BuildError                   an exported component could not be compiled to an engine
 └── CacheError                   the store of exported models cannot be read or written
@@ -25,6 +26,7 @@ __all__ = [
     "BackendUnavailableError",
     "BuildError",
     "CacheError",
+    "CaptureError",
     "CheckpointError",
     "CheckpointNotFoundError",
     "ExportError",
@@ -80,6 +82,10 @@ class UnknownBackendError(BackendError):
 
 class BackendUnavailableError(BackendError):
     """The back end exists but cannot run on this machine."""
+
+
+class CaptureError(BackendError):
+    """Work could not be recorded as a CUDA graph; the message names the operation."""
 
 
 class ExportError(LatentRTError):

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import CheckpointError, UnsupportedConfigError
 from .conditioning import Conditioning, MicroConditioning, guidance_batch, guidance_scale_embedding
-from .denoise import UNetCall
+from .denoise import Denoiser
 from .engines.lazy import LazyEngine
 from .models.unet import UNetConfig
 from .request import GenerationRequest
@@ -32,6 +31,7 @@ class Expert:
     Attributes:
         source: where its weights came from, for people to read.
         unet, config: the network.
+        loop: the denoising loop over it.
         text_encoder, text_encoder_2: those it was trained on; SDXL's refiner has only the second, SD 1.x and 2.x
             only the first.
         scheduler: the checkpoint's scheduler_config.json.
@@ -42,6 +42,7 @@ class Expert:
     source: str
     unet: LazyEngine
     config: UNetConfig
+    loop: Denoiser
     text_encoder: TextEncoder | None
     text_encoder_2: TextEncoder | None
     scheduler: Mapping[str, Any]
@@ -77,15 +78,6 @@ class Expert:
         """Its sampler, or another one on the same noise schedule."""
         config = SamplerConfig.from_dict(self.scheduler, override)
         return config if self.takes_sizes else config.for_stable_diffusion()
-
-    def predictor(self, conditioning: Conditioning) -> UNetCall:
-        """The UNet as the loop calls it, told what is constant over the steps."""
-        constant = conditioning.named()
-
-        def predict(sample: Tensor, timestep: Tensor) -> Tensor:
-            return self.unet({"sample": sample, "timestep": timestep, **constant})["prediction"]
-
-        return predict
 
     def guided(self, request: GenerationRequest) -> bool:
         """Whether a step runs the UNet on negative and positive rows both."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
+from .denoise import Denoiser
 from .engines.base import Component, TensorSpec, Values
 from .engines.lazy import EngineLoader
 from .expert import Expert
@@ -119,10 +120,12 @@ def load_expert(
             f"the text encoders of {checkpoint.source} give {width} channels and its UNet reads "
             f"{config.cross_attention_dim}; they do not belong together"
         )
+    unet = loader.engine(unet_component(checkpoint, config, loader, present[-1], aesthetic=aesthetic))
     return Expert(
         source=checkpoint.source,
-        unet=loader.engine(unet_component(checkpoint, config, loader, present[-1], aesthetic=aesthetic)),
+        unet=unet,
         config=config,
+        loop=Denoiser(unet),
         text_encoder=encoders["text_encoder"],
         text_encoder_2=encoders["text_encoder_2"],
         scheduler=checkpoint.config("scheduler"),

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailableError, RequestError, UnsafeWeightsError
-from .denoise import denoise
 from .engines.lazy import EngineLoader
 from .expert import Expert, check_fit
 from .image import from_tensor
@@ -88,6 +87,7 @@ class Pipeline:
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         device: torch.device | str | None = None,
+        graphs: bool | None = None,
         use_safetensors: bool = True,
         text_encoder: TextEncoder | None = None,
         text_encoder_2: TextEncoder | None = None,
@@ -106,6 +106,7 @@ class Pipeline:
             revision: of a hub id.
             cache_dir: where exported models are kept; `LATENTRT_CACHE` or `~/.cache/latentrt` by default.
             device: `"cuda"` where there is one, else `"cpu"`, by default.
+            graphs: (*) record the work of engines once and replay it; by default on a GPU, as CUDA graphs.
             use_safetensors: accepted for diffusers' sake; latentrt reads nothing else.
             text_encoder, text_encoder_2, vae: parts of another pipeline to share instead of loading.
 
@@ -128,7 +129,9 @@ class Pipeline:
         place = _device(device)
         chosen = dtype if dtype is not None else torch_dtype
         precision = _dtype(chosen or ("float32" if place.type == "cpu" else "float16"))
-        loader = EngineLoader(backend, place, precision, None if cache_dir is None else Path(cache_dir))
+        loader = EngineLoader(
+            backend, place, precision, None if cache_dir is None else Path(cache_dir), graphs
+        )
         checkpoint = open_checkpoint(model, variant=variant, revision=revision, cache_dir=cache_dir)
         base = load_expert(checkpoint, loader, text_encoder, text_encoder_2)
         vae = vae or load_vae(checkpoint, loader)
@@ -243,7 +246,8 @@ class Pipeline:
             negative_original_size, negative_crops_coords_top_left, negative_target_size: of the negative half.
             aesthetic_score, negative_aesthetic_score: told to a refiner.
             output_type: "pil", "np" (float32 `[B, H, W, 3]` in [0, 1]), "pt" (float32 `[B, 3, H, W]`) or "latent".
-            callback_on_step_end: called after each step as `callback(pipeline, step, timestep, {"latents": x})`.
+            callback_on_step_end: called after each step, which the device has done by then, as
+                `callback(pipeline, step, timestep, {"latents": x})`.
                 It may return `{"latents": y}` to go on with, or `{"interrupt": True}` to stop.
 
         Raises:
@@ -267,16 +271,16 @@ class Pipeline:
                 latents = self._start(request, stages[0].table, noise)
             for stage, conditioning in zip(stages, conditionings, strict=True):
                 with watch.stage(stage.name, self.device):
-                    latents = denoise(
-                        stage.expert.predictor(conditioning),
+                    latents = stage.expert.loop(
                         latents,
                         stage.table,
+                        conditioning.named(),
                         guidance_scale=request.guidance_scale if stage.expert.guided(request) else None,
                         guidance_rescale=request.guidance_rescale,
                         noise=noise.draw_steps(stage.table, latents.shape[1:], latents.device),
-                        dtype=stage.expert.unet.component.dtype,
                         on_step=watch.on_step,
                         should_stop=watch.stop.is_set,
+                        progress=watch.count,
                     )
             images: Any = latents
             if request.output_type != "latent":

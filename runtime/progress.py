@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import RequestError
+from .denoise import OnStep
 
 __all__ = ["StepCallback", "Watch"]
 
@@ -47,17 +48,24 @@ class Watch:
             torch.cuda.synchronize(device)
         self.timings[name] = time.perf_counter() - begun
 
-    def on_step(self, _: int, timestep: float, latents: Tensor) -> Tensor | None:
-        """Count a step of whichever expert, and hear the caller.
+    def count(self) -> None:
+        """A step of whichever expert."""
+        self._step += 1
+        self._bar.update()
+
+    @property
+    def on_step(self) -> OnStep | None:
+        """What the loop is to call after each step; None where the caller wants to hear nothing."""
+        return None if self._callback is None else self._ask
+
+    def _ask(self, _: int, timestep: float, latents: Tensor) -> Tensor | None:
+        """Hear the caller.
 
         Raises:
             RequestError: the callback returned something else than it may.
         """
-        step, self._step = self._step, self._step + 1
-        self._bar.update()
-        if self._callback is None:
-            return None
-        answer = self._callback(step, timestep, {"latents": latents})
+        assert self._callback is not None
+        answer = self._callback(self._step - 1, timestep, {"latents": latents})
         if answer is None:
             return None
         if not isinstance(answer, Mapping) or not set(answer) <= {"latents", "interrupt"}:

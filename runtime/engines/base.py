@@ -20,9 +20,12 @@ from ...errors import BackendError
 __all__ = [
     "Availability",
     "Backend",
+    "CallProgram",
     "Component",
     "Engine",
+    "Program",
     "TensorSpec",
+    "Timesteps",
     "Values",
     "arguments",
     "example_inputs",
@@ -91,6 +94,37 @@ class Component:
     latent_scale: int = 8
 
 
+@dataclass(frozen=True)
+class Timesteps:
+    """The timesteps of a loop over a UNet, known before it begins. Both tensors are static: their values change.
+
+    Attributes:
+        values: float32 [N]; those after the last step are 0.
+        index: int64 [1], which of them the next run has.
+    """
+
+    values: Tensor
+    index: Tensor
+
+
+class Program(Protocol):
+    """An engine bound to tensors that stay where they are. Not for several threads at once.
+
+    Attributes:
+        capturable: whether `run` may be recorded in a CUDA graph.
+    """
+
+    capturable: bool
+
+    def prepare(self) -> None:
+        """Compute what does not depend on what changes from run to run; to be called when that was written."""
+        ...
+
+    def run(self) -> None:
+        """Read the inputs and write the outputs, on the device's current stream."""
+        ...
+
+
 class Engine(Protocol):
     """A component ready to run.
 
@@ -108,9 +142,50 @@ class Engine(Protocol):
         """
         ...
 
+    def bind(
+        self,
+        inputs: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
+        *,
+        timesteps: Timesteps | None = None,
+    ) -> Program:
+        """The engine over static tensors on its device, named and shaped as in the component's specs.
+
+        Args:
+            timesteps: of a UNet in a loop: only `sample`, `timestep` and their index change between one
+                `prepare` and the next.
+
+        Raises:
+            BackendError: as in a call.
+        """
+        ...
+
     def close(self) -> None:
         """Free what the engine holds; running it afterwards is an error, closing it again is not."""
         ...
+
+
+class CallProgram:
+    """A program that calls its engine and copies what it returns."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        inputs: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
+        *,
+        capturable: bool,
+    ) -> None:
+        self.capturable = capturable
+        self._engine, self._inputs, self._outputs = engine, inputs, outputs
+
+    def prepare(self) -> None:
+        pass
+
+    def run(self) -> None:
+        with torch.inference_mode():
+            for name, value in self._engine(self._inputs).items():
+                self._outputs[name].copy_(value)
 
 
 @dataclass(frozen=True)

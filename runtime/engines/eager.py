@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BackendError
-from .base import Availability, Component, Engine, arguments
+from .base import Availability, CallProgram, Component, Engine, Program, Timesteps, arguments
 
 __all__ = ["EagerBackend", "EagerEngine"]
 
@@ -31,6 +31,15 @@ class EagerEngine:
             result = module(*(x.to(self._device) for x in arguments(self._component, inputs)))
         outputs = (result,) if isinstance(result, Tensor) else tuple(result)
         return {spec.name: x for spec, x in zip(self._component.outputs, outputs, strict=True)}
+
+    def bind(
+        self,
+        inputs: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
+        *,
+        timesteps: Timesteps | None = None,
+    ) -> Program:
+        return CallProgram(self, inputs, outputs, capturable=True)
 
     def close(self) -> None:
         self._module = None

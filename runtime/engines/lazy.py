@@ -1,4 +1,4 @@
-"""Engines made when first used, all on one back end and device.
+"""Engines made when first used, all on one back end and device, and their calls recorded as graphs.
 
 A pipeline that never starts from an image never exports the VAE's encoder.
 """
@@ -6,25 +6,40 @@ A pipeline that never starts from an image never exports the VAE's encoder.
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .base import Component, Engine
+from ..graph import Graph, Graphs
+from .base import Component, Engine, arguments
 from .registry import choose
 
 __all__ = ["EngineLoader", "LazyEngine"]
 
+_KEPT = 8  # sizes whose recorded call an engine keeps
+
 
 class EngineLoader:
-    """Where and how components run; chosen once for a pipeline and changed only by `Pipeline.to`."""
+    """Where and how components run; chosen once for a pipeline and changed only by `Pipeline.to`.
+
+    Attributes:
+        graphs: records the work of engines that bear it; None to run everything as it comes.
+    """
 
     def __init__(
-        self, backend: str, device: torch.device, dtype: torch.dtype, cache_dir: Path | None
+        self,
+        backend: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        cache_dir: Path | None,
+        graphs: bool | None = None,
     ) -> None:
+        """`graphs`: whether to record work; by default where the device is a GPU."""
         self._name = backend
+        self._graphs = graphs
         self.dtype = dtype
         self.cache_dir = cache_dir
         self._engines: list[LazyEngine] = []
@@ -39,6 +54,8 @@ class EngineLoader:
         choice = choose(self._name, device, self.dtype)
         self.device = device
         self.backend = choice.backend
+        wanted = device.type == "cuda" if self._graphs is None else self._graphs
+        self.graphs = Graphs(device) if wanted else None
         for engine in self._engines:
             engine.close()
 
@@ -49,6 +66,29 @@ class EngineLoader:
         return lazy
 
 
+class _Call:
+    """A call of an engine, recorded for one set of shapes."""
+
+    def __init__(
+        self, component: Component, engine: Engine, inputs: Mapping[str, Tensor], graphs: Graphs
+    ) -> None:
+        self.engine = engine
+        self.graph: Graph | None = None
+        self._inputs = {name: x.to(graphs.device, copy=True) for name, x in inputs.items()}
+        self._outputs = {name: x.clone() for name, x in engine(self._inputs).items()}
+        program = engine.bind(self._inputs, self._outputs)
+        if program.capturable:
+            self.graph = graphs.capture(program.run, component.name)
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.graph is None:
+            return self.engine(inputs)
+        for name, x in self._inputs.items():
+            x.copy_(inputs[name])
+        self.graph.replay()
+        return {name: y.clone() for name, y in self._outputs.items()}
+
+
 class LazyEngine:
     """An engine that is loaded when first called, once however many threads call it."""
 
@@ -57,6 +97,17 @@ class LazyEngine:
         self._loader = loader
         self._lock = threading.Lock()
         self._engine: Engine | None = None
+        self._calls: OrderedDict[tuple[object, ...], _Call] = OrderedDict()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._loader.device
+
+    @property
+    def graphs(self) -> Graphs | None:
+        """What records its work, if anything does."""
+        return self._loader.graphs
 
     def load(self) -> Engine:
         """The engine itself; exports or compiles the component when its cache lacks it."""
@@ -71,11 +122,25 @@ class LazyEngine:
             return self._engine
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self.load()(inputs)
+        engine = self.load()
+        if self.graphs is None:
+            return engine(inputs)
+        with self.graphs.turn():
+            key = tuple((name, tuple(x.shape), x.dtype) for name, x in inputs.items())
+            call = self._calls.pop(key, None)
+            if call is None or call.engine is not engine:
+                arguments(self.component, inputs)  # told of a wrong shape before anything is made of it
+                call = _Call(self.component, engine, inputs, self.graphs)
+            result = call(inputs)
+            self._calls[key] = call
+            while len(self._calls) > _KEPT:
+                self._calls.popitem(last=False)
+            return result
 
     def close(self) -> None:
         """Free the engine; the next call loads it again."""
         with self._lock:
+            self._calls.clear()
             if self._engine is not None:
                 self._engine.close()
                 self._engine = None

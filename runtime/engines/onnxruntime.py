@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...errors import BackendError, BackendUnavailableError
 from ..prepare import onnx_model
-from .base import Availability, Component, Engine, arguments
+from .base import Availability, CallProgram, Component, Engine, Program, Timesteps, arguments
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -47,6 +47,15 @@ class OnnxRuntimeEngine:
         except Exception as error:  # ONNX Runtime's errors have no base of their own
             raise BackendError(f"ONNX Runtime failed on {self._component.name}: {error}") from error
         return {spec.name: x for spec, x in zip(self._component.outputs, outputs, strict=True)}
+
+    def bind(
+        self,
+        inputs: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
+        *,
+        timesteps: Timesteps | None = None,
+    ) -> Program:
+        return CallProgram(self, inputs, outputs, capturable=False)
 
     def close(self) -> None:
         self._session = None

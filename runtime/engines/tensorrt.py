@@ -27,7 +27,7 @@ from ...errors import BackendError, BackendUnavailableError, RequestError
 from ..engine_store import EngineTarget, StoredEngine
 from ..prepare import Rebuild, engine
 from . import trt as products
-from .base import Availability, Component, Engine, arguments
+from .base import Availability, CallProgram, Component, Engine, Program, Timesteps, arguments
 from .sizes import profile_index
 
 __all__ = ["Scratch", "TensorRTBackend", "TensorRTEngine", "TensorRTRTXBackend"]
@@ -164,6 +164,16 @@ class TensorRTEngine:
             outputs = {name: y.clone() for name, y in context.outputs.items()}
             self._scratch.end(stream)
         return outputs
+
+    def bind(
+        self,
+        inputs: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
+        *,
+        timesteps: Timesteps | None = None,
+    ) -> Program:
+        streamed = self._product.name == "tensorrt-rtx" and bool(self._engine.streamable_weights_size)
+        return CallProgram(self, inputs, outputs, capturable=not streamed)
 
     def close(self) -> None:
         with self._scratch.lock:

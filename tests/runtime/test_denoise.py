@@ -7,7 +7,7 @@ import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 from latentrt.errors import KernelArgumentError
 from latentrt.kernels.sampler_step import sampler_step
-from latentrt.runtime.denoise import DenoiseState, denoise
+from latentrt.runtime.denoise import DenoiseState, LoopKind, denoise
 from latentrt.runtime.latents import NoiseSource
 from latentrt.runtime.sampler import SamplerTable, build_table
 from sampler_oracle import (
@@ -103,10 +103,11 @@ def test_arguments_are_left_alone_and_tensors_stay_where_they_are() -> None:
         )
         return halves(sample, t)
 
-    state = DenoiseState(x, table, guidance_scale=3.0)
+    state = DenoiseState(LoopKind.of(x, table, True, 0.0, torch.float32), CPU)
+    state.start(x, table, guidance_scale=3.0)
     address = state.latents.data_ptr()
     for _ in range(len(table)):
-        state.step(unet)
+        state.step(lambda: state.prediction.copy_(unet(state.sample, state.timestep)))
     assert x.equal(X)
     assert state.latents.data_ptr() == address
     assert {s[:5] for s in seen} == {(*seen[0][:2], (4, 4, 8, 8), (4,), torch.float32)}

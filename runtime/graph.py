@@ -1,0 +1,173 @@
+"""Work recorded once and replayed: CUDA graphs, and the same thing on the CPU.
+
+What is recorded reads and writes tensors that were there before, the static ones; everything else it makes is its own
+and means nothing between two replays. Host values (sizes, scales, loop counts) are as they were when it was recorded.
+
+Without CUDA a recording is the list of PyTorch operations that the work ran, over the very tensors it ran them on.
+Replaying it overwrites its own tensors with NaN first, so that what a CUDA graph would get wrong (a buffer left from
+the replay before, a value read back to the host, memory that moved) is wrong on the CPU as well.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..errors import CaptureError, LatentRTError
+
+__all__ = ["Graph", "Graphs"]
+
+_HOST_READS = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "allclose")
+"""Operations that wait for the device to tell the host a value or a size."""
+
+
+class Graph(Protocol):
+    """Recorded work."""
+
+    def replay(self) -> None:
+        """Do it again, over what its static tensors hold now; on a GPU, put it on the current stream."""
+        ...
+
+
+class Graphs:
+    """Recordings on one device, which share their memory, and whose turn it is.
+
+    Recordings that share memory must not run at once: `turn` is held while something is recorded or replayed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._lock = threading.RLock()
+        self._pool: Any = None
+        self._stream: Any = None
+        self._last: Any = None
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Nothing else is recorded or replayed meanwhile, in any thread or stream."""
+        with self._lock:
+            if self._last is not None:
+                torch.cuda.current_stream(self.device).wait_event(self._last)
+            try:
+                yield
+            finally:
+                if self.device.type == "cuda":
+                    self._last = torch.cuda.current_stream(self.device).record_event()
+
+    def capture(self, work: Callable[[], None], what: str) -> Graph:
+        """Record `work`, which runs once or twice meanwhile: write the static tensors afterwards.
+
+        Args:
+            what: its name, for messages.
+
+        Raises:
+            CaptureError: it does something that cannot be recorded; the operation is named.
+        """
+        if self.device.type == "cuda":
+            return self._capture_cuda(work, what)
+        recording = _Recording(what)
+        with recording:
+            work()
+        return _RecordedGraph(recording)
+
+    def _capture_cuda(self, work: Callable[[], None], what: str) -> Graph:
+        with torch.cuda.device(self.device):
+            if self._pool is None:
+                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+            stream, current = self._stream, torch.cuda.current_stream(self.device)
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                work()  # kernels are compiled and libraries choose their algorithms here, not in the graph
+            stream.synchronize()
+            graph, watch = torch.cuda.CUDAGraph(), _LastOperation()
+            try:
+                # Other threads may use the device meanwhile, so only what this one does counts.
+                captured: AbstractContextManager[None] = torch.cuda.graph(
+                    graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+                )
+                with captured, watch:
+                    work()
+            except LatentRTError:
+                raise
+            except RuntimeError as error:
+                raise _failed(what, watch.name, " ".join(str(error).split())[:300]) from error
+            current.wait_stream(stream)
+            return graph
+
+
+def _failed(what: str, operation: str, why: str) -> CaptureError:
+    return CaptureError(
+        f"{what} cannot be recorded as a CUDA graph: {operation or 'its first operation'} failed ({why}); "
+        "run without graphs (graphs=False, or --no-graphs)"
+    )
+
+
+class _LastOperation(TorchDispatchMode):
+    """Remembers the name of the operation that ran last."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.name = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.name = func.name()
+        return func(*args, **(kwargs or {}))
+
+
+class _Recording(TorchDispatchMode):
+    """The operations of a piece of work, with the tensors they took and made."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: list[tuple[Any, Any, Any, list[tuple[int, Tensor]]]] = []
+        self._what = what
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket.__name__ in _HOST_READS:
+            raise _failed(self._what, func.name(), "it reads a value back to the host")
+        out = func(*args, **kwargs)
+        given = {_memory(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        made = [
+            (k, x)
+            for k, x in enumerate(tree_leaves(out))
+            if isinstance(x, Tensor) and x.numel() and _memory(x) not in given
+        ]
+        self.operations.append((func, args, kwargs, made))
+        return out
+
+
+class _RecordedGraph:
+    def __init__(self, recording: _Recording) -> None:
+        self._operations = recording.operations
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        for _, _, _, made in self._operations:
+            for _, x in made:
+                _poison(x)
+        for func, args, kwargs, made in self._operations:
+            out = tree_leaves(func(*args, **kwargs))
+            for k, x in made:
+                x.copy_(out[k])
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _poison(x: Tensor) -> None:
+    """NaN, or what is as far from sense."""
+    if x.dtype.is_floating_point:
+        x.fill_(float("nan"))
+    elif x.dtype == torch.bool:
+        x.logical_not_()
+    else:
+        x.fill_(torch.iinfo(x.dtype).min)
