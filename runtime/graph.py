@@ -27,6 +27,9 @@ __all__ = ["Graph", "Graphs"]
 _HOST_READS = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "allclose")
 """Operations that wait for the device to tell the host a value or a size."""
 
+_UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+"""Operations whose result holds nothing yet."""
+
 
 class Graph(Protocol):
     """Recorded work."""
@@ -61,7 +64,7 @@ class Graphs:
                 if self.device.type == "cuda":
                     self._last = torch.cuda.current_stream(self.device).record_event()
 
-    def capture(self, work: Callable[[], None], what: str) -> Graph:
+    def capture(self, work: Callable[[], object], what: str) -> Graph:
         """Record `work`, which runs once or twice meanwhile: write the static tensors afterwards.
 
         Args:
@@ -77,7 +80,7 @@ class Graphs:
             work()
         return _RecordedGraph(recording)
 
-    def _capture_cuda(self, work: Callable[[], None], what: str) -> Graph:
+    def _capture_cuda(self, work: Callable[[], object], what: str) -> Graph:
         with torch.cuda.device(self.device):
             if self._pool is None:
                 self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
@@ -154,6 +157,8 @@ class _RecordedGraph:
             for _, x in made:
                 _poison(x)
         for func, args, kwargs, made in self._operations:
+            if func.overloadpacket.__name__ in _UNWRITTEN:
+                continue
             out = tree_leaves(func(*args, **kwargs))
             for k, x in made:
                 x.copy_(out[k])

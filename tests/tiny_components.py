@@ -96,6 +96,9 @@ def named_inputs(component: Component, seed: int = 0, **sizes: int) -> dict[str,
 def unet(dtype: torch.dtype = torch.float32, config: Mapping[str, Any] = UNET, seed: int = 0) -> Component:
     f32, c = torch.float32, UNetConfig.from_dict(config)
     pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
+    guidance = (
+        () if (dim := c.time_cond_proj_dim) is None else (TensorSpec("timestep_cond", ("batch", dim), dtype),)
+    )
     return component(
         "unet",
         partial(UNet, c),
@@ -105,6 +108,7 @@ def unet(dtype: torch.dtype = torch.float32, config: Mapping[str, Any] = UNET, s
             TensorSpec("encoder_hidden_states", ("batch", "tokens", c.cross_attention_dim), dtype),
             TensorSpec("text_embeds", ("batch", pooled), dtype),
             TensorSpec("time_ids", ("batch", 6), f32, Values(0, 1024)),
+            *guidance,
         ),
         (TensorSpec("out_sample", ("batch", c.out_channels, "height", "width"), dtype),),
         {"batch": 2, "height": 8, "width": 6, "tokens": 77},

@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 _BACKENDS = {
     "onnxruntime": (".onnxruntime", "OnnxRuntimeBackend"),
     "eager": (".eager", "EagerBackend"),
+    "triton": (".triton", "TritonBackend"),
     "tensorrt": (".tensorrt", "TensorRTBackend"),
     "tensorrt-rtx": (".tensorrt", "TensorRTRTXBackend"),
 }

@@ -1,0 +1,153 @@
+"""The PyTorch modules over the project's Triton kernels, laid out for them.
+
+Weights are packed once, at load: images have their channels last; a self-attention's three projections are one
+product, and so are the projections of all cross-attentions, once for a prompt, and those of all residual blocks'
+time embeddings, once for all steps of a loop. What is left in a step is the part that depends on the latents.
+
+On the CPU the operators are their PyTorch references: the same program, slowly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels import unavailable
+from ..models.unet import UNet
+from ..models.unet_blocks import TransformerBlock
+from .base import Availability, Component, Engine, Program, Timesteps
+from .eager import EagerBackend, EagerEngine
+
+__all__ = ["TritonBackend", "TritonEngine"]
+
+
+class TritonEngine(EagerEngine):
+    """One packed module on one device."""
+
+    def __init__(self, component: Component, device: torch.device) -> None:
+        super().__init__(component, device)
+        assert self._module is not None
+        self._module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        pack_attention(self._module)
+        self._unet = _PackedUNet(self._module) if isinstance(self._module, UNet) else None
+
+    def bind(
+        self,
+        inputs: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
+        *,
+        timesteps: Timesteps | None = None,
+    ) -> Program:
+        if self._unet is None or timesteps is None:
+            return super().bind(inputs, outputs)
+        (prediction,) = outputs.values()
+        return _UNetProgram(self._unet, inputs, prediction, timesteps)
+
+    def close(self) -> None:
+        super().close()
+        self._unet = None
+
+
+class TritonBackend:
+    name = "triton"
+
+    def availability(self, device: torch.device, dtype: torch.dtype) -> Availability:
+        found = EagerBackend().availability(device, dtype)
+        if not found.ok:
+            return found
+        if device.type == "cpu":
+            return Availability(True, "the operators' PyTorch references: Triton's kernels need a GPU")
+        reason = unavailable(device)
+        if reason:
+            what, _, remedy = reason.partition("; ")
+            return Availability(False, what, remedy or "use --backend eager")
+        return found
+
+    def load(self, component: Component, *, device: torch.device, cache_dir: Path | None) -> Engine:
+        return TritonEngine(component, device)
+
+
+def pack(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """The weights and biases of linear layers over one input as one layer's, of which theirs become views.
+
+    Returns:
+        Weight [sum of outputs, inputs] and bias [sum of outputs], None where they have none.
+    """
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+    begin = 0
+    for linear in linears:
+        end = begin + linear.out_features
+        linear.weight.data = weight[begin:end]
+        if bias is not None:
+            linear.bias.data = bias[begin:end]
+        begin = end
+    return weight, bias
+
+
+def pack_attention(module: nn.Module) -> None:
+    """Make the three projections of each self-attention one product."""
+    for block in module.modules():
+        if isinstance(block, TransformerBlock):
+            own = block.attn1
+            own.to_qkv, _ = pack([own.to_q, own.to_k, own.to_v])
+
+
+class _PackedUNet:
+    """A UNet whose projections of text and time are two products."""
+
+    def __init__(self, unet: UNet) -> None:
+        self.unet = unet
+        crossed = [block.attn2 for block in unet.transformers()]
+        shifted = [block.time_emb_proj for block in unet.resnets() if block.time_emb_proj is not None]
+        self._text, _ = pack([linear for attention in crossed for linear in (attention.to_k, attention.to_v)])
+        self._time = pack(shifted)
+        self.text_widths = [attention.to_k.out_features for attention in crossed for _ in range(2)]
+        self.shift_widths = [linear.out_features for linear in shifted]
+
+    def text(self, encoder_hidden_states: Tensor) -> Tensor:
+        """[R, S, D] -> keys and values of all blocks, [R, S, sum of text_widths]."""
+        return F.linear(encoder_hidden_states, self._text)
+
+    def shifts(self, timesteps: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
+        """[N] timesteps -> the shifts of all blocks in each, [N, R, sum of shift_widths]."""
+        unet, text = self.unet, constants["encoder_hidden_states"]
+        rows, steps, cond = len(text), len(timesteps), constants.get("timestep_cond")
+        times = timesteps if cond is None else timesteps.repeat_interleave(rows)
+        emb = unet.embed_time(times, text.dtype, None if cond is None else cond.repeat(steps, 1))
+        emb = emb.view(steps, -1, emb.shape[-1])  # [N, 1 or R, T]
+        if unet.add_embedding is not None:
+            emb = emb + unet.embed_sizes(constants["text_embeds"], constants["time_ids"])
+        weight, bias = self._time
+        return F.linear(F.silu(emb.expand(steps, rows, -1)), weight, bias)
+
+
+class _UNetProgram:
+    capturable = True
+
+    def __init__(
+        self, packed: _PackedUNet, inputs: Mapping[str, Tensor], prediction: Tensor, timesteps: Timesteps
+    ) -> None:
+        self._packed, self._inputs, self._prediction, self._timesteps = packed, inputs, prediction, timesteps
+        text = inputs["encoder_hidden_states"]
+        shape = (len(timesteps.values), len(text), sum(packed.shift_widths))
+        self._text = text.new_zeros((*text.shape[:2], sum(packed.text_widths)))
+        self._shifts = text.new_zeros(shape)
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        self._text.copy_(self._packed.text(self._inputs["encoder_hidden_states"]))
+        self._shifts.copy_(self._packed.shifts(self._timesteps.values, self._inputs))
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        text = iter(self._text.split(self._packed.text_widths, dim=-1))
+        shifts = self._shifts.index_select(0, self._timesteps.index)[0].split(
+            self._packed.shift_widths, dim=-1
+        )
+        sample = self._inputs["sample"].contiguous(memory_format=torch.channels_last)
+        self._prediction.copy_(self._packed.unet.step(sample, shifts, zip(text, text, strict=True)))

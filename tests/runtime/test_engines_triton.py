@@ -1,0 +1,97 @@
+"""The back end over the project's kernels: on the CPU, where its operators are their references."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny_components as tiny
+import torch
+from latentrt.runtime.engines.base import Component, Timesteps, example_inputs
+from latentrt.runtime.engines.eager import EagerBackend
+from latentrt.runtime.engines.triton import TritonBackend
+from latentrt.runtime.graph import Graphs
+from latentrt.runtime.models.unet_blocks import TransformerBlock
+from tolerances import MODEL
+from torch import Tensor
+
+CPU = torch.device("cpu")
+LCM = {**tiny.UNET, "time_cond_proj_dim": 12}
+UNETS = [pytest.param(tiny.UNET, id="sdxl"), pytest.param(LCM, id="lcm")]
+
+
+def load(component: Component, backend: Any) -> Any:
+    return backend.load(component, device=CPU, cache_dir=None)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def inputs_of(component: Component, seed: int = 0) -> dict[str, Tensor]:
+    sizes = {**component.example_sizes, "batch": 2}
+    return {
+        spec.name: x for spec, x in zip(component.inputs, example_inputs(component, sizes, seed), strict=True)
+    }
+
+
+@pytest.mark.parametrize("make", [tiny.unet, tiny.vae_decoder, tiny.vae_encoder, tiny.text_encoder])
+def test_a_call_is_eager_pytorch(make: Any) -> None:
+    component = make()
+    inputs = inputs_of(component)
+    wanted = load(component, EagerBackend())(inputs)
+    found = load(component, TritonBackend())(inputs)
+    for name, value in wanted.items():
+        assert relative(found[name], value) < MODEL, name
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("config", UNETS)
+def test_a_bound_unet_is_eager_pytorch_at_every_timestep_and_for_another_prompt(
+    config: dict[str, Any], recorded: bool
+) -> None:
+    component = tiny.unet(config=config)
+    reference, engine = load(component, EagerBackend()), load(component, TritonBackend())
+    static = {name: torch.zeros_like(x) for name, x in inputs_of(component).items()}
+    name = component.outputs[0].name
+    outputs = {name: torch.zeros_like(static["sample"])}
+    timesteps = Timesteps(torch.zeros(5), torch.zeros(1, dtype=torch.int64))
+    program = engine.bind(static, outputs, timesteps=timesteps)
+    program.prepare()
+    run = Graphs(CPU).capture(program.run, "a step").replay if recorded else program.run
+    for prompt in (1, 2):
+        inputs = inputs_of(component, seed=prompt)
+        for key, x in inputs.items():
+            static[key].copy_(x)
+        timesteps.values.copy_(torch.tensor([999.0, 731.5, 400.0, 1.0, 0.0]))
+        program.prepare()
+        for step, value in enumerate(timesteps.values):
+            timesteps.index.fill_(step)
+            static["sample"].normal_()
+            run()
+            now = {**inputs, "sample": static["sample"], "timestep": value.expand(2)}
+            assert relative(outputs[name], reference(now)[name]) < MODEL
+
+
+def test_weights_are_packed_without_a_second_copy() -> None:
+    engine = load(tiny.unet(), TritonBackend())
+    block = next(m for m in engine._module.modules() if isinstance(m, TransformerBlock))
+    own = {
+        linear.weight.untyped_storage().data_ptr()
+        for linear in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
+    }
+    assert own == {block.attn1.to_qkv.untyped_storage().data_ptr()}
+    crossed = {
+        linear.weight.untyped_storage().data_ptr()
+        for m in engine._module.modules()
+        if isinstance(m, TransformerBlock)
+        for linear in (m.attn2.to_k, m.attn2.to_v)
+    }
+    assert len(crossed) == 1
+
+
+def test_images_have_their_channels_last() -> None:
+    engine = load(tiny.vae_decoder(), TritonBackend())
+    convolutions = [m.weight for m in engine._module.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert convolutions
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in convolutions)
