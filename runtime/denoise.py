@@ -163,7 +163,7 @@ class _Loop:
         self.state = DenoiseState(kind, device)
         self.constants = {name: torch.zeros_like(x, device=device) for name, x in constants.items()}
         inputs = {"sample": self.state.sample, "timestep": self.state.timestep, **self.constants}
-        outputs = {"prediction": self.state.prediction}
+        outputs = {unet.component.outputs[0].name: self.state.prediction}
         self.program: Program = self.engine.bind(inputs, outputs, timesteps=self.state.timesteps)
         self.graph: Graph | None = None
         if unet.graphs is not None and self.program.capturable:

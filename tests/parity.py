@@ -130,7 +130,7 @@ class Case:
         """Of the image in [0, 1]."""
         if self.prediction == "zero-snr" and self.steps <= 5:
             return PIPELINE_ZERO_SNR_FEW_STEPS
-        return PIPELINE_EAGER if self.backend == "eager" else PIPELINE_ONNXRUNTIME
+        return PIPELINE_ONNXRUNTIME if self.backend == "onnxruntime" else PIPELINE_EAGER
 
     def options(self) -> Options:
         """Arguments with the same name and meaning on both sides, for every prompt."""

@@ -28,6 +28,13 @@ def test_cover(case: Case, rig: Rig) -> None:
     assert rig.difference(case) <= case.tolerance
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_triton_back_end(kind: str, rig: Rig) -> None:
+    """Packed weights and a loop that computes text and time beforehand, of whatever family."""
+    case = Case(kind, NATIVE[kind], OWN_PREDICTION[kind], 5, 7.5, 3, "a", "triton")
+    assert rig.difference(case) <= case.tolerance
+
+
 def test_the_cover_holds_every_pair() -> None:
     def pairs(case: Case) -> set[tuple[tuple[str, object], ...]]:
         return set(combinations(vars(case).items(), 2))

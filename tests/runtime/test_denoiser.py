@@ -1,0 +1,191 @@
+"""Loops that stay ready: recorded steps equal plain ones, and no request leaves anything for the next."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny_components as tiny
+import torch
+from latentrt.errors import CaptureError
+from latentrt.runtime.denoise import Denoiser, denoise
+from latentrt.runtime.engines.base import Component, example_inputs
+from latentrt.runtime.engines.lazy import EngineLoader, LazyEngine
+from latentrt.runtime.graph import Graph, Graphs
+from latentrt.runtime.latents import NoiseSource
+from latentrt.runtime.sampler import SamplerTable, build_table
+from sampler_oracle import CLASSES, config_of, generators, make_scheduler, noise_like
+from torch import Tensor
+
+CPU = torch.device("cpu")
+SIZES = ((8, 8), (6, 10), (9, 7))
+
+
+@pytest.fixture(scope="module")
+def component() -> Component:
+    return tiny.unet()
+
+
+def engine(component: Component, backend: str = "triton", *, graphs: bool) -> LazyEngine:
+    return EngineLoader(backend, CPU, torch.float32, None, graphs).engine(component)
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was recorded."""
+    made: list[str] = []
+    capture = Graphs.capture
+
+    def counting(self: Graphs, work: Callable[[], object], what: str) -> Graph:
+        made.append(what)
+        return capture(self, work, what)
+
+    monkeypatch.setattr(Graphs, "capture", counting)
+    return made
+
+
+class Request:
+    """Everything a loop is asked for, from a seed."""
+
+    def __init__(
+        self, component: Component, seed: int, sampler: str | None = None, batch: int | None = None
+    ) -> None:
+        rng = random.Random(seed)
+        self.sampler = sampler or rng.choice(list(CLASSES))
+        self.steps = rng.randint(1, 7)
+        batch = batch or rng.randint(1, 3)
+        size = rng.choice(SIZES) if sampler is None else SIZES[0]
+        guided = True if sampler is not None else rng.random() < 0.7
+        rows = 2 * batch if guided else batch
+        self.table: SamplerTable = build_table(config_of(make_scheduler(self.sampler)), self.steps)
+        self.latents = noise_like(batch, 4, *size, seed=seed) * self.table.init_noise_sigma
+        sizes = {**component.example_sizes, "batch": rows}
+        inputs = zip(component.inputs, example_inputs(component, sizes, seed), strict=True)
+        self.constants = {spec.name: x for spec, x in inputs if spec.name not in ("sample", "timestep")}
+        noise = NoiseSource(generators(batch, seed), batch).draw_steps(self.table, (4, *size), CPU)
+        scale = torch.tensor([rng.uniform(1.5, 9.0) for _ in range(batch)])
+        self.options: dict[str, Any] = {"guidance_scale": scale if guided else None, "noise": noise}
+
+    def run(self, loop: Denoiser, **options: Any) -> Tensor:
+        return loop(self.latents, self.table, self.constants, **self.options, **options)
+
+
+@pytest.mark.parametrize("sampler", CLASSES)
+def test_one_recording_serves_every_prompt_scale_seed_and_number_of_steps(
+    component: Component, captures: list[str], sampler: str
+) -> None:
+    recorded, plain = (Denoiser(engine(component, graphs=graphs)) for graphs in (True, False))
+    for seed in range(4):
+        request = Request(component, seed, sampler, batch=2)
+        assert request.run(recorded).equal(request.run(plain))
+    assert captures == ["a denoising step of unet"]
+
+
+def test_a_loop_is_the_plain_loop_over_the_called_engine(component: Component) -> None:
+    """Nothing of the static tensors shows: the same as calling the engine on fresh ones."""
+    lazy = engine(component, "eager", graphs=False)
+    name = component.outputs[0].name
+    for seed in range(6):
+        request = Request(component, seed)
+
+        def unet(sample: Tensor, timestep: Tensor, request: Request = request) -> Tensor:
+            return lazy({"sample": sample, "timestep": timestep, **request.constants})[name]
+
+        wanted = denoise(unet, request.latents, request.table, **request.options)
+        assert request.run(Denoiser(lazy)).equal(wanted)
+
+
+@pytest.mark.parametrize("first", range(0, 50, 10))
+def test_random_sequences_of_requests_leave_nothing_behind(component: Component, first: int) -> None:
+    """Fifty sequences in all; each result equals that of a loop that has done nothing before."""
+    for sequence in range(first, first + 10):
+        rng = random.Random(f"sequence {sequence}")
+        used, fresh = engine(component, graphs=True), engine(component, graphs=False)
+        loop = Denoiser(used)
+        for _ in range(3):
+            request = Request(component, rng.randrange(1000))
+            stop_after = rng.choice([None, None, 0, 1, 2])
+            counts = [0, 0]
+
+            def stop(which: int, limit: int | None = stop_after, counts: list[int] = counts) -> bool:
+                counts[which] += 1
+                return limit is not None and counts[which] > limit
+
+            found = request.run(loop, should_stop=lambda stop=stop: stop(0))
+            wanted = request.run(Denoiser(fresh), should_stop=lambda stop=stop: stop(1))
+            assert found.equal(wanted)
+
+
+def test_an_interruption_at_any_step_leaves_the_loop_usable(component: Component) -> None:
+    loop = Denoiser(engine(component, graphs=True))
+    request = Request(component, 3, "dpm++2m", batch=1)
+    whole = request.run(loop)
+    for last in range(request.steps + 1):
+        done: list[Tensor] = []
+        request.run(
+            loop, on_step=lambda i, t, x, d=done: d.append(x), should_stop=lambda d=done, n=last: len(d) == n
+        )
+        assert len(done) == min(last, request.steps)
+        assert request.run(loop).equal(whole)
+
+
+def test_an_error_in_a_callback_leaves_the_loop_usable(component: Component) -> None:
+    loop = Denoiser(engine(component, graphs=True))
+    request = Request(component, 3, "pndm", batch=1)
+    whole = request.run(loop)
+
+    def fail(i: int, t: float, x: Tensor) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        request.run(loop, on_step=fail)
+    assert request.run(loop).equal(whole)
+
+
+def test_callbacks_replace_the_latents_of_recorded_steps(component: Component) -> None:
+    recorded, plain = (Denoiser(engine(component, graphs=graphs)) for graphs in (True, False))
+    request = Request(component, 5, "euler", batch=1)
+    other = torch.ones_like(request.latents)
+    found, wanted = (
+        request.run(loop, on_step=lambda i, t, x: other if i == 0 else None) for loop in (recorded, plain)
+    )
+    assert found.equal(wanted)
+    assert not found.equal(request.run(plain))
+
+
+def test_a_step_that_reads_a_value_back_cannot_be_recorded(component: Component) -> None:
+    """What would make the host wait for the GPU in every step."""
+    lazy = engine(component, graphs=True)
+    loaded = lazy.load()
+    bind = loaded.bind
+
+    def reading(*args: Any, **options: Any) -> Any:
+        program = bind(*args, **options)
+        run = program.run
+        program.run = lambda: (run(), float(args[0]["timestep"][0]))  # type: ignore[method-assign]
+        return program
+
+    loaded.bind = reading  # type: ignore[method-assign]
+    with pytest.raises(CaptureError, match=r"a denoising step of unet.*_local_scalar_dense"):
+        Request(component, 0).run(Denoiser(lazy))
+
+
+def test_threads_take_loops_of_their_own(component: Component) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    lazy = engine(component, "eager", graphs=False)
+    loop = Denoiser(lazy)
+    requests = [Request(component, seed, "euler-a", batch=1) for seed in range(6)]
+    alone = [request.run(Denoiser(lazy)) for request in requests]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda request: request.run(loop), requests))
+    assert all(a.equal(b) for a, b in zip(alone, together, strict=True))
+
+
+def test_few_loops_are_kept(component: Component) -> None:
+    loop = Denoiser(engine(component, "eager", graphs=False))
+    for seed in range(40):
+        Request(component, seed).run(loop)
+    assert 1 < len(loop._idle) <= 8
