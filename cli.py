@@ -71,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: by device")
     g.add_argument("--variant", help="weights variant, such as fp16")
     g.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    g.add_argument(
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        help="record a denoising step once and replay it (default: on a GPU, as a CUDA graph)",
+    )
     g.add_argument("--sampler", help="override the checkpoint's, such as euler or dpm++2m-karras")
     g.add_argument("--steps", type=int, default=30)
     g.add_argument("--seed", type=int, help="of the first image; the next ones count up (default: random)")

@@ -55,6 +55,7 @@ def generate(args: argparse.Namespace) -> Iterator[str]:
         dtype=args.dtype,
         variant=args.variant,
         device=args.device,
+        graphs=args.graphs,
     )
     pipe.set_progress_bar_config(disable=True if args.json else None)
     options: dict[str, Any] = {} if args.guidance is None else {"guidance_scale": args.guidance}

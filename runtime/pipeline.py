@@ -183,6 +183,48 @@ class Pipeline:
         for watch in list(self._running):
             watch.stop.set()
 
+    def warmup(
+        self,
+        sizes: Sequence[Size] | None = None,
+        batches: Sequence[int] = (1,),
+        *,
+        guidance: bool = True,
+        sampler: str | None = None,
+    ) -> None:
+        """Load everything and record the work for these sizes, so that the first request is as fast as the others.
+
+        Args:
+            sizes: (height, width) in pixels; the model's own by default.
+            batches: numbers of images.
+            guidance, sampler: as the requests will have them.
+        """
+        pixels = [(None, None)] if sizes is None else sorted(sizes, key=lambda size: -size[0] * size[1])
+        with self._quiet():
+            for height, width in pixels:
+                for batch in sorted(
+                    batches, reverse=True
+                ):  # the largest first: the others then fit its memory
+                    self(
+                        [""] * batch,
+                        height=height,
+                        width=width,
+                        num_inference_steps=4,  # of which a refiner takes two
+                        high_noise_frac=0.5,
+                        guidance_scale=None if guidance else 1.0,
+                        sampler=sampler,
+                        seed=0,
+                        output_type="pt",
+                    )
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Without a bar."""
+        shown, self._progress = self._progress, {"disable": True}
+        try:
+            yield
+        finally:
+            self._progress = shown
+
     def __call__(
         self,
         prompt: str | Sequence[str],

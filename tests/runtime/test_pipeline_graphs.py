@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import latentrt
 import numpy as np
 import pytest
+from latentrt.runtime.graph import Graph, Graphs
 from parity import Rig
 
 CALL: dict[str, Any] = {"prompt": "a red cat on the hill", "height": 64, "width": 48, "output_type": "np"}
@@ -54,3 +56,30 @@ def test_after_an_interruption_it_makes_the_same_image(folders: tuple[Any, Any])
         cut = pipe(**request, callback_on_step_end=lambda p, i, t, k, n=last: {"interrupt": i == n})
         assert cut.interrupted
         assert np.array_equal(pipe(**request).images, whole)
+
+
+def test_warming_up_records_every_size_the_largest_first(
+    folders: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = load(folders, graphs=True)
+    made: list[str] = []
+    capture = Graphs.capture
+
+    def counting(self: Graphs, work: Callable[[], object], what: str) -> Graph:
+        made.append(what)
+        return capture(self, work, what)
+
+    monkeypatch.setattr(Graphs, "capture", counting)
+    sizes = [(32, 32), (64, 48)]
+    shapes: list[Any] = []
+    prepare = pipe._start
+    monkeypatch.setattr(
+        pipe, "_start", lambda r, t, n: shapes.append((r.height, r.width, r.batch)) or prepare(r, t, n)
+    )
+    pipe.warmup(sizes, batches=(1, 2))
+    assert shapes == [(64, 48, 2), (64, 48, 1), (32, 32, 2), (32, 32, 1)]
+    assert sum("unet" in what for what in made) == 8  # two experts
+    made.clear()
+    for height, width in sizes:
+        pipe(**{**CALL, "height": height, "width": width}, num_inference_steps=3, seed=1)
+    assert made == []
