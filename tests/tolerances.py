@@ -17,6 +17,10 @@ PIPELINE_ONNXRUNTIME = 5e-4
 # exact table; later steps make up for it.
 PIPELINE_ZERO_SNR_FEW_STEPS = 3e-3
 
+PIPELINE_GPU = 1e-3
+"""A float32 image made on a GPU without TF32 against the CPU's: every sum is taken in another order, over some
+twenty forwards of two networks."""
+
 SAMPLER_STEP = 2e-6
 """One step in float32 against float64: about twenty roundings of numbers up to ten times the result."""
 

@@ -1,0 +1,120 @@
+"""CUDA graphs on a GPU: the demo in float32, whose images are known from the CPU."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import latentrt
+import numpy as np
+import pytest
+import torch
+from latentrt.errors import CaptureError
+from latentrt.kernels._triton import counted
+from latentrt.runtime.engines.base import Timesteps, example_inputs
+from latentrt.runtime.engines.triton import TritonBackend
+from latentrt.runtime.graph import Graphs
+from latentrt.runtime.loading import load_components
+from latentrt.runtime.models.layers import GroupNorm, GroupNormSiLU
+from latentrt.runtime.models.unet_blocks import TransformerBlock
+from latentrt.runtime.weights import open_checkpoint
+
+pytestmark = pytest.mark.gpu
+
+CALL: dict[str, Any] = {
+    "prompt": "a red circle above a blue square",
+    "num_inference_steps": 8,
+    "output_type": "np",
+}
+
+
+def load(**options: Any) -> latentrt.Pipeline:
+    pipe = latentrt.Pipeline.from_pretrained(
+        "demo", "demo", **{"dtype": "float32", "device": "cuda", **options}
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def graphed() -> latentrt.Pipeline:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return load(backend="triton")
+
+
+def test_work_is_replayed_over_what_the_static_tensors_hold() -> None:
+    graphs = Graphs(torch.device("cuda"))
+    x, y = torch.zeros(1 << 16, device="cuda"), torch.zeros(1 << 16, device="cuda")
+    first = graphs.capture(lambda: y.copy_((2 * x + 1).relu()), "first")
+    second = graphs.capture(lambda: y.add_(x.sin()), "second")
+    for value in (-3.0, 5.0):
+        x.fill_(value)
+        with graphs.turn():
+            first.replay()
+            second.replay()
+        wanted = max(0.0, 2 * value + 1) + np.sin(value)
+        torch.testing.assert_close(y, torch.full_like(y, wanted))
+
+
+def test_what_cannot_be_recorded_is_named() -> None:
+    x = torch.ones(4, device="cuda")
+    with pytest.raises(CaptureError, match=r"the work.*aten::_local_scalar_dense.*--no-graphs"):
+        Graphs(x.device).capture(lambda: float(x.sum()), "the work")
+    assert float(x.sum()) == 4  # the device is none the worse for it
+
+
+def test_the_images_are_those_of_the_cpu(graphed: latentrt.Pipeline) -> None:
+    cpu = load(backend="eager", device="cpu")
+    for seed in range(3):
+        found, wanted = (pipe(**CALL, seed=seed, guidance_scale=3.0).images for pipe in (graphed, cpu))
+        assert (
+            np.abs(found - wanted).max() <= 10 * PIPELINE_EAGER
+        )  # other sums in another order, twice as many
+
+
+def test_graphs_change_nothing(graphed: latentrt.Pipeline) -> None:
+    """For prompts, scales, seeds, steps, sizes and samplers in any order, interruptions between them."""
+    plain = load(backend="triton", graphs=False)
+    rng = random.Random(0)
+    for _ in range(20):
+        request: dict[str, Any] = {
+            **CALL,
+            "prompt": rng.choice(["a green star", "a cyan ring left of a red cross on black"]),
+            "seed": rng.randrange(100),
+            "num_inference_steps": rng.choice([2, 5, 9]),
+            "guidance_scale": rng.choice([1.0, 2.0, 4.0]),
+            "num_images_per_prompt": rng.choice([1, 2]),
+            "sampler": rng.choice([None, "euler-a", "dpm++2m"]),
+        }
+        request["height"], request["width"] = rng.choice([(128, 128), (160, 96)])
+        if rng.random() < 0.3:
+            graphed(**request, callback_on_step_end=lambda p, i, t, k: {"interrupt": i == 1})
+        found, wanted = graphed(**request).images, plain(**request).images
+        assert np.array_equal(found, wanted), request
+
+
+def test_the_same_seed_gives_the_same_image_after_recording_anew(graphed: latentrt.Pipeline) -> None:
+    first = graphed(**CALL, seed=7).images
+    assert np.array_equal(load(backend="triton")(**CALL, seed=7).images, first)
+    assert np.array_equal(graphed(**CALL, seed=7).images, first)
+
+
+def test_a_step_launches_our_kernels_once_each() -> None:
+    component = load_components(open_checkpoint("demo"), torch.float16)["unet"]
+    engine: Any = TritonBackend().load(component, device=torch.device("cuda"), cache_dir=None)
+    sizes = {**component.example_sizes, "batch": 2, "height": 16, "width": 16}
+    drawn = zip(component.inputs, example_inputs(component, sizes), strict=True)
+    inputs = {spec.name: x.to("cuda") for spec, x in drawn}
+    outputs = {component.outputs[0].name: torch.zeros_like(inputs["sample"])}
+    steps = Timesteps(
+        torch.full((4,), 500.0, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
+    )
+    program = engine.bind(inputs, outputs, timesteps=steps)
+    program.prepare()
+    with counted() as counts:
+        program.run()
+    modules = list(engine._module.modules())
+    blocks = sum(isinstance(m, TransformerBlock) for m in modules)
+    norms = sum(isinstance(m, GroupNorm | GroupNormSiLU) for m in modules)
+    wanted = {"attention": 2 * blocks, "geglu": blocks, "layer_norm": 3 * blocks, "apply": norms}
+    assert {kind: sum(n for name, n in counts.items() if kind in name) for kind in wanted} == wanted
