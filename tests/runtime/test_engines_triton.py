@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import tiny_components as tiny
 import torch
+from latentrt.kernels._triton import counted, forced
 from latentrt.runtime.engines.base import Component, Timesteps, example_inputs
 from latentrt.runtime.engines.eager import EagerBackend
 from latentrt.runtime.engines.triton import TritonBackend
 from latentrt.runtime.graph import Graphs
+from latentrt.runtime.models.layers import GroupNorm, GroupNormSiLU
 from latentrt.runtime.models.unet_blocks import TransformerBlock
 from tolerances import MODEL
 from torch import Tensor
@@ -95,3 +97,24 @@ def test_images_have_their_channels_last() -> None:
     convolutions = [m.weight for m in engine._module.modules() if isinstance(m, torch.nn.Conv2d)]
     assert convolutions
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in convolutions)
+
+
+def test_a_step_through_the_kernels_themselves() -> None:
+    """In Triton's interpreter: every operator of a step is launched, and the step computes the same."""
+    component = tiny.unet()
+    engine, inputs = load(component, TritonBackend()), inputs_of(component)
+    name = component.outputs[0].name
+    outputs = {name: torch.zeros_like(inputs["sample"])}
+    timesteps = Timesteps(torch.full((2,), 500.0), torch.zeros(1, dtype=torch.int64))
+    program = engine.bind(inputs, outputs, timesteps=timesteps)
+    program.prepare()
+    program.run()
+    wanted = outputs[name].clone()
+    with forced(), counted() as counts:
+        program.run()
+    assert relative(outputs[name], wanted) < MODEL
+    modules = list(engine._module.modules())
+    blocks = sum(isinstance(m, TransformerBlock) for m in modules)
+    norms = sum(isinstance(m, GroupNorm | GroupNormSiLU) for m in modules)
+    launches = {"attention": 2 * blocks, "geglu": blocks, "layer_norm": 3 * blocks, "apply": norms}
+    assert {kind: sum(n for key, n in counts.items() if kind in key) for kind in launches} == launches
