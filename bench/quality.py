@@ -39,20 +39,26 @@ class ImageTower(nn.Module):
         self.head = nn.Sequential(nn.Linear(2 * last, 2 * last), nn.GELU(), nn.Linear(2 * last, embedding))
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, H, W] -> FID features [B, F] (averages of the deeper maps), pooled placed map [B, 2C]."""
-        averages = []
+        """[B, 3, H, W] -> FID features [B, F], pooled placed map [B, 2C].
+
+        The features are averages of the deeper maps, which tell what is shown, and deviations of the shallower ones,
+        which tell how sharply: averages alone hardly change when a picture is blurred.
+        """
+        moments = []
         for k, (down, norm) in enumerate(zip(self.down, self.norm, strict=True)):
             x = F.gelu(norm(down(x)))
             if k >= 3:
                 x = x + F.gelu(self.refine[k - 3](x))
             if k >= 1:
-                averages.append(x.mean(dim=(2, 3)))
+                moments.append(x.mean(dim=(2, 3)))
+            if k <= 2:
+                moments.append(x.std(dim=(2, 3)))
         batch, _, height, width = x.shape
         ys = torch.linspace(-1, 1, height, device=x.device, dtype=x.dtype).view(1, 1, -1, 1)
         xs = torch.linspace(-1, 1, width, device=x.device, dtype=x.dtype).view(1, 1, 1, -1)
         place = torch.cat([ys.expand(batch, 1, height, width), xs.expand(batch, 1, height, width)], dim=1)
         pooled = F.gelu(self.place(torch.cat([x, place], dim=1))).mean(dim=(2, 3))
-        return torch.cat([*averages, pooled], dim=1), pooled
+        return torch.cat([*moments, pooled], dim=1), pooled
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> embedding [B, E], not normalised."""

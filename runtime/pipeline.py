@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BackendUnavailableError, RequestError, UnsafeWeightsError
+from ..errors import RequestError, UnsafeWeightsError
 from .engines.lazy import EngineLoader
 from .expert import Expert, check_fit
 from .image import from_tensor
 from .latents import NoiseSource, initial_latents, noised_latents
 from .loading import load_expert, load_vae
+from .place import device_named, dtype_named
 from .progress import Watch
 from .record import records
 from .request import GenerationRequest, OutputType, Size
@@ -30,8 +31,6 @@ from .weights import open_checkpoint
 __all__ = ["Pipeline", "PipelineOutput"]
 
 OnStepEnd = Callable[["Pipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class Pipeline:
             raise UnsafeWeightsError(
                 "use_safetensors=False asks for pickled weights, which can run code; leave it out"
             )
-        if dtype is not None and torch_dtype is not None and _dtype(dtype) != _dtype(torch_dtype):
+        if dtype is not None and torch_dtype is not None and dtype_named(dtype) != dtype_named(torch_dtype):
             raise RequestError(f"dtype is {dtype} and torch_dtype {torch_dtype}; give one of them")
         shared = ((text_encoder, TextEncoder), (text_encoder_2, TextEncoder), (vae, VAE))
         for part, kind in shared:
@@ -126,9 +125,9 @@ class Pipeline:
                 raise RequestError(
                     f"a {type(part).__name__} was given to share; give the {kind.__name__} of a latentrt.Pipeline"
                 )
-        place = _device(device)
+        place = device_named(device)
         chosen = dtype if dtype is not None else torch_dtype
-        precision = _dtype(chosen or ("float32" if place.type == "cpu" else "float16"))
+        precision = dtype_named(chosen or ("float32" if place.type == "cpu" else "float16"))
         loader = EngineLoader(
             backend, place, precision, None if cache_dir is None else Path(cache_dir), graphs
         )
@@ -169,7 +168,7 @@ class Pipeline:
         Raises:
             BackendUnavailableError: the back end cannot run there.
         """
-        place = _device(device)
+        place = device_named(device)
         if place != self._loader.device:
             self._loader.move(place)
         return self
@@ -405,26 +404,3 @@ class Pipeline:
         finally:
             self._running.discard(watch)
             watch.close()
-
-
-def _dtype(value: torch.dtype | str) -> torch.dtype:
-    name = str(value).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise RequestError(f"dtype is {value!r}; it can be {', '.join(_DTYPES)}")
-    return _DTYPES[name]
-
-
-def _device(value: torch.device | str | None) -> torch.device:
-    if value is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(value)
-    except (RuntimeError, TypeError) as error:
-        raise RequestError(f"device is {value!r}; it can be 'cpu', 'cuda' or 'cuda:1' and so on") from error
-    if device.type not in ("cpu", "cuda"):
-        raise RequestError(f"device is {value!r}; latentrt runs on 'cpu' and 'cuda'")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailableError(
-            f"device is {str(value)!r}, and PyTorch {torch.__version__} sees no CUDA device"
-        )
-    return device

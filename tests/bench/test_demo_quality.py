@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 from latentrt.bench.demo_model.evaluate import measure_accuracy, measure_fid, measure_sizes
-from latentrt.bench.demo_model.generate import PipelineGenerator
+from latentrt.bench.demo_model.generate import Picture, PipelineGenerator
 from latentrt.bench.demo_model.scenes import random_scene, render
 from latentrt.bench.demo_model.tokenizer import DEMO
 from latentrt.bench.quality import ImageTower, fid_difference, fid_features, frechet_distance
+from scipy import ndimage
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +41,19 @@ def test_prompts_steer_the_picture(refined: PipelineGenerator) -> None:
 
 
 def test_fid_tells_drawn_from_damaged(tower: ImageTower) -> None:
-    import random
-
     rng = random.Random(0)
     drawn = [render(random_scene(rng)) for _ in range(400)]
     noise = np.random.default_rng(0)
-    noisy = [np.clip(p + noise.normal(0, 24, p.shape), 0, 255).astype(np.uint8) for p in drawn[200:]]
-    truth, clean, damaged = (fid_features(tower, part) for part in (drawn[:200], drawn[200:], noisy))
-    assert frechet_distance(truth, clean) < frechet_distance(truth, damaged)
-    _, low, _ = fid_difference(truth, damaged, clean, seed=0, rounds=20)
-    assert low > 0
+    damages: list[Callable[[Picture], Picture]] = [
+        lambda p: np.clip(p + noise.normal(0, 24, p.shape), 0, 255).astype(np.uint8),
+        lambda p: ndimage.gaussian_filter(p, (1.5, 1.5, 0)),
+    ]
+    truth, clean = (fid_features(tower, part) for part in (drawn[:200], drawn[200:]))
+    for damage in damages:
+        damaged = fid_features(tower, [damage(p) for p in drawn[200:]])
+        assert frechet_distance(truth, clean) < frechet_distance(truth, damaged)
+        _, low, _ = fid_difference(truth, damaged, clean, seed=0, rounds=20)
+        assert low > 0
 
 
 def test_frechet_distance_of_gaussians() -> None:

@@ -18,6 +18,7 @@ from latentrt.runtime.loading import load_components
 from latentrt.runtime.models.layers import GroupNorm, GroupNormSiLU
 from latentrt.runtime.models.unet_blocks import TransformerBlock
 from latentrt.runtime.weights import open_checkpoint
+from tolerances import PIPELINE_GPU
 
 pytestmark = pytest.mark.gpu
 
