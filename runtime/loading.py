@@ -232,10 +232,10 @@ def unet_component(
 
 
 def load_vae(checkpoint: Checkpoint, loader: EngineLoader) -> VAE:
-    """Both halves of the VAE; in float32 where float16 would overflow (`force_upcast`)."""
+    """Both halves of the VAE; where float16 would overflow (`force_upcast`), in what the back end has instead."""
     raw = checkpoint.config("vae")
     config = VAEConfig.from_dict(raw)
-    dtype = torch.float32 if config.force_upcast and loader.dtype == torch.float16 else loader.dtype
+    dtype = loader.backend.upcast if config.force_upcast and loader.dtype == torch.float16 else loader.dtype
     scale = config.scale
     sizes = {"native_size": max(config.sample_size or (512, 512)), "latent_scale": scale}
 

@@ -23,7 +23,7 @@ class VAE:
     Attributes:
         decoder: latents `[1, C, h, w]` -> image `[1, 3, 8h, 8w]` in [-1, 1].
         encoder: image -> moments `[1, 2C, h, w]`, mean and log-variance.
-        dtype: the engines' dtype; float32 for a half-precision model whose VAE overflows (`force_upcast`).
+        dtype: the engines' dtype; a wider one for a float16 model whose VAE overflows (`force_upcast`).
         scaling_factor: latents of unit variance are the VAE's own times this.
         channels: C, 4.
         scale: pixels per latent along a side, 8.

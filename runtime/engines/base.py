@@ -198,9 +198,14 @@ class Availability:
 
 
 class Backend(Protocol):
-    """A way to run components. Chosen once, when a pipeline is loaded."""
+    """A way to run components. Chosen once, when a pipeline is loaded.
+
+    Attributes:
+        upcast: what a network that overflows in float16 runs in: float32, or bfloat16 where that is much faster.
+    """
 
     name: str
+    upcast: torch.dtype
 
     def availability(self, device: torch.device, dtype: torch.dtype) -> Availability:
         """Whether components of `dtype` can run on `device`; imports as little as it can."""

@@ -47,6 +47,7 @@ class EagerEngine:
 
 class EagerBackend:
     name = "eager"
+    upcast = torch.float32
 
     def availability(self, device: torch.device, dtype: torch.dtype) -> Availability:
         if device.type == "cuda" and not torch.cuda.is_available():

@@ -63,6 +63,7 @@ class OnnxRuntimeEngine:
 
 class OnnxRuntimeBackend:
     name = "onnxruntime"
+    upcast = torch.float32
 
     def availability(self, device: torch.device, dtype: torch.dtype) -> Availability:
         remedy = _INSTALL.get(device.type)

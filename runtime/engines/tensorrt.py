@@ -227,6 +227,7 @@ class TensorRTBackend:
     """TensorRT. `LATENTRT_BUILD=never` makes a missing engine an error where it would be built."""
 
     name = "tensorrt"
+    upcast = torch.float32
 
     def __init__(self) -> None:
         self._scratch: dict[torch.device, Scratch] = {}

@@ -54,6 +54,7 @@ class TritonEngine(EagerEngine):
 
 class TritonBackend:
     name = "triton"
+    upcast = torch.bfloat16
 
     def availability(self, device: torch.device, dtype: torch.dtype) -> Availability:
         found = EagerBackend().availability(device, dtype)

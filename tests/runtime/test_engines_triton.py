@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_components as tiny
+import tiny_components
 import torch
 from latentrt.kernels._triton import counted, forced
 from latentrt.runtime.engines.base import Component, Timesteps, example_inputs
 from latentrt.runtime.engines.eager import EagerBackend
+from latentrt.runtime.engines.lazy import EngineLoader
 from latentrt.runtime.engines.triton import TritonBackend
 from latentrt.runtime.graph import Graphs
+from latentrt.runtime.loading import load_vae
 from latentrt.runtime.models.layers import GroupNorm, GroupNormSiLU
 from latentrt.runtime.models.unet_blocks import TransformerBlock
+from latentrt.runtime.weights import open_checkpoint
 from tolerances import MODEL
 from torch import Tensor
 
 CPU = torch.device("cpu")
-LCM = {**tiny.UNET, "time_cond_proj_dim": 12}
-UNETS = [pytest.param(tiny.UNET, id="sdxl"), pytest.param(LCM, id="lcm")]
+LCM = {**tiny_components.UNET, "time_cond_proj_dim": 12}
+MAKERS = [tiny_components.unet, tiny_components.vae_decoder, tiny_components.vae_encoder]
+MAKERS += [tiny_components.text_encoder]
+UNETS = [pytest.param(tiny_components.UNET, id="sdxl"), pytest.param(LCM, id="lcm")]
 
 
 def load(component: Component, backend: Any) -> Any:
@@ -37,7 +44,15 @@ def inputs_of(component: Component, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("make", [tiny.unet, tiny.vae_decoder, tiny.vae_encoder, tiny.text_encoder])
+@pytest.mark.parametrize(
+    "make",
+    [
+        tiny_components.unet,
+        tiny_components.vae_decoder,
+        tiny_components.vae_encoder,
+        tiny_components.text_encoder,
+    ],
+)
 def test_a_call_is_eager_pytorch(make: Any) -> None:
     component = make()
     inputs = inputs_of(component)
@@ -52,7 +67,7 @@ def test_a_call_is_eager_pytorch(make: Any) -> None:
 def test_a_bound_unet_is_eager_pytorch_at_every_timestep_and_for_another_prompt(
     config: dict[str, Any], recorded: bool
 ) -> None:
-    component = tiny.unet(config=config)
+    component = tiny_components.unet(config=config)
     reference, engine = load(component, EagerBackend()), load(component, TritonBackend())
     static = {name: torch.zeros_like(x) for name, x in inputs_of(component).items()}
     name = component.outputs[0].name
@@ -76,7 +91,7 @@ def test_a_bound_unet_is_eager_pytorch_at_every_timestep_and_for_another_prompt(
 
 
 def test_weights_are_packed_without_a_second_copy() -> None:
-    engine = load(tiny.unet(), TritonBackend())
+    engine = load(tiny_components.unet(), TritonBackend())
     block = next(m for m in engine._module.modules() if isinstance(m, TransformerBlock))
     own = {
         linear.weight.untyped_storage().data_ptr()
@@ -93,7 +108,7 @@ def test_weights_are_packed_without_a_second_copy() -> None:
 
 
 def test_images_have_their_channels_last() -> None:
-    engine = load(tiny.vae_decoder(), TritonBackend())
+    engine = load(tiny_components.vae_decoder(), TritonBackend())
     convolutions = [m.weight for m in engine._module.modules() if isinstance(m, torch.nn.Conv2d)]
     assert convolutions
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in convolutions)
@@ -101,7 +116,7 @@ def test_images_have_their_channels_last() -> None:
 
 def test_a_step_through_the_kernels_themselves() -> None:
     """In Triton's interpreter: every operator of a step is launched, and the step computes the same."""
-    component = tiny.unet()
+    component = tiny_components.unet()
     engine, inputs = load(component, TritonBackend()), inputs_of(component)
     name = component.outputs[0].name
     outputs = {name: torch.zeros_like(inputs["sample"])}
@@ -118,3 +133,15 @@ def test_a_step_through_the_kernels_themselves() -> None:
     norms = sum(isinstance(m, GroupNorm | GroupNormSiLU) for m in modules)
     launches = {"attention": 2 * blocks, "geglu": blocks, "layer_norm": 3 * blocks, "apply": norms}
     assert {kind: sum(n for key, n in counts.items() if kind in key) for kind in launches} == launches
+
+
+def test_a_vae_that_overflows_in_float16_runs_in_bfloat16(tiny: Callable[..., Path]) -> None:
+    checkpoint = open_checkpoint(tiny("sdxl"))
+    half, whole = (
+        load_vae(checkpoint, EngineLoader(name, CPU, dtype, None))
+        for name, dtype in (("triton", torch.float16), ("eager", torch.float32))
+    )
+    assert half.dtype == torch.bfloat16
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    found, wanted = half.decode(latents), whole.decode(latents)
+    assert (found - wanted).abs().max() < 8 * torch.finfo(torch.bfloat16).eps  # of an image in [0, 1]
