@@ -167,9 +167,14 @@ class Pipeline:
 
         Raises:
             BackendUnavailableError: the back end cannot run there.
+            RequestError: a call is in progress.
         """
         place = device_named(device)
         if place != self._loader.device:
+            if self._running:
+                raise RequestError(
+                    f"the pipeline cannot move to {str(device)!r} while a call runs; wait for its end"
+                )
             self._loader.move(place)
         return self
 
@@ -181,6 +186,16 @@ class Pipeline:
         """Stop every call in progress after the step it is at; each returns what it has."""
         for watch in list(self._running):
             watch.stop.set()
+
+    @property
+    def _interrupt(self) -> bool:
+        """diffusers' callbacks write `pipe._interrupt = True` for `pipe.interrupt()`."""
+        return any(watch.stop.is_set() for watch in self._running)
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        if value:
+            self.interrupt()
 
     def warmup(
         self,

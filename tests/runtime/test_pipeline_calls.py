@@ -136,6 +136,36 @@ def test_a_callback_can_interrupt(at: int, both: latentrt.Pipeline) -> None:
     assert np.array_equal(again.images, whole)
 
 
+def test_diffusers_way_to_interrupt(both: latentrt.Pipeline) -> None:
+    seen: list[int] = []
+
+    def callback(pipe: Any, step: int, timestep: float, tensors: Any) -> dict[str, Any]:
+        seen.append(step)
+        if step == 1:
+            pipe._interrupt = True
+        return {}
+
+    assert both(**CALL, seed=6, callback_on_step_end=callback).interrupted
+    assert seen == [0, 1]
+    assert not both(**CALL, seed=6).interrupted
+
+
+def test_a_pipeline_does_not_move_under_a_call(
+    both: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentrt.runtime.pipeline.device_named", torch.device)
+    said: list[str] = []
+
+    def callback(pipe: Any, step: int, timestep: float, tensors: Any) -> None:
+        with pytest.raises(RequestError, match="cannot move to 'meta' while a call runs") as error:
+            pipe.to("meta")
+        said.append(str(error.value))
+
+    assert not both(**CALL, seed=6, callback_on_step_end=callback).interrupted
+    assert len(said) == 4
+    assert both.device.type == "cpu"
+
+
 def test_interrupt_from_another_thread(both: latentrt.Pipeline) -> None:
     steps = []
 
