@@ -41,7 +41,9 @@ def component_bytes(configs: Path) -> dict[str, int]:
     return {name: 2 * sum(s.numel() for s in shapes.values()) for name, shapes in _shapes(configs).items()}
 
 
-def write_checkpoint(folder: Path, configs: Path) -> Path:
+def write_checkpoint(
+    folder: Path, configs: Path, changes: Mapping[str, Mapping[str, Any]] | None = None
+) -> Path:
     """Write a checkpoint with the configurations of another and random weights; the seed is fixed.
 
     What two checkpoints have in common, as base and refiner the second text encoder and the VAE, has the same weights.
@@ -50,6 +52,7 @@ def write_checkpoint(folder: Path, configs: Path) -> Path:
     Args:
         folder: to write; it is there as a whole or not at all.
         configs: a diffusers folder, which need not have weights or a tokenizer's tables.
+        changes: fields of a component's configuration that are to be others, by component.
 
     Returns:
         `folder`.
@@ -65,7 +68,10 @@ def write_checkpoint(folder: Path, configs: Path) -> Path:
     shutil.copytree(configs, aside, ignore=weights)
     for tokenizer in aside.glob("tokenizer*"):
         _write_tokenizer(tokenizer)
-    for name, shapes in _shapes(configs).items():
+    for name, fields in (changes or {}).items():
+        file = aside / name / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **fields}, indent=2) + "\n")
+    for name, shapes in _shapes(aside).items():
         write_weights(aside / name / _WEIGHTS[name], shapes)
     aside.rename(folder)
     return folder
