@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo 'make generate [PROMPT="..."] [SEED=2] [IMAGE=image.png]   a picture from the shipped demo model'
 	@echo 'make test        the tests, a few minutes'
-	@echo 'make test-full   the slow ones as well: every sampler, demo quality, full-size weights'
+	@echo 'make test-full   the slow ones as well: every sampler, demo quality, full-size weights and engines'
 	@echo 'make gpu         what needs a CUDA GPU'
 	@echo 'make check       ruff and mypy'
 	@echo 'make clean       remove what these made'
@@ -51,6 +51,7 @@ test-full: $(VENV)/.test
 	$(PYTEST) -n 0
 	$(BIN)/python -m latentrt.bench.demo_model.evaluate
 	$(BIN)/python -m latentrt.bench.full_size
+	$(BIN)/python -m latentrt.bench.full_size_engines
 
 gpu: $(VENV)/.test
 	$(PYTEST) -m gpu

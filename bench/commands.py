@@ -22,6 +22,9 @@ def kernels(args: argparse.Namespace) -> Iterator[str]:
     if unknown:
         names = ", ".join(spec.name for spec in specs())
         raise RequestError(f"no operator is called {', '.join(sorted(unknown))}; there are {names}")
+    if args.arch is not None and args.arch not in aot.ARCHITECTURES:
+        names = ", ".join(f"sm_{arch}" for arch in aot.ARCHITECTURES)
+        raise RequestError(f"kernels cannot be compiled for sm_{args.arch}; they can for {names}")
     if args.measure or args.tune:
         yield from _kernels_on_gpu(args)
         return

@@ -17,7 +17,7 @@ _PACKAGES = ("torch", "onnxruntime", "diffusers", "transformers", "triton", "ten
 
 
 def describe_machine() -> dict[str, Any]:
-    """Everything a figure has to be read with; the commit ends in `+` where files differ from it."""
+    """Everything a figure has to be read with; the commit ends in `+` where files differ from it, results apart."""
     machine: dict[str, Any] = {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -62,6 +62,7 @@ def _commit() -> str:
         return done.stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        changed = git("status", "--porcelain", "--", ".", ":!bench/results")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"

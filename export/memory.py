@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["available_bytes", "estimated_bytes", "peak_bytes"]
+__all__ = ["available_bytes", "build_bytes", "estimated_bytes", "peak_bytes"]
 
 # Peaks of builds by TensorRT for RTX 1.7, resident: 3.8 times the weights for SDXL's base UNet (5.1 GB), 3.4 times
 # for the refiner's (4.5 GB), 0.6 GB for networks of a few megabytes.
@@ -18,7 +18,11 @@ _STATUS = Path("/proc/self/status")
 
 def estimated_bytes(model: Path) -> int:
     """Peak memory of building the ONNX model at `model`, whose weights lie beside it."""
-    weights = sum(file.stat().st_size for file in model.parent.glob(f"{model.name}*"))
+    return build_bytes(sum(file.stat().st_size for file in model.parent.glob(f"{model.name}*")))
+
+
+def build_bytes(weights: int) -> int:
+    """Peak memory of building a model of so many bytes of weights."""
     return int(_PER_WEIGHT_BYTE * weights) + _ALWAYS
 
 

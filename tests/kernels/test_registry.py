@@ -104,3 +104,8 @@ def test_the_kernels_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert data["rows"][0]["kernels"][0]["registers"] == 128
     assert cli.main(["kernels", "--op", "conv"]) == 1
     assert "no operator is called conv; there are" in capsys.readouterr().err
+    assert cli.main(["kernels", "--op", "attention", "--arch", "sm_12"]) == 1
+    err = capsys.readouterr().err
+    assert err == (
+        "latentrt: kernels cannot be compiled for sm_12; they can for sm_80, sm_86, sm_89, sm_90, sm_100, sm_120\n"
+    )

@@ -1,0 +1,347 @@
+"""Every component of SDXL's base and refiner at full size: exported to ONNX and built by TensorRT for RTX.
+
+    python -m latentrt.bench.full_size_engines [sdxl_base sdxl_refiner] [--component unet] [--again] [--out FILE.json]
+
+Needs no GPU: engines are for sm_89, images of 512 to 1280 pixels a side (64 to 160 latents) and batches of up to 8
+rows (4 images with guidance). Weights are random from a seed, in float16. The base's VAE stays in float32, as its
+configuration asks; the refiner gets the configuration of those that were fixed for float16, and is built in it.
+
+Each step is a process of its own, so that its memory is its own and goes back. What is held, besides that everything
+builds: seconds and memory of the base UNet's export and build, and that a second build finds the first in 5 s.
+
+Components are done one by one, and what was made of one is removed before the next: the disk holds one checkpoint and
+the model and engine of one component. Every row is written as soon as it is there; run again, the script goes on with
+those that are missing, or were measured at another commit or with other versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..export.memory import available_bytes, build_bytes, peak_bytes
+from ..runtime.engine_store import EngineTarget
+from ..runtime.engines.base import Component
+from ..runtime.engines.sizes import SizePolicy
+from ..runtime.loading import load_components
+from ..runtime.prepare import engine, onnx_model
+from ..runtime.weights import open_checkpoint
+from .machine import describe_machine
+from .random_checkpoint import PUBLISHED, component_bytes, write_checkpoint
+
+__all__ = ["Limits", "Row", "broken", "disk_needed", "main", "measure"]
+
+_ROOT = Path(__file__).resolve().parents[1]
+_TARGET = EngineTarget("tensorrt-rtx", (89,))
+_BATCH = "1..4"
+_PER_WEIGHT_BYTE = 2.1  # what an exported model and its engine take on the disk
+_FOUND_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that a component may take, in seconds and bytes."""
+
+    export_seconds: float
+    export_bytes: float
+    build_seconds: float
+    build_bytes: float
+
+
+LIMITS = {("sdxl_base", "unet"): Limits(240, 8e9, 150, 20e9)}
+CHANGES = {"sdxl_refiner": {"vae": {"force_upcast": False}}}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One component.
+
+    Attributes:
+        model, component, dtype: which.
+        sizes: what the engine takes.
+        weight_bytes: of the exported model's weights.
+        export_seconds: from reading the weights to the end of the check against PyTorch.
+        export_bytes: peak memory of the process that exported, mapped files included.
+        relative_error: the largest of the export, on ONNX Runtime beside PyTorch.
+        build_seconds: of the process that built, all of it.
+        build_bytes: its peak memory.
+        engine_bytes, layers: of the engine, and of the network as it was parsed.
+        found_seconds: what a new process took, once it had imported what it needs, to find the engine that was built.
+        machine: what it was measured on.
+    """
+
+    model: str
+    component: str
+    dtype: str
+    sizes: str
+    weight_bytes: int
+    export_seconds: float
+    export_bytes: int | None
+    relative_error: float
+    build_seconds: float
+    build_bytes: int | None
+    engine_bytes: int
+    layers: int
+    found_seconds: float
+    machine: Mapping[str, Any]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.model, self.component
+
+
+def broken(row: Row) -> list[str]:
+    """Which limits a row is beyond, in words; none where it is within all of them."""
+    held = [("finding its engine again", row.found_seconds, _FOUND_SECONDS, "s", 1.0)]
+    limits = LIMITS.get(row.key)
+    if limits is not None:
+        held += [
+            ("export", row.export_seconds, limits.export_seconds, "s", 1.0),
+            ("export", row.export_bytes or 0, limits.export_bytes, "GB", 1e9),
+            ("build", row.build_seconds, limits.build_seconds, "s", 1.0),
+            ("build", row.build_bytes or 0, limits.build_bytes, "GB", 1e9),
+        ]
+    return [
+        f"{row.model} {row.component}: {what} took {value / unit:.1f} {name}, the limit is {limit / unit:.0f} {name}"
+        for what, value, limit, name, unit in held
+        if value > limit
+    ]
+
+
+def disk_needed(weights: Mapping[str, int]) -> int:
+    """Bytes that measuring a checkpoint takes on the disk at its peak, about.
+
+    Args:
+        weights: of its components.
+    """
+    return int(sum(weights.values()) + _PER_WEIGHT_BYTE * max(weights.values()))
+
+
+def measure(
+    model: str,
+    checkpoint: Path,
+    names: Sequence[str],
+    cache_dir: Path,
+    *,
+    sizes: Sequence[str],
+    machine: Mapping[str, Any],
+    on_row: Callable[[Row], None],
+) -> None:
+    """Export, build and find again each component, telling of each as it is there.
+
+    Args:
+        model: for the rows.
+        checkpoint: a diffusers folder.
+        names: of components.
+        cache_dir: holds what is made of one component; it is removed after each.
+        sizes: as `SizePolicy.parse` takes them; sizes around the model's own where it is empty.
+
+    Raises:
+        LatentRTError: what a step says.
+        BrokenProcessPool: a step was killed, as where memory ran out.
+    """
+    for name in names:
+        step = (checkpoint, name, cache_dir, tuple(sizes))
+        print(f"{model} {name}: exporting", flush=True)
+        exported = _in_a_process(_export, *step)
+        print(f"{model} {name}: exported in {exported['seconds']:.0f} s; building", flush=True)
+        built = _in_a_process(_build, *step)
+        found = _in_a_process(_build, *step)
+        if found["built"]:
+            raise RuntimeError(f"{model} {name} was built twice: the second build should find the first")
+        figures = built["figures"]
+        on_row(
+            Row(
+                model=model,
+                component=name,
+                dtype=exported["dtype"],
+                sizes=built["sizes"],
+                weight_bytes=exported["weight_bytes"],
+                export_seconds=exported["seconds"],
+                export_bytes=exported["peak"],
+                relative_error=exported["relative_error"],
+                build_seconds=figures["seconds"],
+                build_bytes=figures["peak_memory_bytes"],
+                engine_bytes=figures["engine_bytes"],
+                layers=figures["layers"],
+                found_seconds=found["seconds"],
+                machine=machine,
+            )
+        )
+        shutil.rmtree(cache_dir)
+
+
+# --- steps, each in a process of its own
+
+
+def _in_a_process(step: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(step, *args).result()
+
+
+def _component(checkpoint: Path, name: str, cache_dir: Path) -> Component:
+    return load_components(open_checkpoint(checkpoint, cache_dir=cache_dir), torch.float16)[name]
+
+
+def _export(checkpoint: Path, name: str, cache_dir: Path, sizes: Sequence[str]) -> dict[str, Any]:
+    component = _component(checkpoint, name, cache_dir)
+    begun = time.perf_counter()
+    model = onnx_model(component, cache_dir=cache_dir)
+    seconds = time.perf_counter() - begun
+    manifest = json.loads((model.parent / "manifest.json").read_text("utf-8"))
+    errors = manifest["figures"]["relative_error"]
+    return {
+        "dtype": str(component.dtype).removeprefix("torch."),
+        "seconds": seconds,
+        "peak": peak_bytes(),
+        "weight_bytes": model.with_name(f"{model.name}.data").stat().st_size,
+        "relative_error": max(error for case in errors.values() for error in case.values()),
+    }
+
+
+def _build(checkpoint: Path, name: str, cache_dir: Path, sizes: Sequence[str]) -> dict[str, Any]:
+    begun = time.perf_counter()
+    component = _component(checkpoint, name, cache_dir)
+    policy = SizePolicy.parse(sizes, _BATCH) if sizes else None
+    made = engine(component, _TARGET, policy or SizePolicy.around(component), cache_dir=cache_dir)
+    return {
+        "built": made.built,
+        "seconds": time.perf_counter() - begun,
+        "figures": dict(made.figures),
+        "sizes": "; ".join(str(profile) for profile in made.profiles),
+    }
+
+
+# --- the command line
+
+
+def _table(rows: Sequence[Row]) -> str:
+    head = f"{'':<32}{'weights':>9}   {'export':^17}   {'build':^17}{'engine':>10}{'layers':>9}{'found':>9}"
+    lines = [head]
+    for row in rows:
+        export = f"{row.export_seconds:>6.0f} s {_gb(row.export_bytes):>8}"
+        build = f"{row.build_seconds:>6.0f} s {_gb(row.build_bytes):>8}"
+        lines.append(
+            f"{f'{row.model} {row.component} {row.dtype}':<38}{_gb(row.weight_bytes):>9}   {export}   {build}"
+            f"{_gb(row.engine_bytes):>10}{row.layers:>9,}{row.found_seconds:>7.1f} s"
+        )
+    return "\n".join(lines)
+
+
+def _gb(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 1e9:.2f} GB"
+
+
+def _components(configs: Path) -> list[str]:
+    """Names of the components that a checkpoint with these configurations has."""
+    halves = {"vae": ["vae_decoder", "vae_encoder"]}
+    return [half for name in component_bytes(configs) for half in halves.get(name, [name])]
+
+
+def _read(out: Path) -> dict[tuple[str, str], Row]:
+    """The rows of earlier runs."""
+    if not out.is_file():
+        return {}
+    rows = [Row(**row) for row in json.loads(out.read_text("utf-8"))["rows"]]
+    return {row.key: row for row in rows}
+
+
+def _write(out: Path, rows: Sequence[Row], command: str) -> None:
+    report = {
+        "schema": 1,
+        "benchmark": "full-size engines, without a GPU",
+        "command": command,
+        "arch": [f"sm_{arch}" for arch in _TARGET.archs],
+        "rows": [asdict(row) for row in rows],
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f"{out.name}.partial")
+    aside.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    aside.replace(out)
+
+
+def _shortage(configs: Path, folder: Path) -> str | None:
+    """What a checkpoint's components take that is not there, in words; it says what they take in any case."""
+    weights = component_bytes(configs)
+    disk, free_disk = disk_needed(weights), shutil.disk_usage(folder).free
+    memory, free_memory = build_bytes(max(weights.values())), available_bytes()
+    known = "unknown" if free_memory is None else f"{free_memory / 1e9:.1f} GB"
+    print(
+        f"{configs.name}: takes about {disk / 1e9:.1f} GB of the disk at {folder} ({free_disk / 1e9:.1f} GB free) and "
+        f"{memory / 1e9:.1f} GB of memory ({known} available)",
+        flush=True,
+    )
+    if disk > free_disk:
+        return f"the disk is too small for {configs.name}; name another folder with --folder"
+    if free_memory is not None and memory > free_memory:
+        return f"memory is too small for {configs.name}; end other programs"
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; 1 where what must hold does not, or a machine is too small."""
+    parser = argparse.ArgumentParser(description="Full-size SDXL exported, and built by TensorRT for RTX.")
+    parser.add_argument(
+        "models",
+        nargs="*",
+        type=Path,
+        default=[PUBLISHED / "sdxl_base", PUBLISHED / "sdxl_refiner"],
+        help="diffusers folders, of which the configurations are read; SDXL's base and refiner by default",
+    )
+    parser.add_argument("--component", action="append", default=[], help="only this one; repeatable")
+    parser.add_argument("--size", action="append", default=[], help="as `latentrt build --sizes` takes it")
+    parser.add_argument("--again", action="store_true", help="measure what was measured here before, too")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints, for another run")
+    parser.add_argument("--folder", type=Path, default=_ROOT / "build" / "full_size", help="for all files")
+    parser.add_argument("--out", type=Path, default=_ROOT / "bench" / "results" / "full_size_engines.json")
+    args = parser.parse_args(argv)
+    command = " ".join(
+        ["python -m latentrt.bench.full_size_engines", *(argv if argv is not None else sys.argv[1:])]
+    )
+    machine, rows = describe_machine(), _read(args.out)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    asked: list[tuple[str, str]] = []
+
+    def keep(row: Row) -> None:
+        rows[row.key] = row
+        _write(args.out, list(rows.values()), command)
+        print(_table([row]), flush=True)
+
+    for configs in args.models:
+        model = configs.name
+        names = [name for name in _components(configs) if not args.component or name in args.component]
+        asked += [(model, name) for name in names]
+        known = {name for name in names if (model, name) in rows and rows[model, name].machine == machine}
+        todo = names if args.again else [name for name in names if name not in known]
+        if not todo:
+            continue
+        if shortage := _shortage(configs, args.folder):
+            print(shortage)
+            return 1
+        print(f"{model}: writing random weights, or taking those that are there", flush=True)
+        checkpoint = write_checkpoint(args.folder / model, configs, CHANGES.get(model))
+        cache_dir = args.folder / "cache"
+        shutil.rmtree(cache_dir, ignore_errors=True)  # of a run that was ended
+        measure(model, checkpoint, todo, cache_dir, sizes=args.size, machine=machine, on_row=keep)
+        if not args.keep:
+            shutil.rmtree(checkpoint)
+    done = [rows[key] for key in asked]
+    print(_table(done))
+    problems = [problem for row in done for problem in broken(row)]
+    print("\n".join(problems) if problems else f"within the limits; {args.out}")
+    return int(bool(problems) or not done)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
