@@ -1,12 +1,13 @@
 """TensorRT and TensorRT for RTX: compiled engines on torch's current stream. Never run yet: written without a GPU.
 
-For each size a call comes in there is a context over static buffers: shapes set, addresses bound, once. Inputs
-are copied in and outputs copied out, so a caller owns what it gets. All engines of a back end compute in one
-scratch buffer, one after the other in the order of their calls, whatever the streams.
+A context is over static tensors: shapes set, addresses bound, once. A caller that has such tensors binds the engine to
+them; for each size a call comes in there is a context over the engine's own, inputs are copied in and outputs copied
+out, so that a caller owns what it gets. All engines of a back end compute in one scratch buffer, one after the other in
+the order of their calls, whatever the streams.
 
-**In a CUDA graph.** A call may be captured once it has run at these sizes on the same stream. What it was
-captured over lives as long as the engine; a graph must be replayed on that stream too, or scratch is shared by
-two engines at once. Engines of TensorRT for RTX built with weight streaming cannot be captured.
+**In a CUDA graph.** A call or a program may be captured once it has run at these sizes. What it was captured over lives
+as long as the engine; a graph must not be replayed while another engine of the back end runs, or scratch is shared by
+two at once. Engines of TensorRT for RTX built with weight streaming cannot be captured.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from importlib import util
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +30,7 @@ from ...errors import BackendError, BackendUnavailableError, RequestError
 from ..engine_store import EngineTarget, StoredEngine
 from ..prepare import Rebuild, engine
 from . import trt as products
-from .base import Availability, CallProgram, Component, Engine, Program, Timesteps, arguments
+from .base import Availability, Component, Engine, Program, Timesteps, arguments
 from .sizes import profile_index
 
 __all__ = ["Scratch", "TensorRTBackend", "TensorRTEngine", "TensorRTRTXBackend"]
@@ -76,18 +79,21 @@ class _Context:
     """An execution context for one set of sizes, its shapes set and its addresses bound."""
 
     def __init__(
-        self, owner: TensorRTEngine, sizes: Mapping[str, int], profile: int, stream: torch.cuda.Stream
+        self,
+        owner: TensorRTEngine,
+        inputs: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor] | None,
+        profile: int,
+        stream: torch.cuda.Stream,
     ) -> None:
-        component, device = owner.component, owner.device
+        """`outputs` None: new ones."""
+        component = owner.component
         self.captured = False
         self._owner = owner
         self._context = owner.new_context()
         if not self._context.set_optimization_profile_async(profile, stream.cuda_stream):
             raise owner.error(f"cannot take profile {profile}")
-        self.inputs = {
-            spec.name: torch.empty(spec.shape(sizes), dtype=spec.dtype, device=device)
-            for spec in component.inputs
-        }
+        self.inputs = {spec.name: inputs[spec.name] for spec in component.inputs}
         for name, x in self.inputs.items():
             self._bind(name, x)
             if not self._context.set_input_shape(name, tuple(x.shape)):
@@ -95,14 +101,19 @@ class _Context:
         unknown = self._context.infer_shapes()
         if unknown:
             raise owner.error(f"cannot tell the shape of {', '.join(unknown)}")
-        self.outputs = {
-            spec.name: torch.empty(
-                tuple(self._context.get_tensor_shape(spec.name)), dtype=spec.dtype, device=device
+        self.outputs: dict[str, Tensor] = {}
+        for spec in component.outputs:
+            shape = tuple(self._context.get_tensor_shape(spec.name))
+            y = (
+                torch.empty(shape, dtype=spec.dtype, device=owner.device)
+                if outputs is None
+                else outputs[spec.name]
             )
-            for spec in component.outputs
-        }
-        for name, y in self.outputs.items():
-            self._bind(name, y)
+            if tuple(y.shape) != shape or y.dtype != spec.dtype:
+                is_, should = f"{list(y.shape)} of {y.dtype}", f"{list(shape)} of {spec.dtype}"
+                raise BackendError(f"{component.name}: {spec.name} is {is_}, should be {should}")
+            self.outputs[spec.name] = y
+            self._bind(spec.name, y)
         self.scratch_bytes = int(self._context.update_device_memory_size_for_shapes())
 
     def run(self, stream: torch.cuda.Stream, scratch: Tensor) -> None:
@@ -112,8 +123,26 @@ class _Context:
             raise self._owner.error("failed")
 
     def _bind(self, name: str, tensor: Tensor) -> None:
+        if not tensor.is_contiguous():
+            raise BackendError(
+                f"{self._owner.component.name}: {name} is bound by its address, and is not contiguous"
+            )
         if not self._context.set_tensor_address(name, tensor.data_ptr()):
             raise self._owner.error(f"has no tensor {name}")
+
+
+class _Program:
+    """A context over a caller's tensors."""
+
+    def __init__(self, engine: TensorRTEngine, context: _Context, *, capturable: bool) -> None:
+        self.capturable = capturable
+        self._engine, self._context = engine, context
+
+    def prepare(self) -> None:
+        pass
+
+    def run(self) -> None:
+        self._engine.execute(self._context)
 
 
 class TensorRTEngine:
@@ -148,22 +177,13 @@ class TensorRTEngine:
         if self._engine is None:
             raise BackendError(f"{self.component.name} was closed; load it again")
         tensors = arguments(self.component, inputs)
-        sizes = {
-            name: size
-            for spec, x in zip(self.component.inputs, tensors, strict=True)
-            for name, size in zip(spec.dims, x.shape, strict=True)
-            if isinstance(name, str)
-        }
-        stream = torch.cuda.current_stream(self.device)
         with torch.cuda.device(self.device), self._scratch.lock:
-            context = self._context(sizes, stream)
-            scratch = self._scratch.begin(stream, context.scratch_bytes)
-            for static, x in zip(context.inputs.values(), tensors, strict=True):
-                static.copy_(x, non_blocking=True)
-            context.run(stream, scratch)
-            outputs = {name: y.clone() for name, y in context.outputs.items()}
-            self._scratch.end(stream)
-        return outputs
+            context = self._context(tensors)
+            with self._turn(context) as run:
+                for static, x in zip(context.inputs.values(), tensors, strict=True):
+                    static.copy_(x, non_blocking=True)
+                run()
+                return {name: y.clone() for name, y in context.outputs.items()}
 
     def bind(
         self,
@@ -172,8 +192,34 @@ class TensorRTEngine:
         *,
         timesteps: Timesteps | None = None,
     ) -> Program:
-        streamed = self._product.name == "tensorrt-rtx" and bool(self._engine.streamable_weights_size)
-        return CallProgram(self, inputs, outputs, capturable=not streamed)
+        if self._engine is None:
+            raise BackendError(f"{self.component.name} was closed; load it again")
+        arguments(self.component, inputs)
+        for spec in self.component.inputs:
+            if inputs[spec.name].dtype != spec.dtype:
+                raise BackendError(
+                    f"{self.component.name}: {spec.name} is {inputs[spec.name].dtype}, should be {spec.dtype}"
+                )
+        streamed = not self._product.needs_gpu and bool(self._engine.streamable_weights_size)
+        with torch.cuda.device(self.device), self._scratch.lock:
+            sizes = _sizes(self.component, [inputs[spec.name] for spec in self.component.inputs])
+            profile = profile_index(self.component, self._profiles, sizes)
+            stream = torch.cuda.current_stream(self.device)
+            context = _Context(self, inputs, outputs, profile, stream)
+            return _Program(self, context, capturable=not streamed)
+
+    def execute(self, context: _Context) -> None:
+        """Put one execution on the current stream."""
+        with torch.cuda.device(self.device), self._scratch.lock, self._turn(context) as run:
+            run()
+
+    @contextmanager
+    def _turn(self, context: _Context) -> Iterator[Callable[[], None]]:
+        """After what ran in the scratch buffer before; what is called to run puts the execution on the stream."""
+        stream = torch.cuda.current_stream(self.device)
+        scratch = self._scratch.begin(stream, context.scratch_bytes)
+        yield partial(context.run, stream, scratch)
+        self._scratch.end(stream)
 
     def close(self) -> None:
         with self._scratch.lock:
@@ -203,8 +249,11 @@ class TensorRTEngine:
         self._log.clear()
         return BackendError(f"{title}, {self.component.name}: {what} ({why})")
 
-    def _context(self, sizes: Mapping[str, int], stream: torch.cuda.Stream) -> _Context:
+    def _context(self, tensors: Sequence[Tensor]) -> _Context:
+        """That of a call with such tensors, over tensors of the engine's own."""
+        sizes = _sizes(self.component, tensors)
         key = tuple(sizes.items())
+        stream = torch.cuda.current_stream(self.device)
         capturing = torch.cuda.is_current_stream_capturing()
         if key not in self._contexts:
             profile = profile_index(self.component, self._profiles, sizes)
@@ -212,7 +261,11 @@ class TensorRTEngine:
                 raise BackendError(
                     f"{self.component.name} was captured before it had run; run it once at these sizes"
                 )
-            self._contexts[key] = _Context(self, sizes, profile, stream)
+            own = {
+                spec.name: torch.empty(spec.shape(sizes), dtype=spec.dtype, device=self.device)
+                for spec in self.component.inputs
+            }
+            self._contexts[key] = _Context(self, own, None, profile, stream)
             idle = [k for k, context in self._contexts.items() if not context.captured]
             if len(idle) > _CONTEXTS:
                 stream.synchronize()  # it may still be running
@@ -221,6 +274,16 @@ class TensorRTEngine:
         context = self._contexts[key]
         context.captured = context.captured or capturing
         return context
+
+
+def _sizes(component: Component, tensors: Sequence[Tensor]) -> dict[str, int]:
+    """The named dimensions of a call's tensors."""
+    return {
+        name: size
+        for spec, x in zip(component.inputs, tensors, strict=True)
+        for name, size in zip(spec.dims, x.shape, strict=True)
+        if isinstance(name, str)
+    }
 
 
 class TensorRTBackend:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tensorrt_rtx_bindings as rtx
 import torch
-from latentrt.errors import BackendError, BackendUnavailableError
+from latentrt.errors import BackendError, BackendUnavailableError, RequestError
 from latentrt.runtime.engine_store import StoredEngine
 from latentrt.runtime.engines import tensorrt as engines
 from latentrt.runtime.engines import trt
@@ -192,6 +192,49 @@ def load(fake: FakeTensorRT, cuda: FakeCuda, tmp_path: Path) -> Load:
 
 def x_of(batch: int) -> dict[str, Tensor]:
     return {"x": torch.arange(batch * 4, dtype=torch.float32).view(batch, 4)}
+
+
+def test_a_program_runs_over_the_caller_s_own_tensors(load: Load, fake: FakeTensorRT) -> None:
+    engine, static, out = load(), x_of(2), {"y": torch.empty(2, 4)}
+    program = engine.bind(static, out)
+    assert program.capturable
+    bound = len(fake.calls)
+    for value in (1.0, 7.0):
+        static["x"].fill_(value)
+        program.prepare()
+        program.run()
+        assert out["y"].eq(value + 1).all()
+    after = [call[1] for call in fake.calls[bound:]]
+    assert after == ["set_device_memory", "execute_async_v3"] * 2  # addresses are bound once
+    assert fake.contexts == 1
+    engine(x_of(2))
+    assert fake.contexts == 2  # a call has tensors of the engine's own
+    assert out["y"].eq(8).all()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "message"),
+    [
+        (
+            {"x": torch.zeros(2, 4).double()},
+            {"y": torch.zeros(2, 4)},
+            r"x is torch.float64, should be torch.float32",
+        ),
+        ({"x": torch.zeros(4, 2).T}, {"y": torch.zeros(2, 4)}, r"x is bound by its address.*contiguous"),
+        ({"x": torch.zeros(2, 4)}, {"y": torch.zeros(3, 4)}, r"y is \[3, 4\].*should be \[2, 4\]"),
+        ({"x": torch.zeros(99, 4)}, {"y": torch.zeros(99, 4)}, r"batch"),
+        ({"z": torch.zeros(2, 4)}, {"y": torch.zeros(2, 4)}, r"takes x; got z"),
+    ],
+)
+def test_tensors_that_cannot_be_bound(load: Load, inputs: Any, outputs: Any, message: str) -> None:
+    with pytest.raises((BackendError, RequestError), match=message):
+        load().bind(inputs, outputs)
+
+
+def test_an_engine_that_streams_its_weights(load: Load, fake: FakeTensorRT) -> None:
+    fake.streamable = 5
+    assert load("tensorrt").bind(x_of(1), {"y": torch.empty(1, 4)}).capturable
+    assert not load("tensorrt-rtx").bind(x_of(1), {"y": torch.empty(1, 4)}).capturable
 
 
 def test_the_order_of_calls(load: Load, fake: FakeTensorRT) -> None:
