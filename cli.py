@@ -1,4 +1,4 @@
-"""The command line: `latentrt generate`, `export`, `build`, `verify`, `cache`, `backends`, `info`, `kernels`.
+"""The command line: `latentrt generate`, `plan`, `export`, `build`, `verify`, `cache`, `backends`, `info`, `kernels`.
 
 The arguments are here, the bodies beside their subjects in the `commands.py` of a folder: generators of lines to
 print, imported when they run, so that `latentrt --help` answers at once.
@@ -95,6 +95,36 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--no-metadata", action="store_true", help="do not write the parameters into the PNG")
     g.add_argument("--json", action="store_true", help="print what was made as JSON, and no progress")
     g.set_defaults(run=("runtime", "generate"))
+
+    p = commands.add_parser(
+        "plan",
+        help="what a request takes of a GPU's memory, and its least time there",
+        description="From the model's own shapes: no weight is read, nothing is loaded, and no GPU is needed.",
+    )
+    p.add_argument(
+        "model",
+        metavar="MODEL",
+        help="as for `latentrt generate --model`; or 'sdxl' or 'sdxl-refiner', the published configurations",
+    )
+    p.add_argument("--refiner", metavar="MODEL", help="the same; 'none' for none (default: as for generate)")
+    p.add_argument("--size", type=_size, metavar="WxH", help="in pixels (default: the model's own)")
+    p.add_argument("--batch", type=int, default=1, help="images at once (default 1)")
+    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
+    p.add_argument("--variant", help="weights variant, such as fp16")
+    p.add_argument("--steps", type=int, default=30)
+    p.add_argument("--guidance", type=float, default=5.0, help="1 or less turns guidance off")
+    p.add_argument("--sampler", help="override the checkpoint's")
+    p.add_argument("--high-noise-frac", type=float, default=0.8, help="as for generate")
+    p.add_argument("--from-image", action="store_true", help="it starts from a picture")
+    p.add_argument("--gpu", default="H200", help="whose floors and kernels (default H200)")
+    p.add_argument("--policy", default="resident", help="what --memory is held against (default resident)")
+    p.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="free device memory, such as 24GB; ends with 1 where it is too little",
+    )
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=("runtime", "plan"))
 
     b = commands.add_parser("backends", help="which back ends there are, and whether they run here")
     b.add_argument("--json", action="store_true")

@@ -2,6 +2,7 @@
 
 LatentRTError
 ├── RequestError                 what was asked for cannot be made (also a ValueError)
+│   └── MemoryPlanError          it needs more device memory than there is
 ├── KernelArgumentError          an operator got a tensor it cannot take (also a ValueError)
 ├── CheckpointError              a checkpoint is missing, damaged or not understood
 │   ├── CheckpointNotFoundError  no such folder, file or hub id
@@ -32,6 +33,7 @@ __all__ = [
     "ExportError",
     "KernelArgumentError",
     "LatentRTError",
+    "MemoryPlanError",
     "RequestError",
     "UnknownBackendError",
     "UnsafeWeightsError",
@@ -46,6 +48,10 @@ class LatentRTError(Exception):
 
 class RequestError(LatentRTError, ValueError):
     """What was asked for cannot be made: a size, step count, prompt, seed or sampler."""
+
+
+class MemoryPlanError(RequestError):
+    """What was asked for needs more device memory than there is; refused before any is allocated."""
 
 
 class KernelArgumentError(LatentRTError, ValueError):

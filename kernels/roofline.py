@@ -8,13 +8,17 @@ Source: Williams, Waterman and Patterson, "Roofline: an insightful visual perfor
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from ..errors import RequestError
 from .registry import Case
 
-__all__ = ["GPUS", "Gpu", "floor_us", "gpu"]
+__all__ = ["GPUS", "Gpu", "Limit", "floor_ms", "floor_us", "gpu"]
+
+Limit = Literal["matmul", "copy"]
+"""Which ceiling a floor stands on: the matrix rate or the memory bandwidth."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,12 @@ def gpu(name: str) -> Gpu:
     )
 
 
+def floor_ms(flops: float, nbytes: float, on: Gpu) -> tuple[float, Limit]:
+    """Milliseconds, and what limits them. For float32 too: its products are no quicker than those of half types."""
+    compute, traffic = flops / (on.tflops * 1e9), nbytes / (on.bandwidth * 1e9)
+    return (compute, "matmul") if compute >= traffic else (traffic, "copy")
+
+
 def floor_us(case: Case, dtype: torch.dtype, on: Gpu) -> float:
     """Microseconds. Half types only: other types' matrix rates are not in the table.
 
@@ -67,5 +77,4 @@ def floor_us(case: Case, dtype: torch.dtype, on: Gpu) -> float:
     """
     if dtype not in (torch.float16, torch.bfloat16):
         raise RequestError(f"the roofline is for float16 and bfloat16, not {dtype}")
-    compute = case.flops / (on.tflops * 1e6)
-    return max(compute, case.elements * dtype.itemsize / (on.bandwidth * 1e6))
+    return 1e3 * floor_ms(case.flops, case.elements * dtype.itemsize, on)[0]

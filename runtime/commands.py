@@ -1,4 +1,4 @@
-"""The bodies of `latentrt generate`, `backends`, `info` and `cache`: parsed arguments in, lines to print out."""
+"""The bodies of `latentrt generate`, `plan`, `backends`, `info`, `cache`: parsed arguments in, lines to print out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import CacheError, RequestError
 
-__all__ = ["backends", "cache", "generate", "info"]
+__all__ = ["backends", "cache", "generate", "info", "plan"]
 
 
 def _output_paths(output: str, count: int) -> list[Path]:
@@ -82,6 +82,47 @@ def generate(args: argparse.Namespace) -> Iterator[str]:
     for path, parameters in zip(paths, result.parameters, strict=True):
         yield f"{path}  {parameters['size']}, seed {parameters['seed']}, {parameters['backend']}"
     yield stages
+
+
+def plan(args: argparse.Namespace) -> Iterator[str]:
+    """What a request takes of a GPU's memory, and its least time there."""
+    import torch
+
+    from ..kernels import roofline
+    from .cache_contents import parse_bytes
+    from .memory import check_policy
+    from .plan_table import lines
+    from .planner import Planner
+
+    gpu = roofline.gpu(args.gpu)
+    check_policy(args.policy)
+    available = None if args.memory is None else parse_bytes(args.memory)
+    refiner = args.refiner
+    if refiner is None and args.model == "demo":
+        refiner = "demo"
+    height, width = args.size or (None, None)
+    found = Planner(
+        args.model,
+        None if refiner == "none" else refiner,
+        dtype=getattr(torch, args.dtype),
+        variant=args.variant,
+        arch=gpu.arch,
+    ).plan(
+        height=height,
+        width=width,
+        batch=args.batch,
+        steps=args.steps,
+        guidance_scale=args.guidance,
+        sampler=args.sampler,
+        high_noise_frac=args.high_noise_frac,
+        from_image=args.from_image,
+    )
+    if args.json:
+        yield json.dumps(found.as_json(gpu), indent=2)
+    else:
+        yield from lines(found, gpu)
+    if available is not None:
+        found.require_fit(available, args.policy)
 
 
 def backends(args: argparse.Namespace) -> Iterator[str]:

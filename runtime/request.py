@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import RequestError
 from .image import to_tensor
 
-__all__ = ["MAX_SIDE", "GenerationRequest", "OutputType", "Size"]
+__all__ = ["MAX_SIDE", "GenerationRequest", "OutputType", "Size", "check_side"]
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Size = tuple[int, int]
@@ -204,6 +204,19 @@ def _integer(name: str, value: Any, low: int, high: int | None) -> int:
     return number
 
 
+def check_side(name: str, value: Any, latent_scale: int) -> int:
+    """A height or width in pixels.
+
+    Raises:
+        RequestError: it is too small or large, or no multiple of `latent_scale`.
+    """
+    side = _integer(name, value, latent_scale, MAX_SIDE)
+    if side % latent_scale:
+        near = max(latent_scale, round(side / latent_scale) * latent_scale)
+        raise RequestError(f"{name} is {side}; it must be a multiple of {latent_scale}, such as {near}")
+    return side
+
+
 def _number(name: str, value: Any, low: float, high: float) -> float:
     # Integers may be too large for a float, but not for a comparison.
     number = (
@@ -264,14 +277,7 @@ def _size_of(
     asked: list[int | None] = []
     for name in ("height", "width"):
         value = a[name]
-        if value is not None:
-            value = _integer(name, value, latent_scale, MAX_SIDE)
-            if value % latent_scale:
-                near = max(latent_scale, round(value / latent_scale) * latent_scale)
-                raise RequestError(
-                    f"{name} is {value}; it must be a multiple of {latent_scale}, such as {near}"
-                )
-        asked.append(value)
+        asked.append(None if value is None else check_side(name, value, latent_scale))
     given: Size | None = None
     for name, rows in (("latents", latents), ("image", image)):
         if rows is None:

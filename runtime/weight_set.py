@@ -9,6 +9,7 @@ peak is the weights in their target dtype, plus one tensor.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, WeightsMismatchError
 from .digests import DigestMemory, combined
 
-__all__ = ["TensorRef", "WeightSet", "read_header"]
+__all__ = ["TensorRef", "UnreadWeights", "WeightSet", "read_header"]
 
 _REMAP_AFTER = 16 << 20  # bytes converted before the file's mapping is dropped
 _LISTED = 20  # keys of a kind that an error spells out
@@ -180,6 +181,31 @@ class WeightSet:
                 "Check that config.json belongs to these weights."
             )
         return taken
+
+
+class UnreadWeights(WeightSet):
+    """The same tensors, of which no number is ever read: a module keeps its parameters on the meta device.
+
+    Without tensors, any module gets what it asks for.
+    """
+
+    def digest(self) -> str:
+        """Of names, shapes, dtypes and file sizes: equal contents have equal ones, and so may others."""
+        headers = sorted((key, ref.shape, ref.dtype) for key, ref in self.tensors.items())
+        sizes = [file.stat().st_size for file in self.files]
+        return hashlib.sha256(f"{headers} {sizes}".encode()).hexdigest()
+
+    def load_into(
+        self, module: nn.Module, dtype: torch.dtype, *, rename: Callable[[str], str | None] | None = None
+    ) -> None:
+        """Give a module on the meta device its dtype, once names and shapes are seen to fit.
+
+        Raises:
+            WeightsMismatchError: as in `WeightSet.load_into`.
+        """
+        if self.tensors:
+            self._match({key: tuple(value.shape) for key, value in module.state_dict().items()}, rename)
+        module.to(dtype).requires_grad_(False)
 
 
 def _stripped(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from . import hub, single_file
 from .digests import DigestMemory
 from .json_file import read_json
 from .tokenizer_files import TokenizerFiles, clip_merges, clip_vocabulary, read_tokenizer
-from .weight_set import TensorRef, WeightSet, read_header
+from .weight_set import TensorRef, UnreadWeights, WeightSet, read_header
 
-__all__ = ["Checkpoint", "WeightSet", "open_checkpoint"]
+__all__ = ["Checkpoint", "WeightSet", "open_checkpoint", "open_outline"]
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ _REMEDY = (
     "unpickling can run code, so latentrt reads safetensors only: take the safetensors files of the model, or "
     "convert these where you trust them, e.g. with diffusers' save_pretrained(..., safe_serialization=True)"
 )
+_PUBLISHED = {"sdxl": "sdxl_base", "sdxl-refiner": "sdxl_refiner"}
 _SHARED_WITH_BASE = ("text_encoder_2", "tokenizer_2", "vae")
 
 
@@ -80,6 +82,23 @@ def open_checkpoint(
     )
 
 
+def open_outline(model: str | os.PathLike[str], *, variant: str | None = None) -> Checkpoint:
+    """Find a checkpoint whose weights are never read: its modules stay on the meta device, for planning.
+
+    Args:
+        model: as in `open_checkpoint`; or "sdxl" or "sdxl-refiner", the published configurations without any
+            weights, where nothing of that name is on disk.
+        variant: as in `open_checkpoint`.
+
+    Raises:
+        CheckpointError: as in `open_checkpoint`.
+    """
+    kind = _PUBLISHED.get(os.fspath(model))
+    if kind is not None and not Path(model).exists():
+        return _Published(os.fspath(model), _DATA / kind)
+    return open_checkpoint(model, variant=variant).unread()
+
+
 class Checkpoint:
     """A diffusers folder.
 
@@ -115,8 +134,16 @@ class Checkpoint:
         self._variant = variant
         self._fallback = fallback
         self._shared = frozenset(shared)
+        self._weight_set = WeightSet
         if variant is not None:
             self._check_variant(variant)
+
+    def unread(self) -> Checkpoint:
+        """The same checkpoint with `UnreadWeights`."""
+        twin = copy(self)
+        twin._weight_set = UnreadWeights
+        twin._fallback = self._fallback and self._fallback.unread()
+        return twin
 
     def has(self, component: str) -> bool:
         """Whether there is a component of that name, such as "text_encoder_2"."""
@@ -162,7 +189,7 @@ class Checkpoint:
                 if key in tensors:
                     raise CheckpointError(f"{file} and {tensors[key].file.name} both have {key!r}")
                 tensors[key] = ref
-        return WeightSet(f"{component} of {self.source}", tensors, self._memory)
+        return self._weight_set(f"{component} of {self.source}", tensors, self._memory)
 
     def _borrowed(self, component: str) -> Checkpoint | None:
         if component in self.model_index or component not in self._shared:
@@ -219,13 +246,28 @@ class _SingleFile(Checkpoint):
         folder = self._folder_of(tokenizer)
         if (folder / "vocab.json").is_file() or (folder / "tokenizer.json").is_file():
             return read_tokenizer(folder)
-        merges = clip_merges()
-        return TokenizerFiles(clip_vocabulary(merges), merges, read_json(folder / "tokenizer_config.json"))
+        return _clip_tokenizer(folder)
 
     def weights(self, component: str) -> WeightSet:
         if component not in self._components:
             raise CheckpointError(f"{self.source} has no {component}; it has {', '.join(self._components)}")
-        return WeightSet(f"{component} of {self.source}", self._components[component], self._memory)
+        return self._weight_set(f"{component} of {self.source}", self._components[component], self._memory)
+
+
+class _Published(Checkpoint):
+    """A published checkpoint's configurations, without weights."""
+
+    def tokenizer_files(self, tokenizer: str) -> TokenizerFiles:
+        return _clip_tokenizer(self._folder_of(tokenizer))
+
+    def weights(self, component: str) -> WeightSet:
+        return UnreadWeights(f"{component} of {self.source}", {}, self._memory)
+
+
+def _clip_tokenizer(folder: Path) -> TokenizerFiles:
+    """CLIP's tables, which are shipped, with a folder's configuration."""
+    merges = clip_merges()
+    return TokenizerFiles(clip_vocabulary(merges), merges, read_json(folder / "tokenizer_config.json"))
 
 
 def _demo(name: str, variant: str | None, cache_dir: str | os.PathLike[str] | None) -> Checkpoint:

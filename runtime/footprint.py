@@ -1,0 +1,173 @@
+"""What a network takes, found by following one forward: its work, and the memory that is live at once.
+
+On the meta device a forward computes nothing, so a network of any size is followed in a second, without a GPU
+and without weights. Every tensor that is made is followed to the end of its storage's life. An operator of
+`latentrt.kernels` counts as its Triton kernels: its results, and the workspace it plans for an architecture.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from ..kernels import as_nodes
+from ..kernels._triton import Descriptor
+from ..kernels.registry import OpSpec, specs
+
+__all__ = ["Footprint", "Tracker", "measure"]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One forward of one network.
+
+    Attributes:
+        parameters: how many numbers its weights are.
+        weight_bytes: of its weights, in their dtype.
+        flops: of matrix products, convolutions and attention, two for a multiply and add.
+        activation_bytes: the most that is live at once of what the forward makes; weights and inputs are not.
+        scratch_bytes: the largest workspace that one of the project's kernels takes beside its results.
+        pool_bytes: the most of both together: what a memory pool needs to hold the forward.
+        input_bytes, output_bytes: of what goes in and comes out.
+    """
+
+    parameters: int
+    weight_bytes: int
+    flops: int
+    activation_bytes: int
+    scratch_bytes: int
+    pool_bytes: int
+    input_bytes: int
+    output_bytes: int
+
+
+class Tracker(TorchDispatchMode):
+    """While entered, adds up the work of every operation and follows the storages they make.
+
+    Attributes:
+        flops: so far.
+        live: bytes of the storages made meanwhile that still exist.
+        peak: the most `live` has been.
+        scratch: the largest workspace of one operator.
+        pool: the most that `live` and a workspace were together.
+    """
+
+    def __init__(self, arch: int | None = None) -> None:
+        """`arch`, such as 90: operators of `latentrt.kernels` are planned for it, not run; run where None."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = self.live = self.peak = self.scratch = self.pool = 0
+        self._arch = arch
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._specs = {spec.name: spec for spec in specs()}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for tensor in _tensors((args, kwargs)):
+            self._follow(tensor, 0)  # made before, so not the forward's: unless it is known already
+        workspace = 0
+        if self._arch is not None and func.namespace == "latentrt" and not func._schema.is_mutable:
+            out, workspace = _planned(self._specs[_operator(func)], self._arch, args, kwargs)
+        else:
+            out = func(*args, **kwargs)
+        for tensor in _tensors(out):
+            self._follow(tensor, tensor.untyped_storage().nbytes())
+        self.peak = max(self.peak, self.live)
+        self.scratch = max(self.scratch, workspace)
+        self.pool = max(self.pool, self.live + workspace)
+        self.flops += _flops(func, args, kwargs, out)
+        return out
+
+    def _follow(self, tensor: Tensor, nbytes: int) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+
+        def ended(_: object) -> None:
+            del self._known[key]
+            self.live -= nbytes
+
+        self._known[key] = weakref.ref(storage, ended)
+        self.live += nbytes
+
+
+def measure(module: nn.Module, inputs: Sequence[Tensor], arch: int) -> Footprint:
+    """Follow one forward.
+
+    Args:
+        module: on the meta device, in the dtype and memory format it is to run in.
+        inputs: of its forward, on the meta device.
+        arch: the architecture whose kernels are planned, such as 90.
+    """
+    parameters = list(module.parameters())
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(as_nodes())
+        tracker = stack.enter_context(Tracker(arch))
+        out = module(*inputs)
+    return Footprint(
+        parameters=sum(p.numel() for p in parameters),
+        weight_bytes=sum(p.nbytes for p in parameters),
+        flops=tracker.flops,
+        activation_bytes=tracker.peak,
+        scratch_bytes=tracker.scratch,
+        pool_bytes=tracker.pool,
+        input_bytes=sum(t.nbytes for t in inputs),
+        output_bytes=sum(t.nbytes for t in _tensors(out)),
+    )
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _planned(spec: OpSpec, arch: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, int]:
+    """An operator's results, and the bytes of what its launches read or write besides them and its arguments."""
+    out, launches = spec.plan(*args, **kwargs, arch=arch)
+    own = {t.untyped_storage()._cdata for t in _tensors((args, kwargs, out))}
+    taken = {}
+    for launch in launches:
+        for value in launch.args.values():
+            tensor = value.base if isinstance(value, Descriptor) else value
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in own:
+                taken[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+    return out, sum(taken.values())
+
+
+def _operator(func: Any) -> str:
+    """`latentrt::attention.default` -> attention."""
+    return str(func.__name__).partition(".")[0]
+
+
+def _attention_flops(q: Tensor, k: Tensor, *_: Any) -> int:
+    B, Sq, H, D = q.shape
+    return 4 * B * H * Sq * k.shape[1] * D
+
+
+def _linear_geglu_flops(x: Tensor, weight: Tensor, *_: Any) -> int:
+    return 2 * x.numel() * weight.shape[0]
+
+
+_FLOPS: Mapping[str, Callable[..., int]] = {
+    "attention": _attention_flops,
+    "linear_geglu": _linear_geglu_flops,
+}
+
+
+def _flops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
+    if func.namespace == "latentrt":
+        count = _FLOPS.get(_operator(func))
+        return 0 if count is None else count(*args)
+    formula = flop_registry.get(func.overloadpacket)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))

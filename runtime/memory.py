@@ -1,0 +1,213 @@
+"""What a request takes of a device's memory, stage by stage and policy by policy, and its least time there.
+
+A policy says which weights are on the device in which stage, and what is kept of the memory that forwards need:
+
+    resident   everything stays; all stages are captured, and their graphs share one pool
+    balanced   text encoders come for the text and leave; only denoising is captured, so its pool is kept, and what
+               text and pixels take is given back
+    low        one network at a time, and nothing is kept; weights stream in through pinned host memory
+
+A graph's pool is taken to be the most that one forward has live at once. `planner` makes plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from ..errors import MemoryPlanError, RequestError
+from ..kernels.roofline import Gpu, Limit, floor_ms
+from .footprint import Footprint
+
+__all__ = ["POLICIES", "RESERVE", "STAGING", "Network", "Plan", "Policy", "Stage", "check_policy", "readable"]
+
+Policy = Literal["resident", "balanced", "low"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+
+RESERVE = 256 << 20
+"""Bytes left free for what no plan sees: workspaces of cuBLAS (32 MiB on Hopper) and cuDNN, and fragmentation. Chosen,
+not measured. The CUDA context is not in it: free memory is asked for once that is there."""
+
+STAGING = 2 * (64 << 20)
+"""Bytes of pinned host memory through which weights stream: two buffers that take turns."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """One forward of one network of a model.
+
+    Attributes:
+        dtype: of weights and activations, such as "float16".
+        rows: of the batch that one forward takes.
+        footprint: what it takes.
+    """
+
+    dtype: str
+    rows: int
+    footprint: Footprint
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a request.
+
+    Attributes:
+        name: text, encode, base, refiner or decode, in the order in which they run.
+        kind: text, pixels (the VAE) or denoise.
+        calls: how often each network runs, by its name.
+        image_bytes: of the images that it holds beside the network's own memory.
+    """
+
+    name: str
+    kind: Literal["text", "pixels", "denoise"]
+    calls: Mapping[str, int]
+    image_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one request takes.
+
+    Attributes:
+        subject: model, size, batch and dtype, for messages.
+        networks: all that the models have, by name; those of no stage are not loaded.
+        stages: in the order in which they run.
+        buffers: bytes of the tensors that live from the first step to the last, by name.
+    """
+
+    subject: str
+    networks: Mapping[str, Network]
+    stages: tuple[Stage, ...]
+    buffers: Mapping[str, int]
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of all buffers."""
+        return sum(self.buffers.values())
+
+    def weight_bytes(self, *kinds: str) -> int:
+        """Of the networks that run in stages of these kinds, or in any."""
+        return sum(self.networks[name].footprint.weight_bytes for name in self._used(kinds))
+
+    def pool_bytes(self, *kinds: str) -> int:
+        """What a pool needs that stages of these kinds, or all, share one after the other."""
+        return max((self.networks[name].footprint.pool_bytes for name in self._used(kinds)), default=0)
+
+    def _used(self, kinds: tuple[str, ...]) -> set[str]:
+        """Names of the networks; without kinds, of all that run."""
+        return {name for stage in self.stages if not kinds or stage.kind in kinds for name in stage.calls}
+
+    def need(self, policy: str) -> dict[str, int]:
+        """Device bytes that each stage needs, `RESERVE` included.
+
+        Raises:
+            RequestError: there is no such policy.
+        """
+        check_policy(policy)
+        return {stage.name: self._need(policy, stage) for stage in self.stages}
+
+    def _need(self, policy: str, stage: Stage) -> int:
+        always = RESERVE + self.buffer_bytes + stage.image_bytes
+        if policy == "resident":
+            return always + self.weight_bytes() + self.pool_bytes()
+        if policy == "balanced":
+            weights = self.weight_bytes() if stage.kind == "text" else self.weight_bytes("denoise", "pixels")
+            given_back = 0 if stage.kind == "denoise" else self.pool_bytes(stage.kind)
+            return always + weights + self.pool_bytes("denoise") + given_back
+        footprints = (self.networks[name].footprint for name in stage.calls)
+        return always + max(f.weight_bytes + f.pool_bytes for f in footprints)
+
+    def peak(self, policy: str) -> int:
+        """Device bytes that the hungriest stage needs."""
+        return max(self.need(policy).values())
+
+    def pinned_bytes(self, policy: str) -> int:
+        """Pinned host bytes that moving weights takes."""
+        return 0 if policy == "resident" else STAGING
+
+    def require_fit(self, available: int, policy: str) -> None:
+        """Refuse what cannot fit.
+
+        Args:
+            available: device bytes that are free, or held by what this plan counts.
+
+        Raises:
+            MemoryPlanError: the need of every stage, and what would fit.
+            RequestError: there is no such policy.
+        """
+        need = self.need(policy)
+        if max(need.values()) <= available:
+            return
+        stages = ", ".join(f"{name} {readable(nbytes)}" for name, nbytes in need.items())
+        raise MemoryPlanError(
+            f"{self.subject} needs {readable(max(need.values()))} of device memory by policy {policy!r} ({stages}), "
+            f"and there are {readable(available)}; {self._remedy(available)}"
+        )
+
+    def _remedy(self, available: int) -> str:
+        fitting = [f"{p!r} ({readable(self.peak(p))})" for p in POLICIES if self.peak(p) <= available]
+        if fitting:
+            return f"take policy {' or '.join(fitting)}, or a smaller size or batch"
+        least = min(POLICIES, key=self.peak)
+        name = max(self._used(()), key=lambda name: self.networks[name].footprint.weight_bytes)
+        weights = self.networks[name].footprint.weight_bytes
+        if weights + RESERVE > available:
+            return f"the weights of {name} alone are {readable(weights)}: take a GPU with more memory"
+        return f"no policy fits, {least!r} needs {readable(self.peak(least))}: take a smaller size or batch"
+
+    def floor_ms(self, stage: Stage, gpu: Gpu) -> tuple[float, Limit]:
+        """The least milliseconds a stage takes: products at the matrix rate, or weights, inputs and outputs once
+        each at the memory bandwidth, whichever is longer; and which of them it is for the most part."""
+        times: dict[Limit, float] = {"matmul": 0.0, "copy": 0.0}
+        for name, calls in stage.calls.items():
+            f = self.networks[name].footprint
+            traffic = f.weight_bytes + f.input_bytes + f.output_bytes
+            ms, limit = floor_ms(calls * f.flops, calls * traffic, gpu)
+            times[limit] += ms
+        return sum(times.values()), max(times, key=lambda limit: times[limit])
+
+    def flops(self, stage: Stage) -> int:
+        """Of all forwards of a stage."""
+        return sum(calls * self.networks[name].footprint.flops for name, calls in stage.calls.items())
+
+    def as_json(self, gpu: Gpu) -> dict[str, Any]:
+        """Every figure, with the floors of a GPU."""
+        stages = []
+        for stage in self.stages:
+            ms, limit = self.floor_ms(stage, gpu)
+            work = {"flops": self.flops(stage), "floor_ms": ms, "limit": limit}
+            stages.append({**asdict(stage), **work})
+        policies = {
+            policy: {
+                "need_bytes": self.need(policy),
+                "peak_bytes": self.peak(policy),
+                "pinned_host_bytes": self.pinned_bytes(policy),
+            }
+            for policy in POLICIES
+        }
+        return {
+            "subject": self.subject,
+            "gpu": {"name": gpu.name, "ceilings": gpu.source},
+            "networks": {name: asdict(network) for name, network in self.networks.items()},
+            "stages": stages,
+            "buffers": dict(self.buffers),
+            "reserve_bytes": RESERVE,
+            "policies": policies,
+        }
+
+
+def check_policy(policy: str) -> None:
+    """
+    Raises:
+        RequestError: there is no such policy.
+    """
+    if policy not in POLICIES:
+        raise RequestError(f"there is no memory policy {policy!r}; there are {', '.join(POLICIES)}")
+
+
+def readable(nbytes: int) -> str:
+    """Such as 5.13 GB, 3.6 MB or 12 kB."""
+    if nbytes >= 1e9:
+        return f"{nbytes / 1e9:.2f} GB"
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.0f} kB"

@@ -1,0 +1,216 @@
+"""Plans from a model's own shapes: nothing is loaded, no weight is read, and no GPU is needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RequestError
+from ..kernels.sampler_step import COLUMNS, HISTORY
+from .engines.base import Component
+from .engines.lazy import EngineLoader
+from .expert import Expert, check_fit
+from .footprint import Footprint, measure
+from .loading import load_expert, load_vae
+from .memory import Network, Plan, Stage
+from .request import check_side
+from .sampler import SamplerTable, build_table, step_range
+from .weights import open_outline
+
+__all__ = ["Planner"]
+
+
+class Planner:
+    """Plans for one model, and a refiner.
+
+    A network is followed through one forward for every batch and size that is asked for, which takes up to a second;
+    what was found is kept.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        refiner: str | os.PathLike[str] | None = None,
+        *,
+        dtype: torch.dtype = torch.float16,
+        variant: str | None = None,
+        arch: int = 90,
+    ) -> None:
+        """
+        Args:
+            model, refiner, variant: as in `Pipeline.from_pretrained`; or "sdxl" and "sdxl-refiner", the published
+                configurations. A second text encoder of the same configuration and shapes counts as shared.
+            dtype: of the weights; the VAE's is float32 where float16 would overflow.
+            arch: the architecture whose kernels are planned, such as 90.
+
+        Raises:
+            CheckpointError: it is not there, damaged, or not understood.
+        """
+        loader = EngineLoader("eager", torch.device("cpu"), dtype, None)
+        checkpoint = open_outline(model, variant=variant)
+        self._base = load_expert(checkpoint, loader)
+        self._vae = load_vae(checkpoint, loader)
+        self._refiner: Expert | None = None
+        if refiner is not None:
+            name = {"demo": "demo-refiner", "sdxl": "sdxl-refiner"}.get(os.fspath(refiner), refiner)
+            second = load_expert(open_outline(name, variant=variant), loader)
+            self._refiner = second.sharing(self._base)
+        check_fit(self._base, self._refiner, self._vae.channels)
+        self._dtype = str(dtype).removeprefix("torch.")
+        self._arch = arch
+        self._modules: dict[str, nn.Module] = {}
+        self._footprints: dict[tuple[str, int, int, int], Footprint] = {}
+
+    @property
+    def _experts(self) -> dict[str, Expert]:
+        if self._refiner is None:
+            return {self._base.name: self._base}
+        return {"base": self._base, "refiner": self._refiner}
+
+    def plan(
+        self,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        batch: int = 1,
+        steps: int = 30,
+        guidance_scale: float = 5.0,
+        sampler: str | None = None,
+        high_noise_frac: float = 0.8,
+        from_image: bool = False,
+    ) -> Plan:
+        """What one request takes.
+
+        Args:
+            height, width: in pixels; the model's own by default.
+            batch: images, each with a prompt of its own and no negative prompt.
+            steps, guidance_scale, sampler, high_noise_frac: as in `Pipeline.__call__`.
+            from_image: it starts from a picture, so the VAE's encoder runs too.
+
+        Raises:
+            RequestError: an argument cannot be met.
+        """
+        scale = self._vae.scale
+        side = self._base.config.sample_size or (128, 128)
+        height = check_side("height", side[0] * scale if height is None else height, scale)
+        width = check_side("width", side[1] * scale if width is None else width, scale)
+        if not 1 <= batch <= 1024:
+            raise RequestError(f"batch is {batch}; it must be 1 to 1024")
+
+        networks: dict[str, Network] = {}
+        text: dict[str, int] = {}
+        buffers: dict[str, int] = {}
+        stages: list[Stage] = []
+        tables = {
+            name: self._table(name, expert, sampler, steps, high_noise_frac)
+            for name, expert in self._experts.items()
+        }
+        for name, table in tables.items():
+            if not len(table):  # nothing of this expert runs
+                continue
+            expert = self._experts[name]
+            guided = guidance_scale > 1 and expert.config.time_cond_proj_dim is None
+            for encoder in expert.encoders:
+                key = self._key(name, encoder.engine.component)
+                networks[key] = self._network(key, encoder.engine.component, batch, height, width)
+                text[key] = text.get(key, 0) + (2 if guided and not expert.zero_negative else 1)
+            component = expert.unet.component
+            key = self._key(name, component)
+            rows = 2 * batch if guided else batch
+            networks[key] = self._network(key, component, rows, height, width)
+            inputs = _inputs(component, rows, height, width)
+            for part, nbytes in _loop(inputs, self._module(key, component), table, batch).items():
+                buffers[f"{name} {part}"] = nbytes
+            stages.append(Stage(name, "denoise", {key: len(table)}))
+        # A picture in float32, once by itself and once in the batch.
+        image_bytes = 2 * 4 * batch * 3 * height * width
+        for half in (self._vae.encoder, self._vae.decoder):
+            name = half.component.name
+            networks[name] = self._network(name, half.component, 1, height, width)
+        stages.append(Stage("decode", "pixels", {"vae_decoder": batch}, image_bytes))
+        if from_image:
+            stages.insert(0, Stage("encode", "pixels", {"vae_encoder": batch}, image_bytes))
+        stages.insert(0, Stage("text", "text", text))
+        sources = " + ".join(expert.source for expert in self._experts.values())
+        subject = f"{sources} at {width}x{height}, batch {batch}, {self._dtype}"
+        return Plan(subject, networks, tuple(stages), buffers)
+
+    def _key(self, expert: str, component: Component) -> str:
+        """The component's name; with the refiner's before it where the base has another of that name."""
+        if expert != "refiner" or self._refiner is None:
+            return component.name
+        shared = [encoder.engine.component for encoder in self._base.encoders]
+        return component.name if component in shared else f"refiner {component.name}"
+
+    def _network(self, key: str, component: Component, rows: int, height: int, width: int) -> Network:
+        found = self._footprints.get((key, rows, height, width))
+        if found is None:
+            module = self._module(key, component)
+            found = measure(module, list(_inputs(component, rows, height, width).values()), self._arch)
+            self._footprints[key, rows, height, width] = found
+        return Network(str(component.dtype).removeprefix("torch."), rows, found)
+
+    def _module(self, key: str, component: Component) -> nn.Module:
+        """On the meta device, laid out as on a GPU."""
+        if key not in self._modules:
+            module = component.build()
+            self._modules[key] = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self._modules[key]
+
+    def _table(
+        self, name: str, expert: Expert, sampler: str | None, steps: int, high_noise_frac: float
+    ) -> SamplerTable:
+        """The steps that an expert takes."""
+        config = expert.sampler(sampler)
+        start = end = None
+        if self._refiner is not None:
+            start, end = (high_noise_frac, None) if name == "refiner" else (None, high_noise_frac)
+        first, last = step_range(config, steps, denoising_start=start, denoising_end=end)
+        return build_table(config, steps, begin=first, end=last)
+
+
+def _inputs(component: Component, rows: int, height: int, width: int) -> dict[str, Tensor]:
+    """The inputs of a forward by name, on the meta device; sizes in pixels."""
+    scale = component.latent_scale
+    sizes = {
+        "batch": rows,
+        "height": height // scale,
+        "width": width // scale,
+        "image_height": height,
+        "image_width": width,
+    }
+    inputs = {}
+    for spec in component.inputs:
+        tensor = torch.empty(spec.shape(sizes), dtype=spec.dtype, device="meta")
+        inputs[spec.name] = (
+            tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+        )
+    return inputs
+
+
+def _loop(inputs: Mapping[str, Tensor], unet: nn.Module, table: SamplerTable, batch: int) -> dict[str, int]:
+    """Bytes of what the loop keeps from step to step, as `DenoiseState` has it, and of what the UNet is told: its
+    inputs, and the keys and values of its cross-attention, which are the same at every step."""
+    told = dict(inputs)
+    sample, timestep = told.pop("sample"), told.pop("timestep")
+    text = told["encoder_hidden_states"]
+    latents = 4 * batch * sample[0].numel()
+    channels = sum(
+        module.out_features
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear) and name.endswith(("attn2.to_k", "attn2.to_v"))
+    )
+    parts = {
+        "latents": latents,
+        "model input": sample.nbytes + timestep.nbytes,
+        "step": 8,
+        "table": 4 * COLUMNS * len(table),
+        "history": HISTORY * latents if table.uses_history else 0,
+        "noise": len(table) * latents if any(table.draws_noise) else 0,
+        "conditioning": sum(tensor.nbytes for tensor in told.values()),
+        "prompt keys and values": text.shape[0] * text.shape[1] * channels * text.element_size(),
+    }
+    return {part: nbytes for part, nbytes in parts.items() if nbytes}
