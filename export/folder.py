@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from ..errors import RequestError
+from ..errors import ExportError, RequestError
+from ..runtime.cache import no_room
 from ..runtime.engines.base import Component
 from ..runtime.loading import load_components
 from ..runtime.weights import open_checkpoint
@@ -94,7 +95,7 @@ def export_model(
 
     Raises:
         RequestError: there is no such component or pass.
-        CheckpointError, ExportError: what each says.
+        CheckpointError, ExportError: what each says, a full disk included.
         OSError: the folder cannot be written.
     """
     check_names(passes)
@@ -112,6 +113,12 @@ def export_model(
             try:
                 files, reports, check = _export(found[name], aside, passes, split=split and name == "unet")
                 _replace(aside, folder / name)
+            except OSError as error:
+                if full := no_room(error):
+                    raise ExportError(
+                        f"{full} while writing {name} to {folder} ({error}); free some, or write to another folder"
+                    ) from error
+                raise
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
             yield Exported(

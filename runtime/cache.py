@@ -46,6 +46,7 @@ __all__ = [
     "damage_of",
     "digest_of",
     "explained",
+    "no_room",
     "write_beside",
 ]
 
@@ -325,6 +326,15 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def no_room(error: OSError) -> str | None:
+    """A full disk in words, or a file that its system has no room for; None for other errors."""
+    if error.errno in _FULL:
+        return "no space left on the device"
+    if error.errno == errno.EFBIG:  # FAT32 ends at 4 GB, and `ulimit -f` where it was told to
+        return "no room for so large a file"
+    return None
+
+
 @contextmanager
 def explained(root: Path) -> Iterator[None]:
     """Errors of the filesystem under `root` as CacheErrors that say what to do; others pass as they are."""
@@ -334,9 +344,9 @@ def explained(root: Path) -> Iterator[None]:
         code = error.errno
         elsewhere = error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(root)
         other = "set LATENTRT_CACHE or cache_dir to another folder"
-        if code in _FULL:
+        if full := no_room(error):
             raise CacheError(
-                f"no space left on the device while writing the cache {root} ({error}); free some, or {other}"
+                f"{full} while writing the cache {root} ({error}); free some, or {other}"
             ) from error
         if code in _NOT_WRITABLE and not elsewhere:
             raise CacheError(

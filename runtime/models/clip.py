@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Fields
+from .config import DEEPEST, Fields
 from .layers import LayerNorm
 
 __all__ = ["CLIPTextConfig", "CLIPTextEncoder", "rename_clip_keys"]
@@ -103,7 +103,7 @@ class CLIPTextConfig:
             vocab_size=f.integer("vocab_size"),
             hidden_size=hidden,
             intermediate_size=f.integer("intermediate_size"),
-            num_hidden_layers=f.integer("num_hidden_layers"),
+            num_hidden_layers=f.integer("num_hidden_layers", DEEPEST),
             num_attention_heads=heads,
             max_position_embeddings=f.integer("max_position_embeddings"),
             hidden_act=f.string("hidden_act", ("quick_gelu", "gelu")),

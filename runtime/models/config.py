@@ -7,7 +7,11 @@ from typing import Any
 
 from ...errors import UnsupportedConfigError
 
-__all__ = ["Fields"]
+__all__ = ["DEEPEST", "Fields"]
+
+DEEPEST = 100
+"""Layers in a row. Published models have 48 at most; millions would be built for hours before their weights are seen to
+be missing."""
 
 
 class Fields:
@@ -59,11 +63,12 @@ class Fields:
             raise self.unsupported(field, value, need)
         return value
 
-    def integer(self, field: str) -> int:
-        """A positive integer."""
-        value = int(self._of(field, int, "a positive integer"))
-        if value < 1:
-            raise self.unsupported(field, value, "a positive integer")
+    def integer(self, field: str, most: int | None = None) -> int:
+        """A positive integer, and not above `most`."""
+        need = "a positive integer" if most is None else f"an integer from 1 to {most}"
+        value = int(self._of(field, int, need))
+        if value < 1 or (most is not None and value > most):
+            raise self.unsupported(field, value, need)
         return value
 
     def optional_integer(self, field: str) -> int | None:
@@ -104,11 +109,13 @@ class Fields:
             raise self.unsupported(field, values, need)
         return tuple(values)
 
-    def per_level(self, field: str, levels: int) -> tuple[int, ...]:
-        """One positive integer for all levels, or a list with one for each."""
+    def per_level(self, field: str, levels: int, most: int | None = None) -> tuple[int, ...]:
+        """One positive integer for all levels, or a list with one for each; none above `most`."""
         if not isinstance(self._values[field], (list, tuple)):
-            return (self.integer(field),) * levels
+            return (self.integer(field, most),) * levels
         values = self.integers(field)
+        if most is not None and max(values) > most:
+            raise self.unsupported(field, list(values), f"integers from 1 to {most}")
         if len(values) != levels:
             raise self.unsupported(field, list(values), f"one integer or a list of {levels}")
         return values

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .config import Fields
+from .config import DEEPEST, Fields
 
 __all__ = ["UNetConfig"]
 
@@ -175,10 +175,10 @@ class UNetConfig:
             out_channels=f.integer("out_channels"),
             sample_size=f.size("sample_size"),
             block_out_channels=channels,
-            layers_per_block=f.per_level("layers_per_block", levels),
+            layers_per_block=f.per_level("layers_per_block", levels, DEEPEST),
             down_attention=tuple(t == _DOWN[1] for t in f.strings("down_block_types", _DOWN, levels)),
             up_attention=tuple(t == _UP[1] for t in f.strings("up_block_types", _UP, levels)),
-            transformer_layers=f.per_level("transformer_layers_per_block", levels),
+            transformer_layers=f.per_level("transformer_layers_per_block", levels, DEEPEST),
             num_heads=heads,
             cross_attention_dim=context[0],
             use_linear_projection=f.flag("use_linear_projection"),

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...kernels import attention
-from .config import Fields
+from .config import DEEPEST, Fields
 from .layers import Downsample, GroupNorm, GroupNormSiLU, ResnetBlock, Upsample
 
 __all__ = ["VAEConfig", "VAEDecoder", "VAEEncoder", "rename_legacy_vae_keys"]
@@ -96,7 +96,7 @@ class VAEConfig:
             out_channels=f.integer("out_channels"),
             latent_channels=f.integer("latent_channels"),
             block_out_channels=channels,
-            layers_per_block=f.integer("layers_per_block"),
+            layers_per_block=f.integer("layers_per_block", DEEPEST),
             norm_num_groups=groups,
             sample_size=f.size("sample_size"),
             scaling_factor=f.number("scaling_factor"),

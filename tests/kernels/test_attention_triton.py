@@ -251,3 +251,38 @@ def test_the_vae_at_full_size(dtype: torch.dtype, launches: Counter[str]) -> Non
     exact = reference.attention(q[:, rows].double(), k.double(), v.double())
     assert_as_good(out[:, rows], reference.attention(q[:, rows], k, v), exact)
     assert launches == {"_attention_wide": 1}
+
+
+COPIED = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "TMA": 1}
+SPECIALIZED = {**COPIED, "num_warps": 4, "num_stages": 2, "SPECIALIZE": 1}
+COPIED_WIDE = {**COPIED, "BLOCK_D": 64, "BLOCK_V": 256, "BLOCK_M": 64, "BLOCK_N": 32, "num_stages": 2}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("S", "H", "D", "variant"),
+    [
+        *(
+            (S, H, 64, variant)
+            for S, H in ((4096, 10), (4000, 10), (1024, 20))
+            for variant in (COPIED, SPECIALIZED)
+        ),
+        (16384, 1, 512, COPIED_WIDE),
+    ],
+)
+def test_descriptors_at_full_size(
+    S: int, H: int, D: int, variant: dict[str, int], dtype: torch.dtype, launches: Counter[str]
+) -> None:
+    """Beside the plain kernel, which is held against float64 above: as near to float64 as that."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a GPU that copies whole blocks: sm_90 or later")
+    q, k, v = fused(1, S, H, D, dtype, torch.device("cuda"))
+    plain = attention(q, k, v)
+    table = "attention_wide" if D == 512 else "attention"
+    with tuning.trying(table, variant):
+        out = attention(q, k, v)
+    assert launches == {f"_{table}": 1, "_attention_tma": 1}
+    rows = slice(0, S, S // 64)
+    exact = reference.attention(q[:, rows].double(), k.double(), v.double())
+    assert_as_good(out[:, rows], plain[:, rows], exact)

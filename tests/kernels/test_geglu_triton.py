@@ -180,3 +180,27 @@ def test_full_size(rows: int, K: int, dtype: torch.dtype, launches: Counter[str]
     check_linear(x, weight, bias)
     check(torch.randn(2, rows, 8 * K, device="cuda").to(dtype))
     assert launches == {"_linear_geglu_kernel": 1, "_geglu_kernel": 1}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "variant", [{"num_warps": 8}, {"num_warps": 4, "SPECIALIZE": 1}], ids=["copied", "specialized"]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "K"), [(4096, 640), (4000, 640), (1024, 1280)])
+def test_projection_of_described_blocks_at_full_size(
+    rows: int, K: int, dtype: torch.dtype, variant: dict[str, int], launches: Counter[str]
+) -> None:
+    """Beside the plain kernel, which is held against float64 above: as near to float64 as that."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a GPU that copies whole blocks: sm_90 or later")
+    x = torch.randn(2, rows, K, device="cuda").to(dtype)
+    weight = (torch.randn(8 * K, K, device="cuda") * K**-0.5).to(dtype)
+    bias = torch.randn(8 * K, device="cuda").to(dtype)
+    plain = linear_geglu(x, weight, bias)
+    blocks = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8, "num_stages": 4, "TMA": 1}
+    with tuning.trying("linear_geglu", {**blocks, **variant}):
+        out = linear_geglu(x, weight, bias)
+    assert launches == {"_linear_geglu_kernel": 1, "_linear_geglu_tma_kernel": 1}
+    exact = reference.linear_geglu(x[:1, :99].double(), weight.double(), bias.double())
+    assert_as_good(out[:1, :99], plain[:1, :99], exact)

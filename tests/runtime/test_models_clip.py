@@ -173,3 +173,9 @@ def test_an_unsupported_value_is_refused_by_name(field: str) -> None:
     named = "num_attention_heads" if field == "hidden_size" else field
     with pytest.raises(UnsupportedConfigError, match=f"^text encoder configuration: {named}="):
         CLIPTextConfig.from_dict(raw)
+
+
+def test_a_depth_that_would_never_be_built_is_refused() -> None:
+    raw = {**SIZES, "architectures": ["CLIPTextModelWithProjection"], "num_hidden_layers": 101}
+    with pytest.raises(UnsupportedConfigError, match=r"num_hidden_layers=101 .* an integer from 1 to 100$"):
+        CLIPTextConfig.from_dict(raw)

@@ -289,6 +289,13 @@ def test_an_unsupported_value_is_refused_by_name(field: str) -> None:
         UNetConfig.from_dict(config)
 
 
+@pytest.mark.parametrize("field", ["layers_per_block", "transformer_layers_per_block"])
+@pytest.mark.parametrize("value", [10_000_000, [1, 2, 101]], ids=str)
+def test_depths_that_would_never_be_built_are_refused(field: str, value: int | list[int]) -> None:
+    with pytest.raises(UnsupportedConfigError, match=rf"^unet configuration: {field}=.* from 1 to 100$"):
+        UNetConfig.from_dict({**full_config("sdxl"), field: value})
+
+
 def test_every_field_of_diffusers_has_been_considered() -> None:
     fields = {f for f in full_config("sd15") if not f.startswith("_")}
     assert fields == (UNSUPPORTED.keys() | INERT.keys()) - {"a_field_of_tomorrow"}

@@ -130,6 +130,13 @@ def test_an_unsupported_value_is_refused_by_name(field: str) -> None:
         VAEConfig.from_dict({**VAE, field: UNSUPPORTED[field]})
 
 
+def test_a_depth_that_would_never_be_built_is_refused() -> None:
+    with pytest.raises(
+        UnsupportedConfigError, match=r"layers_per_block=10000000 .* an integer from 1 to 100$"
+    ):
+        VAEConfig.from_dict({**VAE, "layers_per_block": 10_000_000})
+
+
 def test_every_field_of_diffusers_has_been_considered() -> None:
     fields = {f for f in AutoencoderKL(**VAE).config if not f.startswith("_")}
     assert fields == UNSUPPORTED.keys() - {"a_field_of_tomorrow"}
