@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RequestError
-from ..kernels.sampler_step import COLUMNS, HISTORY
+from .denoise import DenoiseState, LoopKind
 from .engines.base import Component
 from .engines.lazy import EngineLoader
 from .expert import Expert, check_fit
@@ -43,13 +43,13 @@ class Planner:
         Args:
             model, refiner, variant: as in `Pipeline.from_pretrained`; or "sdxl" and "sdxl-refiner", the published
                 configurations. A second text encoder of the same configuration and shapes counts as shared.
-            dtype: of the weights; the VAE's is float32 where float16 would overflow.
+            dtype: of the weights; the VAE's is bfloat16 where float16 would overflow.
             arch: the architecture whose kernels are planned, such as 90.
 
         Raises:
             CheckpointError: it is not there, damaged, or not understood.
         """
-        loader = EngineLoader("eager", torch.device("cpu"), dtype, None)
+        loader = EngineLoader("triton", torch.device("cpu"), dtype, None)
         checkpoint = open_outline(model, variant=variant)
         self._base = load_expert(checkpoint, loader)
         self._vae = load_vae(checkpoint, loader)
@@ -192,25 +192,21 @@ def _inputs(component: Component, rows: int, height: int, width: int) -> dict[st
 
 
 def _loop(inputs: Mapping[str, Tensor], unet: nn.Module, table: SamplerTable, batch: int) -> dict[str, int]:
-    """Bytes of what the loop keeps from step to step, as `DenoiseState` has it, and of what the UNet is told: its
-    inputs, and the keys and values of its cross-attention, which are the same at every step."""
+    """Bytes of what the loop keeps from step to step: its static tensors, what the UNet is told, and what the back end
+    `triton` makes of it once: keys and values of a prompt, shifts of all steps."""
     told = dict(inputs)
-    sample, timestep = told.pop("sample"), told.pop("timestep")
-    text = told["encoder_hidden_states"]
-    latents = 4 * batch * sample[0].numel()
-    channels = sum(
-        module.out_features
-        for name, module in unet.named_modules()
-        if isinstance(module, nn.Linear) and name.endswith(("attn2.to_k", "attn2.to_v"))
+    sample, _ = told.pop("sample"), told.pop("timestep")
+    latents = torch.empty((batch, *sample.shape[1:]), device="meta")
+    kind = LoopKind.of(latents, table, len(sample) > batch, 0.0, sample.dtype)
+    static = DenoiseState(kind, latents.device).tensors()
+    text, linears = told["encoder_hidden_states"], dict(unet.named_modules())
+    keys, shifts = (
+        sum(m.out_features for name, m in linears.items() if isinstance(m, nn.Linear) and name.endswith(ends))
+        for ends in (("attn2.to_k", "attn2.to_v"), ("time_emb_proj",))
     )
-    parts = {
-        "latents": latents,
-        "model input": sample.nbytes + timestep.nbytes,
-        "step": 8,
-        "table": 4 * COLUMNS * len(table),
-        "history": HISTORY * latents if table.uses_history else 0,
-        "noise": len(table) * latents if any(table.draws_noise) else 0,
-        "conditioning": sum(tensor.nbytes for tensor in told.values()),
-        "prompt keys and values": text.shape[0] * text.shape[1] * channels * text.element_size(),
+    return {
+        **{name: x.nbytes for name, x in static.items()},
+        "conditioning": sum(x.nbytes for x in told.values()),
+        "prompt keys and values": text.shape[0] * text.shape[1] * keys * text.element_size(),
+        "time shifts": kind.capacity * len(text) * shifts * text.element_size(),
     }
-    return {part: nbytes for part, nbytes in parts.items() if nbytes}
