@@ -133,6 +133,13 @@ def _parser() -> argparse.ArgumentParser:
     e.add_argument(
         "--hardware-compatibility", choices=("none", "same-capability", "ampere-plus"), default="none"
     )
+    e.add_argument(
+        "--plugins",
+        default="none",
+        metavar="NAME,...",
+        help="operators that plugins made of the Triton kernels take: all, none, or of GroupNorm, GroupNormSilu, "
+        "ShiftGroupNormSilu, DotProductAttention (default none)",
+    )
     e.add_argument("--rebuild", action="store_true", help="build anew what is in the cache")
     e.add_argument("--json", action="store_true", help="print what was built as JSON")
     e.set_defaults(run=_build)
@@ -309,12 +316,14 @@ def _build(args: argparse.Namespace) -> None:
 
     from .export.engines import build_engines, local_archs
     from .runtime.engine_store import EngineTarget
+    from .runtime.engines.plugins import chosen, versions
 
     target = EngineTarget(
         args.engine,
         args.arch or local_archs(args.engine),
         weight_streaming=args.weight_streaming,
         hardware_compatibility=args.hardware_compatibility,
+        plugins=versions(chosen(args.plugins)),
     )
     rows = build_engines(
         args.model,

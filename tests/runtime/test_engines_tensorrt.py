@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,7 +171,10 @@ Load = Callable[..., TensorRTEngine]
 @pytest.fixture
 def load(fake: FakeTensorRT, cuda: FakeCuda, tmp_path: Path) -> Load:
     def load(
-        product: str = "tensorrt", scratch: Scratch | None = None, plan: bytes = b"an engine"
+        product: str = "tensorrt",
+        scratch: Scratch | None = None,
+        plan: bytes = b"an engine",
+        with_plugins: Mapping[str, str] | None = None,
     ) -> TensorRTEngine:
         spec = ("batch", 4)
         component = Component(
@@ -184,7 +187,7 @@ def load(fake: FakeTensorRT, cuda: FakeCuda, tmp_path: Path) -> Load:
             {"batch": 2},
         )
         (tmp_path / "model.plan").write_bytes(plan)
-        stored = StoredEngine("0", tmp_path / "model.plan", (WIDE, NARROW), {}, False)
+        stored = StoredEngine("0", tmp_path / "model.plan", (WIDE, NARROW), {}, with_plugins or {}, False)
         return TensorRTEngine(component, stored, trt.product(product), CPU, scratch or Scratch(CPU))
 
     return load
