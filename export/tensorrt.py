@@ -147,9 +147,14 @@ class _Build:
         cache = self._timing_cache(config)
         self.log.clear()
         plan = self.builder.build_serialized_network(network, config)
+        if self.session.failures:
+            raise self._error(
+                f"has no use of plugins: {'; '.join(dict.fromkeys(self.session.failures))}",
+                "build without these",
+            )
         if plan is None:
             raise self._error(
-                f"cannot build it: {'; '.join([*dict.fromkeys(self.session.failures), self.log.why()])}",
+                f"cannot build it: {self.log.why()}",
                 "run this component on another back end, or build it in another dtype or for other sizes",
             )
         if cache is not None:

@@ -11,7 +11,7 @@ import json
 import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from hashlib import sha256
 from typing import Any
@@ -59,8 +59,8 @@ class Image:
 class Code:
     """The kernels of one node: by architecture the constants of its grids, and the images by role."""
 
-    constants: Mapping[int, Mapping[str, int]]
-    images: Mapping[int, Mapping[str, Image]]
+    constants: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    images: Mapping[int, Mapping[str, Image]] = field(default_factory=dict)
 
     @staticmethod
     def of(files: Mapping[int, bytes]) -> Code:
@@ -108,10 +108,6 @@ class Code:
             raise BackendError(
                 f"the kernels of a plugin are damaged ({error}); build the engine again with `latentrt build`"
             ) from error
-
-    def any_constants(self) -> Mapping[str, int]:
-        """Of any architecture: enough for what all of them have in common."""
-        return next(iter(self.constants.values()))
 
     def of_arch(self, arch: int) -> tuple[Mapping[str, int], Mapping[str, Image]]:
         """Constants, and images by role.

@@ -114,13 +114,18 @@ class Session:
         return Code.of({arch: path.read_bytes() for arch, path in self.kernels[key].items()})
 
     @contextmanager
-    def watching(self, who: str) -> Iterator[None]:
-        """Remember what is raised: TensorRT catches it and does not say what it was."""
+    def watching(self, who: str, *, swallow: bool = False) -> Iterator[None]:
+        """Remember what is raised: TensorRT catches it and does not say what it was.
+
+        Raised while an engine is built it may end the process (TensorRT for RTX 1.7, `configure_plugin`) or be passed
+        over (`get_fields_to_serialize`), so there it is swallowed, and who builds looks at `failures`.
+        """
         try:
             yield
         except Exception as error:
             self.failures.append(f"{who}: {error}")
-            raise
+            if not swallow:
+                raise
 
 
 @contextmanager
@@ -188,12 +193,14 @@ def _creator(trt: Any, operator: Operator, session: Session) -> Any:
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
             found = {field.name: field for field in fields}
-            with session.watching(operator.name):
-                if phase == trt.TensorRTPhase.BUILD:
+            if phase == trt.TensorRTPhase.BUILD:
+                with session.watching(f"{operator.name} of {name}", swallow=True):
                     session.calls[operator.name]["created"] += 1
                     return plugin(
-                        {n: kind(found[n].data[0]) for n, kind in operator.attributes.items()}, None
+                        {n: kind(found[n].data[0]) for n, kind in operator.attributes.items()}, Code()
                     )
+                return None  # so the parser rejects the node
+            with session.watching(operator.name):
                 attributes, code = (_content(found[field]) for field in ("attributes", "kernels"))
                 return plugin(json.loads(attributes), Code.from_bytes(code))
 
@@ -208,7 +215,7 @@ def _plugin_class(trt: Any, operator: Operator, session: Session) -> Any:
     names = {getattr(trt, name): name for name in DTYPES}
 
     class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):  # type: ignore[misc]
-        def __init__(self, attributes: Mapping[str, Any], code: Code | None) -> None:
+        def __init__(self, attributes: Mapping[str, Any], code: Code) -> None:
             trt.IPluginV3.__init__(self)
             trt.IPluginV3OneCore.__init__(self)
             trt.IPluginV3OneBuild.__init__(self)
@@ -243,14 +250,16 @@ def _plugin_class(trt: Any, operator: Operator, session: Session) -> Any:
         def configure_plugin(self, inputs: Any, outputs: Any) -> None:
             shapes = [tuple(x.desc.dims) for x in inputs]
             session.calls[operator.name]["configured"] += 1
-            with session.watching(f"{operator.name} of {shapes}"):
+            with session.watching(f"{operator.name} of {shapes}", swallow=True):
                 if len(shapes) != operator.inputs:
                     raise BackendError(f"{len(shapes)} inputs, and it takes {operator.inputs}")
                 self._code = session.code(operator.key(names[inputs[0].desc.type], shapes, self._attributes))
 
         def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
             shapes = [tuple(x.max) for x in inputs]
-            return operator.most_workspace(shapes, self._attributes, self._ready().any_constants())
+            # The same for every architecture; none where there are no kernels, of which `failures` tells.
+            constants = next(iter(self._code.constants.values()), None)
+            return 0 if constants is None else operator.most_workspace(shapes, self._attributes, constants)
 
         # --- in an engine
 
@@ -258,7 +267,7 @@ def _plugin_class(trt: Any, operator: Operator, session: Session) -> Any:
             session.calls[operator.name]["serialized"] += 1
             content = {
                 "attributes": json.dumps(self._attributes).encode(),
-                "kernels": self._ready().to_bytes(),
+                "kernels": self._code.to_bytes(),
             }
             # As numbers of one byte, of which any number may be zero; TensorRT reads them after this has returned.
             self._fields = [
@@ -269,14 +278,14 @@ def _plugin_class(trt: Any, operator: Operator, session: Session) -> Any:
 
         def attach_to_context(self, context: Any) -> Any:
             with session.watching(operator.name):
-                driver().load(self._ready())  # before any graph is captured
+                driver().load(self._code)  # before any graph is captured
             return self.clone()
 
         def on_shape_change(self, inputs: Any, outputs: Any) -> None:
             shapes = [tuple(x.dims) for x in inputs]
             with session.watching(f"{operator.name} of {shapes}"):
                 cuda = driver()
-                constants, images = self._ready().of_arch(cuda.arch())
+                constants, images = self._code.of_arch(cuda.arch())
                 plan = operator.plan(shapes, self._attributes, constants)
                 self._launches = [
                     Prepared(call, images[call.role], cuda.function(images[call.role])) for call in plan.calls
@@ -288,10 +297,5 @@ def _plugin_class(trt: Any, operator: Operator, session: Session) -> Any:
             with session.watching(operator.name):
                 for launch in self._launches:
                     launch(driver(), sources, results, workspace, stream)
-
-        def _ready(self) -> Code:
-            if self._code is None:
-                raise BackendError(f"{operator.name} was not configured")
-            return self._code
 
     return Plugin
