@@ -14,8 +14,8 @@ import tensorrt_rtx_bindings as rtx
 import torch
 from latentrt.errors import BackendError, BackendUnavailableError
 from latentrt.runtime.engine_store import StoredEngine
+from latentrt.runtime.engines import plugins, trt
 from latentrt.runtime.engines import tensorrt as engines
-from latentrt.runtime.engines import trt
 from latentrt.runtime.engines.base import Component, TensorSpec
 from latentrt.runtime.engines.sizes import Axis, Profile
 from latentrt.runtime.engines.tensorrt import Scratch, TensorRTEngine
@@ -372,6 +372,48 @@ def test_rtx_specialises_before_it_runs(load: Load, fake: FakeTensorRT) -> None:
     (config,) = fake.strategies
     eager = rtx.DynamicShapesKernelSpecializationStrategy.EAGER
     assert config.dynamic_shapes_kernel_specialization_strategy == eager
+
+
+def test_plugins_are_registered_before_the_engine_is_read(
+    load: Load, fake: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(plugins, "loading", lambda trt, wanted: asked.append((trt, wanted, fake.engine)))
+    load(with_plugins={"GroupNorm": "1-x"})
+    assert asked == [(fake, {"GroupNorm": "1-x"}, None)]
+
+
+def test_a_plugin_that_is_missing_is_named(load: Load, fake: FakeTensorRT) -> None:
+    with pytest.raises(
+        BackendError,
+        match=r"^unet: its engine was built with the plugin Geglu 1-x, and this latentrt has only Group",
+    ):
+        load(with_plugins={"Geglu": "1-x"})
+    assert fake.engine is None
+
+
+def test_what_a_plugin_refused_is_told(
+    load: Load, fake: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load()
+    monkeypatch.setattr(plugins, "failures", lambda trt: ["GroupNorm: no kernels"] if trt is fake else [])
+    fake.failing = "execute_async_v3"
+    with pytest.raises(BackendError, match=r"unet: failed \(GroupNorm: no kernels; Error Code 3: it broke\)"):
+        engine(x_of(2))
+
+
+def test_which_plugins_a_back_end_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    device = torch.device("cuda")
+    assert engines.TensorRTRTXBackend()._target(device).plugins == {}
+    monkeypatch.setenv("LATENTRT_PLUGINS", "GroupNorm")
+    assert engines.TensorRTRTXBackend()._target(device).plugins == plugins.versions(["GroupNorm"])
+    assert engines.TensorRTRTXBackend(with_plugins=())._target(device).plugins == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LATENTRT_PLUGINS", "Geglu")
+    found = engines.TensorRTRTXBackend().availability(device, torch.float16)
+    assert not found.ok
+    assert found.reason == "there is no plugin 'Geglu'"
 
 
 def test_a_closed_engine_says_so(load: Load) -> None:
