@@ -162,6 +162,13 @@ def _parser() -> argparse.ArgumentParser:
     e.add_argument(
         "--hardware-compatibility", choices=("none", "same-capability", "ampere-plus"), default="none"
     )
+    e.add_argument(
+        "--plugins",
+        default="none",
+        metavar="NAME,...",
+        help="operators that plugins made of the Triton kernels take: all, none, or of GroupNorm, GroupNormSilu, "
+        "ShiftGroupNormSilu, DotProductAttention (default none)",
+    )
     e.add_argument("--rebuild", action="store_true", help="build anew what is in the cache")
     e.add_argument("--json", action="store_true", help="print what was built as JSON")
     e.set_defaults(run=("export", "build"))

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from .. import errors
 from ..errors import BuildError, LatentRTError
+from ..runtime.engines import trt
 from .memory import available_bytes, estimated_bytes
 from .tensorrt import EngineRequest, build_engine
 
@@ -55,7 +56,12 @@ def build_in_child(
     """
     _require_memory(request)
     begun = time.perf_counter()
-    with tempfile.TemporaryFile() as stderr, _child(stderr) as child:
+    with ExitStack() as stack:
+        environment = dict(os.environ)
+        if request.plugins:
+            environment |= stack.enter_context(trt.plugin_library(trt.product(request.product)))
+        stderr = stack.enter_context(tempfile.TemporaryFile())
+        child = stack.enter_context(_child(stderr, environment))
         assert child.stdin is not None
         assert child.stdout is not None
         child.stdin.write(json.dumps(asdict(request)).encode() + b"\n")
@@ -79,7 +85,7 @@ def _require_memory(request: EngineRequest) -> None:
 
 
 @contextmanager
-def _child(stderr: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+def _child(stderr: IO[bytes], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """The process, killed when the block ends."""
     # -P: without the working directory on the path, which may hold a package of anyone's.
     command = [sys.executable, "-P", "-m", __name__]
@@ -88,6 +94,7 @@ def _child(stderr: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,
+        env=environment,
         start_new_session=True,  # a terminal's Ctrl-C is the parent's to handle
     ) as child:
         try:

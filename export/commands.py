@@ -41,6 +41,7 @@ def export(args: argparse.Namespace) -> Iterator[str]:
 def build(args: argparse.Namespace) -> Iterator[str]:
     """Build engines, or find them; what they took, and the verdict where they run here."""
     from ..runtime.engine_store import EngineTarget
+    from ..runtime.engines.plugins import chosen, versions
     from .engines import build_engines, local_archs
 
     target = EngineTarget(
@@ -48,6 +49,7 @@ def build(args: argparse.Namespace) -> Iterator[str]:
         args.arch or local_archs(args.engine),
         weight_streaming=args.weight_streaming,
         hardware_compatibility=args.hardware_compatibility,
+        plugins=versions(chosen(args.plugins)),
     )
     rows = build_engines(
         args.model,

@@ -14,8 +14,8 @@ from ..errors import RequestError
 from ..runtime.engine_store import EngineTarget, StoredEngine
 from ..runtime.engines import trt
 from ..runtime.engines.base import Backend
-from ..runtime.engines.registry import get_backend
 from ..runtime.engines.sizes import SizePolicy, profiles_for
+from ..runtime.engines.tensorrt import TensorRTBackend, TensorRTRTXBackend
 from ..runtime.loading import load_components
 from ..runtime.prepare import Rebuild, engine
 from ..runtime.weights import open_checkpoint
@@ -112,7 +112,8 @@ def build_engines(
 
 def _backend_here(target: EngineTarget, dtype: torch.dtype) -> Backend | None:
     """What runs such engines, if this machine can."""
-    backend, device = get_backend(target.product), torch.device("cuda")
+    kind = TensorRTBackend if target.product == "tensorrt" else TensorRTRTXBackend
+    backend, device = kind(with_plugins=tuple(target.plugins)), torch.device("cuda")
     if not backend.availability(device, dtype).ok:
         return None
     return backend if set(local_archs(target.product)) <= set(target.archs) else None

@@ -1,18 +1,19 @@
 """An ONNX model compiled to a TensorRT engine, by either product, in this process.
 
 The process is meant to be a child (`build_process.py`): a build cannot be interrupted from within. Nothing here
-imports torch or onnx.
+imports torch, triton or onnx.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
+from ..runtime.engines import plugins
 from ..runtime.engines import trt as products
 from .memory import peak_bytes
 
@@ -38,6 +39,8 @@ class EngineRequest:
         weight_streaming: weights may stay in host memory at run time.
         hardware_compatibility: "none", "same-capability" or "ampere-plus".
         timing_cache: file to keep the timings of kernels in (TensorRT only).
+        plugins: operators that plugins take.
+        kernels: theirs: by key and architecture, files of `plugin_kernels`.
     """
 
     component: str
@@ -49,6 +52,8 @@ class EngineRequest:
     weight_streaming: bool = False
     hardware_compatibility: str = "none"
     timing_cache: str | None = None
+    plugins: tuple[str, ...] = ()
+    kernels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def build_engine(request: EngineRequest, on_phase: Callable[[str], None]) -> dict[str, Any]:
@@ -61,7 +66,7 @@ def build_engine(request: EngineRequest, on_phase: Callable[[str], None]) -> dic
         on_phase: told what the builder is doing, at times from other threads.
 
     Returns:
-        Seconds, layers and bytes, for the manifest.
+        Seconds, layers and bytes, for the manifest; and how often each plugin was created, configured and serialised.
 
     Raises:
         BackendUnavailableError: the product is not there.
@@ -69,7 +74,17 @@ def build_engine(request: EngineRequest, on_phase: Callable[[str], None]) -> dic
         OSError: the engine cannot be written.
     """
     trt = products.load(products.product(request.product))
-    work = _Build(trt, request)
+    kernels = {
+        key: {int(arch): Path(file) for arch, file in files.items()} for key, files in request.kernels.items()
+    }
+    with plugins.building(trt, request.plugins, kernels) as session:
+        return _build(trt, request, session, on_phase)
+
+
+def _build(
+    trt: Any, request: EngineRequest, session: plugins.Session, on_phase: Callable[[str], None]
+) -> dict[str, Any]:
+    work = _Build(trt, request, session)
     on_phase("reading the model")
     begun = time.perf_counter()
     network, parser = work.parse()
@@ -85,6 +100,7 @@ def build_engine(request: EngineRequest, on_phase: Callable[[str], None]) -> dic
         "build_seconds": round(built - parsed, 3),
         "layers": network.num_layers,
         "plugin_layers": sum("PLUGIN" in network.get_layer(k).type.name for k in range(network.num_layers)),
+        "plugins": {name: dict(counts) for name, counts in session.calls.items()},
         "engine_bytes": plan.nbytes,
         "peak_memory_bytes": peak_bytes(),
     }
@@ -93,9 +109,10 @@ def build_engine(request: EngineRequest, on_phase: Callable[[str], None]) -> dic
 class _Build:
     """One build: its logger and builder, which must outlive what they make."""
 
-    def __init__(self, trt: Any, request: EngineRequest) -> None:
+    def __init__(self, trt: Any, request: EngineRequest, session: plugins.Session) -> None:
         self.trt = trt
         self.request = request
+        self.session = session
         self.product = products.product(request.product)
         self.log = products.make_log(trt)
         self.builder = trt.Builder(self.log)
@@ -106,10 +123,17 @@ class _Build:
         trt = self.trt
         network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, self.log)
+        if self.request.plugins and not products.has_plugin_library(self.product):
+            # Without it the parser would end the process at the first plugin.
+            raise self._error(
+                "does not find its own library by name, as it must for plugins",
+                "build in a child process, as `latentrt build` does, or without plugins",
+            )
         if not Path(self.request.model).is_file():
             raise self._error(f"finds no model at {self.request.model}", "export it again")
         if not parser.parse_from_file(self.request.model):
             found = [_describe_parser_error(parser.get_error(k)) for k in range(parser.num_errors)]
+            found += self.session.failures
             raise self._error(
                 f"rejects {'; '.join(dict.fromkeys(found)) or self.log.why()}",
                 "run this component on another back end (`latentrt backends`), or export it without that operator",
@@ -123,6 +147,11 @@ class _Build:
         cache = self._timing_cache(config)
         self.log.clear()
         plan = self.builder.build_serialized_network(network, config)
+        if self.session.failures:
+            raise self._error(
+                f"has no use of plugins: {'; '.join(dict.fromkeys(self.session.failures))}",
+                "build without these",
+            )
         if plan is None:
             raise self._error(
                 f"cannot build it: {self.log.why()}",

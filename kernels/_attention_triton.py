@@ -217,9 +217,12 @@ def _attention_wide(
 
 
 def plan(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, arch: int
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, arch: int, descriptors: bool = True
 ) -> tuple[Tensor, list[Launch]]:
-    """A fresh output, and the launch that fills it: by TMA where the data of `arch` say so and the tensors allow."""
+    """A fresh output, and the launch that fills it: by TMA where the data of `arch` say so and the tensors allow.
+
+    Without `descriptors` never by TMA: whoever launches it cannot make them.
+    """
     B, Sq, H, D = q.shape
     Sk = k.shape[1]
     out = torch.empty((B, Sq, H, D), dtype=q.dtype, device=q.device)
@@ -235,7 +238,7 @@ def plan(
     )
     warps, stages = tuned.pop("num_warps"), tuned.pop("num_stages")
     tma, specialize = tuned.pop("TMA", 0), tuned.pop("SPECIALIZE", 0)
-    if tma and describable(q, k, v):
+    if tma and descriptors and describable(q, k, v):
         blocks = {name: tuned[name] for name in ("BLOCK_M", "BLOCK_N")}
         constants = {"NEGATE": scale < 0, "SPECIALIZE": bool(specialize), **blocks}
         return out, [launch(q, k, v, out, magnitude, constants, warps=warps, stages=stages)]

@@ -27,7 +27,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -45,8 +45,12 @@ __all__ = [
     "Trial",
     "attempts",
     "cache_folder",
+    "compile_jobs",
+    "compiled",
+    "digest",
     "reports",
     "request",
+    "signature",
 ]
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -73,6 +77,14 @@ _POINTERS = {
 Trial = tuple[str, Mapping[str, int]]
 
 
+class Job(Protocol):
+    """What a child process is given to compile; travels pickled."""
+
+    def content(self) -> bytes:
+        """What to write to the job's file."""
+        ...
+
+
 @dataclass(frozen=True)
 class Request:
     """Compile `op` called with `args` (tensors on the meta device) for sm_`arch`."""
@@ -82,6 +94,11 @@ class Request:
     arch: int
     trial: Trial | None = None
     """A tuning table and the constants to take in place of the data's."""
+
+    def content(self) -> bytes:
+        """Its reports, as JSON."""
+        rows = [asdict(_report(launch, self.op, self.arch)) for launch in _launches(self)]
+        return json.dumps(rows).encode()
 
 
 @dataclass(frozen=True)
@@ -145,20 +162,30 @@ def attempts(
     """
     folder = cache or cache_folder()
     paths = [folder / f"{_digest(r)}.json" for r in requests]
-    missing = list({path: r for path, r in zip(paths, requests, strict=True) if not path.exists()}.items())
-    failed: dict[Path, str] = {}
-    if missing:
-        folder.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(jobs) as pool:
-            shares = [missing[i::jobs] for i in range(jobs)]
-            for errors in pool.map(_compile_in_child, shares, [time.monotonic() + seconds] * jobs):
-                failed |= errors
+    failed = compile_jobs(dict(zip(paths, requests, strict=True)), jobs, seconds)
     return [
         failed[path]
         if path in failed
         else [Report(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
         for path in paths
     ]
+
+
+def compile_jobs(
+    wanted: Mapping[Path, Job], processes: int = 1, seconds: float = TIME_LIMIT
+) -> dict[Path, str]:
+    """Write the files that are not there yet, each whole or not at all; the compiler's messages for those that fail."""
+    missing = [(path, job) for path, job in wanted.items() if not path.exists()]
+    for folder in {path.parent for path, _ in missing}:
+        folder.mkdir(parents=True, exist_ok=True)
+    processes = min(processes, len(missing))
+    failed: dict[Path, str] = {}
+    if missing:
+        with ThreadPoolExecutor(processes) as pool:
+            shares = [missing[i::processes] for i in range(processes)]
+            for errors in pool.map(_compile_in_child, shares, [time.monotonic() + seconds] * processes):
+                failed |= errors
+    return failed
 
 
 def cache_folder() -> Path:
@@ -174,14 +201,24 @@ def _launches(r: Request) -> list[Launch]:
 
 
 def _digest(r: Request) -> str:
-    """Of all that decides a report: sources, arguments, options, Triton's version, and how it is read."""
+    """Of all that decides a report: what is compiled, and how it is read."""
+    reading = [inspect.getsource(_report), inspect.getsource(Report)]
+    reading += [_INSTRUCTION.pattern, _TENSOR_CORE.pattern, repr((_SPILL, _BLOCK_COPY, _HAND_OVER))]
+    return digest(_launches(r), r.arch, *reading)
+
+
+def digest(launches: Iterable[Launch], arch: int, *more: str) -> str:
+    """Of all that decides machine code: sources, arguments, options, Triton's version; and of more.
+
+    Raises:
+        BackendUnavailableError: Triton is not installed.
+    """
     try:
-        parts: list[Any] = [version("triton"), r.arch, inspect.getsource(_compile), inspect.getsource(Report)]
+        parts: list[Any] = [version("triton"), arch, inspect.getsource(compiled), *more]
     except PackageNotFoundError as error:
         raise BackendUnavailableError("Triton is not installed; pip install 'latentrt[triton]'") from error
-    parts += [_INSTRUCTION.pattern, _TENSOR_CORE.pattern, _SPILL, _BLOCK_COPY, _HAND_OVER]
-    for launch in _launches(r):
-        parts += [_source(launch.kernel), _signature(launch), launch.num_warps, launch.num_stages]
+    for launch in launches:
+        parts += [_source(launch.kernel), signature(launch), launch.num_warps, launch.num_stages]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -192,7 +229,7 @@ def _source(kernel: Kernel) -> str:
     return inspect.getsource(kernel.function) + "".join(_source(k) for k in called if isinstance(k, Kernel))
 
 
-def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
+def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
     """Types, compile-time values and alignments, as Triton's launcher specialises them."""
     types: dict[str, str] = {}
     values: dict[str, Any] = {}
@@ -220,7 +257,7 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
     return types, values, aligned
 
 
-def _compile_in_child(jobs: Sequence[tuple[Path, Request]], until: float) -> dict[Path, str]:
+def _compile_in_child(jobs: Sequence[tuple[Path, Job]], until: float) -> dict[Path, str]:
     """Write the reports; returns what went wrong, by path."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     errors: dict[Path, str] = {}
@@ -250,12 +287,13 @@ def _compile_in_child(jobs: Sequence[tuple[Path, Request]], until: float) -> dic
     return errors
 
 
-def _compile(launch: Launch, op: str, arch: int) -> Report:
+def compiled(launch: Launch, arch: int) -> Any:
+    """What Triton makes of a launch: its code in `asm`, what to launch it with in `metadata`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types, values, aligned = _signature(launch)
+    types, values, aligned = signature(launch)
     if version_of(triton.__version__) >= (
         3,
         7,
@@ -263,7 +301,13 @@ def _compile(launch: Launch, op: str, arch: int) -> Report:
         aligned = {(i,): aligned.get((i,), []) for i, n in enumerate(types) if (i,) in aligned or n in values}
     source = ASTSource(launch.kernel.jitted, types, values, aligned)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _report(launch: Launch, op: str, arch: int) -> Report:
+    import triton
+
+    built = compiled(launch, arch)
     tools = triton.knobs.nvidia
     with tempfile.TemporaryDirectory() as temporary:
         cubin = Path(temporary) / "kernel.cubin"
@@ -296,17 +340,17 @@ def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _child(jobs: Iterable[tuple[Path, Request]]) -> None:
-    for path, r in jobs:
+def _child(jobs: Iterable[tuple[Path, Job]]) -> None:
+    for path, job in jobs:
         # Whole or not at all: several processes may compile the same.
         partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
-            rows = [asdict(_compile(launch, r.op, r.arch)) for launch in _launches(r)]
+            content = job.content()
         except Exception as error:  # of whatever kind the compiler has: the caller is told
             partial.write_text(f"{type(error).__name__}: {error}"[:2000], encoding="utf-8")
             partial.replace(path.with_suffix(".error"))
         else:
-            partial.write_text(json.dumps(rows), encoding="utf-8")
+            partial.write_bytes(content)
             partial.replace(path)
 
 

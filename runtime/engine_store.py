@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 PLAN_FILE = "model.plan"
 
+_OLDEST_OF_PLUGINS = 80  # that the Triton kernels are written for
+
 
 @dataclass(frozen=True)
 class EngineTarget:
@@ -42,7 +44,7 @@ class EngineTarget:
         weight_streaming: weights may stay in host memory at run time; such an engine of TensorRT for RTX cannot be
             captured in a CUDA graph.
         hardware_compatibility: "none", "same-capability" or "ampere-plus"; of TensorRT only.
-        plugins: version of each operator of latentrt that is taken by a plugin.
+        plugins: version of each operator of latentrt that is taken by a plugin, as `plugins.versions` gives them.
     """
 
     product: str
@@ -53,6 +55,7 @@ class EngineTarget:
 
     def __post_init__(self) -> None:
         product = trt.product(self.product)
+        self._check_plugins()
         if product.needs_gpu:
             if len(self.archs) != 1:
                 raise RequestError(
@@ -72,6 +75,19 @@ class EngineTarget:
                 f"{', '.join(f'sm_{arch}' for arch in known)}. Others take --engine tensorrt, on such a GPU"
             )
 
+    def _check_plugins(self) -> None:
+        """Their kernels are machine code."""
+        old = [f"sm_{arch}" for arch in self.archs if arch < _OLDEST_OF_PLUGINS]
+        if self.plugins and old:
+            raise RequestError(
+                f"plugins have no kernels for {', '.join(old)}; build for it without, with --plugins none"
+            )
+        if self.plugins and self.hardware_compatibility == "ampere-plus":
+            raise RequestError(
+                "hardware_compatibility is 'ampere-plus', and plugins have kernels for this GPU only; leave one of "
+                "the two out"
+            )
+
 
 @dataclass(frozen=True)
 class StoredEngine:
@@ -82,6 +98,7 @@ class StoredEngine:
         plan: the file.
         profiles: what it takes, in the engine's order.
         figures: what its build measured.
+        plugins: what it holds, by name; their versions.
         built: whether it was built just now.
     """
 
@@ -89,6 +106,7 @@ class StoredEngine:
     plan: Path
     profiles: tuple[Profile, ...]
     figures: Mapping[str, Any]
+    plugins: Mapping[str, str]
     built: bool
 
 
@@ -160,8 +178,15 @@ def last_seconds(store: Store, wanted: Mapping[str, Any]) -> float | None:
 def stored_engine(folder: Path, *, built: bool) -> StoredEngine:
     """The engine in an entry's folder, once that was verified."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    profiles = tuple(Profile.from_json(axes) for axes in manifest["description"]["profiles"])
-    return StoredEngine(folder.name, folder / PLAN_FILE, profiles, manifest["figures"], built)
+    description = manifest["description"]
+    return StoredEngine(
+        folder.name,
+        folder / PLAN_FILE,
+        tuple(Profile.from_json(axes) for axes in description["profiles"]),
+        manifest["figures"],
+        description["plugins"],
+        built,
+    )
 
 
 def _same(have: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

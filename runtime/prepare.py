@@ -48,11 +48,14 @@ _SOURCES = ("kernels", "runtime/models", "export")
 _BUILDER = ("export/tensorrt.py", "export/build_process.py", "export/memory.py")
 # What neither writes nor checks a graph.
 _OTHERS = (
-    "export/engines.py",
-    "export/measures.py",
-    "export/verify.py",
-    "export/folder.py",
-    "export/commands.py",
+    *(
+        "export/commands.py",
+        "export/engines.py",
+        "export/folder.py",
+        "export/measures.py",
+        "export/verify.py",
+    ),
+    *("export/plugin_kernels.py", "kernels/binaries.py", "kernels/aot.py"),
 )
 _MAKERS = ("torch", "onnx", "onnx-ir")
 _CHECKERS = ("onnxruntime", "onnxruntime-gpu")
@@ -133,9 +136,16 @@ def engine(
         from ..export.build_process import build_in_child
         from ..export.tensorrt import EngineRequest
 
+        archs, names = tuple(description["archs"]), tuple(description["plugins"])
         model = onnx_model(component, cache_dir=cache_dir)
         seconds = last_seconds(store, wanted)
         last = "" if seconds is None else f"; last time it took {seconds:.0f} s"
+        kernels = {}
+        if names:
+            from ..export.plugin_kernels import plugin_kernels
+
+            _log.info("compiling the kernels of %s for the plugins %s", title, ", ".join(names))
+            kernels = plugin_kernels(model, names, archs)
         _log.info("building the %s engine of %s%s", target.product, title, last)
         request = EngineRequest(
             component=component.name,
@@ -143,9 +153,11 @@ def engine(
             model=str(model),
             plan=str(directory / PLAN_FILE),
             profiles=tuple({spec.name: p.shapes(spec) for spec in component.inputs} for p in profiles),
-            archs=tuple(description["archs"]),
+            archs=archs,
             weight_streaming=description["weight_streaming"],
             hardware_compatibility=description["hardware_compatibility"],
+            plugins=names,
+            kernels=kernels,
             timing_cache=str(store.root / "timings" / f"{digest_of({'of': wanted['version']})[:12]}.cache"),
         )
         requests.append(request)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from latentrt.errors import BuildError
-from latentrt.export import build_process, engines
+from latentrt.export import build_process, engines, plugin_kernels
 from latentrt.export.tensorrt import EngineRequest
 from latentrt.export.verify import LIMITS, Verdict
 from latentrt.runtime import prepare
@@ -31,6 +31,7 @@ def requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[EngineRequ
 
     monkeypatch.setattr(build_process, "build_in_child", build)
     monkeypatch.setattr(prepare, "onnx_model", lambda component, cache_dir: Path("model.onnx"))
+    monkeypatch.setattr(plugin_kernels, "plugin_kernels", lambda *asked: {"of": {"asked": str(asked)}})
     monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path / "cache"))
     return asked
 
@@ -97,6 +98,16 @@ def test_options_reach_the_builder(run: Run, requests: list[EngineRequest]) -> N
         (("--sizes", "huge"), "the size 'huge' cannot be read; write such as 1024x1024"),
         (("--sizes", "100x100"), "100 pixels are no whole number of latents; unet takes multiples of 8"),
         (("--batch", "4..1"), "'4..1' goes from 4 to 1; write the smaller first"),
+        (
+            ("--plugins", "Geglu"),
+            "there is no plugin 'Geglu'; there are GroupNorm, GroupNormSilu, ShiftGroupNormSilu, DotProductAttention, "
+            "and all or none",
+        ),
+        (("--plugins", ""), "there is no plugin ''; there are GroupNorm"),
+        (
+            ("--arch", "sm_75,sm_89", "--plugins", "all"),
+            "plugins have no kernels for sm_75; build for it without",
+        ),
         (("--arch", "sm_90"), "TensorRT for RTX has no engines for sm_90; it has them for sm_75"),
         (("--hardware-compatibility", "ampere-plus"), "does nothing in TensorRT for RTX"),
     ],
@@ -110,6 +121,24 @@ def test_refusals_are_one_line_before_any_work(
     assert message in err
     assert err.count("\n") == 1
     assert requests == []
+
+
+def test_plugins_reach_the_builder(build: Run, requests: list[EngineRequest]) -> None:
+    keys = []
+    for text, names in (
+        ("none", ()),
+        ("GroupNormSilu, DotProductAttention", ("DotProductAttention", "GroupNormSilu")),
+        ("all", ("DotProductAttention", "GroupNorm", "GroupNormSilu", "ShiftGroupNormSilu")),
+    ):
+        code, out, err = build("--component", "unet", "--plugins", text, "--json")
+        assert (code, err) == (0, "")
+        assert requests[-1].plugins == names
+        asked = str((Path("model.onnx"), names, (89,)))
+        assert requests[-1].kernels == ({"of": {"asked": asked}} if names else {})
+        keys.append(json.loads(out)[0]["key"])
+    assert len(set(keys)) == 3
+    build("--component", "unet", "--plugins", "DotProductAttention,GroupNormSilu,GroupNormSilu")
+    assert len(requests) == 3  # the same, found
 
 
 @pytest.mark.parametrize("engine", ["tensorrt", "tensorrt-rtx"])
@@ -177,6 +206,9 @@ def test_where_engines_run_they_are_verified(
     here, asked = [89], []
 
     class Backend:
+        def __init__(self, with_plugins: Sequence[str]) -> None:
+            assert with_plugins == ("GroupNorm",)  # or another engine would be verified than was built
+
         def availability(self, device: torch.device, dtype: torch.dtype) -> Availability:
             return Availability(device.type == "cuda")
 
@@ -185,10 +217,11 @@ def test_where_engines_run_they_are_verified(
         limits = LIMITS["unet"][torch.float16]
         return Verdict("unet", "b", "GPU", "float16", options["sizes"], error, 60.0, None, limits)
 
-    monkeypatch.setattr(engines, "get_backend", lambda name: Backend())
+    monkeypatch.setattr(engines, "TensorRTRTXBackend", Backend)
     monkeypatch.setattr(engines, "local_archs", lambda name: tuple(here))
     monkeypatch.setattr(engines, "verify_component", verify)
-    code, out, err = build("--component", "unet")
+    options = ("--component", "unet", "--plugins", "GroupNorm")
+    code, out, err = build(*options)
     assert asked == [(torch.float16, torch.float32, True, {"batch": 2, "height": 16, "width": 16})]
     if error < 0.01:
         assert (code, err) == (0, "")
@@ -198,7 +231,7 @@ def test_where_engines_run_they_are_verified(
         assert (
             "b computes something else than PyTorch; unet: relative error 0.5, limit 0.01; use another" in err
         )
-    assert build("--component", "unet")[0] == 0  # found, and not verified again
+    assert build(*options)[0] == 0  # found, and not verified again
     here[:] = [86]
-    assert build("--component", "unet", "--rebuild")[0] == 0  # does not run here
+    assert build(*options, "--rebuild")[0] == 0  # does not run here
     assert len(asked) == 1

@@ -29,6 +29,7 @@ from torch import Tensor
 from ...errors import BackendError, BackendUnavailableError, RequestError
 from ..engine_store import EngineTarget, StoredEngine
 from ..prepare import Rebuild, engine
+from . import plugins
 from . import trt as products
 from .base import Availability, Component, Engine, Program, Timesteps, arguments
 from .sizes import profile_index
@@ -165,6 +166,10 @@ class TensorRTEngine:
         self._trt = products.load(product)
         self._log = products.make_log(self._trt)
         self._contexts: OrderedDict[tuple[tuple[str, int], ...], _Context] = OrderedDict()
+        try:
+            plugins.loading(self._trt, stored.plugins)
+        except BackendError as error:
+            raise BackendError(f"{component.name}: {error}") from error
         self._runtime = self._trt.Runtime(self._log)
         with open(stored.plan, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
             self._engine = self._runtime.deserialize_cuda_engine(plan)
@@ -245,7 +250,8 @@ class TensorRTEngine:
 
     def error(self, what: str) -> BackendError:
         """With what TensorRT's log has to say."""
-        why, title = self._log.why(), f"{self._product.title} {self._trt.__version__}"
+        title = f"{self._product.title} {self._trt.__version__}"
+        why = "; ".join([*plugins.failures(self._trt), self._log.why()])
         self._log.clear()
         return BackendError(f"{title}, {self.component.name}: {what} ({why})")
 
@@ -287,13 +293,21 @@ def _sizes(component: Component, tensors: Sequence[Tensor]) -> dict[str, int]:
 
 
 class TensorRTBackend:
-    """TensorRT. `LATENTRT_BUILD=never` makes a missing engine an error where it would be built."""
+    """TensorRT.
+
+    `LATENTRT_BUILD=never` makes a missing engine an error where it would be built. `LATENTRT_PLUGINS` says which
+    plugins its engines have, as `latentrt build --plugins` does.
+
+    Args:
+        with_plugins: in place of what `LATENTRT_PLUGINS` says.
+    """
 
     name = "tensorrt"
     upcast = torch.float32
 
-    def __init__(self) -> None:
+    def __init__(self, with_plugins: Sequence[str] | None = None) -> None:
         self._scratch: dict[torch.device, Scratch] = {}
+        self._plugins = with_plugins
 
     def availability(self, device: torch.device, dtype: torch.dtype) -> Availability:
         product = products.product(self.name)
@@ -324,7 +338,10 @@ class TensorRTBackend:
 
     def _target(self, device: torch.device) -> EngineTarget:
         major, minor = torch.cuda.get_device_capability(device)
-        return EngineTarget(self.name, (10 * major + minor,))
+        names = self._plugins
+        if names is None:
+            names = plugins.chosen(os.environ.get("LATENTRT_PLUGINS", "none"))
+        return EngineTarget(self.name, (10 * major + minor,), plugins=plugins.versions(names))
 
 
 class TensorRTRTXBackend(TensorRTBackend):

@@ -9,16 +9,33 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, util
+from pathlib import Path
 from typing import Any
 
 from ...errors import BackendUnavailableError, UnknownBackendError
 
-__all__ = ["PRODUCTS", "Product", "architectures", "driver_class", "load", "make_log", "product"]
+__all__ = [
+    "PRODUCTS",
+    "Product",
+    "architectures",
+    "driver_class",
+    "has_plugin_library",
+    "load",
+    "make_log",
+    "plugin_library",
+    "product",
+]
 
 _log = logging.getLogger(__name__)
+
+_RTX_LIBRARY = "libtensorrt_rtx.so"
 
 
 @dataclass(frozen=True)
@@ -118,6 +135,35 @@ def driver_class(product: Product) -> str:
             "tensorrt-rtx, which takes no GPU, or on the machine that will run it"
         ) from error
     return f"cuda-{version.value // 1000}"
+
+
+def has_plugin_library(product: Product) -> bool:
+    """Whether the parser of TensorRT for RTX would find the library that it opens when it meets a plugin."""
+    if product.needs_gpu:
+        return True
+    try:
+        ctypes.CDLL(_RTX_LIBRARY)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def plugin_library(product: Product) -> Iterator[dict[str, str]]:
+    """Environment for a process in which `has_plugin_library` is true, as long as this lasts.
+
+    The parser asks for the library without the version that its wheel has in the file's name.
+    """
+    wheel = util.find_spec("tensorrt_rtx_libs")
+    libraries = [] if wheel is None else list(wheel.submodule_search_locations or ())
+    found = [file for folder in libraries for file in Path(folder).glob(f"{_RTX_LIBRARY}.*")]
+    if has_plugin_library(product) or not found:
+        yield {}
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / _RTX_LIBRARY).symlink_to(found[0])
+        paths = [folder, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+        yield {"LD_LIBRARY_PATH": os.pathsep.join(paths)}
 
 
 def make_log(trt: Any) -> Any:

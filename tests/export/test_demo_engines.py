@@ -1,4 +1,5 @@
-"""The demo's components parsed and built by TensorRT for RTX, dynamic; and builds that are killed or race each other.
+"""The demo's components parsed and built by TensorRT for RTX, dynamic, with plugins and without; and builds that are
+killed or race each other.
 
 The engines are real, and have run nowhere: loading one takes a GPU.
 """
@@ -12,67 +13,97 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from latentrt.runtime.cache import Store
 from latentrt.runtime.cache_contents import contents, verify
 from latentrt.runtime.engine_store import EngineTarget, StoredEngine
+from latentrt.runtime.engines import plugins
 from latentrt.runtime.loading import load_components
-from latentrt.runtime.prepare import engine
+from latentrt.runtime.prepare import engine, onnx_model
 from latentrt.runtime.weights import open_checkpoint
 
 # Seconds on two cores to themselves; a machine that is shared takes several times that.
 pytestmark = pytest.mark.timeout(900)
 
 ALL_ARCHS = (80, 86, 89, 120)
+ONE = (89,)
 
 # In the precisions that tests/export/test_demo.py exports in any case. The VAE stays in float32 beside float16.
 CASES = [
-    ("demo", "text_encoder", torch.float32, (89,)),
-    ("demo", "text_encoder_2", torch.float16, (89,)),
-    ("demo", "unet", torch.float16, ALL_ARCHS),
-    ("demo", "vae_decoder", torch.float32, (89,)),
-    ("demo", "vae_encoder", torch.float32, (89,)),
-    ("demo-refiner", "unet", torch.float32, (89,)),
+    ("demo", "text_encoder", torch.float32, ONE, "all"),
+    ("demo", "text_encoder_2", torch.float16, ONE, "all"),
+    ("demo", "unet", torch.float16, ONE, "all"),
+    ("demo", "unet", torch.float16, ALL_ARCHS, "none"),
+    ("demo", "vae_decoder", torch.float32, ONE, "all"),
+    ("demo", "vae_encoder", torch.float32, ONE, "all"),
+    ("demo-refiner", "unet", torch.float32, ONE, "all"),
 ]
 REST = [
-    ("demo", "text_encoder", torch.float16, (89,)),
-    ("demo", "text_encoder_2", torch.float32, (89,)),
-    ("demo", "unet", torch.float32, (89,)),
-    ("demo-refiner", "unet", torch.float16, (89,)),
-    ("demo", "unet", torch.bfloat16, (89,)),
-    ("demo", "vae_decoder", torch.bfloat16, (89,)),
-    ("demo", "vae_encoder", torch.bfloat16, (89,)),
+    ("demo", "text_encoder", torch.float16, ONE, "none"),
+    ("demo", "text_encoder_2", torch.float32, ONE, "none"),
+    ("demo", "unet", torch.float32, ONE, "none"),
+    ("demo", "unet", torch.float16, ALL_ARCHS, "all"),
+    ("demo", "unet", torch.float16, ONE, "DotProductAttention"),
+    ("demo-refiner", "unet", torch.float16, ONE, "none"),
+    ("demo", "unet", torch.bfloat16, ONE, "none"),
+    ("demo", "unet", torch.bfloat16, ONE, "all"),
+    ("demo", "vae_decoder", torch.float32, ONE, "none"),
+    ("demo", "vae_encoder", torch.float32, ONE, "none"),
+    ("demo", "vae_decoder", torch.bfloat16, ONE, "none"),
+    ("demo", "vae_encoder", torch.bfloat16, ONE, "none"),
 ]
 
 
-def build(model: str, name: str, dtype: torch.dtype, archs: tuple[int, ...], cache_dir: Path) -> StoredEngine:
+def build(
+    model: str, name: str, dtype: torch.dtype, archs: tuple[int, ...], with_plugins: str, cache_dir: Path
+) -> StoredEngine:
     component = load_components(open_checkpoint(model), dtype)[name]
-    return engine(component, EngineTarget("tensorrt-rtx", archs), cache_dir=cache_dir)
+    target = EngineTarget("tensorrt-rtx", archs, plugins=plugins.versions(plugins.chosen(with_plugins)))
+    return engine(component, target, cache_dir=cache_dir)
+
+
+def nodes(model: str, name: str, dtype: torch.dtype, cache_dir: Path) -> Counter[str]:
+    """How many nodes of each type a component has."""
+    component = load_components(open_checkpoint(model), dtype)[name]
+    graph = onnx.load(onnx_model(component, cache_dir=cache_dir), load_external_data=False).graph
+    return Counter(node.op_type for node in graph.node)
 
 
 @pytest.mark.parametrize(
-    ("model", "name", "dtype", "archs"),
+    ("model", "name", "dtype", "archs", "with_plugins"),
     [*CASES, *(pytest.param(*case, marks=pytest.mark.full) for case in REST)],
     ids=lambda x: str(x).removeprefix("torch."),
 )
 def test_every_component_is_built(
-    exports: Path, model: str, name: str, dtype: torch.dtype, archs: tuple[int, ...]
+    exports: Path, model: str, name: str, dtype: torch.dtype, archs: tuple[int, ...], with_plugins: str
 ) -> None:
-    made = build(model, name, dtype, archs, exports)
+    made = build(model, name, dtype, archs, with_plugins, exports)
     assert made.plan.stat().st_size == made.figures["engine_bytes"] > 10_000
     assert made.figures["layers"] > 20
-    assert made.figures["plugin_layers"] == 0
     (profile,) = made.profiles
     for axis in profile.axes.values():
         assert axis.low < axis.high  # dynamic
 
+    # Every node of an operator whose plugin is on became one, and TensorRT called each of them.
+    names, has = plugins.chosen(with_plugins), nodes(model, name, dtype, exports)
+    assert made.figures["plugin_layers"] == sum(has[plugin] for plugin in names)
+    assert sorted(made.figures["plugins"]) == sorted(names)
+    for plugin, calls in made.figures["plugins"].items():
+        assert calls.get("created", 0) == has[plugin]
+        assert calls.get("configured", 0) >= has[plugin]
+        assert calls.get("serialized", 0) >= has[plugin]
+    if "text" not in name and with_plugins == "all":
+        assert made.figures["plugin_layers"] > 10
+
     begun = time.process_time()
-    again = build(model, name, dtype, archs, exports)
+    again = build(model, name, dtype, archs, with_plugins, exports)
     assert time.process_time() - begun < 1
     assert (again.built, again.key) == (False, made.key)
 

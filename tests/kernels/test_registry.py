@@ -26,7 +26,7 @@ def test_every_case_is_planned_for_every_architecture(spec: OpSpec, arch: int) -
             out, launches = spec.plan(*args, arch=arch)
             assert launches
             for launch in launches:
-                types, values, _ = aot._signature(launch)
+                types, values, _ = aot.signature(launch)
                 assert set(values) <= set(types)
                 assert set(launch.args) | set(launch.constants) == set(types), launch.kernel
             got = out if isinstance(out, torch.Tensor) else out[0]

@@ -15,7 +15,7 @@ import pytest
 import tiny_components as tiny
 import torch
 from latentrt.errors import BackendError, BackendUnavailableError, CacheError, RequestError
-from latentrt.export import build_process
+from latentrt.export import build_process, plugin_kernels
 from latentrt.export.tensorrt import EngineRequest
 from latentrt.runtime import prepare
 from latentrt.runtime.engine_store import EngineTarget, mismatches
@@ -48,6 +48,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
     builder = Builder()
     monkeypatch.setattr(build_process, "build_in_child", builder)
     monkeypatch.setattr(prepare, "onnx_model", lambda component, cache_dir: Path("model.onnx"))
+    monkeypatch.setattr(plugin_kernels, "plugin_kernels", lambda *asked: {})
     return builder
 
 
@@ -95,6 +96,8 @@ def test_everything_that_decides_an_engine_makes_another(
         (component, replace(RTX, archs=(89, 120)), ONE),
         (component, replace(RTX, weight_streaming=True), ONE),
         (component, replace(RTX, plugins={"GroupNormSilu": "1"}), ONE),
+        (component, replace(RTX, plugins={"GroupNormSilu": "1-other kernels"}), ONE),
+        (component, replace(RTX, plugins={"GroupNorm": "1"}), ONE),
         (replace(component, fingerprint="0"), RTX, ONE),
         (replace(component, dtype=torch.bfloat16), RTX, ONE),
     ]
@@ -248,6 +251,16 @@ def test_a_full_disk(
 def test_architectures_there_are_not(target: dict[str, Any], why: str) -> None:
     with pytest.raises(RequestError, match=why):
         replace(RTX, **target)
+
+
+def test_plugins_have_kernels_for_named_architectures() -> None:
+    with_plugins = {"plugins": {"GroupNorm": "1"}}
+    with pytest.raises(RequestError, match=r"plugins have no kernels for sm_75; .* with --plugins none"):
+        EngineTarget("tensorrt-rtx", (75, 89), **with_plugins)
+    with pytest.raises(
+        RequestError, match=r"'ampere-plus', and plugins have kernels for this GPU only; leave"
+    ):
+        EngineTarget("tensorrt", (90,), hardware_compatibility="ampere-plus", **with_plugins)
 
 
 def test_an_engine_there_is_not() -> None:

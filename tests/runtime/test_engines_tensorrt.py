@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +14,8 @@ import tensorrt_rtx_bindings as rtx
 import torch
 from latentrt.errors import BackendError, BackendUnavailableError, RequestError
 from latentrt.runtime.engine_store import StoredEngine
+from latentrt.runtime.engines import plugins, trt
 from latentrt.runtime.engines import tensorrt as engines
-from latentrt.runtime.engines import trt
 from latentrt.runtime.engines.base import Component, TensorSpec
 from latentrt.runtime.engines.sizes import Axis, Profile
 from latentrt.runtime.engines.tensorrt import Scratch, TensorRTEngine
@@ -171,7 +171,10 @@ Load = Callable[..., TensorRTEngine]
 @pytest.fixture
 def load(fake: FakeTensorRT, cuda: FakeCuda, tmp_path: Path) -> Load:
     def load(
-        product: str = "tensorrt", scratch: Scratch | None = None, plan: bytes = b"an engine"
+        product: str = "tensorrt",
+        scratch: Scratch | None = None,
+        plan: bytes = b"an engine",
+        with_plugins: Mapping[str, str] | None = None,
     ) -> TensorRTEngine:
         spec = ("batch", 4)
         component = Component(
@@ -184,7 +187,7 @@ def load(fake: FakeTensorRT, cuda: FakeCuda, tmp_path: Path) -> Load:
             {"batch": 2},
         )
         (tmp_path / "model.plan").write_bytes(plan)
-        stored = StoredEngine("0", tmp_path / "model.plan", (WIDE, NARROW), {}, False)
+        stored = StoredEngine("0", tmp_path / "model.plan", (WIDE, NARROW), {}, with_plugins or {}, False)
         return TensorRTEngine(component, stored, trt.product(product), CPU, scratch or Scratch(CPU))
 
     return load
@@ -412,6 +415,48 @@ def test_rtx_specialises_before_it_runs(load: Load, fake: FakeTensorRT) -> None:
     (config,) = fake.strategies
     eager = rtx.DynamicShapesKernelSpecializationStrategy.EAGER
     assert config.dynamic_shapes_kernel_specialization_strategy == eager
+
+
+def test_plugins_are_registered_before_the_engine_is_read(
+    load: Load, fake: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(plugins, "loading", lambda trt, wanted: asked.append((trt, wanted, fake.engine)))
+    load(with_plugins={"GroupNorm": "1-x"})
+    assert asked == [(fake, {"GroupNorm": "1-x"}, None)]
+
+
+def test_a_plugin_that_is_missing_is_named(load: Load, fake: FakeTensorRT) -> None:
+    with pytest.raises(
+        BackendError,
+        match=r"^unet: its engine was built with the plugin Geglu 1-x, and this latentrt has only Group",
+    ):
+        load(with_plugins={"Geglu": "1-x"})
+    assert fake.engine is None
+
+
+def test_what_a_plugin_refused_is_told(
+    load: Load, fake: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load()
+    monkeypatch.setattr(plugins, "failures", lambda trt: ["GroupNorm: no kernels"] if trt is fake else [])
+    fake.failing = "execute_async_v3"
+    with pytest.raises(BackendError, match=r"unet: failed \(GroupNorm: no kernels; Error Code 3: it broke\)"):
+        engine(x_of(2))
+
+
+def test_which_plugins_a_back_end_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    device = torch.device("cuda")
+    assert engines.TensorRTRTXBackend()._target(device).plugins == {}
+    monkeypatch.setenv("LATENTRT_PLUGINS", "GroupNorm")
+    assert engines.TensorRTRTXBackend()._target(device).plugins == plugins.versions(["GroupNorm"])
+    assert engines.TensorRTRTXBackend(with_plugins=())._target(device).plugins == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LATENTRT_PLUGINS", "Geglu")
+    found = engines.TensorRTRTXBackend().availability(device, torch.float16)
+    assert not found.ok
+    assert found.reason == "there is no plugin 'Geglu'"
 
 
 def test_a_closed_engine_says_so(load: Load) -> None:

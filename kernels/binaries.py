@@ -1,0 +1,182 @@
+"""Kernels compiled to be launched without PyTorch and Triton: what a TensorRT plugin carries in its engine.
+
+`aot` compiles an operator for one call's sizes. Here one set of kernels serves every size: what Triton would look up
+at each launch (sizes, strides, their divisibility) stays an argument, or is a choice between two variants made from
+the sizes at hand. What depends on channels, heads or the dtype is fixed, as a model fixes it.
+
+| operator | roles | which |
+| --- | --- | --- |
+| group norm | stats/even, apply/even | positions S fill whole blocks: no masks, aligned rows |
+| | stats/any, apply/any | otherwise |
+| attention | attention | every number of queries and keys |
+
+A set is JSON: the constants that a grid is computed from, and for each role the entry point, its parameters in order
+with their types, shared memory, warps, the machine code (and the PTX, of which TensorRT makes its own).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import BackendError
+from . import tuning
+from ._attention_triton import SHORT, WIDE
+from ._attention_triton import plan as plan_attention
+from ._group_norm_triton import MOST_SPLITS
+from ._group_norm_triton import plan as plan_group_norm
+from ._triton import Launch
+from .aot import SHARED_LIMIT, cache_folder, compile_jobs, compiled, digest, signature
+
+__all__ = ["AttentionKernels", "GroupNormKernels", "Kernels", "binaries"]
+
+_POSITIONS = 1024
+"""What group norm's tiles are chosen for: a 1024x1024 image has 16384, 4096 or 1024 in SDXL's UNets."""
+
+# Sizes that stand for any: neither 1 nor a multiple of 16, which Triton would compile in.
+_ODD = 1023
+_HEADS = 3
+
+
+@dataclass(frozen=True)
+class GroupNormKernels:
+    """Group norm of contiguous [N, C, ...] of any N and any positions.
+
+    Attributes:
+        shift: whether a vector is added to x first.
+    """
+
+    dtype: torch.dtype
+    channels: int
+    groups: int
+    silu: bool
+    shift: bool
+    arch: int
+
+    def launches(self) -> tuple[dict[str, Launch], dict[str, int]]:
+        """By role; and the constants that a grid is computed from."""
+        C = self.channels
+        x = torch.empty(2, C, _POSITIONS, dtype=self.dtype, device="meta")
+        weight = torch.empty(C, dtype=self.dtype, device="meta")
+        shift = torch.empty(2, C, dtype=self.dtype, device="meta") if self.shift else None
+        _, planned = plan_group_norm(
+            x, weight, weight, self.groups, 1e-5, shift, silu=self.silu, arch=self.arch
+        )
+        found = {}
+        for name, launch in zip(("stats", "apply"), planned, strict=True):
+            block = launch.constants["BLOCK_S"]
+            for which, S in (("even", _POSITIONS), ("any", _ODD)):
+                args = {**launch.args, "S": S, "chunk": block, "splits": 3, "partials": 7}
+                constants = dict(launch.constants)
+                if name == "stats":
+                    constants["FULL"] = which == "even" and constants["FULL"]
+                else:
+                    constants["PAD_SPLITS"] = MOST_SPLITS
+                found[f"{name}/{which}"] = replace(launch, args=args, constants=constants)
+        tile = planned[0].constants
+        sizes = tuning.constants("group_norm", self.arch, self.dtype, "contiguous")
+        return found, {
+            "BLOCK_S": tile["BLOCK_S"],
+            "TILE_C": tile["TILE_GROUPS"] * tile["GROUP"],
+            "PROGRAM": sizes["PROGRAM"],
+            "PROGRAMS": sizes["PROGRAMS"],
+            "MOST_SPLITS": MOST_SPLITS,
+        }
+
+    def content(self) -> bytes:
+        return _content(self)
+
+
+@dataclass(frozen=True)
+class AttentionKernels:
+    """Attention of contiguous [B, S, H, D] of any B, S and H.
+
+    Attributes:
+        short: for few keys, which a text has; a choice of block sizes, not a limit.
+        negative: whether the scale is.
+    """
+
+    dtype: torch.dtype
+    columns: int
+    short: bool
+    negative: bool
+    arch: int
+
+    def launches(self) -> tuple[dict[str, Launch], dict[str, int]]:
+        """By role; and the constants that a grid is computed from."""
+        D = self.columns
+        q = torch.empty(2, _ODD, _HEADS, D, dtype=self.dtype, device="meta")
+        k = q[:, : SHORT - 1].contiguous() if self.short else q
+        _, (launch,) = plan_attention(
+            q, k, k, -1.0 if self.negative else 1.0, arch=self.arch, descriptors=False
+        )
+        constants = {"BLOCK_M": launch.constants["BLOCK_M"], "BLOCK_V": D}
+        if D > WIDE:
+            constants["BLOCK_V"] = launch.constants["BLOCK_V"]
+        return {"attention": launch}, constants
+
+    def content(self) -> bytes:
+        return _content(self)
+
+
+Kernels = GroupNormKernels | AttentionKernels
+
+
+def binaries(wanted: Sequence[Kernels], cache: Path | None = None, jobs: int = 1) -> list[Path]:
+    """A file for each, compiled where the cache has none.
+
+    Raises:
+        BackendUnavailableError: Triton is not installed.
+        BackendError: one does not compile; the message has the compiler's.
+    """
+    folder = cache or cache_folder()
+    paths = [folder / f"{_digest(kernels)}.kernels" for kernels in wanted]
+    failed = compile_jobs(dict(zip(paths, wanted, strict=True)), jobs)
+    for path, kernels in zip(paths, wanted, strict=True):
+        if path in failed:
+            raise BackendError(f"compiling {kernels} failed: {failed[path]}")
+    return paths
+
+
+def parameters(launch: Launch) -> list[tuple[str, str]]:
+    """What a launch passes, in order: names and Triton's types, without what is compiled in."""
+    types, _, _ = signature(launch)
+    return [(name, kind) for name, kind in types.items() if kind != "constexpr"]
+
+
+def _digest(kernels: Kernels) -> str:
+    launches, constants = kernels.launches()
+    return digest(launches.values(), kernels.arch, repr(sorted(constants.items())), *launches)
+
+
+def _content(kernels: Kernels) -> bytes:
+    launches, constants = kernels.launches()
+    images = {role: _image(launch, kernels.arch) for role, launch in launches.items()}
+    return json.dumps({"constants": constants, "images": images}).encode()
+
+
+def _image(launch: Launch, arch: int) -> Mapping[str, Any]:
+    built = compiled(launch, arch)
+    meta = built.metadata
+    scratch = (getattr(meta, "global_scratch_size", 0) or 0) + (getattr(meta, "profile_scratch_size", 0) or 0)
+    limit = SHARED_LIMIT.get(arch, math.inf)
+    if scratch or meta.num_ctas != 1 or meta.launch_cooperative_grid or meta.shared > 1024 * limit:
+        raise BackendError(
+            f"{launch.kernel.name} for sm_{arch} wants {scratch} bytes of scratch, clusters of {meta.num_ctas} or "
+            f"{meta.shared} bytes of shared memory (there are {limit} KiB), which a plugin cannot give"
+        )
+    return {
+        "entry": meta.name,
+        "parameters": parameters(launch),
+        "shared": meta.shared,
+        "warps": meta.num_warps,
+        "cubin": base64.b64encode(built.asm["cubin"]).decode(),
+        "ptx": built.asm["ptx"],
+    }

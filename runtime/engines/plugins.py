@@ -1,0 +1,301 @@
+"""The project's Triton kernels as TensorRT plugins (IPluginV3), for both products.
+
+A node of the domain `latentrt` becomes a plugin where a creator of its type is registered while its model is parsed,
+and its function's standard operators where none is: see `export.functions`. So plugins are switched by operator, over
+the same ONNX file. They are off unless asked for: nobody has measured them.
+
+| | while an engine is built | in an engine that runs |
+| --- | --- | --- |
+| created from | the node's attributes; kernels come from `export.plugin_kernels` | what the engine holds |
+| shapes, dtypes, formats, workspace | told to the builder | |
+| serialised | attributes and kernels, for every architecture of the engine | |
+| launched | where the builder times it (TensorRT) | on the engine's stream, by the CUDA driver |
+
+Kernels are loaded and the numbers of a launch are worked out when a context is made or its shapes change; enqueue
+puts pointers in place and launches, allocates nothing, and can be captured in a CUDA graph. Nothing here imports
+torch or triton. On a GPU this has never run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import BackendError, RequestError
+from .plugin_code import Code, Prepared, driver
+from .plugin_launch import DTYPES, OPERATORS, Operator
+
+__all__ = ["NAMESPACE", "Session", "building", "chosen", "failures", "loading", "versions"]
+
+NAMESPACE, _VERSION = "latentrt", "1"
+"""As the exported nodes have them."""
+
+_FORMAT = "1"
+"""Of what is serialised. Engines of another one are refused."""
+
+_PACKAGE = Path(__file__).resolve().parents[2]
+_SOURCES = (
+    *(
+        "kernels/_attention_triton.py",
+        "kernels/_group_norm_triton.py",
+        "kernels/binaries.py",
+        "kernels/tuned",
+    ),
+    *("runtime/engines/plugins.py", "runtime/engines/plugin_code.py", "runtime/engines/plugin_launch.py"),
+)
+
+
+def chosen(text: str) -> tuple[str, ...]:
+    """The plugins that "all", "none" or a list such as "GroupNorm,DotProductAttention" names, sorted.
+
+    Raises:
+        RequestError: there is none of a name.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if names == ["all"]:
+        return tuple(sorted(OPERATORS))
+    if names == ["none"]:
+        return ()
+    unknown = [name for name in names if name not in OPERATORS]
+    if unknown or not names:
+        raise RequestError(
+            f"there is no plugin {', '.join(map(repr, unknown)) or repr(text)}; there are {', '.join(OPERATORS)}, "
+            "and all or none"
+        )
+    return tuple(sorted(set(names)))
+
+
+def versions(names: Sequence[str]) -> dict[str, str]:
+    """Each plugin's version with a digest of what its kernels are made of: part of an engine's key."""
+    return dict.fromkeys(names, f"{_FORMAT}-{_digest()}")
+
+
+@cache
+def _digest() -> str:
+    digest = hashlib.sha256()
+    for source in _SOURCES:
+        path = _PACKAGE / source
+        for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    try:
+        digest.update(metadata.version("triton").encode())
+    except metadata.PackageNotFoundError:
+        digest.update(b"no triton")
+    return digest.hexdigest()[:12]
+
+
+@dataclass
+class Session:
+    """What the plugins of one build were called for, and what they choked on.
+
+    Attributes:
+        kernels: files of `kernels.binaries`, by key and architecture.
+        calls: by plugin, how often it was created, configured and serialised.
+        failures: why a plugin refused.
+    """
+
+    kernels: Mapping[str, Mapping[int, Path]] = field(default_factory=dict)
+    calls: dict[str, Counter[str]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def code(self, key: str) -> Code:
+        if key not in self.kernels:
+            raise BackendError(f"no kernels were compiled for {key}")
+        return Code.of({arch: path.read_bytes() for arch, path in self.kernels[key].items()})
+
+    @contextmanager
+    def watching(self, who: str, *, swallow: bool = False) -> Iterator[None]:
+        """Remember what is raised: TensorRT catches it and does not say what it was.
+
+        Raised while an engine is built it may end the process (TensorRT for RTX 1.7, `configure_plugin`) or be passed
+        over (`get_fields_to_serialize`), so there it is swallowed, and who builds looks at `failures`.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.failures.append(f"{who}: {error}")
+            if not swallow:
+                raise
+
+
+@contextmanager
+def building(trt: Any, names: Sequence[str], kernels: Mapping[str, Mapping[int, Path]]) -> Iterator[Session]:
+    """Parsers and builders of this process take these plugins meanwhile."""
+    session = Session(kernels, {name: Counter() for name in names})
+    registry = trt.get_plugin_registry()
+    creators = [_creator(trt, OPERATORS[name], session) for name in names]
+    try:
+        for creator in creators:
+            if not registry.register_creator(creator, NAMESPACE):
+                raise BackendError(f"the plugin {creator.name} is registered already")
+        yield session
+    finally:
+        for creator in creators:
+            registry.deregister_creator(creator)
+
+
+_loaded: dict[tuple[int, str], tuple[Any, Session]] = {}
+
+
+def loading(trt: Any, wanted: Mapping[str, str]) -> None:
+    """From now on engines with these plugins (by name, their versions) can be deserialised.
+
+    Raises:
+        BackendError: one of them is not in this latentrt.
+    """
+    for name, version in wanted.items():
+        if name not in OPERATORS or version.partition("-")[0] != _FORMAT:
+            have = f"it in version {_FORMAT}" if name in OPERATORS else f"only {', '.join(OPERATORS)}"
+            raise BackendError(
+                f"its engine was built with the plugin {name} {version}, and this latentrt has {have}; build it again "
+                "with `latentrt build`, or use the latentrt that built it"
+            )
+        key = (id(trt), name)
+        if key not in _loaded:
+            session = Session(calls={name: Counter()})
+            creator = _creator(trt, OPERATORS[name], session)
+            trt.get_plugin_registry().register_creator(creator, NAMESPACE)
+            _loaded[key] = creator, session  # TensorRT keeps no creator alive
+
+
+def failures(trt: Any) -> list[str]:
+    """Why plugins of loaded engines refused since this was last asked."""
+    found: list[str] = []
+    for (module, _), (_, session) in _loaded.items():
+        if module == id(trt):
+            found += session.failures
+            session.failures.clear()
+    return found
+
+
+def _creator(trt: Any, operator: Operator, session: Session) -> Any:
+    plugin = _plugin_class(trt, operator, session)
+
+    class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.name = operator.name
+            self.plugin_namespace = NAMESPACE
+            self.plugin_version = _VERSION
+            kinds = {int: trt.PluginFieldType.INT32, float: trt.PluginFieldType.FLOAT32}
+            empty = [trt.PluginField(name, b"", kinds[kind]) for name, kind in operator.attributes.items()]
+            self.field_names = trt.PluginFieldCollection(empty)
+
+        def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
+            found = {field.name: field for field in fields}
+            if phase == trt.TensorRTPhase.BUILD:
+                made = None  # with which the parser rejects the node
+                with session.watching(f"{operator.name} of {name}", swallow=True):
+                    session.calls[operator.name]["created"] += 1
+                    given = {n: kind(found[n].data[0]) for n, kind in operator.attributes.items()}
+                    made = plugin(given, Code())
+                return made
+            with session.watching(operator.name):
+                attributes, code = (_content(found[field]) for field in ("attributes", "kernels"))
+                return plugin(json.loads(attributes), Code.from_bytes(code))
+
+    return Creator()
+
+
+def _content(field: Any) -> bytes:
+    return np.asarray(field.data).astype(np.int8).tobytes()
+
+
+def _plugin_class(trt: Any, operator: Operator, session: Session) -> Any:
+    names = {getattr(trt, name): name for name in DTYPES}
+
+    class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):  # type: ignore[misc]
+        def __init__(self, attributes: Mapping[str, Any], code: Code) -> None:
+            trt.IPluginV3.__init__(self)
+            trt.IPluginV3OneCore.__init__(self)
+            trt.IPluginV3OneBuild.__init__(self)
+            trt.IPluginV3OneRuntime.__init__(self)
+            self.plugin_name = operator.name
+            self.plugin_namespace = NAMESPACE
+            self.plugin_version = _VERSION
+            self.num_outputs = 1
+            self._attributes = attributes
+            self._code = code
+            self._launches: list[Prepared] = []
+            self._fields: list[Any] = []
+
+        def get_capability_interface(self, kind: Any) -> Any:
+            return self
+
+        def clone(self) -> Any:
+            return Plugin(self._attributes, self._code)
+
+        # --- while an engine is built
+
+        def get_output_data_types(self, inputs: Any) -> Any:
+            return [inputs[0]]
+
+        def get_output_shapes(self, inputs: Any, shape_inputs: Any, build: Any) -> Any:
+            return [trt.DimsExprs(inputs[0])]
+
+        def supports_format_combination(self, position: int, tensors: Any, num_inputs: int) -> bool:
+            here, first = tensors[position].desc, tensors[0].desc
+            return here.format == trt.TensorFormat.LINEAR and here.type == first.type and first.type in names
+
+        def configure_plugin(self, inputs: Any, outputs: Any) -> None:
+            shapes = [tuple(x.desc.dims) for x in inputs]
+            session.calls[operator.name]["configured"] += 1
+            with session.watching(f"{operator.name} of {shapes}", swallow=True):
+                if len(shapes) != operator.inputs:
+                    raise BackendError(f"{len(shapes)} inputs, and it takes {operator.inputs}")
+                self._code = session.code(operator.key(names[inputs[0].desc.type], shapes, self._attributes))
+
+        def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
+            shapes = [tuple(x.max) for x in inputs]
+            # The same for every architecture; none where there are no kernels, of which `failures` tells.
+            constants = next(iter(self._code.constants.values()), None)
+            return 0 if constants is None else operator.most_workspace(shapes, self._attributes, constants)
+
+        # --- in an engine
+
+        def get_fields_to_serialize(self) -> Any:
+            session.calls[operator.name]["serialized"] += 1
+            content = {
+                "attributes": json.dumps(self._attributes).encode(),
+                "kernels": self._code.to_bytes(),
+            }
+            # As numbers of one byte, of which any number may be zero; TensorRT reads them after this has returned.
+            self._fields = [
+                trt.PluginField(name, np.frombuffer(data, np.int8), trt.PluginFieldType.INT8)
+                for name, data in content.items()
+            ]
+            return trt.PluginFieldCollection(self._fields)
+
+        def attach_to_context(self, context: Any) -> Any:
+            with session.watching(operator.name):
+                driver().load(self._code)  # before any graph is captured
+            return self.clone()
+
+        def on_shape_change(self, inputs: Any, outputs: Any) -> None:
+            shapes = [tuple(x.dims) for x in inputs]
+            with session.watching(f"{operator.name} of {shapes}"):
+                cuda = driver()
+                constants, images = self._code.of_arch(cuda.arch())
+                plan = operator.plan(shapes, self._attributes, constants)
+                self._launches = [
+                    Prepared(call, images[call.role], cuda.function(images[call.role])) for call in plan.calls
+                ]
+
+        def enqueue(
+            self, inputs: Any, outputs: Any, sources: Any, results: Any, workspace: int, stream: int
+        ) -> None:
+            with session.watching(operator.name):
+                for launch in self._launches:
+                    launch(driver(), sources, results, workspace, stream)
+
+    return Plugin

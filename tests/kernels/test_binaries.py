@@ -1,0 +1,134 @@
+"""Kernels compiled for plugins: what is in them, and that what a launch passes is what the machine code takes."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from latentrt.errors import BackendError
+from latentrt.kernels import aot, binaries
+from latentrt.kernels.binaries import AttentionKernels, GroupNormKernels, Kernels
+
+HALF = torch.float16
+PTX = {"*": "u64", "i32": "u32", "fp32": "f32"}
+
+
+def entry_parameters(ptx: str) -> list[str]:
+    """Types of the parameters of PTX's only entry."""
+    (entry,) = re.findall(r"\.entry [^(]*\(([^)]*)\)", ptx)
+    return re.findall(r"\.param \.(\w+)", entry)
+
+
+def content(kernels: Kernels) -> dict[str, Any]:
+    (path,) = binaries.binaries([kernels])
+    found: dict[str, Any] = json.loads(path.read_bytes())
+    return found
+
+
+@pytest.mark.timeout(900)  # seconds on a core to itself
+@pytest.mark.parametrize(
+    ("kernels", "roles"),
+    [
+        (
+            GroupNormKernels(HALF, 64, 32, True, True, 89),
+            ["stats/even", "stats/any", "apply/even", "apply/any"],
+        ),
+        (AttentionKernels(HALF, 64, True, False, 120), ["attention"]),
+    ],
+    ids=["group norm", "attention"],
+)
+def test_what_is_compiled(kernels: Kernels, roles: list[str]) -> None:
+    images = content(kernels)["images"]
+    assert list(images) == roles
+    for role, image in images.items():
+        assert base64.b64decode(image["cubin"])[:4] == b"\x7fELF"
+        # Triton's own parameter list, and two pointers to scratch, which is empty.
+        told = [PTX["*" if kind.startswith("*") else kind] for _, kind in image["parameters"]]
+        assert entry_parameters(image["ptx"]) == [*told, "u64", "u64"]
+        assert image["entry"] in image["ptx"]
+        assert image["warps"] in (4, 8)
+        if role.endswith("even"):  # rows of 16 bytes at once
+            assert image["ptx"].count("ld.global.v4") + image["ptx"].count(".v4.b32") > 0
+    if "stats/any" in images:
+        assert len(images["stats/any"]["ptx"]) > len(images["stats/even"]["ptx"])
+
+
+def test_every_size_has_the_same_kernels() -> None:
+    """Nothing that is compiled in depends on batches, positions, queries or keys, but for what the role says."""
+    for kernels in (
+        GroupNormKernels(HALF, 320, 32, False, False, 89),
+        AttentionKernels(HALF, 64, False, False, 89),
+    ):
+        for launch in kernels.launches()[0].values():
+            _, values, aligned = aot.signature(launch)
+            sizes = {"S", "splits", "partials", "H", "Sq", "Sk", "stride_qb", "stride_kb", "stride_vb"}
+            assert not sizes & set(values)
+            names = list(aot.signature(launch)[0])
+            multiples = {names[i] for (i,) in aligned}
+            assert not {"splits", "partials", "H", "Sq", "Sk"} & multiples
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+def test_no_plugin_takes_descriptors(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from latentrt.kernels import tuning
+
+    plain = tuning.constants
+
+    def tuned(table: str, *rest: Any) -> Any:
+        return {**plain(table, *rest), **({"TMA": 1} if "attention" in table else {})}
+
+    monkeypatch.setattr(tuning, "constants", tuned)
+    for columns in (64, 512):
+        (launch,) = AttentionKernels(HALF, columns, False, False, arch).launches()[0].values()
+        assert launch.kernel.name in ("_attention", "_attention_wide")
+
+
+def test_files_are_by_content(tmp_path: Path) -> None:
+    wanted = [
+        GroupNormKernels(HALF, 320, 32, False, False, 89),
+        GroupNormKernels(HALF, 320, 32, True, False, 89),
+        GroupNormKernels(HALF, 320, 32, True, True, 89),
+        GroupNormKernels(HALF, 640, 32, False, False, 89),
+        GroupNormKernels(torch.float32, 320, 32, False, False, 89),
+        GroupNormKernels(HALF, 320, 32, False, False, 86),
+        AttentionKernels(HALF, 64, False, False, 89),
+        AttentionKernels(HALF, 64, False, True, 89),
+        AttentionKernels(HALF, 64, True, False, 89),
+        AttentionKernels(torch.bfloat16, 64, False, False, 89),
+    ]
+    for kernels in wanted:
+        (tmp_path / f"{binaries._digest(kernels)}.kernels").write_bytes(b"{}")
+    assert len(list(tmp_path.iterdir())) == len(wanted)
+    assert len(set(binaries.binaries(wanted, tmp_path))) == len(wanted)  # found, not compiled
+
+
+def test_what_does_not_compile_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = AttentionKernels(HALF, 64, False, False, 89)
+    monkeypatch.setattr(binaries, "compile_jobs", lambda wanted, jobs: dict.fromkeys(wanted, "no such thing"))
+    with pytest.raises(
+        BackendError, match=r"compiling AttentionKernels\(.*columns=64.*arch=89\) failed: no such thing"
+    ):
+        binaries.binaries([kernels], tmp_path)
+
+
+def test_what_a_plugin_cannot_give_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    (launch,) = AttentionKernels(HALF, 64, False, False, 89).launches()[0].values()
+    meta = {"name": "k", "num_warps": 4, "num_ctas": 1, "launch_cooperative_grid": False, "shared": 0}
+    for change, why in (
+        ({"global_scratch_size": 128}, "wants 128 bytes of scratch"),
+        ({"shared": 120_000}, r"120000 bytes of shared memory \(there are 99 KiB\)"),
+        ({"num_ctas": 2}, "clusters of 2"),
+    ):
+        built = SimpleNamespace(metadata=SimpleNamespace(**{**meta, **change}), asm={"cubin": b"", "ptx": ""})
+        monkeypatch.setattr(binaries, "compiled", lambda launch, arch, built=built: built)
+        with pytest.raises(
+            BackendError, match=rf"_attention for sm_89 .*{why}.*, which a plugin cannot give"
+        ):
+            binaries._image(launch, 89)
