@@ -194,12 +194,12 @@ def _creator(trt: Any, operator: Operator, session: Session) -> Any:
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
             found = {field.name: field for field in fields}
             if phase == trt.TensorRTPhase.BUILD:
-                made = None  # with which the parser rejects the node
+                made = None
                 with session.watching(f"{operator.name} of {name}", swallow=True):
                     session.calls[operator.name]["created"] += 1
                     given = {n: kind(found[n].data[0]) for n, kind in operator.attributes.items()}
                     made = plugin(given, Code())
-                return made
+                return made  # noqa: RET504 (None where that failed, with which the parser rejects the node)
             with session.watching(operator.name):
                 attributes, code = (_content(found[field]) for field in ("attributes", "kernels"))
                 return plugin(json.loads(attributes), Code.from_bytes(code))
