@@ -11,6 +11,7 @@ LatentRTError
 │   └── UnsupportedConfigError   a configuration field asks for what latentrt lacks
 ├── BackendError                 a back end failed
 │   ├── UnknownBackendError      no back end of that name
+│   ├── OutOfMemoryError         it had too little memory for what was asked
 │   ├── BackendUnavailableError  known, but it cannot run on this machine
 │   └── CaptureError             its work could not be recorded as a CUDA graph
 ├── ExportError                  a component could not be written as ONNX, or its check failed
@@ -34,6 +35,7 @@ __all__ = [
     "KernelArgumentError",
     "LatentRTError",
     "MemoryPlanError",
+    "OutOfMemoryError",
     "RequestError",
     "UnknownBackendError",
     "UnsafeWeightsError",
@@ -84,6 +86,10 @@ class BackendError(LatentRTError):
 
 class UnknownBackendError(BackendError):
     """No back end has that name."""
+
+
+class OutOfMemoryError(BackendError):
+    """A device had too little memory for what was asked of it."""
 
 
 class BackendUnavailableError(BackendError):

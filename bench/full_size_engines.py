@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from ..export.memory import available_bytes, build_bytes, peak_bytes
+from ..runtime.cache import Store
 from ..runtime.engine_store import EngineTarget
 from ..runtime.engines.base import Component
 from ..runtime.engines.sizes import SizePolicy
@@ -144,7 +145,7 @@ def measure(
         model: for the rows.
         checkpoint: a diffusers folder.
         names: of components.
-        cache_dir: holds what is made of one component; it is removed after each.
+        cache_dir: holds what is made of one component, which is removed after each.
         sizes: as `SizePolicy.parse` takes them; sizes around the model's own where it is empty.
 
     Raises:
@@ -179,7 +180,7 @@ def measure(
                 machine=machine,
             )
         )
-        shutil.rmtree(cache_dir)
+        shutil.rmtree(Store(cache_dir).entries)  # and not the digests of the weights
 
 
 # --- steps, each in a process of its own
@@ -332,8 +333,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{model}: writing random weights, or taking those that are there", flush=True)
         checkpoint = write_checkpoint(args.folder / model, configs, CHANGES.get(model))
         cache_dir = args.folder / "cache"
-        shutil.rmtree(cache_dir, ignore_errors=True)  # of a run that was ended
+        shutil.rmtree(Store(cache_dir).entries, ignore_errors=True)  # of a run that was ended
         measure(model, checkpoint, todo, cache_dir, sizes=args.size, machine=machine, on_row=keep)
+        shutil.rmtree(cache_dir)
         if not args.keep:
             shutil.rmtree(checkpoint)
     done = [rows[key] for key in asked]

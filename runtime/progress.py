@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import RequestError
+from ..errors import BackendError, OutOfMemoryError, RequestError
 from .denoise import OnStep
 
 __all__ = ["StepCallback", "Watch"]
@@ -40,12 +40,25 @@ class Watch:
 
     @contextmanager
     def stage(self, name: str, device: torch.device) -> Iterator[None]:
-        """Time what happens inside, work queued on the device included."""
+        """Time what happens inside, work queued on the device included.
+
+        Raises:
+            OutOfMemoryError: in place of what PyTorch or a back end says of that.
+        """
         self._bar.set_description(name)
         begun = time.perf_counter()
-        yield
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        try:
+            yield
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except (RuntimeError, MemoryError, BackendError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            why = next(iter(str(error).splitlines()), "")
+            raise OutOfMemoryError(
+                f"no memory left on {device} in stage {name!r} ({why}); ask for fewer images at once, a smaller size "
+                "or a dtype of half precision, or end what else runs there"
+            ) from error
         self.timings[name] = time.perf_counter() - begun
 
     def count(self) -> None:
@@ -89,3 +102,11 @@ class Watch:
         """Remove the bar and sum the timings."""
         self._bar.close()
         self.timings["total"] = sum(self.timings.values())
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether that is what PyTorch, ONNX Runtime or TensorRT mean: only on CUDA does PyTorch have an error for it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return any(words in text for words in ("out of memory", "outofmemory", "allocate memory", "bad_alloc"))

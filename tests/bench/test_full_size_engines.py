@@ -43,12 +43,12 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
         asked.append((function.__name__, checkpoint.name, name))
         assert (checkpoint / "unet" / "diffusion_pytorch_model.safetensors").is_file()
         if function.__name__ == "_export":
-            assert not cache.exists()  # of the component before
-            cache.mkdir()
+            assert not (cache / "entries").exists()  # of the component before
+            (cache / "entries").mkdir(parents=True)
             errors = {"dtype": "float16", "weight_bytes": 5 * GB, "relative_error": 1e-3}
             return {**errors, "seconds": 100.0, "peak": 6 * GB}
-        found = (cache / "engine").exists()
-        (cache / "engine").touch()
+        found = (cache / "entries" / "engine").exists()
+        (cache / "entries" / "engine").touch()
         figures = {
             "seconds": 90.0,
             "peak_memory_bytes": 19 * GB,

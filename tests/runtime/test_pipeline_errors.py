@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,16 +17,19 @@ import numpy as np
 import pytest
 import torch
 from latentrt.errors import (
+    BackendError,
     BackendUnavailableError,
     CacheError,
     CheckpointError,
     CheckpointNotFoundError,
     LatentRTError,
+    OutOfMemoryError,
     RequestError,
     UnknownBackendError,
     UnsafeWeightsError,
     UnsupportedConfigError,
 )
+from latentrt.runtime import pipeline
 from parity import Rig
 from tiny_checkpoints import write_json
 from tolerances import PIPELINE_ONNXRUNTIME
@@ -318,3 +322,36 @@ def test_a_damaged_export_is_made_again(
     with caplog.at_level(logging.WARNING):
         latentrt.Pipeline.from_pretrained(folder, backend="onnxruntime", cache_dir=copy)(**call)
     assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore on that"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        BackendError("ONNX Runtime failed on unet: Failed to allocate memory for requested buffer of size 8"),
+        BackendError("TensorRT 11, unet: failed (Error Code 2: OutOfMemory)"),
+        MemoryError(),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_no_memory_left(error: Exception, pipe: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "from_tensor", fail)
+    why = re.escape(str(error).partition("\n")[0])
+    with pytest.raises(
+        OutOfMemoryError,
+        match=rf"^no memory left on cpu in stage 'decode' \({why}\); ask for fewer images at once, a smaller size",
+    ):
+        pipe("a cat", **SMALL)
+
+
+def test_other_failures_stay_what_they_are(pipe: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(pipeline, "from_tensor", fail)
+    with pytest.raises(RuntimeError, match=r"^shapes cannot be multiplied$"):
+        pipe("a cat", **SMALL)
