@@ -111,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=int, default=1, help="images at once (default 1)")
     p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
     p.add_argument("--variant", help="weights variant, such as fp16")
+    p.add_argument("--backend", choices=("triton", "eager"), default="triton")
     p.add_argument("--steps", type=int, default=30)
     p.add_argument("--guidance", type=float, default=5.0, help="1 or less turns guidance off")
     p.add_argument("--sampler", help="override the checkpoint's")

@@ -106,6 +106,7 @@ def plan(args: argparse.Namespace) -> Iterator[str]:
         None if refiner == "none" else refiner,
         dtype=getattr(torch, args.dtype),
         variant=args.variant,
+        backend=args.backend,
         arch=gpu.arch,
     ).plan(
         height=height,

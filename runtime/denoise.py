@@ -107,22 +107,6 @@ class DenoiseState:
         self._noise = zeros(steps, B, C, h, w) if kind.noise else None
         self.timesteps = Timesteps(zeros(steps), self._index)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All of them, by what they hold."""
-        held = {
-            "latents": self.latents,
-            "model input": self.sample,
-            "timestep": self.timestep,
-            "prediction": self.prediction,
-            "table": self._rows,
-            "timesteps": self.timesteps.values,
-            "step": self._index,
-            "guidance scale": self._scale,
-            "history": self._history,
-            "noise": self._noise,
-        }
-        return {name: x for name, x in held.items() if x is not None}
-
     def start(
         self,
         latents: Tensor,

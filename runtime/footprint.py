@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,9 @@ from ..kernels import as_nodes
 from ..kernels._triton import Descriptor
 from ..kernels.registry import OpSpec, specs
 
-__all__ = ["Footprint", "Tracker", "measure"]
+__all__ = ["Footprint", "Tracker", "follow", "measure"]
+
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ class Tracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
+            with self:  # its parts are what runs; without gradients PyTorch leaves taking it apart to modes
+                return func._op_dk(_COMPOSITE, *args, **kwargs)
         for tensor in _tensors((args, kwargs)):
             self._follow(tensor, 0)  # made before, so not the forward's: unless it is known already
         workspace = 0
@@ -102,20 +106,29 @@ class Tracker(TorchDispatchMode):
         self.live += nbytes
 
 
+def follow(work: Callable[[], object], arch: int) -> Tracker:
+    """Do `work`, of tensors on the meta device, and say what it took.
+
+    Args:
+        arch: the architecture whose kernels are planned, such as 90.
+    """
+    tracker = Tracker(arch)
+    with torch.no_grad(), as_nodes(), tracker:
+        work()
+    return tracker
+
+
 def measure(module: nn.Module, inputs: Sequence[Tensor], arch: int) -> Footprint:
     """Follow one forward.
 
     Args:
         module: on the meta device, in the dtype and memory format it is to run in.
         inputs: of its forward, on the meta device.
-        arch: the architecture whose kernels are planned, such as 90.
+        arch: as in `follow`.
     """
     parameters = list(module.parameters())
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(as_nodes())
-        tracker = stack.enter_context(Tracker(arch))
-        out = module(*inputs)
+    outputs: list[Tensor] = []
+    tracker = follow(lambda: outputs.extend(_tensors(module(*inputs))), arch)
     return Footprint(
         parameters=sum(p.numel() for p in parameters),
         weight_bytes=sum(p.nbytes for p in parameters),
@@ -124,7 +137,7 @@ def measure(module: nn.Module, inputs: Sequence[Tensor], arch: int) -> Footprint
         scratch_bytes=tracker.scratch,
         pool_bytes=tracker.pool,
         input_bytes=sum(t.nbytes for t in inputs),
-        output_bytes=sum(t.nbytes for t in _tensors(out)),
+        output_bytes=sum(t.nbytes for t in outputs),
     )
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import RequestError
 from .denoise import DenoiseState, LoopKind
-from .engines.base import Component
+from .engines.base import Component, Engine, Program
 from .engines.lazy import EngineLoader
 from .expert import Expert, check_fit
-from .footprint import Footprint, measure
+from .footprint import Footprint, Tracker, follow, measure
 from .loading import load_expert, load_vae
 from .memory import Network, Plan, Stage
 from .request import check_side
@@ -21,6 +23,8 @@ from .sampler import SamplerTable, build_table, step_range
 from .weights import open_outline
 
 __all__ = ["Planner"]
+
+_META = torch.device("meta")
 
 
 class Planner:
@@ -37,19 +41,21 @@ class Planner:
         *,
         dtype: torch.dtype = torch.float16,
         variant: str | None = None,
+        backend: Literal["triton", "eager"] = "triton",
         arch: int = 90,
     ) -> None:
         """
         Args:
             model, refiner, variant: as in `Pipeline.from_pretrained`; or "sdxl" and "sdxl-refiner", the published
                 configurations. A second text encoder of the same configuration and shapes counts as shared.
-            dtype: of the weights; the VAE's is bfloat16 where float16 would overflow.
+            dtype: of the weights; the VAE has another where float16 would overflow.
+            backend: whose modules and buffers.
             arch: the architecture whose kernels are planned, such as 90.
 
         Raises:
             CheckpointError: it is not there, damaged, or not understood.
         """
-        loader = EngineLoader("triton", torch.device("cpu"), dtype, None)
+        loader = EngineLoader(backend, torch.device("cpu"), dtype, None, graphs=False)
         checkpoint = open_outline(model, variant=variant)
         self._base = load_expert(checkpoint, loader)
         self._vae = load_vae(checkpoint, loader)
@@ -60,8 +66,10 @@ class Planner:
             self._refiner = second.sharing(self._base)
         check_fit(self._base, self._refiner, self._vae.channels)
         self._dtype = str(dtype).removeprefix("torch.")
+        self._backend = loader.backend
         self._arch = arch
         self._modules: dict[str, nn.Module] = {}
+        self._engines: dict[str, Engine] = {}
         self._footprints: dict[tuple[str, int, int, int], Footprint] = {}
 
     @property
@@ -120,10 +128,11 @@ class Planner:
             component = expert.unet.component
             key = self._key(name, component)
             rows = 2 * batch if guided else batch
-            networks[key] = self._network(key, component, rows, height, width)
-            inputs = _inputs(component, rows, height, width)
-            for part, nbytes in _loop(inputs, self._module(key, component), table, batch).items():
-                buffers[f"{name} {part}"] = nbytes
+            latents = torch.empty(batch, self._vae.channels, height // scale, width // scale, device=_META)
+            kind = LoopKind.of(latents, table, guided, 0.0, component.dtype)
+            loop = _Loop(self._engine(key, component), kind, _inputs(component, rows, height, width))
+            buffers |= {f"{name} {part}": nbytes for part, nbytes in loop.buffers.items()}
+            networks[key] = self._network(key, component, rows, height, width, loop)
             stages.append(Stage(name, "denoise", {key: len(table)}))
         # A picture in float32, once by itself and once in the batch.
         image_bytes = 2 * 4 * batch * 3 * height * width
@@ -145,11 +154,25 @@ class Planner:
         shared = [encoder.engine.component for encoder in self._base.encoders]
         return component.name if component in shared else f"refiner {component.name}"
 
-    def _network(self, key: str, component: Component, rows: int, height: int, width: int) -> Network:
+    def _network(
+        self,
+        key: str,
+        component: Component,
+        rows: int,
+        height: int,
+        width: int,
+        loop: _Loop | None = None,
+    ) -> Network:
+        """One forward; for a UNet its memory is that of a step of the loop, which has more in its buffers."""
         found = self._footprints.get((key, rows, height, width))
         if found is None:
-            module = self._module(key, component)
-            found = measure(module, list(_inputs(component, rows, height, width).values()), self._arch)
+            inputs = list(_inputs(component, rows, height, width).values())
+            found = measure(self._module(key, component), inputs, self._arch)
+            if loop is not None:
+                step = follow(loop.step, self._arch)
+                found = replace(
+                    found, activation_bytes=step.peak, scratch_bytes=step.scratch, pool_bytes=step.pool
+                )
             self._footprints[key, rows, height, width] = found
         return Network(str(component.dtype).removeprefix("torch."), rows, found)
 
@@ -159,6 +182,14 @@ class Planner:
             module = component.build()
             self._modules[key] = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self._modules[key]
+
+    def _engine(self, key: str, component: Component) -> Engine:
+        """The back end's own, over the same module."""
+        if key not in self._engines:
+            module = self._module(key, component)
+            outline = replace(component, build=lambda: module)
+            self._engines[key] = self._backend.load(outline, device=_META, cache_dir=None)
+        return self._engines[key]
 
     def _table(
         self, name: str, expert: Expert, sampler: str | None, steps: int, high_noise_frac: float
@@ -184,29 +215,34 @@ def _inputs(component: Component, rows: int, height: int, width: int) -> dict[st
     }
     inputs = {}
     for spec in component.inputs:
-        tensor = torch.empty(spec.shape(sizes), dtype=spec.dtype, device="meta")
+        tensor = torch.empty(spec.shape(sizes), dtype=spec.dtype, device=_META)
         inputs[spec.name] = (
             tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
         )
     return inputs
 
 
-def _loop(inputs: Mapping[str, Tensor], unet: nn.Module, table: SamplerTable, batch: int) -> dict[str, int]:
-    """Bytes of what the loop keeps from step to step: its static tensors, what the UNet is told, and what the back end
-    `triton` makes of it once: keys and values of a prompt, shifts of all steps."""
-    told = dict(inputs)
-    sample, _ = told.pop("sample"), told.pop("timestep")
-    latents = torch.empty((batch, *sample.shape[1:]), device="meta")
-    kind = LoopKind.of(latents, table, len(sample) > batch, 0.0, sample.dtype)
-    static = DenoiseState(kind, latents.device).tensors()
-    text, linears = told["encoder_hidden_states"], dict(unet.named_modules())
-    keys, shifts = (
-        sum(m.out_features for name, m in linears.items() if isinstance(m, nn.Linear) and name.endswith(ends))
-        for ends in (("attn2.to_k", "attn2.to_v"), ("time_emb_proj",))
-    )
-    return {
-        **{name: x.nbytes for name, x in static.items()},
-        "conditioning": sum(x.nbytes for x in told.values()),
-        "prompt keys and values": text.shape[0] * text.shape[1] * keys * text.element_size(),
-        "time shifts": kind.capacity * len(text) * shifts * text.element_size(),
-    }
+class _Loop:
+    """The denoising loop's static tensors on the meta device, and one step over them.
+
+    Attributes:
+        buffers: bytes by what they are for.
+    """
+
+    def __init__(self, engine: Engine, kind: LoopKind, inputs: Mapping[str, Tensor]) -> None:
+        told = {name: x for name, x in inputs.items() if name not in ("sample", "timestep")}
+        with Tracker() as tracker:
+            self._state = DenoiseState(kind, _META)
+        self.buffers = {"loop": tracker.live, "conditioning": sum(x.nbytes for x in told.values())}
+        state = self._state
+        with Tracker() as tracker:
+            self._program: Program = engine.bind(
+                {"sample": state.sample, "timestep": state.timestep, **told},
+                {"prediction": state.prediction},
+                timesteps=state.timesteps,
+            )
+        self.buffers["keys, values, times"] = tracker.live
+
+    def step(self) -> None:
+        """Take one."""
+        self._state.step(self._program.run)
