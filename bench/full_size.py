@@ -26,12 +26,13 @@ from torch import nn
 from ..runtime.models.unet import UNet, UNetConfig, input_names
 from ..runtime.weights import open_checkpoint
 from .machine import describe_machine
+from .random_checkpoint import PUBLISHED, write_weights
 
-__all__ = ["Result", "main", "measure", "write_checkpoint"]
+__all__ = ["Result", "main", "measure", "write_unet"]
 
 MAX_LOAD_RATIO = 1.3
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_CONFIG = Path(__file__).resolve().parents[1] / "runtime" / "data" / "sdxl_base" / "unet" / "config.json"
+_CONFIG = PUBLISHED / "sdxl_base" / "unet" / "config.json"
 _TOKENS = 77
 _POOLED = 1280
 
@@ -64,37 +65,18 @@ class Result:
     finite: bool
 
 
-def write_checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
-    """Write a UNet of random float16 weights as a diffusers folder, without ever holding two tensors.
-
-    Weights keep the variance of what passes through them, norms are 1 and biases 0, so that a float16 forward
-    stays finite. The seed is fixed.
+def write_unet(folder: Path, config: Mapping[str, Any]) -> Path:
+    """Write a UNet of random float16 weights as a diffusers folder: see `random_checkpoint.write_weights`.
 
     Raises:
         OSError: the disk is full, or cannot be written.
     """
     with torch.device("meta"):
         shapes = {key: t.shape for key, t in UNet(UNetConfig.from_dict(config)).state_dict().items()}
-    header: dict[str, Any] = {}
-    end = 0
-    for key, shape in shapes.items():
-        begin, end = end, end + 2 * shape.numel()
-        header[key] = {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # tensors start aligned
-
     (folder / "unet").mkdir(parents=True, exist_ok=True)
     (folder / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}\n')
     (folder / "unet" / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
-    random = torch.Generator().manual_seed(0)
-    with open(folder / "unet" / "diffusion_pytorch_model.safetensors", "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for key, shape in shapes.items():
-            if len(shape) > 1:
-                tensor = torch.randn(shape, generator=random).div_(shape[1:].numel() ** 0.5)
-            else:
-                tensor = torch.ones(shape) if key.endswith("weight") else torch.zeros(shape)
-            file.write(tensor.half().numpy().data)
+    write_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", shapes)
     return folder
 
 
@@ -181,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = args.folder or Path(scratch)
         if not (folder / "model_index.json").is_file():
             print(f"writing 5.1 GB of random weights to {folder}", flush=True)
-            write_checkpoint(folder, json.loads(_CONFIG.read_text("utf-8")))
+            write_unet(folder, json.loads(_CONFIG.read_text("utf-8")))
         result = measure(folder, DTYPES[args.dtype], args.size)
     print(
         f"{result.parameters / 1e6:,.2f} M parameters in {result.dtype}, {result.weight_bytes / 1e9:.2f} GB\n"

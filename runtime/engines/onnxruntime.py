@@ -83,18 +83,25 @@ class OnnxRuntimeBackend:
         return OnnxRuntimeEngine(component, onnx_model(component, cache_dir=cache_dir), device)
 
 
-def open_session(model: Path, device: torch.device) -> onnxruntime.InferenceSession:
+def open_session(
+    model: Path, device: torch.device, *, optimized: bool = True
+) -> onnxruntime.InferenceSession:
     """A session on `device`, with as many threads as PyTorch uses: OMP_NUM_THREADS, else physical cores.
 
     The graph is optimised at each load. Keeping the optimised one would save a third of a load, 0.1 s for a
     small UNet, and is a file for one kind of processor.
+
+    Args:
+        optimized: else the graph runs node by node as it is in the file, from weights that stay there. On the CPU
+            float16 weights are otherwise kept in float32 as well: three times their memory.
 
     Raises:
         BackendError: ONNX Runtime cannot read or run the model.
     """
     ort = _import()
     options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1

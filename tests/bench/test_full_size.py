@@ -22,7 +22,7 @@ SMALL = {
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_a_written_checkpoint_loads_and_runs(dtype: torch.dtype, tmp_path: Path) -> None:
-    folder = full_size.write_checkpoint(tmp_path, SMALL)
+    folder = full_size.write_unet(tmp_path, SMALL)
     state = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     result = full_size.measure(folder, dtype, 64)
     assert result.parameters == sum(t.numel() for t in state.values())
@@ -35,7 +35,7 @@ def test_main_keeps_a_named_folder_and_writes_its_result(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = tmp_path / "unet", tmp_path / "results" / "full.json"
-    full_size.write_checkpoint(folder, SMALL)
+    full_size.write_unet(folder, SMALL)
     full_size.main(["--folder", str(folder), "--size", "64", "--out", str(out)])
     printed = capsys.readouterr().out
     result = json.loads(out.read_text())["result"]

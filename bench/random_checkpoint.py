@@ -1,0 +1,126 @@
+"""Checkpoints of random weights, at any size: for machines where published ones are out of reach.
+
+Written one tensor at a time, in float16, so that memory stays that of the largest tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..runtime.models.clip import CLIPTextConfig, CLIPTextEncoder
+from ..runtime.models.unet import UNet, UNetConfig
+from ..runtime.models.vae import VAEConfig, VAEDecoder, VAEEncoder
+from ..runtime.tokenizer_files import clip_merges, clip_vocabulary
+
+__all__ = ["PUBLISHED", "component_bytes", "write_checkpoint", "write_weights"]
+
+PUBLISHED = Path(__file__).resolve().parents[1] / "runtime" / "data"
+"""Folders with the configurations of published checkpoints: `sdxl_base`, `sdxl_refiner`."""
+
+_WEIGHTS = {
+    "text_encoder": "model.safetensors",
+    "text_encoder_2": "model.safetensors",
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+}
+
+
+def component_bytes(configs: Path) -> dict[str, int]:
+    """What the weights of each component take, by the folder name of a component.
+
+    Args:
+        configs: a diffusers folder; nothing but its configurations is read.
+    """
+    return {name: 2 * sum(s.numel() for s in shapes.values()) for name, shapes in _shapes(configs).items()}
+
+
+def write_checkpoint(folder: Path, configs: Path) -> Path:
+    """Write a checkpoint with the configurations of another and random weights; the seed is fixed.
+
+    What two checkpoints have in common, as base and refiner the second text encoder and the VAE, has the same weights.
+    An earlier one at `folder` that is whole is kept.
+
+    Args:
+        folder: to write; it is there as a whole or not at all.
+        configs: a diffusers folder, which need not have weights or a tokenizer's tables.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
+    if folder.exists():
+        return folder
+    aside = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    weights = shutil.ignore_patterns("*.safetensors", "*.bin")
+    shutil.copytree(configs, aside, ignore=weights)
+    for tokenizer in aside.glob("tokenizer*"):
+        _write_tokenizer(tokenizer)
+    for name, shapes in _shapes(configs).items():
+        write_weights(aside / name / _WEIGHTS[name], shapes)
+    aside.rename(folder)
+    return folder
+
+
+def write_weights(file: Path, shapes: Mapping[str, torch.Size]) -> None:
+    """Write random float16 weights of these names and shapes as a safetensors file.
+
+    Weights keep the variance of what passes through them, norms are 1 and biases 0, so that a float16 forward
+    stays finite. The seed is fixed.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for key, shape in shapes.items():
+        begin, end = end, end + 2 * shape.numel()
+        header[key] = {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors start aligned
+    random = torch.Generator().manual_seed(0)
+    with file.open("wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        for key, shape in shapes.items():
+            if len(shape) > 1:
+                tensor = torch.randn(shape, generator=random).div_(shape[1:].numel() ** 0.5)
+            else:
+                tensor = torch.ones(shape) if key.endswith("weight") else torch.zeros(shape)
+            stream.write(tensor.half().numpy().data)
+
+
+def _shapes(configs: Path) -> dict[str, dict[str, torch.Size]]:
+    """Every weight of every component that has a configuration there."""
+    found = {}
+    for name in _WEIGHTS:
+        file = configs / name / "config.json"
+        if file.is_file():
+            with torch.device("meta"):
+                modules = _modules(name, json.loads(file.read_text("utf-8")))
+            found[name] = {key: t.shape for module in modules for key, t in module.state_dict().items()}
+    return found
+
+
+def _modules(name: str, config: Mapping[str, Any]) -> tuple[nn.Module, ...]:
+    if name == "unet":
+        return (UNet(UNetConfig.from_dict(config)),)
+    if name == "vae":
+        vae = VAEConfig.from_dict(config)
+        return VAEEncoder(vae), VAEDecoder(vae)
+    # Which layer is handed out makes no difference to the weights.
+    return (CLIPTextEncoder(CLIPTextConfig.from_dict(config), normalize_sequence=False),)
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """CLIP's tables, where there are none."""
+    if (folder / "vocab.json").exists():
+        return
+    merges = clip_merges()
+    (folder / "vocab.json").write_text(json.dumps(clip_vocabulary(merges)), "utf-8")
+    (folder / "merges.txt").write_text("".join(f"{a} {b}\n" for a, b in merges), "utf-8")
