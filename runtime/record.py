@@ -28,7 +28,6 @@ def records(
     common: dict[str, Any] = {
         "steps": r.steps,
         "sampler": sampler or base.sampler(None).name,
-        "guidance_scale": r.guidance_scale,
         "size": _wide((r.height, r.width)),
         "model": _public_name(base.source),
         "backend": backend,
@@ -52,7 +51,13 @@ def records(
     common |= {name: getattr(r, name) for name, default in defaults.items() if getattr(r, name) != default}
     sized = any(expert.takes_sizes for expert in experts)
     return [
-        {**_texts(r, k), **common, **(_sizes(r, k) if sized else {}), "seed": r.seeds[k]}
+        {
+            **_texts(r, k),
+            "guidance_scale": r.guidance_scales[k],
+            **common,
+            **(_sizes(r, k) if sized else {}),
+            "seed": r.seeds[k],
+        }
         for k in range(r.batch)
     ]
 
