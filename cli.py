@@ -146,6 +146,28 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=("runtime", "plan"))
 
+    s = commands.add_parser(
+        "serve",
+        help="make images over HTTP, with OpenAI's images API",
+        description="Answers at once, and is ready (GET /ready) when the model is loaded and has made an image. "
+        "SIGTERM finishes what was taken.",
+    )
+    s.add_argument("--model", default="demo", metavar="MODEL", help="as for `latentrt generate`")
+    s.add_argument("--refiner", metavar="MODEL", help="as for `latentrt generate`")
+    s.add_argument("--backend", default="auto", help="see `latentrt backends` (default auto)")
+    s.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: by device")
+    s.add_argument("--variant", help="weights variant, such as fp16")
+    s.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    s.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)")
+    s.add_argument("--port", type=int, default=8000, help="0 for any that is free (default 8000)")
+    s.add_argument("--max-queue", type=int, default=64, help="images that may wait (default 64)")
+    s.add_argument("--max-batch", type=int, default=8, help="images in a call (default 8)")
+    s.add_argument("--drain-seconds", type=float, default=60.0, help="to finish what was taken (default 60)")
+    s.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="keys, one a line; requests then need one of them"
+    )
+    s.set_defaults(run=("runtime.serve", "serve"))
+
     b = commands.add_parser("backends", help="which back ends there are, and whether they run here")
     b.add_argument("--json", action="store_true")
     b.set_defaults(run=("runtime", "backends"))

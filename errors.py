@@ -16,6 +16,10 @@ LatentRTError
 │   └── CaptureError             its work could not be recorded as a CUDA graph
 ├── ExportError                  a component could not be written as ONNX, or its check failed
 ├── BuildError                   an exported component could not be compiled to an engine
+├── ServiceError                 a service did not make it, for no fault of the request
+│   ├── QueueFullError           as many wait as may, or it would be too late; says when to try again
+│   ├── DeadlineError            its time ran out
+│   └── DrainingError            shutting down
 ├── CacheError                   the store of exported models cannot be read or written
 └── BenchmarkError               a side could not be measured, or results not read, or they got worse
 
@@ -33,12 +37,16 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "CheckpointNotFoundError",
+    "DeadlineError",
+    "DrainingError",
     "ExportError",
     "KernelArgumentError",
     "LatentRTError",
     "MemoryPlanError",
     "OutOfMemoryError",
+    "QueueFullError",
     "RequestError",
+    "ServiceError",
     "UnknownBackendError",
     "UnsafeWeightsError",
     "UnsupportedConfigError",
@@ -108,6 +116,30 @@ class ExportError(LatentRTError):
 
 class BuildError(LatentRTError):
     """An exported component could not be compiled to an engine; names the component, the node and the remedy."""
+
+
+class ServiceError(LatentRTError):
+    """A service did not make what was asked for, for no fault of the request."""
+
+
+class QueueFullError(ServiceError):
+    """As many requests wait as may, or this one could not be done in its time.
+
+    Attributes:
+        retry_after: seconds after which to try again.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(ServiceError):
+    """A request's time ran out before its image was made."""
+
+
+class DrainingError(ServiceError):
+    """The service is shutting down: it finishes what it has and takes nothing new."""
 
 
 class CacheError(LatentRTError):

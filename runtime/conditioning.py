@@ -85,16 +85,15 @@ def guidance_batch(
     )
 
 
-def guidance_scale_embedding(scale: float, dim: int, rows: int) -> Tensor:
-    """Sinusoidal embedding of `scale - 1` for models distilled with guidance (Meng et al., 2023; as in LCM).
+def guidance_scale_embedding(scales: Sequence[float], dim: int) -> Tensor:
+    """Sinusoidal embedding of each `scale - 1`, for models distilled with guidance (Meng et al., 2023; as in LCM).
 
     Returns:
-        float32 `[rows, dim]`: sines, then cosines, of 1000 (scale - 1) at geometric frequencies 1 to 1e-4.
+        float32 `[len(scales), dim]`: sines, then cosines, of 1000 (scale - 1) at geometric frequencies 1 to 1e-4.
     """
     half = dim // 2
     # Each step in float32, as the models were trained: in angles this large its rounding reaches 2e-4.
     step = torch.tensor(10000.0).log() / (half - 1)
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -step)
-    angles = torch.tensor(scale - 1.0) * 1000.0 * frequencies
-    embedding = torch.cat([angles.sin(), angles.cos(), torch.zeros(dim % 2)])
-    return embedding.expand(rows, dim).contiguous()
+    angles = torch.tensor([[scale - 1.0] for scale in scales]) * 1000.0 * frequencies
+    return torch.cat([angles.sin(), angles.cos(), torch.zeros(len(scales), dim % 2)], dim=1)

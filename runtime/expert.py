@@ -81,7 +81,7 @@ class Expert:
 
     def guided(self, request: GenerationRequest) -> bool:
         """Whether a step runs the UNet on negative and positive rows both."""
-        return request.guidance_scale > 1 and self.config.time_cond_proj_dim is None
+        return request.guided and self.config.time_cond_proj_dim is None
 
     def condition(
         self, request: GenerationRequest, device: torch.device, *, from_image: bool
@@ -108,9 +108,7 @@ class Expert:
         )
         if self.config.time_cond_proj_dim is None:
             return joined
-        embedding = guidance_scale_embedding(
-            request.guidance_scale, self.config.time_cond_proj_dim, request.batch
-        )
+        embedding = guidance_scale_embedding(request.guidance_scales, self.config.time_cond_proj_dim)
         return Conditioning(**{**joined.named(), "timestep_cond": embedding.to(joined.encoder_hidden_states)})
 
     def _negative(

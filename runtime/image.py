@@ -6,6 +6,7 @@ A PNG carries what made it twice: `parameters`, the text AUTOMATIC1111's web UI 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 
-__all__ = ["from_tensor", "parse_parameters", "read_parameters", "save_png", "to_tensor"]
+__all__ = ["from_tensor", "parse_parameters", "png_bytes", "read_parameters", "save_png", "to_tensor"]
 
 _log = logging.getLogger(__name__)
 
@@ -198,6 +199,21 @@ def _unquoted(value: str) -> str:
     return value.strip()
 
 
+def png_bytes(image: PIL.Image.Image, parameters: Mapping[str, Any] | None = None) -> bytes:
+    """A PNG in memory, with what made it embedded as text unless that is None."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=_png_info(parameters))
+    return buffer.getvalue()
+
+
+def _png_info(parameters: Mapping[str, Any] | None) -> PIL.PngImagePlugin.PngInfo:
+    info = PIL.PngImagePlugin.PngInfo()
+    if parameters is not None:
+        info.add_itxt("parameters", format_parameters(parameters))
+        info.add_itxt("latentrt", json.dumps(dict(parameters), ensure_ascii=False, sort_keys=True))
+    return info
+
+
 def save_png(
     image: PIL.Image.Image, path: str | os.PathLike[str], parameters: Mapping[str, Any] | None
 ) -> Path:
@@ -213,10 +229,7 @@ def save_png(
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    info = PIL.PngImagePlugin.PngInfo()
-    if parameters is not None:
-        info.add_itxt("parameters", format_parameters(parameters))
-        info.add_itxt("latentrt", json.dumps(dict(parameters), ensure_ascii=False, sort_keys=True))
+    info = _png_info(parameters)
     temporary = target.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with temporary.open("xb") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -252,7 +253,7 @@ class Pipeline:
         denoising_start: float | None = None,
         denoising_end: float | None = None,
         high_noise_frac: float = 0.8,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
         guidance_rescale: float = 0.0,
         negative_prompt: str | Sequence[str] | None = None,
         negative_prompt_2: str | Sequence[str] | None = None,
@@ -287,7 +288,8 @@ class Pipeline:
             denoising_end: stop after this fraction; with `output_type="latent"` a refiner goes on from there.
             high_noise_frac: (*) with a refiner loaded, the fraction the base denoises. At 1 the refiner does
                 nothing.
-            guidance_scale: 1 or less turns guidance off; 5 for SDXL and 7.5 for SD by default.
+            guidance_scale: one, or (*) one for each image; 1 or less turns guidance off. 5 for SDXL and 7.5 for SD
+                by default.
             guidance_rescale: share in [0, 1], against overexposure (Lin et al., 2023, section 3.4).
             negative_prompt, negative_prompt_2: what to steer away from.
             num_images_per_prompt: images of each prompt, next to each other in the result.
@@ -325,13 +327,14 @@ class Pipeline:
                 ]
             with watch.stage("start", self.device):
                 latents = self._start(request, stages[0].table, noise)
+            scales = torch.tensor(request.guidance_scales, dtype=torch.float32, device=self.device)
             for stage, conditioning in zip(stages, conditionings, strict=True):
                 with watch.stage(stage.name, self.device):
                     latents = stage.expert.loop(
                         latents,
                         stage.table,
                         conditioning.named(),
-                        guidance_scale=request.guidance_scale if stage.expert.guided(request) else None,
+                        guidance_scale=scales if stage.expert.guided(request) else None,
                         guidance_rescale=request.guidance_rescale,
                         noise=noise.draw_steps(stage.table, latents.shape[1:], latents.device),
                         on_step=watch.on_step,
@@ -344,6 +347,20 @@ class Pipeline:
                     images = from_tensor(self.vae.decode(latents), request.output_type)
         made = records(request, self._base, self._refiner, sampler, self.backend)
         return PipelineOutput(images, made, watch.timings, watch.stop.is_set())
+
+    def check(self, prompt: str | Sequence[str], **arguments: Any) -> tuple[GenerationRequest, int]:
+        """Refuse what a call with these arguments would refuse before its first step, and make nothing.
+
+        Returns:
+            what is asked for, and the steps it takes.
+
+        Raises:
+            RequestError: as a call does.
+        """
+        call = inspect.signature(self.__call__).bind(prompt, **arguments)
+        call.apply_defaults()
+        request = self._request(call.arguments)
+        return request, sum(len(stage.table) for stage in self._stages(request, call.arguments["sampler"]))
 
     def _request(self, arguments: dict[str, Any]) -> GenerationRequest:
         sdxl = self._base.takes_sizes

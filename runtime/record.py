@@ -9,7 +9,7 @@ from .. import __version__
 from .expert import Expert
 from .request import GenerationRequest, Size
 
-__all__ = ["records"]
+__all__ = ["public_name", "records"]
 
 
 def records(
@@ -28,14 +28,13 @@ def records(
     common: dict[str, Any] = {
         "steps": r.steps,
         "sampler": sampler or base.sampler(None).name,
-        "guidance_scale": r.guidance_scale,
         "size": _wide((r.height, r.width)),
-        "model": _public_name(base.source),
+        "model": public_name(base.source),
         "backend": backend,
         "version": f"latentrt {__version__}",
     }
     if refiner is not None:
-        common |= {"refiner": _public_name(refiner.source), "high_noise_frac": r.high_noise_frac}
+        common |= {"refiner": public_name(refiner.source), "high_noise_frac": r.high_noise_frac}
     if r.image is not None and r.denoising_start is None:
         common["strength"] = r.strength
     if r.latents is not None:
@@ -52,7 +51,13 @@ def records(
     common |= {name: getattr(r, name) for name, default in defaults.items() if getattr(r, name) != default}
     sized = any(expert.takes_sizes for expert in experts)
     return [
-        {**_texts(r, k), **common, **(_sizes(r, k) if sized else {}), "seed": r.seeds[k]}
+        {
+            **_texts(r, k),
+            "guidance_scale": r.guidance_scales[k],
+            **common,
+            **(_sizes(r, k) if sized else {}),
+            "seed": r.seeds[k],
+        }
         for k in range(r.batch)
     ]
 
@@ -90,7 +95,7 @@ def _wide(size: Size) -> str:
     return f"{size[1]}x{size[0]}"
 
 
-def _public_name(source: str) -> str:
+def public_name(source: str) -> str:
     """A checkpoint's name without the folders it lies in on this machine."""
     path = Path(source).expanduser()
     return path.resolve().name if path.exists() else source

@@ -45,7 +45,7 @@ class GenerationRequest:
     height: int
     width: int
     steps: int
-    guidance_scale: float
+    guidance_scales: list[float]
     guidance_rescale: float
     eta: float
     clip_skip: int | None
@@ -71,6 +71,11 @@ class GenerationRequest:
     def batch(self) -> int:
         """Images asked for."""
         return len(self.prompts) * self.images_per_prompt
+
+    @property
+    def guided(self) -> bool:
+        """Whether the images are guided; all of a request are, or none."""
+        return self.guidance_scales[0] > 1
 
     @classmethod
     def create(
@@ -144,7 +149,7 @@ class GenerationRequest:
             height=height,
             width=width,
             steps=_integer("num_inference_steps", a["num_inference_steps"], 1, None),
-            guidance_scale=_number("guidance_scale", a["guidance_scale"], -1e4, 1e4),
+            guidance_scales=_scales(a["guidance_scale"], batch),
             guidance_rescale=_number("guidance_rescale", a["guidance_rescale"], 0, 1),
             eta=_number("eta", a["eta"], 0, 1),
             clip_skip=None if clip_skip is None else _integer("clip_skip", clip_skip, 0, None),
@@ -227,6 +232,23 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
     if not low <= number <= high:
         raise RequestError(f"{name} is {number}; it must be between {low} and {high}")
     return float(number)
+
+
+def _scales(value: Any, batch: int) -> list[float]:
+    """A guidance scale for every image, from a number or one for each."""
+    if not isinstance(value, (list, tuple)):
+        return [_number("guidance_scale", value, -1e4, 1e4)] * batch
+    if len(value) != batch:
+        raise RequestError(
+            f"guidance_scale has {len(value)} entries for {batch} images; give one for each, or one number"
+        )
+    scales = [_number("guidance_scale", scale, -1e4, 1e4) for scale in value]
+    if len({scale > 1 for scale in scales}) > 1:
+        raise RequestError(
+            f"guidance_scale is {reprlib.repr(scales)}: 1 or less turns guidance off, and the images of one call "
+            "must all be guided or all not; make them in two calls"
+        )
+    return scales
 
 
 def _pair(name: str, value: Any) -> Size:

@@ -81,12 +81,12 @@ def test_repeating_keeps_images_of_a_prompt_together() -> None:
 @pytest.mark.parametrize("scale", [1.0, 7.5, 13.0])
 def test_the_guidance_scale_is_embedded_as_in_diffusers(scale: float, dim: int) -> None:
     embed = diffusers.StableDiffusionXLPipeline.get_guidance_scale_embedding
-    theirs = embed(None, torch.tensor([scale - 1, scale - 1]), embedding_dim=dim)
-    assert torch.equal(guidance_scale_embedding(scale, dim, 2), theirs)
+    theirs = embed(None, torch.tensor([scale - 1, 4.0]), embedding_dim=dim)
+    assert torch.equal(guidance_scale_embedding([scale, 5.0], dim), theirs)
 
 
 def test_the_guidance_scale_embedding_is_its_formula() -> None:
-    row = guidance_scale_embedding(1.5, 6, 1)[0].double()
+    row = guidance_scale_embedding([1.5], 6)[0].double()
     angles = [500 * 10000 ** (-k / 2) for k in range(3)]
     wanted = [f(a) for f in (math.sin, math.cos) for a in angles]
     assert torch.allclose(row, torch.tensor(wanted, dtype=torch.float64), atol=1e-4)

@@ -62,6 +62,39 @@ def test_a_seed_gives_the_same_image_alone_and_in_a_batch_on_eager(rig: Rig) -> 
     assert np.abs(together[0] - together[1]).max() > 0.1
 
 
+@pytest.mark.parametrize(
+    ("kind", "scales"), [("ensemble", (7.5, 3.0)), ("ensemble", (1.0, 0.5)), ("lcm", (9.0, 2.0))]
+)
+def test_each_image_has_its_own_guidance_scale(kind: str, scales: tuple[float, ...], rig: Rig) -> None:
+    """LCM's UNet is told the scale, the others are guided by it."""
+    pipe = rig.pipeline(kind, "eager")
+    together = pipe(**CALL, num_images_per_prompt=2, seed=3, guidance_scale=list(scales))
+    for k, scale in enumerate(scales):
+        alone = pipe(**CALL, seed=3 + k, guidance_scale=scale)
+        assert np.abs(together.images[k] - alone.images[0]).max() <= PIPELINE_EAGER
+        assert together.parameters[k] == alone.parameters[0]
+    other = pipe(**CALL, seed=4, guidance_scale=scales[0])
+    differs = np.abs(together.images[1] - other.images[0]).max() > 10 * PIPELINE_EAGER
+    assert differs == (scales[0] > 1)  # below, guidance is off whatever the scale
+
+
+def test_a_call_is_checked_without_being_made(both: latentrt.Pipeline) -> None:
+    request, steps = both.check(**CALL, seed=5, high_noise_frac=0.5, sampler="pndm")
+    assert (request.height, request.width, request.seeds) == (64, 48, [5])
+    seen: list[int] = []
+    both(
+        **CALL,
+        seed=5,
+        high_noise_frac=0.5,
+        sampler="pndm",
+        callback_on_step_end=lambda _, k, *__: seen.append(k),
+    )
+    assert steps == len(seen) > CALL["num_inference_steps"]
+    for arguments, message in (({"seed": -1}, "seed is -1"), ({"sampler": "heun"}, "no sampler 'heun'")):
+        with pytest.raises(RequestError, match=message):
+            both.check(**CALL, **arguments)
+
+
 def test_seeds_count_up_from_the_first(pipe: latentrt.Pipeline) -> None:
     four = pipe(**CALL, num_images_per_prompt=4, seed=41)
     assert [p["seed"] for p in four.parameters] == [41, 42, 43, 44]

@@ -79,6 +79,11 @@ def weights_of(folder: Path) -> Path:
         ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number; got inf"),
         ({"guidance_scale": 10**400}, "guidance_scale is 1000.*; it must be between"),
         ({"guidance_scale": "7"}, "guidance_scale must be a finite number; got '7'"),
+        ({"guidance_scale": [7.0, 5.0]}, "guidance_scale has 2 entries for 1 images; give one for each"),
+        (
+            {"prompt": ["a", "b"], "guidance_scale": [7.0, 1.0]},
+            r"guidance_scale is \[7.0, 1.0\]: 1 or less turns guidance off, .* make them in two calls",
+        ),
         ({"guidance_rescale": 1.5}, "guidance_rescale is 1.5; it must be between 0 and 1"),
         ({"eta": -0.1}, "eta is -0.1; it must be between 0 and 1"),
         ({"clip_skip": 3}, "clip_skip is 3; this text encoder has 3 layers, so it can be 0 to 2"),

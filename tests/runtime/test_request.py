@@ -102,7 +102,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
         seed=np.uint32(7),
         height=np.int16(64),
     )
-    assert (r.steps, r.guidance_scale, r.seeds, r.height) == (3, 2.5, [7], 64)
+    assert (r.steps, r.guidance_scales, r.seeds, r.height) == (3, [2.5], [7], 64)
     assert all(type(v) is int for v in (r.steps, r.seeds[0], r.height))
     assert request(guidance_scale=np.float64(3), seed=[np.int64(2)]).seeds == [2]
 
@@ -171,7 +171,7 @@ def test_whole_numbers_only(name: str, bad: Any) -> None:
         request(**{name: bad})
 
 
-@pytest.mark.parametrize("bad", [True, "3", None, float("nan"), float("-inf"), np.float32("nan"), [3], 3j])
+@pytest.mark.parametrize("bad", [True, "3", None, float("nan"), float("-inf"), np.float32("nan"), [[3]], 3j])
 @pytest.mark.parametrize("name", ["guidance_scale", "eta", "strength", "high_noise_frac", "aesthetic_score"])
 def test_finite_numbers_only(name: str, bad: Any) -> None:
     with pytest.raises(RequestError, match=f"{name} must be a finite number; got"):

@@ -1,0 +1,61 @@
+"""The body of `latentrt serve`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from ...errors import BackendUnavailableError, RequestError
+
+__all__ = ["serve"]
+
+
+def serve(args: argparse.Namespace) -> Iterator[str]:
+    """Serve until told to stop. Everything is said in the log, as JSON on stderr."""
+    keys = [] if args.api_key_file is None else _keys(args.api_key_file)
+    for name in ("max_queue", "max_batch"):
+        if getattr(args, name) < 1:
+            raise RequestError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    try:
+        from .app import create_app
+        from .server import Server, listen
+    except ModuleNotFoundError as error:
+        raise BackendUnavailableError(
+            f'the server needs {error.name}, which is not installed; pip install "latentrt[serve]"'
+        ) from error
+    from ..pipeline import Pipeline
+    from ..record import public_name
+    from .engine import AsyncEngine
+    from .logs import log_as_json
+    from .metrics import Metrics
+    from .service import Service
+
+    refiner = "demo" if args.refiner is None and args.model == "demo" else args.refiner
+    metrics = Metrics()
+
+    def engine() -> AsyncEngine:
+        pipe = Pipeline.from_pretrained(
+            args.model,
+            None if refiner == "none" else refiner,
+            backend=args.backend,
+            dtype=args.dtype,
+            variant=args.variant,
+            device=args.device,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return AsyncEngine(pipe, max_batch=args.max_batch, max_waiting=args.max_queue, on_batch=metrics.batch)
+
+    service = Service(public_name(args.model), engine)
+    app = create_app(service, metrics=metrics, api_keys=keys, drain_seconds=args.drain_seconds)
+    with listen(args.host, args.port) as socket:
+        log_as_json()
+        Server(app, service, drain_seconds=args.drain_seconds).run([socket])
+    yield from ()
+
+
+def _keys(path: Path) -> list[str]:
+    keys = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    if not keys:
+        raise RequestError(f"--api-key-file {str(path)!r} holds no key; write one on each line")
+    return keys

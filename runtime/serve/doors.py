@@ -1,0 +1,122 @@
+"""What every request passes, as ASGI: an id, a log line, a count, and bounds on what clients send and leave unread."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .answers import error_response
+from .metrics import Metrics
+from .schema import Limits
+
+__all__ = ["Doors"]
+
+_log = logging.getLogger("latentrt.access")
+_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_DISCARD = 64 << 20
+"""A body that is too long is read on to this many bytes, so that its sender gets to read the answer."""
+
+
+class Doors:
+    """Around an application."""
+
+    def __init__(self, app: ASGIApp, *, limits: Limits, metrics: Metrics) -> None:
+        self._app = app
+        self._limits = limits
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        asked = Headers(scope=scope).get("x-request-id", "")
+        request_id = asked if _ID.fullmatch(asked) else secrets.token_hex(8)
+        state: dict[str, Any] = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        begun = time.perf_counter()
+        status = 500
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["x-content-type-options"] = "nosniff"
+            async with asyncio.timeout(
+                self._limits.write
+            ):  # a client that does not read holds nothing for long
+                await send(message)
+
+        try:
+            body = await self._body(scope, receive)
+            if isinstance(body, Response):
+                await body(scope, receive, answer)
+            else:
+                await self._app(scope, _replayed(body, receive), answer)
+        except TimeoutError:
+            _log.warning("a client did not read its answer", extra={"fields": {"request_id": request_id}})
+            raise
+        finally:
+            seconds = time.perf_counter() - begun
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.request(scope["method"], route, status, seconds)
+            fields = {
+                "request_id": request_id,
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+                "seconds": round(seconds, 4),
+                "client": (scope.get("client") or ("",))[0],
+                **state.get("log", {}),
+            }
+            _log.info("request", extra={"fields": fields})
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | Response:
+        """The whole body, or why not."""
+        if scope["method"] not in ("POST", "PUT", "PATCH"):
+            return b""
+        most = self._limits.body
+        body, size = bytearray(), 0
+        try:
+            async with asyncio.timeout(self._limits.read):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return Response(status_code=499)
+                    size += len(message.get("body", b""))
+                    if size <= most:
+                        body += message.get("body", b"")
+                    if not message.get("more_body", False) or size > _DISCARD:
+                        break
+        except TimeoutError:
+            return error_response(
+                408, f"the request's body did not come within {self._limits.read:g} s; send it at once"
+            )
+        if size > most:
+            return error_response(
+                413, f"the body is longer than {most} bytes; ask for less at once", "prompt"
+            )
+        return bytes(body)
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """The body again, then what else comes: the client's leaving."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if not given:
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await receive()
+
+    return replay

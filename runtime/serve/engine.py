@@ -1,0 +1,208 @@
+"""The engine in process: requests in from an event loop, batches out to the one thread that owns the device."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from ...errors import DrainingError, QueueFullError
+from ..pipeline import Pipeline
+from .jobs import Job
+from .requests import CheckedRequest, Finished, ImageRequest, ImageResult, Progress
+from .runner import PipelineRunner, Runner
+from .scheduler import Scheduler
+from .worker import BatchReport, Worker
+
+__all__ = ["AsyncEngine"]
+
+_log = logging.getLogger(__name__)
+
+
+class AsyncEngine:
+    """Makes images for many at once. `async with` loads the models on entry and drains on exit.
+
+    Requests that can share a call are batched, and each gets the image it would get alone. One that fails, fails
+    alone; a batch for which memory does not suffice is made in halves. For one event loop and its thread.
+    """
+
+    def __init__(
+        self,
+        pipe: Pipeline | Runner,
+        *,
+        max_batch: int = 8,
+        max_waiting: int = 64,
+        window: float = 0.01,
+        on_batch: Callable[[BatchReport], None] | None = None,
+    ) -> None:
+        """Nothing is loaded yet.
+
+        Args:
+            pipe: a pipeline; calls from elsewhere would share the device with the engine's.
+            max_batch: images in a call.
+            max_waiting: images that may wait; beyond it requests are refused.
+            window: seconds a request may wait for company while the device is idle.
+            on_batch: told of every call, in the event loop.
+        """
+        self.max_waiting = max_waiting
+        self._runner = PipelineRunner(pipe) if isinstance(pipe, Pipeline) else pipe
+        self._queue: Scheduler[Job] = Scheduler(max_batch=max_batch, window=window)
+        self._on_batch = on_batch
+        self._thread = ThreadPoolExecutor(1, "latentrt-engine")
+        self._wake = asyncio.Event()
+        self._running: list[Job] = []
+        self._draining = False
+        self._serving: asyncio.Task[None] | None = None
+        self._pace = 0.0  # seconds for a unit of Group.cost; 0 until a batch was made
+
+    async def __aenter__(self) -> AsyncEngine:
+        await self.start()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        await self.drain(None if kind is None else 0)
+
+    @property
+    def waiting(self) -> int:
+        """Images that wait."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Images being made for which somebody waits."""
+        return sum(not job.left for job in self._running)
+
+    @property
+    def draining(self) -> bool:
+        """Whether it is shutting down and takes nothing new."""
+        return self._draining
+
+    async def start(self) -> None:
+        """Load the models, make one image, and begin to serve.
+
+        Raises:
+            LatentRTError: a model cannot be loaded or run.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._thread, self._runner.warm_up)
+        except BaseException:
+            self._thread.shutdown(wait=False)
+            raise
+        worker = Worker(self._runner, loop, on_batch=self._learn, on_limit=self._queue.limit)
+        self._serving = loop.create_task(self._serve(worker), name="latentrt-engine")
+
+    def submit(
+        self, *requests: ImageRequest, timeout: float | None = None, previews: bool = False
+    ) -> list[Job]:
+        """Take requests, all of them or none.
+
+        Args:
+            timeout: seconds from now until each must be made; refused at once where, by the pace so far, it cannot.
+            previews: progress comes with pictures.
+
+        Raises:
+            RequestError: one of them cannot be made.
+            QueueFullError: try again in `retry_after` seconds.
+            DrainingError: the engine is shutting down, or was not started.
+        """
+        if self._draining or self._serving is None:
+            state = "is shutting down and takes nothing new" if self._draining else "was not started"
+            raise DrainingError(f"the engine {state}; ask another one")
+        checked = [self._runner.check(request) for request in requests]
+        self._refuse_too_many(checked, timeout)
+        jobs = [Job(one, timeout=timeout, previews=previews, forget=self._queue.remove) for one in checked]
+        for job in jobs:
+            self._queue.add(job)
+        self._wake.set()
+        return jobs
+
+    async def generate(self, request: ImageRequest, *, timeout: float | None = None) -> ImageResult:
+        """Make one image. Cancelling the task that waits for it cancels the work.
+
+        Raises:
+            LatentRTError: as `submit`; DeadlineError; what went wrong while it was made.
+        """
+        (job,) = self.submit(request, timeout=timeout)
+        try:
+            return await job.result()
+        finally:
+            job.cancel()
+
+    async def stream(
+        self, request: ImageRequest, *, timeout: float | None = None, previews: bool = False
+    ) -> AsyncIterator[Progress | Finished]:
+        """Make one image and tell of its progress. Closing the iterator (contextlib.aclosing) cancels the work.
+
+        Raises:
+            LatentRTError: as `generate`.
+        """
+        (job,) = self.submit(request, timeout=timeout, previews=previews)
+        try:
+            async for event in job.events():
+                yield event
+        finally:
+            job.cancel()
+
+    async def drain(self, timeout: float | None = None) -> None:
+        """Take nothing new, make what was taken, and stop. What is left after `timeout` seconds is cancelled."""
+        self._draining = True
+        self._wake.set()
+        if self._serving is not None:
+            await asyncio.wait([self._serving], timeout=timeout)
+            for job in [*self._queue, *self._running]:
+                job.cancel()
+            self._wake.set()
+            await self._serving
+        self._thread.shutdown(wait=False)
+
+    def _refuse_too_many(self, requests: list[CheckedRequest], timeout: float | None) -> None:
+        ahead = self._pace * (self._queue.cost + sum(job.group.cost for job in self._running))
+        own = self._pace * sum(request.group.cost for request in requests)
+        later = max(1.0, ahead)
+        if self.waiting + len(requests) > self.max_waiting:
+            raise QueueFullError(
+                f"{self.waiting} images wait, {len(requests)} more are asked for, and at most {self.max_waiting} may "
+                f"wait; try again in {later:.0f} s",
+                later,
+            )
+        if timeout is not None and ahead and ahead + own > timeout:
+            raise QueueFullError(
+                f"it would take about {ahead + own:.1f} s, of which the work before it takes {ahead:.1f} s, and was "
+                f"given {timeout:g} s; try again in {later:.0f} s, or give it more time",
+                later,
+            )
+
+    def _learn(self, report: BatchReport) -> None:
+        if report.outcome == "made":
+            pace = report.seconds / report.cost
+            self._pace = 0.8 * self._pace + 0.2 * pace if self._pace else pace
+        if self._on_batch is not None:
+            self._on_batch(report)
+
+    async def _serve(self, worker: Worker) -> None:
+        """Hand the worker batch after batch."""
+        loop = asyncio.get_running_loop()
+        while self._queue or not self._draining:
+            # Nobody comes while draining, so there is nothing to wait for.
+            jobs = self._queue.take(loop.time() + (self._queue.window if self._draining else 0.0))
+            if jobs:
+                self._running = jobs
+                for job in jobs:
+                    job.begin()
+                try:
+                    await loop.run_in_executor(self._thread, worker.make, jobs)
+                except Exception as error:  # the engine's own fault: its jobs end, and it goes on
+                    _log.exception("%d images were lost", len(jobs))
+                    for job in jobs:
+                        job.finish(error)
+                finally:
+                    self._running = []
+                continue
+            self._wake.clear()
+            try:
+                async with asyncio.timeout_at(self._queue.ready_at()):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass

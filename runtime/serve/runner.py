@@ -1,0 +1,146 @@
+"""A pipeline as the engine sees it: check one request, make a batch of them."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import PIL.Image
+import torch
+
+from ...errors import RequestError
+from ..pipeline import Pipeline
+from .previews import Previewer
+from .requests import CheckedRequest, Group, ImageRequest, ImageResult
+
+__all__ = ["OnStep", "PipelineRunner", "Runner", "is_out_of_memory"]
+
+OnStep = Callable[[int, Callable[[int], PIL.Image.Image]], None]
+"""(steps done, k -> a preview of image k of the batch); what it raises ends the call there."""
+
+
+class Runner(Protocol):
+    """What makes images. `check` is called in the event loop, the others in one thread of their own."""
+
+    def check(self, request: ImageRequest) -> CheckedRequest:
+        """Refuse what cannot be made, with a RequestError; quick."""
+
+    def warm_up(self) -> None:
+        """Load everything."""
+
+    def run(self, requests: Sequence[CheckedRequest], on_step: OnStep) -> list[ImageResult]:
+        """Make a batch of one group."""
+
+
+class PipelineRunner:
+    """A `Pipeline` behind that protocol."""
+
+    def __init__(self, pipe: Pipeline) -> None:
+        self._pipe = pipe
+        self._previewer: Previewer | None = None
+
+    def check(self, request: ImageRequest) -> CheckedRequest:
+        if not isinstance(request.prompt, str):  # a pipeline takes lists, and lists of scales, as well
+            raise RequestError(f"prompt must be a string; got a {type(request.prompt).__name__}")
+        if isinstance(request.guidance_scale, (list, tuple)) or isinstance(request.seed, (list, tuple)):
+            raise RequestError("an ImageRequest is for one image: its seed and guidance_scale are one number")
+        made, steps = self._pipe.check(
+            request.prompt,
+            negative_prompt=request.negative_prompt,
+            height=request.height,
+            width=request.width,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            seed=request.seed,
+            sampler=request.sampler,
+            high_noise_frac=request.high_noise_frac,
+        )
+        (seed,) = made.seeds
+        if seed is None:
+            raise AssertionError("without a generator every image has a seed")
+        return CheckedRequest(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            guidance_scale=made.guidance_scales[0],
+            seed=seed,
+            steps=steps,
+            group=Group(
+                made.height,
+                made.width,
+                made.steps,
+                made.guided,
+                request.sampler,
+                made.high_noise_frac,
+                request.negative_prompt is not None,
+            ),
+        )
+
+    def warm_up(self) -> None:
+        """Two steps of the model's own size, of which a refiner takes one; and the previews' fit."""
+        result = self._pipe("", num_inference_steps=2, high_noise_frac=0.5, seed=0)
+        width, height = result.images[0].size
+        self._previewer = Previewer.fit(self._pipe.vae, height, width, self._pipe.device)
+
+    def run(self, requests: Sequence[CheckedRequest], on_step: OnStep) -> list[ImageResult]:
+        group = requests[0].group
+        done = 0
+
+        def step_end(_: Pipeline, __: int, ___: float, values: dict[str, Any]) -> None:
+            nonlocal done
+            done += 1
+            on_step(done, lambda k: self._preview(values["latents"][k], group))
+
+        device = self._pipe.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        output = self._pipe(
+            [request.prompt for request in requests],
+            negative_prompt=[request.negative_prompt or "" for request in requests]
+            if group.negative
+            else None,
+            height=group.height,
+            width=group.width,
+            num_inference_steps=group.steps,
+            guidance_scale=[request.guidance_scale for request in requests],
+            seed=[request.seed for request in requests],
+            sampler=group.sampler,
+            high_noise_frac=group.high_noise_frac,
+            callback_on_step_end=step_end,
+        )
+        peak = _peak_memory(device)
+        return [
+            ImageResult(image, parameters, output.timings, len(requests), peak)
+            for image, parameters in zip(output.images, output.parameters, strict=True)
+        ]
+
+    def _preview(self, latents: torch.Tensor, group: Group) -> PIL.Image.Image:
+        if self._previewer is None:
+            self._previewer = Previewer.fit(self._pipe.vae, group.height, group.width, self._pipe.device)
+        return self._previewer(latents)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is a want of memory: PyTorch's, ONNX Runtime's or TensorRT's."""
+    return any(
+        isinstance(e, (MemoryError, torch.OutOfMemoryError))
+        or any(
+            words in str(e).lower()
+            for words in ("out of memory", "failed to allocate memory", "can't allocate")
+        )
+        for e in _chain(error)
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__

@@ -1,0 +1,73 @@
+"""uvicorn, which on SIGTERM first lets the engine finish, answering 503 to what is new, and ends with 0."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from .service import Service
+
+__all__ = ["Server", "listen"]
+
+_log = logging.getLogger(__name__)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at an address; port 0 for any.
+
+    Raises:
+        OSError: it is taken, or no address of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048)
+
+
+class Server(uvicorn.Server):
+    """One server over one service."""
+
+    def __init__(self, app: FastAPI, service: Service, *, drain_seconds: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=5,  # for answers to be read, when the images are made
+            )
+        )
+        self._service = service
+        self._drain_seconds = drain_seconds
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+        self._signals = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        for one in sockets or []:
+            host, port = one.getsockname()[:2]
+            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            _log.info("listening at %s", url, extra={"fields": {"url": url}})
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second ends at once. They are not raised again: ending so is no failure."""
+        self._signals += 1
+        if self._loop is None or self._signals > 1:
+            self.should_exit = self.force_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        _log.info("draining: %d images wait, %d are being made", self._service.waiting, self._service.running)
+        try:
+            await self._service.drain(self._drain_seconds)
+        finally:
+            self.should_exit = True

@@ -1,0 +1,371 @@
+"""The engine over a runner without a model: batching, leaving, failing, deadlines, draining."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import pytest
+import torch
+from fake_runner import FakeRunner, in_loop, seed_of
+from latentrt.errors import BackendError, DeadlineError, DrainingError, QueueFullError, RequestError
+from latentrt.runtime.serve.engine import AsyncEngine
+from latentrt.runtime.serve.requests import Finished, ImageRequest, Progress
+from latentrt.runtime.serve.worker import BatchReport
+
+
+def ask(seed: int, **fields: Any) -> ImageRequest:
+    return ImageRequest("a cat", **{"seed": seed, "steps": 3, **fields})
+
+
+async def held(runner: FakeRunner) -> None:
+    """Until the runner waits at a step."""
+    await asyncio.to_thread(runner.reached)
+
+
+@asynccontextmanager
+async def busy(runner: FakeRunner, engine: AsyncEngine) -> AsyncIterator[None]:
+    """While another request, seed 0, occupies the device, so that all that come share what comes after."""
+    runner.hold()
+    first = asyncio.create_task(engine.generate(ask(0, height=8)))
+    await held(runner)
+    yield
+    runner.release()
+    await first
+
+
+def test_what_comes_together_is_made_together_and_each_gets_its_own() -> None:
+    async def main() -> None:
+        runner = FakeRunner()
+        async with AsyncEngine(runner, window=0.05) as engine:
+            assert runner.warm == 1
+            results = await asyncio.gather(*[engine.generate(ask(k)) for k in range(5)])
+        assert runner.calls == [[0, 1, 2, 3, 4]]
+        assert [seed_of(r.image) for r in results] == [0, 1, 2, 3, 4]
+        assert [r.batch for r in results] == [5] * 5
+        assert all(r.timings["queue"] >= 0 and r.timings["base"] == 0.1 for r in results)
+
+    in_loop(main())
+
+
+def test_while_the_device_is_busy_company_gathers() -> None:
+    async def main() -> None:
+        runner = FakeRunner()
+        async with AsyncEngine(runner, max_batch=3, window=0) as engine:
+            async with busy(runner, engine):
+                tasks = [asyncio.create_task(engine.generate(ask(k))) for k in range(1, 6)]
+                await asyncio.sleep(0)
+                assert (engine.waiting, engine.running) == (5, 1)
+            assert [seed_of((await t).image) for t in tasks] == [1, 2, 3, 4, 5]
+        assert runner.calls == [[0], [1, 2, 3], [4, 5]]
+
+    in_loop(main())
+
+
+def test_progress_and_previews_go_to_those_who_asked() -> None:
+    async def main() -> None:
+        runner = FakeRunner()
+        async with AsyncEngine(runner, window=0.05) as engine:
+
+            async def follow(seed: int, previews: bool) -> list[Progress | Finished]:
+                return [event async for event in engine.stream(ask(seed), previews=previews)]
+
+            runner.hold()
+            tasks = [asyncio.create_task(follow(k, previews=k == 7)) for k in (7, 8)]
+            await held(runner)
+            for _ in range(2):
+                await asyncio.to_thread(runner.step)
+                await asyncio.sleep(0.01)
+            runner.release()
+            seven, eight = await asyncio.gather(*tasks)
+        for events, seed in ((seven, 7), (eight, 8)):
+            *steps, last = events
+            assert isinstance(last, Finished)
+            assert seed_of(last.result.image) == seed
+            assert [s.step for s in steps][:2] == [1, 2]
+            assert {s.steps for s in steps} == {3}
+        assert {seed_of(s.preview) for s in seven[:-1]} == {107}
+        assert {s.preview for s in eight[:-1]} == {None}
+
+    in_loop(main())
+
+
+def test_a_slow_reader_misses_steps_and_nothing_piles_up() -> None:
+    async def main() -> None:
+        async with AsyncEngine(FakeRunner()) as engine:
+            (job,) = engine.submit(ask(1, steps=200))
+            await job.result()
+            events = [event async for event in job.events()]
+        assert [type(event) for event in events] == [Progress, Finished]
+        assert events[0].step == 200
+
+    in_loop(main())
+
+
+def test_who_leaves_does_not_stop_the_others() -> None:
+    async def main() -> None:
+        runner = FakeRunner()
+        async with AsyncEngine(runner, window=0.05) as engine:
+            runner.hold()
+            tasks = [asyncio.create_task(engine.generate(ask(k))) for k in (1, 2)]
+            await held(runner)
+            tasks[0].cancel()
+            await asyncio.sleep(0)
+            assert engine.running == 1
+            runner.release()
+            assert seed_of((await tasks[1]).image) == 2
+            assert tasks[0].cancelled()
+        assert runner.steps == [3]
+
+    in_loop(main())
+
+
+def test_the_last_to_leave_frees_the_device_within_two_steps() -> None:
+    async def main() -> None:
+        runner = FakeRunner()
+        reports: list[BatchReport] = []
+        async with AsyncEngine(runner, window=0.05, on_batch=reports.append) as engine:
+            runner.hold()
+            tasks = [asyncio.create_task(engine.generate(ask(k, steps=50))) for k in (1, 2)]
+            await held(runner)
+            await asyncio.to_thread(runner.step)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            taken = runner.steps[0]
+            runner.release()
+            assert seed_of((await engine.generate(ask(3))).image) == 3
+        assert runner.steps[0] - taken <= 2
+        assert [(r.outcome, r.images) for r in reports] == [("abandoned", 2), ("made", 1)]
+
+    in_loop(main())
+
+
+def test_who_leaves_the_queue_is_never_made() -> None:
+    async def main() -> None:
+        runner = FakeRunner()
+        async with AsyncEngine(runner, window=0) as engine, busy(runner, engine):
+            task = asyncio.create_task(engine.generate(ask(1)))
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.sleep(0)
+            assert engine.waiting == 0
+        assert runner.calls == [[0]]
+
+    in_loop(main())
+
+
+def test_leaving_the_stream_is_leaving() -> None:
+    async def main() -> None:
+        runner = FakeRunner()
+        async with AsyncEngine(runner) as engine:
+            runner.hold()
+
+            async def follow() -> None:
+                async with aclosing(engine.stream(ask(1, steps=50))) as events:
+                    async for _ in events:
+                        break
+
+            task = asyncio.create_task(follow())
+            await held(runner)
+            await asyncio.to_thread(runner.step)
+            await task
+            assert engine.running == 0
+            runner.release()
+        assert runner.steps[0] <= 3
+
+    in_loop(main())
+
+
+def test_a_bad_request_is_refused_before_it_joins() -> None:
+    async def main() -> None:
+        runner = FakeRunner()
+        async with AsyncEngine(runner, window=0.05) as engine:
+            good = asyncio.create_task(engine.generate(ask(1)))
+            await asyncio.sleep(0)
+            with pytest.raises(RequestError, match="num_inference_steps is 0"):
+                engine.submit(ask(2), ask(3, steps=0))  # all or none
+            await good
+        assert runner.calls == [[1]]
+
+    in_loop(main())
+
+
+def one_is_bad(bad: int, error: Exception) -> Callable[[list[int]], Exception | None]:
+    return lambda seeds: error if bad in seeds else None
+
+
+def test_a_request_that_fails_fails_alone() -> None:
+    async def main() -> None:
+        runner = FakeRunner(one_is_bad(2, BackendError("no such size")))
+        async with AsyncEngine(runner, window=0.05) as engine:
+            tasks = [asyncio.create_task(engine.generate(ask(k))) for k in (1, 2, 3)]
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert seed_of(results[0].image) == 1
+        assert seed_of(results[2].image) == 3
+        assert isinstance(results[1], BackendError)
+        assert runner.calls == [[1, 2, 3], [1], [2], [3]]
+
+    in_loop(main())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        BackendError("ONNX Runtime failed on unet: Failed to allocate memory for requested buffer"),
+    ],
+)
+def test_want_of_memory_halves_the_batch_and_is_remembered(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        runner = FakeRunner(lambda seeds: error if len(seeds) > 2 else None)
+        async with AsyncEngine(runner, window=0.05) as engine:
+            for turn in range(2):
+                seeds = list(range(10 * turn, 10 * turn + 5))
+                results = await asyncio.gather(*[engine.generate(ask(s)) for s in seeds])
+                assert [seed_of(r.image) for r in results] == seeds
+        assert [len(call) for call in runner.calls] == [5, 3, 2, 1, 2, 2, 2, 1]
+
+    with caplog.at_level(logging.WARNING):
+        in_loop(main())
+    assert "memory did not suffice for 5 images of 64x64; from now on 3 at once" in caplog.text
+
+
+def test_want_of_memory_for_one_is_told() -> None:
+    async def main() -> None:
+        runner = FakeRunner(lambda _: MemoryError("none left"))
+        async with AsyncEngine(runner) as engine:
+            with pytest.raises(MemoryError, match="none left"):
+                await engine.generate(ask(1))
+        assert len(runner.calls) == 1
+
+    in_loop(main())
+
+
+def test_an_error_of_nobodys_making_does_not_stop_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        runner = FakeRunner(one_is_bad(1, ZeroDivisionError("mine")))
+        async with AsyncEngine(runner) as engine:
+            with pytest.raises(ZeroDivisionError):
+                await engine.generate(ask(1))
+            assert seed_of((await engine.generate(ask(2))).image) == 2
+
+    in_loop(main())
+    assert "a call for 1 images failed" in caplog.text
+
+
+def test_the_queue_is_bounded_and_says_when_to_come_again() -> None:
+    async def main() -> None:
+        runner = FakeRunner()
+        async with AsyncEngine(runner, max_waiting=3, window=0) as engine:
+            async with busy(runner, engine):
+                jobs = engine.submit(ask(1), ask(2))
+                with pytest.raises(
+                    QueueFullError, match=r"2 images wait, 2 more .* at most 3 may wait"
+                ) as refused:
+                    engine.submit(ask(3), ask(4))
+                assert refused.value.retry_after >= 1
+                jobs += engine.submit(ask(3))
+            for job in jobs:
+                await job.result()
+
+    in_loop(main())
+
+
+def test_deadlines() -> None:
+    async def main() -> None:
+        runner = FakeRunner()
+        async with AsyncEngine(runner, window=0) as engine:
+            async with busy(runner, engine):
+                with pytest.raises(DeadlineError, match=r"still waiting after 0.05 s; give it more time"):
+                    await engine.generate(ask(1), timeout=0.05)
+                assert engine.waiting == 0
+            runner.hold()
+            late = asyncio.create_task(engine.generate(ask(2, steps=50), timeout=0.2))
+            await held(runner)
+            with pytest.raises(DeadlineError, match=r"still being made after 0.2 s"):
+                await late
+            runner.release()
+        assert [call for call in runner.calls if 1 in call] == []
+        assert runner.steps[-1] <= 2
+
+    in_loop(main())
+
+
+def test_what_cannot_be_made_in_time_is_refused_at_once() -> None:
+    async def main() -> None:
+        runner = FakeRunner()
+        async with AsyncEngine(runner, window=0) as engine:
+            runner.hold()
+            first = asyncio.create_task(engine.generate(ask(1)))
+            await held(runner)
+            await asyncio.sleep(0.3)  # the pace it learns: 0.3 s for 3 steps of 64x64
+            runner.release()
+            await first
+            async with busy(runner, engine):
+                engine.submit(*[ask(k) for k in range(2, 8)])
+                with pytest.raises(QueueFullError, match=r"was given 0.5 s; try again in") as refused:
+                    engine.submit(ask(9), timeout=0.5)
+                assert refused.value.retry_after > 1
+                (job,) = engine.submit(ask(9), timeout=60)
+            await job.result()
+
+    in_loop(main())
+
+
+def test_draining_makes_what_was_taken_and_takes_nothing_new() -> None:
+    async def main() -> None:
+        runner = FakeRunner()
+        engine = AsyncEngine(runner, window=5)
+        with pytest.raises(DrainingError, match="was not started"):
+            engine.submit(ask(1))
+        await engine.start()
+        job, other = engine.submit(ask(1), ask(2, steps=4))
+        await engine.drain()  # without waiting for the window
+        assert seed_of((await job.result()).image) == 1
+        assert seed_of((await other.result()).image) == 2
+        assert engine.draining
+        with pytest.raises(DrainingError, match="shutting down and takes nothing new"):
+            engine.submit(ask(3))
+
+    in_loop(main())
+
+
+def test_draining_has_an_end() -> None:
+    async def main() -> None:
+        runner = FakeRunner()
+        engine = AsyncEngine(runner, window=0)
+        await engine.start()
+        runner.hold()
+        running, waiting = engine.submit(ask(1, steps=50), ask(2, steps=4))
+        await held(runner)
+        draining = asyncio.create_task(engine.drain(timeout=0.05))
+        await asyncio.sleep(0.1)
+        runner.release()
+        await draining
+        for job in (running, waiting):
+            with pytest.raises(asyncio.CancelledError):
+                await job.result()
+        assert runner.calls == [[1]]
+        assert runner.steps[0] <= 2
+
+    in_loop(main())
+
+
+def test_a_model_that_does_not_load_says_so() -> None:
+    class Broken(FakeRunner):
+        def warm_up(self) -> None:
+            raise BackendError("no device")
+
+    async def main() -> None:
+        with pytest.raises(BackendError, match="no device"):
+            async with AsyncEngine(Broken()):
+                raise AssertionError("never entered")
+
+    in_loop(main())

@@ -1,0 +1,126 @@
+"""`latentrt serve`, the whole of it: the demo behind a port, and how it ends."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any
+
+import httpx2 as httpx
+import latentrt
+import numpy as np
+import openai
+import PIL.Image
+import pytest
+from served import until
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+class Process:
+    """A server process; `lines` are its log so far."""
+
+    def __init__(self, *options: str) -> None:
+        command = [sys.executable, "-m", "latentrt.cli", "serve", "--port", "0", *options]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.lines: list[dict[str, Any]] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        until(lambda: self.urls or self.process.poll() is not None, 120)
+
+    @property
+    def urls(self) -> list[str]:
+        return [line["url"] for line in self.lines if "url" in line]
+
+    def _read(self) -> None:
+        for line in self.process.stderr or []:
+            self.lines.append(json.loads(line))  # every line is JSON
+
+    def end(self) -> int:
+        code = self.process.wait(240)
+        self._reader.join(10)
+        return code
+
+
+@pytest.fixture
+def demo() -> Iterator[Process]:
+    one = Process("--model", "demo", "--backend", "eager", "--max-batch", "2", "--drain-seconds", "240")
+    yield one
+    one.process.kill()
+
+
+def taken(metrics: str) -> float:
+    """Images that wait or are being made."""
+    lines = [line.split() for line in metrics.splitlines()]
+    return sum(
+        float(line[1]) for line in lines if line[0] in ("latentrt_waiting_images", "latentrt_running_images")
+    )
+
+
+def pixels(b64: str) -> Any:
+    return np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(b64))), np.int16)
+
+
+def test_the_demo_served_and_drained(demo: Process) -> None:
+    """Images are those of the pipeline; SIGTERM under load loses nothing that was taken, and ends with 0."""
+    url = demo.urls[0]
+    fields = {"steps": 2, "guidance": 3.0, "seed": 5, "high_noise_frac": 0.5}
+    with httpx.Client(base_url=url, timeout=240) as http, ThreadPoolExecutor(5) as pool:
+        until(lambda: http.get("/ready").status_code == 200, 120)
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            made = client.images.generate(
+                model="demo", prompt="a red circle", n=2, size="64x72", extra_body=fields
+            )
+        body = {"prompt": "storm", "size": "64x64", "steps": 12}
+        asked = [pool.submit(http.post, "/v1/images/generations", json={**body, "seed": k}) for k in range(4)]
+        until(lambda: taken(http.get("/metrics").text) == 4)
+        demo.process.send_signal(signal.SIGTERM)
+        until(lambda: http.get("/ready").status_code == 503)
+        assert http.post("/v1/images/generations", json=body).json()["error"]["code"] == "draining"
+        assert [one.result().json()["data"][0]["seed"] for one in asked] == [0, 1, 2, 3]
+    assert demo.end() == 0
+    access = [line for line in demo.lines if line["logger"] == "latentrt.access" and line.get("images")]
+    assert [(line["status"], line["images"]) for line in access] == [(200, 2)] + [(200, 1)] * 4
+    assert all(line["request_id"] for line in access)
+
+    pipe = latentrt.Pipeline.from_pretrained("demo", "demo", backend="eager")
+    wanted = pipe(
+        "a red circle", width=64, height=72, num_inference_steps=2, guidance_scale=3.0, high_noise_frac=0.5,
+        num_images_per_prompt=2, seed=5,
+    ).images  # fmt: skip
+    for image, other in zip(made.data, wanted, strict=True):
+        assert np.abs(pixels(image.b64_json) - np.asarray(other, np.int16)).max() <= 1
+
+
+def test_a_model_that_is_not_there_leaves_it_unready_and_ctrl_c_ends_it() -> None:
+    server = Process("--model", "/no/such/model")
+    until(lambda: "does not load" in httpx.get(f"{server.urls[0]}/ready").text)
+    assert "'/no/such/model' is no folder or file" in httpx.get(f"{server.urls[0]}/ready").json()["reason"]
+    time.sleep(0.1)
+    server.process.send_signal(signal.SIGINT)
+    assert server.end() == 0
+
+
+def test_unusable_options(run: Run, tmp_path: Any) -> None:
+    (tmp_path / "empty").write_text("\n \n")
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        for options, message in (
+            (("--api-key-file", "empty"), "--api-key-file 'empty' holds no key; write one on each line"),
+            (("--api-key-file", "gone"), "No such file or directory: gone"),
+            (("--max-queue", "0"), "--max-queue is 0; it must be at least 1"),
+            (("--max-batch", "-1"), "--max-batch is -1; it must be at least 1"),
+            (("--port", str(taken.getsockname()[1])), "Address already in use"),
+        ):
+            code, out, err = run("serve", *options)
+            assert (code, out) == (1, "")
+            assert message in err

@@ -1,0 +1,98 @@
+"""A server in a thread of the test's own process, over any runner, and ways to talk to it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2 as httpx
+from latentrt.runtime.serve.app import create_app
+from latentrt.runtime.serve.engine import AsyncEngine
+from latentrt.runtime.serve.metrics import Metrics
+from latentrt.runtime.serve.runner import Runner
+from latentrt.runtime.serve.schema import Limits
+from latentrt.runtime.serve.server import Server, listen
+from latentrt.runtime.serve.service import Service
+
+
+@dataclass
+class Served:
+    """A running server."""
+
+    url: str
+    port: int
+    client: httpx.Client
+    service: Service
+    server: Server
+    metrics: Metrics
+
+    def ask(self, **fields: Any) -> httpx.Response:
+        """POST an image request; `prompt` and a few steps unless told otherwise."""
+        return self.client.post("/v1/images/generations", json={"prompt": "a cat", "steps": 3, **fields})
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    def raw(self, data: bytes) -> bytes:
+        """Bytes in, bytes out, as far as the server takes and gives them, over a connection of its own."""
+        with closing(socket.create_connection(("127.0.0.1", self.port), timeout=20)) as link:
+            pieces = []
+            with suppress(ConnectionError):
+                link.sendall(data)
+                link.shutdown(socket.SHUT_WR)
+                while piece := link.recv(65536):
+                    pieces.append(piece)
+            return b"".join(pieces)
+
+
+def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    """Wait for something to become true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.005)
+
+
+@contextmanager
+def served(
+    make_runner: Callable[[], Runner],
+    *,
+    limits: Limits | None = None,
+    api_keys: tuple[str, ...] = (),
+    ready: bool = True,
+    drain_seconds: float = 20.0,
+    **engine: Any,
+) -> Iterator[Served]:
+    """`make_runner` is called as the model is loaded; `engine` are AsyncEngine's options."""
+    metrics = Metrics()
+    service = Service("cat-model", lambda: AsyncEngine(make_runner(), on_batch=metrics.batch, **engine))
+    app = create_app(service, metrics=metrics, limits=limits, api_keys=api_keys, drain_seconds=drain_seconds)
+    link = listen("127.0.0.1", 0)
+    port = link.getsockname()[1]
+    server = Server(app, service, drain_seconds=drain_seconds)
+    thread = threading.Thread(target=server.run, args=([link],), daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{port}"
+    with httpx.Client(base_url=url, timeout=30.0) as client:
+        try:
+            until(lambda: server.started)
+            if ready:
+                until(lambda: client.get("/ready").status_code == 200)
+            yield Served(url, port, client, service, server, metrics)
+        finally:
+            server.should_exit = True
+            thread.join(20)
+    assert not thread.is_alive()
+
+
+def events_of(response: httpx.Response) -> list[dict[str, Any]]:
+    """The data of server-sent events."""
+    lines = response.text.splitlines()
+    data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+    return [json.loads(line) for line in data if line != "[DONE]"]
