@@ -120,7 +120,7 @@ def test_what_a_file_says_cannot_drive_the_terminal(run: Run) -> None:
         (("x", "--model", "/no/model"), "'/no/model' is no folder or file"),
         (
             ("x", "--backend", "tensorflow"),
-            "no back end 'tensorflow'; there are onnxruntime, eager, tensorrt, tensorrt-rtx, and auto",
+            "no back end 'tensorflow'; there are onnxruntime, eager, triton, tensorrt, tensorrt-rtx, and auto",
         ),
         (("x", "--steps", "0"), "num_inference_steps is 0"),
         (("x", "--steps", "1001"), "1001 steps were asked for; this schedule has 1 to 1000"),
