@@ -16,7 +16,8 @@ LatentRTError
 │   └── CaptureError             its work could not be recorded as a CUDA graph
 ├── ExportError                  a component could not be written as ONNX, or its check failed
 ├── BuildError                   an exported component could not be compiled to an engine
-└── CacheError                   the store of exported models cannot be read or written
+├── CacheError                   the store of exported models cannot be read or written
+└── BenchmarkError               a side could not be measured, or results not read, or they got worse
 
 A message names the value that was refused and what to do instead.
 """
@@ -26,6 +27,7 @@ from __future__ import annotations
 __all__ = [
     "BackendError",
     "BackendUnavailableError",
+    "BenchmarkError",
     "BuildError",
     "CacheError",
     "CaptureError",
@@ -110,3 +112,7 @@ class BuildError(LatentRTError):
 
 class CacheError(LatentRTError):
     """The store of exported models cannot be read or written."""
+
+
+class BenchmarkError(LatentRTError):
+    """A side could not be measured, results cannot be read or compared, or they are worse than the earlier ones."""

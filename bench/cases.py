@@ -1,0 +1,177 @@
+"""The cases and the sides of `latentrt bench`, in one table each.
+
+A case says what is asked for; a side is a way to make it. A side runs in the case's dtype, or in another one when it
+is written `SIDE@DTYPE`, such as `diffusers@float32`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..errors import RequestError
+from ..runtime.engines.registry import backend_names
+from ..runtime.sampler import step_range
+from ..runtime.sampler_config import SamplerConfig
+
+__all__ = ["CASES", "DTYPES", "SIDES", "Case", "SideSpec", "case_named", "default_sides", "sides_named"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What every side is asked for.
+
+    Attributes:
+        model, refiner: as `Pipeline.from_pretrained` takes them, or `sdxl-random` and `sdxl-refiner-random`: the
+            published configurations with random weights.
+        size: (height, width) in pixels; the model's own where None.
+        batches: images at once; the first one is what latency and first image are told of.
+        steps: of the whole schedule, base and refiner together.
+        high_noise_frac: the base's share of the schedule, where there is a refiner.
+        guidance: scale.
+        dtype: of weights and activations.
+    """
+
+    name: str
+    summary: str
+    model: str
+    refiner: str | None = None
+    size: tuple[int, int] | None = None
+    batches: tuple[int, ...] = (1,)
+    steps: int = 30
+    high_noise_frac: float = 0.8
+    guidance: float = 5.0
+    dtype: str = "float32"
+
+    def split_steps(self, scheduler: Mapping[str, Any]) -> dict[str, int]:
+        """Steps that base and refiner take, by the checkpoint's `scheduler_config.json`."""
+        config = SamplerConfig.from_dict(scheduler)
+        if self.refiner is None:
+            first, last = step_range(config, self.steps)
+            return {"base": last - first}
+        middle = self.high_noise_frac
+        begin, end = step_range(config, self.steps, denoising_end=middle)
+        begin_2, end_2 = step_range(config, self.steps, denoising_start=middle)
+        return {"base": end - begin, "refiner": end_2 - begin_2}
+
+
+_SDXL: dict[str, Any] = {"model": "sdxl-random", "size": (1024, 1024), "dtype": "float16"}
+_ROWS = (
+    Case("demo", "the shipped demo, base + refiner", "demo", "demo", batches=(1, 4)),
+    Case("demo-base", "the shipped demo's base alone", "demo", batches=(1, 4)),
+    Case("sdxl", "SDXL base at 1024x1024, random weights", batches=(1, 2, 4, 8), **_SDXL),
+    Case(
+        "sdxl-refiner",
+        "SDXL base + refiner, 24 + 6 steps at 1024x1024, random weights",
+        refiner="sdxl-refiner-random",
+        batches=(1, 4),
+        **_SDXL,
+    ),
+    Case("sdxl-mlperf", "MLPerf's settings: 20 steps, guidance 8", steps=20, guidance=8.0, **_SDXL),
+)
+CASES: Mapping[str, Case] = {case.name: case for case in _ROWS}
+
+
+@dataclass(frozen=True)
+class SideSpec:
+    """One way to make the pictures.
+
+    Attributes:
+        factory: `module:function` that makes a `Side` from a case, a device and a folder for what it builds.
+        options: further arguments of the factory.
+        builds: it exports or compiles first, which is measured in a process of its own.
+        dtype: in place of the case's.
+    """
+
+    name: str
+    summary: str
+    factory: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    builds: bool = False
+    dtype: str | None = None
+
+    @property
+    def is_eager_diffusers(self) -> bool:
+        """What quality is measured against."""
+        return self.factory == _DIFFUSERS and not self.options
+
+    def at(self, dtype: str) -> SideSpec:
+        """The same in another dtype."""
+        return replace(self, name=f"{self.name}@{dtype}", dtype=dtype)
+
+
+_DIFFUSERS = "latentrt.bench.diffusers_side:open_side"
+_LATENTRT = "latentrt.bench.latentrt_side:open_side"
+
+
+def _side_table() -> dict[str, SideSpec]:
+    rows = [
+        SideSpec("diffusers", "eager, SDPA, contiguous or channels_last, whichever is faster", _DIFFUSERS),
+        SideSpec("diffusers-compile", "torch.compile, channels_last", _DIFFUSERS, {"mode": "default"}, True),
+        SideSpec(
+            "diffusers-max-autotune",
+            "torch.compile(max-autotune), channels_last",
+            _DIFFUSERS,
+            {"mode": "max-autotune"},
+            True,
+        ),
+        SideSpec(
+            "onnxruntime",
+            "ONNX Runtime on an export of diffusers' own modules",
+            "latentrt.bench.onnxruntime_side:open_side",
+            builds=True,
+        ),
+    ]
+    for name in backend_names():
+        options = {"backend": name}
+        rows.append(SideSpec(f"latentrt-{name}", f"latentrt on {name}", _LATENTRT, options, name != "eager"))
+    return {row.name: row for row in rows}
+
+
+SIDES: Mapping[str, SideSpec] = _side_table()
+
+
+def case_named(name: str) -> Case:
+    """A case of the table.
+
+    Raises:
+        RequestError: there is no such case; all are listed.
+    """
+    if name not in CASES:
+        raise RequestError(f"no case {name!r}; there are {', '.join(CASES)}")
+    return CASES[name]
+
+
+def sides_named(names: Sequence[str]) -> list[SideSpec]:
+    """Sides of the table, in the order given; the first is what the others' speed is compared with.
+
+    Raises:
+        RequestError: there is no such side or dtype, or one is named twice.
+    """
+    found = []
+    for name in names:
+        plain, _, dtype = name.partition("@")
+        if plain not in SIDES:
+            raise RequestError(f"no side {plain!r}; there are {', '.join(SIDES)}")
+        if "@" in name and dtype not in DTYPES:
+            raise RequestError(f"side {name!r}: no dtype {dtype!r}; there are {', '.join(DTYPES)}")
+        found.append(SIDES[plain].at(dtype) if dtype else SIDES[plain])
+    if len({side.name for side in found}) < len(found):
+        raise RequestError(f"a side is named twice in {', '.join(names)}; name each once")
+    return found
+
+
+def default_sides(case: Case, device: torch.device) -> list[str]:
+    """What is compared when nothing is asked for.
+
+    On a CPU that leaves out max-autotune, which compiles for as long again, and what needs a GPU; in half precision
+    it adds diffusers in float32, the picture that all are held against.
+    """
+    if device.type == "cpu":
+        return ["diffusers", "diffusers-compile", "onnxruntime", "latentrt-eager", "latentrt-onnxruntime"]
+    return [*SIDES, *(["diffusers@float32"] if case.dtype != "float32" else [])]

@@ -1,0 +1,126 @@
+"""What changed between two results, beyond noise.
+
+Two runs are hours or machines apart, so a side's speed is compared as its ratio to the first side of its own run
+where there is one; seconds only where both runs are of one machine. A change counts where the 95 % intervals do not
+touch and it is larger than a tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import BenchmarkError
+from .results import BatchFigures, CaseResult, Report, Row
+from .stats import Interval
+
+__all__ = ["TOLERANCE", "Change", "compare"]
+
+TOLERANCE = 0.03
+"""Of a speed: what one machine's runs differ by, from clocks and memory layout, outside of their own intervals."""
+_MEMORY_TOLERANCE = 0.05
+_MEMORY_LEAST = 16 << 20
+_SAME_MACHINE = ("processor", "cores", "threads", "gpu")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure in both runs.
+
+    Attributes:
+        verdict: `better`, `worse`, `same`, or `other machine` where seconds cannot be compared.
+    """
+
+    case: str
+    side: str
+    what: str
+    before: str
+    after: str
+    verdict: str
+
+    def __str__(self) -> str:
+        place = f"{self.case}, {self.side}, {self.what}"
+        return f"{self.verdict:<14}{place:<60}{self.before:>24} -> {self.after}"
+
+
+def compare(before: Report, after: Report, tolerance: float = TOLERANCE) -> list[Change]:
+    """Every figure of the first that can be compared, in its order.
+
+    Raises:
+        BenchmarkError: no case is in both, or one was measured with other settings.
+    """
+    theirs = {case.case["name"]: case for case in after.cases}
+    both = [(case, theirs[case.case["name"]]) for case in before.cases if case.case["name"] in theirs]
+    if not both:
+        names = [
+            ", ".join(case.case["name"] for case in report.cases) or "none" for report in (before, after)
+        ]
+        raise BenchmarkError(f"no case is in both: the first has {names[0]}, the second {names[1]}")
+    same_machine = all(before.machine.get(key) == after.machine.get(key) for key in _SAME_MACHINE)
+    return [change for a, b in both for change in _case(a, b, same_machine, tolerance)]
+
+
+def _case(a: CaseResult, b: CaseResult, same_machine: bool, tolerance: float) -> Iterator[Change]:
+    name = a.case["name"]
+    other = {k: (v, b.case.get(k)) for k, v in a.case.items() if b.case.get(k) != v}
+    if other:
+        told = ", ".join(f"{key} {x!r} and {y!r}" for key, (x, y) in other.items())
+        raise BenchmarkError(f"case {name} was measured with other settings: {told}")
+    rows = {row.side: row for row in b.rows}
+    for row in a.rows:
+        if row.status != "measured":
+            continue
+        now = rows.get(row.side)
+        if now is None or now.status != "measured":
+            state = "not run" if now is None else f"{now.status}: {now.reason}"
+            yield Change(name, row.side, "runs", "measured", state, "worse")
+            continue
+        paired = row.side not in (a.rows[0].side, b.rows[0].side) and a.rows[0].side == b.rows[0].side
+        yield from _row(name, row, now, paired, same_machine, tolerance)
+
+
+def _row(case: str, a: Row, b: Row, paired: bool, same_machine: bool, tolerance: float) -> Iterator[Change]:
+    found: Mapping[int, BatchFigures] = {figures.batch: figures for figures in b.batches}
+    for x in a.batches:
+        y = found.get(x.batch)
+        what = f"batch {x.batch}"
+        if y is None:
+            yield Change(case, a.side, what, "measured", "not run", "worse")
+            continue
+        if paired:
+            verdict = _verdict(x.speedup, y.speedup, tolerance, more_is_better=True)
+            yield Change(case, a.side, f"{what}, speedup", _told(x.speedup), _told(y.speedup), verdict)
+        else:
+            before, after = x.latency.median, y.latency.median
+            verdict = (
+                _verdict(before, after, tolerance, more_is_better=False) if same_machine else "other machine"
+            )
+            yield Change(case, a.side, f"{what}, seconds", _told(before), _told(after), verdict)
+        if x.memory is not None and y.memory is not None:
+            yield from _memory(case, a.side, what, x.memory.peaks, y.memory.peaks)
+
+
+def _memory(
+    case: str, side: str, what: str, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> Iterator[Change]:
+    for kind in before:
+        if kind not in after:
+            continue
+        limit = max(_MEMORY_TOLERANCE * before[kind], _MEMORY_LEAST)
+        more = after[kind] - before[kind]
+        verdict = "worse" if more > limit else "better" if -more > limit else "same"
+        told = [f"{value / 2**20:,.0f} MiB" for value in (before[kind], after[kind])]
+        yield Change(case, side, f"{what}, {kind} memory", *told, verdict)
+
+
+def _verdict(before: Interval, after: Interval, tolerance: float, *, more_is_better: bool) -> str:
+    change = after.value / before.value
+    apart = after.low > before.high or after.high < before.low
+    if not apart or abs(change - 1) <= tolerance:
+        return "same"
+    return "better" if (change > 1) == more_is_better else "worse"
+
+
+def _told(value: Interval) -> str:
+    return f"{value.value:.3f} ({value.low:.3f} to {value.high:.3f})"

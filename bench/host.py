@@ -1,0 +1,231 @@
+"""Where a side runs: in a process of its own, so that its memory is its own, its first picture is a cold process's,
+and its end is not everybody's. `Worker` is what that process does; tests run it in theirs."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..errors import BenchmarkError
+from .cases import DTYPES, Case, SideSpec
+from .monitor import BusyElsewhere, MemorySampler, Series, resident_bytes
+from .nvml import open_nvml
+from .side import Images, Side, factory
+
+_log = logging.getLogger(__name__)
+
+__all__ = ["Host", "Job", "OwnProcess", "Run", "Trace", "Worker"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process is to do: one side of one case."""
+
+    case: Case
+    side: SideSpec
+    device: str
+    folder: Path
+
+    @property
+    def dtype(self) -> str:
+        """The side's, else the case's."""
+        return self.side.dtype or self.case.dtype
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Memory during one run, in bytes.
+
+    Attributes:
+        series: samples over time.
+        peaks: the most of each kind.
+        by_stage: the same for each stage.
+        stages: (name, begin, end), in seconds of the series.
+    """
+
+    series: Series
+    peaks: dict[str, float]
+    by_stage: dict[str, dict[str, float]]
+    stages: list[tuple[str, float, float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of a side.
+
+    Attributes:
+        seconds: of the whole call.
+        stages: seconds of each stage; what was between them is in none.
+        resident: bytes of the process after it.
+        busy_elsewhere: cores that others kept busy meanwhile.
+        joules: of the GPU, where it tells.
+        gpu: clocks, power and temperature after it, where it tells.
+    """
+
+    images: Images
+    seconds: float
+    stages: dict[str, float]
+    resident: int
+    busy_elsewhere: float
+    joules: float | None = None
+    gpu: dict[str, float] = field(default_factory=dict)
+    trace: Trace | None = None
+
+
+class Host(Protocol):
+    """A place where one side is loaded."""
+
+    def open(self) -> str:
+        """Load the side; how it was set up."""
+        ...
+
+    def run(self, prompts: Sequence[str], seeds: Sequence[int], *, traced: bool = False) -> Run:
+        """Make pictures; with `traced`, memory is sampled, which takes time of its own."""
+        ...
+
+    def close(self) -> None:
+        """Free everything; closing again is no error."""
+        ...
+
+
+class Worker:
+    """A side in this process."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._device = torch.device(job.device)
+        self._nvml = open_nvml(self._device)
+        self._side: Side | None = None
+
+    def open(self) -> str:
+        job = self._job
+        job.folder.mkdir(parents=True, exist_ok=True)
+        make = factory(job.side)
+        self._side = make(job.case, self._device, DTYPES[job.dtype], job.folder, **job.side.options)
+        return self._side.settings
+
+    def run(self, prompts: Sequence[str], seeds: Sequence[int], *, traced: bool = False) -> Run:
+        if self._side is None:
+            raise BenchmarkError(f"{self._job.side.name} was asked for pictures before it was opened")
+        if not traced:
+            return self._timed(self._side, prompts, seeds)
+        with MemorySampler(self._device, self._nvml) as sampler:
+            made = self._side(prompts, seeds)
+        trace = Trace(
+            series=sampler.series,
+            peaks=sampler.peaks(),
+            by_stage=sampler.peaks_by_stage(made.spans),
+            stages=[(s.name, s.begin - sampler.begun, s.end - sampler.begun) for s in made.spans],
+        )
+        return Run(made.images, sampler.series["seconds"][-1], {}, resident_bytes(), 0.0, trace=trace)
+
+    def _timed(self, side: Side, prompts: Sequence[str], seeds: Sequence[int]) -> Run:
+        elsewhere = BusyElsewhere()
+        energy = self._nvml.joules() if self._nvml else None
+        begun = time.perf_counter()
+        made = side(prompts, seeds)
+        seconds = time.perf_counter() - begun
+        spent = self._nvml.joules() if self._nvml else None
+        stages: dict[str, float] = {}
+        for span in made.spans:
+            stages[span.name] = stages.get(span.name, 0.0) + span.end - span.begin
+        return Run(
+            images=made.images,
+            seconds=seconds,
+            stages=stages,
+            resident=resident_bytes(),
+            busy_elsewhere=elsewhere.lap(),
+            joules=None if energy is None or spent is None else spent - energy,
+            gpu=self._nvml.state() if self._nvml else {},
+        )
+
+    def close(self) -> None:
+        if self._side is not None:
+            self._side.close()
+            self._side = None
+
+
+class OwnProcess:
+    """A side in a process of its own, begun by `open`.
+
+    Args:
+        threads: of PyTorch, and so of ONNX Runtime; the same for every side.
+        patience: seconds that one answer may take.
+    """
+
+    def __init__(self, job: Job, *, threads: int, patience: float = 3600.0) -> None:
+        self._job = job
+        self._patience = patience
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(job, threads, theirs), name=job.side.name)
+        self._theirs: Connection | None = theirs
+
+    def open(self) -> str:
+        self._process.start()
+        if self._theirs is not None:
+            self._theirs.close()  # so that the process's end is the pipe's end
+            self._theirs = None
+        return str(self._ask("open"))
+
+    def run(self, prompts: Sequence[str], seeds: Sequence[int], *, traced: bool = False) -> Run:
+        answer = self._ask("run", list(prompts), list(seeds), traced)
+        if not isinstance(answer, Run):
+            raise BenchmarkError(f"{self._job.side.name} answered with a {type(answer).__name__}")
+        return answer
+
+    def close(self) -> None:
+        if self._process.pid is None:
+            return
+        self._pipe.close()
+        self._process.join(5)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _ask(self, *request: Any) -> Any:
+        try:
+            self._pipe.send(request)
+            if not self._pipe.poll(self._patience):
+                raise BenchmarkError(f"no answer in {self._patience:.0f} s")
+            kind, answer, trace = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            self._process.join(5)
+            code = self._process.exitcode
+            how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+            killed = "; the system may have been out of memory" if code == -signal.SIGKILL else ""
+            raise BenchmarkError(f"its process ended by {how}{killed}") from error
+        if kind == "error":
+            _log.info("%s: %s", self._job.side.name, trace)
+            raise BenchmarkError(str(answer))
+        return answer
+
+
+def _serve(job: Job, threads: int, pipe: Connection) -> None:
+    """The process: answers until the pipe is closed. Ctrl-C is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    torch.set_num_threads(threads)
+    worker = Worker(job)
+    while True:
+        try:
+            what, *arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer: Any = worker.open() if what == "open" else worker.run(*arguments[:2], traced=arguments[2])
+        except Exception as error:
+            pipe.send(("error", f"{type(error).__name__}: {error}", traceback.format_exc()))
+        else:
+            pipe.send(("ok", answer, ""))

@@ -1,0 +1,200 @@
+"""Plain ONNX Runtime as a side: diffusers' own modules exported by PyTorch as they are, in diffusers' pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..runtime.engines.onnxruntime import open_session
+from .cases import Case
+from .diffusers_side import DiffusersSide, load_pipelines
+
+__all__ = ["open_side"]
+
+_NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
+
+
+class _Exported:
+    """An exported module: tensors in by name, tensors out in order."""
+
+    def __init__(self, file: Path, device: torch.device) -> None:
+        self._session = open_session(file, device)
+        self._names = [value.name for value in self._session.get_inputs()]
+        self._outputs = [value.name for value in self._session.get_outputs()]
+        self._device = device
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        binding = self._session.io_binding()
+        place, index = self._device.type, self._device.index or 0
+        held = [x.detach().contiguous() for x in tensors]
+        for name, x in zip(self._names, held, strict=True):
+            binding.bind_input(name, place, index, _NUMPY[x.dtype], list(x.shape), x.data_ptr())
+        for name in self._outputs:
+            binding.bind_output(name, place, index)
+        if place == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return [torch.utils.dlpack.from_dlpack(value) for value in binding.get_outputs()]
+
+
+class _Text(nn.Module):
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 77] -> the output diffusers pools, and the sequence SDXL reads."""
+        out = self.encoder(input_ids, output_hidden_states=True)
+        return out[0], out.hidden_states[-2]
+
+
+class _TextOutput:
+    """As much of transformers' output as SDXL's pipelines read."""
+
+    def __init__(self, first: Tensor, penultimate: Tensor) -> None:
+        self._first = first
+        self.hidden_states = (penultimate, None)
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index != 0:
+            raise IndexError(index)
+        return self._first
+
+
+class _UNet(nn.Module):
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
+        conditions = {"text_embeds": pooled, "time_ids": ids}
+        prediction: Tensor = self.unet(
+            sample, timestep, encoder_hidden_states=text, added_cond_kwargs=conditions, return_dict=False
+        )[0]
+        return prediction
+
+
+class _Decoder(nn.Module):
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        image: Tensor = self.vae.decode(latents, return_dict=False)[0]
+        return image
+
+
+def open_side(case: Case, device: torch.device, dtype: torch.dtype, folder: Path) -> DiffusersSide:
+    """Export what is not in `folder` yet, and put sessions in the place of the modules."""
+    base, refiner = load_pipelines(case, device, dtype)
+
+    def exported(
+        name: str, module: nn.Module, inputs: Mapping[str, Tensor], axes: Sequence[Sequence[int]]
+    ) -> _Exported:
+        return _Exported(_export(folder / name / "model.onnx", module, inputs, axes), device)
+
+    for name in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(base, name)
+        ids = torch.full((2, 77), 1, dtype=torch.int64, device=device)
+        run = exported(name, _Text(encoder), {"input_ids": ids}, [(0,)])
+        _replace(encoder, _text_forward(run))
+    channels = base.unet.config.in_channels
+    for name, pipe in (("unet", base), ("refiner_unet", refiner)):
+        if pipe is None:
+            continue
+        inputs = _unet_inputs(pipe.unet, pipe.text_encoder_2.config.projection_dim, channels, dtype, device)
+        run = exported(name, _UNet(pipe.unet), inputs, [(0, 2, 3), (), (0,), (0,), (0,)])
+        _replace(pipe.unet, _unet_forward(run))
+    vae_dtype = torch.float32 if dtype == torch.float16 and base.vae.config.force_upcast else dtype
+    latents = torch.zeros((1, base.vae.config.latent_channels, 16, 16), dtype=vae_dtype, device=device)
+    decoder = exported("vae_decoder", _Decoder(base.vae.to(vae_dtype)), {"latents": latents}, [(0, 2, 3)])
+
+    def decode(latents: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        return (decoder(latents.to(vae_dtype))[0],)
+
+    base.vae.decode = decode
+    _drop_weights(base.vae)
+    return DiffusersSide(case, device, base, refiner, "PyTorch's exporter, ONNX Runtime's own optimisation")
+
+
+def _export(
+    file: Path, module: nn.Module, inputs: Mapping[str, Tensor], axes: Sequence[Sequence[int]]
+) -> Path:
+    """Write the module with the named axes free, unless it is there."""
+    if file.is_file():
+        return file
+    partial = file.parent.with_suffix(".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    letters = {0: "batch", 1: "channels", 2: "height", 3: "width"}
+    dims = {name: torch.export.Dim(name) for name in letters.values()}
+    shapes = tuple({axis: dims[letters[axis]] for axis in free} for free in axes)
+    with torch.no_grad():
+        torch.onnx.export(
+            module.eval(),
+            tuple(inputs.values()),
+            partial / file.name,
+            input_names=list(inputs),
+            dynamic_shapes=shapes,
+            dynamo=True,
+            opset_version=20,
+            external_data=True,
+            verbose=False,
+        )
+    partial.rename(file.parent)
+    return file
+
+
+def _unet_inputs(
+    unet: Any, pooled: int, channels: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Two rows, as guidance makes them, of latents 16 high and 24 wide."""
+    config = unet.config
+    numbers = (config.projection_class_embeddings_input_dim - pooled) // config.addition_time_embed_dim
+    values = {
+        "sample": torch.zeros((2, channels, 16, 24), dtype=dtype),
+        "timestep": torch.tensor(500.0),
+        "text": torch.zeros((2, 77, config.cross_attention_dim), dtype=dtype),
+        "pooled": torch.zeros((2, pooled), dtype=dtype),
+        "ids": torch.zeros((2, numbers), dtype=dtype),
+    }
+    return {name: value.to(device) for name, value in values.items()}
+
+
+def _text_forward(run: _Exported) -> Callable[..., _TextOutput]:
+    def forward(input_ids: Tensor, **_: Any) -> _TextOutput:
+        return _TextOutput(*run(input_ids))
+
+    return forward
+
+
+def _unet_forward(run: _Exported) -> Callable[..., tuple[Tensor]]:
+    def forward(
+        sample: Tensor,
+        timestep: Tensor,
+        *,
+        encoder_hidden_states: Tensor,
+        added_cond_kwargs: Mapping[str, Tensor],
+        **_: Any,
+    ) -> tuple[Tensor]:
+        pooled, ids = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
+        return (run(sample, timestep.float(), encoder_hidden_states, pooled, ids)[0],)
+
+    return forward
+
+
+def _replace(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let a session answer for the module."""
+    module.forward = forward
+    _drop_weights(module)
+
+
+def _drop_weights(module: nn.Module) -> None:
+    """The pipelines still ask for their device and dtype, and for nothing else."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.new_empty(0)

@@ -1,0 +1,90 @@
+"""Three kinds of plots as SVG text: stacked bars, lines, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+__all__ = ["Line", "bars", "lines"]
+
+Line = tuple[str, Sequence[float], Sequence[float]]
+"""(name, x, y)."""
+
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999", "#f0e442")
+_WIDTH, _LEFT, _RIGHT, _ROW = 860, 210, 90, 26
+
+
+def bars(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
+    """One bar a row, of named parts next to each other, with their sum at its end."""
+    parts = list(dict.fromkeys(part for row in rows.values() for part in row))
+    longest = max((sum(row.values()) for row in rows.values()), default=0.0) or 1.0
+    scale = (_WIDTH - _LEFT - _RIGHT) / longest
+    shapes = []
+    for k, (name, row) in enumerate(rows.items()):
+        top, x = k * _ROW, float(_LEFT)
+        shapes.append(_text(_LEFT - 8, top + 17, name, "end"))
+        for part, value in row.items():
+            width = max(0.0, value * scale)
+            title = f"<title>{escape(name)}, {escape(part)}: {value:.4g} {escape(unit)}</title>"
+            colour = _COLOURS[parts.index(part) % len(_COLOURS)]
+            shapes.append(
+                f'<rect x="{x:.1f}" y="{top + 4}" width="{width:.1f}" height="18" fill="{colour}">{title}</rect>'
+            )
+            x += width
+        shapes.append(_text(x + 6, top + 17, f"{sum(row.values()):.3g} {unit}", "start"))
+    return _svg(shapes, len(rows) * _ROW, parts)
+
+
+def lines(series: Sequence[Line], x_unit: str, y_unit: str, *, height: int = 260) -> str:
+    """A line through each series' points; both axes begin at 0."""
+    right = _nice(max((max(x, default=0) for _, x, _ in series), default=0))
+    top = _nice(max((max(y, default=0) for _, _, y in series), default=0))
+    across, down = (_WIDTH - 80 - _RIGHT) / right, (height - 40) / top
+    shapes = []
+    for k in range(5):
+        x, y = right * k / 4, top * k / 4
+        at = height - 20 - y * down
+        shapes.append(f'<line x1="80" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}" class="grid"/>')
+        shapes.append(_text(72, at + 4, f"{y:g}", "end"))
+        shapes.append(_text(80 + x * across, height - 4, f"{x:g}", "middle"))
+    shapes.append(_text(_WIDTH - _RIGHT + 8, height - 4, x_unit, "start"))
+    shapes.append(_text(8, 12, y_unit, "start"))
+    for k, (name, xs, ys) in enumerate(series):
+        points = [(80 + x * across, height - 20 - y * down) for x, y in zip(xs, ys, strict=True)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        colour = _COLOURS[k % len(_COLOURS)]
+        title = f"<title>{escape(name)}</title>"
+        shapes.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2">{title}</polyline>'
+        )
+        if len(points) <= 16:
+            shapes += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
+    return _svg(shapes, height, [name for name, _, _ in series])
+
+
+def _svg(shapes: list[str], height: int, legend: Sequence[str]) -> str:
+    x, y = 80.0, height + 22
+    for k, name in enumerate(legend):
+        width = 26 + 7.2 * len(name)
+        if x + width > _WIDTH:
+            x, y = 80.0, y + 20
+        shapes.append(
+            f'<rect x="{x:.1f}" y="{y - 10}" width="12" height="12" fill="{_COLOURS[k % len(_COLOURS)]}"/>'
+        )
+        shapes.append(_text(x + 17, y, name, "start"))
+        x += width
+    return f'<svg viewBox="0 0 {_WIDTH} {y + 8}" role="img">{"".join(shapes)}</svg>'
+
+
+def _text(x: float, y: float, words: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def _nice(value: float) -> float:
+    """The next of 1, 2, 4, 8 times a power of ten, so that quarters are short numbers."""
+    if value <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(step * power for step in (1, 2, 4, 8, 10) if step * power >= value * (1 - 1e-9))

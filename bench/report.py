@@ -1,0 +1,266 @@
+"""A report for people: Markdown, and one HTML page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from .features import as_bytes
+from .plots import Line, bars, lines
+from .results import CaseResult, Memory, Report, Row
+from .side import Images
+
+__all__ = ["html", "markdown", "png_bytes", "save_pictures"]
+
+_MIB = 2**20
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222;background:#fff}
+table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}td,th{padding:3px 9px;text-align:right}
+td:first-child,th:first-child{text-align:left}tr+tr{border-top:1px solid #ddd}svg{width:100%;height:auto}
+svg text{font:12px system-ui,sans-serif;fill:#333}.grid{stroke:#ddd}.warn{color:#b00020}
+figure{display:inline-block;margin:4px;font-size:12px;text-align:center}img{width:128px;image-rendering:auto}
+"""
+
+
+def markdown(report: Report, beside: Sequence[Report] = ()) -> str:
+    """Tables of every case; results of other machines beside them."""
+    out = ["# latentrt bench", "", *_about(report)]
+    for case in report.cases:
+        out += ["", f"## {_title(case)}", ""]
+        if case.skipped:
+            out.append(f"Skipped: {case.skipped}")
+            continue
+        out += [_settings(case), ""]
+        out += _markdown_table(_latency_table(case))
+        out += ["", *_markdown_table(_batch_table(case))]
+        out += [
+            f"- **{row.side}** {row.status}: {row.reason}" for row in case.rows if row.status != "measured"
+        ]
+        for other in beside:
+            for theirs in other.cases:
+                if theirs.case["name"] == case.case["name"] and not theirs.skipped:
+                    out += ["", f"Beside it, {_machine(other.machine)}:", ""]
+                    out += _markdown_table(_latency_table(theirs))
+    return "\n".join(out) + "\n"
+
+
+def html(
+    report: Report, pictures: Mapping[str, Mapping[str, Sequence[bytes]]], beside: Sequence[Report] = ()
+) -> str:
+    """The same with plots and the pictures.
+
+    Args:
+        pictures: case -> side -> PNG files.
+    """
+    body = ["<h1>latentrt bench</h1>", *(f"<p>{escape(line)}</p>" for line in _about(report) if line)]
+    for case in report.cases:
+        body.append(f"<h2>{escape(_title(case))}</h2>")
+        if case.skipped:
+            body.append(f'<p class="warn">Skipped: {escape(case.skipped)}</p>')
+            continue
+        body.append(f"<p>{escape(_settings(case))}</p>")
+        body += [_html_table(_latency_table(case)), _html_table(_batch_table(case))]
+        body += [
+            f'<p class="warn">{escape(f"{row.side} {row.status}: {row.reason}")}</p>'
+            for row in case.rows
+            if row.status != "measured"
+        ]
+        for title, plot in _plots(case):
+            body.append(f"<h3>{escape(title)}</h3>{plot}")
+        for other in beside:
+            body += [
+                f"<h3>Beside it: {escape(_machine(other.machine))}</h3>{_html_table(_latency_table(theirs))}"
+                for theirs in other.cases
+                if theirs.case["name"] == case.case["name"] and not theirs.skipped
+            ]
+        body += _grid(pictures.get(case.case["name"], {}))
+    head = f'<meta charset="utf-8"><title>latentrt bench</title><style>{_STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
+
+
+def save_pictures(folder: Path, pictures: Mapping[str, Images]) -> dict[str, list[bytes]]:
+    """Write SIDE-0.png, SIDE-1.png, ...; the files' bytes by side."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, list[bytes]] = {}
+    for side, images in pictures.items():
+        for k, picture in enumerate(as_bytes(images)):
+            data = png_bytes(PIL.Image.fromarray(picture))
+            (folder / f"{side}-{k}.png").write_bytes(data)
+            found.setdefault(side, []).append(data)
+    return found
+
+
+def png_bytes(image: PIL.Image.Image) -> bytes:
+    """As a PNG file holds it."""
+    buffer = BytesIO()
+    image.save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _about(report: Report) -> list[str]:
+    machine = report.machine
+    lines_ = [
+        _machine(machine),
+        "Versions: "
+        + ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items()),
+        f"Commit {machine.get('commit', 'unknown')}, seed {report.seed}, `{report.command}`",
+    ]
+    load = report.conditions.get("load")
+    if load:
+        lines_.append(
+            f"Load of the machine when it began and ended: {load[0]:.2f} and {load[-1]:.2f} processes"
+        )
+    if not report.complete:
+        lines_.append("**Interrupted: these are the figures there were by then.**")
+    return [line for text in lines_ for line in (text, "")]
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    gpu = f"{machine['gpu']}, driver {machine.get('driver', 'unknown')}, " if machine.get("gpu") else ""
+    processor = f"{machine.get('processor', 'unknown processor')}, {machine.get('threads')} threads"
+    return f"{gpu}{processor}, {machine.get('memory_gib')} GiB"
+
+
+def _title(case: CaseResult) -> str:
+    return f"{case.case['name']}: {case.case['summary']}"
+
+
+def _settings(case: CaseResult) -> str:
+    c = case.case
+    size = "the model's own size" if c["size"] is None else f"{c['size'][1]}x{c['size'][0]}"
+    steps = " + ".join(str(count) for count in case.steps.values())
+    return (
+        f"{size}, {c['steps']} steps ({steps}), guidance {c['guidance']:g}, {c['dtype']}; pictures held against "
+        f"{case.reference}, gate {case.gate!r}. Seconds are medians (p10, p90); the speedup is of paired rounds, "
+        "with its 95 % interval."
+    )
+
+
+Table = list[list[str]]
+
+
+def _latency_table(case: CaseResult) -> Table:
+    """Of the first batch size; a side that is not measured has no times."""
+    head = ["side", "seconds", f"against {case.rows[0].side}" if case.rows else "", "text ms", "base step ms"]
+    head += ["refiner step ms", "VAE ms", "build s", "first image s", "peak MiB", "J/image"]
+    table = [[*head, "PSNR dB", "SSIM", "CLIP", "FID"]]
+    for row in case.rows:
+        table.append([row.side, *_times(row), *_quality(row)])
+    return table
+
+
+def _times(row: Row) -> list[str]:
+    if not row.batches:
+        return [row.status if row.status != "measured" else "-", *["-"] * 9]
+    b = row.batches[0]
+    s, r = b.latency, b.speedup
+    stage = [_ms(b.stages.get(name)) for name in ("text", "base_step", "refiner_step", "decode")]
+    return [
+        f"{s.median.value:.3f} ({s.p10:.3f}, {s.p90:.3f})",
+        f"{r.value:.2f} x ({r.low:.2f} to {r.high:.2f})",
+        *stage,
+        _number(row.build_seconds, ".1f"),
+        _number(row.first_image_seconds, ".1f"),
+        _peak(b.memory),
+        _number(b.joules_per_image, ".0f"),
+    ]
+
+
+def _quality(row: Row) -> list[str]:
+    q = row.quality
+    if q is None:
+        return ["-"] * 4
+    return [_number(q.psnr, ".1f"), _number(q.ssim, ".4f"), _number(q.clip, ".2f"), _number(q.fid, ".2f")]
+
+
+def _batch_table(case: CaseResult) -> Table:
+    """Images a second, by batch size."""
+    sizes = list(dict.fromkeys(b.batch for row in case.rows for b in row.batches))
+    table = [["images/s", *(f"batch {size}" for size in sizes)]]
+    for row in case.rows:
+        by_size = {b.batch: b.images_per_second for b in row.batches}
+        if by_size:
+            table.append([row.side, *(_number(by_size.get(size), ".3g") for size in sizes)])
+    return table
+
+
+def _plots(case: CaseResult) -> Iterator[tuple[str, str]]:
+    measured = [row for row in case.rows if row.batches]
+    if not measured:
+        return
+    stages = {}
+    for row in measured:
+        figures = row.batches[0]
+        parts = {name: s for name, s in figures.stages.items() if not name.endswith("_step")}
+        parts["other"] = max(0.0, figures.latency.median.value - sum(parts.values()))
+        stages[row.side] = {name: 1e3 * seconds for name, seconds in parts.items()}
+    yield "Stages of one call", bars(stages, "ms")
+    by_batch: list[Line] = [
+        (row.side, [b.batch for b in row.batches], [b.latency.median.value for b in row.batches])
+        for row in measured
+    ]
+    yield "Latency against batch size", lines(by_batch, "images", "seconds")
+    kind = (
+        "gpu"
+        if any(b.memory and "gpu" in b.memory.series for r in measured for b in r.batches)
+        else "resident"
+    )
+    timeline: list[Line] = []
+    for row in measured:
+        memory = row.batches[0].memory
+        if memory is not None and kind in memory.series:
+            mib = [value / _MIB for value in memory.series[kind]]
+            timeline.append((row.side, memory.series["seconds"], mib))
+    if timeline:
+        yield f"Memory during one call ({kind})", lines(timeline, "s", "MiB")
+
+
+def _grid(pictures: Mapping[str, Sequence[bytes]]) -> Iterator[str]:
+    if pictures:
+        yield "<h3>The same prompts and seeds</h3>"
+    for k in range(max(map(len, pictures.values()), default=0)):
+        figures = []
+        for side, files in pictures.items():
+            if k < len(files):
+                data = base64.b64encode(files[k]).decode()
+                figures.append(
+                    f'<figure><img alt="" src="data:image/png;base64,{data}"><br>{escape(side)}</figure>'
+                )
+        yield f"<div>{''.join(figures)}</div>"
+
+
+def _markdown_table(table: Table) -> list[str]:
+    head, *rows = table
+    return [
+        f"| {' | '.join(head)} |",
+        f"|{' --- |' * len(head)}",
+        *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows),
+    ]
+
+
+def _html_table(table: Table) -> str:
+    head, *rows = table
+    cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{cells}</tr>{body}</table>"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.1f}"
+
+
+def _peak(memory: Memory | None) -> str:
+    if memory is None:
+        return "-"
+    peaks = memory.peaks
+    return f"{(peaks.get('gpu') or peaks.get('allocated') or peaks['resident']) / _MIB:,.0f}"

@@ -1,0 +1,200 @@
+"""What `latentrt bench` found: the form it is kept in, as JSON with a schema number, and how it is read again."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from ..errors import BenchmarkError
+from .gates import Quality
+from .stats import Interval, Spread
+
+__all__ = ["SCHEMA", "BatchFigures", "CaseResult", "Memory", "Report", "Row", "read_report", "write_report"]
+
+SCHEMA = 1
+BENCHMARK = "latentrt bench"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: `resident` on the host; on a GPU `allocated` by PyTorch and `gpu` by everybody.
+
+    Attributes:
+        peaks: the most of each during a run.
+        by_stage: the same of each stage.
+        growth: what the process kept more after each picture.
+        series: samples over the seconds of one run, thinned out.
+        stages: (name, begin, end) in the series' seconds.
+    """
+
+    peaks: dict[str, float]
+    by_stage: dict[str, dict[str, float]]
+    growth: float
+    series: dict[str, list[float]]
+    stages: list[tuple[str, float, float]]
+
+
+@dataclass(frozen=True)
+class BatchFigures:
+    """One side at one batch size.
+
+    Attributes:
+        seconds: of each round, in order; rounds of different sides belong together by their place.
+        latency: of a call.
+        speedup: the first side's seconds by this one's, round by round; above 1 is faster.
+        images_per_second: of the median.
+        stages: median seconds of each stage; `base_step` and `refiner_step` are of one step.
+        psnr, ssim: the worst over all rounds, beside the reference's pictures.
+        joules_per_image: median, where the GPU tells.
+        busy_elsewhere: cores that others kept busy, of each round.
+        gpu: clocks, power and temperature of each round.
+    """
+
+    batch: int
+    seconds: list[float]
+    latency: Spread
+    speedup: Interval
+    images_per_second: float
+    stages: dict[str, float]
+    psnr: float
+    ssim: float
+    memory: Memory | None
+    joules_per_image: float | None
+    busy_elsewhere: list[float]
+    gpu: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One side of a case.
+
+    Attributes:
+        status: `measured`; `invalid`, whose pictures fail the gate, so that no speed is told; `failed`, with the
+            reason.
+        build_seconds: from a cold process to the first picture with nothing exported or compiled yet.
+        first_image_seconds: the same once that is there, or where nothing is built.
+    """
+
+    side: str
+    dtype: str
+    settings: str
+    status: str
+    reason: str
+    build_seconds: float | None
+    first_image_seconds: float | None
+    quality: Quality | None
+    batches: list[BatchFigures]
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One case.
+
+    Attributes:
+        case: as it was run.
+        steps: that base and refiner took.
+        reference: the side whose pictures the others are held against.
+        skipped: why nothing was run; empty where it was.
+    """
+
+    case: dict[str, Any]
+    steps: dict[str, int]
+    gate: str
+    reference: str | None
+    rows: list[Row]
+    skipped: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole run.
+
+    Attributes:
+        complete: false where it was interrupted.
+        conditions: load of the machine when it began and when it ended.
+    """
+
+    command: str
+    machine: dict[str, Any]
+    seed: int
+    cases: list[CaseResult]
+    complete: bool = True
+    conditions: dict[str, Any] = field(default_factory=dict)
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Write it whole or not at all; numbers that JSON lacks are null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"schema": SCHEMA, "benchmark": BENCHMARK, **_finite(asdict(report))}
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_report(path: Path) -> Report:
+    """Read what `write_report` wrote.
+
+    Raises:
+        BenchmarkError: it is no such file, of another schema, or damaged.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise BenchmarkError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("benchmark") != BENCHMARK:
+        raise BenchmarkError(f"{path} holds no results of `latentrt bench`; give a file that it wrote")
+    if content.get("schema") != SCHEMA:
+        raise BenchmarkError(
+            f"{path} has schema {content.get('schema')!r} and this version reads {SCHEMA}; measure again, or read it "
+            "with the version that wrote it"
+        )
+    try:
+        report: Report = _build(
+            Report, {k: v for k, v in content.items() if k not in ("schema", "benchmark")}
+        )
+    except (TypeError, KeyError, ValueError) as error:
+        raise BenchmarkError(f"{path} is damaged: {error}") from error
+    return report
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_finite(item) for item in value]
+    return value
+
+
+_LISTS = {"cases": CaseResult, "rows": Row, "batches": BatchFigures}
+
+
+def _build(kind: Any, content: Mapping[str, Any]) -> Any:
+    """A dataclass from its dictionary, with those it holds."""
+    hints = get_type_hints(kind)
+    missing = [f.name for f in fields(kind) if f.name not in content and f.name not in kind.__dict__]
+    missing = [name for name in missing if name != "conditions"]
+    if missing:
+        raise KeyError(f"{kind.__name__} lacks {', '.join(missing)}")
+    values: dict[str, Any] = {}
+    for name, value in content.items():
+        if name in _LISTS:
+            values[name] = [_build(_LISTS[name], item) for item in value]
+        elif isinstance(value, dict) and (inner := _dataclass_of(hints[name])) is not None:
+            values[name] = _build(inner, value)
+        elif value is None and hints[name] is float:
+            values[name] = math.nan
+        else:
+            values[name] = value
+    return kind(**values)
+
+
+def _dataclass_of(hint: Any) -> Any | None:
+    """The dataclass in `X` or `X | None`."""
+    options = getattr(hint, "__args__", (hint,))
+    return next((option for option in options if is_dataclass(option)), None)

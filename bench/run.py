@@ -1,0 +1,312 @@
+"""How a case is measured: every side's pictures first, and then, in turns, the times of those that pass.
+
+    each side alone     cold process -> what it builds -> first picture; a process of its own stays open
+    pictures            the same prompts and seeds from each, held against the reference; the gate
+    each batch size     a warm-up, a run with memory sampled, then rounds: A B C, B C A, C A B, ...
+
+A side that fails anywhere is told with its reason, and the others go on. What was measured is there at any time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from .cases import Case, SideSpec
+from .features import Features
+from .gates import Gate, Quality, likeness, measure_quality
+from .host import Host, Job, Run, Trace
+from .results import BatchFigures, CaseResult, Memory, Row
+from .side import Images
+from .stats import growth, ratio, spread
+
+__all__ = ["CaseRun", "Plan"]
+
+_POINTS = 240
+"""Of a memory series, at most, in the results."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to measure.
+
+    Attributes:
+        prompts: taken in turn.
+        rounds: timed calls of each side at each batch size.
+        pictures: of each side for the gate.
+        seed: of the first picture.
+    """
+
+    prompts: Sequence[str]
+    gate: Gate
+    rounds: int = 7
+    pictures: int = 4
+    seed: int = 0
+
+    def work(self, first: int, count: int) -> tuple[list[str], list[int]]:
+        """Prompts and seeds of pictures `first` and on."""
+        at = range(first, first + count)
+        return [self.prompts[k % len(self.prompts)] for k in at], [self.seed + k for k in at]
+
+
+@dataclass
+class _Lane:
+    """What is known of one side so far."""
+
+    spec: SideSpec
+    job: Job
+    host: Host | None = None
+    settings: str = ""
+    status: str = "measured"
+    reason: str = ""
+    build_seconds: float | None = None
+    first_image_seconds: float | None = None
+    images: Images | None = None
+    quality: Quality | None = None
+    runs: dict[int, list[Run]] = field(default_factory=dict)
+    worst: dict[int, tuple[float, float]] = field(default_factory=dict)
+    traces: dict[int, Trace] = field(default_factory=dict)
+
+    def end(self, status: str, reason: str) -> None:
+        """It is out; a second reason does not replace the first."""
+        if self.status == "measured":
+            self.status, self.reason = status, reason
+        self.close()
+
+    def close(self) -> None:
+        if self.host is not None:
+            self.host.close()
+            self.host = None
+
+
+Tell = Callable[[str, str], None]
+"""(side, what it is at), for a live table."""
+
+
+class CaseRun:
+    """One case. `measure` fills it; `result` may be asked for at any time, after an interruption too."""
+
+    def __init__(
+        self,
+        case: Case,
+        sides: Sequence[SideSpec],
+        plan: Plan,
+        *,
+        steps: dict[str, int],
+        device: str,
+        folder: Path,
+        open_host: Callable[[Job], Host],
+        features: Features | None = None,
+        tell: Tell = lambda side, state: None,
+    ) -> None:
+        """
+        Args:
+            sides: the first is what speed is compared with.
+            steps: that base and refiner take.
+            folder: for what sides build.
+            open_host: where a side is to run.
+        """
+        self._case = case
+        self._plan = plan
+        self._steps = steps
+        self._open_host = open_host
+        self._features = features
+        self._tell = tell
+        self._reference: _Lane | None = None
+        self._eager: dict[str, Quality] = {}  # what eager diffusers reaches, by dtype
+        self._lanes = [
+            _Lane(spec, Job(case, spec, device, folder / spec.name.replace("@", "-"))) for spec in sides
+        ]
+
+    def measure(self) -> None:
+        """Everything; sides are closed when it ends, however it ends."""
+        try:
+            for lane in self._lanes:
+                self._attempt(lane, self._begin)
+            self._choose_reference()
+            for lane in self._lanes:
+                self._attempt(lane, self._judge)
+            for batch in self._case.batches:
+                self._measure_batch(batch)
+        finally:
+            for lane in self._lanes:
+                lane.close()
+
+    @property
+    def pictures(self) -> dict[str, Images]:
+        """Of each side that made some, for the report."""
+        return {lane.spec.name: lane.images for lane in self._lanes if lane.images is not None}
+
+    def _attempt(self, lane: _Lane, work: Callable[[_Lane], None]) -> None:
+        """A side's failure is its own, and one that is out is not asked again."""
+        if lane.status != "measured":
+            return
+        try:
+            work(lane)
+        except Exception as error:
+            lane.end("failed", str(error) or type(error).__name__)
+            self._tell(lane.spec.name, f"failed: {lane.reason}")
+
+    def _begin(self, lane: _Lane) -> None:
+        name = lane.spec.name
+        if lane.spec.builds:
+            self._tell(name, "building")
+            lane.build_seconds, _ = self._first_image(lane)
+            lane.close()
+        self._tell(name, "first image")
+        lane.first_image_seconds, first = self._first_image(lane)
+        rest = []
+        for k in range(1, self._plan.pictures):
+            self._tell(name, f"picture {k + 1} of {self._plan.pictures}")
+            rest.append(self._host(lane).run(*self._plan.work(k, 1)).images)
+        lane.images = np.concatenate([first, *rest])
+
+    def _first_image(self, lane: _Lane) -> tuple[float, Images]:
+        """Seconds from before the process begins, and the picture."""
+        begun = time.perf_counter()
+        lane.host = self._open_host(lane.job)
+        lane.settings = lane.host.open()
+        first = lane.host.run(*self._plan.work(0, 1)).images
+        return time.perf_counter() - begun, first
+
+    def _choose_reference(self) -> None:
+        """Eager diffusers in float32 where it ran, else eager diffusers, else the first side that did."""
+        alive = [lane for lane in self._lanes if lane.images is not None]
+        eager = [lane for lane in alive if lane.spec.is_eager_diffusers]
+        exact = [lane for lane in eager if lane.job.dtype == "float32"]
+        self._reference = next(iter([*exact, *eager, *alive]), None)
+        for lane in eager:
+            if lane.images is not None and self._reference is not None and self._reference.images is not None:
+                found = likeness(lane.images, self._reference.images)
+                self._eager[lane.job.dtype] = Quality(len(lane.images), *found)
+
+    def _judge(self, lane: _Lane) -> None:
+        reference = self._reference
+        if lane.images is None or reference is None or reference.images is None:
+            return
+        self._tell(lane.spec.name, "quality")
+        prompts, _ = self._plan.work(0, self._plan.pictures)
+        lane.quality = measure_quality(lane.images, reference.images, prompts, self._features)
+        self._require(lane, lane.quality, "")
+
+    def _require(self, lane: _Lane, quality: Quality, where: str) -> None:
+        failures = self._plan.gate.judge(quality, lane.job.dtype, self._eager.get(lane.job.dtype))
+        if failures:
+            lane.end("invalid", where + ", ".join(failures))
+            self._tell(lane.spec.name, f"invalid: {lane.reason}")
+
+    def _measure_batch(self, batch: int) -> None:
+        for lane in self._lanes:
+            self._attempt(lane, partial(self._warm_up, batch=batch))
+        for round_ in range(self._plan.rounds):
+            first = round_ % len(self._lanes)
+            made: dict[str, Images] = {}
+            for lane in [*self._lanes[first:], *self._lanes[:first]]:
+                self._attempt(lane, partial(self._time, batch=batch, round_=round_, made=made))
+            self._compare(batch, made)
+
+    def _warm_up(self, lane: _Lane, batch: int) -> None:
+        self._tell(lane.spec.name, f"batch {batch}: warm-up")
+        work = self._plan.work(1_000_000, batch)
+        self._host(lane).run(*work)
+        lane.traces[batch] = _required(self._host(lane).run(*work, traced=True).trace)
+
+    def _time(self, lane: _Lane, batch: int, round_: int, made: dict[str, Images]) -> None:
+        self._tell(lane.spec.name, f"batch {batch}: round {round_ + 1} of {self._plan.rounds}")
+        run = self._host(lane).run(*self._plan.work(self._plan.pictures + round_ * batch, batch))
+        made[lane.spec.name] = run.images
+        lane.runs.setdefault(batch, []).append(replace(run, images=run.images[:0]))
+
+    def _compare(self, batch: int, made: dict[str, Images]) -> None:
+        """Timed pictures are held against the reference's too: a side may be right alone and wrong in a batch."""
+        if self._reference is None or self._reference.spec.name not in made:
+            return
+        wanted = made[self._reference.spec.name]
+        for lane in self._lanes:
+            if lane.spec.name in made:
+                found = likeness(made[lane.spec.name], wanted)
+                before = lane.worst.get(batch, found)
+                lane.worst[batch] = (min(found[0], before[0]), min(found[1], before[1]))
+                if self._plan.gate.of_each_picture:
+                    self._require(lane, Quality(len(wanted), *found), f"batch {batch}: ")
+
+    def _host(self, lane: _Lane) -> Host:
+        if lane.host is None:
+            raise AssertionError("a side that is out is not asked")
+        return lane.host
+
+    def result(self) -> CaseResult:
+        """What is known by now; a side that is out has no speed."""
+        reference = self._reference.spec.name if self._reference else None
+        rows = [self._row(lane) for lane in self._lanes]
+        return CaseResult(asdict(self._case), self._steps, self._plan.gate.name, reference, rows)
+
+    def _row(self, lane: _Lane) -> Row:
+        valid = lane.status == "measured"
+        return Row(
+            side=lane.spec.name,
+            dtype=lane.job.dtype,
+            settings=lane.settings,
+            status=lane.status,
+            reason=lane.reason,
+            build_seconds=lane.build_seconds if valid else None,
+            first_image_seconds=lane.first_image_seconds if valid else None,
+            quality=lane.quality,
+            batches=[self._figures(lane, batch) for batch in sorted(lane.runs)] if valid else [],
+        )
+
+    def _figures(self, lane: _Lane, batch: int) -> BatchFigures:
+        runs = lane.runs[batch]
+        seconds = [run.seconds for run in runs]
+        # An interruption may have come in the middle of a round.
+        base = [run.seconds for run in self._lanes[0].runs.get(batch, runs)]
+        paired = min(len(base), len(seconds))
+        joules = [run.joules / batch for run in runs if run.joules is not None]
+        psnr, ssim = lane.worst.get(batch, (float("nan"), float("nan")))
+        return BatchFigures(
+            batch=batch,
+            seconds=seconds,
+            latency=spread(seconds),
+            speedup=ratio(base[:paired], seconds[:paired]),
+            images_per_second=batch / median(seconds),
+            stages=self._stages(runs),
+            psnr=psnr,
+            ssim=ssim,
+            memory=_memory(lane.traces.get(batch), [run.resident for run in runs], batch),
+            joules_per_image=median(joules) if joules else None,
+            busy_elsewhere=[round(run.busy_elsewhere, 2) for run in runs],
+            gpu=[run.gpu for run in runs],
+        )
+
+    def _stages(self, runs: Sequence[Run]) -> dict[str, float]:
+        names = dict.fromkeys(name for run in runs for name in run.stages)
+        found = {name: median(run.stages.get(name, 0.0) for run in runs) for name in names}
+        for name, steps in self._steps.items():
+            if name in found and steps:
+                found[f"{name}_step"] = found[name] / steps
+        return found
+
+
+def _memory(trace: Trace | None, resident: Sequence[int], batch: int) -> Memory | None:
+    if trace is None:
+        return None
+    count = len(trace.series["seconds"])
+    # The largest of a few neighbours, so that thinning out hides no peak.
+    step = -(-count // _POINTS)
+    series = {
+        name: [max(values[k : k + step]) for k in range(0, count, step)]
+        for name, values in trace.series.items()
+    }
+    return Memory(trace.peaks, trace.by_stage, growth(resident) / batch, series, trace.stages)
+
+
+def _required(trace: Trace | None) -> Trace:
+    if trace is None:
+        raise AssertionError("a traced run has a trace")
+    return trace

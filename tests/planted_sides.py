@@ -1,0 +1,83 @@
+"""Sides of the benchmark with planted faults, so that the instrument can be held against what is known of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from latentrt.bench.cases import Case, SideSpec
+from latentrt.bench.monitor import Span
+from latentrt.bench.side import Made
+
+SIZE = 32
+
+
+class PlantedSide:
+    """Draws the same smooth picture for a seed as every other one, and takes the time it is told to."""
+
+    def __init__(
+        self,
+        case: Case,
+        *,
+        step_seconds: float = 0.0,
+        leak_bytes: int = 0,
+        spike_bytes: int = 0,
+        wrong_from: int | None = None,
+        dies_at: int | None = None,
+        fails_at: int | None = None,
+    ) -> None:
+        self.settings = "planted"
+        self._case = case
+        self._step_seconds = step_seconds
+        self._leak_bytes = leak_bytes
+        self._spike_bytes = spike_bytes
+        self._wrong_from = wrong_from
+        self._dies_at = dies_at
+        self._fails_at = fails_at
+        self._calls = 0
+        self._kept: list[bytes] = []
+
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
+        call, self._calls = self._calls, self._calls + 1
+        if call == self._fails_at:
+            raise RuntimeError("planted failure")
+        if call == self._dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        begun = time.perf_counter()
+        for _ in range(self._case.steps):
+            time.sleep(self._step_seconds)
+        stepped = time.perf_counter()
+        if self._spike_bytes:
+            spike = b"\1" * self._spike_bytes
+            time.sleep(0.1)
+            del spike
+        self._kept.append(b"\1" * self._leak_bytes)
+        wrong = self._wrong_from is not None and call >= self._wrong_from
+        images = np.stack([_picture(seed + 7 * wrong) for seed in seeds])
+        end = time.perf_counter()
+        return Made(images, [Span("base", begun, stepped), Span("decode", stepped, end)])
+
+    def close(self) -> None:
+        self._kept.clear()
+
+
+def _picture(seed: int) -> np.ndarray:
+    coarse = np.random.default_rng(seed).random((4, 4, 3), dtype=np.float32)
+    return np.kron(coarse, np.ones((SIZE // 4, SIZE // 4, 1), np.float32))
+
+
+def open_planted(
+    case: Case, device: torch.device, dtype: torch.dtype, folder: Path, **options: Any
+) -> PlantedSide:
+    return PlantedSide(case, **options)
+
+
+def planted(name: str, **options: Any) -> SideSpec:
+    """`planted("slow", step_seconds=0.02)`."""
+    return SideSpec(name, "planted", "planted_sides:open_planted", options)
