@@ -1,4 +1,5 @@
-"""The command line: `latentrt generate`, `plan`, `export`, `build`, `verify`, `cache`, `backends`, `info`, `kernels`.
+"""The command line: `latentrt generate`, `plan`, `export`, `build`, `verify`, `bench`, `cache`, `backends`, `info` and
+`kernels`.
 
 The arguments are here, the bodies beside their subjects in the `commands.py` of a folder: generators of lines to
 print, imported when they run, so that `latentrt --help` answers at once.
@@ -39,6 +40,14 @@ def _arch(text: str) -> int:
 def _archs(text: str) -> tuple[int, ...]:
     """`sm_89,sm_120` -> (89, 120)."""
     return tuple(sorted({_arch(part.strip()) for part in text.split(",")}))
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """`1,2,4` -> (1, 2, 4)."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} are no batch sizes; write such as 1,2,4")
+    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -227,6 +236,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="only compile what --measure or --tune would run; needs no GPU"
     )
     k.set_defaults(run=("bench", "kernels"))
+    _add_bench(commands)
     x = commands.add_parser(
         "export",
         help="write a model's components as ONNX files",
@@ -245,6 +255,63 @@ def _parser() -> argparse.ArgumentParser:
     x.add_argument("--json", action="store_true")
     x.set_defaults(run=("export", "export"))
     return parser
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    b = commands.add_parser(
+        "bench",
+        help="speed, memory and quality beside diffusers and plain ONNX Runtime",
+        description="Measures each side of a case in turns, in a process of its own, and writes tables, plots and "
+        "pictures. A side whose pictures are wrong has no speed. `latentrt bench list` has the cases and sides, "
+        "`latentrt bench compare A.json B.json` tells what changed beyond noise.",
+    )
+    b.add_argument(
+        "--case", action="append", default=[], help="may be repeated (default: demo, or sdxl on a GPU)"
+    )
+    b.add_argument(
+        "--side",
+        action="append",
+        default=[],
+        metavar="SIDE[@DTYPE]",
+        help="may be repeated; the first is what the others are compared with (default: all that make sense here)",
+    )
+    b.add_argument("--model", metavar="MODEL", help="in place of the case's: as for generate, or sdxl-random")
+    b.add_argument("--refiner", metavar="MODEL", help="the same, or sdxl-refiner-random; 'none' for none")
+    b.add_argument("--size", type=_size, metavar="WxH", help="in place of the case's")
+    b.add_argument("--steps", type=int, help="in place of the case's")
+    b.add_argument("--batch", type=_counts, metavar="N,M,...", help="images at once, in place of the case's")
+    b.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="in place of the case's")
+    b.add_argument("--guidance", type=float, help="in place of the case's")
+    b.add_argument("--high-noise-frac", type=float, help="in place of the case's")
+    b.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    b.add_argument(
+        "--rounds", type=int, default=7, help="timed calls of each side and batch size (default 7)"
+    )
+    b.add_argument("--pictures", type=int, default=4, help="of each side for the gate (default 4)")
+    b.add_argument("--gate", default="eager", help="what a speed has to pass (default eager)")
+    b.add_argument(
+        "--metric", action="append", default=[], help="psnr, ssim, clip, fid (default: all there are)"
+    )
+    b.add_argument(
+        "--clip", type=Path, metavar="DIR", help="a CLIP model for CLIP score and FID, not the demo's"
+    )
+    b.add_argument("--truth", type=Path, metavar="DIR", help="true pictures for FID, with --clip")
+    b.add_argument("--prompts", type=Path, metavar="FILE", help="one a line")
+    b.add_argument("--seed", type=int, default=0, help="of the first picture (default 0)")
+    b.add_argument("--out", type=Path, metavar="DIR", default=Path("out/bench"), help="default out/bench")
+    b.add_argument("--work", type=Path, metavar="DIR", help="keep weights, exports and compiled code here")
+    b.add_argument(
+        "--beside", type=Path, action="append", default=[], metavar="FILE.json", help="show as well"
+    )
+    b.add_argument("--json", action="store_true", help="print the results as JSON")
+    b.set_defaults(run=("bench", "bench"))
+    actions = b.add_subparsers(metavar="ACTION")
+    actions.add_parser("list", help="the cases, sides and gates").set_defaults(run=("bench", "bench_list"))
+    c = actions.add_parser("compare", help="what changed; ends with 1 where something got worse")
+    c.add_argument("before", type=Path, metavar="A.json")
+    c.add_argument("after", type=Path, metavar="B.json")
+    c.add_argument("--tolerance", type=float, default=0.03, help="of a speed (default 0.03)")
+    c.set_defaults(run=("bench", "bench_compare"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,19 +1,116 @@
-"""The body of `latentrt kernels`: parsed arguments in, lines to print out."""
+"""The bodies of `latentrt bench` and `latentrt kernels`: parsed arguments in, lines to print out."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..errors import RequestError
+from ..errors import BenchmarkError, RequestError
 from ..kernels import aot, roofline
 from ..kernels.registry import specs
+from .cases import Case, SideSpec
 
-__all__ = ["kernels"]
+__all__ = ["bench", "bench_compare", "bench_list", "kernels"]
+
+
+def bench(args: argparse.Namespace) -> Iterator[str]:
+    """Measure sides beside each other; the report's tables, and where it lies."""
+    from . import report
+    from .cases import case_named, default_sides, sides_named
+    from .gates import gate_named
+    from .suite import METRICS, Settings, Suite, device_named
+
+    device = device_named(args.device)
+    names = args.case or (["demo"] if device.type == "cpu" else ["sdxl", "sdxl-refiner"])
+    work: list[tuple[Case, list[SideSpec]]] = []
+    for name in dict.fromkeys(names):
+        case = _adjusted(case_named(name), args)
+        work.append((case, sides_named(args.side or default_sides(case, device))))
+    settings = Settings(
+        gate=gate_named(args.gate),
+        device=device,
+        out=args.out,
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        prompts=_prompts(args.prompts),
+        metrics=args.metric or METRICS,
+        clip=args.clip,
+        truth=args.truth,
+        rounds=args.rounds,
+        pictures=args.pictures,
+        seed=args.seed,
+        work=args.work,
+        beside=args.beside,
+    )
+    found = Suite(work, settings).run()
+    if args.json:
+        yield (args.out / "bench.json").read_text("utf-8").rstrip()
+    else:
+        yield report.markdown(found)
+        yield f"{args.out / 'bench.html'} shows it with plots and pictures; {args.out / 'bench.json'} has all figures"
+    rows = [row for case in found.cases for row in case.rows]
+    if not any(row.batches for row in rows):
+        skipped = [f"{case.case['name']}: {case.skipped}" for case in found.cases if case.skipped]
+        reasons = [f"{row.side}: {row.reason}" for row in rows] + skipped
+        raise BenchmarkError(f"nothing could be measured; {'; '.join(reasons)}")
+
+
+def _adjusted(case: Case, args: argparse.Namespace) -> Case:
+    """The case with what was asked for otherwise."""
+    changes: dict[str, Any] = {
+        "model": args.model,
+        "refiner": args.refiner,
+        "size": args.size,
+        "steps": args.steps,
+        "batches": args.batch,
+        "dtype": args.dtype,
+        "guidance": args.guidance,
+        "high_noise_frac": args.high_noise_frac,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if changes.get("refiner") == "none":
+        changes["refiner"] = None
+    return replace(case, **changes)
+
+
+def _prompts(file: Path | None) -> list[str]:
+    """One a line; empty lines are passed over."""
+    if file is None:
+        return []
+    prompts = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise RequestError(f"{file} holds no prompts; write one a line")
+    return prompts
+
+
+def bench_list(args: argparse.Namespace) -> Iterator[str]:
+    """The cases, sides and gates there are."""
+    from .cases import CASES, SIDES
+    from .gates import GATES
+
+    for title, table in (("cases", CASES), ("sides", SIDES), ("gates", GATES)):
+        yield title
+        for row in table.values():
+            yield f"    {row.name:<24}{row.summary}"
+
+
+def bench_compare(args: argparse.Namespace) -> Iterator[str]:
+    """What changed between two results; an error where something got worse."""
+    from .compare import compare
+    from .results import read_report
+
+    changes = compare(read_report(args.before), read_report(args.after), args.tolerance)
+    yield from map(str, changes)
+    worse = [f"{c.case}, {c.side}, {c.what}" for c in changes if c.verdict == "worse"]
+    if worse:
+        raise BenchmarkError(f"{len(worse)} of {len(changes)} figures got worse: {'; '.join(worse)}")
 
 
 def kernels(args: argparse.Namespace) -> Iterator[str]:
