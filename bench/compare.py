@@ -110,8 +110,8 @@ def _memory(
         limit = max(_MEMORY_TOLERANCE * before[kind], _MEMORY_LEAST)
         more = after[kind] - before[kind]
         verdict = "worse" if more > limit else "better" if -more > limit else "same"
-        told = [f"{value / 2**20:,.0f} MiB" for value in (before[kind], after[kind])]
-        yield Change(case, side, f"{what}, {kind} memory", *told, verdict)
+        told, now_told = (f"{value / 2**20:,.0f} MiB" for value in (before[kind], after[kind]))
+        yield Change(case, side, f"{what}, {kind} memory", told, now_told, verdict)
 
 
 def _verdict(before: Interval, after: Interval, tolerance: float, *, more_is_better: bool) -> str:

@@ -27,8 +27,10 @@ _TRIAL_STEPS = 4
 def load_pipelines(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any | None]:
     """diffusers' own pipelines of base and refiner, sharing the second text encoder and the VAE."""
     import diffusers
+    import transformers
 
-    diffusers.utils.logging.disable_progress_bar()
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     place = {"dtype": dtype, "add_watermarker": False}
     base = diffusers.StableDiffusionXLPipeline.from_pretrained(checkpoint_folder(case.model), **place)
     refiner = None
