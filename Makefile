@@ -17,10 +17,11 @@ export PROMPT SEED IMAGE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help generate test test-full gpu check format clean
+.PHONY: help generate bench test test-full gpu check format clean
 
 help:
 	@echo 'make generate [PROMPT="..."] [SEED=2] [IMAGE=image.png]   a picture from the shipped demo model'
+	@echo 'make bench [BENCH="--case demo"]   speed, memory and quality beside diffusers, into out/bench: some minutes'
 	@echo 'make test        the tests, a few minutes'
 	@echo 'make test-full   the slow ones as well: every sampler, demo quality, full-size weights and engines'
 	@echo 'make gpu         what needs a CUDA GPU'
@@ -43,6 +44,9 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 
 generate: $(VENV)/.runtime
 	@$(BIN)/latentrt generate --seed "$$SEED" -o "$$IMAGE" -- "$$PROMPT"
+
+bench: $(VENV)/.test
+	$(BIN)/latentrt bench $(BENCH)
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(PYTEST) -m 'not full' -n 2

@@ -85,6 +85,7 @@ class SideSpec:
         factory: `module:function` that makes a `Side` from a case, a device and a folder for what it builds.
         options: further arguments of the factory.
         builds: it exports or compiles first, which is measured in a process of its own.
+        compiles_each_size: a batch size is minutes of compilation, so that on a CPU only the first is measured.
         dtype: in place of the case's.
     """
 
@@ -93,6 +94,7 @@ class SideSpec:
     factory: str
     options: Mapping[str, Any] = field(default_factory=dict)
     builds: bool = False
+    compiles_each_size: bool = False
     dtype: str | None = None
 
     @property
@@ -112,12 +114,15 @@ _LATENTRT = "latentrt.bench.latentrt_side:open_side"
 def _side_table() -> dict[str, SideSpec]:
     rows = [
         SideSpec("diffusers", "eager, SDPA, contiguous or channels_last, whichever is faster", _DIFFUSERS),
-        SideSpec("diffusers-compile", "torch.compile, channels_last", _DIFFUSERS, {"mode": "default"}, True),
+        SideSpec(
+            "diffusers-compile", "torch.compile, channels_last", _DIFFUSERS, {"mode": "default"}, True, True
+        ),
         SideSpec(
             "diffusers-max-autotune",
             "torch.compile(max-autotune), channels_last",
             _DIFFUSERS,
             {"mode": "max-autotune"},
+            True,
             True,
         ),
         SideSpec(

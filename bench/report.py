@@ -135,10 +135,12 @@ def _settings(case: CaseResult) -> str:
     c = case.case
     size = "the model's own size" if c["size"] is None else f"{c['size'][1]}x{c['size'][0]}"
     steps = " + ".join(str(count) for count in case.steps.values())
+    judged = next((row.quality for row in case.rows if row.quality and row.quality.features), None)
+    seen = f" CLIP and FID are by {judged.features} over {judged.pictures} pictures." if judged else ""
     return (
         f"{size}, {c['steps']} steps ({steps}), guidance {c['guidance']:g}, {c['dtype']}; pictures held against "
         f"{case.reference}, gate {case.gate!r}. Seconds are medians (p10, p90); the speedup is of paired rounds, "
-        "with its 95 % interval."
+        f"with its 95 % interval.{seen}"
     )
 
 

@@ -202,14 +202,20 @@ class CaseRun:
             self._tell(lane.spec.name, f"invalid: {lane.reason}")
 
     def _measure_batch(self, batch: int) -> None:
-        for lane in self._lanes:
+        lanes = [lane for lane in self._lanes if self._takes(lane, batch)]
+        for lane in lanes:
             self._attempt(lane, partial(self._warm_up, batch=batch))
         for round_ in range(self._plan.rounds):
-            first = round_ % len(self._lanes)
+            first = round_ % len(lanes)
             made: dict[str, Images] = {}
-            for lane in [*self._lanes[first:], *self._lanes[:first]]:
+            for lane in [*lanes[first:], *lanes[:first]]:
                 self._attempt(lane, partial(self._time, batch=batch, round_=round_, made=made))
             self._compare(batch, made)
+
+    def _takes(self, lane: _Lane, batch: int) -> bool:
+        """The first side takes every batch size: the others are compared with it."""
+        once = lane.spec.compiles_each_size and lane.job.device == "cpu" and lane is not self._lanes[0]
+        return not once or batch == self._case.batches[0]
 
     def _warm_up(self, lane: _Lane, batch: int) -> None:
         self._tell(lane.spec.name, f"batch {batch}: warm-up")

@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from latentrt.bench.cases import Case, SideSpec
+from latentrt.bench.latentrt_side import LatentrtSide
+from latentrt.bench.latentrt_side import open_side as open_latentrt
 from latentrt.bench.monitor import Span
 from latentrt.bench.side import Made
+from latentrt.runtime.engines.base import Component
+from latentrt.runtime.engines.eager import EagerBackend, EagerEngine
+from latentrt.runtime.pipeline import Pipeline
+from torch import Tensor
 
 SIZE = 32
 
@@ -81,3 +87,49 @@ def open_planted(
 def planted(name: str, **options: Any) -> SideSpec:
     """`planted("slow", step_seconds=0.02)`."""
     return SideSpec(name, "planted", "planted_sides:open_planted", options)
+
+
+class WrongSampler:
+    """A pipeline that takes DPM++ 2M's steps where Euler's were asked for."""
+
+    def __init__(self, pipe: Pipeline) -> None:
+        self._pipe = pipe
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._pipe(*args, sampler="dpm++2m", **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipe, name)
+
+
+def open_wrong_sampler(case: Case, *args: Any, **options: Any) -> LatentrtSide:
+    side = open_latentrt(case, *args, **options)
+    return LatentrtSide(case, WrongSampler(side._pipe))
+
+
+class QuickUNet(EagerEngine):
+    """Predicts nothing, in no time but what it is told to take."""
+
+    seconds = 0.0
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        time.sleep(self.seconds)
+        return {"prediction": torch.zeros_like(inputs["sample"])}
+
+
+class SlowUNet(QuickUNet):
+    seconds = 0.020
+
+
+class QuickBackend(EagerBackend):
+    name = "quick"
+    unet = QuickUNet
+
+    def load(self, component: Component, *, device: torch.device, cache_dir: Path | None) -> EagerEngine:
+        kind = self.unet if component.name == "unet" else EagerEngine
+        return kind(component, device)
+
+
+class SlowBackend(QuickBackend):
+    name = "slow"
+    unet = SlowUNet

@@ -152,6 +152,16 @@ def test_rounds_take_turns(measure: Callable[..., CaseResult]) -> None:
     assert "".join(order[-9:]) == "abcbcacab"
 
 
+def test_a_side_that_compiles_for_each_size_is_measured_at_the_first_on_a_cpu(
+    measure: Callable[..., CaseResult],
+) -> None:
+    compiled = SideSpec("compiled", "", "planted_sides:open_planted", compiles_each_size=True)
+    case = Case("planted", "nothing real", "none", steps=1, batches=(2, 3))
+    found = rows(measure(planted("plain"), compiled, case=case, rounds=2))
+    assert [b.batch for b in found["plain"].batches] == [2, 3]
+    assert [b.batch for b in found["compiled"].batches] == [2]
+
+
 def test_what_was_measured_before_ctrl_c_is_kept(tmp_path: Path) -> None:
     class Interrupted(Worker):
         calls = 0

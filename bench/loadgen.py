@@ -1,0 +1,214 @@
+"""MLPerf's LoadGen over latentrt: it asks for pictures as its scenarios say, keeps the time, and judges.
+
+SingleStream asks for the next picture when one is there, Offline for all at once, Server at random times of a mean
+rate. Source: MLPerf inference rules, stable-diffusion-xl: 20 steps of Euler, guidance 8, and this negative prompt.
+"""
+
+from __future__ import annotations
+
+import queue
+import re
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import BackendUnavailableError, BenchmarkError, RequestError
+from .side import Images
+
+__all__ = ["GUIDANCE", "NEGATIVE", "SCENARIOS", "STEPS", "LoadTest", "Make", "Verdict", "run_loadgen"]
+
+STEPS = 20
+GUIDANCE = 8.0
+NEGATIVE = "normal quality, low quality, worst quality, low res, blurry, nsfw, nude"
+SCENARIOS = ("SingleStream", "Offline", "Server")
+
+Make = Callable[[Sequence[int]], Images]
+"""Indices of prompts -> their pictures."""
+
+
+@dataclass(frozen=True)
+class LoadTest:
+    """How much is asked for.
+
+    Attributes:
+        scenario: of `SCENARIOS`.
+        prompts: how many there are to choose from.
+        seconds: least duration.
+        queries: least number of them; in Offline, of pictures. For a verdict LoadGen wants 64 in SingleStream, and in
+            Server some hundreds, so as to be sure of 99 %.
+        rate: queries a second, in Server those that come, in Offline more than are reached, so that it lasts.
+        latency: seconds, in Server what 99 % have to stay under, in SingleStream what is expected.
+        batch: pictures made at once, at most.
+    """
+
+    scenario: str
+    prompts: int
+    seconds: float = 60.0
+    queries: int = 64
+    rate: float = 1.0
+    latency: float = 20.0
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.scenario not in SCENARIOS:
+            raise RequestError(f"no scenario {self.scenario!r}; there are {', '.join(SCENARIOS)}")
+        for name in ("prompts", "seconds", "queries", "rate", "latency", "batch"):
+            if not getattr(self, name) > 0:
+                raise RequestError(f"{name} is {getattr(self, name)}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What LoadGen's own log says.
+
+    Attributes:
+        valid: its verdict.
+        why_not: its reasons.
+        figures: name -> value, as its summary has them.
+    """
+
+    scenario: str
+    valid: bool
+    why_not: list[str]
+    figures: dict[str, str] = field(default_factory=dict)
+
+
+class _System:
+    """What is tested: a queue that one thread empties, in batches where several wait."""
+
+    def __init__(self, library: Any, make: Make, batch: int) -> None:
+        self._lg = library
+        self._make = make
+        self._batch = batch
+        self._queue: queue.Queue[Any] = queue.Queue()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self.error: Exception | None = None
+        self._thread.start()
+
+    def issue(self, samples: Sequence[Any]) -> None:
+        """LoadGen asks; it does not wait here."""
+        for sample in samples:
+            self._queue.put((sample.id, sample.index))
+
+    def flush(self) -> None:
+        """LoadGen says that no more comes for now; nothing is held back anyway."""
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _serve(self) -> None:
+        while (first := self._queue.get()) is not None:
+            asked = [first]
+            while len(asked) < self._batch and not self._queue.empty():
+                following = self._queue.get()
+                if following is None:
+                    self._queue.put(None)
+                    break
+                asked.append(following)
+            self._answer(asked)
+
+    def _answer(self, asked: Sequence[tuple[int, int]]) -> None:
+        """LoadGen waits for every answer, so that after an error there are empty ones, and the error is kept."""
+        images: Images = np.zeros((len(asked), 0, 0, 3), np.float32)
+        if self.error is None:
+            try:
+                images = self._make([index for _, index in asked])
+            except Exception as error:
+                self.error = error
+        held = [np.ascontiguousarray(image) for image in images]
+        self._lg.QuerySamplesComplete(
+            [
+                self._lg.QuerySampleResponse(id_, image.ctypes.data, image.nbytes)
+                for (id_, _), image in zip(asked, held, strict=True)
+            ]
+        )
+
+
+def run_loadgen(test: LoadTest, make: Make, folder: Path) -> Verdict:
+    """One scenario; LoadGen's logs are left in `folder`.
+
+    Raises:
+        BackendUnavailableError: mlcommons-loadgen is not installed.
+        BenchmarkError: a picture could not be made, or LoadGen wrote no summary.
+    """
+    lg = _library()
+    folder.mkdir(parents=True, exist_ok=True)
+    make([0])  # warm-up
+    system = _System(lg, make, test.batch)
+    sut = lg.ConstructSUT(system.issue, system.flush)
+    qsl = lg.ConstructQSL(test.prompts, test.prompts, _nothing, _nothing)
+    try:
+        lg.StartTestWithLogSettings(sut, qsl, _settings(lg, test), _log_settings(lg, folder))
+    finally:
+        lg.DestroyQSL(qsl)
+        lg.DestroySUT(sut)
+        system.close()
+    if system.error is not None:
+        raise BenchmarkError(
+            f"{test.scenario}: a picture could not be made: {system.error}"
+        ) from system.error
+    return read_summary(folder / "mlperf_log_summary.txt", test.scenario)
+
+
+def read_summary(file: Path, scenario: str) -> Verdict:
+    """LoadGen's verdict and figures.
+
+    Raises:
+        BenchmarkError: it says neither VALID nor INVALID.
+    """
+    text = file.read_text("utf-8") if file.is_file() else ""
+    found = re.search(r"^Result is\s*: (VALID|INVALID)", text, re.MULTILINE)
+    if found is None:
+        raise BenchmarkError(f"{file} holds no verdict of LoadGen")
+    pairs = re.findall(r"^([^:\n]+?)\s*: (\S.*)$", text.partition("Test Parameters Used")[0], re.MULTILINE)
+    why_not = re.findall(r"^\s*\* (.+)$", text, re.MULTILINE)
+    return Verdict(scenario, found[1] == "VALID", [] if found[1] == "VALID" else why_not, dict(pairs))
+
+
+def _library() -> Any:
+    try:
+        return import_module("mlperf_loadgen")
+    except ImportError as error:
+        raise BackendUnavailableError(
+            'MLPerf\'s LoadGen is not installed; pip install mlcommons-loadgen, or "latentrt[bench]"'
+        ) from error
+
+
+def _settings(lg: Any, test: LoadTest) -> Any:
+    settings = lg.TestSettings()
+    settings.scenario = getattr(lg.TestScenario, test.scenario)
+    settings.mode = lg.TestMode.PerformanceOnly
+    settings.min_duration_ms = round(1e3 * test.seconds)
+    settings.min_query_count = test.queries
+    settings.performance_sample_count_override = test.prompts
+    if test.scenario == "SingleStream":
+        settings.single_stream_expected_latency_ns = round(1e9 * test.latency)
+    elif test.scenario == "Offline":
+        # LoadGen asks for rate x duration x 1.1 pictures in its one query.
+        settings.min_query_count = 1
+        settings.offline_expected_qps = max(test.rate, test.queries / (1.1 * test.seconds))
+    else:
+        settings.server_target_qps = test.rate
+        settings.server_target_latency_ns = round(1e9 * test.latency)
+        settings.server_target_latency_percentile = 0.99
+    return settings
+
+
+def _log_settings(lg: Any, folder: Path) -> Any:
+    output = lg.LogOutputSettings()
+    output.outdir = str(folder)
+    output.copy_summary_to_stdout = False
+    settings = lg.LogSettings()
+    settings.log_output = output
+    settings.enable_trace = False
+    return settings
+
+
+def _nothing(indices: Sequence[int]) -> None:
+    """Prompts are in memory all along."""

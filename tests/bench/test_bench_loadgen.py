@@ -1,0 +1,76 @@
+"""LoadGen over something that makes pictures in a known time; the demo itself in `make test-full`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from latentrt.bench.loadgen import SCENARIOS, LoadTest, read_summary, run_loadgen
+from latentrt.errors import BenchmarkError, RequestError
+
+PICTURE_SECONDS = 0.005
+
+
+class Maker:
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.batches: list[int] = []
+        self._fails_at = fails_at
+
+    def __call__(self, indices: Sequence[int]) -> np.ndarray:
+        if len(self.batches) == self._fails_at:
+            raise RuntimeError("planted failure")
+        self.batches.append(len(indices))
+        assert all(0 <= index < 5 for index in indices)
+        time.sleep(PICTURE_SECONDS)
+        return np.zeros((len(indices), 4, 4, 3), np.float32)
+
+
+def load_test(scenario: str, **fields: Any) -> LoadTest:
+    usual = {"prompts": 5, "seconds": 0.3, "queries": 64, "rate": 400.0, "latency": 2.0, "batch": 8}
+    if scenario == "Server":  # what 99 % of queries do is certain after some hundreds
+        usual["queries"] = 700
+    if scenario == "Offline":  # more than there can be, so that it lasts long enough
+        usual["rate"] = 2000.0
+    return LoadTest(scenario, **{**usual, **fields})
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_every_scenario_is_valid(scenario: str, tmp_path: Path) -> None:
+    make = Maker()
+    verdict = run_loadgen(load_test(scenario), make, tmp_path)
+    assert verdict.valid, verdict
+    assert "Result is : VALID" in " ".join((tmp_path / "mlperf_log_summary.txt").read_text().split())
+    assert sum(make.batches) > 64
+    if scenario == "SingleStream":
+        assert set(make.batches) == {1}
+        assert float(verdict.figures["90.0th percentile latency (ns)"]) >= 1e9 * PICTURE_SECONDS
+    if scenario == "Offline":
+        assert set(make.batches[1:-1]) == {8}
+        assert float(verdict.figures["Samples per second"]) <= 8 / PICTURE_SECONDS
+
+
+def test_too_slow_a_server_is_invalid_and_says_why(tmp_path: Path) -> None:
+    verdict = run_loadgen(load_test("Server", latency=0.001), Maker(), tmp_path)
+    assert not verdict.valid
+    assert verdict.why_not
+
+
+def test_an_error_ends_the_test_and_is_told(tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match="Offline: a picture could not be made: planted failure"):
+        run_loadgen(load_test("Offline"), Maker(fails_at=3), tmp_path)
+
+
+def test_bad_sizes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        RequestError, match="no scenario 'MultiStream'; there are SingleStream, Offline, Server"
+    ):
+        load_test("MultiStream")
+    with pytest.raises(RequestError, match="seconds is 0; it must be above 0"):
+        load_test("Server", seconds=0)
+    (tmp_path / "x.txt").write_text("nothing")
+    with pytest.raises(BenchmarkError, match="holds no verdict"):
+        read_summary(tmp_path / "x.txt", "Server")

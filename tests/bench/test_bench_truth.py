@@ -1,0 +1,104 @@
+"""The instrument on the demo: planted faults in a real pipeline, and measures of quality that mean what they say."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from latentrt.bench.cases import CASES, SideSpec, sides_named
+from latentrt.bench.demo_model.scenes import caption, random_scene, render
+from latentrt.bench.features import DemoFeatures, demo_prompts
+from latentrt.bench.gates import GATES, measure_quality
+from latentrt.bench.host import Worker
+from latentrt.bench.quality import frechet_distance
+from latentrt.bench.results import Row
+from latentrt.bench.run import CaseRun, Plan
+from latentrt.runtime.engines import registry
+
+BASE = replace(CASES["demo-base"], size=(64, 64), steps=4, batches=(1,))
+LATENTRT = "latentrt.bench.latentrt_side:open_side"
+
+
+@pytest.fixture(scope="module")
+def features() -> DemoFeatures:
+    return DemoFeatures()
+
+
+def measured(sides: Sequence[SideSpec], folder: Path, rounds: int) -> dict[str, Row]:
+    plan = Plan(demo_prompts(4), GATES["eager"], rounds=rounds, pictures=2)
+    steps = {"base": BASE.steps}
+    run = CaseRun(BASE, sides, plan, steps=steps, device="cpu", folder=folder, open_host=Worker)
+    run.measure()
+    return {row.side: row for row in run.result().rows}
+
+
+def test_a_back_end_that_sleeps_20_ms_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"quick": ("planted_sides", "QuickBackend"), "slow": ("planted_sides", "SlowBackend")}
+    monkeypatch.setattr(registry, "_BACKENDS", known)
+    sides = [SideSpec(name, "", LATENTRT, {"backend": name}) for name in known]
+    found = measured(sides, tmp_path, rounds=7)
+    quick, slow = (found[name].batches[0].stages["base_step"] for name in known)
+    assert slow - quick == pytest.approx(0.020, abs=0.005)
+
+
+def test_a_wrong_sampler_has_no_speed(tmp_path: Path) -> None:
+    eager = sides_named(["latentrt-eager"])[0]
+    wrong = replace(eager, name="wrong", factory="planted_sides:open_wrong_sampler")
+    found = measured([eager, wrong], tmp_path, rounds=1)
+    assert found["wrong"].status == "invalid"
+    assert found["wrong"].batches == []
+    assert found["wrong"].reason.startswith("PSNR ")
+    assert found["latentrt-eager"].status == "measured"
+    assert found["latentrt-eager"].batches[0].stages.keys() >= {"text", "base", "base_step", "decode"}
+
+
+def test_fid_of_true_scenes_to_themselves_is_0_and_rises_with_noise(features: DemoFeatures) -> None:
+    rng = random.Random(5)
+    scenes = [render(random_scene(rng)) for _ in range(60)]
+    noise = np.random.default_rng(0).normal(size=(60, *scenes[0].shape))
+    truth = features.see(scenes)
+    fids = []
+    for level in (0, 6, 15, 40, 90):
+        noisy = [np.clip(s + level * n, 0, 255).astype(np.uint8) for s, n in zip(scenes, noise, strict=True)]
+        fids.append(frechet_distance(truth, features.see(noisy)))
+    print(fids)
+    assert fids[0] == pytest.approx(0, abs=1e-4)  # fewer pictures than features: rounding
+    assert all(later > 1.5 * earlier for earlier, later in pairwise(fids[1:]))
+    assert fids[1] > 1e-3
+
+
+def test_clip_score_orders_right_captions_above_wrong_ones(features: DemoFeatures) -> None:
+    rng = random.Random(7)
+    scenes = [random_scene(rng) for _ in range(40)]
+    captions = [caption(rng, scene, say_relation=True) for scene in scenes]
+    pictures = [render(scene) for scene in scenes]
+    right = features.scores(pictures, captions)
+    wrong = features.scores(pictures, captions[1:] + captions[:1])
+    print(right.mean(), wrong.mean())
+    assert (right > wrong).mean() > 0.9
+    assert right.mean() > wrong.mean() + 10
+
+
+def test_quality_of_pictures_beside_the_references(features: DemoFeatures) -> None:
+    rng = random.Random(9)
+    scenes = [random_scene(rng) for _ in range(6)]
+    captions = [caption(rng, scene) for scene in scenes]
+    clean = np.stack([render(scene) for scene in scenes]).astype(np.float32) / 255
+    damaged = np.clip(clean + 0.2 * np.random.default_rng(0).standard_normal(clean.shape), 0, 1).astype(
+        np.float32
+    )
+    same, other = (measure_quality(x, clean, captions, features) for x in (clean, damaged))
+    assert (same.psnr, same.pictures) == (200.0, 6)
+    assert same.ssim == pytest.approx(1, abs=1e-9)
+    assert same.clip == same.clip_reference
+    assert same.fid == same.fid_reference
+    assert other.psnr == pytest.approx(14, abs=3)
+    assert other.ssim < 0.7
+    assert other.clip < same.clip
+    assert other.fid > same.fid
+    assert other.features == "the demo's image tower"
