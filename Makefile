@@ -3,6 +3,7 @@ PYTHON ?= python3
 PROMPT ?= an orange triangle below a cyan circle
 SEED ?= 2
 IMAGE ?= image.png
+BENCH ?= --batch 1,2 --rounds 5
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
@@ -21,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo 'make generate [PROMPT="..."] [SEED=2] [IMAGE=image.png]   a picture from the shipped demo model'
-	@echo 'make bench [BENCH="--case demo"]   speed, memory and quality beside diffusers, into out/bench: some minutes'
+	@echo 'make bench       speed, memory and quality beside diffusers into out/bench, under ten minutes'
 	@echo 'make test        the tests, a few minutes'
 	@echo 'make test-full   the slow ones as well: every sampler, demo quality, full-size weights and engines'
 	@echo 'make gpu         what needs a CUDA GPU'

@@ -312,6 +312,30 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     c.add_argument("after", type=Path, metavar="B.json")
     c.add_argument("--tolerance", type=float, default=0.03, help="of a speed (default 0.03)")
     c.set_defaults(run=("bench", "bench_compare"))
+    m = actions.add_parser(
+        "loadgen", help="MLPerf's LoadGen over a pipeline; ends with 1 where it says INVALID"
+    )
+    m.add_argument(
+        "--scenario", action="append", default=[], help="SingleStream, Offline, Server (default: all)"
+    )
+    m.add_argument("--model", default="demo", metavar="MODEL", help="as for generate")
+    m.add_argument("--refiner", metavar="MODEL", help="as for generate")
+    m.add_argument("--backend", default="auto", help="see `latentrt backends` (default auto)")
+    m.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: by device")
+    m.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    m.add_argument("--size", type=_size, metavar="WxH", help="in pixels (default: the model's own)")
+    m.add_argument("--steps", type=int, default=20, help="of Euler (default 20, MLPerf's)")
+    m.add_argument("--guidance", type=float, default=8.0, help="default 8, MLPerf's")
+    m.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (default: the demo's world)")
+    m.add_argument("--seconds", type=float, default=60.0, help="least duration of a scenario (default 60)")
+    m.add_argument("--queries", type=int, default=64, help="least number of them (default 64)")
+    m.add_argument("--rate", type=float, help="queries a second (default: by what is reached here)")
+    m.add_argument(
+        "--latency", type=float, default=20.0, help="seconds that 99 %% of Server stay under (default 20)"
+    )
+    m.add_argument("--batch", type=int, default=1, help="pictures made at once, at most (default 1)")
+    m.add_argument("--out", type=Path, metavar="DIR", default=Path("out/loadgen"), help="for LoadGen's logs")
+    m.set_defaults(run=("bench", "bench_loadgen"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -67,7 +67,7 @@ _ROWS = (
     Case("sdxl", "SDXL base at 1024x1024, random weights", batches=(1, 2, 4, 8), **_SDXL),
     Case(
         "sdxl-refiner",
-        "SDXL base + refiner, 24 + 6 steps at 1024x1024, random weights",
+        "SDXL base + refiner at 1024x1024, random weights",
         refiner="sdxl-refiner-random",
         batches=(1, 4),
         **_SDXL,

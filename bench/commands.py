@@ -18,7 +18,10 @@ from ..kernels import aot, roofline
 from ..kernels.registry import specs
 from .cases import Case, SideSpec
 
-__all__ = ["bench", "bench_compare", "bench_list", "kernels"]
+__all__ = ["bench", "bench_compare", "bench_list", "bench_loadgen", "kernels"]
+
+_BELOW, _ABOVE = 0.5, 2.0
+"""Of the rate that is reached: what Server asks for, so that queues stay short, and Offline, so that it lasts."""
 
 
 def bench(args: argparse.Namespace) -> Iterator[str]:
@@ -111,6 +114,43 @@ def bench_compare(args: argparse.Namespace) -> Iterator[str]:
     worse = [f"{c.case}, {c.side}, {c.what}" for c in changes if c.verdict == "worse"]
     if worse:
         raise BenchmarkError(f"{len(worse)} of {len(changes)} figures got worse: {'; '.join(worse)}")
+
+
+def bench_loadgen(args: argparse.Namespace) -> Iterator[str]:
+    """MLPerf's scenarios over a pipeline; LoadGen's verdict on each, and an error where one is INVALID."""
+    from ..runtime.pipeline import Pipeline
+    from .features import demo_prompts
+    from .loadgen import SCENARIOS, LoadTest, PipelineMaker, Verdict, run_loadgen
+    from .suite import device_named
+
+    pipe = Pipeline.from_pretrained(
+        args.model, args.refiner, backend=args.backend, dtype=args.dtype, device=device_named(args.device)
+    )
+    prompts = _prompts(args.prompts) or demo_prompts(64)
+    make = PipelineMaker(pipe, prompts, size=args.size, steps=args.steps, guidance=args.guidance)
+    reached = make.rate(args.batch) if args.rate is None else args.rate
+    verdicts: list[Verdict] = []
+    for scenario in args.scenario or SCENARIOS:
+        factor = {"Server": _BELOW, "Offline": _ABOVE}.get(scenario, 1.0) if args.rate is None else 1.0
+        test = LoadTest(
+            scenario,
+            prompts=len(prompts),
+            seconds=args.seconds,
+            queries=args.queries,
+            rate=reached * factor,
+            latency=args.latency,
+            batch=args.batch,
+        )
+        verdict = run_loadgen(test, make, args.out / scenario)
+        verdicts.append(verdict)
+        yield f"{scenario}: {'VALID' if verdict.valid else 'INVALID'}"
+        yield from (f"    {name}: {value}" for name, value in verdict.figures.items())
+        yield from (f"    {reason}" for reason in verdict.why_not)
+    invalid = [verdict.scenario for verdict in verdicts if not verdict.valid]
+    if invalid:
+        raise BenchmarkError(
+            f"LoadGen calls {', '.join(invalid)} INVALID; its reasons are above and in {args.out}"
+        )
 
 
 def kernels(args: argparse.Namespace) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -73,6 +74,7 @@ def _free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+@functools.cache
 def _parameters(model: str) -> int:
     if model in RANDOM:
         return sum(component_bytes(PUBLISHED / RANDOM[model]).values()) // _RANDOM_SIZE
