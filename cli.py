@@ -46,8 +46,19 @@ def _counts(text: str) -> tuple[int, ...]:
     """`1,2,4` -> (1, 2, 4)."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} are no batch sizes; write such as 1,2,4")
+        raise argparse.ArgumentTypeError(f"{text!r} are no counts from 1 up; write such as 1,2,4")
     return tuple(dict.fromkeys(map(int, parts)))
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    """`0.6,0.8,1` -> (0.6, 0.8, 1.0), each 0 to 1."""
+    try:
+        shares = tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        shares = ()
+    if not shares or not all(0 <= share <= 1 for share in shares):
+        raise argparse.ArgumentTypeError(f"{text!r} are no shares from 0 to 1; write such as 0.6,0.8,1")
+    return shares
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -336,6 +347,19 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     m.add_argument("--batch", type=int, default=1, help="pictures made at once, at most (default 1)")
     m.add_argument("--out", type=Path, metavar="DIR", default=Path("out/loadgen"), help="for LoadGen's logs")
     m.set_defaults(run=("bench", "bench_loadgen"))
+    w = actions.add_parser(
+        "sweep", help="time against quality over steps and the refiner's share, on the demo"
+    )
+    w.add_argument("--steps", type=_counts, metavar="N,M,...", default=(8, 15, 30), help="default 8,15,30")
+    w.add_argument(
+        "--share", type=_shares, metavar="F,G,...", default=(0.6, 0.8, 1.0), help="default 0.6,0.8,1"
+    )
+    w.add_argument("--pictures", type=int, default=48, help="of each setting (default 48)")
+    w.add_argument("--batch", type=int, default=8, help="pictures at once (default 8)")
+    w.add_argument("--seed", type=int, default=0)
+    w.add_argument("--backend", default="auto", help="see `latentrt backends` (default auto)")
+    w.add_argument("--out", type=Path, metavar="DIR", default=Path("out/sweep"), help="default out/sweep")
+    w.set_defaults(run=("bench", "bench_sweep"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..kernels import aot, roofline
 from ..kernels.registry import specs
 from .cases import Case, SideSpec
 
-__all__ = ["bench", "bench_compare", "bench_list", "bench_loadgen", "kernels"]
+__all__ = ["bench", "bench_compare", "bench_list", "bench_loadgen", "bench_sweep", "kernels"]
 
 _BELOW, _ABOVE = 0.5, 2.0
 """Of the rate that is reached: what Server asks for, so that queues stay short, and Offline, so that it lasts."""
@@ -41,7 +41,7 @@ def bench(args: argparse.Namespace) -> Iterator[str]:
         gate=gate_named(args.gate),
         device=device,
         out=args.out,
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=_command(),
         prompts=_prompts(args.prompts),
         metrics=args.metric or METRICS,
         clip=args.clip,
@@ -151,6 +151,45 @@ def bench_loadgen(args: argparse.Namespace) -> Iterator[str]:
         raise BenchmarkError(
             f"LoadGen calls {', '.join(invalid)} INVALID; its reasons are above and in {args.out}"
         )
+
+
+def bench_sweep(args: argparse.Namespace) -> Iterator[str]:
+    """Time against quality over steps and the refiner's share, on the demo."""
+    from ..runtime.pipeline import Pipeline
+    from .features import DemoFeatures, demo_prompts
+    from .live import LiveTable
+    from .machine import describe_machine
+    from .sweep import sweep, table, write_sweep
+
+    pipe = Pipeline.from_pretrained("demo", "demo", backend=args.backend)
+    pipe.set_progress_bar_config(disable=True)
+
+    def make(prompts: Sequence[str], seeds: Sequence[int], steps: int, frac: float) -> Any:
+        return pipe(
+            list(prompts), seed=list(seeds), num_inference_steps=steps, high_noise_frac=frac, output_type="np"
+        ).images
+
+    with LiveTable("sweep", ["demo"]) as live:
+        points = sweep(
+            make,
+            demo_prompts(args.pictures, args.seed),
+            DemoFeatures(),
+            steps=args.steps,
+            fracs=args.share,
+            batch=args.batch,
+            seed=args.seed,
+            tell=lambda state: live.tell("demo", state),
+        )
+    machine = describe_machine()
+    about = {"command": _command(), "machine": machine, "seed": args.seed, "pictures": args.pictures}
+    title = f"The demo on {machine['processor']}, {pipe.backend}, {args.pictures} pictures"
+    write_sweep(args.out, points, {**about, "backend": pipe.backend}, title)
+    yield from table(points)
+    yield f"{args.out / 'sweep.html'} shows it"
+
+
+def _command() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def kernels(args: argparse.Namespace) -> Iterator[str]:

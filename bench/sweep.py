@@ -1,0 +1,132 @@
+"""What steps cost and give: time against quality over numbers of steps and shares of the refiner, on the demo.
+
+Each setting makes the same prompts and seeds. Settings take turns, one batch of pictures at a time, so that a change
+in the machine's speed meets all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from ..errors import RequestError
+from .features import Features, as_bytes
+from .plots import lines
+from .quality import frechet_distance
+from .side import Images
+
+__all__ = ["Make", "Point", "page", "sweep", "table", "write_sweep"]
+
+Make = Callable[[Sequence[str], Sequence[int], int, float], Images]
+"""(prompts, seeds, steps, high_noise_frac) -> pictures."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting.
+
+    Attributes:
+        high_noise_frac: the base's share of the schedule; at 1 the refiner does nothing.
+        seconds: of a picture, the median over batches.
+        clip: mean CLIP score.
+        fid: to true pictures.
+    """
+
+    steps: int
+    high_noise_frac: float
+    seconds: float
+    clip: float
+    fid: float
+
+
+def sweep(
+    make: Make,
+    prompts: Sequence[str],
+    features: Features,
+    *,
+    steps: Sequence[int],
+    fracs: Sequence[float],
+    batch: int,
+    seed: int,
+    tell: Callable[[str], None] = lambda state: None,
+) -> list[Point]:
+    """Every combination, over all prompts.
+
+    Raises:
+        RequestError: a share is not in [0, 1], steps are below 1, or there are fewer than two prompts.
+    """
+    wrong = [frac for frac in fracs if not 0 <= frac <= 1]
+    if wrong or not all(count >= 1 for count in steps) or len(prompts) < 2:
+        raise RequestError(
+            f"steps {list(steps)}, shares {list(fracs)}, {len(prompts)} prompts; steps must be at least 1, shares 0 to "
+            "1, and prompts two"
+        )
+    if features.truth is None:
+        raise RequestError(f"{features.name} has no true pictures to compare with")
+    settings = list(itertools.product(steps, fracs))
+    images: dict[tuple[int, float], list[Images]] = {setting: [] for setting in settings}
+    times: dict[tuple[int, float], list[float]] = {setting: [] for setting in settings}
+    make(prompts[:batch], list(range(seed, seed + min(batch, len(prompts)))), *settings[0])  # warm-up
+    for first in range(0, len(prompts), batch):
+        some = prompts[first : first + batch]
+        seeds = [seed + first + k for k in range(len(some))]
+        for setting in settings:
+            tell(f"{setting[0]} steps, share {setting[1]:g}: pictures {first + 1} to {first + len(some)}")
+            begun = time.perf_counter()
+            images[setting].append(make(some, seeds, *setting))
+            times[setting].append((time.perf_counter() - begun) / len(some))
+    points = []
+    for setting in settings:
+        pictures = as_bytes(np.concatenate(images[setting]))
+        clip = float(features.scores(pictures, prompts).mean())
+        fid = frechet_distance(features.truth, features.see(pictures))
+        points.append(Point(*setting, median(times[setting]), clip, fid))
+    return points
+
+
+def table(points: Sequence[Point]) -> list[str]:
+    """A Markdown table."""
+    rows = [
+        f"| {p.steps} | {p.high_noise_frac:g} | {p.seconds:.3f} | {p.clip:.2f} | {p.fid:.2f} |"
+        for p in points
+    ]
+    return ["| steps | base's share | s/picture | CLIP | FID |", "| --- | --- | --- | --- | --- |", *rows]
+
+
+def page(points: Sequence[Point], title: str) -> str:
+    """A page with CLIP score and FID against seconds, a line for each share of the base."""
+    plots = []
+    for name, unit in (("clip", "CLIP score, more is better"), ("fid", "FID, less is better")):
+        series = []
+        for frac in dict.fromkeys(p.high_noise_frac for p in points):
+            line = sorted((p for p in points if p.high_noise_frac == frac), key=lambda p: p.seconds)
+            series.append(
+                (f"base's share {frac:g}", [p.seconds for p in line], [getattr(p, name) for p in line])
+            )
+        plots.append(f"<h2>{unit}</h2>{lines(series, 's/picture', name)}")
+    style = "body{font:15px system-ui,sans-serif;max-width:1000px;margin:2em auto}.grid{stroke:#ddd}"
+    head = f'<meta charset="utf-8"><title>latentrt bench sweep</title><style>{style}</style>'
+    body = f"<h1>{escape(title)}</h1>{''.join(plots)}"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+
+
+def write_sweep(folder: Path, points: Sequence[Point], about: dict[str, Any], title: str) -> None:
+    """`sweep.json` and `sweep.html`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "schema": 1,
+        "benchmark": "latentrt bench sweep",
+        **about,
+        "points": [asdict(p) for p in points],
+    }
+    (folder / "sweep.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    (folder / "sweep.html").write_text(page(points, title), "utf-8")

@@ -1,0 +1,64 @@
+"""The sweep over something whose time and quality are known."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from latentrt.bench.sweep import sweep, table, write_sweep
+from latentrt.errors import RequestError
+
+
+class Brightness:
+    """Sees how bright a picture is; truth is white."""
+
+    name = "brightness"
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        self.truth = rng.normal(255, 0.1, (50, 2))
+
+    def see(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        return np.stack([[p.mean(), p.mean()] for p in pictures])
+
+    def scores(self, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+        assert len(pictures) == len(prompts)
+        return np.array([p.mean() for p in pictures])
+
+
+def test_more_steps_take_longer_and_are_better(tmp_path: Path) -> None:
+    asked = []
+
+    def make(prompts: Sequence[str], seeds: Sequence[int], steps: int, frac: float) -> np.ndarray:
+        asked.append((list(seeds), steps, frac))
+        time.sleep(0.02 * steps * len(prompts))
+        return np.full((len(prompts), 4, 4, 3), min(1.0, steps / 10) * frac, np.float32)
+
+    points = sweep(make, ["a", "b", "c"], Brightness(), steps=(2, 8), fracs=(0.5, 1.0), batch=2, seed=7)
+    assert [(p.steps, p.high_noise_frac) for p in points] == [(2, 0.5), (2, 1.0), (8, 0.5), (8, 1.0)]
+    few, many = points[1], points[3]
+    assert many.seconds - few.seconds == pytest.approx(0.12, abs=0.03)
+    assert many.clip > few.clip
+    assert many.fid < few.fid
+    # After the warm-up, settings take turns over the same seeds.
+    assert asked[1:] == [
+        (seeds, steps, frac) for seeds in ([7, 8], [9]) for steps in (2, 8) for frac in (0.5, 1.0)
+    ]
+    assert len(table(points)) == 6
+    write_sweep(tmp_path / "new", points, {"seed": 7}, "a <title>")
+    assert len(json.loads((tmp_path / "new" / "sweep.json").read_text())["points"]) == 4
+    page = (tmp_path / "new" / "sweep.html").read_text()
+    assert page.count("<polyline") == 4
+    assert "a &lt;title&gt;" in page
+
+
+def test_settings_that_cannot_be() -> None:
+    for options in ({"fracs": (1.5,)}, {"steps": (0,)}, {"prompts": ["a"]}):
+        arguments = {"prompts": ["a", "b"], "steps": (1,), "fracs": (1.0,), **options}
+        prompts = arguments.pop("prompts")
+        with pytest.raises(RequestError, match="steps must be at least 1, shares 0 to 1, and prompts two"):
+            sweep(lambda *_: None, prompts, Brightness(), batch=1, seed=0, **arguments)
