@@ -77,8 +77,12 @@ def test_random_weights_of_published_anatomy_run_on_both(tmp_path: Path) -> None
         "text_encoder": SMALL_TEXT,
         "text_encoder_2": SMALL_TEXT,
     }
+    refiner_unet = {**SMALL_UNET, "block_out_channels": [32, 64, 64, 64], "attention_head_dim": [2, 4, 4, 4]}
+    refiner_changes = {**changes, "unet": refiner_unet}
+    del refiner_changes["text_encoder"]
     models = [
-        write_checkpoint(tmp_path / name, PUBLISHED / name, changes) for name in ("sdxl_base", "sdxl_refiner")
+        write_checkpoint(tmp_path / "base", PUBLISHED / "sdxl_base", changes),
+        write_checkpoint(tmp_path / "refiner", PUBLISHED / "sdxl_refiner", refiner_changes),
     ]
     case = Case("random", "random", *map(str, models), size=(64, 64), steps=2, high_noise_frac=0.5)
     check(
