@@ -18,7 +18,7 @@ export PROMPT SEED IMAGE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help generate bench test test-full gpu check format clean
+.PHONY: help generate bench test test-full gpu gpu-tests gpu-kernels gpu-bench check format clean
 
 help:
 	@echo 'make generate [PROMPT="..."] [SEED=2] [IMAGE=image.png]   a picture from the shipped demo model'
@@ -58,8 +58,19 @@ test-full: $(VENV)/.test
 	$(BIN)/python -m latentrt.bench.full_size
 	$(BIN)/python -m latentrt.bench.full_size_engines
 
-gpu: $(VENV)/.test
+# Each part goes on where it was stopped, or is short; results are written to bench/results as they come.
+gpu: gpu-tests gpu-kernels gpu-bench
+
+gpu-tests: $(VENV)/.test
 	$(PYTEST) -m gpu
+
+gpu-kernels: $(VENV)/.test
+	$(BIN)/latentrt kernels --measure
+	$(BIN)/latentrt kernels --tune
+
+gpu-bench: $(VENV)/.test
+	$(BIN)/latentrt bench --case sdxl --batch 1 --out bench/results/gpu-sdxl
+	$(BIN)/latentrt bench --case sdxl-refiner --batch 1 --out bench/results/gpu-sdxl-refiner
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

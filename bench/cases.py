@@ -135,6 +135,10 @@ def _side_table() -> dict[str, SideSpec]:
     for name in backend_names():
         options = {"backend": name}
         rows.append(SideSpec(f"latentrt-{name}", f"latentrt on {name}", _LATENTRT, options, name != "eager"))
+    plain = {"backend": "triton", "graphs": False}
+    rows.append(
+        SideSpec("latentrt-triton-plain", "latentrt on triton without CUDA graphs", _LATENTRT, plain, True)
+    )
     return {row.name: row for row in rows}
 
 

@@ -54,11 +54,23 @@ def _spans(timings: dict[str, float], end: float) -> list[Span]:
 
 
 def open_side(
-    case: Case, device: torch.device, dtype: torch.dtype, folder: Path, *, backend: str
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+    folder: Path,
+    *,
+    backend: str,
+    graphs: bool | None = None,
 ) -> LatentrtSide:
     """Load the case's checkpoints; exports and engines are kept in `folder`."""
     pipe = Pipeline.from_pretrained(
-        case.model, case.refiner, backend=backend, dtype=dtype, device=device, cache_dir=folder / "cache"
+        case.model,
+        case.refiner,
+        backend=backend,
+        dtype=dtype,
+        device=device,
+        cache_dir=folder / "cache",
+        graphs=graphs,
     )
     pipe.set_progress_bar_config(disable=True)
     return LatentrtSide(case, pipe)
