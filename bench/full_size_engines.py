@@ -24,12 +24,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..errors import CacheError, LatentRTError
 from ..export.memory import available_bytes, build_bytes, peak_bytes
 from ..runtime.cache import Store
 from ..runtime.engine_store import EngineTarget
@@ -129,58 +131,46 @@ def disk_needed(weights: Mapping[str, int]) -> int:
     return int(sum(weights.values()) + _PER_WEIGHT_BYTE * max(weights.values()))
 
 
-def measure(
-    model: str,
-    checkpoint: Path,
-    names: Sequence[str],
-    cache_dir: Path,
-    *,
-    sizes: Sequence[str],
-    machine: Mapping[str, Any],
-    on_row: Callable[[Row], None],
-) -> None:
-    """Export, build and find again each component, telling of each as it is there.
+def measure(model: str, checkpoint: Path, name: str, cache_dir: Path, sizes: Sequence[str]) -> dict[str, Any]:
+    """Export a component, build it, and build it again, which finds the first; what was made is removed.
 
     Args:
-        model: for the rows.
+        model: for messages.
         checkpoint: a diffusers folder.
-        names: of components.
-        cache_dir: holds what is made of one component, which is removed after each.
+        name: of the component.
+        cache_dir: holds what is made, and digests of the weights, which stay.
         sizes: as `SizePolicy.parse` takes them; sizes around the model's own where it is empty.
 
+    Returns:
+        The fields of a row that are measured.
+
     Raises:
-        LatentRTError: what a step says.
+        LatentRTError: what a step says, or that the second build did not find the first.
         BrokenProcessPool: a step was killed, as where memory ran out.
     """
-    for name in names:
-        step = (checkpoint, name, cache_dir, tuple(sizes))
+    step = (checkpoint, name, cache_dir, tuple(sizes))
+    entries = Store(cache_dir).entries
+    shutil.rmtree(entries, ignore_errors=True)  # of a run that was ended
+    try:
         print(f"{model} {name}: exporting", flush=True)
         exported = _in_a_process(_export, *step)
-        print(f"{model} {name}: exported in {exported['seconds']:.0f} s; building", flush=True)
+        print(f"{model} {name}: exported in {exported['export_seconds']:.0f} s; building", flush=True)
         built = _in_a_process(_build, *step)
         found = _in_a_process(_build, *step)
-        if found["built"]:
-            raise RuntimeError(f"{model} {name} was built twice: the second build should find the first")
-        figures = built["figures"]
-        on_row(
-            Row(
-                model=model,
-                component=name,
-                dtype=exported["dtype"],
-                sizes=built["sizes"],
-                weight_bytes=exported["weight_bytes"],
-                export_seconds=exported["seconds"],
-                export_bytes=exported["peak"],
-                relative_error=exported["relative_error"],
-                build_seconds=figures["seconds"],
-                build_bytes=figures["peak_memory_bytes"],
-                engine_bytes=figures["engine_bytes"],
-                layers=figures["layers"],
-                found_seconds=found["seconds"],
-                machine=machine,
-            )
-        )
-        shutil.rmtree(Store(cache_dir).entries)  # and not the digests of the weights
+    finally:
+        shutil.rmtree(entries, ignore_errors=True)
+    if found["built"]:
+        raise CacheError(f"{model} {name} was built twice: the second build should find the first")
+    figures = built["figures"]
+    return {
+        **exported,
+        "sizes": built["sizes"],
+        "build_seconds": figures["seconds"],
+        "build_bytes": figures["peak_memory_bytes"],
+        "engine_bytes": figures["engine_bytes"],
+        "layers": figures["layers"],
+        "found_seconds": found["seconds"],
+    }
 
 
 # --- steps, each in a process of its own
@@ -204,8 +194,8 @@ def _export(checkpoint: Path, name: str, cache_dir: Path, sizes: Sequence[str]) 
     errors = manifest["figures"]["relative_error"]
     return {
         "dtype": str(component.dtype).removeprefix("torch."),
-        "seconds": seconds,
-        "peak": peak_bytes(),
+        "export_seconds": seconds,
+        "export_bytes": peak_bytes(),
         "weight_bytes": model.with_name(f"{model.name}.data").stat().st_size,
         "relative_error": max(error for case in errors.values() for error in case.values()),
     }
@@ -313,11 +303,7 @@ def main(argv: list[str] | None = None) -> int:
     machine, rows = describe_machine(), _read(args.out)
     args.folder.mkdir(parents=True, exist_ok=True)
     asked: list[tuple[str, str]] = []
-
-    def keep(row: Row) -> None:
-        rows[row.key] = row
-        _write(args.out, list(rows.values()), command)
-        print(_table([row]), flush=True)
+    problems: list[str] = []
 
     for configs in args.models:
         model = configs.name
@@ -333,14 +319,22 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{model}: writing random weights, or taking those that are there", flush=True)
         checkpoint = write_checkpoint(args.folder / model, configs, CHANGES.get(model))
         cache_dir = args.folder / "cache"
-        shutil.rmtree(Store(cache_dir).entries, ignore_errors=True)  # of a run that was ended
-        measure(model, checkpoint, todo, cache_dir, sizes=args.size, machine=machine, on_row=keep)
-        shutil.rmtree(cache_dir)
-        if not args.keep:
+        for name in todo:
+            try:
+                measured = measure(model, checkpoint, name, cache_dir, args.size)
+            except (LatentRTError, BrokenProcessPool) as error:  # the others may do
+                problems.append(f"{model} {name}: {error}")
+                print(problems[-1], flush=True)
+                continue
+            row = rows[model, name] = Row(model=model, component=name, machine=machine, **measured)
+            _write(args.out, list(rows.values()), command)
+            print(_table([row]), flush=True)
+        shutil.rmtree(cache_dir, ignore_errors=True)
+        if not args.keep and not problems:
             shutil.rmtree(checkpoint)
-    done = [rows[key] for key in asked]
+    done = [rows[key] for key in asked if key in rows]
     print(_table(done))
-    problems = [problem for row in done for problem in broken(row)]
+    problems += [problem for row in done for problem in broken(row)]
     print("\n".join(problems) if problems else f"within the limits; {args.out}")
     return int(bool(problems) or not done)
 

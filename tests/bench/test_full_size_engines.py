@@ -12,6 +12,7 @@ import pytest
 import torch
 from latentrt.bench import full_size_engines as script
 from latentrt.bench.random_checkpoint import component_bytes, write_checkpoint
+from latentrt.errors import BuildError
 from latentrt.runtime.loading import load_components
 from latentrt.runtime.weights import open_checkpoint
 
@@ -46,7 +47,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
             assert not (cache / "entries").exists()  # of the component before
             (cache / "entries").mkdir(parents=True)
             errors = {"dtype": "float16", "weight_bytes": 5 * GB, "relative_error": 1e-3}
-            return {**errors, "seconds": 100.0, "peak": 6 * GB}
+            return {**errors, "export_seconds": 100.0, "export_bytes": 6 * GB}
         found = (cache / "entries" / "engine").exists()
         (cache / "entries" / "engine").touch()
         figures = {
@@ -138,6 +139,31 @@ def test_it_goes_on_where_it_was_ended(
     assert steps == []
     assert run(configs[0], "--again", "--component", "unet") == 0
     assert steps[0] == ("_export", "sdxl_base", "unet")
+
+
+def test_a_component_that_fails_stops_no_other(
+    run: Callable[..., int],
+    configs: list[Path],
+    steps: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = script._in_a_process
+
+    def fails(step: Any, checkpoint: Path, name: str, *more: Any) -> Any:
+        if name == "unet":
+            raise BuildError("unet: takes more memory than there is")
+        return whole(step, checkpoint, name, *more)
+
+    monkeypatch.setattr(script, "_in_a_process", fails)
+    assert run(configs[1]) == 1
+    assert "sdxl_refiner unet: unet: takes more memory than there is" in capsys.readouterr().out
+    assert [row["component"] for row in read(tmp_path)] == ["text_encoder_2", "vae_decoder", "vae_encoder"]
+    monkeypatch.setattr(script, "_in_a_process", whole)
+    del steps[:]
+    assert run(configs[1]) == 0
+    assert {name for _, _, name in steps} == {"unet"}
 
 
 def test_what_was_measured_elsewhere_is_measured_again(
