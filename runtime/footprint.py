@@ -77,23 +77,22 @@ class Tracker(TorchDispatchMode):
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
             with self:  # its parts are what runs; without gradients PyTorch leaves taking it apart to modes
                 return func._op_dk(_COMPOSITE, *args, **kwargs)
-        for tensor in _tensors((args, kwargs)):
-            self._follow(tensor, 0)  # made before, so not the forward's: unless it is known already
+        for storage in _storages((args, kwargs)):
+            self._follow(storage, 0)  # made before, so not the forward's: unless it is known already
         workspace = 0
         if self._arch is not None and func.namespace == "latentrt" and not func._schema.is_mutable:
             out, workspace = _planned(self._specs[_operator(func)], self._arch, args, kwargs)
         else:
             out = func(*args, **kwargs)
-        for tensor in _tensors(out):
-            self._follow(tensor, tensor.untyped_storage().nbytes())
+        for storage in _storages(out):
+            self._follow(storage, storage.nbytes())
         self.peak = max(self.peak, self.live)
         self.scratch = max(self.scratch, workspace)
         self.pool = max(self.pool, self.live + workspace)
         self.flops += _flops(func, args, kwargs, out)
         return out
 
-    def _follow(self, tensor: Tensor, nbytes: int) -> None:
-        storage = tensor.untyped_storage()
+    def _follow(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         key = storage._cdata
         if key in self._known:
             return
@@ -145,16 +144,21 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            yield leaf.untyped_storage()
+        elif isinstance(leaf, torch.UntypedStorage):
+            yield leaf
+
+
 def _planned(spec: OpSpec, arch: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, int]:
     """An operator's results, and the bytes of what its launches read or write besides them and its arguments."""
     out, launches = spec.plan(*args, **kwargs, arch=arch)
-    own = {t.untyped_storage()._cdata for t in _tensors((args, kwargs, out))}
-    taken = {}
-    for launch in launches:
-        for value in launch.args.values():
-            tensor = value.base if isinstance(value, Descriptor) else value
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in own:
-                taken[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+    own = {storage._cdata for storage in _storages((args, kwargs, out))}
+    used = [value for launch in launches for value in launch.args.values()]
+    tensors = [value.base if isinstance(value, Descriptor) else value for value in used]
+    taken = {s._cdata: s.nbytes() for s in _storages(tensors) if s._cdata not in own}
     return out, sum(taken.values())
 
 

@@ -118,7 +118,8 @@ class ResnetBlock(nn.Module):
             [B, Cout, H, W].
         """
         h = self.conv1(self.norm1(x))  # [B, Cout, H, W]
-        h = self.conv2(self.norm2(h, shift))
+        h = self.norm2(h, shift)  # by itself, so that conv1's output is gone when conv2 runs
+        h = self.conv2(h)
         skip = self.conv_shortcut(x) if self.conv_shortcut is not None else x
         out: Tensor = skip + h
         return out

@@ -77,6 +77,15 @@ def test_full_size_work_is_as_counted_before(single: Plan) -> None:
     assert found == pytest.approx(table, rel=0.01)
 
 
+def test_the_decoder_holds_no_more_than_it_needs_to(single: Plan) -> None:
+    """The most is live in the last doubling: what its level began with, 512 channels at half the size; its input, 256;
+    the image of twice the size; and the convolution's output."""
+    pixels = 1024 * 1024
+    channels = 512 / 4 + 256 / 4 + 256 + 256
+    decoder = single.networks["vae_decoder"].footprint
+    assert decoder.activation_bytes == pytest.approx(2 * channels * pixels, rel=1e-3)
+
+
 def test_full_size_loop(full: Planner) -> None:
     plan = full.plan(guidance_scale=1.0, sampler="dpm++2m")
     room, image = 64, 4 * 128 * 128
