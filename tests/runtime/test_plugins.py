@@ -104,8 +104,15 @@ def fields(attributes: dict[str, Any]) -> Any:
 # --- what is launched, and what it computes
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", ["GroupNorm", "GroupNormSilu", "ShiftGroupNormSilu"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("GroupNorm", torch.float32),
+        ("GroupNormSilu", torch.bfloat16),
+        ("ShiftGroupNormSilu", torch.float16),
+    ],
+    ids=str,
+)
 def test_group_norms(
     name: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
