@@ -14,9 +14,17 @@ import onnx
 import torch
 
 from ..errors import BuildError
-from ..kernels.binaries import AttentionKernels, GroupNormKernels, Kernels, binaries
+from ..kernels.binaries import (
+    AheadAttentionKernels,
+    AttentionKernels,
+    GroupNormKernels,
+    Kernels,
+    binaries,
+)
 from ..runtime.engines.plugin_launch import DTYPES, OPERATORS
+from ..runtime.engines.plugins import AHEAD
 from .functions import DOMAIN
+from .quick_plugins import key_of
 
 __all__ = ["plugin_kernels"]
 
@@ -50,6 +58,8 @@ def plugin_kernels(
 
 
 def _keys(model: Path, names: set[str]) -> Iterator[str]:
+    ahead = AHEAD in names
+    names = {name.partition(":")[0] for name in names}
     graph = onnx.load(model, load_external_data=False).graph
     types = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info, *graph.output)}
     for node in graph.node:
@@ -66,13 +76,18 @@ def _keys(model: Path, names: set[str]) -> Iterator[str]:
             tuple(d.dim_value or -1 for d in types[name].shape.dim) if name in types else ()
             for name in node.input
         ]
-        yield operator.key(_DTYPES[first.elem_type], shapes, attributes)
+        key = key_of if ahead and node.op_type == AHEAD.partition(":")[0] else operator.key
+        yield key(_DTYPES[first.elem_type], shapes, attributes)
 
 
 def _kernels(key: str, arch: int) -> Kernels:
     kind, *rest = key.split()
     fields = dict(field.split("=") for field in rest)
     dtype = getattr(torch, fields["dtype"])
+    if kind == "attention-ahead":
+        return AheadAttentionKernels(
+            dtype, int(fields["columns"]), fields["short"] == "1", float(fields["scale"]), arch
+        )
     if kind == "attention":
         return AttentionKernels(
             dtype, int(fields["columns"]), fields["short"] == "1", fields["negative"] == "1", arch

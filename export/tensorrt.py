@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
 from ..runtime.engines import plugins
 from ..runtime.engines import trt as products
+from . import quick_plugins
 from .memory import peak_bytes
 
 __all__ = ["EngineRequest", "build_engine"]
@@ -78,6 +80,8 @@ def build_engine(request: EngineRequest, on_phase: Callable[[str], None]) -> dic
         key: {int(arch): Path(file) for arch, file in files.items()} for key, files in request.kernels.items()
     }
     with plugins.building(trt, request.plugins, kernels) as session:
+        if plugins.AHEAD in request.plugins:
+            quick_plugins.register(import_module(f"{trt.__name__}.plugin"), session, request.archs[0])
         return _build(trt, request, session, on_phase)
 
 
@@ -121,7 +125,10 @@ class _Build:
 
     def parse(self) -> tuple[Any, Any]:
         trt = self.trt
-        network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        if plugins.AHEAD in self.request.plugins:
+            flags |= 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
+        network = self.builder.create_network(flags)
         parser = trt.OnnxParser(network, self.log)
         if self.request.plugins and not products.has_plugin_library(self.product):
             # Without it the parser would end the process at the first plugin.

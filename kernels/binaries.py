@@ -10,6 +10,8 @@ the sizes at hand. What depends on channels, heads or the dtype is fixed, as a m
 | | stats/any, apply/any | otherwise |
 | attention | attention | every number of queries and keys |
 
+| attention, ahead | attention | the same, with the parameters that TensorRT passes by itself |
+
 A set is JSON: the constants that a grid is computed from, and for each role the entry point, its parameters in order
 with their types, shared memory, warps, the machine code (and the PTX, of which TensorRT makes its own).
 """
@@ -28,6 +30,7 @@ import torch
 
 from ..errors import BackendError
 from . import tuning
+from ._attention_ahead import attention_ahead, attention_wide_ahead
 from ._attention_triton import SHORT, WIDE
 from ._attention_triton import plan as plan_attention
 from ._group_norm_triton import MOST_SPLITS
@@ -35,7 +38,15 @@ from ._group_norm_triton import plan as plan_group_norm
 from ._triton import Launch
 from .aot import SHARED_LIMIT, cache_folder, compile_jobs, compiled, digest, signature
 
-__all__ = ["AttentionKernels", "GroupNormKernels", "Kernels", "binaries"]
+__all__ = [
+    "AheadAttentionKernels",
+    "AttentionKernels",
+    "GroupNormKernels",
+    "Kernels",
+    "binaries",
+    "parameters",
+    "without_scratch",
+]
 
 _POSITIONS = 1024
 """What group norm's tiles are chosen for: a 1024x1024 image has 16384, 4096 or 1024 in SDXL's UNets."""
@@ -126,7 +137,36 @@ class AttentionKernels:
         return _content(self)
 
 
-Kernels = GroupNormKernels | AttentionKernels
+@dataclass(frozen=True)
+class AheadAttentionKernels:
+    """`AttentionKernels` with its scale compiled in, for a plugin that TensorRT launches itself."""
+
+    dtype: torch.dtype
+    columns: int
+    short: bool
+    scale: float
+    arch: int
+
+    def launches(self) -> tuple[dict[str, Launch], dict[str, int]]:
+        """By role; and the constants that a grid is computed from."""
+        plain = AttentionKernels(self.dtype, self.columns, self.short, self.scale < 0, self.arch)
+        found, constants = plain.launches()
+        launch = found["attention"]
+        args = {name: launch.args[name] for name in ("q_ptr", "k_ptr", "v_ptr", "H", "Sq", "Sk", "o_ptr")}
+        scale = max(abs(self.scale) * math.log2(math.e), 1e-30)  # as the operator's plan has it
+        ahead = replace(
+            launch,
+            kernel=attention_wide_ahead if self.columns > WIDE else attention_ahead,
+            args=args,
+            constants={"SCALE": scale, **launch.constants},
+        )
+        return {"attention": ahead}, constants
+
+    def content(self) -> bytes:
+        return _content(self)
+
+
+Kernels = GroupNormKernels | AttentionKernels | AheadAttentionKernels
 
 
 def binaries(wanted: Sequence[Kernels], cache: Path | None = None, jobs: int = 1) -> list[Path]:
@@ -143,6 +183,17 @@ def binaries(wanted: Sequence[Kernels], cache: Path | None = None, jobs: int = 1
         if path in failed:
             raise BackendError(f"compiling {kernels} failed: {failed[path]}")
     return paths
+
+
+def without_scratch(ptx: str) -> str:
+    """PTX whose entry takes what the kernel's source says, without the two pointers to scratch that Triton adds.
+
+    For a kernel that uses none: whoever launches it need not pass them.
+    """
+    begin = ptx.index("(", ptx.index(".entry"))
+    end = ptx.index(")", begin)
+    kept = ptx[begin + 1 : end].split(",")[:-2]
+    return ptx[: begin + 1] + ",".join(kept) + "\n" + ptx[end:]
 
 
 def parameters(launch: Launch) -> list[tuple[str, str]]:
@@ -178,5 +229,5 @@ def _image(launch: Launch, arch: int) -> Mapping[str, Any]:
         "shared": meta.shared,
         "warps": meta.num_warps,
         "cubin": base64.b64encode(built.asm["cubin"]).decode(),
-        "ptx": built.asm["ptx"],
+        "ptx": without_scratch(built.asm["ptx"]),
     }

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import RequestError
 from .cache import MANIFEST, Store
 from .cache_contents import Entry, contents
-from .engines import trt
+from .engines import plugins, trt
 from .engines.base import Component
 from .engines.sizes import Profile
 
@@ -81,6 +81,10 @@ class EngineTarget:
         if self.plugins and old:
             raise RequestError(
                 f"plugins have no kernels for {', '.join(old)}; build for it without, with --plugins none"
+            )
+        if plugins.AHEAD in self.plugins and self.product != "tensorrt":
+            raise RequestError(
+                f"{trt.product(self.product).title} has no plugins that are compiled ahead of time; leave ':ahead' out"
             )
         if self.plugins and self.hardware_compatibility == "ampere-plus":
             raise RequestError(

@@ -74,7 +74,8 @@ class Code:
             },
         )
 
-    def to_bytes(self) -> bytes:
+    @cached_property
+    def packed(self) -> bytes:
         """To be kept in an engine."""
         rows = {
             arch: {
@@ -96,7 +97,7 @@ class Code:
 
     @staticmethod
     def from_bytes(data: bytes) -> Code:
-        """What `to_bytes` wrote.
+        """What `packed` was.
 
         Raises:
             BackendError: it is something else.

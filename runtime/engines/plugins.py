@@ -35,23 +35,28 @@ from ...errors import BackendError, RequestError
 from .plugin_code import Code, Prepared, driver
 from .plugin_launch import DTYPES, OPERATORS, Operator
 
-__all__ = ["NAMESPACE", "Session", "building", "chosen", "failures", "loading", "versions"]
+__all__ = ["AHEAD", "NAMESPACE", "Session", "building", "chosen", "failures", "loading", "versions"]
 
 NAMESPACE, _VERSION = "latentrt", "1"
 """As the exported nodes have them."""
+
+AHEAD = "DotProductAttention:ahead"
+"""The one that is compiled into an engine of TensorRT, which needs no Python for it then: `export.quick_plugins`."""
 
 _FORMAT = "1"
 """Of what is serialised. Engines of another one are refused."""
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 _SOURCES = (
-    *(
-        "kernels/_attention_triton.py",
-        "kernels/_group_norm_triton.py",
-        "kernels/binaries.py",
-        "kernels/tuned",
-    ),
-    *("runtime/engines/plugins.py", "runtime/engines/plugin_code.py", "runtime/engines/plugin_launch.py"),
+    "kernels/_attention_triton.py",
+    "kernels/_attention_ahead.py",
+    "kernels/_group_norm_triton.py",
+    "kernels/binaries.py",
+    "kernels/tuned",
+    "runtime/engines/plugins.py",
+    "runtime/engines/plugin_code.py",
+    "runtime/engines/plugin_launch.py",
+    "export/quick_plugins.py",
 )
 
 
@@ -66,12 +71,14 @@ def chosen(text: str) -> tuple[str, ...]:
         return tuple(sorted(OPERATORS))
     if names == ["none"]:
         return ()
-    unknown = [name for name in names if name not in OPERATORS]
+    unknown = [name for name in names if name not in (*OPERATORS, AHEAD)]
     if unknown or not names:
         raise RequestError(
             f"there is no plugin {', '.join(map(repr, unknown)) or repr(text)}; there are {', '.join(OPERATORS)}, "
-            "and all or none"
+            f"and all or none; for TensorRT also {AHEAD}"
         )
+    if {AHEAD, AHEAD.partition(":")[0]} <= set(names):
+        raise RequestError(f"{text!r} names two plugins for one operator; name one of them")
     return tuple(sorted(set(names)))
 
 
@@ -107,11 +114,16 @@ class Session:
     kernels: Mapping[str, Mapping[int, Path]] = field(default_factory=dict)
     calls: dict[str, Counter[str]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    _read: dict[str, Code] = field(default_factory=dict)
 
     def code(self, key: str) -> Code:
+        """The kernels of that key, read once: many nodes share them."""
         if key not in self.kernels:
             raise BackendError(f"no kernels were compiled for {key}")
-        return Code.of({arch: path.read_bytes() for arch, path in self.kernels[key].items()})
+        if key not in self._read:
+            files = self.kernels[key]
+            self._read[key] = Code.of({arch: path.read_bytes() for arch, path in files.items()})
+        return self._read[key]
 
     @contextmanager
     def watching(self, who: str, *, swallow: bool = False) -> Iterator[None]:
@@ -130,10 +142,10 @@ class Session:
 
 @contextmanager
 def building(trt: Any, names: Sequence[str], kernels: Mapping[str, Mapping[int, Path]]) -> Iterator[Session]:
-    """Parsers and builders of this process take these plugins meanwhile."""
+    """Parsers and builders of this process take these plugins meanwhile; `AHEAD` is registered by who builds."""
     session = Session(kernels, {name: Counter() for name in names})
     registry = trt.get_plugin_registry()
-    creators = [_creator(trt, OPERATORS[name], session) for name in names]
+    creators = [_creator(trt, OPERATORS[name], session) for name in names if name != AHEAD]
     try:
         for creator in creators:
             if not registry.register_creator(creator, NAMESPACE):
@@ -154,6 +166,8 @@ def loading(trt: Any, wanted: Mapping[str, str]) -> None:
         BackendError: one of them is not in this latentrt.
     """
     for name, version in wanted.items():
+        if name == AHEAD:
+            continue  # it is all in the engine
         if name not in OPERATORS or version.partition("-")[0] != _FORMAT:
             have = f"it in version {_FORMAT}" if name in OPERATORS else f"only {', '.join(OPERATORS)}"
             raise BackendError(
@@ -196,13 +210,13 @@ def _creator(trt: Any, operator: Operator, session: Session) -> Any:
             if phase == trt.TensorRTPhase.BUILD:
                 made = None
                 with session.watching(f"{operator.name} of {name}", swallow=True):
-                    session.calls[operator.name]["created"] += 1
                     given = {n: kind(found[n].data[0]) for n, kind in operator.attributes.items()}
                     made = plugin(given, Code())
+                    session.calls[operator.name]["created"] += 1
                 return made  # noqa: RET504 (None where that failed, with which the parser rejects the node)
             with session.watching(operator.name):
-                attributes, code = (_content(found[field]) for field in ("attributes", "kernels"))
-                return plugin(json.loads(attributes), Code.from_bytes(code))
+                code = Code.from_bytes(_content(found["kernels"]))
+                return plugin(json.loads(_content(found["attributes"])), code)
 
     return Creator()
 
@@ -267,7 +281,7 @@ def _plugin_class(trt: Any, operator: Operator, session: Session) -> Any:
             session.calls[operator.name]["serialized"] += 1
             content = {
                 "attributes": json.dumps(self._attributes).encode(),
-                "kernels": self._code.to_bytes(),
+                "kernels": self._code.packed,
             }
             # As numbers of one byte, of which any number may be zero; TensorRT reads them after this has returned.
             self._fields = [

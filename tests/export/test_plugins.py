@@ -160,7 +160,7 @@ def test_the_plan_holds_the_kernels(compiled: list[Kernels], tmp_path: Path) -> 
     assert key == "attention dtype=float16 columns=16 short=1 negative=0"
     code = Code.of({int(arch): Path(file).read_bytes() for arch, file in files.items()})
     assert sorted(code.images) == [86, 89]
-    assert code.to_bytes() in Path(asked.plan).read_bytes()
+    assert code.packed in Path(asked.plan).read_bytes()
 
 
 def test_kernels_that_are_missing(compiled: list[Kernels], tmp_path: Path) -> None:

@@ -104,8 +104,15 @@ def fields(attributes: dict[str, Any]) -> Any:
 # --- what is launched, and what it computes
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", ["GroupNorm", "GroupNormSilu", "ShiftGroupNormSilu"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("GroupNorm", torch.float32),
+        ("GroupNormSilu", torch.bfloat16),
+        ("ShiftGroupNormSilu", torch.float16),
+    ],
+    ids=str,
+)
 def test_group_norms(
     name: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +141,7 @@ def test_group_norms(
         pytest.param(64, 33, 77, 0.125, torch.float16, id="a text's keys"),
         pytest.param(40, 20, 20, 0.158, torch.bfloat16, id="SD 1.5's heads of 40"),
         pytest.param(32, 17, 19, -0.2, torch.float32, id="a negative scale"),
-        pytest.param(512, 20, 20, 0.044, torch.float32, id="a VAE's head, cut into slices"),
+        pytest.param(512, 9, 9, 0.044, torch.float32, id="a VAE's head, cut into slices"),
     ],
 )
 def test_attention(
@@ -148,8 +155,9 @@ def test_attention(
 ) -> None:
     kernels = AttentionKernels(dtype, columns, keys == 77, scale < 0, 80)
     engine = Engine("DotProductAttention", {"scale": scale}, kernels, monkeypatch).attach()
-    q = draw(device, dtype, 2, queries, 3, columns)
-    k, v = (draw(device, dtype, 2, keys, 3, columns) for _ in range(2))
+    B, H = (1, 1) if columns > 256 else (2, 3)  # the interpreter takes its time
+    q = draw(device, dtype, B, queries, H, columns)
+    k, v = (draw(device, dtype, B, keys, H, columns) for _ in range(2))
     exact = reference.attention(q.double(), k.double(), v.double(), scale)
     assert_as_good(engine(q, k, v), reference.attention(q, k, v, scale), exact)
 
@@ -273,9 +281,9 @@ def test_sizes_beyond_32_bits() -> None:
 
 def test_damaged_kernels() -> None:
     code, _ = code_of(norm_kernels(torch.float16, 24))
-    assert Code.from_bytes(code.to_bytes()) == code
+    assert Code.from_bytes(code.packed) == code
     with pytest.raises(BackendError, match=r"kernels of a plugin are damaged \(.*\); build the engine again"):
-        Code.from_bytes(code.to_bytes()[:-9])
+        Code.from_bytes(code.packed[:-9])
 
 
 def test_channels_that_are_not_fixed() -> None:
@@ -362,7 +370,7 @@ def test_plugins_run_where_torch_and_triton_are_not() -> None:
         plugins.driver = lambda: cuda
         session = plugins.Session(calls={"GroupNorm": plugins.Counter()})
         creator = plugins._creator(trt, plugins.OPERATORS["GroupNorm"], session)
-        data = {"attributes": b'{"num_groups": 4, "epsilon": 1e-5}', "kernels": code.to_bytes()}
+        data = {"attributes": b'{"num_groups": 4, "epsilon": 1e-5}', "kernels": code.packed}
         kept = [trt.PluginField(n, np.frombuffer(d, np.int8), trt.PluginFieldType.INT8) for n, d in data.items()]
         plugin = creator.create_plugin("", trt.PluginFieldCollection(kept), trt.TensorRTPhase.RUNTIME)
         plugin = plugin.attach_to_context(None)

@@ -1,0 +1,71 @@
+"""The attention kernels with the parameters that TensorRT passes to a kernel it launches by itself: see `attention`.
+
+An ahead-of-time plugin gets inputs, then integers, then outputs. So strides are worked out here, of contiguous
+tensors, and the scale is compiled in.
+"""
+
+from __future__ import annotations
+
+from ._attention_triton import _attention, _attention_wide
+from ._triton import kernel, tl
+
+__all__ = ["attention_ahead", "attention_wide_ahead"]
+
+
+@kernel
+def attention_ahead(
+    q_ptr,  # [B, Sq, H, D]
+    k_ptr,  # [B, Sk, H, D]
+    v_ptr,  # [B, Sk, H, D]
+    H,
+    Sq,
+    Sk,
+    o_ptr,  # [B, Sq, H, D]
+    SCALE: tl.constexpr,
+    D: tl.constexpr,
+    NEGATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EIGHTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = H * D
+    _attention(
+        *(q_ptr, k_ptr, v_ptr, o_ptr),
+        *(Sq * row, row, D, 1),
+        *(Sk * row, row, D, 1),
+        *(Sk * row, row, D, 1),
+        *(H, Sq, Sk, SCALE),
+        *(D, NEGATE, PRECISION, EIGHTS, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N),
+    )
+
+
+@kernel
+def attention_wide_ahead(
+    q_ptr,  # [B, Sq, H, D]
+    k_ptr,  # [B, Sk, H, D]
+    v_ptr,  # [B, Sk, H, D]
+    H,
+    Sq,
+    Sk,
+    o_ptr,  # [B, Sq, H, D]
+    SCALE: tl.constexpr,
+    D: tl.constexpr,
+    NEGATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = H * D
+    _attention_wide(
+        *(q_ptr, k_ptr, v_ptr, o_ptr),
+        *(Sq * row, row, D, 1),
+        *(Sk * row, row, D, 1),
+        *(Sk * row, row, D, 1),
+        *(H, Sq, Sk, SCALE),
+        *(D, NEGATE, PRECISION, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N),
+    )
