@@ -49,6 +49,7 @@ _BUILDER = ("export/tensorrt.py", "export/build_process.py", "export/memory.py")
 # What neither writes nor checks a graph.
 _OTHERS = (
     *(
+        "export/arguments.py",
         "export/commands.py",
         "export/engines.py",
         "export/folder.py",

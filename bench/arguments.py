@@ -1,0 +1,147 @@
+"""Arguments of `latentrt kernels` and `bench`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..runtime.arguments import arch, size
+
+__all__ = ["add_commands"]
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """`1,2,4` -> (1, 2, 4)."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} are no counts from 1 up; write such as 1,2,4")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def shares(text: str) -> tuple[float, ...]:
+    """`0.6,0.8,1` -> (0.6, 0.8, 1.0), each 0 to 1."""
+    try:
+        shares = tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        shares = ()
+    if not shares or not all(0 <= share <= 1 for share in shares):
+        raise argparse.ArgumentTypeError(f"{text!r} are no shares from 0 to 1; write such as 0.6,0.8,1")
+    return shares
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """To the command line's parser."""
+    k = commands.add_parser(
+        "kernels",
+        help="what the Triton kernels compile to, and the least time their work takes",
+        description="Compiles each kernel at SDXL's shapes for an architecture, which needs no GPU, and puts the "
+        "roofline of a named GPU beside it. --measure and --tune need a GPU, and go on where they stopped when run "
+        "again.",
+    )
+    k.add_argument("--arch", type=arch, metavar="sm_NN", help="default: the architecture of --gpu")
+    k.add_argument("--gpu", default="H200", help="whose roofline (default H200)")
+    k.add_argument("--dtype", choices=("float16", "bfloat16"), default="bfloat16")
+    k.add_argument(
+        "--op", action="append", default=[], metavar="OP", help="only this operator; may be repeated"
+    )
+    k.add_argument("--json", action="store_true")
+    k.add_argument("--measure", action="store_true", help="time them here, beside PyTorch's own")
+    k.add_argument("--tune", action="store_true", help="find this GPU's block sizes and write them down")
+    k.add_argument("--seconds", type=float, default=400.0, help="begin nothing new after (default 400)")
+    k.add_argument("--out", type=Path, metavar="FOLDER", help="for the results (default bench/results)")
+    k.add_argument(
+        "--dry-run", action="store_true", help="only compile what --measure or --tune would run; needs no GPU"
+    )
+    k.set_defaults(run=("bench", "kernels"))
+
+    b = commands.add_parser(
+        "bench",
+        help="speed, memory and quality beside diffusers and plain ONNX Runtime",
+        description="Measures each side of a case in turns, in a process of its own, and writes tables, plots and "
+        "pictures. A side whose pictures are wrong has no speed. `latentrt bench list` has the cases and sides, "
+        "`latentrt bench compare A.json B.json` tells what changed beyond noise.",
+    )
+    b.add_argument(
+        "--case", action="append", default=[], help="may be repeated (default: demo, or sdxl on a GPU)"
+    )
+    b.add_argument(
+        "--side",
+        action="append",
+        default=[],
+        metavar="SIDE[@DTYPE]",
+        help="may be repeated; the first is what the others are compared with (default: all that make sense here)",
+    )
+    b.add_argument("--model", metavar="MODEL", help="in place of the case's: as for generate, or sdxl-random")
+    b.add_argument("--refiner", metavar="MODEL", help="the same, or sdxl-refiner-random; 'none' for none")
+    b.add_argument("--size", type=size, metavar="WxH", help="in place of the case's")
+    b.add_argument("--steps", type=int, help="in place of the case's")
+    b.add_argument("--batch", type=counts, metavar="N,M,...", help="images at once, in place of the case's")
+    b.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="in place of the case's")
+    b.add_argument("--guidance", type=float, help="in place of the case's")
+    b.add_argument("--high-noise-frac", type=float, help="in place of the case's")
+    b.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    b.add_argument(
+        "--rounds", type=int, default=7, help="timed calls of each side and batch size (default 7)"
+    )
+    b.add_argument("--pictures", type=int, default=4, help="of each side for the gate (default 4)")
+    b.add_argument("--gate", default="eager", help="what a speed has to pass (default eager)")
+    b.add_argument(
+        "--metric", action="append", default=[], help="psnr, ssim, clip, fid (default: all there are)"
+    )
+    b.add_argument(
+        "--clip", type=Path, metavar="DIR", help="a CLIP model for CLIP score and FID, not the demo's"
+    )
+    b.add_argument("--truth", type=Path, metavar="DIR", help="true pictures for FID, with --clip")
+    b.add_argument("--prompts", type=Path, metavar="FILE", help="one a line")
+    b.add_argument("--seed", type=int, default=0, help="of the first picture (default 0)")
+    b.add_argument("--out", type=Path, metavar="DIR", default=Path("out/bench"), help="default out/bench")
+    b.add_argument("--work", type=Path, metavar="DIR", help="keep weights, exports and compiled code here")
+    b.add_argument(
+        "--beside", type=Path, action="append", default=[], metavar="FILE.json", help="show as well"
+    )
+    b.add_argument("--json", action="store_true", help="print the results as JSON")
+    b.set_defaults(run=("bench", "bench"))
+    actions = b.add_subparsers(metavar="ACTION")
+    actions.add_parser("list", help="the cases, sides and gates").set_defaults(run=("bench", "bench_list"))
+    c = actions.add_parser("compare", help="what changed; ends with 1 where something got worse")
+    c.add_argument("before", type=Path, metavar="A.json")
+    c.add_argument("after", type=Path, metavar="B.json")
+    c.add_argument("--tolerance", type=float, default=0.03, help="of a speed (default 0.03)")
+    c.set_defaults(run=("bench", "bench_compare"))
+    m = actions.add_parser(
+        "loadgen", help="MLPerf's LoadGen over a pipeline; ends with 1 where it says INVALID"
+    )
+    m.add_argument(
+        "--scenario", action="append", default=[], help="SingleStream, Offline, Server (default: all)"
+    )
+    m.add_argument("--model", default="demo", metavar="MODEL", help="as for generate")
+    m.add_argument("--refiner", metavar="MODEL", help="as for generate")
+    m.add_argument("--backend", default="auto", help="see `latentrt backends` (default auto)")
+    m.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: by device")
+    m.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    m.add_argument("--size", type=size, metavar="WxH", help="in pixels (default: the model's own)")
+    m.add_argument("--steps", type=int, default=20, help="of Euler (default 20, MLPerf's)")
+    m.add_argument("--guidance", type=float, default=8.0, help="default 8, MLPerf's")
+    m.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (default: the demo's world)")
+    m.add_argument("--seconds", type=float, default=60.0, help="least duration of a scenario (default 60)")
+    m.add_argument("--queries", type=int, default=64, help="least number of them (default 64)")
+    m.add_argument("--rate", type=float, help="queries a second (default: by what is reached here)")
+    m.add_argument(
+        "--latency", type=float, default=20.0, help="seconds that 99 %% of Server stay under (default 20)"
+    )
+    m.add_argument("--batch", type=int, default=1, help="pictures made at once, at most (default 1)")
+    m.add_argument("--out", type=Path, metavar="DIR", default=Path("out/loadgen"), help="for LoadGen's logs")
+    m.set_defaults(run=("bench", "bench_loadgen"))
+    w = actions.add_parser(
+        "sweep", help="time against quality over steps and the refiner's share, on the demo"
+    )
+    w.add_argument("--steps", type=counts, metavar="N,M,...", default=(8, 15, 30), help="default 8,15,30")
+    w.add_argument(
+        "--share", type=shares, metavar="F,G,...", default=(0.6, 0.8, 1.0), help="default 0.6,0.8,1"
+    )
+    w.add_argument("--pictures", type=int, default=48, help="of each setting (default 48)")
+    w.add_argument("--batch", type=int, default=8, help="pictures at once (default 8)")
+    w.add_argument("--seed", type=int, default=0)
+    w.add_argument("--backend", default="auto", help="see `latentrt backends` (default auto)")
+    w.add_argument("--out", type=Path, metavar="DIR", default=Path("out/sweep"), help="default out/sweep")
+    w.set_defaults(run=("bench", "bench_sweep"))

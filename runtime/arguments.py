@@ -1,0 +1,152 @@
+"""Arguments of `latentrt generate`, `plan`, `serve`, `backends`, `info` and `cache`, and forms that others share.
+
+The command line imports this before it knows which command it runs: nothing here imports much.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+__all__ = ["add_commands", "arch", "archs", "size"]
+
+
+def size(text: str) -> tuple[int, int]:
+    """`WIDTHxHEIGHT` -> (height, width)."""
+    width, found, height = text.lower().partition("x")
+    if not found or not width.isdecimal() or not height.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write WIDTHxHEIGHT, such as 1024x1024")
+    return int(height), int(width)
+
+
+def arch(text: str) -> int:
+    """`sm_90` -> 90."""
+    digits = text.lower().removeprefix("sm_")
+    if not digits.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not an architecture; write sm_90 or the like")
+    return int(digits)
+
+
+def archs(text: str) -> tuple[int, ...]:
+    """`sm_89,sm_120` -> (89, 120)."""
+    return tuple(sorted({arch(part.strip()) for part in text.split(",")}))
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """To the command line's parser."""
+    g = commands.add_parser("generate", help="make images from a prompt")
+    g.add_argument("prompt", metavar="PROMPT")
+    g.add_argument(
+        "-o", "--output", metavar="FILE", default="image.png", help="PNG to write (default image.png)"
+    )
+    g.add_argument(
+        "--model",
+        default="demo",
+        metavar="MODEL",
+        help="'demo' (shipped), a diffusers folder, a .safetensors file or a hub id",
+    )
+    g.add_argument(
+        "--refiner",
+        metavar="MODEL",
+        help="refiner for the last steps; 'none' for none (default: the demo's own for the demo, else none)",
+    )
+    g.add_argument("--backend", default="auto", help="see `latentrt backends` (default auto)")
+    g.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: by device")
+    g.add_argument("--variant", help="weights variant, such as fp16")
+    g.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    g.add_argument(
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        help="record a denoising step once and replay it (default: on a GPU, as a CUDA graph)",
+    )
+    g.add_argument("--sampler", help="override the checkpoint's, such as euler or dpm++2m-karras")
+    g.add_argument("--steps", type=int, default=30)
+    g.add_argument("--seed", type=int, help="of the first image; the next ones count up (default: random)")
+    g.add_argument("--guidance", type=float, help="guidance scale; 1 or less turns guidance off")
+    g.add_argument("--guidance-rescale", type=float, default=0.0)
+    g.add_argument("--negative", metavar="PROMPT", help="what to steer away from")
+    g.add_argument("--size", type=size, metavar="WxH", help="in pixels (default: the model's own)")
+    g.add_argument(
+        "--count", type=int, default=1, help="images to make; FILE-1.png, FILE-2.png ... when several"
+    )
+    g.add_argument(
+        "--high-noise-frac",
+        type=float,
+        default=0.8,
+        help="share of the schedule the base denoises before a refiner",
+    )
+    g.add_argument("--no-metadata", action="store_true", help="do not write the parameters into the PNG")
+    g.add_argument("--json", action="store_true", help="print what was made as JSON, and no progress")
+    g.set_defaults(run=("runtime", "generate"))
+
+    p = commands.add_parser(
+        "plan",
+        help="what a request takes of a GPU's memory, and its least time there",
+        description="From the model's own shapes: no weight is read, nothing is loaded, and no GPU is needed.",
+    )
+    p.add_argument(
+        "model",
+        metavar="MODEL",
+        help="as for `latentrt generate --model`; or 'sdxl' or 'sdxl-refiner', the published configurations",
+    )
+    p.add_argument("--refiner", metavar="MODEL", help="the same; 'none' for none (default: as for generate)")
+    p.add_argument("--size", type=size, metavar="WxH", help="in pixels (default: the model's own)")
+    p.add_argument("--batch", type=int, default=1, help="images at once (default 1)")
+    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
+    p.add_argument("--variant", help="weights variant, such as fp16")
+    p.add_argument("--backend", choices=("triton", "eager"), default="triton")
+    p.add_argument("--steps", type=int, default=30)
+    p.add_argument("--guidance", type=float, default=5.0, help="1 or less turns guidance off")
+    p.add_argument("--sampler", help="override the checkpoint's")
+    p.add_argument("--high-noise-frac", type=float, default=0.8, help="as for generate")
+    p.add_argument("--from-image", action="store_true", help="it starts from a picture")
+    p.add_argument("--gpu", default="H200", help="whose floors and kernels (default H200)")
+    p.add_argument("--policy", default="resident", help="what --memory is held against (default resident)")
+    p.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="free device memory, such as 24GB; ends with 1 where it is too little",
+    )
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=("runtime", "plan"))
+
+    s = commands.add_parser(
+        "serve",
+        help="make images over HTTP, with OpenAI's images API",
+        description="Answers at once, and is ready (GET /ready) when the model is loaded and has made an image. "
+        "SIGTERM finishes what was taken.",
+    )
+    s.add_argument("--model", default="demo", metavar="MODEL", help="as for `latentrt generate`")
+    s.add_argument("--refiner", metavar="MODEL", help="as for `latentrt generate`")
+    s.add_argument("--backend", default="auto", help="see `latentrt backends` (default auto)")
+    s.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: by device")
+    s.add_argument("--variant", help="weights variant, such as fp16")
+    s.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    s.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)")
+    s.add_argument("--port", type=int, default=8000, help="0 for any that is free (default 8000)")
+    s.add_argument("--max-queue", type=int, default=64, help="images that may wait (default 64)")
+    s.add_argument("--max-batch", type=int, default=8, help="images in a call (default 8)")
+    s.add_argument("--drain-seconds", type=float, default=60.0, help="to finish what was taken (default 60)")
+    s.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="keys, one a line; requests then need one of them"
+    )
+    s.set_defaults(run=("runtime.serve", "serve"))
+
+    b = commands.add_parser("backends", help="which back ends there are, and whether they run here")
+    b.add_argument("--json", action="store_true")
+    b.set_defaults(run=("runtime", "backends"))
+
+    i = commands.add_parser("info", help="read the generation parameters back from a PNG")
+    i.add_argument("file", metavar="FILE.png")
+    i.add_argument("--json", action="store_true")
+    i.set_defaults(run=("runtime", "info"))
+
+    c = commands.add_parser("cache", help="what is kept of exports and engines")
+    c.add_argument("action", choices=("list", "verify", "prune"))
+    c.add_argument(
+        "--max-size",
+        metavar="SIZE",
+        help="prune: keep this much, such as 20GB, of what was used last (default: remove only what is damaged)",
+    )
+    c.add_argument("--json", action="store_true")
+    c.set_defaults(run=("runtime", "cache"))
