@@ -56,7 +56,7 @@ _OTHERS = (
         "export/measures.py",
         "export/verify.py",
     ),
-    *("export/plugin_kernels.py", "kernels/binaries.py", "kernels/aot.py"),
+    *("export/plugin_kernels.py", "export/quick_plugins.py", "kernels/binaries.py", "kernels/aot.py"),
 )
 _MAKERS = ("torch", "onnx", "onnx-ir")
 _CHECKERS = ("onnxruntime", "onnxruntime-gpu")
