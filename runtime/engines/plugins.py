@@ -208,7 +208,7 @@ def _creator(trt: Any, operator: Operator, session: Session) -> Any:
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
             found = {field.name: field for field in fields}
             if phase == trt.TensorRTPhase.BUILD:
-                made = None
+                made = None  # with which the parser rejects the node
                 with session.watching(f"{operator.name} of {name}", swallow=True):
                     given = {n: kind(found[n].data[0]) for n, kind in operator.attributes.items()}
                     made = plugin(given, Code())
