@@ -90,7 +90,9 @@ class FakeRunner:
             on_step(k + 1, lambda i: picture(seeds[i] + 100))
         if (error := self._fail(seeds)) is not None:
             raise error
-        return [ImageResult(picture(s), {"seed": s}, {"base": 0.1}, len(seeds), 0) for s in seeds]
+        return [
+            ImageResult(picture(s), {"seed": s}, {"base": 0.1, "total": 0.1}, len(seeds), 0) for s in seeds
+        ]
 
 
 def picture(seed: int) -> PIL.Image.Image:

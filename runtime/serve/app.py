@@ -98,7 +98,10 @@ def create_app(
         request.state.log = {"images": len(jobs), "steps": requests[0].steps, "stream": streamed}
         if streamed:
             return _EventStream(_events(jobs, body.partial_images, metrics, request.state.request_id), jobs)
-        results = await _all(request, jobs)
+        try:
+            results = await _all(request, jobs)
+        except Exception as error:  # not left to the framework, which would close the connection as well
+            return _refused(metrics, request, error)
         if results is None:
             return Response(status_code=499)  # nobody reads it; the log does
         pngs = await asyncio.to_thread(lambda: [png_bytes(r.image, r.parameters) for r in results])
@@ -280,13 +283,17 @@ def _note(metrics: Metrics, code: str, error: BaseException, status: int, reques
         _log.error("a request failed", exc_info=error, extra={"fields": {"request_id": request_id}})
 
 
+def _refused(metrics: Metrics, request: Request, error: Exception) -> Response:
+    status, message, param, code, headers = refusal(error)
+    if isinstance(error, FieldError) and error.field == "model":
+        status, code = 404, "model_not_found"
+    _note(metrics, code, error, status, request.state.request_id)
+    return error_response(status, message, param, code, headers)
+
+
 def _handle_errors(app: FastAPI, metrics: Metrics) -> None:
     async def engine_error(request: Request, error: Exception) -> Response:
-        status, message, param, code, headers = refusal(error)
-        if isinstance(error, FieldError) and error.field == "model":
-            status, code = 404, "model_not_found"
-        _note(metrics, code, error, status, request.state.request_id)
-        return error_response(status, message, param, code, headers)
+        return _refused(metrics, request, error)
 
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         # What came is not repeated: it may be long, or no text at all.

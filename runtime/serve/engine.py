@@ -19,6 +19,9 @@ __all__ = ["AsyncEngine"]
 
 _log = logging.getLogger(__name__)
 
+_CAUTION = 1.25
+"""An estimate this much too low still keeps the deadline of what was accepted."""
+
 
 class AsyncEngine:
     """Makes images for many at once. `async with` loads the models on entry and drains on exit.
@@ -55,6 +58,7 @@ class AsyncEngine:
         self._draining = False
         self._serving: asyncio.Task[None] | None = None
         self._pace = 0.0  # seconds for a unit of Group.cost; 0 until a batch was made
+        self._made = 0.0  # work done since the pace was last measured
 
     async def __aenter__(self) -> AsyncEngine:
         await self.start()
@@ -167,7 +171,7 @@ class AsyncEngine:
                 f"wait; try again in {later:.0f} s",
                 later,
             )
-        if timeout is not None and ahead and ahead + own > timeout:
+        if timeout is not None and ahead and _CAUTION * (ahead + own) > timeout:
             raise QueueFullError(
                 f"it would take about {ahead + own:.1f} s, of which the work before it takes {ahead:.1f} s, and was "
                 f"given {timeout:g} s; try again in {later:.0f} s, or give it more time",
@@ -176,8 +180,7 @@ class AsyncEngine:
 
     def _learn(self, report: BatchReport) -> None:
         if report.outcome == "made":
-            pace = report.seconds / report.cost
-            self._pace = 0.8 * self._pace + 0.2 * pace if self._pace else pace
+            self._made += report.cost
         if self._on_batch is not None:
             self._on_batch(report)
 
@@ -189,6 +192,7 @@ class AsyncEngine:
             jobs = self._queue.take(loop.time() + (self._queue.window if self._draining else 0.0))
             if jobs:
                 self._running = jobs
+                begun = loop.time()
                 for job in jobs:
                     job.begin()
                 try:
@@ -199,6 +203,10 @@ class AsyncEngine:
                         job.finish(error)
                 finally:
                     self._running = []
+                if self._made:  # as the loop sees it, its own delays included
+                    pace = (loop.time() - begun) / self._made
+                    self._pace = 0.7 * self._pace + 0.3 * pace if self._pace else pace
+                    self._made = 0.0
                 continue
             self._wake.clear()
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ import PIL.Image
 import torch
 
 from ...errors import RequestError
+from ..image import from_tensor
 from ..pipeline import Pipeline
 from .previews import Previewer
 from .requests import CheckedRequest, Group, ImageRequest, ImageResult
@@ -78,19 +80,22 @@ class PipelineRunner:
         )
 
     def warm_up(self) -> None:
-        """Two steps of the model's own size, of which a refiner takes one; and the previews' fit."""
-        result = self._pipe("", num_inference_steps=2, high_noise_frac=0.5, seed=0)
-        width, height = result.images[0].size
-        self._previewer = Previewer.fit(self._pipe.vae, height, width, self._pipe.device)
+        """One image of the model's own size; and the previews' fit."""
+        self._pipe.warmup()
+        own, _ = self._pipe.check("")
+        self._previewer = Previewer.fit(self._pipe.vae, own.height, own.width, self._pipe.device)
 
     def run(self, requests: Sequence[CheckedRequest], on_step: OnStep) -> list[ImageResult]:
         group = requests[0].group
-        done = 0
+        stopped: Exception | None = None
 
-        def step_end(_: Pipeline, __: int, ___: float, values: dict[str, Any]) -> None:
-            nonlocal done
-            done += 1
-            on_step(done, lambda k: self._preview(values["latents"][k], group))
+        def step_end(_: Pipeline, step: int, __: float, values: dict[str, Any]) -> dict[str, bool]:
+            nonlocal stopped
+            try:
+                on_step(step + 1, lambda k: self._preview(values["latents"][k], group))
+            except Exception as error:  # through the loop it would cost what the loop keeps for the next call
+                stopped = error
+            return {"interrupt": stopped is not None}
 
         device = self._pipe.device
         if device.type == "cuda":
@@ -107,12 +112,20 @@ class PipelineRunner:
             seed=[request.seed for request in requests],
             sampler=group.sampler,
             high_noise_frac=group.high_noise_frac,
+            output_type="latent",
             callback_on_step_end=step_end,
         )
+        if stopped is not None:
+            raise stopped
+        begun = time.perf_counter()
+        with torch.no_grad():
+            images = from_tensor(self._pipe.vae.decode(output.images), "pil")
+        decode = time.perf_counter() - begun
+        timings = {**output.timings, "decode": decode, "total": output.timings["total"] + decode}
         peak = _peak_memory(device)
         return [
-            ImageResult(image, parameters, output.timings, len(requests), peak)
-            for image, parameters in zip(output.images, output.parameters, strict=True)
+            ImageResult(image, parameters, timings, len(requests), peak)
+            for image, parameters in zip(images, output.parameters, strict=True)
         ]
 
     def _preview(self, latents: torch.Tensor, group: Group) -> PIL.Image.Image:

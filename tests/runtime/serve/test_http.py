@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import logging
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -447,3 +448,16 @@ def test_the_interface_is_described(server: Served) -> None:
     }  # fmt: skip
     fields = described["components"]["schemas"]["GenerationBody"]["properties"]
     assert {"seed", "steps", "guidance", "negative_prompt", "sampler", "high_noise_frac"} <= set(fields)
+
+
+def test_the_page_needs_nothing_from_elsewhere(server: Served) -> None:
+    answer = server.client.get("/")
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    page = answer.text
+    assert re.findall(r"https?://|<link[^>]*stylesheet|<script[^>]+src|@import", page) == []
+    named = set(re.findall(r'<label for="(\w+)"', page))
+    fields = set(re.findall(r'<(?:input|textarea|select) id="(\w+)"', page))
+    assert fields == named >= {"prompt", "size", "steps", "seed", "share"}
+    used = set(re.findall(r'\$\("(\w+)"\)', page))
+    assert used <= set(re.findall(r'\bid="(\w+)"', page))
