@@ -5,7 +5,8 @@ and TensorRT for RTX has no such plugins. The group norms cannot go this way: th
 between them, and such a plugin has one launch and none.
 
 TensorRT passes a kernel its inputs, then integers, then outputs: so this one has parameters in that order, of
-contiguous tensors, and its scale is compiled in (`kernels._attention_ahead`).
+contiguous tensors, and its scale is compiled in (`kernels._attention_ahead`). It takes PTX, which the driver compiles:
+Triton 3.9 writes version 9.4 for sm_90 and newer, and a driver older than that refuses it.
 """
 
 from __future__ import annotations

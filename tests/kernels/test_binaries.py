@@ -30,9 +30,11 @@ def assemble(ptx: str, arch: int, folder: Path) -> None:
     import triton
 
     (folder / "kernel.ptx").write_text(ptx)
-    suffix = "a" if arch >= 90 else ""
+    # Triton has two assemblers; its PTX for sm_90 and newer is of a version that the older one does not know.
+    tools, suffix = triton.knobs.nvidia, "a" if arch >= 90 else ""
+    assembler = tools.ptxas_blackwell if arch >= 90 else tools.ptxas
     target = [f"--gpu-name=sm_{arch}{suffix}", str(folder / "kernel.ptx"), "-o", str(folder / "kernel.cubin")]
-    subprocess.run([triton.knobs.nvidia.ptxas.path, *target], check=True, capture_output=True)
+    subprocess.run([assembler.path, *target], check=True, capture_output=True)
 
 
 def content(kernels: Kernels) -> dict[str, Any]:
