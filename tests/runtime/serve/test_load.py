@@ -148,6 +148,7 @@ def test_500_requests_on_the_demo(exports: Any) -> None:
     """Each image equals its request alone, to the bit on ONNX Runtime; memory stays flat; batching pays or not."""
     pipe = latentrt.Pipeline.from_pretrained("demo", "demo", backend="onnxruntime", cache_dir=exports)
     pipe.set_progress_bar_config(disable=True)
+    pipe.warmup()  # exports, which a server would be waited for too long
     asked = bodies(500, ["64x64", "72x64", "128x128"], [2, 3, 4])
     dice = random.Random(2)
 
