@@ -46,7 +46,7 @@ OPSET = 23
 PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
 """Attributes of every node."""
 
-_WIDEST_FUSED_HEAD = 256  # of TensorRT's fused attention
+_FUSED_HEADS = range(16, 257, 8)  # columns of a head in TensorRT's fused attention
 
 _GROUP_NORM = """
     xf = Cast <to = 1> (x)
@@ -203,4 +203,4 @@ def _is_fused(q: ir.Value) -> bool:
     if q.dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) or q.shape is None or len(q.shape) != 4:
         return False
     heads, columns = q.shape[2], q.shape[3]
-    return isinstance(heads, int) and heads > 1 and isinstance(columns, int) and columns <= _WIDEST_FUSED_HEAD
+    return isinstance(heads, int) and heads > 1 and columns in _FUSED_HEADS
