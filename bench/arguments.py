@@ -83,7 +83,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     b.add_argument(
         "--rounds", type=int, default=7, help="timed calls of each side and batch size (default 7)"
     )
-    b.add_argument("--pictures", type=int, default=4, help="of each side for the gate (default 4)")
+    b.add_argument("--pictures", type=int, default=4, help="for the gate (default 4); 50 for FID")
     b.add_argument("--gate", default="eager", help="what a speed has to pass (default eager)")
     b.add_argument(
         "--metric", action="append", default=[], help="psnr, ssim, clip, fid (default: all there are)"

@@ -16,11 +16,13 @@ from .features import Features, as_bytes
 from .quality import frechet_distance
 from .side import Images
 
-__all__ = ["GATES", "Gate", "Quality", "gate_named", "likeness", "measure_quality"]
+__all__ = ["FID_LEAST", "GATES", "Gate", "Quality", "gate_named", "likeness", "measure_quality"]
 
 _WORSE_DB = 3.0
 """Twice the squared error of eager PyTorch in the same dtype: what rounding in another order may cost."""
 _WORSE_SSIM = 0.02
+FID_LEAST = 50
+"""Pictures below which FID is not told: of a handful, noise does not move it."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Quality:
         ssim: of the worst picture.
         clip: mean CLIP score.
         clip_reference: the same of the reference's pictures.
-        fid: to true pictures, from two pictures on.
+        fid: to true pictures, from `FID_LEAST` pictures on.
         fid_reference: the same of the reference's pictures.
         features: the network that clip and fid are of.
     """
@@ -74,7 +76,7 @@ def measure_quality(
     clips, fids = [], []
     for pictures in (as_bytes(images), as_bytes(reference)):
         clips.append(float(features.scores(pictures, prompts).mean()))
-        if features.truth is not None and count > 1:
+        if features.truth is not None and count >= FID_LEAST:
             fids.append(frechet_distance(features.truth, features.see(pictures)))
     fid, fid_reference = fids or (None, None)
     return Quality(count, ratio, similarity, clips[0], clips[1], fid, fid_reference, features.name)

@@ -12,6 +12,7 @@ from typing import Any
 import PIL.Image
 
 from .features import as_bytes
+from .gates import FID_LEAST
 from .plots import Line, bars, lines
 from .results import CaseResult, Memory, Report, Row
 from .side import Images
@@ -136,7 +137,10 @@ def _settings(case: CaseResult) -> str:
     size = "the model's own size" if c["size"] is None else f"{c['size'][1]}x{c['size'][0]}"
     steps = " + ".join(str(count) for count in case.steps.values())
     judged = next((row.quality for row in case.rows if row.quality and row.quality.features), None)
-    seen = f" CLIP and FID are by {judged.features} over {judged.pictures} pictures." if judged else ""
+    seen = ""
+    if judged:
+        few = f" (too few for FID: {FID_LEAST})" if judged.fid is None else ""
+        seen = f" CLIP and FID are by {judged.features} over {judged.pictures} pictures{few}."
     return (
         f"{size}, {c['steps']} steps ({steps}), guidance {c['guidance']:g}, {c['dtype']}; pictures held against "
         f"{case.reference}, gate {case.gate!r}. Seconds are medians (p10, p90); the speedup is of paired rounds, "

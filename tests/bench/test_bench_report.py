@@ -7,8 +7,10 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from latentrt.bench import report as reports
 from latentrt.bench.cases import Case
 from latentrt.bench.compare import compare
 from latentrt.bench.gates import GATES, Quality
+from latentrt.bench.plots import bars, lines
 from latentrt.bench.results import (
     BatchFigures,
     CaseResult,
@@ -286,3 +289,20 @@ def test_intervals_cover_what_they_say() -> None:
         found = ratio(list(2 * rng.lognormal(0, 0.1, 15)), list(rng.lognormal(0, 0.1, 15)))
         inside += found.low <= 2 <= found.high
     assert inside / 200 == pytest.approx(0.95, abs=0.04)
+
+
+def test_plots_draw_what_they_are_given() -> None:
+    svg = ElementTree.fromstring(bars({"a <b>": {"x": 1.0, "y": 3.0}, "c": {"x": 2.0}}, "ms"))
+    drawn = [r for r in svg.iter("rect") if r.find("title") is not None]
+    widths = [float(r.get("width")) for r in drawn]
+    assert widths[1] == pytest.approx(3 * widths[0], rel=0.01)
+    assert widths[2] == pytest.approx(2 * widths[0], rel=0.01)
+    assert float(drawn[1].get("x")) == pytest.approx(float(drawn[0].get("x")) + widths[0], abs=0.2)
+    assert "4 ms" in [t.text for t in svg.iter("text")]
+    svg = ElementTree.fromstring(lines([("a", [1, 2, 4], [0.5, 1.0, 2.0]), ("none", [], [])], "images", "s"))
+    points = [tuple(map(float, p.split(","))) for p in svg.find("polyline").get("points").split()]
+    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(points)]
+    assert slopes[0] == pytest.approx(slopes[1], rel=0.01)
+    assert slopes[0] < 0  # up is less in SVG
+    ElementTree.fromstring(bars({}, "ms"))
+    ElementTree.fromstring(lines([], "x", "y"))

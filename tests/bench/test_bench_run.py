@@ -12,8 +12,9 @@ import torch
 from latentrt.bench.cases import Case, SideSpec
 from latentrt.bench.gates import GATES
 from latentrt.bench.host import Host, Job, OwnProcess, Worker
-from latentrt.bench.results import CaseResult, Row
+from latentrt.bench.results import CaseResult, Row, read_report
 from latentrt.bench.run import CaseRun, Plan
+from latentrt.bench.suite import Settings, Suite
 from latentrt.errors import BenchmarkError
 from planted_sides import planted
 
@@ -188,6 +189,45 @@ def test_what_was_measured_before_ctrl_c_is_kept(tmp_path: Path) -> None:
     counts = [len(row.batches[0].seconds) for row in result.rows]
     assert sorted(counts) == [2, 2] or sorted(counts) == [1, 2]
     assert all(row.batches[0].speedup.value > 0 for row in result.rows)
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_a_whole_run_leaves_its_report(interrupted: bool, tmp_path: Path) -> None:
+    class Host(Worker):
+        calls = 0
+
+        def run(self, *args: Any, **kwargs: Any) -> Any:
+            Host.calls += 1
+            if interrupted and Host.calls == 13:
+                raise KeyboardInterrupt
+            return super().run(*args, **kwargs)
+
+    case = Case("demo", "nothing real", "demo", steps=2)
+    settings = Settings(
+        GATES["eager"],
+        torch.device("cpu"),
+        tmp_path / "out",
+        "as typed",
+        metrics=("psnr", "ssim"),
+        pictures=2,
+    )
+    suite = Suite([(case, [planted("a"), planted("b", wrong_from=99)])], settings, open_host=Host)
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            suite.run()
+    else:
+        assert suite.run().complete
+    found = read_report(tmp_path / "out" / "bench.json")
+    assert found.complete is not interrupted
+    assert found.command == "as typed"
+    assert len(found.conditions["load"]) == 2
+    assert [row.side for row in found.cases[0].rows] == ["a", "b"]
+    assert found.cases[0].steps == {"base": 2}
+    rounds = 2 if interrupted else settings.rounds
+    assert 1 <= len(found.cases[0].rows[0].batches[0].seconds) <= rounds
+    assert ("Interrupted" in (tmp_path / "out" / "bench.md").read_text()) is interrupted
+    assert (tmp_path / "out" / "bench.html").read_text().count("data:image/png") == 4
+    assert (tmp_path / "out" / "pictures" / "demo" / "b-1.png").is_file()
 
 
 def test_the_same_run_twice_differs_by_less_than_its_interval(measure: Callable[..., CaseResult]) -> None:
