@@ -114,7 +114,7 @@ def open_side(case: Case, device: torch.device, dtype: torch.dtype, folder: Path
     vae_dtype = torch.float32 if dtype == torch.float16 and base.vae.config.force_upcast else dtype
     if vae_dtype != dtype:
         base.vae.to(vae_dtype)
-    latents = torch.zeros((1, base.vae.config.latent_channels, 16, 16), dtype=vae_dtype, device=device)
+    latents = torch.zeros((2, base.vae.config.latent_channels, 16, 24), dtype=vae_dtype, device=device)
     decoder = exported("vae_decoder", _Decoder(base.vae), {"latents": latents}, [(0, 2, 3)])
 
     def decode(latents: Tensor, return_dict: bool = True) -> tuple[Tensor]:

@@ -9,6 +9,7 @@ A side that fails anywhere is told with its reason, and the others go on. What w
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,6 +28,8 @@ from .side import Images
 from .stats import growth, ratio, spread
 
 __all__ = ["CaseRun", "Plan"]
+
+_log = logging.getLogger(__name__)
 
 _POINTS = 240
 """Of a memory series, at most, in the results."""
@@ -150,7 +153,7 @@ class CaseRun:
         try:
             work(lane)
         except Exception as error:
-            lane.end("failed", str(error) or type(error).__name__)
+            lane.end("failed", _first_line(error))
             self._tell(lane.spec.name, f"failed: {lane.reason}")
 
     def _begin(self, lane: _Lane) -> None:
@@ -297,6 +300,13 @@ class CaseRun:
             if name in found and steps:
                 found[f"{name}_step"] = found[name] / steps
         return found
+
+
+def _first_line(error: Exception) -> str:
+    """What fits in a table; the log has the whole."""
+    _log.info("a side failed", exc_info=error)
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return "".join(c for c in lines[0] if c.isprintable())[:300]
 
 
 def _memory(trace: Trace | None, resident: Sequence[int], batch: int) -> Memory | None:

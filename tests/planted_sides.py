@@ -52,7 +52,7 @@ class PlantedSide:
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
         call, self._calls = self._calls, self._calls + 1
         if call == self._fails_at:
-            raise RuntimeError("planted failure")
+            raise RuntimeError("planted \x1b[96mfailure\nand a long explanation")
         if call == self._dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
         begun = time.perf_counter()

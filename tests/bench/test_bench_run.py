@@ -117,7 +117,7 @@ def test_pictures_that_go_wrong_while_timed_withhold_the_speed_too(
 @pytest.mark.parametrize("at", [0, 3, 5])
 def test_a_side_that_fails_is_told_and_the_rest_goes_on(at: int, measure: Callable[..., CaseResult]) -> None:
     found = rows(measure(planted("failing", fails_at=at), planted("sound"), rounds=3))
-    assert (found["failing"].status, found["failing"].reason) == ("failed", "planted failure")
+    assert (found["failing"].status, found["failing"].reason) == ("failed", "planted [96mfailure")
     assert found["failing"].batches == []
     assert len(found["sound"].batches[0].seconds) == 3
 
