@@ -241,6 +241,7 @@ def test_the_public_names() -> None:
         "layer_norm",
         "linear_geglu",
         "sampler_step",
+        "unavailable",
     ]
     assert all(callable(getattr(latentrt.kernels, name)) for name in latentrt.kernels.__all__)
 

@@ -14,6 +14,7 @@ from latentrt.runtime.conditioning import (
     guidance_batch,
     guidance_scale_embedding,
 )
+from latentrt.runtime.engines.base import CallProgram
 from latentrt.runtime.text_encoder import TextEmbeddings
 from parity import Rig
 from torch import Tensor
@@ -92,22 +93,33 @@ def test_the_guidance_scale_embedding_is_its_formula() -> None:
     assert torch.allclose(row, torch.tensor(wanted, dtype=torch.float64), atol=1e-4)
 
 
+class Listener:
+    """An engine that remembers what it is told."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.seen: list[dict[str, Tensor]] = []
+
+    def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.seen.append({name: x.clone() for name, x in inputs.items()})
+        outputs: dict[str, Tensor] = self._engine(inputs)
+        return outputs
+
+    def bind(self, inputs: Any, outputs: Any, *, timesteps: Any = None) -> CallProgram:
+        return CallProgram(self, inputs, outputs, capturable=False)  # type: ignore[arg-type]
+
+
 def told(rig: Rig, kind: str, arguments: dict[str, Any]) -> dict[str, Tensor]:
     """What our UNet is told at the first step of a call, beside the latents."""
     pipe = rig.pipeline(kind, "eager")
-    seen: list[dict[str, Tensor]] = []
     engine = pipe._base.unet.load()
-
-    def listen(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        seen.append(inputs)
-        return engine(inputs)
-
-    pipe._base.unet._engine = listen
+    listener = Listener(engine)
+    pipe._base.unet._engine = listener
     try:
         pipe(**arguments, num_inference_steps=1, height=64, width=48, output_type="latent", seed=0)
     finally:
         pipe._base.unet._engine = engine
-    return seen[0]
+    return listener.seen[0]
 
 
 @pytest.mark.parametrize(

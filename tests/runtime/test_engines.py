@@ -138,7 +138,7 @@ def test_a_closed_engine_says_so() -> None:
 def test_an_unknown_back_end_lists_those_there_are() -> None:
     with pytest.raises(
         UnknownBackendError,
-        match=r"no back end 'tensorflow'; there are onnxruntime, eager, tensorrt, tensorrt-rtx, and auto",
+        match=r"no back end 'tensorflow'; there are onnxruntime, eager, triton, tensorrt, tensorrt-rtx, and auto",
     ):
         choose("tensorflow", CPU)
     assert {get_backend(name).name for name in backend_names()} == set(backend_names())
@@ -159,7 +159,7 @@ def test_auto_without_onnxruntime_says_what_it_passed_over() -> None:
     assert (
         'passed over onnxruntime: onnxruntime is not installed (pip install "latentrt[cpu]")' in choice.reason
     )
-    assert available_backends(CPU) == ["eager"]
+    assert available_backends(CPU) == ["eager", "triton"]
 
 
 @pytest.mark.usefixtures("no_onnxruntime")
@@ -190,7 +190,7 @@ def test_describe_has_every_back_end_and_one_preferred() -> None:
     assert {row.name for row in rows} == set(backend_names())
     assert [row.name for row in rows if row.preferred] == ["onnxruntime"]
     assert all(row.available or row.remedy for row in rows)
-    assert available_backends(CPU) == ["onnxruntime", "eager"]
+    assert available_backends(CPU) == ["onnxruntime", "eager", "triton"]
 
 
 def test_named_dimensions_are_filled_in() -> None:
