@@ -34,7 +34,7 @@ SCHEDULER: dict[str, Any] = {
     "beta_schedule": "scaled_linear",
     "num_train_timesteps": 1000,
     "prediction_type": "v_prediction",
-    "timestep_spacing": "leading",
+    "timestep_spacing": "trailing",
     "steps_offset": 1,
 }
 COMMON: dict[str, Any] = {

@@ -1,4 +1,8 @@
-"""Stage "vae": the KL autoencoder, factor 8 and 4 latent channels, on crops of scenes."""
+"""Stage "vae": the KL autoencoder, factor 8 and 4 latent channels, on crops and on whole scenes.
+
+Whole ones too, because group norms look at the whole picture: a decoder that has seen busy crops alone takes the little
+that stands out from a gray background for much, and tints and smears it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,8 @@ CONFIG = {
     "force_upcast": True,
 }
 CROP = 64
-BATCH = 8
+BATCH = 8  # crops; a quarter as many whole scenes
+WHOLE = 0.5  # share of the steps that take whole scenes
 PICTURES = 4000
 HELD_OUT_SEED = 900_000_000  # examples from here on are never trained on
 KL_WEIGHT = 2e-5
@@ -45,7 +50,9 @@ def stage_vae(run: Run) -> None:
     console.log(f"vae: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters")
 
     def step(progress: float, generator: torch.Generator) -> dict[str, float]:
-        x = _crops(pictures, batch, generator).to(run.device, memory_format=torch.channels_last)
+        whole = bool(torch.rand(1, generator=generator) < WHOLE)
+        chosen = _scenes(pictures, batch // 4, generator) if whole else _crops(pictures, batch, generator)
+        x = chosen.to(run.device, memory_format=torch.channels_last)
         with run.autocast():
             mean, log_variance = vae.quant_conv(vae.encoder(x)).float().chunk(2, dim=1)
             log_variance = log_variance.clamp(-30.0, 20.0)
@@ -57,7 +64,7 @@ def stage_vae(run: Run) -> None:
             y = vae.decoder(vae.post_quant_conv(z)).float()
         squared = F.mse_loss(y, x)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3)).mean()
-        loss = squared + 0.1 * F.l1_loss(y, x) + KL_WEIGHT * kl / (CROP * CROP / 64)
+        loss = squared + 0.1 * F.l1_loss(y, x) + KL_WEIGHT * kl / mean[0, 0].numel()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -91,6 +98,14 @@ def _crops(pictures: list[np.ndarray], batch: int, generator: torch.Generator) -
             windows.append(picture[:, top : top + CROP, left : left + CROP])
         crops.append(max(windows, key=lambda window: float(window[:, ::4, ::4].std())))
     return torch.from_numpy(np.stack(crops).astype(np.float32) / 127.5 - 1.0)
+
+
+def _scenes(pictures: list[np.ndarray], batch: int, generator: torch.Generator) -> torch.Tensor:
+    """[batch, 3, H, W] in [-1, 1], of one canvas."""
+    order = torch.randperm(len(pictures), generator=generator).tolist()
+    shape = pictures[order[0]].shape
+    rows = [pictures[k] for k in order[: 16 * batch] if pictures[k].shape == shape][:batch]
+    return torch.from_numpy(np.stack(rows).astype(np.float32) / 127.5 - 1.0)
 
 
 @torch.no_grad()
