@@ -1,6 +1,7 @@
 """Measure the demo checkpoint: `python -m latentrt.bench.demo_model.evaluate [--short] [--json FILE]`.
 
-Three measurements, each repeatable from the seeds printed with it:
+Four measurements, each repeatable from the seeds printed with it:
+vae        what is left of drawn scenes after the VAE: no UNet can do better
 accuracy   objects and relations by the pixel checker, half of the prompts from held-out pairings
 fid        base alone against base + refiner at the same total steps, paired seeds, bootstrap interval
 sizes      a small original size blurs; a crop offset moves the object
@@ -19,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from scipy import ndimage
 
+from ...runtime.vae import VAE
 from ..machine import describe_machine
-from ..quality import ImageTower, fid_difference, fid_features, frechet_distance
+from ..quality import ImageTower, as_input, fid_difference, fid_features, frechet_distance
 from .checker import Picture, find_objects, judge
+from .data import enlarge
 from .generate import Generator, PipelineGenerator
 from .scenes import Scene, caption, random_scene, render
 from .tokenizer import DEMO
@@ -70,6 +74,24 @@ class Sizes:
     offset: int
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What is right in drawn scenes that the VAE has encoded and decoded.
+
+    Attributes:
+        objects: share with every object right, in all and by background.
+        psnr: mean, in dB.
+        energy_small: high-frequency energy of small originals of 32 pixels, over that of the full ones; `drawn_small`
+            is the same before the VAE.
+    """
+
+    scenes: int
+    objects: dict[str, float]
+    psnr: float
+    energy_small: float
+    drawn_small: float
+
+
 def grammar_prompts(count: int, seed: int) -> list[tuple[str, Scene]]:
     """(prompt, scene it describes), alternately from trained and held-out pairings."""
     rng = random.Random(f"latentrt demo prompts {seed}")
@@ -78,6 +100,33 @@ def grammar_prompts(count: int, seed: int) -> list[tuple[str, Scene]]:
         scene = random_scene(rng, want_held_out=k % 2 == 1)
         rows.append((caption(rng, scene, say_relation=True), scene))
     return rows
+
+
+def measure_vae(vae: VAE, *, count: int = 200, seed: int = 0) -> Kept:
+    """Encode and decode the scenes that `measure_accuracy` asks for."""
+    right: dict[str, list[bool]] = {"all": []}
+    psnr, energies = [], []
+    for _, scene in grammar_prompts(count, seed):
+        drawn, small = render(scene), enlarge(scene, (32, 32))
+        kept, kept_small = (_through(vae, picture) for picture in (drawn, small))
+        for name in ("all", scene.background):
+            right.setdefault(name, []).append(judge(kept, scene).objects)
+        psnr.append(10 * np.log10(255**2 / np.mean((drawn.astype(np.float64) - kept) ** 2)))
+        energies.append([high_frequency_energy(p) for p in (drawn, small, kept, kept_small)])
+    full, small_, kept_full, kept_small_ = np.mean(energies, axis=0)
+    return Kept(
+        scenes=count,
+        objects={name: float(np.mean(rows)) for name, rows in right.items()},
+        psnr=float(np.mean(psnr)),
+        energy_small=float(kept_small_ / kept_full),
+        drawn_small=float(small_ / full),
+    )
+
+
+def _through(vae: VAE, picture: Picture) -> Picture:
+    x = as_input([picture])
+    image = vae.decode(vae.encode(x, lambda shape: torch.zeros(1, *shape)))[0]
+    return np.asarray((image * 255).round().permute(1, 2, 0).cpu().numpy(), np.uint8)
 
 
 def measure_accuracy(generate: Generator, *, count: int = 200, steps: int = 30, seed: int = 0) -> Accuracy:
@@ -169,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--demo", type=Path, help="a pipeline folder; the shipped demo by default")
-    parser.add_argument("--only", choices=("accuracy", "fid", "sizes"))
+    parser.add_argument("--only", choices=("vae", "accuracy", "fid", "sizes"))
     parser.add_argument("--short", action="store_true", help="16 prompts, 40 pairs, 4 seeds")
     parser.add_argument("--pairs", type=int, default=1000, help="paired seeds of the FID")
     parser.add_argument("--seed", type=int, default=0)
@@ -188,10 +237,14 @@ def main(arguments: list[str] | None = None) -> None:
         "guidance": refined.guidance,
     }
 
-    def note(name: str, result: Accuracy | Fid | Sizes, since: float) -> None:
+    def note(name: str, result: Accuracy | Fid | Kept | Sizes, since: float) -> None:
         results[name] = asdict(result)
         console.print(name, results[name], f"{time.monotonic() - since:.0f} s, seeds from {options.seed}")
 
+    started = time.monotonic()
+    if options.only in (None, "vae"):
+        count = 16 if options.short else 200
+        note("vae", measure_vae(refined.base.vae, count=count, seed=options.seed), started)
     started = time.monotonic()
     if options.only in (None, "accuracy"):
         count = 16 if options.short else 200

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from latentrt.bench.demo_model.evaluate import measure_accuracy, measure_fid, measure_sizes
+from latentrt.bench.demo_model.evaluate import measure_accuracy, measure_fid, measure_sizes, measure_vae
 from latentrt.bench.demo_model.generate import Picture, PipelineGenerator
 from latentrt.bench.demo_model.scenes import random_scene, render
 from latentrt.bench.demo_model.tokenizer import DEMO
@@ -68,6 +68,14 @@ def test_a_crop_moves_the_object(refined: PipelineGenerator) -> None:
     print(result)
     assert result.shift_right < -result.offset / 2
     assert result.shift_down < -result.offset / 2
+
+
+def test_what_the_vae_keeps(refined: PipelineGenerator) -> None:
+    kept = measure_vae(refined.base.vae, count=8)
+    print(kept)
+    assert kept.psnr > 28
+    assert kept.objects["all"] >= 0.6
+    assert kept.drawn_small < 0.3
 
 
 @pytest.mark.full
