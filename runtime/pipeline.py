@@ -24,7 +24,8 @@ from .place import device_named, dtype_named
 from .progress import Watch
 from .record import records
 from .request import GenerationRequest, OutputType, Size
-from .sampler import SamplerTable, build_table, step_range
+from .sampler import SamplerTable
+from .stages import Stage, stages_of
 from .text_encoder import TextEncoder
 from .vae import VAE
 from .weights import open_checkpoint
@@ -50,16 +51,6 @@ class PipelineOutput:
     parameters: list[dict[str, Any]]
     timings: dict[str, float]
     interrupted: bool = False
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """A run of steps that one expert takes; `from_image` when it does not begin with noise of its own."""
-
-    name: str
-    expert: Expert
-    table: SamplerTable
-    from_image: bool
 
 
 class Pipeline:
@@ -315,7 +306,7 @@ class Pipeline:
             k: v for k, v in locals().items() if k not in ("self", "sampler", "callback_on_step_end")
         }
         request = self._request(arguments)
-        stages = self._stages(request, sampler)
+        stages = stages_of(self._base, self._refiner, request, sampler)
         noise = NoiseSource(request.generators, request.batch)
         with self._watched(stages, callback_on_step_end) as watch, torch.no_grad():
             with watch.stage("prepare", self.device):
@@ -360,7 +351,8 @@ class Pipeline:
         call = inspect.signature(self.__call__).bind(prompt, **arguments)
         call.apply_defaults()
         request = self._request(call.arguments)
-        return request, sum(len(stage.table) for stage in self._stages(request, call.arguments["sampler"]))
+        stages = stages_of(self._base, self._refiner, request, call.arguments["sampler"])
+        return request, sum(len(stage.table) for stage in stages)
 
     def _request(self, arguments: dict[str, Any]) -> GenerationRequest:
         sdxl = self._base.takes_sizes
@@ -376,32 +368,7 @@ class Pipeline:
             latent_channels=self.vae.channels,
         )
 
-    def _stages(self, request: GenerationRequest, sampler: str | None) -> list[_Stage]:
-        """Who takes which steps. Stages without steps are left out, but the first, whose schedule is the start's."""
-        strength = request.strength if request.image is not None and request.denoising_start is None else None
-        if self._refiner is None:
-            experts = [self._base]
-            windows = [(request.denoising_start, request.denoising_end)]
-        else:
-            if request.denoising_start is not None or request.denoising_end is not None:
-                raise RequestError(
-                    "this pipeline has a refiner and divides the schedule at high_noise_frac; load base and refiner "
-                    "as two pipelines to use denoising_start and denoising_end"
-                )
-            experts = [self._base, self._refiner]
-            windows = [(None, request.high_noise_frac), (request.high_noise_frac, None)]
-        stages = []
-        for k, (expert, (start, end)) in enumerate(zip(experts, windows, strict=True)):
-            config = expert.sampler(sampler)
-            first, last = step_range(config, request.steps, denoising_start=start, denoising_end=end)
-            if strength is not None:
-                first = min(last, max(first, step_range(config, request.steps, strength=strength)[0]))
-            table = build_table(config, request.steps, begin=first, end=last, eta=request.eta)
-            name = expert.name if self._refiner is None else ("base", "refiner")[k]
-            stages.append(_Stage(name, expert, table, request.image is not None or k > 0))
-        return [stage for stage in stages if len(stage.table)] or stages[:1]
-
-    def _prepare(self, request: GenerationRequest, stages: Sequence[_Stage]) -> None:
+    def _prepare(self, request: GenerationRequest, stages: Sequence[Stage]) -> None:
         """Load what the stages need, so that their times are their own."""
         needed = [engine for stage in stages for engine in stage.expert.engines()]
         if request.image is not None and request.image.shape[1] == 3:
@@ -426,7 +393,7 @@ class Pipeline:
         return noised_latents(clean, noise.draw(shape).to(clean), table)
 
     @contextmanager
-    def _watched(self, stages: Sequence[_Stage], callback: OnStepEnd | None) -> Iterator[Watch]:
+    def _watched(self, stages: Sequence[Stage], callback: OnStepEnd | None) -> Iterator[Watch]:
         """A watch over one call, known to `interrupt` while it lasts."""
         steps = sum(len(stage.table) for stage in stages)
         watch = Watch(steps, self._progress, None if callback is None else partial(callback, self))
