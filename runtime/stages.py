@@ -25,7 +25,7 @@ class Stage:
 def stages_of(
     base: Expert, refiner: Expert | None, request: GenerationRequest, sampler: str | None
 ) -> list[Stage]:
-    """Who takes which steps of a request. Stages without steps are left out, but the first: its schedule is the start's.
+    """Who takes which steps. Stages without steps are left out, but the first, whose schedule is the start's.
 
     Raises:
         RequestError: the schedule is divided twice.
