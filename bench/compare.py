@@ -88,7 +88,7 @@ def _row(case: str, a: Row, b: Row, paired: bool, same_machine: bool, tolerance:
         if y is None:
             yield Change(case, a.side, what, "measured", "not run", "worse")
             continue
-        if paired:
+        if paired and x.speedup is not None and y.speedup is not None:
             verdict = _verdict(x.speedup, y.speedup, tolerance, more_is_better=True)
             yield Change(case, a.side, f"{what}, speedup", _told(x.speedup), _told(y.speedup), verdict)
         else:

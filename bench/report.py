@@ -169,7 +169,7 @@ def _times(row: Row) -> list[str]:
     stage = [_ms(b.stages.get(name)) for name in ("text", "base_step", "refiner_step", "decode")]
     return [
         f"{s.median.value:.3f} ({s.p10:.3f}, {s.p90:.3f})",
-        f"{r.value:.2f} x ({r.low:.2f} to {r.high:.2f})",
+        "-" if r is None else f"{r.value:.2f} x ({r.low:.2f} to {r.high:.2f})",
         *stage,
         _number(row.build_seconds, ".1f"),
         _number(row.first_image_seconds, ".1f"),

@@ -45,7 +45,8 @@ class BatchFigures:
     Attributes:
         seconds: of each round, in order; rounds of different sides belong together by their place.
         latency: of a call.
-        speedup: the first side's seconds by this one's, round by round; above 1 is faster.
+        speedup: the first side's seconds by this one's, round by round; above 1 is faster. None where the first was
+            not measured.
         images_per_second: of the median.
         stages: median seconds of each stage; `base_step` and `refiner_step` are of one step.
         psnr, ssim: the worst over all rounds, beside the reference's pictures.
@@ -57,7 +58,7 @@ class BatchFigures:
     batch: int
     seconds: list[float]
     latency: Spread
-    speedup: Interval
+    speedup: Interval | None
     images_per_second: float
     stages: dict[str, float]
     psnr: float

@@ -273,16 +273,16 @@ class CaseRun:
     def _figures(self, lane: _Lane, batch: int) -> BatchFigures:
         runs = lane.runs[batch]
         seconds = [run.seconds for run in runs]
-        # An interruption may have come in the middle of a round.
-        base = [run.seconds for run in self._lanes[0].runs.get(batch, runs)]
-        paired = min(len(base), len(seconds))
+        first = self._lanes[0]
+        base = [run.seconds for run in first.runs.get(batch, [])] if first.status == "measured" else []
+        paired = min(len(base), len(seconds))  # an interruption may have come in the middle of a round
         joules = [run.joules / batch for run in runs if run.joules is not None]
         psnr, ssim = lane.worst.get(batch, (float("nan"), float("nan")))
         return BatchFigures(
             batch=batch,
             seconds=seconds,
             latency=spread(seconds),
-            speedup=ratio(base[:paired], seconds[:paired]),
+            speedup=ratio(base[:paired], seconds[:paired]) if paired else None,
             images_per_second=batch / median(seconds),
             stages=self._stages(runs),
             psnr=psnr,

@@ -200,6 +200,7 @@ class Denoiser:
         self._unet = unet
         self._idle: OrderedDict[tuple[LoopKind, int], _Loop] = OrderedDict()
         self._lock = threading.Lock()
+        unet.on_close(self._idle.clear)
 
     def __call__(
         self,
@@ -218,7 +219,6 @@ class Denoiser:
 
         Args:
             constants: the UNet's inputs that are the same in every step, by name.
-
             progress: called after each step, which the device may not have done yet.
 
         The other arguments, and what is returned, are as for `denoise`.
@@ -243,8 +243,14 @@ class Denoiser:
         with self._lock:
             loop = self._idle.pop(key, None)
         if loop is None or loop.engine is not engine:  # loaded anew, or moved to another device
-            loop = _Loop(self._unet, kind, constants)
-        yield loop  # one that ended with an error is dropped
+            with torch.inference_mode(False):  # a caller's own would mark the static tensors
+                loop = _Loop(self._unet, kind, constants)
+        try:
+            yield loop
+        except BaseException:  # it is dropped, once what it has put on the device is done
+            if loop.state.latents.is_cuda:
+                torch.cuda.current_stream(loop.state.latents.device).synchronize()
+            raise
         with self._lock:
             self._idle[key] = loop
             while len(self._idle) > _KEPT:

@@ -4,8 +4,9 @@ What is recorded reads and writes tensors that were there before, the static one
 and means nothing between two replays. Host values (sizes, scales, loop counts) are as they were when it was recorded.
 
 Without CUDA a recording is the list of PyTorch operations that the work ran, over the very tensors it ran them on.
-Replaying it overwrites its own tensors with NaN first, so that what a CUDA graph would get wrong (a buffer left from
-the replay before, a value read back to the host, memory that moved) is wrong on the CPU as well.
+Replaying it overwrites its own tensors with NaN first, so that what a CUDA graph would get wrong by reading a buffer
+left from the replay before is wrong on the CPU as well; operations that read a value back to the host are refused. It
+cannot see what passes PyTorch's dispatcher by (`tolist`, `numpy`), nor a static tensor that was given other memory.
 """
 
 from __future__ import annotations
@@ -24,11 +25,17 @@ from ..errors import CaptureError, LatentRTError
 
 __all__ = ["Graph", "Graphs"]
 
-_HOST_READS = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "allclose")
+_HOST_READS = (
+    *("_local_scalar_dense", "equal", "is_nonzero", "allclose"),
+    *("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave"),
+)
 """Operations that wait for the device to tell the host a value or a size."""
 
 _UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 """Operations whose result holds nothing yet."""
+
+
+_CAPTURING = threading.RLock()
 
 
 class Graph(Protocol):
@@ -81,7 +88,8 @@ class Graphs:
         return _RecordedGraph(recording)
 
     def _capture_cuda(self, work: Callable[[], object], what: str) -> Graph:
-        with torch.cuda.device(self.device):
+        # One at a time on all devices: capturing begins by waiting for the device, which another capture does not bear.
+        with _CAPTURING, torch.cuda.device(self.device):
             if self._pool is None:
                 self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
             stream, current = self._stream, torch.cuda.current_stream(self.device)
@@ -95,12 +103,16 @@ class Graphs:
                 captured: AbstractContextManager[None] = torch.cuda.graph(
                     graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
                 )
-                with captured, watch:
+                with torch.cuda.stream(current), captured, watch:
                     work()
-            except LatentRTError:
-                raise
-            except RuntimeError as error:
-                raise _failed(what, watch.name, " ".join(str(error).split())[:300]) from error
+            except BaseException as error:
+                # What a capture that failed leaves behind in its pool cannot be told: the next one gets another.
+                self._pool = self._stream = None
+                torch.cuda.set_stream(current)
+                first = error.__context__ or error  # ending the capture fails too, for no other reason
+                if not isinstance(first, RuntimeError) or isinstance(first, LatentRTError):
+                    raise
+                raise _failed(what, watch.name, " ".join(str(first).split())[:300]) from error
             current.wait_stream(stream)
             return graph
 

@@ -50,7 +50,9 @@ class Watch:
         try:
             yield
             if device.type == "cuda":
-                torch.cuda.synchronize(device)
+                torch.cuda.current_stream(
+                    device
+                ).synchronize()  # the whole device would break another thread's capture
         except (RuntimeError, MemoryError, BackendError) as error:
             if not _is_out_of_memory(error):
                 raise

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -98,6 +99,11 @@ class LazyEngine:
         self._lock = threading.Lock()
         self._engine: Engine | None = None
         self._calls: OrderedDict[tuple[object, ...], _Call] = OrderedDict()
+        self._on_close: list[Callable[[], object]] = []
+
+    def on_close(self, forget: Callable[[], object]) -> None:
+        """Have `forget` called when the engine is closed: what it kept of the engine would keep its weights."""
+        self._on_close.append(forget)
 
     @property
     def device(self) -> torch.device:
@@ -130,7 +136,8 @@ class LazyEngine:
             call = self._calls.pop(key, None)
             if call is None or call.engine is not engine:
                 arguments(self.component, inputs)  # told of a wrong shape before anything is made of it
-                call = _Call(self.component, engine, inputs, self.graphs)
+                with torch.inference_mode(False):  # a caller's own would mark the static tensors
+                    call = _Call(self.component, engine, inputs, self.graphs)
             result = call(inputs)
             self._calls[key] = call
             while len(self._calls) > _KEPT:
@@ -139,8 +146,10 @@ class LazyEngine:
 
     def close(self) -> None:
         """Free the engine; the next call loads it again."""
-        with self._lock:
+        with nullcontext() if self.graphs is None else self.graphs.turn(), self._lock:
             self._calls.clear()
+            for forget in self._on_close:
+                forget()
             if self._engine is not None:
                 self._engine.close()
                 self._engine = None

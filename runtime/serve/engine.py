@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from ...errors import DrainingError, QueueFullError
+from ...errors import DrainingError, QueueFullError, RequestError, ServiceError
 from ..pipeline import Pipeline
 from .jobs import Job
 from .requests import CheckedRequest, Finished, ImageRequest, ImageResult, Progress
@@ -48,7 +48,12 @@ class AsyncEngine:
             window: seconds a request may wait for company while the device is idle.
             on_batch: told of every call, in the event loop.
         """
+        if max_batch < 1 or max_waiting < 1 or not window >= 0:
+            raise RequestError(
+                f"max_batch is {max_batch}, max_waiting {max_waiting}, window {window}; at least 1, 1 and 0 are needed"
+            )
         self.max_waiting = max_waiting
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._runner = PipelineRunner(pipe) if isinstance(pipe, Pipeline) else pipe
         self._queue: Scheduler[Job] = Scheduler(max_batch=max_batch, window=window)
         self._on_batch = on_batch
@@ -88,7 +93,7 @@ class AsyncEngine:
         Raises:
             LatentRTError: a model cannot be loaded or run.
         """
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._thread, self._runner.warm_up)
         except BaseException:
@@ -114,6 +119,8 @@ class AsyncEngine:
         if self._draining or self._serving is None:
             state = "is shutting down and takes nothing new" if self._draining else "was not started"
             raise DrainingError(f"the engine {state}; ask another one")
+        if asyncio.get_running_loop() is not self._loop:
+            raise ServiceError("the engine belongs to the event loop that started it; ask it from there")
         checked = [self._runner.check(request) for request in requests]
         self._refuse_too_many(checked, timeout)
         jobs = [Job(one, timeout=timeout, previews=previews, forget=self._queue.remove) for one in checked]

@@ -11,6 +11,8 @@ __all__ = ["Metrics"]
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
 
 class Metrics:
     """Counters of one server."""
@@ -68,7 +70,8 @@ class Metrics:
 
     def request(self, method: str, path: str, status: int, seconds: float) -> None:
         """An answer has ended. `path` is the route's, so that there are few."""
-        self._requests.labels(method, path, str(status)).inc()
+        known = method if method in _METHODS else "other"  # clients may invent any number of them
+        self._requests.labels(known, path, str(status)).inc()
         self._latency.labels(path).observe(seconds)
 
     def error(self, kind: str) -> None:

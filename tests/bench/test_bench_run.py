@@ -120,6 +120,7 @@ def test_a_side_that_fails_is_told_and_the_rest_goes_on(at: int, measure: Callab
     assert (found["failing"].status, found["failing"].reason) == ("failed", "planted [96mfailure")
     assert found["failing"].batches == []
     assert len(found["sound"].batches[0].seconds) == 3
+    assert found["sound"].batches[0].speedup is None  # there is nothing that it would be beside
 
 
 def test_a_side_that_builds_is_first_measured_in_a_process_before(measure: Callable[..., CaseResult]) -> None:
@@ -262,6 +263,8 @@ def test_half_precision_may_be_as_far_off_as_eager_pytorch_is() -> None:
     assert judge(Quality(4, 26.0, 0.9), "float16", eager) == ["PSNR 26.0 dB, at least 27.0"]
     assert judge(Quality(4, 28.0, 0.9), "float32", eager) != []
     assert judge(Quality(4, float("nan"), 1.0), "float32", None) != []
+    nonsense = Quality(4, psnr=float("-inf"), ssim=float("nan"))  # as from an eager run full of NaN
+    assert judge(nonsense, "float16", nonsense) != []
 
 
 def test_mlperfs_gate_wants_mlperfs_number_of_pictures() -> None:

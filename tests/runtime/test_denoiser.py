@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -189,3 +191,25 @@ def test_few_loops_are_kept(component: Component) -> None:
     for seed in range(40):
         Request(component, seed).run(loop)
     assert 1 < len(loop._idle) <= 8
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_caller_s_inference_mode_does_not_mark_what_is_kept(component: Component, graphs: bool) -> None:
+    loop = Denoiser(engine(component, graphs=graphs))
+    request = Request(component, 3, "euler", batch=1)
+    with torch.inference_mode():
+        first = request.run(loop)
+    assert request.run(loop).equal(first)
+
+
+def test_a_closed_engine_is_let_go(component: Component) -> None:
+    """With its weights: a pipeline that moved would keep them on the device it left."""
+    lazy = engine(component, graphs=True)
+    loop = Denoiser(lazy)
+    request = Request(component, 3, "euler", batch=1)
+    first = request.run(loop)
+    module = weakref.ref(lazy.load()._module)  # type: ignore[attr-defined]
+    lazy.close()
+    gc.collect()
+    assert module() is None
+    assert request.run(loop).equal(first)

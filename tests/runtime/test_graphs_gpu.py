@@ -58,10 +58,13 @@ def test_work_is_replayed_over_what_the_static_tensors_hold() -> None:
 
 
 def test_what_cannot_be_recorded_is_named() -> None:
-    x = torch.ones(4, device="cuda")
+    x, y = torch.ones(4, device="cuda"), torch.zeros(4, device="cuda")
+    graphs, stream = Graphs(x.device), torch.cuda.current_stream()
     with pytest.raises(CaptureError, match=r"the work.*aten::_local_scalar_dense.*--no-graphs"):
-        Graphs(x.device).capture(lambda: float(x.sum()), "the work")
-    assert float(x.sum()) == 4  # the device is none the worse for it
+        graphs.capture(lambda: float(x.sum()), "the work")
+    assert torch.cuda.current_stream() == stream
+    graphs.capture(lambda: y.copy_(x * 2), "other work").replay()  # the device is none the worse for it
+    assert float(y.sum()) == 8
 
 
 def test_the_images_are_those_of_the_cpu(graphed: latentrt.Pipeline) -> None:

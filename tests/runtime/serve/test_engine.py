@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 from fake_runner import FakeRunner, in_loop, seed_of
-from latentrt.errors import BackendError, DeadlineError, DrainingError, QueueFullError, RequestError
+from latentrt.errors import (
+    BackendError,
+    DeadlineError,
+    DrainingError,
+    QueueFullError,
+    RequestError,
+    ServiceError,
+)
 from latentrt.runtime.serve.engine import AsyncEngine
 from latentrt.runtime.serve.requests import Finished, ImageRequest, Progress
 from latentrt.runtime.serve.worker import BatchReport
@@ -367,5 +374,24 @@ def test_a_model_that_does_not_load_says_so() -> None:
         with pytest.raises(BackendError, match="no device"):
             async with AsyncEngine(Broken()):
                 raise AssertionError("never entered")
+
+    in_loop(main())
+
+
+@pytest.mark.parametrize("fields", [{"max_batch": 0}, {"max_waiting": 0}, {"window": float("nan")}])
+def test_bounds_that_would_stop_it_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="at least 1, 1 and 0"):
+        AsyncEngine(FakeRunner(), **fields)
+
+
+def test_another_event_loop_is_refused() -> None:
+    async def main() -> None:
+        async with AsyncEngine(FakeRunner(), window=0) as engine:
+
+            def elsewhere() -> None:
+                with pytest.raises(ServiceError, match="belongs to the event loop that started it"):
+                    asyncio.run(engine.generate(ask(1)))
+
+            await asyncio.to_thread(elsewhere)
 
     in_loop(main())
