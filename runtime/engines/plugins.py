@@ -47,15 +47,20 @@ _FORMAT = "1"
 """Of what is serialised. Engines of another one are refused."""
 
 _PACKAGE = Path(__file__).resolve().parents[2]
+# The kernels, what chooses and compiles them, and what launches them: a change in any is another engine.
 _SOURCES = (
     "kernels/_attention_triton.py",
     "kernels/_attention_ahead.py",
     "kernels/_group_norm_triton.py",
+    "kernels/_triton.py",
+    "kernels/aot.py",
     "kernels/binaries.py",
     "kernels/tuned",
+    "kernels/tuning.py",
     "runtime/engines/plugins.py",
     "runtime/engines/plugin_code.py",
     "runtime/engines/plugin_launch.py",
+    "export/plugin_kernels.py",
     "export/quick_plugins.py",
 )
 
