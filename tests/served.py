@@ -43,9 +43,14 @@ class Served:
         """Bytes in, bytes out, as far as the server takes and gives them, over a connection of its own."""
         with closing(socket.create_connection(("127.0.0.1", self.port), timeout=20)) as link:
             pieces = []
-            with suppress(ConnectionError):
+            try:
                 link.sendall(data)
                 link.shutdown(socket.SHUT_WR)
+            except TimeoutError:
+                raise
+            except OSError:
+                pass  # the server has hung up (reset, broken pipe, not connected); what it said can still be read
+            with suppress(ConnectionError):
                 while piece := link.recv(65536):
                     pieces.append(piece)
             return b"".join(pieces)

@@ -42,7 +42,7 @@ INVERSE: dict[Relation, Relation] = {
     "left of": "right of",
     "right of": "left of",
 }
-SIZES = {"small": 18.0, "large": 26.0}  # radius in pixels
+SIZES = {"small": 20.0, "large": 26.0}  # radius in pixels
 CANVASES = ((128, 128), (160, 96), (96, 160))  # (height, width)
 
 # Never drawn in training: single objects by (colour, shape), pairs by (first shape, relation, second shape).
