@@ -307,7 +307,9 @@ def test_a_damaged_export_is_made_again(
     shutil.copytree(exports / "entries", copy / "entries", ignore=shutil.ignore_patterns("*.json.*"))
     encoders = [
         model
-        for model in copy.glob("entries/*/model.onnx.data")  # other tests keep engines of text encoders here too
+        for model in copy.glob(
+            "entries/*/model.onnx.data"
+        )  # other tests keep engines of text encoders here too
         if '"name": "text_encoder"' in model.with_name("manifest.json").read_text("utf-8")
     ]
     assert encoders
