@@ -24,7 +24,7 @@ help:
 	@echo 'make generate [PROMPT="..."] [SEED=2] [IMAGE=image.png]   a picture from the shipped demo model'
 	@echo 'make bench       speed, memory and quality beside diffusers into out/bench, under ten minutes'
 	@echo 'make test        the tests, a few minutes'
-	@echo 'make test-full   the slow ones as well: every sampler, demo quality, full-size weights and engines'
+	@echo 'make test-full [PARTS="..."]   the slow ones as well, hours: every sampler, demo quality, full-size engines'
 	@echo 'make gpu         what needs a CUDA GPU'
 	@echo 'make check       ruff and mypy'
 	@echo 'make clean       remove what these made'
@@ -52,11 +52,9 @@ bench: $(VENV)/.test
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(PYTEST) -m 'not full' -n 2
 
+# Goes on where it was stopped: what passed with the sources as they are is not run again.
 test-full: $(VENV)/.test
-	$(PYTEST) -n 0
-	$(BIN)/python -m latentrt.bench.demo_model.evaluate
-	$(BIN)/python -m latentrt.bench.full_size
-	$(BIN)/python -m latentrt.bench.full_size_engines
+	$(BIN)/python -m latentrt.bench.full $(PARTS)
 
 # Each part goes on where it was stopped, or is short; results are written to bench/results as they come.
 gpu: gpu-tests gpu-kernels gpu-bench

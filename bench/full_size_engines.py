@@ -37,7 +37,9 @@ from ..runtime.cache import Store
 from ..runtime.engine_store import EngineTarget
 from ..runtime.engines.base import Component
 from ..runtime.engines.sizes import SizePolicy
+from ..runtime.engines.split import in_parts
 from ..runtime.loading import load_components
+from ..runtime.models.unet_parts import PARTS
 from ..runtime.prepare import engine, onnx_model
 from ..runtime.weights import open_checkpoint
 from .machine import describe_machine
@@ -182,7 +184,9 @@ def _in_a_process(step: Callable[..., dict[str, Any]], *args: Any) -> dict[str, 
 
 
 def _component(checkpoint: Path, name: str, cache_dir: Path) -> Component:
-    return load_components(open_checkpoint(checkpoint, cache_dir=cache_dir), torch.float16)[name]
+    found = load_components(open_checkpoint(checkpoint, cache_dir=cache_dir), torch.float16)
+    whole, _, part = name.partition(".")
+    return next(c for c in in_parts(found[whole]) if c.name == name) if part else found[whole]
 
 
 def _export(checkpoint: Path, name: str, cache_dir: Path, sizes: Sequence[str]) -> dict[str, Any]:
@@ -287,11 +291,12 @@ def main(argv: list[str] | None = None) -> int:
         "models",
         nargs="*",
         type=Path,
-        default=[PUBLISHED / "sdxl_base", PUBLISHED / "sdxl_refiner"],
-        help="diffusers folders, of which the configurations are read; SDXL's base and refiner by default",
+        default=[Path("sdxl_base"), Path("sdxl_refiner")],
+        help="sdxl_base, sdxl_refiner, or diffusers folders of which the configurations are read; the two by default",
     )
     parser.add_argument("--component", action="append", default=[], help="only this one; repeatable")
     parser.add_argument("--size", action="append", default=[], help="as `latentrt build --sizes` takes it")
+    parser.add_argument("--split", action="store_true", help="a UNet as its parts")
     parser.add_argument("--again", action="store_true", help="measure what was measured here before, too")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints, for another run")
     parser.add_argument("--folder", type=Path, default=_ROOT / "build" / "full_size", help="for all files")
@@ -305,9 +310,13 @@ def main(argv: list[str] | None = None) -> int:
     asked: list[tuple[str, str]] = []
     problems: list[str] = []
 
-    for configs in args.models:
+    for given in args.models:
+        configs = PUBLISHED / given if (PUBLISHED / given).is_dir() else given
         model = configs.name
         names = [name for name in _components(configs) if not args.component or name in args.component]
+        if args.split and "unet" in names:
+            at = names.index("unet")
+            names[at : at + 1] = [f"unet.{part}" for part in PARTS]
         asked += [(model, name) for name in names]
         known = {name for name in names if (model, name) in rows and rows[model, name].machine == machine}
         todo = names if args.again else [name for name in names if name not in known]

@@ -24,7 +24,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     x.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
     x.add_argument("--passes", metavar="A,B", help="in place of the usual ones, in this order; '' for none")
     x.add_argument(
-        "--split", action="store_true", help="the UNet in three: per prompt, per timestep and per step"
+        "--split", action="store_true", help="the UNet in three: per prompt, for all timesteps, and per step"
     )
     x.add_argument("--variant", help="weights variant, such as fp16")
     x.add_argument("--json", action="store_true")
@@ -63,6 +63,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="NAME,...",
         help="operators that plugins made of the Triton kernels take: all, none, or of GroupNorm, GroupNormSilu, "
         "ShiftGroupNormSilu, DotProductAttention (default none)",
+    )
+    e.add_argument(
+        "--split",
+        action="store_true",
+        help="the UNet as three engines: per prompt, for all timesteps, and per step; run them with LATENTRT_SPLIT=1",
     )
     e.add_argument("--rebuild", action="store_true", help="build anew what is in the cache")
     e.add_argument("--json", action="store_true", help="print what was built as JSON")

@@ -59,6 +59,7 @@ def build(args: argparse.Namespace) -> Iterator[str]:
         batch=args.batch,
         components=args.component,
         variant=args.variant,
+        split=args.split,
         rebuild="always" if args.rebuild else "auto",
     )
     if args.json:

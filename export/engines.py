@@ -15,6 +15,7 @@ from ..runtime.engine_store import EngineTarget, StoredEngine
 from ..runtime.engines import trt
 from ..runtime.engines.base import Backend
 from ..runtime.engines.sizes import SizePolicy, profiles_for
+from ..runtime.engines.split import in_parts
 from ..runtime.engines.tensorrt import TensorRTBackend, TensorRTRTXBackend
 from ..runtime.loading import load_components
 from ..runtime.prepare import Rebuild, engine
@@ -62,6 +63,7 @@ def build_engines(
     batch: str = "1..4",
     components: Sequence[str] = (),
     variant: str | None = None,
+    split: bool = False,
     rebuild: Rebuild = "auto",
     cache_dir: Path | None = None,
 ) -> Iterator[Built]:
@@ -75,6 +77,7 @@ def build_engines(
         sizes, batch: as `SizePolicy.parse` takes them; sizes around the model's own by default.
         components: only these; all by default.
         variant: of the weight files.
+        split: a UNet as its parts, `unet.prompt`, `unet.time` and `unet.step`.
 
     Raises:
         RequestError: a size or component there is not.
@@ -90,30 +93,34 @@ def build_engines(
     policies = [asked if sizes else replace(SizePolicy.around(c), batch=asked.batch) for c in wanted]
     for component, policy in zip(wanted, policies, strict=True):
         profiles_for(component, policy)  # what is wrong with a size is said before minutes of work
-    backend = _backend_here(target, dtype)
+    backend = _backend_here(target, dtype, split=split)
     exact = load_components(checkpoint, torch.float32)
     for component, policy in zip(wanted, policies, strict=True):
-        begun = time.perf_counter()
-        made = engine(component, target, policy, cache_dir=cache_dir, rebuild=rebuild)
-        dtype_name = str(component.dtype).removeprefix("torch.")
-        seconds = time.perf_counter() - begun
-        verdict = None
-        if made.built and backend is not None:
-            verdict = verify_component(
-                component,
-                exact[component.name],
-                backend,
-                device=torch.device("cuda"),
-                sizes={name: axis.best for name, axis in made.profiles[0].axes.items()},
-                cache_dir=cache_dir,
-            )
-        yield Built(component.name, dtype_name, made, seconds, verdict)
+        parts = in_parts(component) if split else (component,)
+        built = False
+        for part in parts:
+            begun = time.perf_counter()
+            made = engine(part, target, policy, cache_dir=cache_dir, rebuild=rebuild)
+            dtype_name = str(part.dtype).removeprefix("torch.")
+            seconds = time.perf_counter() - begun
+            built = built or made.built
+            verdict = None
+            if part is parts[-1] and built and backend is not None:  # the whole runs now
+                verdict = verify_component(
+                    component,
+                    exact[component.name],
+                    backend,
+                    device=torch.device("cuda"),
+                    sizes={name: axis.best for name, axis in profiles_for(component, policy)[0].axes.items()},
+                    cache_dir=cache_dir,
+                )
+            yield Built(part.name, dtype_name, made, seconds, verdict)
 
 
-def _backend_here(target: EngineTarget, dtype: torch.dtype) -> Backend | None:
+def _backend_here(target: EngineTarget, dtype: torch.dtype, *, split: bool) -> Backend | None:
     """What runs such engines, if this machine can."""
     kind = TensorRTBackend if target.product == "tensorrt" else TensorRTRTXBackend
-    backend, device = kind(with_plugins=tuple(target.plugins)), torch.device("cuda")
+    backend, device = kind(with_plugins=tuple(target.plugins), split=split), torch.device("cuda")
     if not backend.availability(device, dtype).ok:
         return None
     return backend if set(local_archs(target.product)) <= set(target.archs) else None

@@ -16,16 +16,17 @@ from filelock import FileLock
 from ..errors import ExportError, RequestError
 from ..runtime.cache import no_room
 from ..runtime.engines.base import Component
+from ..runtime.engines.split import in_parts
 from ..runtime.loading import load_components
 from ..runtime.weights import open_checkpoint
-from .check import check_export, check_parts, expected_outputs
-from .hoist import unet_parts
+from .check import check_export, expected_outputs
 from .onnx import to_model, write_model
 from .passes import DEFAULT, Report, check_names
 
 __all__ = ["Exported", "export_model"]
 
 _SUFFIX = ".partial"
+_LISTED = 3  # outputs whose errors are told
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Exported:
     """One component.
 
     Attributes:
-        files: its models; the weights of each lie beside it, in a file of its name with `.data` at the end.
+        file: its model; the weights lie beside it, in a file of its name with `.data` at the end.
         passes: what each pass did.
         check: the errors that ONNX Runtime makes beside PyTorch, and their limit; empty in bfloat16, which ONNX
             Runtime does not run on the CPU.
@@ -42,7 +43,7 @@ class Exported:
 
     component: str
     dtype: str
-    files: list[Path]
+    file: Path
     passes: list[Report]
     check: dict[str, Any]
     seconds: float
@@ -51,7 +52,7 @@ class Exported:
         return {
             "component": self.component,
             "dtype": self.dtype,
-            "files": [str(path) for path in self.files],
+            "file": str(self.file),
             "passes": [report.to_json() for report in self.passes],
             "check": self.check,
             "seconds": round(self.seconds, 3),
@@ -59,15 +60,17 @@ class Exported:
 
     def to_text(self) -> str:
         """Where it is, a table of what each pass left, and how far it is from PyTorch."""
-        lines = [f"{self.component}, {self.dtype}, {self.seconds:.1f} s: {', '.join(map(str, self.files))}"]
+        lines = [f"{self.component}, {self.dtype}, {self.seconds:.1f} s: {self.file}"]
         lines.append(f"    {'':<20}{'nodes':>16}{'initialisers':>18}{'bytes':>30}")
         for report in self.passes:
             pairs = zip(astuple(report.before), astuple(report.after), strict=True)
             nodes, initializers, size = (f"{a:,} > {b:,}" if a != b else f"{a:,}" for a, b in pairs)
             lines.append(f"    {report.name:<20}{nodes:>16}{initializers:>18}{size:>30}")
         for sizes, errors in self.check.get("relative_error", {}).items():
-            found = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-            lines.append(f"    off PyTorch by {found} at {sizes}")
+            worst = sorted(errors.items(), key=lambda named: -named[1])[:_LISTED]
+            found = ", ".join(f"{name} {error:.1e}" for name, error in worst)
+            others = f" and less in {len(errors) - _LISTED} others" if len(errors) > _LISTED else ""
+            lines.append(f"    off PyTorch by {found}{others} at {sizes}")
         return "\n".join(lines)
 
 
@@ -90,7 +93,7 @@ def export_model(
         dtype: of the weights and activations. A VAE that overflows in float16 stays in float32.
         components: only these; all by default.
         passes: names of `passes.PASSES`, in order.
-        split: a UNet in three models, `prompt.onnx`, `time.onnx` and `step.onnx`: see `hoist`.
+        split: a UNet as its parts, `unet.prompt`, `unet.time` and `unet.step`: see `runtime.engines.split`.
         variant: of the weight files.
 
     Raises:
@@ -105,13 +108,15 @@ def export_model(
         raise RequestError(f"{model} has no component {', '.join(unknown)}; it has {', '.join(found)}")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".latentrt.lock"):
-        for name in dict.fromkeys(components or found):
+        wanted = [found[name] for name in dict.fromkeys(components or found)]
+        for component in [part for whole in wanted for part in (in_parts(whole) if split else (whole,))]:
+            name = component.name
             begun = time.perf_counter()
             aside = folder / f".{name}{_SUFFIX}"
             shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
             aside.mkdir()
             try:
-                files, reports, check = _export(found[name], aside, passes, split=split and name == "unet")
+                file, reports, check = _export(component, aside, passes)
                 _replace(aside, folder / name)
             except OSError as error:
                 if full := no_room(error):
@@ -123,8 +128,8 @@ def export_model(
                 shutil.rmtree(aside, ignore_errors=True)
             yield Exported(
                 name,
-                str(found[name].dtype).removeprefix("torch."),
-                [folder / name / file.name for file in files],
+                str(component.dtype).removeprefix("torch."),
+                folder / name / file.name,
                 reports,
                 check,
                 time.perf_counter() - begun,
@@ -132,18 +137,16 @@ def export_model(
 
 
 def _export(
-    component: Component, folder: Path, passes: Sequence[str], *, split: bool
-) -> tuple[list[Path], list[Report], dict[str, Any]]:
+    component: Component, folder: Path, passes: Sequence[str]
+) -> tuple[Path, list[Report], dict[str, Any]]:
     module = component.build()
     model, reports = to_model(component, module, passes)
-    models = unet_parts(model) if split else {"model": model}
-    files = [write_model(component, part, folder / f"{name}.onnx") for name, part in models.items()]
+    file = write_model(component, model, folder / "model.onnx")
     expected = expected_outputs(component, module)
     # As in `export_checked`: the weights are in memory once.
-    del module, model, models
+    del module, model
     gc.collect()
-    check = check_parts(component, files, expected) if split else check_export(component, files[0], expected)
-    return files, reports, check
+    return file, reports, check_export(component, file, expected)
 
 
 def _replace(aside: Path, target: Path) -> None:

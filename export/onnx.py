@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -38,7 +40,7 @@ def to_model(
     """The component in ONNX, its weights still those of the module.
 
     Every named dimension of the inputs is dynamic, and shared by the inputs that name it. The model says in
-    its metadata which component it is and what made it.
+    its metadata which component it is, of which weights and configuration, and what made it.
 
     Args:
         component: what to export.
@@ -96,11 +98,14 @@ def trace(component: Component, module: nn.Module) -> torch.export.ExportedProgr
         {i: dims[name] for i, name in enumerate(spec.dims) if isinstance(name, str)} or None
         for spec in component.inputs
     )
+    named = inspect.signature(module.forward).parameters.values()
+    varying = next((k for k, p in enumerate(named) if p.kind is p.VAR_POSITIONAL), len(shapes))
     with _quietly(), torch.no_grad(), as_nodes():
         return torch.export.export(
             module,
             example_inputs(component, component.example_sizes),
-            dynamic_shapes=shapes,
+            # To torch.export all that a `*` takes is one argument, and none is nothing.
+            dynamic_shapes=shapes if not shapes[varying:] else (*shapes[:varying], shapes[varying:]),
             # Else "a level below is not 1 pixel high" is a guard, and the smallest sizes are refused.
             prefer_deferred_runtime_asserts_over_guards=True,
         )
@@ -121,8 +126,10 @@ def _describe(model: ir.Model, component: Component) -> None:
             "latentrt.component": component.name,
             "latentrt.fingerprint": component.fingerprint,
             "latentrt.dtype": str(component.dtype).removeprefix("torch."),
-            "latentrt.version": metadata.version("latentrt"),
-            "torch.version": torch.__version__,
+            "latentrt.config": json.dumps(dict(component.config), sort_keys=True, default=str),
+            **{
+                f"{name}.version": metadata.version(name) for name in ("latentrt", "torch", "onnx", "onnx-ir")
+            },
         }
     )
 

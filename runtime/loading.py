@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,11 @@ from ..errors import CheckpointError
 from .denoise import Denoiser
 from .engines.base import Component, TensorSpec, Values
 from .engines.lazy import EngineLoader
+from .engines.split import unet_parts
 from .expert import Expert
 from .models.clip import CLIPTextConfig, CLIPTextEncoder, rename_clip_keys
 from .models.unet import UNet, UNetConfig
+from .models.unet_parts import PARTS
 from .models.vae import VAEConfig, VAEDecoder, VAEEncoder, rename_legacy_vae_keys
 from .prompt import ClipTokenizer
 from .text_encoder import TextEncoder
@@ -68,6 +70,7 @@ class _Weights:
             example_sizes=example_sizes,
             native_size=native_size,
             latent_scale=latent_scale,
+            config=self.config,
         )
 
 
@@ -220,7 +223,20 @@ def unet_component(
         inputs.append(TensorSpec("timestep_cond", ("batch", config.time_cond_proj_dim), dtype))
     side = 2 ** len(config.block_out_channels)  # the coarsest level is two pixels high
     scale = VAEConfig.from_dict(checkpoint.config("vae")).scale if checkpoint.has("vae") else 8
-    return _Weights(checkpoint, "unet", checkpoint.config("unet"), lambda: UNet(config)).component(
+    raw = checkpoint.config("unet")
+
+    def build(name: str) -> nn.Module:
+        part = PARTS[name]
+        weights = _Weights(
+            checkpoint,
+            "unet",
+            raw,
+            lambda: part(UNet(config)),
+            lambda key: f"unet.{key}" if part.has(key) else None,
+        )
+        return weights.build(dtype)
+
+    whole = _Weights(checkpoint, "unet", raw, lambda: UNet(config)).component(
         "unet",
         dtype,
         inputs=tuple(inputs),
@@ -229,6 +245,7 @@ def unet_component(
         native_size=scale * max(config.sample_size or (64, 64)),
         latent_scale=scale,
     )
+    return replace(whole, parts=lambda: unet_parts(whole, config, build))
 
 
 def load_vae(checkpoint: Checkpoint, loader: EngineLoader) -> VAE:

@@ -75,6 +75,17 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What the demo's exports and builds took: three minutes are the most on two idle cores."""
+    demo = ("tests/export/test_demo.py", "tests/export/test_demo_engines.py")
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    seconds = [r.duration for r in reports if getattr(r, "nodeid", "").startswith(demo)]
+    if seconds:
+        terminalreporter.write_line(
+            f"the demo's exports and builds: {sum(seconds):.0f} s, one after the other"
+        )
+
+
 @pytest.fixture(autouse=True)
 def _own_log_levels() -> Iterator[None]:
     """The command line sets levels for its process; a test that runs it leaves none behind."""

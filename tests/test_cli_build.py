@@ -141,6 +141,24 @@ def test_plugins_reach_the_builder(build: Run, requests: list[EngineRequest]) ->
     assert len(requests) == 3  # the same, found
 
 
+def test_a_unet_in_parts_is_three_engines(build: Run, requests: list[EngineRequest]) -> None:
+    for rebuilt in (3, 0):
+        code, out, err = build("--component", "unet", "--component", "text_encoder", "--split", "--json")
+        assert (code, err) == (0, "")
+        rows = json.loads(out)
+        names = ["unet.prompt", "unet.time", "unet.step", "text_encoder"]
+        assert [row["component"] for row in rows] == names
+        assert len({row["key"] for row in rows}) == 4
+        assert sum(row["built"] for row in rows[:3]) == rebuilt
+    assert [request.component for request in requests] == names
+    prompt, time, step = (request.profiles[0] for request in requests[:3])
+    handed_on = [name for name in step if name != "sample"]
+    assert all(step[name][2][0] == 8 for name in handed_on)  # four images with guidance
+    assert (prompt["encoder_hidden_states"][2][0], time["timestep"]) == (8, [[1], [128], [512]])
+    build("--component", "unet")  # the whole is another engine
+    assert [request.component for request in requests[4:]] == ["unet"]
+
+
 @pytest.mark.parametrize("engine", ["tensorrt", "tensorrt-rtx"])
 def test_without_a_gpu_the_architecture_must_be_named(
     engine: str, run: Run, requests: list[EngineRequest], monkeypatch: pytest.MonkeyPatch

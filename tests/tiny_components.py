@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from latentrt.runtime.engines.base import Component, TensorSpec, Values, example_inputs
+from latentrt.runtime.engines.split import unet_parts
 from latentrt.runtime.models.clip import CLIPTextConfig, CLIPTextEncoder
 from latentrt.runtime.models.unet import UNet, UNetConfig
+from latentrt.runtime.models.unet_parts import PARTS
 from latentrt.runtime.models.vae import VAEConfig, VAEDecoder, VAEEncoder
 from torch import Tensor, nn
 
@@ -95,19 +98,20 @@ def named_inputs(component: Component, seed: int = 0, **sizes: int) -> dict[str,
 
 def unet(dtype: torch.dtype = torch.float32, config: Mapping[str, Any] = UNET, seed: int = 0) -> Component:
     f32, c = torch.float32, UNetConfig.from_dict(config)
-    pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
+    sized = c.addition_embed_type == "text_time"
+    pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim if sized else 0
     guidance = (
         () if (dim := c.time_cond_proj_dim) is None else (TensorSpec("timestep_cond", ("batch", dim), dtype),)
     )
-    return component(
+    whole = component(
         "unet",
         partial(UNet, c),
         (
             TensorSpec("sample", ("batch", c.in_channels, "height", "width"), dtype),
             TensorSpec("timestep", ("batch",), f32, Values(0, 1000)),
             TensorSpec("encoder_hidden_states", ("batch", "tokens", c.cross_attention_dim), dtype),
-            TensorSpec("text_embeds", ("batch", pooled), dtype),
-            TensorSpec("time_ids", ("batch", 6), f32, Values(0, 1024)),
+            *((TensorSpec("text_embeds", ("batch", pooled), dtype),) if sized else ()),
+            *((TensorSpec("time_ids", ("batch", 6), f32, Values(0, 1024)),) if sized else ()),
             *guidance,
         ),
         (TensorSpec("out_sample", ("batch", c.out_channels, "height", "width"), dtype),),
@@ -115,6 +119,8 @@ def unet(dtype: torch.dtype = torch.float32, config: Mapping[str, Any] = UNET, s
         dtype,
         seed,
     )
+    whole = replace(whole, config=config)
+    return replace(whole, parts=lambda: unet_parts(whole, c, lambda name: PARTS[name](whole.build())))
 
 
 def vae_decoder(dtype: torch.dtype = torch.float32) -> Component:

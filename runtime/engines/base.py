@@ -8,9 +8,9 @@ prompts, samplers or of the engine that runs before or after it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,8 @@ class Component:
         native_size: side, in pixels, of the images the model was trained for.
         latent_scale: pixels along a side that one latent stands for. Dimensions called `height` and `width` count
             latents, `image_height` and `image_width` pixels.
+        parts: makes the components that together are this one; see `split.in_parts`. None where it has none.
+        config: of the network, as the checkpoint has it; for whoever reads an exported model.
     """
 
     name: str
@@ -92,6 +94,8 @@ class Component:
     example_sizes: Mapping[str, int]
     native_size: int = 512
     latent_scale: int = 8
+    parts: Callable[[], tuple[Component, ...]] | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ the same ONNX file. They are off unless asked for: nobody has measured them.
 Kernels are loaded and the numbers of a launch are worked out when a context is made or its shapes change; enqueue
 puts pointers in place and launches, allocates nothing, and can be captured in a CUDA graph. Nothing here imports
 torch or triton. On a GPU this has never run.
+
+Tensors are taken in their plain order only: TensorRT's linear format, q, k and v contiguous. Every node holds its own
+copy of its kernels: TensorRT asks each for what to keep, more than once, and not every answer ends up in the engine.
 """
 
 from __future__ import annotations

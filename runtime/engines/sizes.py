@@ -18,6 +18,7 @@ from math import prod
 
 from ...errors import BackendError, RequestError
 from .base import Component, TensorSpec
+from .split import STEPS_AT_ONCE
 
 __all__ = ["Axis", "Profile", "SizePolicy", "profile_index", "profiles_for"]
 
@@ -199,5 +200,7 @@ def _rows(component: Component, images: Axis) -> Axis:
     if component.name.startswith("vae"):  # images pass one at a time
         return Axis(1, 1, images.high)
     # Guidance doubles the rows of a UNet and of the prompts, and can be off.
-    low = images.low if component.name == "unet" else 1
+    if component.name == "unet.time":  # all steps of a loop, which fill it up
+        return Axis(1, 2 * images.low * STEPS_AT_ONCE, 2 * images.high * STEPS_AT_ONCE)
+    low = images.low if component.name in ("unet", "unet.step") else 1
     return Axis(low, 2 * images.low, 2 * images.high)

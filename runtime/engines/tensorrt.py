@@ -33,6 +33,7 @@ from . import plugins
 from . import trt as products
 from .base import Availability, Component, Engine, Program, Timesteps, arguments
 from .sizes import profile_index
+from .split import SplitUNet, in_parts
 
 __all__ = ["Scratch", "TensorRTBackend", "TensorRTEngine", "TensorRTRTXBackend"]
 
@@ -298,16 +299,20 @@ class TensorRTBackend:
     `LATENTRT_BUILD=never` makes a missing engine an error where it would be built. `LATENTRT_PLUGINS` says which
     plugins its engines have, as `latentrt build --plugins` does.
 
+    `LATENTRT_SPLIT=1` runs a UNet as engines of its parts, as `latentrt build --split` builds them.
+
     Args:
         with_plugins: in place of what `LATENTRT_PLUGINS` says.
+        split: in place of what `LATENTRT_SPLIT` says.
     """
 
     name = "tensorrt"
     upcast = torch.float32
 
-    def __init__(self, with_plugins: Sequence[str] | None = None) -> None:
+    def __init__(self, with_plugins: Sequence[str] | None = None, *, split: bool | None = None) -> None:
         self._scratch: dict[torch.device, Scratch] = {}
         self._plugins = with_plugins
+        self._split = split
 
     def availability(self, device: torch.device, dtype: torch.dtype) -> Availability:
         product = products.product(self.name)
@@ -322,6 +327,7 @@ class TensorRTBackend:
         try:
             trt = products.load(product)
             self._target(device)
+            _switch("LATENTRT_SPLIT")
         except (BackendUnavailableError, RequestError) as error:
             reason, _, remedy = str(error).partition("; ")
             return Availability(False, reason, remedy)
@@ -331,10 +337,18 @@ class TensorRTBackend:
         found = self.availability(device, component.dtype)
         if not found.ok:
             raise BackendUnavailableError(f"back end {self.name!r}: {found.reason}; {found.remedy}")
-        stored = engine(component, self._target(device), cache_dir=cache_dir, rebuild=_rebuild())
+        target, rebuild = self._target(device), _rebuild()
+        split = _switch("LATENTRT_SPLIT") if self._split is None else self._split
+        parts = in_parts(component) if split else (component,)
+        stored = [engine(part, target, cache_dir=cache_dir, rebuild=rebuild) for part in parts]
         scratch = self._scratch.setdefault(device, Scratch(device))
+        product = products.product(self.name)
         with torch.cuda.device(device):
-            return TensorRTEngine(component, stored, products.product(self.name), device, scratch)
+            engines = [
+                TensorRTEngine(part, made, product, device, scratch)
+                for part, made in zip(parts, stored, strict=True)
+            ]
+        return engines[0] if parts == (component,) else SplitUNet(component, engines)
 
     def _target(self, device: torch.device) -> EngineTarget:
         major, minor = torch.cuda.get_device_capability(device)
@@ -348,6 +362,13 @@ class TensorRTRTXBackend(TensorRTBackend):
     """TensorRT for RTX, the same in all but its name."""
 
     name = "tensorrt-rtx"
+
+
+def _switch(name: str) -> bool:
+    chosen = os.environ.get(name, "0")
+    if chosen not in ("0", "1"):
+        raise RequestError(f"{name} is {chosen!r}; it can be 0 or 1")
+    return chosen == "1"
 
 
 def _rebuild() -> Rebuild:

@@ -96,6 +96,16 @@ def test_one_component_for_real(
     assert list((tmp_path / "work").iterdir()) == []  # all it made is gone
 
 
+def test_a_unet_in_parts(
+    run: Callable[..., int], configs: list[Path], steps: list[Any], tmp_path: Path
+) -> None:
+    assert run(configs[0], "--split", "--component", "unet") == 0
+    names = ["unet.prompt", "unet.time", "unet.step"]
+    assert [row["component"] for row in read(tmp_path)] == names
+    found = [script._component(configs[0], name, tmp_path / "cache") for name in names]
+    assert [component.name for component in found] == names
+
+
 def test_all_components_one_after_the_other(
     run: Callable[..., int], configs: list[Path], steps: list[Any], tmp_path: Path
 ) -> None:

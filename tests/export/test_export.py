@@ -110,7 +110,9 @@ def test_the_model_says_what_it_is(cache_dir: Path) -> None:
     assert properties["latentrt.component"] == "unet"
     assert properties["latentrt.fingerprint"] == component.fingerprint
     assert properties["latentrt.dtype"] == "float32"
+    assert json.loads(properties["latentrt.config"]) == tiny.UNET
     assert properties["torch.version"] == torch.__version__
+    assert properties["onnx.version"] == onnx.__version__
     assert {o.domain: o.version for o in model.opset_import}[""] == OPSET
     dims = {
         value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
@@ -203,6 +205,39 @@ def test_an_export_that_does_not_run_is_refused(cache_dir: Path, tmp_path: Path)
     (tmp_path / "model.onnx").write_bytes(b"?")
     with pytest.raises(ExportError, match="the export of affine does not load"):
         check_export(component, tmp_path / "model.onnx", expected)
+
+
+class Convolving(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.silu(self.conv(x))
+
+
+def test_half_precision_convolutions_are_compared_with_wide_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = TensorSpec("x", ("batch", 4, "height", 5), torch.float16)
+    module = Convolving().half().requires_grad_(False)
+    component = Component("c", Convolving, torch.float16, (half,), (half,), "0", {"batch": 2, "height": 6})
+    seen: list[torch.dtype] = []
+    convolve = nn.Conv2d._conv_forward
+
+    def watch(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.extend([x.dtype, weight.dtype])
+        return convolve(self, x, weight, bias)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", watch)
+    first, _ = expected_outputs(component, module)
+    assert set(seen) == {torch.float32}
+    exact = Convolving().requires_grad_(False)
+    exact.load_state_dict({name: x.float() for name, x in module.state_dict().items()})
+    wanted = torch.nn.functional.silu(exact.conv(first.inputs[0].float()).half())
+    assert first.outputs[0].dtype == torch.float16
+    assert torch.equal(first.outputs[0], wanted)
+    seen.clear()
+    module(first.inputs[0])
+    assert set(seen) == {torch.float16}  # the module is as it was
 
 
 def test_relative_error() -> None:

@@ -48,12 +48,12 @@ def test_json_and_no_passes(
     (made,) = json.loads(text)
     assert (made["component"], made["dtype"], made["passes"]) == (TEXT, "float16", [])
     assert made["check"]["relative_error"]
-    first = Path(made["files"][0]).read_bytes()
+    first = Path(made["file"]).read_bytes()
     code, text, _ = run(capsys, *again, "--passes", "transpose-pairs,dead-code")  # in its place
     (made,) = json.loads(text)
     assert [report["name"] for report in made["passes"]] == ["transpose-pairs", "dead-code"]
     assert made["passes"][0]["before"]["nodes"] > made["passes"][0]["after"]["nodes"]
-    assert Path(made["files"][0]).read_bytes() != first
+    assert Path(made["file"]).read_bytes() != first
     assert sorted(path.name for path in tmp_path.iterdir()) == [".latentrt.lock", TEXT]
 
 
@@ -61,12 +61,20 @@ def test_a_unet_in_three(
     tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = [tiny("sd15"), "-o", tmp_path, "--component", "unet", "--dtype", "float32", "--split", "--json"]
-    code, text, _ = run(capsys, *args)
-    assert code == 0
-    (made,) = json.loads(text)
-    assert [Path(file).name for file in made["files"]] == ["prompt.onnx", "time.onnx", "step.onnx"]
-    errors = [error for case in made["check"]["relative_error"].values() for error in case.values()]
-    assert max(errors) < made["check"]["limit"]
+    code, text, err = run(capsys, *args)
+    assert code == 0, err
+    made = json.loads(text)
+    for part in made:
+        errors = [error for case in part["check"]["relative_error"].values() for error in case.values()]
+        assert max(errors) < part["check"]["limit"]
+    graphs = {part["component"]: onnx.load(part["file"], load_external_data=False).graph for part in made}
+    assert list(graphs) == ["unet.prompt", "unet.time", "unet.step"]
+    given = [value.name for value in graphs["unet.step"].input]
+    handed_on = [value.name for name in ("unet.time", "unet.prompt") for value in graphs[name].output]
+    assert given == ["sample", *handed_on]
+    assert "Gemm" not in {
+        node.op_type for node in graphs["unet.step"].node
+    }  # which the time's projections are
 
 
 @pytest.mark.parametrize(

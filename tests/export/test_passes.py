@@ -11,9 +11,8 @@ import onnxruntime
 import pytest
 import tiny_components as tiny
 import torch
-from latentrt.errors import ExportError, RequestError
+from latentrt.errors import RequestError
 from latentrt.export.check import relative_error
-from latentrt.export.hoist import PART, split, unet_parts
 from latentrt.export.onnx import to_model
 from latentrt.export.passes import DEFAULT, PASSES, Size, run_passes
 from latentrt.runtime.engines.base import Component, example_inputs
@@ -203,35 +202,3 @@ def test_all_passes_on_a_unet(unet: tuple[Component, ir.Model]) -> None:
     )  # four blocks: three to one, two to one
     before, after = run_named(model, values), run_named(tidied, values)
     assert relative_error(after["out_sample"], before["out_sample"]) < 1e-5
-
-
-def test_a_unet_in_parts(unet: tuple[Component, ir.Model]) -> None:
-    component, model = unet
-    size = Size.of(model)
-    parts = unet_parts(model)
-    assert Size.of(model) == size
-    assert [part.metadata_props[PART] for part in parts.values()] == ["prompt", "time", "step"]
-    given = {name: [str(v.name) for v in part.graph.inputs] for name, part in parts.items()}
-    assert given["prompt"] == ["encoder_hidden_states", "text_embeds", "time_ids"]
-    assert given["time"][0] == "timestep"
-    assert given["step"][0] == "sample"
-    assert not {"timestep", *given["prompt"]} & set(given["step"])
-    # Of eight attentions, four are over the text: their keys and values come from outside, as do eight shifts.
-    assert len(given["step"]) == 1 + 2 * 4 + 8
-    assert "Gemm" not in kinds(parts["step"])
-    sizes = {**component.example_sizes, "batch": 3, "height": 7, "tokens": 5}
-    values = {
-        spec.name: x for spec, x in zip(component.inputs, example_inputs(component, sizes), strict=True)
-    }
-    wanted = run_named(model, values)["out_sample"]
-    for part in parts.values():
-        values |= run_named(part, values)
-    assert torch.equal(values["out_sample"], wanted)
-    dims = {v.name: list(v.shape) for v in parts["step"].graph.inputs if v.shape is not None}
-    keys = next(dims[name] for name in given["step"] if "attn2" in name)
-    assert [str(d) for d in keys] == ["batch", "tokens", "4", "16"]
-
-
-def test_where_a_model_cannot_be_split() -> None:
-    with pytest.raises(ExportError, match="g has no input sample to be split at; it has x"):
-        split(parse("y = Exp(x)"), ["sample"])

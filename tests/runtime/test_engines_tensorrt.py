@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tensorrt_rtx_bindings as rtx
 import torch
+from fake_tensorrt import AddOne, FakeContext, FakeCuda, FakeEngine, FakeStream, FakeTensorRT, install
 from latentrt.errors import BackendError, BackendUnavailableError, RequestError
 from latentrt.runtime.engine_store import StoredEngine
 from latentrt.runtime.engines import plugins, trt
@@ -19,150 +17,36 @@ from latentrt.runtime.engines import tensorrt as engines
 from latentrt.runtime.engines.base import Component, TensorSpec
 from latentrt.runtime.engines.sizes import Axis, Profile
 from latentrt.runtime.engines.tensorrt import Scratch, TensorRTEngine
-from torch import Tensor, nn
+from torch import Tensor
 
 CPU = torch.device("cpu")
 NARROW, WIDE = Profile({"batch": Axis(2, 2, 3)}), Profile({"batch": Axis(1, 2, 32)})
 
 
-class FakeContext:
-    """Runs `y = x + 1` over the addresses it was given."""
-
-    def __init__(self, owner: FakeTensorRT, number: int) -> None:
-        self._owner, self._number = owner, number
-        self._addresses: dict[str, int] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-
-    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
-        return self._called("set_optimization_profile_async", profile, stream)
-
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        self._addresses[name] = address
-        return self._called("set_tensor_address", name)
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        self._shapes[name] = shape
-        return self._called("set_input_shape", name, shape)
-
-    def infer_shapes(self) -> list[str]:
-        self._called("infer_shapes")
-        return self._owner.unknown
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes["x"]
-
-    def update_device_memory_size_for_shapes(self) -> int:
-        return 100 * self._shapes["x"][0]
-
-    def set_device_memory(self, memory: int, size: int) -> None:
-        self._called("set_device_memory", memory, size)
-
-    def execute_async_v3(self, stream: int) -> bool:
-        x, y = (
-            (ctypes.c_float * (4 * self._shapes["x"][0])).from_address(self._addresses[name]) for name in "xy"
-        )
-        y[:] = [value + 1 for value in x]
-        return self._called("execute_async_v3", stream)
-
-    def _called(self, name: str, *arguments: Any) -> bool:
-        self._owner.calls.append((self._number, name, *arguments))
-        if name == self._owner.failing:
-            self._owner.log.log(rtx.ILogger.ERROR, "Error Code 3:\n  it broke")
-            return False
-        return True
-
-
-class FakeEngine:
-    def __init__(self, owner: FakeTensorRT) -> None:
-        self._owner = owner
-        self.streamable_weights_size = owner.streamable
-        self.weight_streaming_budget_v2 = -1
-
-    def get_weight_streaming_automatic_budget(self) -> int:
-        return 12345
-
-    def create_runtime_config(self) -> Any:
-        return SimpleNamespace(set_execution_context_allocation_strategy=lambda strategy: None)
-
-    def create_execution_context(self, how: Any) -> FakeContext | None:
-        self._owner.strategies.append(how)
-        if self._owner.failing == "create_execution_context":
-            self._owner.log.log(rtx.ILogger.ERROR, "no memory")
-            return None
-        self._owner.contexts += 1
-        return FakeContext(self._owner, self._owner.contexts)
-
-
-class FakeTensorRT:
-    """The part of the module `tensorrt` that an engine uses."""
-
-    __version__ = "1.0.fake"
-    ILogger = rtx.ILogger
-    ExecutionContextAllocationStrategy = rtx.ExecutionContextAllocationStrategy
-    DynamicShapesKernelSpecializationStrategy = rtx.DynamicShapesKernelSpecializationStrategy
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-        self.strategies: list[Any] = []
-        self.contexts = 0
-        self.failing = ""
-        self.unknown: list[str] = []
-        self.streamable = 0
-        self.engine: FakeEngine | None = None
-
-    def Runtime(self, log: Any) -> Any:  # noqa: N802
-        self.log = log
-        return SimpleNamespace(deserialize_cuda_engine=self._deserialize)
-
-    def _deserialize(self, plan: Any) -> FakeEngine | None:
-        if bytes(plan) != b"an engine":
-            self.log.log(rtx.ILogger.ERROR, "magicTag mismatch")
-            return None
-        self.engine = FakeEngine(self)
-        return self.engine
-
-    def named(self, name: str) -> list[tuple[Any, ...]]:
-        return [call for call in self.calls if call[1] == name]
-
-
-class FakeStream:
-    def __init__(self, number: int) -> None:
-        self.cuda_stream = number
-        self.waited: list[str] = []
-
-    def record_event(self) -> str:
-        return f"event of {self.cuda_stream}"
-
-    def wait_event(self, event: str) -> None:
-        self.waited.append(event)
-
-    def synchronize(self) -> None:
-        self.waited.append("all")
-
-
-class FakeCuda:
-    """torch.cuda's current stream, and whether it is being captured."""
-
-    def __init__(self) -> None:
-        self.stream = FakeStream(1)
-        self.capturing = False
+COMPONENT = Component(
+    "unet",
+    AddOne,
+    torch.float32,
+    (TensorSpec("x", ("batch", 4), torch.float32),),
+    (TensorSpec("y", ("batch", 4), torch.float32),),
+    "0",
+    {"batch": 2},
+)
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    fake = FakeCuda()
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: fake.stream)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.capturing)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
-    return fake
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeTensorRT, FakeCuda]:
+    return install(monkeypatch, {b"an engine": COMPONENT})
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
-    fake = FakeTensorRT()
-    monkeypatch.setattr(trt, "load", lambda product: fake)
-    return fake
+def fake(stand_ins: tuple[FakeTensorRT, FakeCuda]) -> FakeTensorRT:
+    return stand_ins[0]
+
+
+@pytest.fixture
+def cuda(stand_ins: tuple[FakeTensorRT, FakeCuda]) -> FakeCuda:
+    return stand_ins[1]
 
 
 Load = Callable[..., TensorRTEngine]
@@ -176,19 +60,9 @@ def load(fake: FakeTensorRT, cuda: FakeCuda, tmp_path: Path) -> Load:
         plan: bytes = b"an engine",
         with_plugins: Mapping[str, str] | None = None,
     ) -> TensorRTEngine:
-        spec = ("batch", 4)
-        component = Component(
-            "unet",
-            nn.Identity,
-            torch.float32,
-            (TensorSpec("x", spec, torch.float32),),
-            (TensorSpec("y", spec, torch.float32),),
-            "0",
-            {"batch": 2},
-        )
         (tmp_path / "model.plan").write_bytes(plan)
         stored = StoredEngine("0", tmp_path / "model.plan", (WIDE, NARROW), {}, with_plugins or {}, False)
-        return TensorRTEngine(component, stored, trt.product(product), CPU, scratch or Scratch(CPU))
+        return TensorRTEngine(COMPONENT, stored, trt.product(product), CPU, scratch or Scratch(CPU))
 
     return load
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import threading
 
 import pytest
-import tiny_components as tiny
 import torch
+from engine_checks import assert_replays, inputs
 from latentrt.export.check import relative_error
-from latentrt.runtime.engines.base import Component, Engine
+from latentrt.runtime.engines.base import Component, Engine, Timesteps
 from latentrt.runtime.engines.eager import EagerBackend
-from latentrt.runtime.engines.registry import get_backend
+from latentrt.runtime.engines.tensorrt import TensorRTBackend, TensorRTRTXBackend
+from latentrt.runtime.graph import Graphs
 from latentrt.runtime.loading import load_components
 from latentrt.runtime.weights import open_checkpoint
 from tolerances import ENGINE_FLOAT16
-from torch import Tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
-SIZES = [{"batch": 2, "height": 16, "width": 16}, {"batch": 4, "height": 12, "width": 20}]
+BACKENDS = {"tensorrt": TensorRTBackend, "tensorrt-rtx": TensorRTRTXBackend}
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +31,19 @@ def unet() -> Component:
     return load_components(open_checkpoint("demo"), torch.float16)["unet"]
 
 
-@pytest.fixture(scope="module", params=["tensorrt", "tensorrt-rtx"])
-def engine(
-    request: pytest.FixtureRequest,
-    unet: Component,
-    device: torch.device,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Engine:
-    backend = get_backend(request.param)
-    found = backend.availability(device, torch.float16)
+@pytest.fixture(scope="module", params=[*BACKENDS])
+def name(request: pytest.FixtureRequest, device: torch.device) -> str:
+    found = BACKENDS[request.param]().availability(device, torch.float16)
     if not found.ok:
         pytest.skip(f"{request.param}: {found.reason}; {found.remedy}")
-    return backend.load(unet, device=device, cache_dir=tmp_path_factory.mktemp(request.param))
+    return str(request.param)
 
 
-def inputs(unet: Component, device: torch.device, which: int, seed: int = 0) -> dict[str, Tensor]:
-    return {k: x.to(device) for k, x in tiny.named_inputs(unet, seed, **SIZES[which]).items()}
+@pytest.fixture(scope="module")
+def engine(
+    name: str, unet: Component, device: torch.device, tmp_path_factory: pytest.TempPathFactory
+) -> Engine:
+    return BACKENDS[name]().load(unet, device=device, cache_dir=tmp_path_factory.mktemp(name))
 
 
 def test_it_computes_what_pytorch_computes(engine: Engine, unet: Component, device: torch.device) -> None:
@@ -64,21 +61,30 @@ def test_the_same_inputs_give_the_same_bits(engine: Engine, unet: Component, dev
 
 
 def test_it_is_captured_and_replayed(engine: Engine, unet: Component, device: torch.device) -> None:
+    assert_replays(engine, unet, device)
+
+
+def test_a_unet_in_three_engines(name: str, engine: Engine, unet: Component, device: torch.device) -> None:
+    """Its step, captured and replayed for other times and prompts, is what the whole engine gives."""
+    parts = BACKENDS[name](split=True).load(unet, device=device, cache_dir=None)
     x = inputs(unet, device, 0)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        engine(x)
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            captured = engine(x)["prediction"]
-        for seed in (1, 2):
-            for name, value in inputs(unet, device, 0, seed).items():
-                x[name].copy_(value)
-            graph.replay()
-            replayed = captured.clone()
-            engine(inputs(unet, device, 1))  # other work in the same scratch, between replays
-            assert torch.equal(replayed, engine(x)["prediction"])
+    out = {"prediction": torch.zeros_like(x["sample"])}
+    timesteps = Timesteps(torch.zeros(4, device=device), torch.zeros(1, dtype=torch.int64, device=device))
+    program = parts.bind(x, out, timesteps=timesteps)
+    assert program.capturable
+    graphs = Graphs(device)
+    program.prepare()
+    step = graphs.capture(program.run, "a step")
+    for seed in (1, 2):
+        for key, value in inputs(unet, device, 0, seed).items():
+            x[key].copy_(value)
+        timesteps.values.copy_(torch.tensor([900.0, 400.0, 3.0, 0.0]))
+        program.prepare()
+        for index in (0, 2):
+            timesteps.index.fill_(index)
+            step.replay()
+            wanted = engine({**x, "timestep": timesteps.values[index].expand(2)})["prediction"]
+            assert relative_error(out["prediction"], wanted) < ENGINE_FLOAT16
 
 
 def test_threads_with_streams_of_their_own(engine: Engine, unet: Component, device: torch.device) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_components as tiny
 import torch
+from engine_checks import assert_replays, inputs
 from latentrt.export.check import relative_error
 from latentrt.runtime.engines import plugins
 from latentrt.runtime.engines.base import Component, Engine
@@ -23,11 +23,9 @@ from latentrt.runtime.engines.tensorrt import TensorRTBackend, TensorRTRTXBacken
 from latentrt.runtime.loading import load_components
 from latentrt.runtime.weights import open_checkpoint
 from tolerances import ENGINE_FLOAT16
-from torch import Tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
-SIZES = [{"batch": 2, "height": 16, "width": 16}, {"batch": 4, "height": 12, "width": 20}]
 BACKENDS = {"tensorrt": TensorRTBackend, "tensorrt-rtx": TensorRTRTXBackend}
 
 
@@ -54,10 +52,6 @@ def load(cache: tuple[str, Path], unet: Component, device: torch.device, text: s
     return backend.load(unet, device=device, cache_dir=cache[1])
 
 
-def inputs(unet: Component, device: torch.device, which: int, seed: int = 0) -> dict[str, Tensor]:
-    return {k: x.to(device) for k, x in tiny.named_inputs(unet, seed, **SIZES[which]).items()}
-
-
 @pytest.mark.parametrize("text", ["all", *plugins.chosen("all")])
 def test_with_plugins_as_without_and_as_pytorch(
     text: str, cache: tuple[str, Path], unet: Component, device: torch.device
@@ -73,22 +67,7 @@ def test_with_plugins_as_without_and_as_pytorch(
 
 
 def test_it_is_captured_and_replayed(cache: tuple[str, Path], unet: Component, device: torch.device) -> None:
-    engine = load(cache, unet, device, "all")
-    x = inputs(unet, device, 0)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        engine(x)
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            captured = engine(x)["prediction"]
-        for seed in (1, 2):
-            for name, value in inputs(unet, device, 0, seed).items():
-                x[name].copy_(value)
-            graph.replay()
-            replayed = captured.clone()
-            engine(inputs(unet, device, 1))  # other shapes of the same plugins, between replays
-            assert torch.equal(replayed, engine(x)["prediction"])
+    assert_replays(load(cache, unet, device, "all"), unet, device)
 
 
 WITHOUT_TORCH = textwrap.dedent("""

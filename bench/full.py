@@ -1,0 +1,251 @@
+"""Everything that is slow, part after part: what `make test-full` runs.
+
+    python -m latentrt.bench.full [--list] [--again] [PART ...]
+
+Each part is a process, with a limit to its time. A part that passed, and within a part of tests each test that passed,
+is not run again while the sources it depends on stay the same: run the same command again after a failure, or after it
+was stopped. Ends with a table; results and logs are in build/full.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from ..export.memory import available_bytes
+from . import passed
+
+__all__ = ["PARTS", "Part", "Result", "main", "run_part"]
+
+_ROOT = Path(__file__).resolve().parents[1]
+_MEMORY = 24e9  # what a part may take
+_NOTHING_LEFT = 5  # pytest's exit status where every test was left out
+# What any part depends on, besides its own tests.
+_SOURCES = ("bench", "export", "kernels", "runtime")
+_KINDS = {".py", ".json", ".safetensors", ".txt", ".html"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something to run.
+
+    Attributes:
+        name: of the part.
+        limit: seconds after which it is ended.
+        tests: files of tests of which those marked `full` are run.
+        command: what is run in place of tests: arguments of Python's.
+        workers: processes that share the tests; 0 runs them in one, as what measures time has to.
+    """
+
+    name: str
+    limit: float
+    tests: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    workers: int = 0
+
+
+_SCRIPT = "latentrt.bench.full_size_engines"
+PARTS = (
+    Part("quick", 1800, command=("-m", "pytest", "-q", "-m", "not full", "-n", "2")),
+    Part(
+        "demo",
+        5400,
+        ("tests/export/test_demo.py", "tests/export/test_demo_engines.py", "tests/export/test_verify.py"),
+    ),
+    Part("combinations", 5400, ("tests/export/test_combinations.py",), workers=2),
+    Part("damage", 3600, ("tests/export/test_damage.py",)),
+    Part("parity", 10800, ("tests/runtime/test_pipeline_parity.py",), workers=2),
+    Part("kernels", 7200, ("tests/kernels/test_aot.py",), workers=2),
+    Part(
+        "bench",
+        7200,
+        (
+            "tests/bench/test_bench_sides.py",
+            "tests/bench/test_demo_training.py",
+            "tests/bench/test_full_size_engines.py",
+        ),
+    ),
+    Part("serving", 3600, ("tests/runtime/serve/test_load.py",)),
+    Part("quality", 10800, ("tests/bench/test_demo_quality.py",)),
+    Part("full-size-forward", 1800, command=("-m", "latentrt.bench.full_size")),
+    Part("full-size-base", 3600, command=("-m", _SCRIPT, "sdxl_base")),
+    Part("full-size-refiner", 3600, command=("-m", _SCRIPT, "sdxl_refiner")),
+    Part("full-size-split", 3600, command=("-m", _SCRIPT, "sdxl_base", "--split", "--component", "unet")),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a part went, the last time it was run.
+
+    Attributes:
+        digest: of the sources it depends on.
+        passed: whether all of it did.
+        why: where it did not.
+        seconds: that run's; tests that had passed before are not in it.
+        memory: by how many bytes the machine's available memory fell meanwhile, other programs included.
+    """
+
+    digest: str
+    passed: bool
+    why: str
+    seconds: float
+    memory: int
+
+
+def run_part(part: Part, folder: Path, *, again: bool = False) -> Result:
+    """Run what of a part has not passed yet, and note how it went in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = _digest(part)
+    known = _read(folder, part)
+    if known is not None and known.digest == digest and known.passed and not again:
+        return known
+    begun = time.monotonic()
+    with open(folder / f"{part.name}.log", "w", encoding="utf-8") as log:
+        command = [sys.executable, *(part.command or _tests(part, folder, digest, again=again))]
+        threads = {"OMP_NUM_THREADS": "1"} if part.workers or part.name == "quick" else {}
+        process = subprocess.Popen(
+            command,
+            cwd=_ROOT,
+            env={**os.environ, **threads},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            ended, memory = _watch(process, begun + part.limit)
+        finally:
+            _end(process)
+    why = ""
+    if not ended:
+        why = f"ended after {part.limit:,.0f} s"
+    elif process.returncode not in (0, *((_NOTHING_LEFT,) if part.tests else ())):
+        why = f"exit status {process.returncode}"
+    elif memory > _MEMORY:
+        why = f"took {memory / 1e9:.1f} GB, the limit is {_MEMORY / 1e9:.0f} GB"
+    result = Result(digest, not why, why, round(time.monotonic() - begun, 1), memory)
+    aside = folder / f"{part.name}.json.partial"
+    aside.write_text(json.dumps(asdict(result), indent=2) + "\n", "utf-8")
+    aside.replace(folder / f"{part.name}.json")
+    return result
+
+
+def _tests(part: Part, folder: Path, digest: str, *, again: bool) -> list[str]:
+    """Arguments that run the tests of a part, without those that passed."""
+    now = folder / f"{part.name}.{digest[:12]}.passed"
+    before = now.with_suffix(".before")
+    for old in folder.glob(f"{part.name}.*.passed"):
+        if old != now or again:
+            old.unlink()
+    before.write_bytes(
+        now.read_bytes() if now.exists() else b""
+    )  # workers read it while others write the first
+    files = ["--note-passed", str(now), "--skip-passed", str(before)]
+    return [
+        *("-m", "pytest", "-p", "latentrt.bench.passed", "-m", "full and not gpu", "-v", "--durations=0"),
+        *("-n", str(part.workers), *files, *part.tests),
+    ]
+
+
+def _watch(process: subprocess.Popen[bytes], until: float) -> tuple[bool, int]:
+    """Whether it ended by itself before then, and the memory that was taken meanwhile."""
+    first = available_bytes() or 0
+    least = first
+    while time.monotonic() < until:
+        try:
+            process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            least = min(least, available_bytes() or first)
+            continue
+        return True, first - least
+    return False, first - least
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """It and all it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _read(folder: Path, part: Part) -> Result | None:
+    try:
+        return Result(**json.loads((folder / f"{part.name}.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _digest(part: Part) -> str:
+    """Of the sources that a part depends on: the package, what tests share, and its own tests."""
+    own = [_ROOT / file for file in part.tests]
+    if not part.tests and "pytest" in part.command:
+        own = sorted((_ROOT / "tests").rglob("*.py"))
+    digest = hashlib.sha256(_package_digest().encode())
+    for file in own:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+@cache
+def _package_digest() -> str:
+    files = [path for folder in _SOURCES for path in sorted((_ROOT / folder).rglob("*"))]
+    files = [path for path in files if path.suffix in _KINDS and "results" not in path.parts]
+    files += [*sorted(_ROOT.glob("*.py")), *sorted((_ROOT / "tests").glob("*.py")), _ROOT / "pyproject.toml"]
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(_ROOT).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _line(part: Part, result: Result | None, folder: Path) -> str:
+    if result is None or result.digest != _digest(part):
+        done = sum(len(passed.read(file)) for file in folder.glob(f"{part.name}.{_digest(part)[:12]}.passed"))
+        return f"{part.name:<20}not run" + (f", {done} of its tests passed" if done else "")
+    state = "passed" if result.passed else "FAILED"
+    seconds, memory = f"{result.seconds:,.0f} s", f"{result.memory / 1e9:.1f} GB"
+    return f"{part.name:<20}{state:<8}{seconds:>10}{memory:>10}" + (f"   {result.why}" if result.why else "")
+
+
+def main(
+    argv: Sequence[str] | None = None, *, parts: Iterable[Part] = PARTS, folder: Path | None = None
+) -> int:
+    """Command line; 1 where a part did not pass."""
+    known = {part.name: part for part in parts}
+    parser = argparse.ArgumentParser(description="The slow tests, part after part.")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(known)}; all by default")
+    parser.add_argument("--list", action="store_true", help="show what passed, and run nothing")
+    parser.add_argument("--again", action="store_true", help="run what passed, too")
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.parts if name not in known]
+    if unknown:
+        parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(known)}")
+    folder = folder or _ROOT / "build" / "full"
+    chosen = [known[name] for name in dict.fromkeys(args.parts or known)]
+    if not args.list:
+        for part in chosen:
+            print(f"{part.name}: at most {part.limit / 60:.0f} minutes; {folder / part.name}.log", flush=True)
+            print(_line(part, run_part(part, folder, again=args.again), folder), flush=True)
+        print()
+    results = [_read(folder, part) for part in chosen]
+    for part, result in zip(chosen, results, strict=True):
+        print(_line(part, result, folder))
+    good = [
+        r is not None and r.passed and r.digest == _digest(p) for p, r in zip(chosen, results, strict=True)
+    ]
+    return int(not all(good) and not args.list)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
