@@ -212,7 +212,7 @@ def kernels(args: argparse.Namespace) -> Iterator[str]:
     rows = []
     for (spec, case), built in zip(cases, aot.reports(requests), strict=True):
         floor = {"floor_us": roofline.floor_us(case, dtype, gpu), "gpu": gpu.name, "ceilings": gpu.source}
-        work = {"flops": case.flops, "bytes": case.elements * dtype.itemsize, "calls": case.calls}
+        work = {"flops": case.flops, "bytes": case.nbytes(dtype), "calls": case.calls}
         kernels = [asdict(report) for report in built]
         rows.append({"op": spec.name, "case": case.name, **work, **floor, "kernels": kernels})
     if args.json:

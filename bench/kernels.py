@@ -153,7 +153,7 @@ def dry_run(requests: Sequence[aot.Request], seconds: float) -> list[dict[str, A
 
 def lines(result: Mapping[str, Any]) -> Iterator[str]:
     """A short table of what `measure` returns."""
-    yield f"{'':58}{'us':>10}{'share':>7}{'against PyTorch':>17}  best of its own"
+    yield f"{'':58}{'us':>10}{'rate':>13}{'share':>7}{'against PyTorch':>17}  best of its own"
     for row in result["rows"]:
         name = f"{row['op']}, {row['case']}, {row['dtype']}"
         if "us" not in row:
@@ -162,13 +162,20 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
         rivals = {rival: us for rival, us in row["rivals"].items() if isinstance(us, float)}
         best = min(rivals, key=rivals.__getitem__, default="")
         speedup = f"{row['speedup_over_best']:.2f}x" if rivals else "-"
-        yield f"{name:58}{row['us']:>10.1f}{row['share']:>7.0%}{speedup:>17}  {best}"
+        yield f"{name:58}{row['us']:>10.1f}{_rate(row):>13}{row['share']:>7.0%}{speedup:>17}  {best}".rstrip()
+    limits = result["ceilings"]
+    matmul = ", ".join(f"{limits[name]:.0f} TFLOP/s in {name}" for name in limits if name != "copy")
+    yield f"shares of what this run measured: matrix products {matmul}; copies {limits['copy'] * 1e3:.0f} GB/s"
     yield f"{len(result['left'])} left"
+
+
+def _rate(row: Mapping[str, Any]) -> str:
+    return f"{row['tflops']:.0f} TFLOP/s" if row["tflops"] else f"{row['tbs'] * 1e3:.0f} GB/s"
 
 
 def _weight(case: Case, dtype: torch.dtype, limits: Mapping[str, float]) -> float:
     """The least microseconds that one forward spends in this call."""
-    compute, traffic = case.flops / limits[name_of(dtype)], case.elements * dtype.itemsize / limits["copy"]
+    compute, traffic = case.flops / limits[name_of(dtype)], case.nbytes(dtype) / limits["copy"]
     return case.calls * max(compute, traffic) * 1e-6
 
 
@@ -200,7 +207,7 @@ def _row(
         return {**row, "error": us}
     row["us"] = us
     row["tflops"] = case.flops / us * 1e-6
-    row["tbs"] = case.elements * dtype.itemsize / us * 1e-6
+    row["tbs"] = case.nbytes(dtype) / us * 1e-6
     by_compute = spec.limit == "matmul"
     row["ceiling"] = limits[name_of(dtype)] if by_compute else limits["copy"]
     row["share"] = (row["tflops"] if by_compute else row["tbs"]) / row["ceiling"]

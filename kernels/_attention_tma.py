@@ -53,7 +53,7 @@ def _attention_tma(
         q = tl.make_tensor_descriptor(q, [rows, columns], [stride_qs, 1], [BLOCK_M, D])
     b_q = q.load([b * Sq + first, h * stride_qh])  # past Sq another image's queries, which are not stored
     b_acc = tl.zeros([BLOCK_M, D], tl.float32)
-    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_max = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)  # of keys that score -inf, less it, p is 0
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     # One loop and no branch: Triton specialises nothing else.
     for start in tl.range(0, Sk, BLOCK_N, warp_specialize=SPECIALIZE):

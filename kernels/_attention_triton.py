@@ -57,9 +57,8 @@ def _attention(
     first = (pid % blocks) * BLOCK_M
     b = (pid // blocks // H).to(tl.int64)
     h = (pid // blocks % H).to(tl.int64)
-    if (
-        EIGHTS
-    ):  # which Triton sees of multiples of sixteen only: heads of 40 would be loaded by single elements
+    # Triton sees by itself multiples of sixteen only: heads of 40 would be loaded by single elements.
+    if EIGHTS:
         stride_qb, stride_qs, stride_qh = stride_qb // 8 * 8, stride_qs // 8 * 8, stride_qh // 8 * 8
         stride_kb, stride_ks, stride_kh = stride_kb // 8 * 8, stride_ks // 8 * 8, stride_kh // 8 * 8
         stride_vb, stride_vs, stride_vh = stride_vb // 8 * 8, stride_vs // 8 * 8, stride_vh // 8 * 8
@@ -80,7 +79,7 @@ def _attention(
     if BLOCK_E > 0:
         b_q_e = tl.load(p_q + e[None, :] * stride_qd, mask=m_m[:, None], other=0.0)
         b_acc_e = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_max = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)  # of keys that score -inf, less it, p is 0
     b_sum = tl.zeros([BLOCK_M], tl.float32)
 
     full = Sk // BLOCK_N * BLOCK_N
@@ -189,7 +188,7 @@ def _attention_wide(
     p_v = v_ptr + b * stride_vb + h * stride_vh + n[:, None] * stride_vs + columns[None, :] * stride_vd
 
     b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_max = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)  # of keys that score -inf, less it, p is 0
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     for start in tl.range(0, Sk, BLOCK_N):
         m_n = start + n < Sk
@@ -237,6 +236,9 @@ def plan(
         tuning.constants("attention_wide" if wide else "attention", arch, q.dtype, _shape_class(D, Sk))
     )
     warps, stages = tuned.pop("num_warps"), tuned.pop("num_stages")
+    # Within a block offsets have 32 bits.
+    reach = max(tuned["BLOCK_M"], tuned["BLOCK_N"], 2 * D)
+    q, k, v = (t.contiguous() if max(t.stride()[1::2]) * reach >= 2**31 else t for t in (q, k, v))
     tma, specialize = tuned.pop("TMA", 0), tuned.pop("SPECIALIZE", 0)
     if tma and descriptors and describable(q, k, v):
         blocks = {name: tuned[name] for name in ("BLOCK_M", "BLOCK_N")}

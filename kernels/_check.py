@@ -6,14 +6,23 @@ to the example's values. Ranks, dtypes, devices and fixed sizes are always check
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from ..errors import KernelArgumentError
 
-__all__ = ["FLOATS", "fail", "require_dtypes", "require_equal", "require_multiple", "require_rank"]
+__all__ = [
+    "FLOATS",
+    "fail",
+    "require_dtypes",
+    "require_eps",
+    "require_equal",
+    "require_multiple",
+    "require_rank",
+    "require_tensors",
+]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -23,14 +32,23 @@ def fail(op: str, argument: str, need: str, got: object) -> KernelArgumentError:
     return KernelArgumentError(f"{op}: {argument} must {need}, got {got}")
 
 
-def require_dtypes(op: str, tensors: Mapping[str, Tensor | None]) -> None:
+def require_tensors(
+    op: str, tensors: Mapping[str, object], optional: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """All tensors; None only for those that are `optional`. Returns those that are given."""
+    given = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor):
+            given[name] = tensor
+        elif tensor is not None or name not in optional:
+            raise fail(op, name, "be a torch.Tensor", type(tensor).__name__)
+    return given
+
+
+def require_dtypes(op: str, tensors: Mapping[str, Tensor | None], optional: Collection[str] = ()) -> None:
     """All tensors that are given: floating point, one dtype, one device. The first names both."""
     first = ""
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise fail(op, name, "be a torch.Tensor", type(tensor).__name__)
+    for name, tensor in require_tensors(op, tensors, optional).items():
         if not first:
             first, dtype, device = name, tensor.dtype, tensor.device
             if dtype not in FLOATS:
@@ -55,7 +73,15 @@ def require_equal(op: str, argument: str, need: str, got: int, want: int) -> Non
 
 def require_multiple(op: str, argument: str, what: str, got: int, of: int) -> None:
     """`got` must be a positive multiple of `of`, unless it is symbolic."""
+    if not isinstance(of, int):
+        raise fail(op, argument, "be an int", repr(of))
     if of < 1:
         raise fail(op, argument, "be at least 1", of)
     if isinstance(got, int) and (got < of or got % of != 0):
         raise fail(op, argument, f"divide {what} {got}", of)
+
+
+def require_eps(op: str, eps: float) -> None:
+    """What a norm adds to the variance."""
+    if not (isinstance(eps, int | float) and eps >= 0):
+        raise fail(op, "eps", "be zero or more", repr(eps))

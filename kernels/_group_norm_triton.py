@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import KernelArgumentError
 from . import tuning
 from ._triton import Launch, kernel, tl
 
@@ -201,6 +202,10 @@ def plan(
     S = math.prod(x.shape[2:])
     if x.numel() == 0:
         return y, []
+    if S >= 2**31:  # by which positions are counted; there may be more elements
+        raise KernelArgumentError(
+            f"group norm: x must have fewer than 2^31 positions, got shape {tuple(x.shape)}"
+        )
     channels_last = not x.is_contiguous()
     sizes = tuning.constants("group_norm", arch, x.dtype, "channels_last" if channels_last else "contiguous")
     tile = _tile(C, C // num_groups, S, sizes["BLOCK"], channels_last)

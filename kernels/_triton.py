@@ -109,10 +109,8 @@ def _mend_interpreter() -> None:
 
     interpreter.InterpreterBuilder.create_dot = create_dot
 
-    if version_of(triton.__version__) < (
-        3,
-        7,
-    ):  # takes int() of arrays of one element, which NumPy 2.4 refuses
+    # Before 3.7 it takes int() of arrays of one element, which NumPy 2.4 refuses.
+    if version_of(triton.__version__) < (3, 7):
         patch_tensor = interpreter._patch_lang_tensor
 
         def patched(tensor: Any, scope: Any) -> None:
@@ -241,9 +239,13 @@ def as_nodes() -> Iterator[None]:
 def takes(x: Tensor) -> bool:
     """Whether an operator on `x` goes through its custom op: on CUDA always, elsewhere if `forced` or `as_nodes`.
 
-    On the CPU the references are called directly, which is quicker.
+    On the CPU the references are called directly, which is quicker. Says so once.
     """
-    return x.is_cuda or _forced[-1] or _as_nodes.get()
+    if x.is_cuda or _forced[-1] or _as_nodes.get():
+        return True
+    if not torch.compiler.is_compiling():
+        _say_once(f"operators on the {x.device.type} run their PyTorch references", logging.INFO)
+    return False
 
 
 def usable(x: Tensor) -> bool:
@@ -263,8 +265,8 @@ def usable(x: Tensor) -> bool:
 
 
 @cache
-def _say_once(message: str) -> None:
-    log.warning(message)
+def _say_once(message: str, level: int = logging.WARNING) -> None:
+    log.log(level, message)
 
 
 def unavailable(device: torch.device) -> str:

@@ -48,6 +48,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     require_equal("attention", "v", "have k's number of keys", v.shape[1], k.shape[1])
     if isinstance(k.shape[1], int) and k.shape[1] == 0:
         raise fail("attention", "k", "hold at least one key", f"shape {tuple(k.shape)}")
+    if not (scale is None or isinstance(scale, int | float | torch.SymFloat)):
+        raise fail("attention", "scale", "be a number or None", repr(scale))
     if takes(q):
         out: Tensor = torch.ops.latentrt.attention(q, k, v, scale)
         return out

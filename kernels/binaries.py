@@ -9,7 +9,6 @@ the sizes at hand. What depends on channels, heads or the dtype is fixed, as a m
 | group norm | stats/even, apply/even | positions S fill whole blocks: no masks, aligned rows |
 | | stats/any, apply/any | otherwise |
 | attention | attention | every number of queries and keys |
-
 | attention, ahead | attention | the same, with the parameters that TensorRT passes by itself |
 
 A set is JSON: the constants that a grid is computed from, and for each role the entry point, its parameters in order

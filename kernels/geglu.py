@@ -183,7 +183,7 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     Raises:
         KernelArgumentError: naming the argument and what it got.
     """
-    require_dtypes("linear_geglu", {"x": x, "weight": weight, "bias": bias})
+    require_dtypes("linear_geglu", {"x": x, "weight": weight, "bias": bias}, optional=["bias"])
     if x.ndim < 1:
         raise fail("linear_geglu", "x", "be [..., D]", f"shape {tuple(x.shape)}")
     require_rank("linear_geglu", "weight", weight, "[2F, D]")
@@ -221,6 +221,8 @@ def _plan_linear(
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y, []
+    if N * K >= 2**31:
+        raise fail("linear_geglu", "weight", "have fewer than 2^32 elements", f"shape {tuple(weight.shape)}")
     M = y.numel() // N
     sizes = tuning.constants("linear_geglu", arch, x.dtype, "few" if M <= 512 else "many")
     blocks = {name: sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from ._check import fail, require_dtypes, require_equal, require_multiple, require_rank
+from ._check import fail, require_dtypes, require_eps, require_equal, require_multiple, require_rank
 from ._group_norm_triton import dense, plan
 from ._triton import Launch, arch_of, run, takes, usable
 from .registry import Case, OpSpec, register
@@ -77,7 +77,7 @@ def group_norm_silu(
 def _check(
     op: str, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, shift: Tensor | None
 ) -> None:
-    require_dtypes(op, {"x": x, "weight": weight, "bias": bias, "shift": shift})
+    require_dtypes(op, {"x": x, "weight": weight, "bias": bias, "shift": shift}, optional=["shift"])
     if x.ndim < 2:
         raise fail(op, "x", "be [B, C, ...]", f"shape {tuple(x.shape)}")
     channels = x.shape[1]
@@ -85,8 +85,7 @@ def _check(
         require_rank(op, name, tensor, "[C]")
         require_equal(op, name, "have one value for each of x's channels,", tensor.shape[0], channels)
     require_multiple(op, "num_groups", "x's channels,", channels, num_groups)
-    if not eps >= 0:
-        raise fail(op, "eps", "be zero or more", eps)
+    require_eps(op, eps)
     if shift is not None:
         require_rank(op, "shift", shift, "[B, C]")
         require_equal(op, "shift", "have x's batch size", shift.shape[0], x.shape[0])
@@ -149,15 +148,27 @@ def _like(y: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(dense(x)).copy_(y)
 
 
-def _case(name: str, shape: tuple[int, ...], calls: int, shift: bool = False) -> Case:
-    """Channels_last, as convolutions want it on a GPU."""
+_SHIFTED = ((320, 128, 5), (640, 64, 5), (1280, 32, 7))
+_UNSHIFTED = (
+    *((320, 128, 3), (640, 128, 2), (960, 128, 1)),
+    *((320, 64, 1), (640, 64, 1), (960, 64, 1), (1280, 64, 1), (1920, 64, 1)),
+    *((640, 32, 1), (1280, 32, 3), (1920, 32, 1), (2560, 32, 2)),
+)
+_VAE = ((128, 1024, 6), (256, 1024, 1), (256, 512, 5), (512, 512, 1), (512, 256, 6), (512, 128, 10))
+"""Channels, height and width, calls: the second norm of every residual block of the UNet, its other norms, the VAE."""
+
+
+def _case(channels: int, side: int, calls: int, *, images: int = 2, shift: bool = False) -> Case:
+    """Channels_last, as convolutions want it on a GPU; two images with guidance, one in the VAE."""
+    shape = (images, channels, side, side)
 
     def draw(dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
         x = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last).normal_()
-        weight, bias = (torch.randn(shape[1], dtype=dtype, device=device) for _ in range(2))
+        weight, bias = (torch.randn(channels, dtype=dtype, device=device) for _ in range(2))
         added = (torch.randn(shape[:2], dtype=dtype, device=device),) if shift else ()
         return (x, weight, bias, 32, 1e-5, *added)
 
+    name = f"{'VAE ' if images == 1 else ''}{channels} x {side} x {side}{', shifted' if shift else ''}"
     return Case(name, draw, flops=0, elements=2 * math.prod(shape), calls=calls)
 
 
@@ -185,8 +196,9 @@ register(
         reference=reference.group_norm,
         plan=_plan_norm,
         cases=[
-            _case("640 x 64 x 64", (2, 640, 64, 64), 5),
-            _case("1280 x 32 x 32", (2, 1280, 32, 32), 6),
+            _case(640, 64, 5),
+            _case(1280, 32, 6),
+            _case(512, 128, 1, images=1),
         ],
         limit="copy",
         candidates=_CANDIDATES,
@@ -200,12 +212,9 @@ register(
         reference=reference.group_norm_silu,
         plan=_plan_silu,
         cases=[
-            _case("320 x 128 x 128", (2, 320, 128, 128), 10),
-            _case("320 x 128 x 128, shifted", (2, 320, 128, 128), 5, shift=True),
-            _case("640 x 64 x 64, shifted", (2, 640, 64, 64), 5, shift=True),
-            _case("1280 x 32 x 32, shifted", (2, 1280, 32, 32), 7, shift=True),
-            _case("VAE 128 x 1024 x 1024", (1, 128, 1024, 1024), 6),
-            _case("VAE 512 x 128 x 128", (1, 512, 128, 128), 10),
+            *(_case(channels, side, calls, shift=True) for channels, side, calls in _SHIFTED),
+            *(_case(channels, side, calls) for channels, side, calls in _UNSHIFTED),
+            *(_case(channels, side, calls, images=1) for channels, side, calls in _VAE),
         ],
         limit="copy",
         candidates=_CANDIDATES,

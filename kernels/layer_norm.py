@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference, tuning
-from ._check import fail, require_dtypes, require_equal, require_rank
+from ._check import fail, require_dtypes, require_eps, require_equal, require_rank
 from ._triton import Launch, arch_of, kernel, run, takes, tl, usable
 from .registry import Case, OpSpec, register
 
@@ -151,8 +151,7 @@ def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None
     for name, tensor in (("weight", weight), ("bias", bias)):
         require_rank(op, name, tensor, "[D]")
         require_equal(op, name, "have x's last dimension", tensor.shape[0], x.shape[-1])
-    if not eps >= 0:
-        raise fail(op, "eps", "be zero or more", eps)
+    require_eps(op, eps)
 
 
 def _plan(

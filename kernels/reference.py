@@ -1,8 +1,9 @@
 """What each operator means, in plain PyTorch: any float dtype, any device, any strides.
 
 Tests compare every other implementation with these functions, the CPU path runs them, an export traces them.
-Half-precision inputs are computed in float32 and rounded once, at the end; float32 and float64 stay as they
-are. No argument is checked here: that is the public wrappers' work.
+Half-precision inputs are computed in float32 and rounded once, at the end (`linear_geglu` rounds its projection as
+well, as a linear layer does); float32 and float64 stay as they are. No argument is checked here: that is the public
+wrappers' work.
 """
 
 from __future__ import annotations

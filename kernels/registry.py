@@ -1,20 +1,22 @@
-"""What is known of each operator: its reference, its Triton kernels, its work at SDXL's real shapes.
+"""What is known of each operator: its reference, how far its kernels may be off, its work at SDXL's real shapes.
 
 Tests, the ahead-of-time report, the roofline, the measurement and the tuning all read this.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ._triton import Launch, arch_of, run
 
-__all__ = ["Case", "OpSpec", "register", "specs"]
+__all__ = ["Case", "OpSpec", "Tolerance", "register", "specs"]
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,32 @@ class Case:
     flops: float
     """Of the matrix products, two for a multiply and add; 0 where memory traffic is the whole cost."""
     elements: int
-    """Elements read and written at the least, each once; times the dtype's size they are the bytes."""
+    """Read and written at the least, each once."""
     calls: int = 1
     """How often one forward of SDXL's base UNet (or VAE decoder) at 1024x1024 makes this call."""
+    float32: int = 0
+    """Of the elements, those that are float32 whatever the dtype."""
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Of memory traffic, at the least."""
+        return self.elements * dtype.itemsize + self.float32 * (4 - dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far from float64 a kernel may be, by its largest error: as far as the larger of two measures."""
+
+    times_reference: float = 2.0
+    """The largest error of the operator's reference in the same dtype, times this."""
+    ulps: float = 2.0
+    """Units in the last place of the largest value: the reference may be exact by luck."""
+
+    def allowed(self, reference: Tensor, exact: Tensor) -> float:
+        """The largest error to be allowed, of a result in the reference's dtype."""
+        largest = float(exact.abs().max())
+        ulp = torch.finfo(reference.dtype).eps * 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 0.0
+        usual = float((reference.to(exact.dtype) - exact).abs().max())
+        return max(self.times_reference * usual, self.ulps * ulp)
 
 
 @dataclass(frozen=True)
@@ -47,6 +72,7 @@ class OpSpec:
     cases: Sequence[Case]
     limit: Literal["matmul", "copy"]
     """Which of a GPU's ceilings its time is held against."""
+    tolerance: Tolerance = Tolerance()
     tensor_cores: bool = False
     """Whether half types must be multiplied by tensor cores."""
     candidates: Mapping[str, Sequence[Mapping[str, int]]] = field(default_factory=dict)
@@ -56,7 +82,7 @@ class OpSpec:
 
     def launch(self, *args: Any) -> Any:
         """Run the Triton kernels on the arguments' device; on the CPU, in Triton's interpreter."""
-        device = next(a.device for a in args if isinstance(a, torch.Tensor))
+        device = next(a.device for a in args if isinstance(a, Tensor))
         out, launches = self.plan(*args, arch=arch_of(device))
         run(launches)
         return out

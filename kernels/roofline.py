@@ -77,4 +77,4 @@ def floor_us(case: Case, dtype: torch.dtype, on: Gpu) -> float:
     """
     if dtype not in (torch.float16, torch.bfloat16):
         raise RequestError(f"the roofline is for float16 and bfloat16, not {dtype}")
-    return 1e3 * floor_ms(case.flops, case.elements * dtype.itemsize, on)[0]
+    return 1e3 * floor_ms(case.flops, case.nbytes(dtype), on)[0]

@@ -28,7 +28,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ._check import FLOATS, fail
+from ._check import FLOATS, fail, require_tensors
 from ._sampler_step_triton import plan
 from ._triton import arch_of, run, takes, usable
 from .registry import Case, OpSpec, register
@@ -177,6 +177,15 @@ def _check(
     guidance_scale: float | Tensor | None,
     guidance_rescale: float,
 ) -> None:
+    tensors = {
+        "x": x,
+        "model_out": model_out,
+        "history": history,
+        "noise": noise,
+        "table": table,
+        "step": step,
+    }
+    require_tensors(_OP, tensors, optional=["history", "noise"])
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.float64):
         raise fail(_OP, "x", "be [B, C, h, w] in float32 or float64", f"{tuple(x.shape)} in {x.dtype}")
     B, C, *size = x.shape
@@ -196,8 +205,10 @@ def _check(
     scale = guidance_scale if isinstance(guidance_scale, Tensor) else None
     if scale is not None and tuple(scale.shape) != (B,):
         raise fail(_OP, "guidance_scale", f"be a number or [{B}]", f"shape {tuple(scale.shape)}")
-    if not 0 <= guidance_rescale <= 1:
-        raise fail(_OP, "guidance_rescale", "be in [0, 1]", guidance_rescale)
+    if not (guidance_scale is None or isinstance(guidance_scale, int | float | Tensor)):
+        raise fail(_OP, "guidance_scale", f"be a number or [{B}]", repr(guidance_scale))
+    if not (isinstance(guidance_rescale, int | float) and 0 <= guidance_rescale <= 1):
+        raise fail(_OP, "guidance_rescale", "be in [0, 1]", repr(guidance_rescale))
     others = {"table": table, "history": history, "noise": noise, "guidance_scale": scale}
     for name, tensor in others.items():
         if tensor is not None and tensor.dtype != x.dtype:
@@ -248,6 +259,11 @@ def _(
     return None
 
 
+_LATENTS = 4 * 128 * 128
+"""Elements of one image at 1024x1024. A step reads and writes them, two outputs of the model (its dtype), a row of
+noise, and the history: read and written three times."""
+
+
 def _inputs(dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
     """One image at 1024x1024 with guidance, history and noise; the model's output of `dtype`."""
     x = torch.randn(1, 4, 128, 128, device=device)
@@ -264,7 +280,7 @@ register(
         op=sampler_step,
         reference=_reference,
         plan=plan,
-        cases=[Case("1024 x 1024", _inputs, flops=0, elements=(2 + 2 + 6 + 1) * 4 * 128 * 128)],
+        cases=[Case("1024 x 1024", _inputs, flops=0, elements=11 * _LATENTS, float32=9 * _LATENTS)],
         limit="copy",
         candidates={
             _OP: [
@@ -273,5 +289,6 @@ register(
                 for warps in (2, 4, 8)
             ]
         },
+        rivals={"PyTorch's operators": _reference},
     )
 )

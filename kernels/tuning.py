@@ -1,8 +1,9 @@
 """Block sizes by architecture, as data: `tuned/sm_90.json` and its like. Nothing is tuned at run time.
 
-A file is {"arch": 90, "measured_on": null or what `latentrt kernels --tune` ran on, "tables": {table: {key:
-constants}}}. A table is an operator, or one of its kernels; a key is the width of the dtype and a shape class
-of the operator's choosing, such as "16/d64". Constants are the kernel's own plus num_warps and num_stages.
+A file is {"arch": 90, "measured_on": {table: what `latentrt kernels --tune` ran on, and the keys it chose}, "tables":
+{table: {key: constants}}}; what is not named there is reasoned, not measured. A table is an operator, or one of its
+kernels; a key is the width of the dtype and a shape class of the operator's choosing, such as "16/d64". Constants are
+the kernel's own plus num_warps and num_stages.
 """
 
 from __future__ import annotations
@@ -73,15 +74,21 @@ def load(arch: int) -> Mapping[str, Any]:
     return data
 
 
-def save(arch: int, table: str, entries: Mapping[str, Mapping[str, int]], measured_on: Any = None) -> Path:
+def save(
+    arch: int,
+    table: str,
+    entries: Mapping[str, Mapping[str, int]],
+    measured_on: Mapping[str, Any] | None = None,
+) -> Path:
     """Put entries (by key) into one architecture's file, leaving the others; one line each, sorted."""
     path = FOLDER / f"sm_{arch}.json"
-    data: dict[str, Any] = {"arch": arch, "measured_on": None, "tables": {}}
+    data: dict[str, Any] = {"arch": arch, "measured_on": {}, "tables": {}}
     if path.exists():
         data = json.loads(path.read_text(encoding="utf-8"))
     tables: dict[str, dict[str, Mapping[str, int]]] = data["tables"]
     tables[table] = {**tables.get(table, {}), **entries}
-    data["measured_on"] = measured_on or data["measured_on"]
+    if measured_on is not None:
+        data["measured_on"][table] = {**measured_on, "keys": sorted(entries)}
     rows = [
         f"    {json.dumps(name)}: {{\n"
         + ",\n".join(

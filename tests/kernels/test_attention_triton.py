@@ -17,6 +17,7 @@ from torch import Tensor
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
 SMALL_WIDE = {**SMALL, "BLOCK_D": 128, "BLOCK_V": 256}
 TMA = {**SMALL, "BLOCK_M": 32, "TMA": 1}
+by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 variants = pytest.mark.parametrize("variant", [TMA, {**TMA, "SPECIALIZE": 1}], ids=["copied", "specialized"])
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -51,7 +52,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@by_dtype
 @pytest.mark.parametrize(("B", "Sq", "Sk", "H", "D"), CASES)
 def test_numerics(
     B: int,
@@ -78,7 +79,7 @@ def test_tuned_blocks(dtype: torch.dtype, device: torch.device, launches: Counte
     q = torch.randn(1, 3, 1, 64, device=device).to(dtype)
     k, v = torch.randn(1, 1025, 2, 1, 64, device=device).to(dtype).unbind(2)
     check(q, k, v)
-    assert launches == {"_attention": 1}
+    assert launches.total() == 1
 
 
 @variants
@@ -227,8 +228,11 @@ def test_a_gpu_without_triton_says_so_once(
     ]
 
 
+# What is tuned on a GPU may choose another variant: full sizes count launches, and name only what they choose.
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@by_dtype
 @pytest.mark.parametrize("D", [40, 64, 80, 128, 160])
 @pytest.mark.parametrize("Sk", [77, 4096])
 def test_full_size(D: int, Sk: int, dtype: torch.dtype, launches: Counter[str]) -> None:
@@ -239,18 +243,18 @@ def test_full_size(D: int, Sk: int, dtype: torch.dtype, launches: Counter[str]) 
     rows = slice(0, 4096, 64)  # float64 of them all would need gigabytes
     exact = reference.attention(q[:, rows].double(), k.double(), v.double())
     assert_as_good(out[:, rows], reference.attention(q, k, v)[:, rows], exact)
-    assert launches == {"_attention": 1}
+    assert launches.total() == 1
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@by_dtype
 def test_the_vae_at_full_size(dtype: torch.dtype, launches: Counter[str]) -> None:
     q, k, v = fused(1, 16384, 1, 512, dtype, torch.device("cuda"))
     out = attention(q, k, v)
     rows = slice(0, 16384, 256)
     exact = reference.attention(q[:, rows].double(), k.double(), v.double())
     assert_as_good(out[:, rows], reference.attention(q[:, rows], k, v), exact)
-    assert launches == {"_attention_wide": 1}
+    assert launches.total() == 1
 
 
 COPIED = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "TMA": 1}
@@ -278,8 +282,9 @@ def test_descriptors_at_full_size(
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs a GPU that copies whole blocks: sm_90 or later")
     q, k, v = fused(1, S, H, D, dtype, torch.device("cuda"))
-    plain = attention(q, k, v)
     table = "attention_wide" if D == 512 else "attention"
+    with tuning.trying(table, {**variant, "TMA": 0}):
+        plain = attention(q, k, v)
     with tuning.trying(table, variant):
         out = attention(q, k, v)
     assert launches == {f"_{table}": 1, "_attention_tma": 1}

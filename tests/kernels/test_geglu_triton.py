@@ -128,7 +128,7 @@ def test_what_descriptors_cannot_carry(device: torch.device, launches: Counter[s
 def test_projection_with_tuned_blocks(rows: int, device: torch.device, launches: Counter[str]) -> None:
     x, weight = torch.randn(rows, 64, device=device).half(), torch.randn(40, 64, device=device).half()
     check_linear(x, weight, None)
-    assert launches == {"_linear_geglu_kernel": 1}
+    assert launches.total() == 1
 
 
 @pytest.mark.usefixtures("launches")
@@ -179,7 +179,7 @@ def test_full_size(rows: int, K: int, dtype: torch.dtype, launches: Counter[str]
     bias = torch.randn(8 * K, device="cuda").to(dtype)
     check_linear(x, weight, bias)
     check(torch.randn(2, rows, 8 * K, device="cuda").to(dtype))
-    assert launches == {"_linear_geglu_kernel": 1, "_geglu_kernel": 1}
+    assert launches.total() == 2  # of whichever variants are tuned
 
 
 @pytest.mark.gpu
@@ -197,9 +197,10 @@ def test_projection_of_described_blocks_at_full_size(
     x = torch.randn(2, rows, K, device="cuda").to(dtype)
     weight = (torch.randn(8 * K, K, device="cuda") * K**-0.5).to(dtype)
     bias = torch.randn(8 * K, device="cuda").to(dtype)
-    plain = linear_geglu(x, weight, bias)
-    blocks = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8, "num_stages": 4, "TMA": 1}
+    blocks = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8, "num_stages": 4}
     with tuning.trying("linear_geglu", {**blocks, **variant}):
+        plain = linear_geglu(x, weight, bias)
+    with tuning.trying("linear_geglu", {**blocks, **variant, "TMA": 1}):
         out = linear_geglu(x, weight, bias)
     assert launches == {"_linear_geglu_kernel": 1, "_linear_geglu_tma_kernel": 1}
     exact = reference.linear_geglu(x[:1, :99].double(), weight.double(), bias.double())

@@ -11,6 +11,7 @@ from latentrt.kernels import group_norm, group_norm_silu, reference, tuning
 from torch import Tensor
 
 SMALL = {"BLOCK": 256, "PROGRAM": 512, "PROGRAMS": 4, "num_warps": 4, "num_stages": 1}
+by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 BOTH = {"_stats_kernel": 1, "_apply_kernel": 1}
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -57,7 +58,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@by_dtype
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize(("shape", "groups"), SHAPES)
 def test_numerics(
@@ -84,7 +85,7 @@ def test_without_silu(channels_last: bool, device: torch.device, launches: Count
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@by_dtype
 def test_large_means(
     channels_last: bool, dtype: torch.dtype, device: torch.device, launches: Counter[str]
 ) -> None:
@@ -153,7 +154,7 @@ def test_float64_runs_the_reference(device: torch.device, launches: Counter[str]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@by_dtype
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize(
     "shape", [(2, 320, 128, 128), (2, 1920, 32, 32), (1, 128, 1024, 1024), (1, 512, 1024, 1024)], ids=str

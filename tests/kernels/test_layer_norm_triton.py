@@ -10,6 +10,8 @@ from kernel_checks import assert_as_good
 from latentrt.kernels import add_layer_norm, layer_norm, reference, tuning
 from torch import Tensor
 
+by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
@@ -31,7 +33,7 @@ def check(x: Tensor, residual: Tensor | None = None) -> None:
     assert_as_good(out, usual, exact)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@by_dtype
 @pytest.mark.parametrize(
     "shape",
     [
@@ -61,7 +63,7 @@ def test_rows_longer_than_a_block(dtype: torch.dtype, device: torch.device, laun
     assert launches == {"_layer_norm_kernel": 3}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@by_dtype
 @pytest.mark.usefixtures("launches")
 def test_large_means(dtype: torch.dtype, device: torch.device) -> None:
     """Mean 1000, deviation 1: in float32 E[x^2] - E[x]^2 is rounding alone."""
@@ -100,7 +102,7 @@ def test_the_custom_ops_by_their_references(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@by_dtype
 @pytest.mark.parametrize("shape", [(2, 4096, 640), (2, 1024, 1280), (8, 77, 2048), (64, 20000)], ids=str)
 def test_full_size(shape: tuple[int, ...], dtype: torch.dtype, launches: Counter[str]) -> None:
     x, residual = torch.randn(2, *shape, device="cuda").to(dtype)

@@ -47,6 +47,18 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: attention(Q, Q.half(), Q), r"attention: k must have q's dtype torch.float32, got torch.float16"),
     (lambda: attention(Q.int(), Q, Q), r"attention: q must be float16, .* or float64, got torch.int32"),
     (lambda: attention(Q, Q, 1.0), r"attention: v must be a torch.Tensor, got float"),  # type: ignore[arg-type]
+    (lambda: attention(Q, None, Q), r"attention: k must be a torch.Tensor, got NoneType"),  # type: ignore[arg-type]
+    (lambda: attention(Q, Q, Q, "1"), r"attention: scale must be a number or None, got '1'"),  # type: ignore[arg-type]
+    (lambda: group_norm(None, C, C, 4, 0.0), r"group_norm: x must be a torch.Tensor, got None"),  # type: ignore[arg-type]
+    (lambda: group_norm(X, None, C, 4, 0.0), r"group_norm: weight must be a torch.Tensor, got None"),  # type: ignore[arg-type]
+    (lambda: group_norm(X, C, C, 4.0, 0.0), r"group_norm: num_groups must be an int, got 4.0"),  # type: ignore[arg-type]
+    (lambda: group_norm(X, C, C, 4, "0"), r"group_norm: eps must be zero or more, got '0'"),  # type: ignore[arg-type]
+    (lambda: group_norm_silu(X, C, C, 4, 0.0, [0.0]), r"shift must be a torch.Tensor, got list"),  # type: ignore[arg-type]
+    (lambda: geglu(None), r"geglu: x must be a torch.Tensor, got NoneType"),  # type: ignore[arg-type]
+    (lambda: linear_geglu(T(2, 5), None), r"linear_geglu: weight must be a torch.Tensor, got NoneType"),  # type: ignore[arg-type]
+    (lambda: layer_norm(T(2, 5), T(5), None, 0.0), r"layer_norm: bias must be a torch.Tensor, got None"),  # type: ignore[arg-type]
+    (lambda: layer_norm(T(2, 5), T(5), T(5), None), r"layer_norm: eps must be zero or more, got None"),  # type: ignore[arg-type]
+    (lambda: add_layer_norm(T(2, 5), None, T(5), T(5), 0.0), r"residual must be a torch.Tensor, got None"),  # type: ignore[arg-type]
     (lambda: group_norm(T(8), C, C, 4, 1e-5), r"group_norm: x must be \[B, C, ...\], got shape \(8,\)"),
     (lambda: group_norm(X, T(7), C, 4, 1e-5), r"group_norm: weight must have one value .* 8, got 7"),
     (lambda: group_norm(X, C, T(8, 1), 4, 1e-5), r"group_norm: bias must be \[C\], got shape \(8, 1\)"),

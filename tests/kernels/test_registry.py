@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from kernel_checks import TOLERANCE
 from latentrt import cli
 from latentrt.errors import RequestError
-from latentrt.kernels import aot, roofline, tuning
+from latentrt.kernels import aot, as_nodes, roofline, tuning
 from latentrt.kernels.registry import Case, OpSpec, specs
+from latentrt.runtime.models.unet import UNet, UNetConfig
+from latentrt.runtime.models.vae import VAEConfig, VAEDecoder
+from published_configs import sdxl
+from torch.utils._python_dispatch import TorchDispatchMode
 
+META = torch.device("meta")
 ATTENTION = specs(["attention"])[0]
 HALF = torch.float16
 
@@ -45,6 +54,69 @@ def test_the_work_of_self_attention() -> None:
     assert roofline.floor_us(traffic, HALF, h200) == pytest.approx(2e6 / 4.3e12 * 1e6)
 
 
+def test_the_work_of_a_sampler_step() -> None:
+    """The model's two outputs in its dtype; float32 are latents, noise and three of history, some read and written."""
+    (case,) = specs(["sampler_step"])[0].cases
+    x, out, history, noise, *_ = case.inputs(HALF, torch.device("meta"))
+    assert case.nbytes(HALF) == 2 * x.nbytes + out.nbytes + 2 * history.nbytes + noise[0].nbytes
+
+
+def test_every_operator_is_held_to_the_tests_tolerance() -> None:
+    """What is timed on a GPU passes the same gate as in the tests, which nothing loosens on the way."""
+    assert {spec.tolerance for spec in specs()} == {TOLERANCE}
+    exact, off = torch.tensor([1.0, 1.5]).double(), torch.tensor([1.0, 1.5 + 2**-9])
+    assert TOLERANCE.allowed(off, exact) == 2 * 2**-9
+    assert TOLERANCE.allowed(exact.half(), exact) == 2 * 2**-10
+    assert TOLERANCE.allowed(torch.zeros(2), torch.zeros(2).double()) == 0
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of the operators, by name and shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: Counter[tuple[Any, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "latentrt":
+            self.found[func.__name__.partition(".")[0], shapes(args)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def shapes(args: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))
+
+
+def test_the_cases_are_what_sdxl_calls() -> None:
+    """At 1024x1024: one forward of the base UNet with guidance, and one of the VAE's decoder."""
+    with META, torch.no_grad(), as_nodes(), Calls() as calls:
+        unet = UNet(UNetConfig.from_dict(sdxl("base", "unet")))
+        sizes = {"text_embeds": torch.empty(2, 1280), "time_ids": torch.empty(2, 6)}
+        unet(torch.empty(2, 4, 128, 128), torch.empty(2), torch.empty(2, 77, 2048), **sizes)
+        VAEDecoder(VAEConfig.from_dict(sdxl("base", "vae")))(torch.empty(1, 4, 128, 128))
+    known = {
+        (spec.name, shapes(case.inputs(HALF, META))): case.calls
+        for spec in specs()
+        if spec.name != "sampler_step"
+        for case in spec.cases
+        if case.calls
+    }
+    assert known == calls.found
+
+
+def test_the_work_of_a_forward() -> None:
+    """Of the UNet with guidance, in half precision: what other ways to count it gave."""
+    work = {spec.name: spec.cases for spec in specs()}
+    flops = sum(case.flops * case.calls for case in work["attention"] if case.name.startswith("self"))
+    assert flops == pytest.approx(2 * 0.75e12, rel=0.01)
+    norms = [*work["group_norm"], *work["group_norm_silu"]]
+    traffic = {
+        vae: sum(c.nbytes(HALF) * c.calls for c in norms if c.name.startswith("VAE") == vae) for vae in (0, 1)
+    }
+    assert traffic[0] == pytest.approx(1.24e9, rel=0.01)
+    assert traffic[1] == pytest.approx(11e9 * 2 / 3, rel=0.01)  # where each element is read twice: 11 GB
+
+
 def test_rooflines_refuse_what_they_do_not_know() -> None:
     with pytest.raises(RequestError, match=r"no ceilings are known for the GPU 'V100'; there are H200, "):
         roofline.gpu("V100")
@@ -74,7 +146,7 @@ def test_saving_block_sizes_keeps_the_others(tmp_path: Path, monkeypatch: pytest
         path = tuning.save(90, "one", {"16/b": {"BLOCK": 4}})
         assert json.loads(path.read_text()) == {
             "arch": 90,
-            "measured_on": {"gpu": "G"},
+            "measured_on": {"two": {"gpu": "G", "keys": ["16/a"]}},
             "tables": {"one": {"16/a": {"BLOCK": 1}, "16/b": {"BLOCK": 4}}, "two": {"16/a": {"BLOCK": 3}}},
         }
         assert tuning.constants("one", 90, HALF, "b") == {"BLOCK": 4}

@@ -154,6 +154,11 @@ def good() -> dict[str, object]:
 @pytest.mark.parametrize(
     ("argument", "value", "named"),
     [
+        ("x", None, "x must be a torch.Tensor, got NoneType"),
+        ("table", [[0.0] * COLUMNS], "table must be a torch.Tensor, got list"),
+        ("step", 3, "step must be a torch.Tensor, got int"),
+        ("guidance_scale", "7", "guidance_scale must be a number or .*, got '7'"),
+        ("guidance_rescale", None, "guidance_rescale must be .*, got None"),
         ("x", torch.zeros(2, 4, 8), "x must be"),
         ("x", torch.zeros(2, 4, 8, 8).half(), "x must be"),
         ("model_out", torch.zeros(2, 4, 8, 8), "model_out must be"),  # guided, but only one half

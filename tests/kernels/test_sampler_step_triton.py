@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from kernel_checks import assert_as_good
 from latentrt.kernels import sampler_step
+from latentrt.kernels.registry import specs
 from latentrt.kernels.sampler_step import COLUMNS, HISTORY, KEEP_NOTHING, KEEP_OUT, KEEP_X0, StepRow
-from tolerances import SAMPLER_STEP
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -45,18 +47,38 @@ def inputs(
     }
 
 
-def check(given: dict[str, Tensor], scale: float | Tensor | None = None, rescale: float = 0.0) -> None:
-    """x and history after one step, against the same operator's float64 path, which is no kernel."""
-    exact: dict[str, Any] = {
-        name: t.double().cpu() if t.is_floating_point() else t.cpu() for name, t in given.items()
-    }
-    exact_scale = scale.double().cpu() if isinstance(scale, Tensor) else scale
+def raised(t: Any) -> Any:
+    """A copy on the CPU, in float64 where it is of floats; what is no tensor as it is."""
+    if not isinstance(t, Tensor):
+        return t
+    return t.to("cpu", torch.float64 if t.is_floating_point() else t.dtype, copy=True)
+
+
+@dataclass
+class Expected:
+    """What x and history are to be after one step of the operator's reference, in float32 and in float64."""
+
+    given: dict[str, Any]
+    scale: float | Tensor | None = None
+    rescale: float = 0.0
+
+    def __post_init__(self) -> None:
+        (spec,) = specs(["sampler_step"])
+        self.usual = {name: None if t is None else t.clone() for name, t in self.given.items()}
+        self.exact = {name: raised(t) for name, t in self.given.items()}
+        spec.reference(**self.usual, guidance_scale=self.scale, guidance_rescale=self.rescale)
+        spec.reference(**self.exact, guidance_scale=raised(self.scale), guidance_rescale=self.rescale)
+
+    def check(self) -> None:
+        for name in ("x", "history"):
+            if self.given[name] is not None:
+                assert_as_good(self.given[name].cpu(), self.usual[name].cpu(), self.exact[name])
+
+
+def check(given: dict[str, Any], scale: float | Tensor | None = None, rescale: float = 0.0) -> None:
+    expected = Expected(given, scale, rescale)
     assert sampler_step(**given, guidance_scale=scale, guidance_rescale=rescale) is given["x"]
-    sampler_step(**exact, guidance_scale=exact_scale, guidance_rescale=rescale)
-    for name in ("x", "history"):
-        if given[name] is not None:
-            error = (given[name].cpu().double() - exact[name]).abs().max() / exact[name].abs().max()
-            assert error <= SAMPLER_STEP
+    expected.check()
 
 
 @pytest.mark.parametrize("keep", [KEEP_NOTHING, KEEP_X0, KEEP_OUT])
@@ -95,13 +117,9 @@ def test_layout_and_dtype_of_the_model(dtype: torch.dtype, rescale: float, devic
 
 @pytest.mark.usefixtures("launches")
 def test_without_history_and_noise(device: torch.device) -> None:
-    given: dict[str, Any] = inputs((2, 1, 1, 1), device, keep=KEEP_NOTHING)
+    given = {**inputs((2, 1, 1, 1), device, keep=KEEP_NOTHING), "history": None, "noise": None}
     x = given["x"].clone()
-    exact = x.double().cpu()
-    sampler_step(given["x"], given["model_out"], None, None, given["table"], given["step"], 7.4)
-    cpu = {name: given[name].cpu() for name in ("model_out", "table", "step")}
-    sampler_step(exact, cpu["model_out"], None, None, cpu["table"].double(), cpu["step"], 7.4)
-    assert (given["x"].cpu() - exact).abs().max() <= SAMPLER_STEP * exact.abs().max()
+    check(given, 7.4)
     assert not torch.equal(given["x"], x)
 
 
@@ -151,8 +169,6 @@ def test_a_captured_graph_serves_every_step(launches: Counter[str]) -> None:
     for name, t in start.items():
         given[name].copy_(t)
     given["step"].fill_(1)
+    expected = Expected(given, 7.4)
     graph.replay()
-    exact = {name: {**given, **start}[name].cpu() for name in given}
-    exact = {name: t.double() if t.is_floating_point() else t for name, t in exact.items()}
-    sampler_step(**exact, guidance_scale=7.4)
-    assert (given["x"].cpu() - exact["x"]).abs().max() <= SAMPLER_STEP * exact["x"].abs().max()
+    expected.check()
