@@ -81,18 +81,27 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     b.add_argument("--high-noise-frac", type=float, help="in place of the case's")
     b.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     b.add_argument(
-        "--rounds", type=int, default=7, help="timed calls of each side and batch size (default 7)"
+        "--rounds", type=int, default=9, help="timed calls of each side and batch size (default 9)"
     )
     b.add_argument("--pictures", type=int, default=4, help="for the gate (default 4); 50 for FID")
     b.add_argument("--gate", default="eager", help="what a speed has to pass (default eager)")
     b.add_argument(
-        "--metric", action="append", default=[], help="psnr, ssim, clip, fid (default: all there are)"
+        "--metric", action="append", default=[], help="psnr, ssim, lpips, clip, fid (default: all there are)"
     )
+    b.add_argument("--clip", type=Path, metavar="DIR", help="a CLIP model for CLIP score, not the demo's")
+    b.add_argument("--inception", type=Path, metavar="FILE", help="Inception-v3's weights for FID")
     b.add_argument(
-        "--clip", type=Path, metavar="DIR", help="a CLIP model for CLIP score and FID, not the demo's"
+        "--truth", type=Path, metavar="DIR|FILE.npz", help="true pictures for FID, or their statistics"
     )
-    b.add_argument("--truth", type=Path, metavar="DIR", help="true pictures for FID, with --clip")
+    b.add_argument("--lpips", type=Path, metavar="FILE", help="AlexNet's weights for LPIPS")
     b.add_argument("--prompts", type=Path, metavar="FILE", help="one a line")
+    b.add_argument(
+        "--patience",
+        type=float,
+        default=1800.0,
+        metavar="SECONDS",
+        help="a side that loads, compiles or makes pictures for longer is out (default 1800)",
+    )
     b.add_argument("--seed", type=int, default=0, help="of the first picture (default 0)")
     b.add_argument("--out", type=Path, metavar="DIR", default=Path("out/bench"), help="default out/bench")
     b.add_argument("--work", type=Path, metavar="DIR", help="keep weights, exports and compiled code here")

@@ -6,6 +6,7 @@ is written `SIDE@DTYPE`, such as `diffusers@float32`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -47,6 +48,16 @@ class Case:
     high_noise_frac: float = 0.8
     guidance: float = 5.0
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise RequestError(f"case {self.name}: {self.steps} steps; at least 1 is needed")
+        if not 0 <= self.high_noise_frac <= 1:
+            raise RequestError(
+                f"case {self.name}: high_noise_frac is {self.high_noise_frac}; it can be 0 to 1"
+            )
+        if not math.isfinite(self.guidance):
+            raise RequestError(f"case {self.name}: guidance is {self.guidance}; give a finite number")
 
     def split_steps(self, scheduler: Mapping[str, Any]) -> dict[str, int]:
         """Steps that base and refiner take, by the checkpoint's `scheduler_config.json`."""

@@ -16,6 +16,7 @@ import torch
 from ..errors import BenchmarkError, RequestError
 from ..kernels import aot, roofline
 from ..kernels.registry import specs
+from ..runtime.place import device_named
 from .cases import Case, SideSpec
 
 __all__ = ["bench", "bench_compare", "bench_list", "bench_loadgen", "bench_sweep", "kernels"]
@@ -29,7 +30,7 @@ def bench(args: argparse.Namespace) -> Iterator[str]:
     from . import report
     from .cases import case_named, default_sides, sides_named
     from .gates import gate_named
-    from .suite import METRICS, Settings, Suite, device_named
+    from .suite import Settings, Suite
 
     device = device_named(args.device)
     names = args.case or (["demo"] if device.type == "cpu" else ["sdxl", "sdxl-refiner"])
@@ -43,14 +44,17 @@ def bench(args: argparse.Namespace) -> Iterator[str]:
         out=args.out,
         command=_command(),
         prompts=_prompts(args.prompts),
-        metrics=args.metric or METRICS,
+        metrics=args.metric,
         clip=args.clip,
+        inception=args.inception,
         truth=args.truth,
+        lpips=args.lpips,
         rounds=args.rounds,
         pictures=args.pictures,
         seed=args.seed,
         work=args.work,
         beside=args.beside,
+        patience=args.patience,
     )
     found = Suite(work, settings).run()
     if args.json:
@@ -121,7 +125,6 @@ def bench_loadgen(args: argparse.Namespace) -> Iterator[str]:
     from ..runtime.pipeline import Pipeline
     from .features import demo_prompts
     from .loadgen import SCENARIOS, LoadTest, PipelineMaker, Verdict, run_loadgen
-    from .suite import device_named
 
     pipe = Pipeline.from_pretrained(
         args.model, args.refiner, backend=args.backend, dtype=args.dtype, device=device_named(args.device)
@@ -156,7 +159,7 @@ def bench_loadgen(args: argparse.Namespace) -> Iterator[str]:
 def bench_sweep(args: argparse.Namespace) -> Iterator[str]:
     """Time against quality over steps and the refiner's share, on the demo."""
     from ..runtime.pipeline import Pipeline
-    from .features import DemoFeatures, demo_prompts
+    from .features import demo_judges, demo_prompts
     from .live import LiveTable
     from .machine import describe_machine
     from .sweep import sweep, table, write_sweep
@@ -173,7 +176,7 @@ def bench_sweep(args: argparse.Namespace) -> Iterator[str]:
         points = sweep(
             make,
             demo_prompts(args.pictures, args.seed),
-            DemoFeatures(),
+            demo_judges(),
             steps=args.steps,
             fracs=args.share,
             batch=args.batch,

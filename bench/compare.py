@@ -1,14 +1,16 @@
 """What changed between two results, beyond noise.
 
 Two runs are hours or machines apart, so a side's speed is compared as its ratio to the first side of its own run
-where there is one; seconds only where both runs are of one machine. A change counts where the 95 % intervals do not
-touch and it is larger than a tolerance.
+where there is one; seconds only where both runs are of one machine. A change counts where the intervals do not touch
+and it is larger than a tolerance. Building and the first picture are timed once, so that they have wide tolerances;
+quality is of the same prompts and seeds. What is measured in the first and missing in the second is worse.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from ..errors import BenchmarkError
@@ -21,7 +23,17 @@ TOLERANCE = 0.03
 """Of a speed: what one machine's runs differ by, from clocks and memory layout, outside of their own intervals."""
 _MEMORY_TOLERANCE = 0.05
 _MEMORY_LEAST = 16 << 20
-_SAME_MACHINE = ("processor", "cores", "threads", "gpu")
+_SAME_MACHINE = ("processor", "cores", "threads", "device", "gpu")
+_ONCE = {"build_seconds": ("build", 0.3, 5.0), "first_image_seconds": ("first image", 0.3, 2.0)}
+"""What is timed once: (what, tolerance, least seconds that count)."""
+_QUALITY = {
+    "psnr": ("PSNR", True, 3.0, 60.0),  # 3 dB is twice the squared error; from 60 dB on bytes are equal
+    "ssim": ("SSIM", True, 0.01, 1.0),
+    "lpips": ("LPIPS", False, 0.01, 0.0),
+    "clip": ("CLIP score", True, 0.3, 100.0),
+    "fid": ("FID", False, 0.5, 0.0),
+}
+"""What is of the pictures: (what, more is better, what counts, where it is as good as it gets)."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,7 @@ class Change:
     """One figure in both runs.
 
     Attributes:
-        verdict: `better`, `worse`, `same`, or `other machine` where seconds cannot be compared.
+        verdict: `better`, `worse`, `same`, or `other machine` or `other judge` where they cannot be compared.
     """
 
     case: str
@@ -51,18 +63,26 @@ def compare(before: Report, after: Report, tolerance: float = TOLERANCE) -> list
         BenchmarkError: no case is in both, or one was measured with other settings.
     """
     theirs = {case.case["name"]: case for case in after.cases}
-    both = [(case, theirs[case.case["name"]]) for case in before.cases if case.case["name"] in theirs]
-    if not both:
+    if not any(case.case["name"] in theirs for case in before.cases):
         names = [
             ", ".join(case.case["name"] for case in report.cases) or "none" for report in (before, after)
         ]
         raise BenchmarkError(f"no case is in both: the first has {names[0]}, the second {names[1]}")
     same_machine = all(before.machine.get(key) == after.machine.get(key) for key in _SAME_MACHINE)
-    return [change for a, b in both for change in _case(a, b, same_machine, tolerance)]
+    return [
+        change
+        for case in before.cases
+        for change in _case(case, theirs.get(case.case["name"]), same_machine, tolerance)
+    ]
 
 
-def _case(a: CaseResult, b: CaseResult, same_machine: bool, tolerance: float) -> Iterator[Change]:
+def _case(a: CaseResult, b: CaseResult | None, same_machine: bool, tolerance: float) -> Iterator[Change]:
     name = a.case["name"]
+    if b is None or b.skipped:
+        if not a.skipped:
+            state = "not run" if b is None else f"skipped: {b.skipped}"
+            yield Change(name, "every side", "runs", "measured", state, "worse")
+        return
     other = {k: (v, b.case.get(k)) for k, v in a.case.items() if b.case.get(k) != v}
     if other:
         told = ", ".join(f"{key} {x!r} and {y!r}" for key, (x, y) in other.items())
@@ -81,6 +101,18 @@ def _case(a: CaseResult, b: CaseResult, same_machine: bool, tolerance: float) ->
 
 
 def _row(case: str, a: Row, b: Row, paired: bool, same_machine: bool, tolerance: float) -> Iterator[Change]:
+    yield from _quality(case, a, b)
+    for field, (what, share, least) in _ONCE.items():
+        before, after = getattr(a, field), getattr(b, field)
+        if before is None or after is None:
+            continue  # nothing to build, or it was there
+        change = after - before
+        verdict = "other machine"
+        if same_machine:
+            verdict = (
+                "same" if abs(change) <= max(share * before, least) else "worse" if change > 0 else "better"
+            )
+        yield Change(case, a.side, what, f"{before:.1f} s", f"{after:.1f} s", verdict)
     found: Mapping[int, BatchFigures] = {figures.batch: figures for figures in b.batches}
     for x in a.batches:
         y = found.get(x.batch)
@@ -99,6 +131,27 @@ def _row(case: str, a: Row, b: Row, paired: bool, same_machine: bool, tolerance:
             yield Change(case, a.side, f"{what}, seconds", _told(before), _told(after), verdict)
         if x.memory is not None and y.memory is not None:
             yield from _memory(case, a.side, what, x.memory.peaks, y.memory.peaks)
+
+
+def _quality(case: str, a: Row, b: Row) -> Iterator[Change]:
+    for field, (what, more_is_better, least, best) in _QUALITY.items():
+        before, after = (getattr(row.quality, field, None) for row in (a, b))
+        if before is None or not isfinite(before):
+            continue
+        if after is None:
+            yield Change(case, a.side, what, f"{before:.4g}", "not measured", "worse")
+            continue
+        by = [getattr(row.quality, f"{field}_by", None) for row in (a, b)]
+        if by[0] != by[1]:
+            yield Change(case, a.side, what, f"{before:.4g}", f"{after:.4g} by {by[1]}", "other judge")
+            continue
+        limit = min if more_is_better else max
+        change = limit(after, best) - limit(before, best)
+        better = (change > 0) == more_is_better
+        verdict = "same" if abs(change) < least else "better" if better else "worse"
+        if not isfinite(after):
+            verdict = "worse"
+        yield Change(case, a.side, what, f"{before:.4g}", f"{after:.4g}", verdict)
 
 
 def _memory(
@@ -123,4 +176,5 @@ def _verdict(before: Interval, after: Interval, tolerance: float, *, more_is_bet
 
 
 def _told(value: Interval) -> str:
-    return f"{value.value:.3f} ({value.low:.3f} to {value.high:.3f})"
+    few = "" if value.cover >= 0.95 else f", {value.cover:.0%}"
+    return f"{value.value:.3f} ({value.low:.3f} to {value.high:.3f}{few})"

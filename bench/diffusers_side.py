@@ -16,12 +16,15 @@ from typing import Any
 import torch
 
 from .cases import Case
+from .models import checkpoint_folder
 from .monitor import Span
-from .side import Made, checkpoint_folder, now
+from .side import Made, Side, now
 
 __all__ = ["DiffusersSide", "load_pipelines", "open_side"]
 
 _TRIAL_STEPS = 4
+_FROM_NOISE = 1e-6
+"""Of the schedule, so that diffusers' refiner takes every step: at 0 it falls back to image to image."""
 
 
 def load_pipelines(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any | None]:
@@ -49,10 +52,23 @@ def load_pipelines(case: Case, device: torch.device, dtype: torch.dtype) -> tupl
         if pipe is not None:
             pipe.to(device)
             pipe.set_progress_bar_config(disable=True)
+    if dtype == torch.float16 and base.vae.config.force_upcast:
+        _keep_in_float32(base.vae)
     return base, refiner
 
 
-class DiffusersSide:
+def _keep_in_float32(vae: Any) -> None:
+    """Where float16 would overflow: the pipelines would move its weights to float32 and back for every picture."""
+    vae.to(torch.float32)
+    decode = vae.decode
+
+    def from_half(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return decode(latents.float(), *args, **kwargs)
+
+    vae.decode = from_half
+
+
+class DiffusersSide(Side):
     """diffusers' two pipelines on one case; picture k has a generator of its own on the CPU, as latentrt's has."""
 
     def __init__(
@@ -86,18 +102,30 @@ class DiffusersSide:
         }
         sized = {**asked, "height": height, "width": width}
         self._spans = []
-        if self._refiner is None:
+        share = case.high_noise_frac
+        if self._refiner is None or share == 1:
             images = self._stage("base", self._base, output_type="np", **sized)
+            return Made(images, self._spans)
+        if share == 0:
+            latents = self._noise(asked["generator"], steps)
+            share = _FROM_NOISE
         else:
-            split = case.high_noise_frac
-            latents = self._stage("base", self._base, denoising_end=split, output_type="latent", **sized)
-            images = self._stage(
-                "refiner", self._refiner, image=latents, denoising_start=split, output_type="np", **asked
-            )
+            latents = self._stage("base", self._base, denoising_end=share, output_type="latent", **sized)
+        images = self._stage(
+            "refiner", self._refiner, image=latents, denoising_start=share, output_type="np", **asked
+        )
         return Made(images, self._spans)
 
-    def close(self) -> None:
-        """The process that holds it ends."""
+    def _noise(self, generators: list[torch.Generator], steps: int) -> torch.Tensor:
+        """[B, C, H/8, W/8], as the base begins from; the refiner's pipeline makes none."""
+        base = self._base
+        height, width = self._case.size or (base.default_sample_size * base.vae_scale_factor,) * 2
+        base.scheduler.set_timesteps(steps)
+        channels, dtype = base.unet.config.in_channels, base.unet.dtype
+        noise: torch.Tensor = base.prepare_latents(
+            len(generators), channels, height, width, dtype, self._device, generators
+        )
+        return noise
 
     def set_memory_format(self, memory_format: torch.memory_format) -> None:
         """Of the weights of everything that convolves."""
@@ -139,15 +167,32 @@ class DiffusersSide:
         return marking
 
 
+class _Eager(DiffusersSide):
+    """Which layout convolutions like depends on the machine: `tune` takes a few steps in each and keeps the faster."""
+
+    def tune(self) -> None:
+        seconds = {}
+        formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+        for name, memory_format in formats.items():
+            self.set_memory_format(memory_format)
+            times = []
+            for _ in range(3):
+                begin = time.perf_counter()
+                self.make([""], [0], _TRIAL_STEPS)
+                times.append(now(self._device) - begin)
+            seconds[name] = min(times)
+        best = min(seconds, key=lambda name: seconds[name])
+        self.set_memory_format(formats[best])
+        self.settings += f", {best}"
+
+
 def open_side(
     case: Case, device: torch.device, dtype: torch.dtype, folder: Path, *, mode: str | None = None
 ) -> DiffusersSide:
     """diffusers eager, or compiled in a mode of `torch.compile`; compiled code is kept in `folder`."""
     base, refiner = load_pipelines(case, device, dtype)
     if mode is None:
-        side = DiffusersSide(case, device, base, refiner, "eager, SDPA")
-        side.settings += f", {_take_the_faster_format(side, device)}"
-        return side
+        return _Eager(case, device, base, refiner, "eager, SDPA")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     for pipe in (base, refiner):
         if pipe is not None:
@@ -156,20 +201,3 @@ def open_side(
     base.vae.to(memory_format=torch.channels_last)
     base.vae.decode = torch.compile(base.vae.decode, mode=mode)
     return DiffusersSide(case, device, base, refiner, f"torch.compile({mode}), SDPA, channels_last")
-
-
-def _take_the_faster_format(side: DiffusersSide, device: torch.device) -> str:
-    """Which layout convolutions like depends on the machine: a few steps of each, and the faster one stays."""
-    seconds = {}
-    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-    for name, memory_format in formats.items():
-        side.set_memory_format(memory_format)
-        times = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            side.make([""], [0], _TRIAL_STEPS)
-            times.append(now(device) - begin)
-        seconds[name] = min(times)
-    best = min(seconds, key=lambda name: seconds[name])
-    side.set_memory_format(formats[best])
-    return best

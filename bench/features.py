@@ -1,13 +1,14 @@
-"""What judges pictures without a picture beside them: networks that see them, for CLIP score and FID.
+"""The networks that judge pictures: CLIP score, FID and LPIPS.
 
-The demo's own image tower is shipped. CLIP's weights are read from a folder in transformers' layout, where the user
-has one; figures of different networks are not comparable, so each says whose it is.
+The demo's own image tower is shipped. CLIP's, Inception's and AlexNet's weights are read from where the user has them,
+and never fetched; figures of different networks are not comparable, so each says whose it is.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,34 +20,65 @@ from numpy.typing import NDArray
 from ..errors import RequestError
 from ..runtime.pipeline import Pipeline
 from .demo_model.scenes import caption, random_scene, render
+from .lpips import Lpips
+from .models import checkpoint_folder
 from .quality import Features as Matrix
-from .quality import ImageTower, clip_scores, fid_features
-from .side import Images, checkpoint_folder
+from .quality import ImageTower, Moments, clip_scores, fid_features
+from .side import Images
 
-__all__ = ["ClipFeatures", "DemoFeatures", "Features", "as_bytes", "demo_prompts", "read_pictures"]
+__all__ = [
+    "ClipFeatures",
+    "DemoFeatures",
+    "Judges",
+    "Scores",
+    "Sees",
+    "as_bytes",
+    "demo_judges",
+    "demo_prompts",
+    "read_pictures",
+    "read_truth",
+]
 
 Picture = NDArray[np.uint8]
 _TRUTH = 200
+_CLIP_SIZES = {(12, 768): "ViT-B", (24, 1024): "ViT-L", (32, 1280): "ViT-H"}
+"""(layers, width) of the picture's side."""
 
 
-class Features(Protocol):
-    """A network that sees pictures.
-
-    Attributes:
-        name: whose figures these are.
-        truth: features of true pictures, for FID; None where there are none to compare with.
-    """
+class Sees(Protocol):
+    """A network that FID is defined over; `name` says whose figures these are."""
 
     name: str
-    truth: Matrix | None
 
     def see(self, pictures: Sequence[Picture]) -> Matrix:
         """Features [N, F] of pictures of one size."""
         ...
 
+
+class Scores(Protocol):
+    """A network that CLIP score is defined over; `name` says whose figures these are."""
+
+    name: str
+
     def scores(self, pictures: Sequence[Picture], prompts: Sequence[str]) -> NDArray[np.float64]:
         """CLIP score of each picture with its prompt: 100 x cosine."""
         ...
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Who judges pictures; what has no judge is not measured.
+
+    Attributes:
+        clip: for CLIP score.
+        fid, truth: for FID, beside what true pictures are to the same network.
+        lpips: how unlike the reference's picture one looks.
+    """
+
+    clip: Scores | None = None
+    fid: Sees | None = None
+    truth: Moments | None = None
+    lpips: Lpips | None = None
 
 
 class DemoFeatures:
@@ -60,7 +92,7 @@ class DemoFeatures:
             raise AssertionError("the demo has two text encoders")
         self._encoder = pipe.text_encoder_2
         rng = random.Random("latentrt bench truth")
-        self.truth: Matrix | None = self.see([render(random_scene(rng)) for _ in range(_TRUTH)])
+        self.truth = Moments.of(self.see([render(random_scene(rng)) for _ in range(_TRUTH)]))
 
     def see(self, pictures: Sequence[Picture]) -> Matrix:
         return fid_features(self._tower, pictures)
@@ -71,27 +103,36 @@ class DemoFeatures:
         return clip_scores(self._tower, pictures, text)
 
 
-class ClipFeatures:
-    """A CLIP model from a folder in transformers' layout.
+def demo_judges() -> Judges:
+    """The shipped ones, for the demo's world."""
+    demo = DemoFeatures()
+    return Judges(clip=demo, fid=demo, truth=demo.truth)
 
-    Args:
-        truth: a folder of true pictures, for FID.
+
+class ClipFeatures:
+    """A CLIP model from a folder in transformers' layout, for CLIP score and, where nothing better is there, for FID.
 
     Raises:
         RequestError: the folder holds no CLIP model.
     """
 
-    def __init__(self, folder: Path, truth: Path | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer, CLIPModel
 
         if not (folder / "config.json").is_file():
             raise RequestError(
                 f"{folder} has no config.json; --clip takes a CLIP model in transformers' layout"
             )
-        self.name = f"CLIP ({folder.name})"
-        self._model: Any = CLIPModel.from_pretrained(folder).eval()
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.truth: Matrix | None = None if truth is None else self.see(read_pictures(truth))
+        try:
+            self._model: Any = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            raise RequestError(
+                f"{folder} cannot be read as a CLIP model: {str(error).splitlines()[0]}"
+            ) from error
+        vision = self._model.config.vision_config
+        size = _CLIP_SIZES.get((vision.num_hidden_layers, vision.hidden_size), "of another size")
+        self.name = f"CLIP {size}/{vision.patch_size} ({folder.name})"
 
     @torch.no_grad()
     def see(self, pictures: Sequence[Picture]) -> Matrix:
@@ -125,6 +166,21 @@ class ClipFeatures:
 def as_bytes(images: Images) -> list[Picture]:
     """Pictures in [0, 1] as they are written to files."""
     return [np.round(image * 255).clip(0, 255).astype(np.uint8) for image in images]
+
+
+def read_truth(source: Path, judge: Sees) -> Moments:
+    """Of true pictures in a folder, or of an `.npz` file with `mu` and `sigma`, as FID's statistics are passed around.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    if source.suffix != ".npz":
+        return Moments.of(judge.see(read_pictures(source)))
+    try:
+        with np.load(source) as found:
+            return Moments(found["mu"].astype(np.float64), found["sigma"].astype(np.float64))
+    except (OSError, ValueError, KeyError) as error:
+        raise RequestError(f"{source} cannot be read as FID's mu and sigma: {error}") from error
 
 
 def read_pictures(folder: Path) -> list[Picture]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from ..errors import RequestError
 from ..export.measures import MAX_PSNR
 from ..export.verify import LIMITS
 from .cases import DTYPES
-from .features import Features, as_bytes
+from .features import Judges, as_bytes
+from .lpips import Lpips
 from .quality import frechet_distance
 from .side import Images
 
@@ -33,21 +34,25 @@ class Quality:
     Attributes:
         psnr: of the worst picture, in dB.
         ssim: of the worst picture.
+        lpips: of the worst picture.
         clip: mean CLIP score.
         clip_reference: the same of the reference's pictures.
         fid: to true pictures, from `FID_LEAST` pictures on.
         fid_reference: the same of the reference's pictures.
-        features: the network that clip and fid are of.
+        lpips_by, clip_by, fid_by: the networks.
     """
 
     pictures: int
     psnr: float
     ssim: float
+    lpips: float | None = None
+    lpips_by: str | None = None
     clip: float | None = None
     clip_reference: float | None = None
+    clip_by: str | None = None
     fid: float | None = None
     fid_reference: float | None = None
-    features: str | None = None
+    fid_by: str | None = None
 
 
 def likeness(images: Images, reference: Images) -> tuple[float, float]:
@@ -66,21 +71,30 @@ def likeness(images: Images, reference: Images) -> tuple[float, float]:
     return worst_psnr, worst_ssim
 
 
-def measure_quality(
-    images: Images, reference: Images, prompts: Sequence[str], features: Features | None
-) -> Quality:
+def measure_quality(images: Images, reference: Images, prompts: Sequence[str], judges: Judges) -> Quality:
     """Of pictures [N, H, W, 3] beside the reference's."""
     ratio, similarity = likeness(images, reference)
-    count = len(images)
-    if features is None or not np.isfinite(images).all():
-        return Quality(count, ratio, similarity)
-    clips, fids = [], []
-    for pictures in (as_bytes(images), as_bytes(reference)):
-        clips.append(float(features.scores(pictures, prompts).mean()))
-        if features.truth is not None and count >= FID_LEAST:
-            fids.append(frechet_distance(features.truth, features.see(pictures)))
-    fid, fid_reference = fids or (None, None)
-    return Quality(count, ratio, similarity, clips[0], clips[1], fid, fid_reference, features.name)
+    found = Quality(len(images), ratio, similarity)
+    if not np.isfinite(images).all() or images.shape != reference.shape:
+        return found
+    mine, theirs = as_bytes(images), as_bytes(reference)
+    if judges.lpips is not None:
+        found = replace(found, lpips=_unlikeness(judges.lpips, images, reference), lpips_by=judges.lpips.name)
+    if judges.clip is not None:
+        scores = [float(judges.clip.scores(pictures, prompts).mean()) for pictures in (mine, theirs)]
+        found = replace(found, clip=scores[0], clip_reference=scores[1], clip_by=judges.clip.name)
+    if judges.fid is not None and judges.truth is not None and len(images) >= FID_LEAST:
+        fids = [frechet_distance(judges.truth, judges.fid.see(pictures)) for pictures in (mine, theirs)]
+        found = replace(found, fid=fids[0], fid_reference=fids[1], fid_by=judges.fid.name)
+    return found
+
+
+def _unlikeness(lpips: Lpips, images: Images, reference: Images) -> float:
+    """LPIPS of the worst picture."""
+    return max(
+        lpips(*(torch.from_numpy(x.transpose(2, 0, 1)[None].astype(np.float32)) for x in pair))
+        for pair in zip(images, reference, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -89,6 +103,8 @@ class Gate:
 
     Attributes:
         of_each_picture: it judges any pictures beside the reference's, and so those of timed runs too.
+        needs: settings without which it cannot judge.
+        least_pictures: that it judges.
         judge: (a side's quality, its dtype, the quality of eager diffusers in that dtype where it ran) -> what is
             beyond its limit, empty where it passes.
     """
@@ -97,6 +113,8 @@ class Gate:
     summary: str
     of_each_picture: bool
     judge: Callable[[Quality, str, Quality | None], list[str]]
+    needs: tuple[str, ...] = ()
+    least_pictures: int = 1
 
 
 def _like_eager(quality: Quality, dtype: str, eager: Quality | None) -> list[str]:
@@ -115,27 +133,39 @@ def _like_eager(quality: Quality, dtype: str, eager: Quality | None) -> list[str
     return failures
 
 
-_MLPERF = {"clip": ("CLIP score", 31.68631873, 31.81331801), "fid": ("FID", 23.01085758, 23.95007626)}
+_MLPERF = {
+    "clip": ("CLIP score", 31.68631873, 31.81331801, "CLIP ViT-B/32"),
+    "fid": ("FID", 23.01085758, 23.95007626, "Inception-v3"),
+}
 _MLPERF_PICTURES = 5000
 
 
 def _mlperf(quality: Quality, dtype: str, eager: Quality | None) -> list[str]:
-    """MLPerf inference's accuracy limits of stable-diffusion-xl, over its 5,000 captions."""
+    """MLPerf inference's accuracy limits of stable-diffusion-xl, over its 5,000 captions and its networks."""
     failures = []
     if quality.pictures < _MLPERF_PICTURES:
-        failures.append(f"{quality.pictures} pictures, MLPerf judges {_MLPERF_PICTURES}")
-    for field, (name, low, high) in _MLPERF.items():
-        value = getattr(quality, field)
-        if value is None or not low <= value <= high:
-            failures.append(
-                f"{name} {'not measured' if value is None else f'{value:.3f}'}, {low:.3f} to {high:.3f}"
-            )
+        failures.append(f"cannot be judged: {quality.pictures} pictures, MLPerf has {_MLPERF_PICTURES}")
+    for field, (name, low, high, network) in _MLPERF.items():
+        value, by = getattr(quality, field), getattr(quality, f"{field}_by")
+        if value is None:
+            failures.append(f"cannot be judged: {name} was not measured")
+        elif not by.startswith(network):
+            failures.append(f"cannot be judged: {name} is by {by}, MLPerf's by {network}")
+        elif not low <= value <= high:
+            failures.append(f"{name} {value:.3f}, {low:.3f} to {high:.3f}")
     return failures
 
 
 _ROWS = (
     Gate("eager", "the same picture as eager diffusers, by PSNR and SSIM", True, _like_eager),
-    Gate("mlperf", "MLPerf's CLIP score and FID over 5,000 captions", False, _mlperf),
+    Gate(
+        "mlperf",
+        "MLPerf's CLIP score and FID over 5,000 captions; needs --clip, --inception and --truth",
+        False,
+        _mlperf,
+        needs=("clip", "inception", "truth"),
+        least_pictures=_MLPERF_PICTURES,
+    ),
 )
 GATES: Mapping[str, Gate] = {gate.name: gate for gate in _ROWS}
 

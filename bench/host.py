@@ -3,13 +3,17 @@ and its end is not everybody's. `Worker` is what that process does; tests run it
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,18 +23,24 @@ import torch
 
 from ..errors import BenchmarkError
 from .cases import DTYPES, Case, SideSpec
+from .machine import commit, installed_versions
+from .models import weights_on_disk
 from .monitor import BusyElsewhere, MemorySampler, Series, resident_bytes
-from .nvml import open_nvml
+from .nvml import GpuShare, open_nvml
 from .side import Images, Side, factory
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["Host", "Job", "OwnProcess", "Run", "Trace", "Worker"]
+__all__ = ["Host", "Job", "OwnProcess", "Run", "Trace", "Worker", "build_name"]
+
+_BUILT = "built"
+_FAREWELL = 5.0
+"""Seconds that a process may take to end by itself."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a process is to do: one side of one case."""
+    """What a process is to do: one side of one case, in a folder of its own for what it builds."""
 
     case: Case
     side: SideSpec
@@ -41,6 +51,31 @@ class Job:
     def dtype(self) -> str:
         """The side's, else the case's."""
         return self.side.dtype or self.case.dtype
+
+    def is_built(self) -> bool:
+        """Whether an earlier run was through with building here. What one left that was not is removed, since with it
+        building would look short."""
+        if (self.folder / _BUILT).exists():
+            return True
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return False
+
+    def note_built(self) -> None:
+        """The next run need not build."""
+        (self.folder / _BUILT).touch()
+
+
+def build_name(case: Case, side: SideSpec, device: str) -> str:
+    """Of a side's folder: another one for other weights, sizes or versions."""
+    built_from = {
+        "models": [(m, weights_on_disk(m)) for m in (case.model, case.refiner) if m is not None],
+        "shapes": [case.size, case.batches],
+        "side": [side.factory, dict(side.options), side.dtype or case.dtype, device],
+        "versions": installed_versions(),
+        "commit": commit(),
+    }
+    digest = hashlib.sha256(json.dumps(built_from, sort_keys=True).encode()).hexdigest()
+    return f"{side.name.replace('@', '-')}-{digest[:12]}"
 
 
 @dataclass(frozen=True)
@@ -94,6 +129,10 @@ class Host(Protocol):
         """Make pictures; with `traced`, memory is sampled, which takes time of its own."""
         ...
 
+    def tune(self) -> str:
+        """Let the side try out what suits this machine; how it is set up then."""
+        ...
+
     def close(self) -> None:
         """Free everything; closing again is no error."""
         ...
@@ -106,22 +145,46 @@ class Worker:
         self._job = job
         self._device = torch.device(job.device)
         self._nvml = open_nvml(self._device)
+        self._share = None if self._nvml is None else GpuShare(self._nvml)
         self._side: Side | None = None
 
     def open(self) -> str:
         job = self._job
         job.folder.mkdir(parents=True, exist_ok=True)
         make = factory(job.side)
-        self._side = make(job.case, self._device, DTYPES[job.dtype], job.folder, **job.side.options)
+        with self._turn():
+            self._side = make(job.case, self._device, DTYPES[job.dtype], job.folder, **job.side.options)
         return self._side.settings
 
+    def tune(self) -> str:
+        side = self._opened()
+        with self._turn():
+            side.tune()
+        return side.settings
+
     def run(self, prompts: Sequence[str], seeds: Sequence[int], *, traced: bool = False) -> Run:
+        side = self._opened()
+        with self._turn():
+            return (self._traced if traced else self._timed)(side, prompts, seeds)
+
+    def _opened(self) -> Side:
         if self._side is None:
             raise BenchmarkError(f"{self._job.side.name} was asked for pictures before it was opened")
-        if not traced:
-            return self._timed(self._side, prompts, seeds)
-        with MemorySampler(self._device, self._nvml) as sampler:
-            made = self._side(prompts, seeds)
+        return self._side
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The others wait meanwhile."""
+        if self._share is None:
+            yield
+            return
+        self._share.begin()
+        yield
+        self._share.end()
+
+    def _traced(self, side: Side, prompts: Sequence[str], seeds: Sequence[int]) -> Run:
+        with MemorySampler(self._device, self._share) as sampler:
+            made = side(prompts, seeds)
         trace = Trace(
             series=sampler.series,
             peaks=sampler.peaks(),
@@ -161,7 +224,7 @@ class OwnProcess:
 
     Args:
         threads: of PyTorch, and so of ONNX Runtime; the same for every side.
-        patience: seconds that one answer may take.
+        patience: seconds that one answer may take: loading, a picture with all that it compiles, or a batch.
     """
 
     def __init__(self, job: Job, *, threads: int, patience: float = 3600.0) -> None:
@@ -180,25 +243,32 @@ class OwnProcess:
         return str(self._ask("open"))
 
     def run(self, prompts: Sequence[str], seeds: Sequence[int], *, traced: bool = False) -> Run:
-        answer = self._ask("run", list(prompts), list(seeds), traced)
+        answer = self._ask("run", list(prompts), list(seeds), traced=traced)
         if not isinstance(answer, Run):
             raise BenchmarkError(f"{self._job.side.name} answered with a {type(answer).__name__}")
         return answer
+
+    def tune(self) -> str:
+        return str(self._ask("tune"))
 
     def close(self) -> None:
         if self._process.pid is None:
             return
         self._pipe.close()
-        self._process.join(5)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        self._process.join(_FAREWELL)
+        with suppress(
+            ProcessLookupError
+        ):  # compilers that it began as well, which would slow down the others
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.join()
 
-    def _ask(self, *request: Any) -> Any:
+    def _ask(self, what: str, *arguments: Any, **options: Any) -> Any:
         try:
-            self._pipe.send(request)
+            self._pipe.send((what, arguments, options))
             if not self._pipe.poll(self._patience):
-                raise BenchmarkError(f"no answer in {self._patience:.0f} s")
+                done = {"open": "loaded", "tune": "tuned", "run": "through with its pictures"}[what]
+                raise BenchmarkError(f"not {done} after {self._patience:.0f} s; give it more with --patience")
             kind, answer, trace = self._pipe.recv()
         except (EOFError, OSError) as error:
             self._process.join(5)
@@ -214,18 +284,22 @@ class OwnProcess:
 
 def _serve(job: Job, threads: int, pipe: Connection) -> None:
     """The process: answers until the pipe is closed. Ctrl-C is the parent's to handle."""
+    os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("TQDM_DISABLE", "1")
     torch.set_num_threads(threads)
     worker = Worker(job)
     while True:
         try:
-            what, *arguments = pipe.recv()
+            what, arguments, options = pipe.recv()
         except EOFError:
             return
         try:
-            answer: Any = worker.open() if what == "open" else worker.run(*arguments[:2], traced=arguments[2])
+            answer: Any = getattr(worker, what)(*arguments, **options)
+            told = ("ok", answer, "")
         except Exception as error:
-            pipe.send(("error", f"{type(error).__name__}: {error}", traceback.format_exc()))
-        else:
-            pipe.send(("ok", answer, ""))
+            told = ("error", f"{type(error).__name__}: {error}", traceback.format_exc())
+        try:
+            pipe.send(told)
+        except BrokenPipeError:  # nobody waits any more
+            return

@@ -10,12 +10,12 @@ import torch
 from ..runtime.pipeline import Pipeline
 from .cases import Case
 from .monitor import Span
-from .side import Made, now
+from .side import Made, Side, now
 
 __all__ = ["open_side"]
 
 
-class LatentrtSide:
+class LatentrtSide(Side):
     """One pipeline; engines are loaded by the first call."""
 
     def __init__(self, case: Case, pipe: Pipeline) -> None:
@@ -37,9 +37,6 @@ class LatentrtSide:
             output_type="np",
         )
         return Made(result.images, _spans(result.timings, now(self._pipe.device)))
-
-    def close(self) -> None:
-        """The process that holds it ends."""
 
 
 def _spans(timings: dict[str, float], end: float) -> list[Span]:

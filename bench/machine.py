@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -11,24 +12,31 @@ from typing import Any
 
 import torch
 
-__all__ = ["describe_machine"]
+__all__ = ["commit", "describe_machine", "installed_versions"]
 
 _PACKAGES = ("torch", "onnxruntime", "diffusers", "transformers", "triton", "tensorrt", "tensorrt-rtx")
 
 
-def describe_machine() -> dict[str, Any]:
-    """Everything a figure has to be read with; the commit ends in `+` where files differ from it, results apart."""
+def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
+    """Everything a figure has to be read with.
+
+    Args:
+        device: what was measured on; with the CPU a GPU that is there as well is not told of. Where None, the current
+            GPU is.
+    """
     machine: dict[str, Any] = {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
-        "versions": _versions(),
-        "commit": _commit(),
+        "versions": installed_versions(),
+        "commit": commit(),
     }
-    if torch.cuda.is_available():
-        machine["gpu"] = torch.cuda.get_device_name()
+    if device is not None:
+        machine["device"] = str(device)
+    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
+        machine["gpu"] = torch.cuda.get_device_name(device)
         machine["cuda"] = torch.version.cuda
     return machine
 
@@ -42,7 +50,8 @@ def _processor() -> str:
     return next(names, platform.machine())
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
+    """Of the packages that figures depend on."""
     found = {}
     for name in _PACKAGES:
         try:
@@ -52,7 +61,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str:
+@functools.cache
+def commit() -> str:
+    """Of this project; it ends in `+` where files differ from it, results apart."""
     root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:

@@ -14,9 +14,8 @@ import torch
 from ..runtime.weight_set import read_header
 from .cases import DTYPES, Case, SideSpec
 from .random_checkpoint import PUBLISHED, component_bytes, write_checkpoint
-from .side import checkpoint_folder
 
-__all__ = ["RANDOM", "located", "needed_bytes", "too_little"]
+__all__ = ["RANDOM", "checkpoint_folder", "located", "needed_bytes", "too_little", "weights_on_disk"]
 
 RANDOM = {"sdxl-random": "sdxl_base", "sdxl-refiner-random": "sdxl_refiner"}
 """Name -> published configurations that get random weights."""
@@ -27,6 +26,12 @@ _BYTES_PER_PIXEL = 4096
 """Where the decoder is widest: a few tensors of 128 to 256 channels in float32."""
 _RANDOM_SIZE = 2
 """Bytes of a random weight on disk: float16."""
+
+
+def checkpoint_folder(model: str) -> Path:
+    """Where a model's diffusers folder is; only the demo's names stand for one."""
+    demo = Path(__file__).resolve().parents[1] / "runtime" / "demo"
+    return {"demo": demo, "demo-refiner": demo / "refiner"}.get(model, Path(model))
 
 
 def located(case: Case, folder: Path) -> Case:
@@ -43,6 +48,13 @@ def located(case: Case, folder: Path) -> Case:
         return str(write_checkpoint(folder / model, PUBLISHED / RANDOM[model]))
 
     return replace(case, model=place(case.model) or "", refiner=place(case.refiner))
+
+
+def weights_on_disk(model: str) -> list[tuple[str, int, int]]:
+    """(name, bytes, time of change) of each file of weights; none for a hub id."""
+    folder = checkpoint_folder(model)
+    files = sorted(folder.rglob("*.safetensors"))
+    return [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
 def needed_bytes(case: Case, sides: Sequence[SideSpec]) -> int:

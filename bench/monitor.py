@@ -10,14 +10,13 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from .nvml import Nvml
+from .nvml import GpuShare
 
 __all__ = ["BusyElsewhere", "MemorySampler", "Series", "Span", "peak_within", "resident_bytes"]
 
 Series = dict[str, list[float]]
 """`seconds` from the start, and beside it bytes: `resident` of the process on the host; on a GPU `allocated` by
-PyTorch and `gpu`, which is everything of the process there, or of the whole device where the driver does not tell
-processes apart."""
+PyTorch and `gpu` or `gpu by turns`, which is everything of the process there (see `nvml.GpuShare`)."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,11 @@ class Span:
 
 
 class MemorySampler:
-    """`with MemorySampler(device, nvml) as sampler:` and then `sampler.series`."""
+    """`with MemorySampler(device, share) as sampler:` and then `sampler.series`."""
 
-    def __init__(self, device: torch.device, nvml: Nvml | None, interval: float = 0.005) -> None:
+    def __init__(self, device: torch.device, share: GpuShare | None, interval: float = 0.005) -> None:
         self._device = device
-        self._nvml = nvml
+        self._share = share
         self._interval = interval
         self._process = psutil.Process()
         self._done = threading.Event()
@@ -65,9 +64,9 @@ class MemorySampler:
         values: dict[str, float | None] = {"resident": self._process.memory_info().rss}
         if self._device.type == "cuda":
             values["allocated"] = torch.cuda.memory_allocated(self._device)
-        if self._nvml is not None:
-            used = self._nvml.process_bytes()
-            values["gpu"] = self._nvml.device_bytes() if used is None else used
+        if self._share is not None:
+            used = self._share.used()
+            values[self._share.series] = used
         self.series["seconds"].append(time.perf_counter() - self.begun)
         for name, value in values.items():
             if value is not None:

@@ -1,4 +1,9 @@
-"""What NVIDIA's management library tells of one GPU: memory, energy, clocks. Where it is absent there is nothing."""
+"""What NVIDIA's management library tells of one GPU: memory, energy, clocks. Where it is absent there is nothing.
+
+Inside a container the driver lists processes by numbers that the container does not know. `GpuShare` then goes by
+turns: sides wait for each other, so what the device's memory changes by while one is at work is that one's, as long as
+nobody else uses the GPU.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Nvml", "open_nvml"]
+__all__ = ["GpuShare", "Nvml", "open_nvml"]
 
 
 class Nvml:
@@ -68,6 +73,39 @@ class Nvml:
         except self._nvml.NVMLError:
             self.unreadable.add(function)
             return None
+
+
+class GpuShare:
+    """How much of a GPU's memory is this process's; made before it uses the GPU.
+
+    Attributes:
+        series: what the figure is called: `gpu` where the driver tells it of this process, `gpu by turns` where it is
+            what the device's use changed by during this process's turns.
+    """
+
+    def __init__(self, nvml: Nvml) -> None:
+        self._nvml = nvml
+        self._own = 0
+        self._before: int | None = None
+        self.series = "gpu by turns"
+
+    def begin(self) -> None:
+        """This process's turn begins."""
+        self._before = self._nvml.device_bytes()
+
+    def end(self) -> None:
+        """The turn is over; what it left on the device stays this process's."""
+        self._own = self.used() or 0
+        self._before = None
+
+    def used(self) -> int | None:
+        """Bytes now, in a turn; None where the driver does not even tell the device's."""
+        mine = self._nvml.process_bytes()
+        if mine is not None:
+            self.series = "gpu"
+            return mine
+        now = self._nvml.device_bytes()
+        return None if now is None or self._before is None else max(0, self._own + now - self._before)
 
 
 def open_nvml(device: torch.device) -> Nvml | None:

@@ -111,9 +111,7 @@ def open_side(case: Case, device: torch.device, dtype: torch.dtype, folder: Path
         inputs = _unet_inputs(pipe.unet, pipe.text_encoder_2.config.projection_dim, channels, dtype, device)
         run = exported(name, _UNet(pipe.unet), inputs, [(0, 2, 3), (), (0,), (0,), (0,)])
         _replace(pipe.unet, _unet_forward(run))
-    vae_dtype = torch.float32 if dtype == torch.float16 and base.vae.config.force_upcast else dtype
-    if vae_dtype != dtype:
-        base.vae.to(vae_dtype)
+    vae_dtype = base.vae.dtype
     latents = torch.zeros((2, base.vae.config.latent_channels, 16, 24), dtype=vae_dtype, device=device)
     decoder = exported("vae_decoder", _Decoder(base.vae), {"latents": latents}, [(0, 2, 3)])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -105,15 +106,33 @@ def clip_scores(
     return scores
 
 
-def frechet_distance(a: Features, b: Features) -> float:
+@dataclass(frozen=True)
+class Moments:
+    """What FID knows of a set of pictures.
+
+    Attributes:
+        mean: of the features, [F].
+        covariance: of the features, [F, F].
+    """
+
+    mean: Features
+    covariance: Features
+
+    @classmethod
+    def of(cls, features: Features) -> Moments:
+        """Of features [N, F]."""
+        return cls(features.mean(0), np.cov(features, rowvar=False))
+
+
+def frechet_distance(a: Features | Moments, b: Features | Moments) -> float:
     """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017, equation 6)."""
-    mean = a.mean(0) - b.mean(0)
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    a, b = (x if isinstance(x, Moments) else Moments.of(x) for x in (a, b))
+    mean = a.mean - b.mean
     # tr (C_a C_b)^(1/2) from the eigenvalues of the symmetric C_a^(1/2) C_b C_a^(1/2)
-    values, vectors = np.linalg.eigh(cov_a)
+    values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov_b @ root), 0, None)).sum()
-    return float(mean @ mean + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ b.covariance @ root), 0, None)).sum()
+    return float(mean @ mean + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
 
 
 def fid_difference(

@@ -12,14 +12,16 @@ from typing import Any
 import PIL.Image
 
 from .features import as_bytes
-from .gates import FID_LEAST
 from .plots import Line, bars, lines
 from .results import CaseResult, Memory, Report, Row
 from .side import Images
+from .stats import LEAST_ROUNDS
 
 __all__ = ["html", "markdown", "png_bytes", "save_pictures"]
 
 _MIB = 2**20
+_GPU = ("gpu", "gpu by turns")
+"""What memory of a GPU is called, see `nvml.GpuShare`."""
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222;background:#fff}
 table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}td,th{padding:3px 9px;text-align:right}
@@ -136,16 +138,33 @@ def _settings(case: CaseResult) -> str:
     c = case.case
     size = "the model's own size" if c["size"] is None else f"{c['size'][1]}x{c['size'][0]}"
     steps = " + ".join(str(count) for count in case.steps.values())
-    judged = next((row.quality for row in case.rows if row.quality and row.quality.features), None)
-    seen = ""
-    if judged:
-        few = f" (too few for FID: {FID_LEAST})" if judged.fid is None else ""
-        seen = f" CLIP and FID are by {judged.features} over {judged.pictures} pictures{few}."
     return (
         f"{size}, {c['steps']} steps ({steps}), guidance {c['guidance']:g}, {c['dtype']}; pictures held against "
-        f"{case.reference}, gate {case.gate!r}. Seconds are medians (p10, p90); the speedup is of paired rounds, "
-        f"with its 95 % interval.{seen}"
-    )
+        f"{case.reference}, gate {case.gate!r}. Seconds are medians (p10, p90); the speedup is of paired rounds, with "
+        f"the interval of its median{_cover(case)}. {_judged(case)}"
+    ).rstrip()
+
+
+def _cover(case: CaseResult) -> str:
+    """What intervals hold; all have as many rounds, unless it was interrupted."""
+    covers = [b.latency.median.cover for row in case.rows for b in row.batches]
+    if not covers:
+        return ""
+    few = f"; 95 % needs {LEAST_ROUNDS} rounds" if min(covers) < 0.95 else ""
+    return f" ({100 * min(covers):.1f} %{few})"
+
+
+def _judged(case: CaseResult) -> str:
+    """Whose figures CLIP score, FID and LPIPS are."""
+    qualities = [row.quality for row in case.rows if row.quality]
+    told = []
+    for name, field in (("LPIPS", "lpips_by"), ("CLIP score", "clip_by"), ("FID", "fid_by")):
+        by = next((getattr(q, field) for q in qualities if getattr(q, field)), None)
+        if by is not None:
+            told.append(f"{name} is by {by}.")
+        elif name == "FID" and qualities:
+            told.append(f"{qualities[0].pictures} pictures are too few for FID, or nobody judges it.")
+    return " ".join(told)
 
 
 Table = list[list[str]]
@@ -155,7 +174,7 @@ def _latency_table(case: CaseResult) -> Table:
     """Of the first batch size; a side that is not measured has no times."""
     head = ["side", "seconds", f"against {case.rows[0].side}" if case.rows else "", "text ms", "base step ms"]
     head += ["refiner step ms", "VAE ms", "build s", "first image s", "peak MiB", "J/image"]
-    table = [[*head, "PSNR dB", "SSIM", "CLIP", "FID"]]
+    table = [[*head, "PSNR dB", "SSIM", "LPIPS", "CLIP", "FID"]]
     for row in case.rows:
         table.append([row.side, *_times(row), *_quality(row)])
     return table
@@ -171,7 +190,7 @@ def _times(row: Row) -> list[str]:
         f"{s.median.value:.3f} ({s.p10:.3f}, {s.p90:.3f})",
         "-" if r is None else f"{r.value:.2f} x ({r.low:.2f} to {r.high:.2f})",
         *stage,
-        _number(row.build_seconds, ".1f"),
+        "kept" if row.built_before else _number(row.build_seconds, ".1f"),
         _number(row.first_image_seconds, ".1f"),
         _peak(b.memory),
         _number(b.joules_per_image, ".0f"),
@@ -181,8 +200,9 @@ def _times(row: Row) -> list[str]:
 def _quality(row: Row) -> list[str]:
     q = row.quality
     if q is None:
-        return ["-"] * 4
-    return [_number(q.psnr, ".1f"), _number(q.ssim, ".4f"), _number(q.clip, ".2f"), _number(q.fid, ".2f")]
+        return ["-"] * 5
+    forms = (("psnr", ".1f"), ("ssim", ".4f"), ("lpips", ".4f"), ("clip", ".2f"), ("fid", ".2f"))
+    return [_number(getattr(q, name), form) for name, form in forms]
 
 
 def _batch_table(case: CaseResult) -> Table:
@@ -212,11 +232,8 @@ def _plots(case: CaseResult) -> Iterator[tuple[str, str]]:
         for row in measured
     ]
     yield "Latency against batch size", lines(by_batch, "images", "seconds")
-    kind = (
-        "gpu"
-        if any(b.memory and "gpu" in b.memory.series for r in measured for b in r.batches)
-        else "resident"
-    )
+    series = {name for r in measured for b in r.batches if b.memory for name in b.memory.series}
+    kind = next((name for name in _GPU if name in series), "resident")
     timeline: list[Line] = []
     for row in measured:
         memory = row.batches[0].memory
@@ -268,5 +285,6 @@ def _ms(seconds: float | None) -> str:
 def _peak(memory: Memory | None) -> str:
     if memory is None:
         return "-"
-    peaks = memory.peaks
-    return f"{(peaks.get('gpu') or peaks.get('allocated') or peaks['resident']) / _MIB:,.0f}"
+    kind = next(name for name in (*_GPU, "allocated", "resident") if name in memory.peaks)
+    how = {"gpu by turns": " by turns", "allocated": " by PyTorch"}.get(kind, "")
+    return f"{memory.peaks[kind] / _MIB:,.0f}{how}"

@@ -15,13 +15,13 @@ from .stats import Interval, Spread
 
 __all__ = ["SCHEMA", "BatchFigures", "CaseResult", "Memory", "Report", "Row", "read_report", "write_report"]
 
-SCHEMA = 1
+SCHEMA = 2
 BENCHMARK = "latentrt bench"
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: `resident` on the host; on a GPU `allocated` by PyTorch and `gpu` by everybody.
+    """Bytes: `resident` on the host; on a GPU `allocated` by PyTorch, and `gpu` or `gpu by turns` in all.
 
     Attributes:
         peaks: the most of each during a run.
@@ -76,6 +76,7 @@ class Row:
     Attributes:
         status: `measured`; `invalid`, whose pictures fail the gate, so that no speed is told; `failed`, with the
             reason.
+        built_before: an earlier run had built it, so that what building takes was not measured.
         build_seconds: from a cold process to the first picture with nothing exported or compiled yet.
         first_image_seconds: the same once that is there, or where nothing is built.
     """
@@ -85,6 +86,7 @@ class Row:
     settings: str
     status: str
     reason: str
+    built_before: bool
     build_seconds: float | None
     first_image_seconds: float | None
     quality: Quality | None

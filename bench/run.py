@@ -1,8 +1,9 @@
 """How a case is measured: every side's pictures first, and then, in turns, the times of those that pass.
 
-    each side alone     cold process -> what it builds -> first picture; a process of its own stays open
-    pictures            the same prompts and seeds from each, held against the reference; the gate
-    each batch size     a warm-up, a run with memory sampled, then rounds: A B C, B C A, C A B, ...
+    each side alone     cold process -> what it builds -> first picture -> its best setting; its process stays open
+    pictures            the same prompts and seeds from each, one by one, held against the reference; the gate
+    each batch size     a warm-up, a run with memory sampled, then rounds: A B C, B C A, C A B, ...; timed pictures are
+                        held against what the reference made of the same seeds one by one
 
 A side that fails anywhere is told with its reason, and the others go on. What was measured is there at any time.
 """
@@ -20,9 +21,9 @@ from statistics import median
 import numpy as np
 
 from .cases import Case, SideSpec
-from .features import Features
+from .features import Judges
 from .gates import Gate, Quality, likeness, measure_quality
-from .host import Host, Job, Run, Trace
+from .host import Host, Job, Run, Trace, build_name
 from .results import BatchFigures, CaseResult, Memory, Row
 from .side import Images
 from .stats import growth, ratio, spread
@@ -42,7 +43,7 @@ class Plan:
     Attributes:
         prompts: taken in turn.
         rounds: timed calls of each side at each batch size.
-        pictures: of each side for the gate.
+        pictures: of each side for the gate, and at least as many as the largest batch.
         seed: of the first picture.
     """
 
@@ -68,6 +69,7 @@ class _Lane:
     settings: str = ""
     status: str = "measured"
     reason: str = ""
+    built_before: bool = False
     build_seconds: float | None = None
     first_image_seconds: float | None = None
     images: Images | None = None
@@ -105,26 +107,27 @@ class CaseRun:
         device: str,
         folder: Path,
         open_host: Callable[[Job], Host],
-        features: Features | None = None,
+        judges: Judges | None = None,
         tell: Tell = lambda side, state: None,
     ) -> None:
         """
         Args:
             sides: the first is what speed is compared with.
             steps: that base and refiner take.
-            folder: for what sides build.
+            folder: for what sides build; what an earlier run built there is taken as it is, and no time is told for it.
             open_host: where a side is to run.
         """
         self._case = case
         self._plan = plan
         self._steps = steps
         self._open_host = open_host
-        self._features = features
+        self._judges = judges or Judges()
+        self._count = max(plan.pictures, *case.batches)
         self._tell = tell
         self._reference: _Lane | None = None
         self._eager: dict[str, Quality] = {}  # what eager diffusers reaches, by dtype
         self._lanes = [
-            _Lane(spec, Job(case, spec, device, folder / spec.name.replace("@", "-"))) for spec in sides
+            _Lane(spec, Job(case, spec, device, folder / build_name(case, spec, device))) for spec in sides
         ]
 
     def measure(self) -> None:
@@ -158,15 +161,19 @@ class CaseRun:
 
     def _begin(self, lane: _Lane) -> None:
         name = lane.spec.name
-        if lane.spec.builds:
+        lane.built_before = lane.spec.builds and lane.job.is_built()
+        if lane.spec.builds and not lane.built_before:
             self._tell(name, "building")
             lane.build_seconds, _ = self._first_image(lane)
             lane.close()
+            lane.job.note_built()
         self._tell(name, "first image")
         lane.first_image_seconds, first = self._first_image(lane)
+        self._tell(name, "its best setting")
+        lane.settings = self._host(lane).tune()
         rest = []
-        for k in range(1, self._plan.pictures):
-            self._tell(name, f"picture {k + 1} of {self._plan.pictures}")
+        for k in range(1, self._count):
+            self._tell(name, f"picture {k + 1} of {self._count}")
             rest.append(self._host(lane).run(*self._plan.work(k, 1)).images)
         lane.images = np.concatenate([first, *rest])
 
@@ -194,8 +201,8 @@ class CaseRun:
         if lane.images is None or reference is None or reference.images is None:
             return
         self._tell(lane.spec.name, "quality")
-        prompts, _ = self._plan.work(0, self._plan.pictures)
-        lane.quality = measure_quality(lane.images, reference.images, prompts, self._features)
+        prompts, _ = self._plan.work(0, self._count)
+        lane.quality = measure_quality(lane.images, reference.images, prompts, self._judges)
         self._require(lane, lane.quality, "")
 
     def _require(self, lane: _Lane, quality: Quality, where: str) -> None:
@@ -210,10 +217,8 @@ class CaseRun:
             self._attempt(lane, partial(self._warm_up, batch=batch))
         for round_ in range(self._plan.rounds):
             first = round_ % len(lanes)
-            made: dict[str, Images] = {}
             for lane in [*lanes[first:], *lanes[:first]]:
-                self._attempt(lane, partial(self._time, batch=batch, round_=round_, made=made))
-            self._compare(batch, made)
+                self._attempt(lane, partial(self._time, batch=batch, round_=round_))
 
     def _takes(self, lane: _Lane, batch: int) -> bool:
         """The first side takes every batch size: the others are compared with it."""
@@ -226,24 +231,22 @@ class CaseRun:
         self._host(lane).run(*work)
         lane.traces[batch] = _required(self._host(lane).run(*work, traced=True).trace)
 
-    def _time(self, lane: _Lane, batch: int, round_: int, made: dict[str, Images]) -> None:
+    def _time(self, lane: _Lane, batch: int, round_: int) -> None:
         self._tell(lane.spec.name, f"batch {batch}: round {round_ + 1} of {self._plan.rounds}")
-        run = self._host(lane).run(*self._plan.work(self._plan.pictures + round_ * batch, batch))
-        made[lane.spec.name] = run.images
+        first = round_ * batch % (self._count - batch + 1)
+        run = self._host(lane).run(*self._plan.work(first, batch))
         lane.runs.setdefault(batch, []).append(replace(run, images=run.images[:0]))
+        self._compare(lane, batch, first, run.images)
 
-    def _compare(self, batch: int, made: dict[str, Images]) -> None:
-        """Timed pictures are held against the reference's too: a side may be right alone and wrong in a batch."""
-        if self._reference is None or self._reference.spec.name not in made:
-            return
-        wanted = made[self._reference.spec.name]
-        for lane in self._lanes:
-            if lane.spec.name in made:
-                found = likeness(made[lane.spec.name], wanted)
-                before = lane.worst.get(batch, found)
-                lane.worst[batch] = (min(found[0], before[0]), min(found[1], before[1]))
-                if self._plan.gate.of_each_picture:
-                    self._require(lane, Quality(len(wanted), *found), f"batch {batch}: ")
+    def _compare(self, lane: _Lane, batch: int, first: int, made: Images) -> None:
+        """Timed pictures are judged too: a side may be right alone and wrong in a batch."""
+        if self._reference is None or self._reference.images is None:
+            raise AssertionError("a side that is timed has made pictures, and so there is a reference")
+        found = likeness(made, self._reference.images[first : first + batch])
+        before = lane.worst.get(batch, found)
+        lane.worst[batch] = (min(found[0], before[0]), min(found[1], before[1]))
+        if self._plan.gate.of_each_picture:
+            self._require(lane, Quality(batch, *found), f"batch {batch}: ")
 
     def _host(self, lane: _Lane) -> Host:
         if lane.host is None:
@@ -264,6 +267,7 @@ class CaseRun:
             settings=lane.settings,
             status=lane.status,
             reason=lane.reason,
+            built_before=lane.built_before,
             build_seconds=lane.build_seconds if valid else None,
             first_image_seconds=lane.first_image_seconds if valid else None,
             quality=lane.quality,

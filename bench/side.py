@@ -6,8 +6,7 @@ import importlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -30,22 +29,24 @@ class Made:
     spans: list[Span]
 
 
-class Side(Protocol):
+class Side:
     """One way to make the pictures, loaded.
 
     Attributes:
-        settings: how it was set up, for people to read.
+        settings: how it is set up, for people to read.
     """
 
     settings: str
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
         """Make picture k from prompt k and seed k."""
-        ...
+        raise NotImplementedError
+
+    def tune(self) -> None:
+        """Try out what suits this machine; called once, after the first picture, whose time is a cold process's."""
 
     def close(self) -> None:
-        """Free what it holds."""
-        ...
+        """Free what it holds; what its process's end frees may stay."""
 
 
 Factory = Callable[..., Side]
@@ -64,9 +65,3 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def checkpoint_folder(model: str) -> Path:
-    """Where a model's diffusers folder is; only the demo's names stand for one."""
-    demo = Path(__file__).resolve().parents[1] / "runtime" / "demo"
-    return {"demo": demo, "demo-refiner": demo / "refiner"}.get(model, Path(model))

@@ -1,35 +1,44 @@
-"""Percentiles of times, and what a ratio of two sides is worth: its bootstrap interval.
+"""Percentiles of times, and what a ratio of two sides is worth: the interval of a median.
 
 Times of one machine drift together, so sides are run in rounds and compared round by round: the ratio of two sides
-is the median of the rounds' ratios, and its interval is over rounds drawn again with replacement (Efron, 1979).
+is the median of the rounds' ratios.
+
+Rounds drawn again with replacement (the bootstrap; Efron, 1979) put the ends of a median's interval on two of the
+sorted values, and its 95 % percentiles choose them too close: they hold the true median in 87.5 % of runs of 7
+rounds. Here the two are chosen by what they cover whatever the distribution (the sign test; David and Nagaraja, Order
+Statistics, section 7.1), and the coverage is kept beside them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Interval", "Spread", "growth", "ratio", "spread"]
+__all__ = ["LEAST_ROUNDS", "Interval", "Spread", "growth", "ratio", "spread"]
 
-_DRAWS = 2000
 _COVER = 0.95
+LEAST_ROUNDS = 6
+"""From so many on there is an interval that covers 95 %."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with the ends of its 95 % interval."""
+    """A median, the ends of its interval, and in what share of runs such an interval holds the true one: the least
+    that is 95 % or more, or what the whole range covers where that is less."""
 
     value: float
     low: float
     high: float
+    cover: float
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A sample's percentiles, and the 95 % interval of its median."""
+    """A sample's percentiles, and the interval of its median."""
 
     median: Interval
     p10: float
@@ -65,7 +74,20 @@ def growth(samples: Sequence[float]) -> float:
 
 
 def _median(values: NDArray[np.float64]) -> Interval:
-    drawn = np.random.default_rng(0).integers(len(values), size=(_DRAWS, len(values)))
-    medians = np.median(values[drawn], axis=1)
-    low, high = np.quantile(medians, [(1 - _COVER) / 2, (1 + _COVER) / 2])
-    return Interval(float(np.median(values)), float(low), float(high))
+    ordered = np.sort(values)
+    skipped, cover = _ends(len(ordered))
+    return Interval(float(np.median(ordered)), float(ordered[skipped]), float(ordered[-1 - skipped]), cover)
+
+
+def _ends(count: int) -> tuple[int, float]:
+    """How many values the interval leaves out at each end, and what it covers.
+
+    It misses the true median where at most `skipped` of the values, each above it or below it like a coin, are on
+    one side.
+    """
+    skipped, outside = 0, 2.0 ** (1 - count)
+    while True:
+        wider = outside + math.comb(count, skipped + 1) * 2.0 ** (1 - count)
+        if wider > 1 - _COVER:
+            return skipped, 1 - outside
+        skipped, outside = skipped + 1, wider

@@ -10,23 +10,30 @@ from pathlib import Path
 
 import torch
 
-from ..errors import BackendUnavailableError, RequestError
+from ..errors import RequestError
 from ..runtime.weights import open_checkpoint
 from . import report
 from .cases import Case, SideSpec
-from .features import ClipFeatures, DemoFeatures, Features, demo_prompts
+from .features import ClipFeatures, Judges, demo_judges, demo_prompts, read_truth
 from .gates import Gate
 from .host import Host, Job, OwnProcess
+from .inception import InceptionFeatures
 from .live import LiveTable
+from .lpips import Lpips
 from .machine import describe_machine
 from .models import located, too_little
 from .nvml import open_nvml
 from .results import CaseResult, Report, read_report, write_report
 from .run import CaseRun, Plan
 
-__all__ = ["METRICS", "Settings", "Suite", "device_named"]
+__all__ = ["METRICS", "Settings", "Suite"]
 
-METRICS = ("psnr", "ssim", "clip", "fid")
+METRICS = ("psnr", "ssim", "lpips", "clip", "fid")
+_WEIGHTS = {
+    "lpips": "AlexNet's weights: --lpips FILE",
+    "clip": "a CLIP model: --clip DIR",
+    "fid": "true pictures and a network that sees them: --truth DIR, and --inception FILE or --clip DIR",
+}
 _PROMPTS = (
     "an astronaut riding a horse on mars",
     "a cup of coffee on a wooden table by a window in the morning",
@@ -41,8 +48,13 @@ class Settings:
 
     Attributes:
         prompts: in place of the case's own.
-        metrics: of `METRICS`; the first two are always measured.
-        clip, truth: folders of a CLIP model and of true pictures.
+        metrics: of `METRICS`, an error where one has no weights; all that have where empty. The first two are always
+            measured.
+        clip: folder of a CLIP model, for CLIP score.
+        inception: file of Inception's weights, for FID, which is CLIP's where there are none.
+        truth: folder of true pictures, or file of their statistics.
+        lpips: file of AlexNet's weights.
+        patience: seconds after which a side that does not answer is out.
         out: folder of the report.
         work: folder for random weights, exports and compiled code, kept; a temporary one where None.
         beside: results to show beside.
@@ -54,14 +66,17 @@ class Settings:
     out: Path
     command: str
     prompts: Sequence[str] = ()
-    metrics: Sequence[str] = METRICS
+    metrics: Sequence[str] = ()
     clip: Path | None = None
+    inception: Path | None = None
     truth: Path | None = None
-    rounds: int = 7
+    lpips: Path | None = None
+    rounds: int = 9
     pictures: int = 4
     seed: int = 0
     work: Path | None = None
     beside: Sequence[Path] = ()
+    patience: float = 1800.0
 
 
 class Suite:
@@ -76,19 +91,23 @@ class Suite:
         unknown = [name for name in settings.metrics if name not in METRICS]
         if unknown:
             raise RequestError(f"no metric {unknown[0]!r}; there are {', '.join(METRICS)}")
-        if settings.rounds < 1 or settings.pictures < 1:
+        if settings.rounds < 1 or settings.pictures < 1 or not settings.patience > 0:
             raise RequestError(
-                f"{settings.rounds} rounds of {settings.pictures} pictures; both must be at least 1"
+                f"{settings.rounds} rounds of {settings.pictures} pictures, patience of {settings.patience:g} s; each "
+                "must be above 0"
             )
+        self._require(settings)
         self._work = work
         self._settings = settings
         threads = torch.get_num_threads()
-        self._open_host = open_host or (lambda job: OwnProcess(job, threads=threads))
+        self._open_host = open_host or (
+            lambda job: OwnProcess(job, threads=threads, patience=settings.patience)
+        )
         self._beside = [read_report(path) for path in settings.beside]
         self._results: list[CaseResult] = []
         self._pictures: dict[str, dict[str, list[bytes]]] = {}
         self._load = [os.getloadavg()[0]]
-        self._machine = describe_machine()
+        self._machine = describe_machine(settings.device)
         nvml = open_nvml(settings.device)
         if nvml is not None:
             self._machine |= {"driver": nvml.driver(), "gpu_state": nvml.state()}
@@ -99,23 +118,25 @@ class Suite:
         Raises:
             KeyboardInterrupt: after the report is written.
         """
+        judged = [
+            (case, sides, self._judges(case)) for case, sides in self._work
+        ]  # or an error before anything
         try:
-            for case, sides in self._work:
-                self._run_case(case, sides)
+            for case, sides, judges in judged:
+                self._run_case(case, sides, judges)
         except KeyboardInterrupt:
             self._write(complete=False)
             raise
         return self._write(complete=True)
 
-    def _run_case(self, case: Case, sides: list[SideSpec]) -> None:
+    def _run_case(self, case: Case, sides: list[SideSpec], judges: Judges) -> None:
         settings = self._settings
         reason = too_little(case, sides, settings.device)
         if reason:
             empty = CaseResult(asdict(case), {}, settings.gate.name, None, [], reason)
             self._results.append(empty)
             return
-        demo = case.model == "demo"
-        prompts = settings.prompts or (demo_prompts(64) if demo else _PROMPTS)
+        prompts = settings.prompts or (demo_prompts(64) if case.model == "demo" else _PROMPTS)
         with tempfile.TemporaryDirectory(prefix="latentrt-bench-") as scratch:
             folder = settings.work or Path(scratch)
             here = located(case, folder)
@@ -128,7 +149,7 @@ class Suite:
                     device=str(settings.device),
                     folder=folder / case.name,
                     open_host=self._open_host,
-                    features=self._features(demo),
+                    judges=judges,
                     tell=live.tell,
                 )
                 try:
@@ -139,14 +160,45 @@ class Suite:
                     self._pictures[case.name] = report.save_pictures(pictures, run.pictures)
         self._write(complete=False)
 
-    def _features(self, demo: bool) -> Features | None:
-        """The network for CLIP score and FID; the demo's knows the demo's world only."""
-        settings = self._settings
-        if not {"clip", "fid"} & set(settings.metrics):
-            return None
-        if settings.clip is not None:
-            return ClipFeatures(settings.clip, settings.truth)
-        return DemoFeatures() if demo else None
+    @staticmethod
+    def _require(settings: Settings) -> None:
+        """What a gate needs, before hours are spent on what it could not judge."""
+        gate = settings.gate
+        lacking = [f"--{name}" for name in gate.needs if getattr(settings, name) is None]
+        if lacking:
+            raise RequestError(f"gate {gate.name!r} cannot judge without {', '.join(lacking)}")
+        if settings.pictures < gate.least_pictures:
+            raise RequestError(
+                f"gate {gate.name!r} judges {gate.least_pictures} pictures, and --pictures is {settings.pictures}"
+            )
+        if settings.inception is not None and settings.truth is None:
+            raise RequestError("--inception is for FID, which needs true pictures: give --truth as well")
+
+    def _judges(self, case: Case) -> Judges:
+        """By the weights that were given; the demo's own know the demo's world only.
+
+        Raises:
+            RequestError: a metric was asked for by name, and nobody here can judge it.
+        """
+        s = self._settings
+        judges = demo_judges() if case.model == "demo" and _wants_a_judge(s.metrics) else Judges()
+        if s.clip is not None:
+            clip = ClipFeatures(s.clip)
+            judges = replace(judges, clip=clip)
+            if s.truth is not None:
+                judges = replace(judges, fid=clip, truth=None)
+        if s.inception is not None:
+            judges = replace(judges, fid=InceptionFeatures(s.inception), truth=None)
+        if judges.fid is not None and judges.truth is None and s.truth is not None:
+            judges = replace(judges, truth=read_truth(s.truth, judges.fid))
+        if s.lpips is not None:
+            judges = replace(judges, lpips=Lpips(s.lpips))
+        for name, needed in _WEIGHTS.items():
+            if name in s.metrics and getattr(judges, name) is None:
+                raise RequestError(f"metric {name!r} of case {case.name!r} needs {needed}")
+            if s.metrics and name not in s.metrics:
+                judges = replace(judges, **{name: None})
+        return judges
 
     def _write(self, *, complete: bool) -> Report:
         out = self._settings.out
@@ -164,20 +216,5 @@ class Suite:
         return made
 
 
-def device_named(name: str | None) -> torch.device:
-    """`cuda` where there is one, else `cpu`, by default.
-
-    Raises:
-        BackendUnavailableError: a GPU is asked for and PyTorch sees none.
-        RequestError: no such kind of device.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
-        raise RequestError(f"--device is {name!r}; it can be cpu, cuda or cuda:1 and so on")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailableError(
-            f"--device is {name!r} and PyTorch {torch.__version__} sees no CUDA device; use --device cpu"
-        )
-    return torch.device(name)
+def _wants_a_judge(metrics: Sequence[str]) -> bool:
+    return not metrics or not {"clip", "fid"}.isdisjoint(metrics)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import RequestError
-from .features import Features, as_bytes
+from .features import Judges, as_bytes
 from .plots import lines
 from .quality import frechet_distance
 from .side import Images
@@ -51,7 +51,7 @@ class Point:
 def sweep(
     make: Make,
     prompts: Sequence[str],
-    features: Features,
+    judges: Judges,
     *,
     steps: Sequence[int],
     fracs: Sequence[float],
@@ -70,8 +70,9 @@ def sweep(
             f"steps {list(steps)}, shares {list(fracs)}, {len(prompts)} prompts; steps must be at least 1, shares 0 to "
             "1, and prompts two"
         )
-    if features.truth is None:
-        raise RequestError(f"{features.name} has no true pictures to compare with")
+    clip, fid, truth = judges.clip, judges.fid, judges.truth
+    if clip is None or fid is None or truth is None:
+        raise RequestError("a sweep needs judges for CLIP score and FID, and true pictures")
     settings = list(itertools.product(steps, fracs))
     images: dict[tuple[int, float], list[Images]] = {setting: [] for setting in settings}
     times: dict[tuple[int, float], list[float]] = {setting: [] for setting in settings}
@@ -87,9 +88,9 @@ def sweep(
     points = []
     for setting in settings:
         pictures = as_bytes(np.concatenate(images[setting]))
-        clip = float(features.scores(pictures, prompts).mean())
-        fid = frechet_distance(features.truth, features.see(pictures))
-        points.append(Point(*setting, median(times[setting]), clip, fid))
+        score = float(clip.scores(pictures, prompts).mean())
+        distance = frechet_distance(truth, fid.see(pictures))
+        points.append(Point(*setting, median(times[setting]), score, distance))
     return points
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from latentrt.bench.cases import Case, SideSpec
 from latentrt.bench.latentrt_side import LatentrtSide
 from latentrt.bench.latentrt_side import open_side as open_latentrt
 from latentrt.bench.monitor import Span
-from latentrt.bench.side import Made
+from latentrt.bench.side import Made, Side
 from latentrt.runtime.engines.base import Component
 from latentrt.runtime.engines.eager import EagerBackend, EagerEngine
 from latentrt.runtime.pipeline import Pipeline
@@ -24,7 +25,7 @@ from torch import Tensor
 SIZE = 32
 
 
-class PlantedSide:
+class PlantedSide(Side):
     """Draws the same smooth picture for a seed as every other one, and takes the time it is told to."""
 
     def __init__(
@@ -37,6 +38,10 @@ class PlantedSide:
         wrong_from: int | None = None,
         dies_at: int | None = None,
         fails_at: int | None = None,
+        tuning_seconds: float = 0.0,
+        hangs_at: int | None = None,
+        child: str | None = None,
+        reverses: bool = False,
     ) -> None:
         self.settings = "planted"
         self._case = case
@@ -46,6 +51,10 @@ class PlantedSide:
         self._wrong_from = wrong_from
         self._dies_at = dies_at
         self._fails_at = fails_at
+        self._tuning_seconds = tuning_seconds
+        self._hangs_at = hangs_at
+        self._child = child
+        self._reverses = reverses
         self._calls = 0
         self._kept: list[bytes] = []
 
@@ -55,19 +64,27 @@ class PlantedSide:
             raise RuntimeError("planted \x1b[96mfailure\nand a long explanation")
         if call == self._dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if call == self._hangs_at:
+            with subprocess.Popen(["sleep", "1000"]) as child:
+                Path(self._child or "").write_text(str(child.pid))
         begun = time.perf_counter()
         for _ in range(self._case.steps):
             time.sleep(self._step_seconds)
         stepped = time.perf_counter()
         if self._spike_bytes:
             spike = b"\1" * self._spike_bytes
-            time.sleep(0.1)
+            for _ in range(40):  # so that whoever samples has its chance on a loaded machine
+                time.sleep(0.01)
             del spike
         self._kept.append(b"\1" * self._leak_bytes)
         wrong = self._wrong_from is not None and call >= self._wrong_from
-        images = np.stack([_picture(seed + 7 * wrong) for seed in seeds])
+        images = np.stack([_picture(seed + 7 * wrong) for seed in (seeds[::-1] if self._reverses else seeds)])
         end = time.perf_counter()
         return Made(images, [Span("base", begun, stepped), Span("decode", stepped, end)])
+
+    def tune(self) -> None:
+        time.sleep(self._tuning_seconds)
+        self.settings = "planted and tuned"
 
     def close(self) -> None:
         self._kept.clear()

@@ -30,7 +30,7 @@ class Maker:
 
 
 def load_test(scenario: str, **fields: Any) -> LoadTest:
-    usual = {"prompts": 5, "seconds": 0.3, "queries": 64, "rate": 400.0, "latency": 2.0, "batch": 8}
+    usual = {"prompts": 5, "seconds": 0.3, "queries": 64, "rate": 400.0, "latency": 60.0, "batch": 8}
     if scenario == "Server":  # what 99 % of queries do is certain after some hundreds
         usual["queries"] = 700
     if scenario == "Offline":  # more than there can be, so that it lasts long enough

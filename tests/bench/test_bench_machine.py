@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from latentrt.bench.cases import CASES, DTYPES, SIDES, default_sides, sides_named
+from latentrt.bench.machine import describe_machine
 from latentrt.bench.models import needed_bytes, too_little
 from latentrt.bench.monitor import BusyElsewhere, MemorySampler, Span, peak_within
-from latentrt.bench.nvml import Nvml, open_nvml
+from latentrt.bench.nvml import GpuShare, Nvml, open_nvml
 from latentrt.bench.side import factory
 from latentrt.runtime.weights import open_checkpoint
 
@@ -62,8 +63,51 @@ def test_nvml_in_its_units_and_what_a_gpu_lacks_is_asked_once() -> None:
     assert open_nvml(CPU) is None
 
 
+class InContainer(Library):
+    """The driver tells numbers of processes that mean nothing here."""
+
+    used = 1000
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: Any) -> list[Any]:  # noqa: N802
+        return [SimpleNamespace(pid=-1, usedGpuMemory=7)]
+
+    def nvmlDeviceGetMemoryInfo(self, handle: Any) -> Any:  # noqa: N802
+        return SimpleNamespace(used=self.used)
+
+
+def test_a_share_of_the_gpu_is_told_by_turns_where_processes_are_not_told_apart() -> None:
+    library = InContainer()
+    mine, theirs = (GpuShare(Nvml(library, object())) for _ in range(2))
+
+    def turn(share: GpuShare, *changes: int) -> list[int | None]:
+        share.begin()
+        found = []
+        for change in changes:
+            library.used += change
+            found.append(share.used())
+        share.end()
+        return found
+
+    assert turn(mine, 100, 50, -20) == [100, 150, 130]
+    assert turn(theirs, 400) == [400]
+    assert turn(mine, 0, 30) == [130, 160]
+    assert turn(theirs, -100) == [300]
+    assert mine.series == "gpu by turns"
+    known = GpuShare(Nvml(Library(), object()))
+    assert turn(known, 0) == [123]
+    assert known.series == "gpu"
+
+
+def test_the_machine_is_told_of_the_device_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: f"GPU at {device}")
+    assert describe_machine(torch.device("cuda:1"))["gpu"] == "GPU at cuda:1"
+    on_cpu = describe_machine(CPU)
+    assert (on_cpu["device"], "gpu" in on_cpu) == ("cpu", False)
+
+
 def test_gpu_memory_is_sampled_where_there_is_nvml() -> None:
-    with MemorySampler(CPU, Nvml(Library(), object())) as sampler:
+    with MemorySampler(CPU, GpuShare(Nvml(Library(), object()))) as sampler:
         pass
     assert sampler.peaks()["gpu"] == 123
     assert len(sampler.series["gpu"]) == len(sampler.series["seconds"]) >= 2

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_clock import FakeClock
+from latentrt.bench.features import Judges
+from latentrt.bench.quality import Moments
 from latentrt.bench.sweep import sweep, table, write_sweep
 from latentrt.errors import RequestError
 
@@ -30,7 +33,8 @@ class Brightness:
         return np.array([p.mean() for p in pictures])
 
 
-def test_more_steps_take_longer_and_are_better(tmp_path: Path) -> None:
+def test_more_steps_take_longer_and_are_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeClock().install(monkeypatch)
     asked = []
 
     def make(prompts: Sequence[str], seeds: Sequence[int], steps: int, frac: float) -> np.ndarray:
@@ -38,10 +42,12 @@ def test_more_steps_take_longer_and_are_better(tmp_path: Path) -> None:
         time.sleep(0.02 * steps * len(prompts))
         return np.full((len(prompts), 4, 4, 3), min(1.0, steps / 10) * frac, np.float32)
 
-    points = sweep(make, ["a", "b", "c"], Brightness(), steps=(2, 8), fracs=(0.5, 1.0), batch=2, seed=7)
+    judge = Brightness()
+    judges = Judges(clip=judge, fid=judge, truth=Moments.of(judge.truth))
+    points = sweep(make, ["a", "b", "c"], judges, steps=(2, 8), fracs=(0.5, 1.0), batch=2, seed=7)
     assert [(p.steps, p.high_noise_frac) for p in points] == [(2, 0.5), (2, 1.0), (8, 0.5), (8, 1.0)]
     few, many = points[1], points[3]
-    assert many.seconds - few.seconds == pytest.approx(0.12, abs=0.03)
+    assert many.seconds - few.seconds == pytest.approx(0.12, abs=1e-4)
     assert many.clip > few.clip
     assert many.fid < few.fid
     # After the warm-up, settings take turns over the same seeds.
@@ -61,4 +67,4 @@ def test_settings_that_cannot_be() -> None:
         arguments = {"prompts": ["a", "b"], "steps": (1,), "fracs": (1.0,), **options}
         prompts = arguments.pop("prompts")
         with pytest.raises(RequestError, match="steps must be at least 1, shares 0 to 1, and prompts two"):
-            sweep(lambda *_: None, prompts, Brightness(), batch=1, seed=0, **arguments)
+            sweep(lambda *_: None, prompts, Judges(), batch=1, seed=0, **arguments)
