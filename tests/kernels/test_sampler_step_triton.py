@@ -45,14 +45,18 @@ def inputs(
     }
 
 
-def check(given: dict[str, Tensor], scale: float | Tensor | None = None, rescale: float = 0.0) -> None:
+def check(
+    given: dict[str, Tensor], scale: float | Tensor | None = None, rescale: float | Tensor = 0.0
+) -> None:
     """x and history after one step, against the same operator's float64 path, which is no kernel."""
     exact: dict[str, Any] = {
         name: t.double().cpu() if t.is_floating_point() else t.cpu() for name, t in given.items()
     }
-    exact_scale = scale.double().cpu() if isinstance(scale, Tensor) else scale
+    exact_scale, exact_rescale = (
+        value.double().cpu() if isinstance(value, Tensor) else value for value in (scale, rescale)
+    )
     assert sampler_step(**given, guidance_scale=scale, guidance_rescale=rescale) is given["x"]
-    sampler_step(**exact, guidance_scale=exact_scale, guidance_rescale=rescale)
+    sampler_step(**exact, guidance_scale=exact_scale, guidance_rescale=exact_rescale)
     for name in ("x", "history"):
         if given[name] is not None:
             error = (given[name].cpu().double() - exact[name]).abs().max() / exact[name].abs().max()
@@ -93,6 +97,16 @@ def test_layout_and_dtype_of_the_model(dtype: torch.dtype, rescale: float, devic
         check(given, scale, rescale)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
+def test_a_rescale_of_each_image(device: torch.device, launches: Counter[str]) -> None:
+    """0 is none, even of a flat output, whose ratio is no number."""
+    given = inputs((3, 4, 5, 7), device)
+    given["model_out"][1::3] = 0.25
+    check(given, 7.4, torch.tensor([0.7, 0.0, 0.0], device=device))
+    assert launches == {"_step_kernel": 1, "_ratio_kernel": 1}
+    assert given["x"].isfinite().all()
+
+
 @pytest.mark.usefixtures("launches")
 def test_without_history_and_noise(device: torch.device) -> None:
     given: dict[str, Any] = inputs((2, 1, 1, 1), device, keep=KEEP_NOTHING)
@@ -123,13 +137,13 @@ def test_nothing_to_do(device: torch.device) -> None:
 def test_the_custom_op(device: torch.device) -> None:
     args = tuple(inputs((2, 4, 3, 5), device).values())
     op = torch.ops.latentrt.sampler_step.default
-    torch.library.opcheck(op, (*args, None, 3.0, 0.5))
-    torch.library.opcheck(op, (*args, torch.ones(2, device=device), None, 0.0))
+    torch.library.opcheck(op, (*args, None, 3.0, None, 0.5))
+    torch.library.opcheck(op, (*args, *(torch.ones(2, device=device), None) * 2))
 
 
 def test_the_custom_op_by_its_reference(device: torch.device) -> None:
     args = (t.double() if t.is_floating_point() else t for t in inputs((2, 4, 3, 5), device).values())
-    torch.library.opcheck(torch.ops.latentrt.sampler_step.default, (*args, None, 3.0, 0.5))
+    torch.library.opcheck(torch.ops.latentrt.sampler_step.default, (*args, None, 3.0, None, 0.5))
 
 
 @pytest.mark.gpu
