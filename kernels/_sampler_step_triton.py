@@ -72,6 +72,7 @@ def _step_kernel(
     step_ptr,  # int64, one element
     scale_ptr,  # [B] or None
     ratio_ptr,  # [B] or None
+    rescale_ptr,  # [B] or None
     scale,
     rescale,
     B,
@@ -107,7 +108,10 @@ def _step_kernel(
         if VARIANCE:
             v += scale * (tl.load(p_cond + at_v, mask=mask, other=0.0).to(tl.float32) - v)
         if ratio_ptr is not None:
+            if rescale_ptr is not None:
+                rescale = tl.load(rescale_ptr + b)
             factor = rescale * tl.load(ratio_ptr + b) + (1.0 - rescale)
+            factor = tl.where(rescale == 0.0, 1.0, factor)  # a flat output has no ratio
             out *= factor
             if VARIANCE:
                 v *= factor
@@ -149,7 +153,7 @@ def plan(
     table: Tensor,
     step: Tensor,
     guidance_scale: float | Tensor | None = None,
-    guidance_rescale: float = 0.0,
+    guidance_rescale: float | Tensor = 0.0,
     *,
     arch: int,
 ) -> tuple[Tensor, list[Launch]]:
@@ -165,9 +169,11 @@ def plan(
     tensor = guidance_scale.contiguous() if isinstance(guidance_scale, Tensor) else None
     number = 0.0 if guidance_scale is None or tensor is not None else float(guidance_scale)
     guided = guidance_scale is not None
+    rescales = guidance_rescale.contiguous() if isinstance(guidance_rescale, Tensor) else None
+    rescale = 0.0 if isinstance(guidance_rescale, Tensor) else float(guidance_rescale)
     ratio = None
     launches = []
-    if guided and guidance_rescale > 0:
+    if guided and (rescales is not None or rescale > 0):
         ratio = torch.empty(B, dtype=x.dtype, device=x.device)
         args = {"out_ptr": model_out, "scale_ptr": tensor, "ratio_ptr": ratio, "scale": number, "B": B}
         args["P"] = model_out[0].numel()
@@ -185,8 +191,9 @@ def plan(
                 "step_ptr": step,
                 "scale_ptr": tensor,
                 "ratio_ptr": ratio,
+                "rescale_ptr": rescales,
                 "scale": number,
-                "rescale": float(guidance_rescale),
+                "rescale": rescale,
                 "B": B,
                 "P": P,
                 "plane": P // C,

@@ -84,7 +84,7 @@ def sampler_step(
     table: Tensor,
     step: Tensor,
     guidance_scale: float | Tensor | None = None,
-    guidance_rescale: float = 0.0,
+    guidance_rescale: float | Tensor = 0.0,
 ) -> Tensor:
     """Take one step, in place. Computed in x's dtype whatever the model's; each image by itself, so that on
     the CPU it does not depend, to the bit, on the batch it is in.
@@ -100,7 +100,9 @@ def sampler_step(
         table: [N, COLUMNS] of x's dtype; its columns are `StepRow`.
         step: int64, one element, on x's device: the row to take.
         guidance_scale: s, a number or [B] of x's dtype; None for no guidance.
-        guidance_rescale: share in [0, 1] of the guided output rescaled to the conditional one's deviation.
+        guidance_rescale: share in [0, 1] of the guided output rescaled to the conditional one's deviation: a number,
+            or [B] of x's dtype, whose range the host cannot check. 0 is as good as none, to the bit; as a number it
+            saves the deviations as well.
 
     Returns:
         x.
@@ -110,10 +112,10 @@ def sampler_step(
     """
     _check(x, model_out, history, noise, table, step, guidance_scale, guidance_rescale)
     if takes(x):
-        tensor = guidance_scale if isinstance(guidance_scale, Tensor) else None
-        number = None if tensor is not None else guidance_scale
+        scale, scales = _number_or_tensor(guidance_scale)
+        rescale, rescales = _number_or_tensor(guidance_rescale)
         torch.ops.latentrt.sampler_step(
-            x, model_out, history, noise, table, step, tensor, number, guidance_rescale
+            x, model_out, history, noise, table, step, scales, scale, rescales, rescale
         )
         return x
     return _reference(x, model_out, history, noise, table, step, guidance_scale, guidance_rescale)
@@ -127,7 +129,7 @@ def _reference(
     table: Tensor,
     step: Tensor,
     guidance_scale: float | Tensor | None = None,
-    guidance_rescale: float = 0.0,
+    guidance_rescale: float | Tensor = 0.0,
 ) -> Tensor:
     row = step_row(table, step)
     out = model_out.to(x.dtype)
@@ -154,17 +156,26 @@ def _reference(
     return x.copy_(following)
 
 
-def _guide(out: Tensor, scale: float | Tensor, rescale: float) -> Tensor:
+def _number_or_tensor(value: float | Tensor | None) -> tuple[float | None, Tensor | None]:
+    """Each as an operator's argument of its own."""
+    return (None, value) if isinstance(value, Tensor) else (value, None)
+
+
+def _guide(out: Tensor, scale: float | Tensor, rescale: float | Tensor) -> Tensor:
     """[2B, ...] -> [B, ...]"""
     uncond, cond = out.chunk(2)
     if isinstance(scale, Tensor):
         scale = scale.reshape(-1, 1, 1, 1)
     guided = uncond + scale * (cond - uncond)
-    if rescale == 0:
+    if not isinstance(rescale, Tensor) and rescale == 0:
         return guided
     # One reduction for each image: a batched one sums in an order that depends on the batch.
     ratio = torch.stack([c.std() / g.std() for c, g in zip(cond, guided, strict=True)]).reshape(-1, 1, 1, 1)
-    return rescale * (guided * ratio) + (1 - rescale) * guided
+    if not isinstance(rescale, Tensor):
+        return rescale * (guided * ratio) + (1 - rescale) * guided
+    rescale = rescale.reshape(-1, 1, 1, 1)
+    rescaled = rescale * (guided * ratio) + (1 - rescale) * guided
+    return torch.where(rescale == 0, guided, rescaled)  # a flat output has no ratio
 
 
 def _check(
@@ -175,7 +186,7 @@ def _check(
     table: Tensor,
     step: Tensor,
     guidance_scale: float | Tensor | None,
-    guidance_rescale: float,
+    guidance_rescale: float | Tensor,
 ) -> None:
     tensors = {
         "x": x,
@@ -202,14 +213,17 @@ def _check(
         raise fail(_OP, "history", f"be {(HISTORY, *x.shape)}", f"shape {tuple(history.shape)}")
     if noise is not None and tuple(noise.shape) != (table.shape[0], *x.shape):
         raise fail(_OP, "noise", f"be {(table.shape[0], *x.shape)}", f"shape {tuple(noise.shape)}")
-    scale = guidance_scale if isinstance(guidance_scale, Tensor) else None
-    if scale is not None and tuple(scale.shape) != (B,):
-        raise fail(_OP, "guidance_scale", f"be a number or [{B}]", f"shape {tuple(scale.shape)}")
-    if not (guidance_scale is None or isinstance(guidance_scale, int | float | Tensor)):
-        raise fail(_OP, "guidance_scale", f"be a number or [{B}]", repr(guidance_scale))
-    if not (isinstance(guidance_rescale, int | float) and 0 <= guidance_rescale <= 1):
-        raise fail(_OP, "guidance_rescale", "be in [0, 1]", repr(guidance_rescale))
-    others = {"table": table, "history": history, "noise": noise, "guidance_scale": scale}
+    for name, value in {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale}.items():
+        if not (isinstance(value, int | float | Tensor) or (value is None and name == "guidance_scale")):
+            raise fail(_OP, name, f"be a number or [{B}]", repr(value))
+    (_, scales), (rescale, rescales) = _number_or_tensor(guidance_scale), _number_or_tensor(guidance_rescale)
+    each = {"guidance_scale": scales, "guidance_rescale": rescales}
+    for name, tensor in each.items():
+        if tensor is not None and tuple(tensor.shape) != (B,):
+            raise fail(_OP, name, f"be a number or [{B}]", f"shape {tuple(tensor.shape)}")
+    if rescale is not None and not 0 <= rescale <= 1:
+        raise fail(_OP, "guidance_rescale", "be in [0, 1]", rescale)
+    others = {"table": table, "history": history, "noise": noise, **each}
     for name, tensor in others.items():
         if tensor is not None and tensor.dtype != x.dtype:
             raise fail(_OP, name, f"have x's dtype {x.dtype}", tensor.dtype)
@@ -228,16 +242,20 @@ def _op(
     step: Tensor,
     scale_tensor: Tensor | None,
     scale: float | None,
-    guidance_rescale: float,
+    rescale_tensor: Tensor | None,
+    rescale: float | None,
 ) -> None:
-    both = scale if scale_tensor is None else scale_tensor
+    guidance = (
+        scale if scale_tensor is None else scale_tensor,
+        (rescale or 0.0) if rescale_tensor is None else rescale_tensor,
+    )
     if not usable(x):
-        _reference(x, model_out, history, noise, table, step, both, guidance_rescale)
+        _reference(x, model_out, history, noise, table, step, *guidance)
         return
     dense_x = x.contiguous()
     dense_history = None if history is None else history.contiguous()
     arch = arch_of(x.device)
-    run(plan(dense_x, model_out, dense_history, noise, table, step, both, guidance_rescale, arch=arch)[1])
+    run(plan(dense_x, model_out, dense_history, noise, table, step, *guidance, arch=arch)[1])
     if dense_x is not x:
         x.copy_(dense_x)
     if history is not None and dense_history is not None and dense_history is not history:
@@ -254,7 +272,8 @@ def _(
     step: Tensor,
     scale_tensor: Tensor | None,
     scale: float | None,
-    guidance_rescale: float,
+    rescale_tensor: Tensor | None,
+    rescale: float | None,
 ) -> None:
     return None
 

@@ -114,6 +114,22 @@ def test_an_image_does_not_depend_on_its_batch(shape: tuple[int, ...], rescale: 
         assert h_alone[:, 0].equal(h[:, k])
 
 
+def test_a_rescale_of_each_image_is_read_from_the_tensor() -> None:
+    """0 is no rescaling, to the bit, even of a flat output, whose ratio is no number."""
+    g = torch.Generator().manual_seed(2)
+    table, step = random_table(2, keep=KEEP_NOTHING, seed=3), torch.tensor([1])
+    x, out = torch.randn(3, 4, 6, 5, generator=g), torch.randn(6, 4, 6, 5, generator=g)
+    out[1::3] = 0.25
+    y = sampler_step(x.clone(), out, None, None, table, step, 3.0, torch.tensor([0.7, 0.0, 0.0]))
+    for k, rescale in enumerate((0.7, 0.0, 0.0)):
+        alone = sampler_step(x[k : k + 1].clone(), out[k::3], None, None, table, step, 3.0, rescale)
+        if rescale:
+            torch.testing.assert_close(y[k], alone[0], rtol=0, atol=SAMPLER_STEP)
+        else:
+            assert y[k].equal(alone[0])
+    assert y.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_models_do_not_touch_the_latents_precision(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(4)
@@ -169,6 +185,8 @@ def good() -> dict[str, object]:
         ("guidance_scale", torch.ones(2).double(), "guidance_scale must have"),
         ("guidance_rescale", 1.5, "guidance_rescale must be"),
         ("guidance_rescale", math.nan, "guidance_rescale must be"),
+        ("guidance_rescale", torch.ones(3), "guidance_rescale must be"),
+        ("guidance_rescale", torch.ones(2).double(), "guidance_rescale must have"),
         ("table", torch.zeros(6, 4), "table must be"),
         ("table", torch.zeros(6, COLUMNS).double(), "table must have"),
         ("step", torch.zeros(1), "step must be"),

@@ -60,14 +60,14 @@ class Expected:
 
     given: dict[str, Any]
     scale: float | Tensor | None = None
-    rescale: float = 0.0
+    rescale: float | Tensor = 0.0
 
     def __post_init__(self) -> None:
         (spec,) = specs(["sampler_step"])
         self.usual = {name: None if t is None else t.clone() for name, t in self.given.items()}
         self.exact = {name: raised(t) for name, t in self.given.items()}
         spec.reference(**self.usual, guidance_scale=self.scale, guidance_rescale=self.rescale)
-        spec.reference(**self.exact, guidance_scale=raised(self.scale), guidance_rescale=self.rescale)
+        spec.reference(**self.exact, guidance_scale=raised(self.scale), guidance_rescale=raised(self.rescale))
 
     def check(self) -> None:
         for name in ("x", "history"):
@@ -75,7 +75,7 @@ class Expected:
                 assert_as_good(self.given[name].cpu(), self.usual[name].cpu(), self.exact[name])
 
 
-def check(given: dict[str, Any], scale: float | Tensor | None = None, rescale: float = 0.0) -> None:
+def check(given: dict[str, Any], scale: float | Tensor | None = None, rescale: float | Tensor = 0.0) -> None:
     expected = Expected(given, scale, rescale)
     assert sampler_step(**given, guidance_scale=scale, guidance_rescale=rescale) is given["x"]
     expected.check()
@@ -115,6 +115,16 @@ def test_layout_and_dtype_of_the_model(dtype: torch.dtype, rescale: float, devic
         check(given, scale, rescale)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
+def test_a_rescale_of_each_image(device: torch.device, launches: Counter[str]) -> None:
+    """0 is none, even of a flat output, whose ratio is no number."""
+    given = inputs((3, 4, 5, 7), device)
+    given["model_out"][1::3] = 0.25
+    check(given, 7.4, torch.tensor([0.7, 0.0, 0.0], device=device))
+    assert launches == {"_step_kernel": 1, "_ratio_kernel": 1}
+    assert given["x"].isfinite().all()
+
+
 @pytest.mark.usefixtures("launches")
 def test_without_history_and_noise(device: torch.device) -> None:
     given = {**inputs((2, 1, 1, 1), device, keep=KEEP_NOTHING), "history": None, "noise": None}
@@ -141,13 +151,13 @@ def test_nothing_to_do(device: torch.device) -> None:
 def test_the_custom_op(device: torch.device) -> None:
     args = tuple(inputs((2, 4, 3, 5), device).values())
     op = torch.ops.latentrt.sampler_step.default
-    torch.library.opcheck(op, (*args, None, 3.0, 0.5))
-    torch.library.opcheck(op, (*args, torch.ones(2, device=device), None, 0.0))
+    torch.library.opcheck(op, (*args, None, 3.0, None, 0.5))
+    torch.library.opcheck(op, (*args, *(torch.ones(2, device=device), None) * 2))
 
 
 def test_the_custom_op_by_its_reference(device: torch.device) -> None:
     args = (t.double() if t.is_floating_point() else t for t in inputs((2, 4, 3, 5), device).values())
-    torch.library.opcheck(torch.ops.latentrt.sampler_step.default, (*args, None, 3.0, 0.5))
+    torch.library.opcheck(torch.ops.latentrt.sampler_step.default, (*args, None, 3.0, None, 0.5))
 
 
 @pytest.mark.gpu
