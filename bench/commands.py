@@ -212,7 +212,7 @@ def kernels(args: argparse.Namespace) -> Iterator[str]:
     arch, dtype = args.arch or gpu.arch, getattr(torch, args.dtype)
     cases = [(spec, case) for spec in specs(args.op) for case in spec.cases]
     requests = [aot.Request(s.name, c.inputs(dtype, torch.device("meta")), arch) for s, c in cases]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (spec, case), built in zip(cases, aot.reports(requests), strict=True):
         floor = {"floor_us": roofline.floor_us(case, dtype, gpu), "gpu": gpu.name, "ceilings": gpu.source}
         work = {"flops": case.flops, "bytes": case.nbytes(dtype), "calls": case.calls}

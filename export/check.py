@@ -55,7 +55,8 @@ def _wide_convolutions(module: nn.Module) -> Iterator[None]:
     def widened(conv: nn.Conv2d) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             bias = None if conv.bias is None else conv.bias.float()
-            return conv._conv_forward(x.float(), conv.weight.float(), bias).to(x.dtype)
+            out: Tensor = conv._conv_forward(x.float(), conv.weight.float(), bias)
+            return out.to(x.dtype)
 
         return forward
 
@@ -65,7 +66,7 @@ def _wide_convolutions(module: nn.Module) -> Iterator[None]:
         if isinstance(m, nn.Conv2d) and any(p.dtype == torch.float16 for p in m.parameters())
     ]
     for conv in changed:
-        conv.forward = widened(conv)  # type: ignore[method-assign]
+        conv.forward = widened(conv)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
