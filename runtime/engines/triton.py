@@ -115,7 +115,8 @@ class _PackedUNet:
         return F.linear(encoder_hidden_states, self._text)
 
     def shifts(self, timesteps: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
-        """[N] timesteps -> the shifts of all blocks in each, [N, R, sum of shift_widths]."""
+        """[N] timesteps -> the shifts of all blocks, [N, R * sum of shift_widths]: block by block, each [R, width], so
+        that a step's are one row, and each block's in it are contiguous, as kernels want them."""
         unet, text = self.unet, constants["encoder_hidden_states"]
         rows, steps, cond = len(text), len(timesteps), constants.get("timestep_cond")
         times = timesteps if cond is None else timesteps.repeat_interleave(rows)
@@ -124,7 +125,8 @@ class _PackedUNet:
         if unet.add_embedding is not None:
             emb = emb + unet.embed_sizes(constants["text_embeds"], constants["time_ids"])
         weight, bias = self._time
-        return F.linear(F.silu(emb.expand(steps, rows, -1)), weight, bias)
+        shifts = F.linear(F.silu(emb.expand(steps, rows, -1)), weight, bias)
+        return torch.cat([block.flatten(1) for block in shifts.split(self.shift_widths, dim=-1)], dim=1)
 
 
 class _UNetProgram:
@@ -135,9 +137,9 @@ class _UNetProgram:
     ) -> None:
         self._packed, self._inputs, self._prediction, self._timesteps = packed, inputs, prediction, timesteps
         text = inputs["encoder_hidden_states"]
-        shape = (len(timesteps.values), len(text), sum(packed.shift_widths))
         self._text = text.new_zeros((*text.shape[:2], sum(packed.text_widths)))
-        self._shifts = text.new_zeros(shape)
+        self._shifts = text.new_zeros((len(timesteps.values), len(text) * sum(packed.shift_widths)))
+        self._sizes = [len(text) * width for width in packed.shift_widths]
 
     @torch.inference_mode()
     def prepare(self) -> None:
@@ -147,8 +149,10 @@ class _UNetProgram:
     @torch.inference_mode()
     def run(self) -> None:
         text = iter(self._text.split(self._packed.text_widths, dim=-1))
-        shifts = self._shifts.index_select(0, self._timesteps.index)[0].split(
-            self._packed.shift_widths, dim=-1
-        )
+        row = self._shifts.index_select(0, self._timesteps.index)[0]
+        shifts = [
+            shift.view(-1, width)
+            for shift, width in zip(row.split(self._sizes), self._packed.shift_widths, strict=True)
+        ]
         sample = self._inputs["sample"].contiguous(memory_format=torch.channels_last)
         self._prediction.copy_(self._packed.unet.step(sample, shifts, zip(text, text, strict=True)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,31 @@ def test_a_bound_unet_is_eager_pytorch_at_every_timestep_and_for_another_prompt(
             run()
             now = {**inputs, "sample": static["sample"], "timestep": value.expand(2)}
             assert relative(outputs[name], reference(now)[name]) < MODEL
+
+
+def test_what_a_step_does_beside_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text's products and the time's are not in it, and of all blocks' shifts it is one copy."""
+    component = tiny_components.unet()
+    engine, inputs = load(component, TritonBackend()), inputs_of(component)
+    seen: list[Tensor] = []
+
+    def network(sample: Tensor, shifts: Iterable[Tensor], texts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        seen.extend(shifts)
+        seen.extend(x for pair in texts for x in pair)
+        return torch.zeros_like(sample)
+
+    monkeypatch.setattr(engine._module, "step", network)
+    outputs = {component.outputs[0].name: torch.zeros_like(inputs["sample"])}
+    timesteps = Timesteps(torch.full((2,), 500.0), torch.zeros(1, dtype=torch.int64))
+    program = engine.bind(inputs, outputs, timesteps=timesteps)
+    graph: Any = Graphs(CPU).capture(program.run, "a step")
+    views = ("view", "split", "select", "detach")
+    names = [func.overloadpacket.__name__ for func, *_ in graph._operations]
+    copies = [name for name in names if not name.startswith(views)]
+    # The shifts, the channels put last, the network and its output.
+    assert copies == ["index_select", "contiguous", "zeros_like", "copy_"]
+    assert len(seen) > 4
+    assert all(x.is_contiguous() for x in seen if x.ndim == 2)
 
 
 def test_weights_are_packed_without_a_second_copy() -> None:
