@@ -5,9 +5,10 @@ them; for each size a call comes in there is a context over the engine's own, in
 out, so that a caller owns what it gets. All engines of a back end compute in one scratch buffer, one after the other in
 the order of their calls, whatever the streams.
 
-**In a CUDA graph.** A call or a program may be captured once it has run at these sizes. What it was captured over lives
-as long as the engine; a graph must not be replayed while another engine of the back end runs, or scratch is shared by
-two at once. Engines of TensorRT for RTX built with weight streaming cannot be captured.
+**In a CUDA graph.** A call or a program may be captured once it has run at these sizes. What it was captured over
+lives as long as the program, or of a call as long as the engine; a graph must not be replayed while another engine of
+the back end runs, or scratch is shared by two at once. Engines of TensorRT for RTX built with weight streaming cannot
+be captured.
 """
 
 from __future__ import annotations
@@ -53,7 +54,6 @@ class Scratch:
         self.lock = threading.RLock()
         self._device = device
         self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
-        self._captured: list[Tensor] = []
         self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
 
     def begin(self, stream: torch.cuda.Stream, size: int) -> Tensor:
@@ -61,7 +61,6 @@ class Scratch:
         if torch.cuda.is_current_stream_capturing():
             if self._buffer.numel() < size:
                 raise BackendError("an engine was captured before it had run; run it once at these sizes")
-            self._captured.append(self._buffer)  # a graph knows its address only
             return self._buffer
         if self._last is not None and self._last[0] != stream:
             stream.wait_event(self._last[1])
@@ -90,7 +89,7 @@ class _Context:
     ) -> None:
         """`outputs` None: new ones."""
         component = owner.component
-        self.captured = False
+        self.captured: list[Tensor] = []  # the scratch of graphs, which know its address only
         self._owner = owner
         self._context = owner.new_context()
         if not self._context.set_optimization_profile_async(profile, stream.cuda_stream):
@@ -120,6 +119,8 @@ class _Context:
 
     def run(self, stream: torch.cuda.Stream, scratch: Tensor) -> None:
         """Put one execution on the stream."""
+        if torch.cuda.is_current_stream_capturing() and not any(kept is scratch for kept in self.captured):
+            self.captured.append(scratch)
         self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
         if not self._context.execute_async_v3(stream.cuda_stream):
             raise self._owner.error("failed")
@@ -278,9 +279,7 @@ class TensorRTEngine:
                 stream.synchronize()  # it may still be running
                 del self._contexts[idle[0]]
         self._contexts.move_to_end(key)
-        context = self._contexts[key]
-        context.captured = context.captured or capturing
-        return context
+        return self._contexts[key]
 
 
 def _sizes(component: Component, tensors: Sequence[Tensor]) -> dict[str, int]:

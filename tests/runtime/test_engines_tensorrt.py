@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -215,7 +217,28 @@ def test_a_capture_keeps_its_scratch(load: Load, cuda: FakeCuda, fake: FakeTenso
     held = fake.named("set_device_memory")[-1][2]
     engine(x_of(8))  # grows it
     assert fake.named("set_device_memory")[-1][2] != held
-    assert [buffer.data_ptr() for buffer in engine._scratch._captured] == [held]
+    context, _ = engine._contexts.values()
+    assert [buffer.data_ptr() for buffer in context.captured] == [held]
+
+
+def test_a_captured_program_s_scratch_goes_with_it(load: Load, cuda: FakeCuda) -> None:
+    """It may be gigabytes: a larger size came, and then the loop of the smaller one was dropped."""
+    engine = load()
+    x, y = x_of(1), {"y": torch.empty(1, 4)}
+    program = engine.bind(x, y)
+    program.run()
+    cuda.capturing = True
+    program.run()
+    program.run()
+    cuda.capturing = False
+    first = weakref.ref(engine._scratch._buffer)
+    engine(x_of(4))
+    gc.collect()
+    assert first() is not None
+    assert first() is not engine._scratch._buffer
+    del program
+    gc.collect()
+    assert first() is None
 
 
 def test_scratch_too_small_for_a_capture_is_refused(cuda: FakeCuda) -> None:
