@@ -18,7 +18,7 @@ export PROMPT SEED IMAGE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help generate bench test test-full gpu gpu-tests gpu-kernels gpu-bench check format clean
+.PHONY: help generate bench test test-full gpu gpu-tests gpu-kernels gpu-bench gpu-timeline check format clean
 
 help:
 	@echo 'make generate [PROMPT="..."] [SEED=2] [IMAGE=image.png]   a picture from the shipped demo model'
@@ -57,7 +57,7 @@ test-full: $(VENV)/.test
 	$(BIN)/python -m latentrt.bench.full $(PARTS)
 
 # Each part goes on where it was stopped, or is short; results are written to bench/results as they come.
-gpu: gpu-tests gpu-kernels gpu-bench
+gpu: gpu-tests gpu-kernels gpu-bench gpu-timeline
 
 gpu-tests: $(VENV)/.test
 	$(PYTEST) -m gpu
@@ -69,6 +69,9 @@ gpu-kernels: $(VENV)/.test
 gpu-bench: $(VENV)/.test
 	$(BIN)/latentrt bench --case sdxl --batch 1 --out bench/results/gpu-sdxl
 	$(BIN)/latentrt bench --case sdxl-refiner --batch 1 --out bench/results/gpu-sdxl-refiner
+
+gpu-timeline: $(VENV)/.test
+	$(BIN)/python -m latentrt.bench.timeline --case sdxl-refiner --out bench/results/gpu-timeline
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

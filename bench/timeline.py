@@ -1,0 +1,285 @@
+"""The gaps between the steps of a loop on a GPU, from PyTorch's profiler.
+
+`python -m latentrt.bench.timeline --case sdxl` profiles one picture and writes what follows as JSON and as a table. A
+picture that was profiled at this commit is not profiled again.
+
+A step is one launch of a recorded graph. In the profiler's trace the call that launches it on the host and the kernels
+it runs on the device have one correlation number. So each launch has a begin and an end on the device, the time in
+which a kernel ran between them, and the time in which none did, within and until the next launch begins.
+
+The profiler slows the host down, and a little the device: gaps are at most as long as they look here, and steps are
+timed by `latentrt bench`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby, pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..errors import BenchmarkError
+from ..runtime.pipeline import Pipeline
+from .cases import CASES, DTYPES, Case, case_named
+from .machine import describe_machine
+from .models import located
+
+__all__ = ["Launch", "Run", "launches_of", "profile", "runs_of", "table"]
+
+_log = logging.getLogger(__name__)
+
+SCHEMA = 1
+_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+_HOST = ("cuda_runtime", "cuda_driver")
+_LAUNCH = "GraphLaunch"  # cudaGraphLaunch, cuGraphLaunch
+_WAIT = ("EventSynchronize", "StreamSynchronize", "DeviceSynchronize")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A recorded graph that ran once. Times are microseconds of the trace.
+
+    Attributes:
+        kernels: and copies that it ran.
+        begin, end: of the first and the last of them.
+        busy: time in which at least one ran.
+        given: when the host had launched it.
+        waited: for how long the host had waited for the device since the launch before.
+    """
+
+    kernels: int
+    begin: float
+    end: float
+    busy: float
+    given: float
+    waited: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """Launches of the same number of kernels that follow one another: the steps of a loop. Medians and the most, in
+    microseconds.
+
+    Attributes:
+        launches: how many.
+        kernels: of each.
+        step: from begin to end.
+        idle_within: time in a step in which nothing ran.
+        gap, gap_most: from the end of one to the begin of the next; of all that this holds, but the last.
+        gap_after: from the end of the last to the begin of whatever graph follows; None where none does.
+        host: from launch to launch on the host, less what it waited for the device; None for a single launch.
+    """
+
+    launches: int
+    kernels: int
+    step: float
+    idle_within: float
+    gap: float | None
+    gap_most: float | None
+    gap_after: float | None
+    host: float | None
+
+
+def launches_of(trace: Mapping[str, Any]) -> list[Launch]:
+    """The graphs that ran, in the device's order, of a trace in Chrome's format.
+
+    Raises:
+        BenchmarkError: there are none.
+    """
+    events = [event for event in trace.get("traceEvents", ()) if event.get("ph") == "X"]
+    given = {
+        event["args"]["correlation"]: event["ts"] + event["dur"]
+        for event in events
+        if event.get("cat") in _HOST and _LAUNCH in event["name"] and "correlation" in event.get("args", {})
+    }
+    waits = sorted(
+        (event["ts"], event["dur"])
+        for event in events
+        if event.get("cat") in _HOST and event["name"].endswith(_WAIT)
+    )
+    ran: dict[int, list[tuple[float, float]]] = {}
+    for event in events:
+        number = event.get("args", {}).get("correlation")
+        if event.get("cat") in _DEVICE and number in given:
+            ran.setdefault(number, []).append((event["ts"], event["ts"] + event["dur"]))
+    if not ran:
+        raise BenchmarkError(
+            "the trace has no launch of a recorded graph; profile a GPU, with graphs and the profiler's CUDA activities"
+        )
+    launches = []
+    before = float("-inf")
+    for number in sorted(ran, key=lambda n: given[n]):
+        spans = ran[number]
+        waited = sum(length for at, length in waits if before <= at < given[number])
+        before = given[number]
+        launches.append(
+            Launch(
+                kernels=len(spans),
+                begin=min(begin for begin, _ in spans),
+                end=max(end for _, end in spans),
+                busy=_covered(spans),
+                given=given[number],
+                waited=waited,
+            )
+        )
+    return sorted(launches, key=lambda launch: launch.begin)
+
+
+def runs_of(launches: Sequence[Launch]) -> list[Run]:
+    """Launches gathered into loops."""
+    groups = [list(group) for _, group in groupby(launches, key=lambda launch: launch.kernels)]
+    runs = []
+    for group, following in zip(groups, [*groups[1:], None], strict=True):
+        gaps = [max(0.0, b.begin - a.end) for a, b in pairwise(group)]
+        hosts = [b.given - a.given - b.waited for a, b in pairwise(group)]
+        runs.append(
+            Run(
+                launches=len(group),
+                kernels=group[0].kernels,
+                step=median(launch.end - launch.begin for launch in group),
+                idle_within=median(launch.end - launch.begin - launch.busy for launch in group),
+                gap=median(gaps) if gaps else None,
+                gap_most=max(gaps, default=None),
+                gap_after=None if following is None else max(0.0, following[0].begin - group[-1].end),
+                host=median(hosts) if hosts else None,
+            )
+        )
+    return runs
+
+
+def table(runs: Iterable[Run]) -> str:
+    """Markdown."""
+    head = (
+        "launches",
+        "kernels",
+        "step ms",
+        "idle within us",
+        "gap us",
+        "longest us",
+        "gap after us",
+        "host us",
+    )
+    rows = [head, tuple("---:" for _ in head)]
+    for run in runs:
+        times = (run.idle_within, run.gap, run.gap_most, run.gap_after, run.host)
+        rows.append(
+            (
+                str(run.launches),
+                str(run.kernels),
+                f"{run.step / 1000:.3f}",
+                *("" if time is None else f"{time:.1f}" for time in times),
+            )
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _covered(spans: Iterable[tuple[float, float]]) -> float:
+    """The length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
+def profile(case: Case, folder: Path, backend: str) -> dict[str, Any]:
+    """A trace of one picture, after two that record and warm up.
+
+    Args:
+        folder: where random weights are written, and what a back end builds.
+    """
+    case = located(case, folder)
+    pipe = Pipeline.from_pretrained(
+        case.model,
+        case.refiner,
+        backend=backend,
+        dtype=DTYPES[case.dtype],
+        device="cuda",
+        cache_dir=folder / "cache",
+        graphs=True,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    height, width = case.size or (None, None)
+
+    def picture(seed: int) -> None:
+        pipe(
+            "a timeline",
+            seed=seed,
+            height=height,
+            width=width,
+            num_inference_steps=case.steps,
+            guidance_scale=case.guidance,
+            high_noise_frac=case.high_noise_frac,
+            output_type="pt",
+        )
+
+    for seed in range(2):
+        picture(seed)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        picture(2)
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory(prefix="latentrt-") as scratch:
+        path = Path(scratch) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        trace: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return trace
+
+
+def measure(case: Case, folder: Path, backend: str, out: Path) -> str:
+    """Profile, write `<case>.json` into `out`, and give the table; at once where that was done at this commit."""
+    path, machine = out / f"{case.name}.json", describe_machine()
+    if path.is_file():
+        found = json.loads(path.read_text("utf-8"))
+        if (found["machine"], found["backend"]) == (machine, backend) and not machine["commit"].endswith("+"):
+            _log.info("%s has been profiled at this commit", case.name)
+            return table(Run(**run) for run in found["runs"])
+    launches = launches_of(profile(case, folder, backend))
+    runs = runs_of(launches)
+    report = {
+        "schema": SCHEMA,
+        "benchmark": "timeline",
+        "machine": machine,
+        "case": asdict(case),
+        "backend": backend,
+        "runs": [asdict(run) for run in runs],
+        "launches": [asdict(launch) for launch in launches],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    return table(runs)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="The gaps between the steps of a loop on a GPU.")
+    parser.add_argument(
+        "--case", action="append", choices=CASES, help="several are profiled one after another"
+    )
+    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--out", type=Path, default=Path("out/timeline"), help="folder of the results")
+    parser.add_argument(
+        "--work", type=Path, help="keep random weights and builds here, and use them if they are there"
+    )
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print(f"a timeline is of a GPU, and PyTorch {torch.__version__} sees none", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory(prefix="latentrt-") as scratch:
+        for name in args.case or ["sdxl-refiner"]:
+            found = measure(case_named(name), args.work or Path(scratch), args.backend, args.out)
+            print(f"{name}, {args.backend}\n\n{found}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
