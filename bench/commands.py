@@ -55,6 +55,7 @@ def bench(args: argparse.Namespace) -> Iterator[str]:
         work=args.work,
         beside=args.beside,
         patience=args.patience,
+        profile=args.profile,
     )
     found = Suite(work, settings).run()
     if args.json:

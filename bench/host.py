@@ -10,11 +10,14 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +30,7 @@ from .machine import commit, installed_versions
 from .models import weights_on_disk
 from .monitor import BusyElsewhere, MemorySampler, Series, resident_bytes
 from .nvml import GpuShare, open_nvml
+from .profile import Profile, Sessions, profile_sessions, profiled
 from .side import Images, Side, factory
 
 _log = logging.getLogger(__name__)
@@ -40,12 +44,14 @@ _FAREWELL = 5.0
 
 @dataclass(frozen=True)
 class Job:
-    """What a process is to do: one side of one case, in a folder of its own for what it builds."""
+    """What a process is to do: one side of one case, in a folder of its own for what it builds; with `profiled`, so
+    that its operators can be told apart, which makes them slower."""
 
     case: Case
     side: SideSpec
     device: str
     folder: Path
+    profiled: bool = False
 
     @property
     def dtype(self) -> str:
@@ -133,6 +139,10 @@ class Host(Protocol):
         """Let the side try out what suits this machine; how it is set up then."""
         ...
 
+    def profile(self, prompts: Sequence[str], seeds: Sequence[int]) -> Profile:
+        """Where the time goes, of a side that was opened for it."""
+        ...
+
     def close(self) -> None:
         """Free everything; closing again is no error."""
         ...
@@ -147,11 +157,16 @@ class Worker:
         self._nvml = open_nvml(self._device)
         self._share = None if self._nvml is None else GpuShare(self._nvml)
         self._side: Side | None = None
+        self._closing = ExitStack()
+        self._sessions: Sessions | None = None
 
     def open(self) -> str:
         job = self._job
         job.folder.mkdir(parents=True, exist_ok=True)
         make = factory(job.side)
+        if job.profiled:
+            folder = self._closing.enter_context(tempfile.TemporaryDirectory(prefix="latentrt-profile-"))
+            self._sessions = self._closing.enter_context(profile_sessions(Path(folder)))
         with self._turn():
             self._side = make(job.case, self._device, DTYPES[job.dtype], job.folder, **job.side.options)
         return self._side.settings
@@ -166,6 +181,12 @@ class Worker:
         side = self._opened()
         with self._turn():
             return (self._traced if traced else self._timed)(side, prompts, seeds)
+
+    def profile(self, prompts: Sequence[str], seeds: Sequence[int]) -> Profile:
+        side = self._opened()
+        if self._sessions is None:
+            raise BenchmarkError(f"{self._job.side.name} was not opened to be profiled")
+        return profiled(partial(side, prompts, seeds), self._sessions)
 
     def _opened(self) -> Side:
         if self._side is None:
@@ -217,6 +238,7 @@ class Worker:
         if self._side is not None:
             self._side.close()
             self._side = None
+        self._closing.close()
 
 
 class OwnProcess:
@@ -251,6 +273,12 @@ class OwnProcess:
     def tune(self) -> str:
         return str(self._ask("tune"))
 
+    def profile(self, prompts: Sequence[str], seeds: Sequence[int]) -> Profile:
+        answer = self._ask("profile", list(prompts), list(seeds))
+        if not isinstance(answer, Profile):
+            raise BenchmarkError(f"{self._job.side.name} answered with a {type(answer).__name__}")
+        return answer
+
     def close(self) -> None:
         if self._process.pid is None:
             return
@@ -267,7 +295,9 @@ class OwnProcess:
         try:
             self._pipe.send((what, arguments, options))
             if not self._pipe.poll(self._patience):
-                done = {"open": "loaded", "tune": "tuned", "run": "through with its pictures"}[what]
+                done = {"open": "loaded", "tune": "tuned", "run": "through with its pictures"}.get(
+                    what, "profiled"
+                )
                 raise BenchmarkError(f"not {done} after {self._patience:.0f} s; give it more with --patience")
             kind, answer, trace = self._pipe.recv()
         except (EOFError, OSError) as error:
@@ -285,6 +315,7 @@ class OwnProcess:
 def _serve(job: Job, threads: int, pipe: Connection) -> None:
     """The process: answers until the pipe is closed. Ctrl-C is the parent's to handle."""
     os.setsid()
+    os.dup2(sys.stderr.fileno(), 1)  # what libraries print is no part of a result on standard output
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("TQDM_DISABLE", "1")
     torch.set_num_threads(threads)

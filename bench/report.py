@@ -17,7 +17,7 @@ from .results import CaseResult, Memory, Report, Row
 from .side import Images
 from .stats import LEAST_ROUNDS
 
-__all__ = ["html", "markdown", "png_bytes", "save_pictures"]
+__all__ = ["html", "markdown", "png_bytes", "profile_lines", "save_pictures"]
 
 _MIB = 2**20
 _GPU = ("gpu", "gpu by turns")
@@ -42,6 +42,8 @@ def markdown(report: Report, beside: Sequence[Report] = ()) -> str:
         out += [_settings(case), ""]
         out += _markdown_table(_latency_table(case))
         out += ["", *_markdown_table(_batch_table(case))]
+        if lines_ := profile_lines(case):
+            out += ["", *lines_]
         out += [
             f"- **{row.side}** {row.status}: {row.reason}" for row in case.rows if row.status != "measured"
         ]
@@ -74,6 +76,12 @@ def html(
             for row in case.rows
             if row.status != "measured"
         ]
+        if table := _profile_table(case):
+            body += [
+                "<h3>Where the time of a picture goes</h3>",
+                f"<p>{escape(_PROFILE)}</p>",
+                _html_table(table),
+            ]
         for title, plot in _plots(case):
             body.append(f"<h3>{escape(title)}</h3>{plot}")
         for other in beside:
@@ -214,6 +222,30 @@ def _batch_table(case: CaseResult) -> Table:
         if by_size:
             table.append([row.side, *(_number(by_size.get(size), ".3g") for size in sizes)])
     return table
+
+
+_PROFILE = (
+    "Milliseconds of one picture by kind of operator, with profilers at work, which cost time themselves; between "
+    "operators is Python, and what a session of ONNX Runtime does besides its operators."
+)
+
+
+def profile_lines(case: CaseResult) -> list[str]:
+    """Where the time of a picture goes, in Markdown; nothing where that was not asked for."""
+    table = _profile_table(case)
+    return [_PROFILE, "", *_markdown_table(table)] if table else []
+
+
+def _profile_table(case: CaseResult) -> Table:
+    """Kinds down, sides across; empty where none was profiled."""
+    found = {row.side: row.profile for row in case.rows if row.profile}
+    if not found:
+        return []
+    kinds = dict.fromkeys(kind for profile in found.values() for kind in profile.parts)
+    table = [["ms", *found]]
+    table += [[kind, *(f"{1e3 * p.parts.get(kind, 0.0):.1f}" for p in found.values())] for kind in kinds]
+    table.append(["in all", *(f"{1e3 * p.seconds:.1f}" for p in found.values())])
+    return [*table, ["operators called", *(f"{p.operators:,}" for p in found.values())]]
 
 
 def _plots(case: CaseResult) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 from ..errors import BenchmarkError
 from .gates import Quality
+from .profile import Profile
 from .stats import Interval, Spread
 
 __all__ = ["SCHEMA", "BatchFigures", "CaseResult", "Memory", "Report", "Row", "read_report", "write_report"]
@@ -78,6 +79,7 @@ class Row:
             reason.
         built_before: an earlier run had built it, so that what building takes was not measured.
         build_seconds: from a cold process to the first picture with nothing exported or compiled yet.
+        profile: where the time of one picture goes, if that was asked for.
         first_image_seconds: the same once that is there, or where nothing is built.
     """
 
@@ -91,6 +93,7 @@ class Row:
     first_image_seconds: float | None
     quality: Quality | None
     batches: list[BatchFigures]
+    profile: Profile | None = None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from .cases import Case, SideSpec
 from .features import Judges
 from .gates import Gate, Quality, likeness, measure_quality
 from .host import Host, Job, Run, Trace, build_name
+from .profile import Profile
 from .results import BatchFigures, CaseResult, Memory, Row
 from .side import Images
 from .stats import growth, ratio, spread
@@ -45,6 +46,7 @@ class Plan:
         rounds: timed calls of each side at each batch size.
         pictures: of each side for the gate, and at least as many as the largest batch.
         seed: of the first picture.
+        profile: tell where the time of a picture goes, after everything else.
     """
 
     prompts: Sequence[str]
@@ -52,6 +54,7 @@ class Plan:
     rounds: int = 7
     pictures: int = 4
     seed: int = 0
+    profile: bool = False
 
     def work(self, first: int, count: int) -> tuple[list[str], list[int]]:
         """Prompts and seeds of pictures `first` and on."""
@@ -77,6 +80,7 @@ class _Lane:
     runs: dict[int, list[Run]] = field(default_factory=dict)
     worst: dict[int, tuple[float, float]] = field(default_factory=dict)
     traces: dict[int, Trace] = field(default_factory=dict)
+    profile: Profile | None = None
 
     def end(self, status: str, reason: str) -> None:
         """It is out; a second reason does not replace the first."""
@@ -140,6 +144,8 @@ class CaseRun:
                 self._attempt(lane, self._judge)
             for batch in self._case.batches:
                 self._measure_batch(batch)
+            for lane in self._lanes if self._plan.profile else ():
+                self._profile(lane)
         finally:
             for lane in self._lanes:
                 lane.close()
@@ -248,6 +254,21 @@ class CaseRun:
         if self._plan.gate.of_each_picture:
             self._require(lane, Quality(batch, *found), f"batch {batch}: ")
 
+    def _profile(self, lane: _Lane) -> None:
+        """In a process of its own; code that torch.compile made is not told apart by operators."""
+        if lane.status != "measured" or lane.spec.compiles_each_size:
+            return
+        self._tell(lane.spec.name, "profile")
+        lane.close()
+        host = self._open_host(replace(lane.job, profiled=True))
+        try:
+            host.open()
+            lane.profile = host.profile(*self._plan.work(0, 1))
+        except Exception as error:  # its speed stands without it
+            self._tell(lane.spec.name, f"no profile: {_first_line(error)}")
+        finally:
+            host.close()
+
     def _host(self, lane: _Lane) -> Host:
         if lane.host is None:
             raise AssertionError("a side that is out is not asked")
@@ -272,6 +293,7 @@ class CaseRun:
             first_image_seconds=lane.first_image_seconds if valid else None,
             quality=lane.quality,
             batches=[self._figures(lane, batch) for batch in sorted(lane.runs)] if valid else [],
+            profile=lane.profile if valid else None,
         )
 
     def _figures(self, lane: _Lane, batch: int) -> BatchFigures:

@@ -54,6 +54,7 @@ class Settings:
         inception: file of Inception's weights, for FID, which is CLIP's where there are none.
         truth: folder of true pictures, or file of their statistics.
         lpips: file of AlexNet's weights.
+        profile: tell where the time of a picture goes; on a CPU.
         patience: seconds after which a side that does not answer is out.
         out: folder of the report.
         work: folder for random weights, exports and compiled code, kept; a temporary one where None.
@@ -77,6 +78,7 @@ class Settings:
     work: Path | None = None
     beside: Sequence[Path] = ()
     patience: float = 1800.0
+    profile: bool = False
 
 
 class Suite:
@@ -95,6 +97,10 @@ class Suite:
             raise RequestError(
                 f"{settings.rounds} rounds of {settings.pictures} pictures, patience of {settings.patience:g} s; each "
                 "must be above 0"
+            )
+        if settings.profile and settings.device.type != "cpu":
+            raise RequestError(
+                "--profile tells a CPU's operators apart; on a GPU take a trace by Nsight Systems"
             )
         self._require(settings)
         self._work = work
@@ -144,7 +150,14 @@ class Suite:
                 run = CaseRun(
                     here,
                     sides,
-                    Plan(prompts, settings.gate, settings.rounds, settings.pictures, settings.seed),
+                    Plan(
+                        prompts,
+                        settings.gate,
+                        settings.rounds,
+                        settings.pictures,
+                        settings.seed,
+                        settings.profile,
+                    ),
                     steps=here.split_steps(open_checkpoint(here.model).config("scheduler")),
                     device=str(settings.device),
                     folder=folder / case.name,
