@@ -32,6 +32,15 @@ def archs(text: str) -> tuple[int, ...]:
     return tuple(sorted({arch(part.strip()) for part in text.split(",")}))
 
 
+def _replicas(text: str) -> tuple[int, int]:
+    """`1..4` -> (1, 4); `2` -> (2, 2)."""
+    least, found, most = text.partition("..")
+    most = most if found else least
+    if not least.isdecimal() or not most.isdecimal() or not 1 <= int(least) <= int(most):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of replicas; write 2, or 1..4")
+    return int(least), int(most)
+
+
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """To the command line's parser."""
     g = commands.add_parser("generate", help="make images from a prompt")
@@ -129,6 +138,23 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     s.add_argument("--drain-seconds", type=float, default=60.0, help="to finish what was taken (default 60)")
     s.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="keys, one a line; requests then need one of them"
+    )
+    s.add_argument(
+        "--ray", action="store_true", help="by Ray Serve, in replicas of this machine (latentrt[ray])"
+    )
+    s.add_argument(
+        "--replicas",
+        type=_replicas,
+        default=(1, 1),
+        metavar="MIN..MAX",
+        help="with --ray: as many as the load needs (default 1)",
+    )
+    s.add_argument(
+        "--cpus",
+        type=float,
+        default=1.0,
+        metavar="N",
+        help="with --ray: CPU cores a replica counts for (default 1); on CUDA each has a GPU as well",
     )
     s.set_defaults(run=("runtime.serve", "serve"))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
+import shutil
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,22 +58,32 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
+# What a test may need that a machine may lack, by marker: why it skips there.
+_WANTS = {
+    "gpu": None if torch.cuda.is_available() else "needs a CUDA GPU",
+    "browser": None if shutil.which("chromium") else "needs Chromium on the path: apt-get install chromium",
+    "ray": None if importlib.util.find_spec("ray") else 'needs Ray: pip install "latentrt[ray]"',
+}
+# Where the checks of a change run only a GPU may be wanting.
+_EXCUSES = ("gpu",) if os.environ.get("LATENTRT_SKIP_ONLY_GPU") else tuple(_WANTS)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`gpu` tests skip where torch sees no CUDA device; nothing else may skip for want of a GPU."""
-    if torch.cuda.is_available():
-        return
+    """A test that needs what is not here skips, and says what that is."""
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        for marker, reason in _WANTS.items():
+            if reason is not None and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A skip hides a test; only the want of a GPU may do that."""
+    """A skip hides a test; only what its marker says it needs may do that."""
     report = yield
-    if report.skipped and not hasattr(report, "wasxfail") and not item.get_closest_marker("gpu"):
+    excused = any(item.get_closest_marker(marker) for marker in _EXCUSES)
+    if report.skipped and not hasattr(report, "wasxfail") and not excused:
         report.outcome = "failed"
-        report.longrepr = f"skipped, and not for want of a GPU: {report.longrepr}"
+        report.longrepr = f"skipped, and not for want of {' or '.join(_EXCUSES)}: {report.longrepr}"
     return report
 
 

@@ -85,7 +85,7 @@ class FakeRunner:
         for k in range(requests[0].steps):
             if not self._gate.is_set():
                 self.at_gate.release()
-                self._single.acquire(timeout=10)
+                self._single.acquire(timeout=120)
             self.steps[-1] += 1
             on_step(k + 1, lambda i: picture(seeds[i] + 100))
         if (error := self._fail(seeds)) is not None:

@@ -8,15 +8,18 @@ from pathlib import Path
 
 from ...errors import BackendUnavailableError, RequestError
 
-__all__ = ["serve"]
+__all__ = ["keys_of", "serve"]
 
 
 def serve(args: argparse.Namespace) -> Iterator[str]:
     """Serve until told to stop. Everything is said in the log, as JSON on stderr."""
-    keys = [] if args.api_key_file is None else _keys(args.api_key_file)
+    keys = [] if args.api_key_file is None else keys_of(args.api_key_file)
     for name in ("max_queue", "max_batch"):
         if getattr(args, name) < 1:
             raise RequestError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    if args.ray:
+        _serve_by_ray(args)
+        return
     try:
         from .app import create_app
         from .server import Server, listen
@@ -54,7 +57,45 @@ def serve(args: argparse.Namespace) -> Iterator[str]:
     yield from ()
 
 
-def _keys(path: Path) -> list[str]:
+def _serve_by_ray(args: argparse.Namespace) -> None:
+    try:
+        from .hosted import Deployed
+        from .ray_app import run
+    except ModuleNotFoundError as error:
+        raise BackendUnavailableError(
+            f'--ray needs {error.name}, which is not installed; pip install "latentrt[ray]"'
+        ) from error
+    from ..place import device_named
+    from ..record import public_name
+    from .logs import log_as_json
+
+    least, most = args.replicas
+    from_pretrained = ("model", "refiner", "backend", "dtype", "variant", "device")
+    deployed = Deployed.of(
+        {
+            "models": [
+                {"id": public_name(args.model), **{name: getattr(args, name) for name in from_pretrained}}
+            ],
+            "min_replicas": least,
+            "max_replicas": most,
+            "gpus": 1 if device_named(args.device).type == "cuda" else 0,
+            "cpus": args.cpus,
+            "max_batch": args.max_batch,
+            "max_queue": args.max_queue,
+            "drain_seconds": args.drain_seconds,
+            "api_key_file": args.api_key_file and args.api_key_file.resolve(),
+        }
+    )
+    log_as_json()
+    run(deployed, host=args.host, port=args.port)
+
+
+def keys_of(path: Path) -> list[str]:
+    """The API keys in a file, one a line.
+
+    Raises:
+        RequestError: it holds none.
+    """
     keys = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
     if not keys:
         raise RequestError(f"--api-key-file {str(path)!r} holds no key; write one on each line")

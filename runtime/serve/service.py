@@ -66,6 +66,11 @@ class Service:
         """Load in the background."""
         self._loading = asyncio.get_running_loop().create_task(self._load(), name="latentrt-load")
 
+    async def loaded(self) -> None:
+        """Wait until loading has ended, well or not."""
+        if self._loading is not None:
+            await asyncio.wait([self._loading])
+
     async def drain(self, timeout: float | None) -> None:
         """Finish what was taken, for at most `timeout` seconds. A model that is still loading is left to itself."""
         if self._engine is not None:
