@@ -33,8 +33,16 @@ def _up(x: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """softmax(q k^T * scale) v for each head. See `latentrt.kernels.attention`."""
     # PyTorch's CPU and CUDA kernels keep scores, softmax and accumulation of half types in float32.
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, S, H, D] -> [B, H, S, D]
+    q, k, v = (_apart(t).transpose(1, 2) for t in (q, k, v))  # [B, S, H, D] -> [B, H, S, D]
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def _apart(t: Tensor) -> Tensor:
+    """[B, S, H, D], copied where rows begin within each other: PyTorch's CPU kernel gives those to BLAS, which has no
+    such matrices, and returns whatever was in memory."""
+    if not torch.compiler.is_compiling() and t.stride(3) == 1 and t.stride(1) < t.shape[3]:
+        return t.contiguous()
+    return t
 
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
@@ -53,11 +61,12 @@ def group_norm_silu(
 
 
 def _group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """F.group_norm, without its channels_last path on the CPU: that takes the variance as E[x^2] - E[x]^2, which
-    cancels where the mean is large (off by 0.2 to 4 at mean 1000 and deviation 1, in float32)."""
+    """F.group_norm, which refuses groups of one value, without its channels_last path on the CPU: that takes the
+    variance as E[x^2] - E[x]^2, which cancels where the mean is large (off by 0.2 to 4 at mean 1000 and deviation 1, in
+    float32)."""
     if x.device.type != "cpu" or x.is_contiguous():
-        return F.group_norm(x, num_groups, weight, bias, eps)
-    y = F.group_norm(x.contiguous(), num_groups, weight, bias, eps)
+        return torch.group_norm(x, num_groups, weight, bias, eps)
+    y = torch.group_norm(x.contiguous(), num_groups, weight, bias, eps)
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return y.contiguous(memory_format=torch.channels_last)
     return y
