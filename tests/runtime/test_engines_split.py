@@ -152,7 +152,7 @@ def test_a_loop_is_the_whole_at_every_timestep_and_for_another_prompt(
             assert fake.named("set_tensor_address") == []
 
 
-def test_what_a_step_reads_lies_where_tensorrt_wants_it(tensorrt: Any) -> None:
+def test_what_a_step_reads_is_aligned(tensorrt: Any) -> None:
     component = tiny.unet(torch.float16)
     engine = SplitUNet(component, tensorrt(in_parts(component)))
     static = tiny.named_inputs(component, batch=3)
