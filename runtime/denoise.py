@@ -7,23 +7,30 @@ replayed for any prompt, seed, scale, sampler table and number of steps.
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import KernelArgumentError
 from ..kernels.sampler_step import COLUMNS, HISTORY, sampler_step, step_row
-from .engines.base import Program, Timesteps
-from .engines.lazy import LazyEngine
-from .graph import Graph
+from .engines.base import Timesteps
 from .sampler import SamplerTable
+from .streams import Pace, queue_of
 
-__all__ = ["DenoiseState", "Denoiser", "LoopKind", "OnStep", "UNetCall", "denoise"]
+__all__ = [
+    "DenoiseState",
+    "Host",
+    "LoopKind",
+    "OnStep",
+    "Reports",
+    "UNetCall",
+    "denoise",
+    "require_channels",
+    "walk",
+]
 
 UNetCall = Callable[[Tensor, Tensor], Tensor]
 """(sample [R, C, h, w], timestep float32 [R]) -> output [R, C or 2C, h, w], with R = B, or 2B with guidance
@@ -34,7 +41,37 @@ OnStep = Callable[[int, float, Tensor], Tensor | None]
 been waited for."""
 
 _CAPACITIES = (64, 256, 1024)  # steps that static tensors have room for
-_KEPT = 8  # loops kept ready for the next request of their kind
+
+
+class Reports(Protocol):
+    """What is told of steps once the device has done them, without waiting for that."""
+
+    def take(self, latents: Tensor) -> None:
+        """A step has been given to the device, after which the latents are these."""
+        ...
+
+    def deliver(self) -> None:
+        """Tell of the steps that are done by now."""
+        ...
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the host does between the steps that it gives the device.
+
+    Attributes:
+        pace: how far it may be ahead of the device; before each step it waits for that alone.
+        should_stop: asked after that wait; true ends the loop with the latents as they are.
+        progress: called when a step has been given.
+        reports: of steps that are done.
+        on_step: called after each step, for which the device is waited for.
+    """
+
+    pace: Pace
+    should_stop: Callable[[], bool] | None = None
+    progress: Callable[[], None] | None = None
+    reports: Reports | None = None
+    on_step: OnStep | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +82,6 @@ class LoopKind:
         shape: of the latents, (B, C, h, w).
         capacity: steps there is room for.
         guided: the UNet runs on negative and positive rows.
-        rescale: see `sampler_step`.
         history, noise, variance: what the sampler keeps, draws and is told.
         dtype: of the UNet's sample and prediction.
     """
@@ -53,7 +89,6 @@ class LoopKind:
     shape: tuple[int, int, int, int]
     capacity: int
     guided: bool
-    rescale: float
     history: bool
     noise: bool
     variance: bool
@@ -61,15 +96,13 @@ class LoopKind:
 
     @classmethod
     def of(
-        cls, latents: Tensor, table: SamplerTable, guided: bool, rescale: float, dtype: torch.dtype
+        cls, shape: tuple[int, int, int, int], table: SamplerTable, guided: bool, dtype: torch.dtype
     ) -> LoopKind:
-        """The kind of one run."""
-        batch, channels, height, width = latents.shape
+        """The kind of one run over latents of this shape."""
         return cls(
-            shape=(batch, channels, height, width),
+            shape=shape,
             capacity=next((c for c in _CAPACITIES if len(table) <= c), len(table)),
             guided=guided,
-            rescale=rescale if guided else 0.0,
             history=table.uses_history,
             noise=any(table.draws_noise),
             variance=table.predicts_variance,
@@ -103,19 +136,20 @@ class DenoiseState:
         self._rows = zeros(steps, COLUMNS)
         self._index = zeros(1, dtype=torch.int64)
         self._scale = zeros(B) if kind.guided else None
+        self._rescale = zeros(B) if kind.guided else None
         self._history = zeros(HISTORY, B, C, h, w) if kind.history else None
         self._noise = zeros(steps, B, C, h, w) if kind.noise else None
         self.timesteps = Timesteps(zeros(steps), self._index)
 
     def start(
         self,
-        latents: Tensor,
         table: SamplerTable,
         *,
         guidance_scale: float | Tensor | None = None,
+        guidance_rescale: float = 0.0,
         noise: Tensor | None = None,
     ) -> None:
-        """Take up a run of this kind; arguments are those of `denoise`."""
+        """Take up a run of this kind but for its latents; arguments are those of `denoise`."""
         if self._noise is not None:
             if noise is None:
                 raise KernelArgumentError(
@@ -125,10 +159,11 @@ class DenoiseState:
             self._noise[: len(noise)].copy_(noise)
         if self._scale is not None:
             self._scale.copy_(torch.as_tensor(guidance_scale, dtype=torch.float32).expand_as(self._scale))
+        if self._rescale is not None:
+            self._rescale.fill_(guidance_rescale)
         if self._history is not None:
             self._history.zero_()
         rows = table.on(self.latents.device)
-        self.latents.copy_(latents)
         self._rows.zero_()
         self._rows[: len(table)].copy_(rows)
         self.timesteps.values.copy_(self._rows[:, 0])
@@ -149,112 +184,9 @@ class DenoiseState:
             self._rows,
             self._index,
             self._scale,
-            self.kind.rescale,
+            0.0 if self._rescale is None else self._rescale,
         )
         self._index += 1
-
-
-class _Loop:
-    """A UNet bound to a loop's static tensors, and its step recorded where that was asked for."""
-
-    def __init__(self, unet: LazyEngine, kind: LoopKind, constants: Mapping[str, Tensor]) -> None:
-        self.engine = unet.load()
-        device = unet.device
-        self.state = DenoiseState(kind, device)
-        self.constants = {name: torch.zeros_like(x, device=device) for name, x in constants.items()}
-        inputs = {"sample": self.state.sample, "timestep": self.state.timestep, **self.constants}
-        outputs = {unet.component.outputs[0].name: self.state.prediction}
-        self.program: Program = self.engine.bind(inputs, outputs, timesteps=self.state.timesteps)
-        self.graph: Graph | None = None
-        if unet.graphs is not None and self.program.capturable:
-            self.program.prepare()
-            self.graph = unet.graphs.capture(self._step, f"a denoising step of {unet.component.name}")
-
-    def _step(self) -> None:
-        self.state.step(self.program.run)
-
-    def start(
-        self,
-        latents: Tensor,
-        table: SamplerTable,
-        constants: Mapping[str, Tensor],
-        guidance_scale: float | Tensor | None,
-        noise: Tensor | None,
-    ) -> None:
-        for name, x in self.constants.items():
-            x.copy_(constants[name])
-        self.state.start(latents, table, guidance_scale=guidance_scale, noise=noise)
-        self.program.prepare()
-
-    def step(self) -> None:
-        if self.graph is None:
-            self._step()
-        else:
-            self.graph.replay()
-
-
-class Denoiser:
-    """The denoising loop over one UNet. Loops stay ready for the next request of their kind."""
-
-    def __init__(self, unet: LazyEngine) -> None:
-        self._unet = unet
-        self._idle: OrderedDict[tuple[LoopKind, int], _Loop] = OrderedDict()
-        self._lock = threading.Lock()
-        unet.on_close(self._idle.clear)
-
-    def __call__(
-        self,
-        latents: Tensor,
-        table: SamplerTable,
-        constants: Mapping[str, Tensor],
-        *,
-        guidance_scale: float | Tensor | None = None,
-        guidance_rescale: float = 0.0,
-        noise: Tensor | None = None,
-        on_step: OnStep | None = None,
-        should_stop: Callable[[], bool] | None = None,
-        progress: Callable[[], None] | None = None,
-    ) -> Tensor:
-        """Take every step of the table.
-
-        Args:
-            constants: the UNet's inputs that are the same in every step, by name.
-            progress: called after each step, which the device may not have done yet.
-
-        The other arguments, and what is returned, are as for `denoise`.
-        """
-        unet = self._unet
-        dtype = unet.component.dtype
-        _require_channels(unet.component.outputs[0].dims[1], latents, table)
-        kind = LoopKind.of(latents, table, guidance_scale is not None, guidance_rescale, dtype)
-        with unet.graphs.turn() if unet.graphs else nullcontext(), self._loop(kind, constants) as loop:
-            loop.start(latents, table, constants, guidance_scale, noise)
-            _walk(loop.state, loop.step, table, on_step, should_stop, progress)
-            return loop.state.latents.clone()
-
-    @contextmanager
-    def _loop(self, kind: LoopKind, constants: Mapping[str, Tensor]) -> Iterator[_Loop]:
-        """A loop of this kind that nobody else has."""
-        key = (
-            kind,
-            next(iter(constants.values())).shape[1] if constants else 0,
-        )  # tokens vary with the model
-        engine = self._unet.load()
-        with self._lock:
-            loop = self._idle.pop(key, None)
-        if loop is None or loop.engine is not engine:  # loaded anew, or moved to another device
-            with torch.inference_mode(False):  # a caller's own would mark the static tensors
-                loop = _Loop(self._unet, kind, constants)
-        try:
-            yield loop
-        except BaseException:  # it is dropped, once what it has put on the device is done
-            if loop.state.latents.is_cuda:
-                torch.cuda.current_stream(loop.state.latents.device).synchronize()
-            raise
-        with self._lock:
-            self._idle[key] = loop
-            while len(self._idle) > _KEPT:
-                self._idle.popitem(last=False)
 
 
 def denoise(
@@ -287,50 +219,50 @@ def denoise(
     Raises:
         KernelArgumentError: shapes that do not belong together.
     """
-    kind = LoopKind.of(latents, table, guidance_scale is not None, guidance_rescale, dtype)
-    state = DenoiseState(kind, latents.device)
-    state.start(latents, table, guidance_scale=guidance_scale, noise=noise)
+    B, C, h, w = latents.shape
+    state = DenoiseState(LoopKind.of((B, C, h, w), table, guidance_scale is not None, dtype), latents.device)
+    state.start(table, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, noise=noise)
+    state.latents.copy_(latents)
 
     def predict() -> None:
         out = unet(state.sample, state.timestep)
-        _require_channels(out.shape[1], latents, table)
+        require_channels(out.shape[1], C, table)
         state.prediction.copy_(out)
 
-    _walk(state, lambda: state.step(predict), table, on_step, should_stop)
+    host = Host(Pace(queue_of(latents.device)), should_stop=should_stop, on_step=on_step)
+    walk(state.latents, lambda: state.step(predict), table, host)
     return state.latents
 
 
-def _walk(
-    state: DenoiseState,
-    step: Callable[[], None],
-    table: SamplerTable,
-    on_step: OnStep | None,
-    should_stop: Callable[[], bool] | None,
-    progress: Callable[[], None] | None = None,
-) -> None:
-    """Call `step` for every row of the table, at most two steps ahead of the device."""
-    queued: list[torch.cuda.Event] = []
+def walk(latents: Tensor, step: Callable[[], None], table: SamplerTable, host: Host) -> None:
+    """Call `step`, which updates the latents, for every row of the table."""
     for index, timestep in enumerate(table.timesteps):
-        if len(queued) > 1:
-            queued.pop(0).synchronize()
-        if should_stop is not None and should_stop():
+        host.pace.wait()
+        if host.reports is not None:
+            host.reports.deliver()
+        if host.should_stop is not None and host.should_stop():
             break
         step()
-        if state.latents.is_cuda:
-            queued.append(torch.cuda.current_stream(state.latents.device).record_event())
-        if progress is not None:
-            progress()
-        if on_step is not None:
-            copy = state.latents.clone()
-            if copy.is_cuda:
-                torch.cuda.current_stream(copy.device).synchronize()
-            replaced = on_step(index, timestep, copy)
+        host.pace.gave()
+        if host.reports is not None:
+            host.reports.take(latents)
+        if host.progress is not None:
+            host.progress()
+        if host.on_step is not None:
+            copy = latents.clone()
+            host.pace.drain()
+            replaced = host.on_step(index, timestep, copy)
             if replaced is not None:
-                state.latents.copy_(replaced)
+                latents.copy_(replaced)
 
 
-def _require_channels(channels: int | str, latents: Tensor, table: SamplerTable) -> None:
-    needed = latents.shape[1] * (2 if table.predicts_variance else 1)
+def require_channels(channels: int | str, latent_channels: int, table: SamplerTable) -> None:
+    """Whether a UNet's output is what the sampler reads.
+
+    Raises:
+        KernelArgumentError: it is not.
+    """
+    needed = latent_channels * (2 if table.predicts_variance else 1)
     if channels != needed:
         raise KernelArgumentError(
             f"the UNet returned {channels} channels where the sampler needs {needed}: "

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import CheckpointError, UnsupportedConfigError
 from .conditioning import Conditioning, MicroConditioning, guidance_batch, guidance_scale_embedding
-from .denoise import Denoiser
+from .denoiser import Denoiser
 from .engines.lazy import LazyEngine
 from .models.unet import UNetConfig
 from .request import GenerationRequest

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from .denoise import Denoiser
+from .denoiser import Denoiser
 from .engines.base import Component, TensorSpec, Values
 from .engines.lazy import EngineLoader
 from .engines.split import unet_parts
@@ -128,7 +128,7 @@ def load_expert(
         source=checkpoint.source,
         unet=unet,
         config=config,
-        loop=Denoiser(unet),
+        loop=Denoiser(unet, config.block_out_channels[0]),
         text_encoder=encoders["text_encoder"],
         text_encoder_2=encoders["text_encoder_2"],
         scheduler=checkpoint.config("scheduler"),

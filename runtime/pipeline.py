@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,24 +15,34 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError, UnsafeWeightsError
+from .conditioning import Conditioning
+from .denoiser import Denoiser, LoopRequest, ready
 from .engines.lazy import EngineLoader
 from .expert import Expert, check_fit
 from .image import from_tensor
 from .latents import NoiseSource, initial_latents, noised_latents
 from .loading import load_expert, load_vae
 from .place import device_named, dtype_named
+from .previews import Previewer
 from .progress import Watch
 from .record import records
 from .request import GenerationRequest, OutputType, Size
 from .sampler import SamplerTable
 from .stages import Stage, stages_of
 from .text_encoder import TextEncoder
-from .vae import VAE
+from .vae import TILE, VAE
 from .weights import open_checkpoint
 
 __all__ = ["Pipeline", "PipelineOutput"]
 
 OnStepEnd = Callable[["Pipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
+OnProgress = Callable[["Pipeline", int, dict[str, Any]], Mapping[str, Any] | None]
+
+
+_NOT_OF_A_REQUEST = (
+    *("self", "sampler", "tiled_vae"),
+    *("callback_on_step_end", "callback_on_progress", "previewer"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,8 +52,8 @@ class PipelineOutput:
     Attributes:
         images: a list of PIL images, an array, a tensor or latents, as `output_type` asked.
         parameters: what made each image, ready for a PNG; a seed is None where a used generator was given.
-        timings: seconds of each stage: prepare (load, and export the first time), text, start, base, refiner,
-            decode, total.
+        timings: seconds of each stage: prepare (load, and export and record the first time), text, start, base,
+            refiner, decode, total.
         interrupted: the images are unfinished, because the call was told to stop.
     """
 
@@ -265,6 +275,9 @@ class Pipeline:
         negative_aesthetic_score: float = 2.5,
         output_type: OutputType = "pil",
         callback_on_step_end: OnStepEnd | None = None,
+        callback_on_progress: OnProgress | None = None,
+        previewer: Previewer | None = None,
+        tiled_vae: bool = False,
     ) -> PipelineOutput:
         """Make images. Arguments have diffusers' names and meanings; those of latentrt's own are marked (*).
 
@@ -298,44 +311,49 @@ class Pipeline:
             callback_on_step_end: called after each step, which the device has done by then, as
                 `callback(pipeline, step, timestep, {"latents": x})`.
                 It may return `{"latents": y}` to go on with, or `{"interrupt": True}` to stop.
+            callback_on_progress: (*) called for each step once the device has done it, not waiting for that: on a GPU
+                a step or two later. As `callback(pipeline, steps_done, {"preview": pictures})`, where pictures are
+                uint8 `[B, H/8, W/8, 3]` on the CPU, or None. It may return `{"interrupt": True}` to stop.
+            previewer: (*) what makes them; `runtime.previews.Previewer.fit` gives one.
+            tiled_vae: (*) decode in tiles of 512 x 512 pixels: less memory, and not quite the same picture; see
+                `VAE.decode`.
 
         Raises:
             RequestError: an argument cannot be met; the message names it.
         """
-        arguments = {
-            k: v for k, v in locals().items() if k not in ("self", "sampler", "callback_on_step_end")
-        }
+        arguments = {k: v for k, v in locals().items() if k not in _NOT_OF_A_REQUEST}
         request = self._request(arguments)
         stages = stages_of(self._base, self._refiner, request, sampler)
         noise = NoiseSource(request.generators, request.batch)
-        with self._watched(stages, callback_on_step_end) as watch, torch.no_grad():
-            with watch.stage("prepare", self.device):
-                self._prepare(request, stages)
-            with watch.stage("text", self.device):
+        tile = TILE if tiled_vae else None
+        callbacks = {
+            "on_step": callback_on_step_end and partial(callback_on_step_end, self),
+            "on_progress": callback_on_progress and partial(callback_on_progress, self),
+        }
+        with (
+            self._watched(stages, previewer=previewer, **callbacks) as watch,
+            torch.no_grad(),
+            ExitStack() as held,
+        ):
+            with watch.stage("prepare"):
+                self._prepare(request, stages, tile)
+            with watch.stage("text"):
                 conditionings = [
                     stage.expert.condition(request, self.device, from_image=stage.from_image)
                     for stage in stages
                 ]
-            with watch.stage("start", self.device):
+            with watch.stage("start"):
                 latents = self._start(request, stages[0].table, noise)
-            scales = torch.tensor(request.guidance_scales, dtype=torch.float32, device=self.device)
-            for stage, conditioning in zip(stages, conditionings, strict=True):
-                with watch.stage(stage.name, self.device):
-                    latents = stage.expert.loop(
-                        latents,
-                        stage.table,
-                        conditioning.named(),
-                        guidance_scale=scales if stage.expert.guided(request) else None,
-                        guidance_rescale=request.guidance_rescale,
-                        noise=noise.draw_steps(stage.table, latents.shape[1:], latents.device),
-                        on_step=watch.on_step,
-                        should_stop=watch.stop.is_set,
-                        progress=watch.count,
-                    )
+            with watch.stage("prepare"):
+                loops = self._loops(request, stages, conditionings, latents.shape, noise)
+                runs = held.enter_context(ready(loops))
+            for stage, run in zip(stages, runs, strict=True):
+                with watch.stage(stage.name):
+                    latents = run(latents, watch.host)
             images: Any = latents
             if request.output_type != "latent":
-                with watch.stage("decode", self.device):
-                    images = from_tensor(self.vae.decode(latents), request.output_type)
+                with watch.stage("decode"):
+                    images = from_tensor(self.vae.decode(latents, tile=tile), request.output_type)
         made = records(request, self._base, self._refiner, sampler, self.backend)
         return PipelineOutput(images, made, watch.timings, watch.stop.is_set())
 
@@ -368,7 +386,7 @@ class Pipeline:
             latent_channels=self.vae.channels,
         )
 
-    def _prepare(self, request: GenerationRequest, stages: Sequence[Stage]) -> None:
+    def _prepare(self, request: GenerationRequest, stages: Sequence[Stage], tile: int | None) -> None:
         """Load what the stages need, so that their times are their own."""
         needed = [engine for stage in stages for engine in stage.expert.engines()]
         if request.image is not None and request.image.shape[1] == 3:
@@ -377,6 +395,10 @@ class Pipeline:
             needed.append(self.vae.decoder)
         for engine in needed:
             engine.load()
+        if (
+            request.output_type != "latent"
+        ):  # of all that is recorded it takes most memory, which the others then share
+            self.vae.record_decode(request.height, request.width, tile=tile)
 
     def _start(self, request: GenerationRequest, table: SamplerTable, noise: NoiseSource) -> Tensor:
         """Latents at the noise level of the first step."""
@@ -392,14 +414,40 @@ class Pipeline:
             return clean
         return noised_latents(clean, noise.draw(shape).to(clean), table)
 
+    def _loops(
+        self,
+        request: GenerationRequest,
+        stages: Sequence[Stage],
+        conditionings: Sequence[Conditioning],
+        shape: Sequence[int],
+        noise: NoiseSource,
+    ) -> list[tuple[Denoiser, LoopRequest]]:
+        """The denoising loops of a request, over latents of that shape; their noise is drawn in the order they run."""
+        B, C, h, w = shape
+        scales = torch.tensor(request.guidance_scales, dtype=torch.float32, device=self.device)
+        return [
+            (
+                stage.expert.loop,
+                LoopRequest(
+                    (B, C, h, w),
+                    stage.table,
+                    conditioning.named(),
+                    scales if stage.expert.guided(request) else None,
+                    request.guidance_rescale,
+                    noise.draw_steps(stage.table, (C, h, w), self.device),
+                ),
+            )
+            for stage, conditioning in zip(stages, conditionings, strict=True)
+        ]
+
     @contextmanager
-    def _watched(self, stages: Sequence[Stage], callback: OnStepEnd | None) -> Iterator[Watch]:
+    def _watched(self, stages: Sequence[Stage], **options: Any) -> Iterator[Watch]:
         """A watch over one call, known to `interrupt` while it lasts."""
-        steps = sum(len(stage.table) for stage in stages)
-        watch = Watch(steps, self._progress, None if callback is None else partial(callback, self))
+        watch = Watch(sum(len(stage.table) for stage in stages), self._progress, self.device, **options)
         self._running.add(watch)
         try:
             yield watch
+            watch.finish()
         finally:
             self._running.discard(watch)
             watch.close()

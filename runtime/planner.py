@@ -128,8 +128,8 @@ class Planner:
             component = expert.unet.component
             key = self._key(name, component)
             rows = 2 * batch if guided else batch
-            latents = torch.empty(batch, self._vae.channels, height // scale, width // scale, device=_META)
-            kind = LoopKind.of(latents, table, guided, 0.0, component.dtype)
+            shape = (batch, self._vae.channels, height // scale, width // scale)
+            kind = LoopKind.of(shape, table, guided, component.dtype)
             loop = _Loop(self._engine(key, component), kind, _inputs(component, rows, height, width))
             buffers |= {f"{name} {part}": nbytes for part, nbytes in loop.buffers.items()}
             networks[key] = self._network(key, component, rows, height, width, loop)

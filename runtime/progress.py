@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import reprlib
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,12 +13,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import BackendError, OutOfMemoryError, RequestError
-from .denoise import OnStep
+from .denoise import Host
+from .previews import Previewer, StepReports
+from .streams import Event, Pace, queue_of
 
-__all__ = ["StepCallback", "Watch"]
+__all__ = ["ProgressCallback", "StepCallback", "Watch"]
 
 StepCallback = Callable[[int, float, dict[str, Any]], Mapping[str, Any] | None]
 """(step, timestep, {"latents": x}) -> None, or a mapping with `latents` to go on with or `interrupt`."""
+
+ProgressCallback = Callable[[int, dict[str, Any]], Mapping[str, Any] | None]
+"""(steps done, {"preview": uint8 [B, h, w, 3] on the CPU, or None}) -> None, or a mapping with `interrupt`."""
 
 
 class Watch:
@@ -27,51 +31,95 @@ class Watch:
 
     Attributes:
         stop: set to end the call after the step it is at.
-        timings: seconds of each stage that has ended; `total` when the call has.
+        timings: seconds of each stage, once the call has ended, and `total`.
+        host: what the loops are to do between their steps.
     """
 
-    def __init__(self, steps: int, options: Mapping[str, Any], callback: StepCallback | None) -> None:
+    def __init__(
+        self,
+        steps: int,
+        options: Mapping[str, Any],
+        device: torch.device,
+        *,
+        on_step: StepCallback | None = None,
+        on_progress: ProgressCallback | None = None,
+        previewer: Previewer | None = None,
+    ) -> None:
         """A bar over `steps`; `options` are tqdm's, and by default it shows on a terminal only."""
         self.stop = threading.Event()
         self.timings: dict[str, float] = {}
         self._bar = tqdm(total=steps, **{"disable": None, "leave": False, "unit": "step", **options})
-        self._callback = callback
+        self._on_step, self._on_progress = on_step, on_progress
         self._step = 0
+        self._device = device
+        self._queue = queue_of(device)
+        self._stages: list[tuple[str, Event, Event]] = []
+        self._reports = None if on_progress is None else StepReports(self._queue, previewer, self._report)
+        self.host = Host(
+            Pace(self._queue),
+            should_stop=self.stop.is_set,
+            progress=self._count,
+            reports=self._reports,
+            on_step=None if on_step is None else self._ask,
+        )
 
     @contextmanager
-    def stage(self, name: str, device: torch.device) -> Iterator[None]:
-        """Time what happens inside, work queued on the device included.
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what happens inside, from when the device gets to it until it has done it; parts of one name are added.
+        The host does not wait for that.
 
         Raises:
             OutOfMemoryError: in place of what PyTorch or a back end says of that.
         """
         self._bar.set_description(name)
-        begun = time.perf_counter()
+        begun = self._queue.record(timed=True)
         try:
             yield
-            if device.type == "cuda":
-                torch.cuda.current_stream(
-                    device
-                ).synchronize()  # the whole device would break another thread's capture
         except (RuntimeError, MemoryError, BackendError) as error:
             if not _is_out_of_memory(error):
                 raise
             why = next(iter(str(error).splitlines()), "")
             raise OutOfMemoryError(
-                f"no memory left on {device} in stage {name!r} ({why}); ask for fewer images at once, a smaller size "
-                "or a dtype of half precision, or end what else runs there"
+                f"no memory left on {self._device} in stage {name!r} ({why}); ask for fewer images at once, a smaller "
+                "size or a dtype of half precision, or end what else runs there"
             ) from error
-        self.timings[name] = time.perf_counter() - begun
+        self._stages.append((name, begun, self._queue.record(timed=True)))
 
-    def count(self) -> None:
+    def finish(self) -> None:
+        """Wait for the device, tell of the steps that were not told of, and sum the timings."""
+        if self._reports is not None:
+            self._reports.finish()
+        if self._stages:
+            self._stages[-1][2].synchronize()
+        for name, begun, ended in self._stages:
+            self.timings[name] = self.timings.get(name, 0.0) + begun.elapsed_time(ended) / 1000
+        self.timings["total"] = sum(self.timings.values())
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._bar.close()
+
+    def _count(self) -> None:
         """A step of whichever expert."""
         self._step += 1
         self._bar.update()
 
-    @property
-    def on_step(self) -> OnStep | None:
-        """What the loop is to call after each step; None where the caller wants to hear nothing."""
-        return None if self._callback is None else self._ask
+    def _report(self, steps: int, preview: Tensor | None) -> None:
+        """Tell the caller of steps that are done.
+
+        Raises:
+            RequestError: the callback returned something else than it may.
+        """
+        assert self._on_progress is not None
+        answer = self._on_progress(steps, {"preview": preview})
+        if answer is None:
+            return
+        if not isinstance(answer, Mapping) or not set(answer) <= {"interrupt"}:
+            raise RequestError(
+                f"callback_on_progress returned {reprlib.repr(answer)}; it can return a mapping with 'interrupt'"
+            )
+        if answer.get("interrupt"):
+            self.stop.set()
 
     def _ask(self, _: int, timestep: float, latents: Tensor) -> Tensor | None:
         """Hear the caller.
@@ -79,8 +127,8 @@ class Watch:
         Raises:
             RequestError: the callback returned something else than it may.
         """
-        assert self._callback is not None
-        answer = self._callback(self._step - 1, timestep, {"latents": latents})
+        assert self._on_step is not None
+        answer = self._on_step(self._step - 1, timestep, {"latents": latents})
         if answer is None:
             return None
         if not isinstance(answer, Mapping) or not set(answer) <= {"latents", "interrupt"}:
@@ -99,11 +147,6 @@ class Watch:
                 f"callback_on_step_end returned latents {got}; they are a tensor {list(latents.shape)}"
             )
         return replaced
-
-    def close(self) -> None:
-        """Remove the bar and sum the timings."""
-        self._bar.close()
-        self.timings["total"] = sum(self.timings.values())
 
 
 def _is_out_of_memory(error: Exception) -> bool:

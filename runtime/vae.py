@@ -11,9 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import RequestError
 from .engines.lazy import LazyEngine
 
-__all__ = ["VAE"]
+__all__ = ["TILE", "VAE"]
+
+TILE = 64
+"""Latents along a side of a tile, where tiles are asked for: 512 pixels, a quarter of the memory of 1024 x 1024."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,45 @@ class VAE:
     channels: int
     scale: int
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents `[B, C, h, w]` of unit variance -> images `[B, 3, H, W]` float32 in [0, 1]."""
-        images = []
-        for row in latents.split(1):
-            image = self.decoder({"latents": (row / self.scaling_factor).to(self.dtype)})["image"]
-            images.append((image.float() / 2 + 0.5).clamp(0, 1))
-        return torch.cat(images)
+    def decode(self, latents: Tensor, *, tile: int | None = None) -> Tensor:
+        """Latents `[B, C, h, w]` of unit variance -> images `[B, 3, H, W]` float32 in [0, 1].
+
+        Args:
+            tile: decode squares of this many latents a side, and blend them where they overlap, by a quarter or more.
+                The memory the decoder takes is then that of a tile, whatever the picture's size. It is not quite the
+                same picture: the decoder's group norms and its attention see a tile alone, so that tones can differ
+                a little from tile to tile. Where one tile covers the picture it is the same to the bit.
+
+        Raises:
+            RequestError: a tile of less than 8 latents.
+        """
+        check_tile(tile)
+        return torch.cat([self._decode(row, tile) for row in latents.split(1)])
+
+    def _decode(self, latents: Tensor, tile: int | None) -> Tensor:
+        *_, h, w = latents.shape
+        down, across = Tiles.of(h, tile, self.scale), Tiles.of(w, tile, self.scale)
+        if len(down.starts) == len(across.starts) == 1:
+            return self._pixels(latents)
+        image = torch.zeros(1, 3, h * self.scale, w * self.scale, device=latents.device)
+        for top, rows in zip(down.starts, down.weights, strict=True):
+            for left, columns in zip(across.starts, across.weights, strict=True):
+                part = self._pixels(latents[..., top : top + down.size, left : left + across.size])
+                y, x = top * self.scale, left * self.scale
+                weight = torch.outer(rows, columns).to(part.device)
+                image[..., y : y + part.shape[-2], x : x + part.shape[-1]] += part * weight
+        return image
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        image = self.decoder({"latents": (latents / self.scaling_factor).to(self.dtype)})["image"]
+        return (image.float() / 2 + 0.5).clamp(0, 1)
+
+    def record_decode(self, height: int, width: int, *, tile: int | None = None) -> None:
+        """Have `decode` recorded for pictures of `height` x `width` pixels, where work is recorded."""
+        if self.decoder.graphs is not None:
+            size = [Tiles.of(side // self.scale, tile, self.scale).size for side in (height, width)]
+            blank = torch.zeros(1, self.channels, *size, dtype=self.dtype, device=self.decoder.device)
+            self.decoder.record({"latents": blank})
 
     def encode(self, images: Tensor, draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
         """Sample latents of images.
@@ -58,3 +94,49 @@ class VAE:
         mean, log_variance = torch.cat(rows).chunk(2, dim=1)
         deviation = (0.5 * log_variance.clamp(-30.0, 20.0)).exp()
         return (mean + deviation * draw(tuple(mean.shape[1:])).to(mean)) * self.scaling_factor
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A side of a picture in overlapping parts of one size.
+
+    Attributes:
+        size: latents of a part.
+        starts: the first latent of each.
+        weights: of each part's pixels, `[scale * size]`, ramps where it overlaps others; over all parts they sum to 1.
+    """
+
+    size: int
+    starts: list[int]
+    weights: list[Tensor]
+
+    @classmethod
+    def of(cls, length: int, size: int | None, scale: int) -> Tiles:
+        """Parts of at most `size` latents of a side of `length`; one where `size` is None."""
+        if size is None or size >= length:
+            return cls(length, [0], [torch.ones(length * scale)])
+        overlap = size // 4
+        count = -(-(length - overlap) // (size - overlap))
+        starts = [round(k * (length - size) / (count - 1)) for k in range(count)]
+        to_edge = torch.arange(1, size * scale + 1)
+        total = torch.zeros(length * scale)
+        weights = []
+        for start in starts:
+            weight = torch.full((size * scale,), float(overlap * scale))
+            if start > 0:
+                weight = torch.minimum(weight, to_edge)
+            if start + size < length:
+                weight = torch.minimum(weight, to_edge.flip(0))
+            total[start * scale : (start + size) * scale] += weight
+            weights.append(weight)
+        pairs = zip(starts, weights, strict=True)
+        return cls(size, starts, [w / total[a * scale : (a + size) * scale] for a, w in pairs])
+
+
+def check_tile(tile: int | None) -> None:
+    """
+    Raises:
+        RequestError: it is too small to overlap others.
+    """
+    if tile is not None and tile < 8:
+        raise RequestError(f"tile is {tile} latents; a VAE's tile has at least 8 along a side")

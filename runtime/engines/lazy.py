@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..graph import Graph, Graphs
+from ..graph import Graphs
 from .base import Component, Engine, arguments
 from .registry import choose
 
@@ -68,25 +68,23 @@ class EngineLoader:
 
 
 class _Call:
-    """A call of an engine, recorded for one set of shapes."""
+    """An engine over static tensors of one set of shapes, its run recorded where the engine bears it."""
 
     def __init__(
         self, component: Component, engine: Engine, inputs: Mapping[str, Tensor], graphs: Graphs
     ) -> None:
         self.engine = engine
-        self.graph: Graph | None = None
         self._inputs = {name: x.to(graphs.device, copy=True) for name, x in inputs.items()}
         self._outputs = {name: x.clone() for name, x in engine(self._inputs).items()}
         program = engine.bind(self._inputs, self._outputs)
+        self._run: Callable[[], None] = program.run
         if program.capturable:
-            self.graph = graphs.capture(program.run, component.name)
+            self._run = graphs.capture(program.run, component.name).replay
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.graph is None:
-            return self.engine(inputs)
         for name, x in self._inputs.items():
             x.copy_(inputs[name])
-        self.graph.replay()
+        self._run()
         return {name: y.clone() for name, y in self._outputs.items()}
 
 
@@ -132,17 +130,26 @@ class LazyEngine:
         if self.graphs is None:
             return engine(inputs)
         with self.graphs.turn():
-            key = tuple((name, tuple(x.shape), x.dtype) for name, x in inputs.items())
-            call = self._calls.pop(key, None)
-            if call is None or call.engine is not engine:
-                arguments(self.component, inputs)  # told of a wrong shape before anything is made of it
-                with torch.inference_mode(False):  # a caller's own would mark the static tensors
-                    call = _Call(self.component, engine, inputs, self.graphs)
-            result = call(inputs)
-            self._calls[key] = call
-            while len(self._calls) > _KEPT:
-                self._calls.popitem(last=False)
-            return result
+            return self._recorded(engine, inputs, self.graphs)(inputs)
+
+    def record(self, inputs: Mapping[str, Tensor]) -> None:
+        """Load the engine and record its call for inputs of these shapes, where work is recorded."""
+        engine = self.load()
+        if self.graphs is not None:
+            with self.graphs.turn():
+                self._recorded(engine, inputs, self.graphs)
+
+    def _recorded(self, engine: Engine, inputs: Mapping[str, Tensor], graphs: Graphs) -> _Call:
+        key = tuple((name, tuple(x.shape), x.dtype) for name, x in inputs.items())
+        call = self._calls.pop(key, None)
+        if call is None or call.engine is not engine:
+            arguments(self.component, inputs)  # told of a wrong shape before anything is made of it
+            with torch.inference_mode(False):  # a caller's own would mark the static tensors
+                call = _Call(self.component, engine, inputs, graphs)
+        self._calls[key] = call
+        while len(self._calls) > _KEPT:
+            self._calls.popitem(last=False)
+        return call
 
     def close(self) -> None:
         """Free the engine; the next call loads it again."""

@@ -1,12 +1,22 @@
 """ONNX Runtime: each component exported once, checked against PyTorch, then run without PyTorch's exporter.
 
 On the CPU an image's bits do not depend on the batch it is computed in: weights are packed once, and packed
-products use the same blocks whatever the number of rows. tests/runtime/test_engines_batch.py holds that.
+products use the same blocks whatever the number of rows. tests/runtime/test_engines_onnxruntime.py holds that.
+
+On a GPU a session computes on a stream of its own, which waits for PyTorch's and which PyTorch's waits for: the host
+waits for neither. `LATENTRT_ONNXRUNTIME` names options, `graph` and `tensorrt`, with commas between; never run yet,
+written without a GPU:
+
+    graph      the CUDA provider records a bound session as a CUDA graph and replays it, if all of its nodes run there
+    tensorrt   its TensorRT provider comes first. It builds its engines at each load; the back end tensorrt keeps them
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +27,7 @@ from torch import Tensor
 
 from ...errors import BackendError, BackendUnavailableError
 from ..prepare import onnx_model
-from .base import Availability, CallProgram, Component, Engine, Program, Timesteps, arguments
+from .base import Availability, Component, Engine, Program, Timesteps, arguments
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -26,16 +36,24 @@ __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeEngine"]
 
 _NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64, torch.bool: np.bool_}
 _INSTALL = {"cpu": 'pip install "latentrt[cpu]"', "cuda": 'pip install "latentrt[gpu]"'}
+_OPTIONS = ("graph", "tensorrt")
+_graph_ids = itertools.count(1)  # of recorded programs, in ONNX Runtime's words their annotation
 
 
 class OnnxRuntimeEngine:
     """One session. Inputs and outputs that are on its device are handed over without a copy."""
 
-    def __init__(self, component: Component, model: Path, device: torch.device) -> None:
+    def __init__(
+        self, component: Component, model: Path, device: torch.device, options: Sequence[str] = ()
+    ) -> None:
         self.entry: Path | None = model.parent
         self._component = component
         self._device = device
-        self._session: onnxruntime.InferenceSession | None = open_session(model, device)
+        self._records = "graph" in options
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._session: onnxruntime.InferenceSession | None = open_session(
+            model, device, stream=self._stream, options=options
+        )
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         session = self._session  # held here, so that a close() in another thread cannot take it away
@@ -43,7 +61,7 @@ class OnnxRuntimeEngine:
             raise BackendError(f"{self._component.name} was closed; load it again")
         tensors = arguments(self._component, inputs)
         try:
-            outputs = run_session(self._component, session, tensors, self._device)
+            outputs = run_session(self._component, session, tensors, self._device, self._stream)
         except Exception as error:  # ONNX Runtime's errors have no base of their own
             raise BackendError(f"ONNX Runtime failed on {self._component.name}: {error}") from error
         return {spec.name: x for spec, x in zip(self._component.outputs, outputs, strict=True)}
@@ -55,15 +73,80 @@ class OnnxRuntimeEngine:
         *,
         timesteps: Timesteps | None = None,
     ) -> Program:
-        return CallProgram(self, inputs, outputs, capturable=False)
+        """Tensors must have the component's dtypes and be contiguous: the session is given their addresses, once."""
+        if self._session is None:
+            raise BackendError(f"{self._component.name} was closed; load it again")
+        arguments(self._component, inputs)
+        for spec in (*self._component.inputs, *self._component.outputs):
+            x = inputs[spec.name] if spec in self._component.inputs else outputs[spec.name]
+            if x.dtype != spec.dtype or not x.is_contiguous():
+                is_ = f"{x.dtype}{'' if x.is_contiguous() else ', not contiguous'}"
+                raise BackendError(
+                    f"{self._component.name}: {spec.name} is {is_}; bound, it must be {spec.dtype} and contiguous"
+                )
+        return _Program(
+            self._component, self._session, inputs, outputs, self._device, self._stream, records=self._records
+        )
 
     def close(self) -> None:
         self._session = None
 
 
+class _Program:
+    """A session over static tensors, bound once: a run copies nothing."""
+
+    capturable = False  # by us; ONNX Runtime may record it
+
+    def __init__(
+        self,
+        component: Component,
+        session: onnxruntime.InferenceSession,
+        inputs: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
+        device: torch.device,
+        stream: torch.cuda.Stream | None,
+        *,
+        records: bool,
+    ) -> None:
+        self._component, self._session, self._device, self._stream = component, session, device, stream
+        self._held = (dict(inputs), dict(outputs))  # the binding has no more than their addresses
+        self._binding = session.io_binding()
+        index = _index(device)
+        for spec in component.inputs:
+            x = inputs[spec.name]
+            self._binding.bind_input(
+                spec.name, device.type, index, _NUMPY[x.dtype], list(x.shape), x.data_ptr()
+            )
+        for spec in component.outputs:
+            x = outputs[spec.name]
+            self._binding.bind_output(
+                spec.name, device.type, index, _NUMPY[x.dtype], list(x.shape), x.data_ptr()
+            )
+        self._options = _run_options(stream, next(_graph_ids) if records else None)
+
+    def prepare(self) -> None:
+        pass
+
+    def run(self) -> None:
+        try:
+            with _beside(self._stream):
+                self._session.run_with_iobinding(self._binding, self._options)
+        except Exception as error:  # ONNX Runtime's errors have no base of their own
+            raise BackendError(f"ONNX Runtime failed on {self._component.name}: {error}") from error
+
+
 class OnnxRuntimeBackend:
+    """ONNX Runtime.
+
+    Args:
+        options: in place of what `LATENTRT_ONNXRUNTIME` says.
+    """
+
     name = "onnxruntime"
     upcast = torch.float32
+
+    def __init__(self, options: Sequence[str] | None = None) -> None:
+        self._options = options
 
     def availability(self, device: torch.device, dtype: torch.dtype) -> Availability:
         remedy = _INSTALL.get(device.type)
@@ -73,19 +156,49 @@ class OnnxRuntimeBackend:
             return Availability(False, "onnxruntime is not installed", remedy)
         if dtype == torch.bfloat16:
             return Availability(False, "ONNX Runtime has no bfloat16 convolution", "use float32 or float16")
-        if device.type == "cuda" and "CUDAExecutionProvider" not in _import().get_available_providers():
+        try:
+            options = self._chosen()
+        except BackendError as error:
+            reason, _, remedy = str(error).partition("; ")
+            return Availability(False, reason, remedy)
+        if device.type == "cpu":
+            if options:
+                return Availability(
+                    False, f"{', '.join(options)} in LATENTRT_ONNXRUNTIME is for GPUs", "unset it"
+                )
+            return Availability(True, f"ONNX Runtime {_version()}")
+        providers = _import().get_available_providers()
+        if "CUDAExecutionProvider" not in providers:
             return Availability(False, "this onnxruntime is built without CUDA", f"{remedy} in its place")
+        if "tensorrt" in options and "TensorrtExecutionProvider" not in providers:
+            return Availability(False, "this onnxruntime is built without TensorRT", f"{remedy} in its place")
         return Availability(True, f"ONNX Runtime {_version()}")
 
     def load(self, component: Component, *, device: torch.device, cache_dir: Path | None) -> Engine:
         found = self.availability(device, component.dtype)
         if not found.ok:
             raise BackendUnavailableError(f"back end {self.name!r}: {found.reason}; {found.remedy}")
-        return OnnxRuntimeEngine(component, onnx_model(component, cache_dir=cache_dir), device)
+        model = onnx_model(component, cache_dir=cache_dir)
+        return OnnxRuntimeEngine(component, model, device, self._chosen())
+
+    def _chosen(self) -> tuple[str, ...]:
+        told = (
+            os.environ.get("LATENTRT_ONNXRUNTIME", "").split(",") if self._options is None else self._options
+        )
+        chosen = tuple(name.strip() for name in told if name.strip())
+        for name in chosen:
+            if name not in _OPTIONS:
+                raise BackendError(f"LATENTRT_ONNXRUNTIME has {name!r}; it can have {', '.join(_OPTIONS)}")
+        return chosen
 
 
 def open_session(
-    model: Path, device: torch.device, *, optimized: bool = True
+    model: Path,
+    device: torch.device,
+    *,
+    optimized: bool = True,
+    stream: torch.cuda.Stream | None = None,
+    options: Sequence[str] = (),
 ) -> onnxruntime.InferenceSession:
     """A session on `device`, with as many threads as PyTorch uses: OMP_NUM_THREADS, else physical cores.
 
@@ -95,33 +208,77 @@ def open_session(
     Args:
         optimized: else the graph runs node by node as it is in the file, from weights that stay there. On the CPU
             float16 weights are otherwise kept in float32 as well: three times their memory.
+        stream: on a GPU, the one to compute on. PyTorch's default one has no address that ONNX Runtime would take.
+        options: of a GPU, "graph" and "tensorrt"; see above.
 
     Raises:
         BackendError: ONNX Runtime cannot read or run the model.
     """
     ort = _import()
-    options = ort.SessionOptions()
+    settings = ort.SessionOptions()
     level = ort.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if device.type == "cuda":
-        # TF32 is off so that float32 means float32, as in PyTorch.
-        cuda = {"device_id": str(_index(device)), "use_tf32": "0"}
-        providers.insert(0, ("CUDAExecutionProvider", cuda))
+    settings.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+    settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    settings.intra_op_num_threads = torch.get_num_threads()
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 3
     try:
-        return ort.InferenceSession(model, options, providers=providers)
+        return ort.InferenceSession(model, settings, providers=_providers(device, stream, options))
     except Exception as error:  # as above
         raise BackendError(f"ONNX Runtime cannot load {model}: {error}") from error
 
 
+def _providers(
+    device: torch.device, stream: torch.cuda.Stream | None, options: Sequence[str]
+) -> list[str | tuple[str, dict[str, str]]]:
+    """What runs a graph's nodes, best first, with settings."""
+    providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
+    if device.type == "cuda":
+        where = {"device_id": str(_index(device))}
+        if stream is not None:
+            where["user_compute_stream"] = str(stream.cuda_stream)
+        graph = "1" if "graph" in options else "0"
+        # TF32 is off so that float32 means float32, as in PyTorch.
+        cuda = {**where, "use_tf32": "0", "enable_cuda_graph": graph}
+        providers.insert(0, ("CUDAExecutionProvider", cuda))
+        if "tensorrt" in options:
+            providers.insert(0, ("TensorrtExecutionProvider", {**where, "trt_cuda_graph_enable": graph}))
+    return providers
+
+
+def _run_options(stream: torch.cuda.Stream | None, graph: int | None) -> onnxruntime.RunOptions:
+    """Settings of a run: on a stream its end is not waited for, and it is recorded as `graph`, if that is not None."""
+    options: onnxruntime.RunOptions = _import().RunOptions()
+    if stream is not None:
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        options.add_run_config_entry("gpu_graph_id", str(-1 if graph is None else graph))
+    return options
+
+
+@contextmanager
+def _beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """What happens on `stream` comes after what was put on PyTorch's current one, and before what is put there next."""
+    if stream is None:
+        yield
+        return
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    yield
+    current.wait_stream(stream)
+
+
 def run_session(
-    component: Component, session: onnxruntime.InferenceSession, tensors: list[Tensor], device: torch.device
+    component: Component,
+    session: onnxruntime.InferenceSession,
+    tensors: list[Tensor],
+    device: torch.device,
+    stream: torch.cuda.Stream | None = None,
 ) -> list[Tensor]:
-    """Run once over the tensors' own memory; outputs are on `device`, in the component's order."""
+    """Run once over the tensors' own memory; outputs are on `device`, in the component's order.
+
+    Args:
+        stream: the session's; on a GPU it has one.
+    """
     index = _index(device)
     binding = session.io_binding()
     # Kept until the run is over: the binding has no more than their addresses.
@@ -130,10 +287,11 @@ def run_session(
         binding.bind_input(spec.name, device.type, index, _NUMPY[x.dtype], list(x.shape), x.data_ptr())
     for spec in component.outputs:
         binding.bind_output(spec.name, device.type, index)
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # the session runs in a stream of its own
-    session.run_with_iobinding(binding)
-    binding.synchronize_outputs()
+    with _beside(stream):
+        session.run_with_iobinding(binding, _run_options(stream, None))
+    if stream is not None:
+        for x in held:
+            x.record_stream(stream)
     return [torch.utils.dlpack.from_dlpack(value) for value in binding.get_outputs()]
 
 

@@ -57,7 +57,7 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckedRequest:
-    """A request that can be made: `steps` are those its sampler takes, and its seed is drawn."""
+    """A request that can be made: `steps` are those its sampler takes, its seed is drawn, and `previews` are wanted."""
 
     prompt: str
     negative_prompt: str | None
@@ -65,6 +65,7 @@ class CheckedRequest:
     seed: int
     steps: int
     group: Group
+    previews: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ import torch
 from ...errors import RequestError
 from ..image import from_tensor
 from ..pipeline import Pipeline
-from .previews import Previewer
+from ..previews import Previewer
 from .requests import CheckedRequest, Group, ImageRequest, ImageResult
 
 __all__ = ["OnStep", "PipelineRunner", "Runner", "is_out_of_memory"]
 
-OnStep = Callable[[int, Callable[[int], PIL.Image.Image]], None]
-"""(steps done, k -> a preview of image k of the batch); what it raises ends the call there."""
+OnStep = Callable[[int, Callable[[int], PIL.Image.Image] | None], None]
+"""(steps done, k -> a preview of image k of the batch, where there is one); what it raises ends the call there."""
 
 
 class Runner(Protocol):
@@ -33,7 +33,7 @@ class Runner(Protocol):
         """Load everything."""
 
     def run(self, requests: Sequence[CheckedRequest], on_step: OnStep) -> list[ImageResult]:
-        """Make a batch of one group."""
+        """Make a batch of one group; with previews of all where one asks for them."""
 
 
 class PipelineRunner:
@@ -89,10 +89,15 @@ class PipelineRunner:
         group = requests[0].group
         stopped: Exception | None = None
 
-        def step_end(_: Pipeline, step: int, __: float, values: dict[str, Any]) -> dict[str, bool]:
+        def step_done(_: Pipeline, steps: int, values: dict[str, Any]) -> dict[str, bool]:
             nonlocal stopped
+            pictures: torch.Tensor | None = values["preview"]
             try:
-                on_step(step + 1, lambda k: self._preview(values["latents"][k], group))
+                if stopped is None:
+                    on_step(
+                        steps,
+                        pictures if pictures is None else lambda k: PIL.Image.fromarray(pictures[k].numpy()),
+                    )
             except Exception as error:  # through the loop it would cost what the loop keeps for the next call
                 stopped = error
             return {"interrupt": stopped is not None}
@@ -113,7 +118,8 @@ class PipelineRunner:
             sampler=group.sampler,
             high_noise_frac=group.high_noise_frac,
             output_type="latent",
-            callback_on_step_end=step_end,
+            callback_on_progress=step_done,
+            previewer=self._fitted(group) if any(request.previews for request in requests) else None,
         )
         if stopped is not None:
             raise stopped
@@ -128,10 +134,10 @@ class PipelineRunner:
             for image, parameters in zip(images, output.parameters, strict=True)
         ]
 
-    def _preview(self, latents: torch.Tensor, group: Group) -> PIL.Image.Image:
+    def _fitted(self, group: Group) -> Previewer:
         if self._previewer is None:
             self._previewer = Previewer.fit(self._pipe.vae, group.height, group.width, self._pipe.device)
-        return self._previewer(latents)
+        return self._previewer
 
 
 def _peak_memory(device: torch.device) -> int:

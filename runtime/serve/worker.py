@@ -91,21 +91,22 @@ class Worker:
         begun = time.perf_counter()
         steps = 0
 
-        def on_step(done: int, preview: Callable[[int], PIL.Image.Image]) -> None:
+        def on_step(done: int, preview: Callable[[int], PIL.Image.Image] | None) -> None:
             nonlocal steps
             steps = done
             if all(job.left for job in jobs):
                 raise _AbandonedError
             for k, job in enumerate(jobs):
                 if not job.left:
-                    picture = preview(k) if job.previews else None
+                    picture = preview(k) if job.previews and preview is not None else None
                     self._tell(job.progress, Progress(done, job.request.steps, picture))
 
         failure: Exception | None = None
         timings: dict[str, float] = {}
         outcome = "made"
         try:
-            results = self._runner.run([job.request for job in jobs], on_step)
+            requests = [replace(job.request, previews=job.previews) for job in jobs]
+            results = self._runner.run(requests, on_step)
         except _AbandonedError:
             outcome = "abandoned"
         except Exception as error:

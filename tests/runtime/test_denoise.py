@@ -103,8 +103,9 @@ def test_arguments_are_left_alone_and_tensors_stay_where_they_are() -> None:
         )
         return halves(sample, t)
 
-    state = DenoiseState(LoopKind.of(x, table, True, 0.0, torch.float32), CPU)
-    state.start(x, table, guidance_scale=3.0)
+    state = DenoiseState(LoopKind.of((2, 4, 8, 8), table, True, torch.float32), CPU)
+    state.start(table, guidance_scale=3.0)
+    state.latents.copy_(x)
     address = state.latents.data_ptr()
     for _ in range(len(table)):
         state.step(lambda: state.prediction.copy_(unet(state.sample, state.timestep)))

@@ -6,18 +6,21 @@ import gc
 import random
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import tiny_components as tiny
 import torch
 from latentrt.errors import CaptureError
-from latentrt.runtime.denoise import Denoiser, denoise
+from latentrt.runtime.denoise import Host, denoise
+from latentrt.runtime.denoiser import Denoiser, LoopRequest, ready
 from latentrt.runtime.engines.base import Component, example_inputs
 from latentrt.runtime.engines.lazy import EngineLoader, LazyEngine
 from latentrt.runtime.graph import Graph, Graphs
 from latentrt.runtime.latents import NoiseSource
 from latentrt.runtime.sampler import SamplerTable, build_table
+from latentrt.runtime.streams import Pace, queue_of
 from sampler_oracle import CLASSES, config_of, generators, make_scheduler, noise_like
 from torch import Tensor
 
@@ -68,14 +71,22 @@ class Request:
         self.constants = {spec.name: x for spec, x in inputs if spec.name not in ("sample", "timestep")}
         noise = NoiseSource(generators(batch, seed), batch).draw_steps(self.table, (4, *size), CPU)
         scale = torch.tensor([rng.uniform(1.5, 9.0) for _ in range(batch)])
-        self.options: dict[str, Any] = {"guidance_scale": scale if guided else None, "noise": noise}
+        self.options: dict[str, Any] = {
+            "guidance_scale": scale if guided else None,
+            "guidance_rescale": rng.choice([0.0, 0.3, 0.7]),
+            "noise": noise,
+        }
+
+    def asked(self) -> LoopRequest:
+        B, C, h, w = self.latents.shape
+        return LoopRequest((B, C, h, w), self.table, self.constants, **self.options)
 
     def run(self, loop: Denoiser, **options: Any) -> Tensor:
         return loop(self.latents, self.table, self.constants, **self.options, **options)
 
 
 @pytest.mark.parametrize("sampler", CLASSES)
-def test_one_recording_serves_every_prompt_scale_seed_and_number_of_steps(
+def test_one_recording_serves_every_prompt_scale_rescale_seed_and_number_of_steps(
     component: Component, captures: list[str], sampler: str
 ) -> None:
     recorded, plain = (Denoiser(engine(component, graphs=graphs)) for graphs in (True, False))
@@ -213,3 +224,89 @@ def test_a_closed_engine_is_let_go(component: Component) -> None:
     gc.collect()
     assert module() is None
     assert request.run(loop).equal(first)
+
+
+def test_loops_are_recorded_largest_first_and_all_before_the_first_step(
+    component: Component, captures: list[str]
+) -> None:
+    """What the second one needs of the host is done by then, too."""
+    base = LazyEngineSpy(component, "base", captures)
+    refiner = LazyEngineSpy(component, "refiner", captures)
+    first, second = Request(component, 3, "euler-a", batch=1), Request(component, 4, "euler-a", batch=1)
+    asked = [(Denoiser(base.engine, 32), first.asked()), (Denoiser(refiner.engine, 48), second.asked())]
+    host = Host(Pace(queue_of(CPU)), progress=lambda: captures.append("step"))
+    with ready(asked) as runs:
+        assert captures == [
+            *("prepare refiner", "a denoising step of refiner", "prepare refiner"),
+            *("prepare base", "a denoising step of base", "prepare base"),
+        ]
+        captures.clear()
+        latents = first.latents
+        for run in runs:
+            latents = run(latents, host)
+    assert captures == ["step"] * (first.steps + second.steps)
+    plain = Denoiser(engine(component, graphs=False))
+    between = first.run(plain)
+    assert latents.equal(plain(between, second.table, second.constants, **second.options))
+
+
+class LazyEngineSpy:
+    """An engine by another name, whose programs log when they are prepared."""
+
+    def __init__(self, component: Component, name: str, log: list[str]) -> None:
+        self.engine = engine(replace(component, name=name), graphs=True)
+        loaded = self.engine.load()
+        bind = loaded.bind
+
+        def logged(*args: Any, **options: Any) -> Any:
+            program = bind(*args, **options)
+            prepare = program.prepare
+            program.prepare = lambda: (log.append(f"prepare {name}"), prepare())  # type: ignore[method-assign]
+            return program
+
+        loaded.bind = logged  # type: ignore[method-assign]
+
+
+def test_loops_whose_unets_are_not_there_together_are_made_ready_one_by_one(
+    component: Component, captures: list[str]
+) -> None:
+    loops = [Denoiser(engine(replace(component, name=name), graphs=True)) for name in ("base", "refiner")]
+    requests = [Request(component, seed, "euler-a", batch=1) for seed in (3, 4)]
+    asked = [(loop, request.asked()) for loop, request in zip(loops, requests, strict=True)]
+    found = []
+    for together in (True, False):
+        latents = requests[0].latents
+        with ready(asked, together=together) as runs:
+            for run in runs:
+                latents = run(latents, Host(Pace(queue_of(CPU)), progress=lambda: captures.append("step")))
+        found.append(latents)
+        captures.clear()
+        for loop in loops:
+            loop._idle.clear()
+    assert found[0].equal(found[1])
+    with ready(asked, together=False) as runs:
+        assert captures == []
+        for run in runs:
+            latents = run(latents, Host(Pace(queue_of(CPU)), progress=lambda: captures.append("step")))
+    assert captures == [
+        *("a denoising step of base", *["step"] * requests[0].steps),
+        *("a denoising step of refiner", *["step"] * requests[1].steps),
+    ]
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_an_error_in_one_of_two_loops_leaves_both_usable(component: Component, graphs: bool) -> None:
+    first, second = Request(component, 3, "euler-a", batch=1), Request(component, 4, "pndm", batch=1)
+    loops = [Denoiser(engine(component, graphs=graphs)) for _ in range(2)]
+    wanted = [request.run(loop) for request, loop in zip((first, second), loops, strict=True)]
+
+    def fail(i: int, t: float, x: Tensor) -> None:
+        raise ZeroDivisionError
+
+    with (
+        pytest.raises(ZeroDivisionError),
+        ready([(loops[0], first.asked()), (loops[1], second.asked())]) as runs,
+    ):
+        runs[0](first.latents, Host(Pace(queue_of(CPU)), on_step=fail))
+    assert first.run(loops[0]).equal(wanted[0])
+    assert second.run(loops[1]).equal(wanted[1])

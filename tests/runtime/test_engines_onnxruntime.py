@@ -9,6 +9,8 @@ import textwrap
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +20,18 @@ from latentrt import export
 from latentrt.errors import BackendError, BackendUnavailableError, CacheError
 from latentrt.export.check import relative_error
 from latentrt.runtime import prepare
-from latentrt.runtime.engines.base import Component, Engine
+from latentrt.runtime.denoise import denoise
+from latentrt.runtime.denoiser import Denoiser
+from latentrt.runtime.engines import onnxruntime as ort_engine
+from latentrt.runtime.engines.base import Component, Engine, example_inputs
+from latentrt.runtime.engines.lazy import EngineLoader
 from latentrt.runtime.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine
 from latentrt.runtime.prepare import onnx_model
+from latentrt.runtime.sampler import build_table
+from sampler_oracle import config_of, make_scheduler, noise_like
 from tolerances import EXPORT_FLOAT32
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 
@@ -134,6 +143,168 @@ def test_the_exporter_digest_is_over_the_sources(monkeypatch: pytest.MonkeyPatch
             (tmp_path / folder / "code.py").write_text("x = 2\n")
         digests.add(prepare.exporter_digest.__wrapped__())
     assert len(digests) == 1 + len(prepare._SOURCES)
+
+
+class Operations(TorchDispatchMode):
+    """What PyTorch is asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_bound_session_copies_nothing(cache_dir: Path) -> None:
+    component = tiny.affine()
+    engine = load(component, cache_dir)
+    static, out = {"x": torch.zeros(3, 4)}, {"y": torch.full((3, 4), torch.nan)}
+    address = out["y"].data_ptr()
+    program = engine.bind(static, out)
+    program.prepare()
+    for seed in range(3):
+        inputs = tiny.named_inputs(component, seed, batch=3)
+        static["x"].copy_(inputs["x"])
+        with Operations() as asked:
+            program.run()
+        assert asked.names == []
+        assert torch.equal(out["y"], engine(inputs)["y"])
+    assert out["y"].data_ptr() == address
+
+
+def test_a_loop_over_a_bound_session_is_the_loop_over_calls_to_the_bit(cache_dir: Path) -> None:
+    component = tiny.unet()
+    lazy = EngineLoader("onnxruntime", CPU, torch.float32, cache_dir).engine(component)
+    table = build_table(config_of(make_scheduler("dpm++2m")), 4)
+    x = noise_like(2, 4, 5, 7) * table.init_noise_sigma
+    sizes = {**component.example_sizes, "batch": 4}
+    drawn = zip(component.inputs, example_inputs(component, sizes), strict=True)
+    constants = {spec.name: value for spec, value in drawn if spec.name not in ("sample", "timestep")}
+
+    def unet(sample: Tensor, timestep: Tensor) -> Tensor:
+        return lazy({"sample": sample, "timestep": timestep, **constants})[component.outputs[0].name]
+
+    wanted = denoise(unet, x, table, guidance_scale=4.0)
+    loop = Denoiser(lazy)
+    for _ in range(2):
+        assert loop(x, table, constants, guidance_scale=4.0).equal(wanted)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (
+            torch.zeros(3, 4).double(),
+            torch.zeros(3, 4),
+            "x is torch.float64; bound, it must be torch.float32",
+        ),
+        (torch.zeros(4, 3).T, torch.zeros(3, 4), "x is torch.float32, not contiguous; bound"),
+        (torch.zeros(3, 4), torch.zeros(3, 4).half(), "y is torch.float16; bound, it must be torch.float32"),
+        (torch.zeros(3, 5), torch.zeros(3, 4), r"x has shape \[3, 5\]"),
+    ],
+)
+def test_what_cannot_be_bound(x: Tensor, y: Tensor, message: str, cache_dir: Path) -> None:
+    with pytest.raises(BackendError, match=message):
+        load(tiny.affine(), cache_dir).bind({"x": x}, {"y": y})
+
+
+def test_a_closed_engine_is_not_bound(cache_dir: Path) -> None:
+    engine = load(tiny.affine(), cache_dir)
+    engine.close()
+    with pytest.raises(BackendError, match="affine was closed"):
+        engine.bind({"x": torch.zeros(2, 4)}, {"y": torch.zeros(2, 4)})
+
+
+class FakeSession:
+    """Logs what it is bound to and how it is run."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[Any, ...]] = []
+
+    def io_binding(self) -> Any:
+        return SimpleNamespace(
+            bind_input=lambda *a: self.log.append(("in", *a)),
+            bind_output=lambda *a: self.log.append(("out", *a)),
+        )
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        keys = ("disable_synchronize_execution_providers", "gpu_graph_id")
+        self.log.append(("run", *(options.get_run_config_entry(key) for key in keys)))
+
+
+class FakeStream:
+    cuda_stream = 4711
+
+    def __init__(self, name: str, log: list[tuple[Any, ...]]) -> None:
+        self.device = torch.device("cuda", 1)
+        self.name, self._log = name, log
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self._log.append((self.name, "waits for", other.name))
+
+
+@pytest.mark.parametrize("records", [False, True])
+def test_on_a_gpu_streams_wait_for_each_other_and_the_host_for_none(
+    records: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = FakeSession()
+    own, current = FakeStream("the session", session.log), FakeStream("torch", session.log)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    x, y = torch.zeros(2, 4), torch.zeros(2, 4)
+    made = [
+        ort_engine._Program(tiny.affine(), session, {"x": x}, {"y": y}, own.device, own, records=records)  # type: ignore[arg-type]
+        for _ in range(2)
+    ]
+    assert session.log == 2 * [
+        ("in", "x", "cuda", 1, np.float32, [2, 4], x.data_ptr()),
+        ("out", "y", "cuda", 1, np.float32, [2, 4], y.data_ptr()),
+    ]
+    ids = []
+    for program in made:
+        session.log.clear()
+        program.run()
+        assert session.log[0] == ("the session", "waits for", "torch")
+        assert session.log[2] == ("torch", "waits for", "the session")
+        assert session.log[1][:2] == ("run", "1")
+        ids.append(session.log[1][2])
+    assert len(set(ids)) == (2 if records else 1)  # each its own graph, or none
+    assert ("-1" in ids) is not records
+
+
+def test_providers_and_their_settings() -> None:
+    device, stream = torch.device("cuda", 1), FakeStream("the session", [])
+    where = {"device_id": "1", "user_compute_stream": "4711"}
+    assert ort_engine._providers(CPU, None, ()) == ["CPUExecutionProvider"]
+    for options in ((), ("graph",), ("tensorrt", "graph")):
+        graph = str(int("graph" in options))
+        wanted: list[Any] = [
+            ("CUDAExecutionProvider", {**where, "use_tf32": "0", "enable_cuda_graph": graph}),
+            "CPUExecutionProvider",
+        ]
+        if "tensorrt" in options:
+            wanted.insert(0, ("TensorrtExecutionProvider", {**where, "trt_cuda_graph_enable": graph}))
+        assert ort_engine._providers(device, stream, options) == wanted  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("told", "device", "providers", "message"),
+    [
+        ("graph,fast", "cuda", [], "LATENTRT_ONNXRUNTIME has 'fast'; it can have graph, tensorrt"),
+        ("graph", "cpu", [], "graph in LATENTRT_ONNXRUNTIME is for GPUs; unset it"),
+        ("tensorrt", "cuda", ["CUDAExecutionProvider"], "built without TensorRT; pip install"),
+    ],
+)
+def test_options_that_cannot_be_met(
+    told: str, device: str, providers: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    monkeypatch.setenv("LATENTRT_ONNXRUNTIME", told)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    with pytest.raises(BackendUnavailableError, match=message):
+        OnnxRuntimeBackend().load(tiny.affine(), device=torch.device(device), cache_dir=None)
 
 
 def test_no_room_for_the_export(tmp_path: Path) -> None:

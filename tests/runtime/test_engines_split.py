@@ -11,7 +11,7 @@ import tiny_components as tiny
 import torch
 from fake_tensorrt import FakeCuda, FakeTensorRT, install
 from latentrt.errors import BackendError, RequestError
-from latentrt.runtime.denoise import Denoiser
+from latentrt.runtime.denoiser import Denoiser
 from latentrt.runtime.engine_store import EngineTarget, StoredEngine
 from latentrt.runtime.engines import tensorrt as backends
 from latentrt.runtime.engines.base import Availability, Component, Engine, Timesteps

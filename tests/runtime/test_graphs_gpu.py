@@ -17,6 +17,7 @@ from latentrt.runtime.graph import Graphs
 from latentrt.runtime.loading import load_components
 from latentrt.runtime.models.layers import GroupNorm, GroupNormSiLU
 from latentrt.runtime.models.unet_blocks import TransformerBlock
+from latentrt.runtime.previews import Previewer
 from latentrt.runtime.weights import open_checkpoint
 from tolerances import PIPELINE_GPU
 
@@ -99,6 +100,26 @@ def test_the_same_seed_gives_the_same_image_after_recording_anew(graphed: latent
     first = graphed(**CALL, seed=7).images
     assert np.array_equal(load(backend="triton")(**CALL, seed=7).images, first)
     assert np.array_equal(graphed(**CALL, seed=7).images, first)
+
+
+def test_pictures_of_the_steps_come_from_beside_the_loop(graphed: latentrt.Pipeline) -> None:
+    previewer = Previewer.fit(graphed.vae, 128, 128, graphed.device)
+    told: list[tuple[int, torch.Tensor]] = []
+    waited: list[torch.Tensor] = []
+    plain = graphed(**CALL, seed=7).images
+    made = graphed(
+        **CALL,
+        seed=7,
+        previewer=previewer,
+        callback_on_progress=lambda _, done, values: told.append((done, values["preview"])),
+    ).images
+    graphed(
+        **CALL, seed=7, callback_on_step_end=lambda p, i, t, k: waited.append(previewer(k["latents"]).cpu())
+    )
+    assert np.array_equal(made, plain)
+    assert [done for done, _ in told] == list(range(1, 9))
+    for (_, picture), wanted in zip(told, waited, strict=True):
+        assert picture.equal(wanted)
 
 
 def test_a_step_launches_our_kernels_once_each() -> None:

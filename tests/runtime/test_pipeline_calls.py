@@ -14,7 +14,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from fake_queue import FakeQueue
 from latentrt.errors import RequestError
+from latentrt.runtime.previews import Previewer
 from parity import SEEDS, Case, Rig
 from tolerances import PIPELINE_EAGER
 
@@ -355,6 +357,61 @@ def test_whatever_was_asked_for_is_told(both: latentrt.Pipeline) -> None:
     assert {name: told[name] for name in crops} == {
         name: f"{top},{left}" for name, (top, left) in crops.items()
     }
+
+
+def test_progress_is_told_with_pictures(both: latentrt.Pipeline) -> None:
+    previewer = Previewer.fit(both.vae, 64, 48, both.device)
+    told: list[Any] = []
+    made = both(
+        **CALL,
+        seed=6,
+        callback_on_progress=lambda _, done, values: told.append((done, values["preview"].shape)),
+        previewer=previewer,
+    )
+    assert told == [(k, (1, 8, 6, 3)) for k in range(1, 5)]
+    assert np.array_equal(made.images, both(**CALL, seed=6).images)
+
+
+def test_progress_can_interrupt(both: latentrt.Pipeline) -> None:
+    told: list[Any] = []
+
+    def callback(pipe: Any, done: int, values: Any) -> dict[str, Any]:
+        told.append((done, values["preview"]))
+        return {"interrupt": done == 2}
+
+    assert both(**CALL, seed=6, callback_on_progress=callback).interrupted
+    assert told == [(1, None), (2, None)]
+    with pytest.raises(RequestError, match=r"callback_on_progress returned 3; it can return"):
+        both(**CALL, seed=6, callback_on_progress=lambda *_: 3)
+
+
+def test_the_host_waits_for_the_device_between_steps_and_at_the_end_alone(
+    both: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not between base and refiner, nor for a stage's time, nor for progress."""
+    queue = FakeQueue()
+    monkeypatch.setattr("latentrt.runtime.progress.queue_of", lambda device: queue)
+    timings = both(**CALL, seed=6, callback_on_progress=lambda *_: queue.log.append("told")).timings
+    waits = [k for k, line in enumerate(queue.log) if line.startswith("wait")]
+    told = [k for k, line in enumerate(queue.log) if line == "told"]
+    assert len(told) == 4
+    assert (
+        sum(k < told[0] for k in waits) == 4 - 2
+    )  # before the third and the fourth step; then the first is told of
+    assert len(waits) <= 2 + 4  # the other steps, and the end
+    assert timings["refiner"] > 0
+
+
+def test_the_vae_decodes_in_tiles_where_asked(
+    pipe: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentrt.runtime.pipeline.TILE", 8)
+    call = {**CALL, "seed": 2, "width": 96}
+    tiled = pipe(**{**call, "output_type": "pt"}, tiled_vae=True).images
+    latents = pipe(**{**call, "output_type": "latent"}, tiled_vae=True).images
+    with torch.no_grad():
+        assert tiled.equal(pipe.vae.decode(latents, tile=8))
+        assert not tiled.equal(pipe.vae.decode(latents))
 
 
 def test_the_ends_and_the_latents_given_are_told(pipe: latentrt.Pipeline) -> None:

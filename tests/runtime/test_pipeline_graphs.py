@@ -79,6 +79,8 @@ def test_warming_up_records_every_size_the_largest_first(
     pipe.warmup(sizes, batches=(1, 2))
     assert shapes == [(64, 48, 2), (64, 48, 1), (32, 32, 2), (32, 32, 1)]
     assert sum("unet" in what for what in made) == 8  # two experts
+    assert made[0] == "vae_decoder"  # the largest: the others then find room in its memory
+    assert {"text_encoder", "text_encoder_2"} < set(made)
     made.clear()
     for height, width in sizes:
         pipe(**{**CALL, "height": height, "width": width}, num_inference_steps=3, seed=1)

@@ -121,7 +121,7 @@ def test_a_planned_step_is_live_as_a_real_one(pair: Planner, tiny: Tiny) -> None
         spec.name: torch.zeros(spec.shape({"batch": 2}), dtype=spec.dtype) for spec in component.inputs[2:]
     }
     table = build_table(SamplerConfig.from_dict(SCHEDULERS["sdxl"], None), 30)
-    kind = LoopKind.of(torch.zeros(1, 4, 8, 8), table, True, 0.0, torch.float16)
+    kind = LoopKind.of((1, 4, 8, 8), table, True, torch.float16)
     with torch.no_grad(), as_nodes(), Tracker() as bound:
         state = DenoiseState(kind, cpu)
         inputs = {"sample": state.sample, "timestep": state.timestep, **told}

@@ -1,0 +1,207 @@
+"""Denoising loops over UNets that stay ready, recorded where that was asked for, for the next request of their kind.
+
+The loops of a call take up everything but their latents before the first of them begins (`ready`): so a base's last
+step and a refiner's first follow each other on the device, with nothing between that the host has to bring or wait for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .denoise import DenoiseState, Host, LoopKind, OnStep, require_channels, walk
+from .engines.base import Program
+from .engines.lazy import LazyEngine
+from .graph import Graph
+from .sampler import SamplerTable
+from .streams import Pace, queue_of
+
+__all__ = ["Denoiser", "LoopRequest", "Run", "ready"]
+
+_KEPT = 8  # loops kept ready for the next request of their kind
+
+
+@dataclass(frozen=True)
+class LoopRequest:
+    """What a loop is asked for, all but the latents it begins with.
+
+    Attributes:
+        shape: of the latents, (B, C, h, w).
+        table: of whose steps it takes every one.
+        constants: the UNet's inputs that are the same in every step, by name.
+        guidance_scale, guidance_rescale, noise: as for `denoise`.
+    """
+
+    shape: tuple[int, int, int, int]
+    table: SamplerTable
+    constants: Mapping[str, Tensor]
+    guidance_scale: float | Tensor | None = None
+    guidance_rescale: float = 0.0
+    noise: Tensor | None = None
+
+
+class _Loop:
+    """A UNet bound to a loop's static tensors, and its step recorded where that was asked for."""
+
+    def __init__(self, unet: LazyEngine, kind: LoopKind, constants: Mapping[str, Tensor]) -> None:
+        self.engine = unet.load()
+        device = unet.device
+        self.state = DenoiseState(kind, device)
+        self.constants = {name: torch.zeros_like(x, device=device) for name, x in constants.items()}
+        inputs = {"sample": self.state.sample, "timestep": self.state.timestep, **self.constants}
+        outputs = {unet.component.outputs[0].name: self.state.prediction}
+        self.program: Program = self.engine.bind(inputs, outputs, timesteps=self.state.timesteps)
+        self.graph: Graph | None = None
+        if unet.graphs is not None and self.program.capturable:
+            self.program.prepare()
+            self.graph = unet.graphs.capture(self._step, f"a denoising step of {unet.component.name}")
+
+    def _step(self) -> None:
+        self.state.step(self.program.run)
+
+    def start(self, asked: LoopRequest) -> None:
+        for name, x in self.constants.items():
+            x.copy_(asked.constants[name])
+        self.state.start(
+            asked.table,
+            guidance_scale=asked.guidance_scale,
+            guidance_rescale=asked.guidance_rescale,
+            noise=asked.noise,
+        )
+        self.program.prepare()
+
+    def step(self) -> None:
+        if self.graph is None:
+            self._step()
+        else:
+            self.graph.replay()
+
+
+class Run:
+    """A loop that has taken up a request, to be run once."""
+
+    def __init__(
+        self, loop: _Loop, table: SamplerTable, turn: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self._loop, self._table, self._turn = loop, table, turn
+
+    def __call__(self, latents: Tensor, host: Host) -> Tensor:
+        """Take every step of the table.
+
+        Args:
+            latents: [B, C, h, w] at the noise level of the first step; left as they are.
+
+        Returns:
+            float32 [B, C, h, w], which the device may not have computed yet.
+        """
+        static = self._loop.state.latents
+        with self._turn():
+            static.copy_(latents)
+            walk(static, self._loop.step, self._table, host)
+            return static.clone()
+
+
+class Denoiser:
+    """The denoising loop over one UNet. Loops stay ready for the next request of their kind."""
+
+    def __init__(self, unet: LazyEngine, width: int = 1) -> None:
+        """`width`: channels of the UNet at its full resolution, by which loops of several are compared in size."""
+        self._unet = unet
+        self._width = width
+        self._idle: OrderedDict[tuple[LoopKind, int], _Loop] = OrderedDict()
+        self._lock = threading.Lock()
+        unet.on_close(self._idle.clear)
+
+    def __call__(
+        self,
+        latents: Tensor,
+        table: SamplerTable,
+        constants: Mapping[str, Tensor],
+        *,
+        guidance_scale: float | Tensor | None = None,
+        guidance_rescale: float = 0.0,
+        noise: Tensor | None = None,
+        on_step: OnStep | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        progress: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Take up a request, as `LoopRequest` has it, and run it, as `Host` says."""
+        B, C, h, w = latents.shape
+        asked = LoopRequest((B, C, h, w), table, constants, guidance_scale, guidance_rescale, noise)
+        host = Host(
+            Pace(queue_of(latents.device)), should_stop=should_stop, progress=progress, on_step=on_step
+        )
+        with self.ready(asked) as run:
+            return run(latents, host)
+
+    def size(self, asked: LoopRequest) -> int:
+        """How much memory a step takes, in proportion: a UNet's largest tensors are those of its full resolution."""
+        B, _, h, w = asked.shape
+        rows = B if asked.guidance_scale is None else 2 * B
+        return rows * h * w * self._width * self._unet.component.dtype.itemsize
+
+    @contextmanager
+    def ready(self, asked: LoopRequest) -> Iterator[Run]:
+        """A loop of the kind, which nobody else has meanwhile, with the request taken up."""
+        unet = self._unet
+        dtype = unet.component.dtype
+        require_channels(unet.component.outputs[0].dims[1], asked.shape[1], asked.table)
+        kind = LoopKind.of(asked.shape, asked.table, asked.guidance_scale is not None, dtype)
+        tokens = (
+            next(iter(asked.constants.values())).shape[1] if asked.constants else 0
+        )  # vary with the model
+        key = kind, tokens
+        engine = unet.load()
+        with self._lock:
+            loop = self._idle.pop(key, None)
+        try:
+            with self._turn():
+                if loop is None or loop.engine is not engine:  # loaded anew, or moved to another device
+                    with torch.inference_mode(False):  # a caller's own would mark the static tensors
+                        loop = _Loop(unet, kind, asked.constants)
+                loop.start(asked)
+            yield Run(loop, asked.table, self._turn)
+        except BaseException:  # it is dropped, once what it has put on the device is done
+            queue_of(unet.device).record().synchronize()
+            raise
+        with self._lock:
+            self._idle[key] = loop
+            while len(self._idle) > _KEPT:
+                self._idle.popitem(last=False)
+
+    def _turn(self) -> AbstractContextManager[None]:
+        graphs = self._unet.graphs
+        return nullcontext() if graphs is None else graphs.turn()
+
+
+@contextmanager
+def ready(
+    asked: Sequence[tuple[Denoiser, LoopRequest]], *, together: bool = True
+) -> Iterator[list[Callable[[Tensor, Host], Tensor]]]:
+    """Runs of several loops, all made ready before the first begins; called as a `Run`.
+
+    The largest is made, and so recorded, first: the others then find room in its part of the graphs' shared memory.
+
+    Args:
+        together: else each is made ready when it is called, and its loop set free when it has run: for UNets that are
+            not on the device at the same time.
+    """
+    if not together:
+        yield [partial(_run_alone, loop, request) for loop, request in asked]
+        return
+    order = sorted(range(len(asked)), key=lambda k: -asked[k][0].size(asked[k][1]))
+    with ExitStack() as held:
+        runs = {k: held.enter_context(asked[k][0].ready(asked[k][1])) for k in order}
+        yield [runs[k] for k in range(len(asked))]
+
+
+def _run_alone(loop: Denoiser, asked: LoopRequest, latents: Tensor, host: Host) -> Tensor:
+    with loop.ready(asked) as run:
+        return run(latents, host)

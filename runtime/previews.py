@@ -1,0 +1,137 @@
+"""Small pictures of latents, at a pixel for each: what can be shown while an image is made.
+
+The VAE is nearly local, and colour nearly linear in its latents, so a matrix of [C + 1, 3] stands for it. It is fitted
+by least squares to the VAE itself, on blocks of random colour; no table of any one model's factors is needed.
+
+Nothing waits for a picture: the loop leaves a copy of its latents, and a stream of its own makes the picture of it and
+brings that to the host, which finds it there a step or two later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .streams import Event, Queue
+from .vae import VAE
+
+__all__ = ["Previewer", "StepReports"]
+
+_BLOCK = 8
+_COLOURS = 32
+_SLOTS = 4  # the device is up to two steps behind; one more is being given, and one may be late
+
+
+@dataclass(frozen=True)
+class Previewer:
+    """Latents to pictures.
+
+    Attributes:
+        weights: [C + 1, 3] on the device, the last row a constant.
+    """
+
+    weights: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def fit(cls, vae: VAE, height: int, width: int, device: torch.device) -> Previewer:
+        """Decode random pictures of `height` x `width` pixels, one where they are large, and fit to them."""
+        h, w = height // vae.scale, width // vae.scale
+        down, across = -(-h // _BLOCK), -(-w // _BLOCK)
+        shape = (-(-_COLOURS // (down * across)), vae.channels, down, across)
+        blocks = 0.7 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        latents = F.interpolate(blocks, scale_factor=_BLOCK)[..., :h, :w]
+        pixels = F.avg_pool2d(vae.decode(latents.to(device)).cpu(), vae.scale)
+        rows = latents.movedim(1, 3).flatten(0, 2).double()
+        wanted = pixels.movedim(1, 3).flatten(0, 2).double()
+        weights = torch.linalg.lstsq(_with_one(rows), wanted).solution
+        return cls(weights.to(device, torch.float32))
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] of any noise level -> RGB, uint8 [B, h, w, 3] on the same device.
+
+        The sampler's x grows with its noise; brought to unit variance it looks the same with every sampler.
+        """
+        deviation = latents.float().flatten(1).std(dim=1).clamp(min=1.0)
+        rows = (latents.float() / deviation.view(-1, 1, 1, 1)).movedim(1, 3)
+        rgb = _with_one(rows) @ self.weights
+        return (rgb.clamp(0, 1).nan_to_num() * 255).round().to(torch.uint8)
+
+
+class _Slot:
+    """Room for one step's latents, and for their picture on the host."""
+
+    def __init__(self, latents: Tensor) -> None:
+        B, _, h, w = latents.shape
+        self.latents = torch.empty_like(latents)
+        self.pixels = torch.empty(B, h, w, 3, dtype=torch.uint8, pin_memory=latents.is_cuda)
+
+
+class StepReports:
+    """Tells of each step once the device has done it, with a picture where there is a previewer.
+
+    A picture that finds every slot still on its way is left out, rather than waited for.
+    """
+
+    def __init__(
+        self, queue: Queue, previewer: Previewer | None, tell: Callable[[int, Tensor | None], object]
+    ) -> None:
+        """`tell`: called with the number of steps done, and their picture, uint8 [B, h, w, 3] on the CPU."""
+        self._queue = queue
+        self._previewer = previewer
+        self._tell = tell
+        self._steps = 0
+        self._free: list[_Slot] = []
+        self._slots = 0
+        self._under_way: deque[tuple[int, Event, _Slot | None]] = deque()
+
+    def take(self, latents: Tensor) -> None:
+        """A step has been given to the device, after which the latents are these."""
+        self._steps += 1
+        slot = None if self._previewer is None else self._slot(latents)
+        if slot is None or self._previewer is None:
+            self._under_way.append((self._steps, self._queue.record(), None))
+            return
+        slot.latents.copy_(latents)  # the loop's own are overwritten by the next step
+        drawn = self._queue.beside(partial(_draw, self._previewer, slot))
+        self._under_way.append((self._steps, drawn, slot))
+
+    def deliver(self) -> None:
+        """Tell of the steps that are done by now, in their order."""
+        while self._under_way and self._under_way[0][1].query():
+            steps, _, slot = self._under_way.popleft()
+            picture = None
+            if slot is not None:
+                picture = slot.pixels.clone()
+                self._free.append(slot)
+            self._tell(steps, picture)
+
+    def finish(self) -> None:
+        """Wait for the steps that are left, and tell of them."""
+        while self._under_way:
+            self._under_way[0][1].synchronize()
+            self.deliver()
+
+    def _slot(self, latents: Tensor) -> _Slot | None:
+        if self._free:
+            return self._free.pop()
+        if self._slots == _SLOTS:
+            return None
+        self._slots += 1
+        return _Slot(latents)
+
+
+def _draw(previewer: Previewer, slot: _Slot) -> None:
+    slot.pixels.copy_(previewer(slot.latents), non_blocking=True)
+
+
+def _with_one(x: Tensor) -> Tensor:
+    """[..., C] -> [..., C + 1]"""
+    return torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)

@@ -1,0 +1,59 @@
+"""A device that does nothing until it is waited for or told to: what runs beside its main stream runs late."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from latentrt.runtime.streams import Event
+
+
+@dataclass
+class FakeEvent:
+    queue: FakeQueue
+    place: int
+
+    def query(self) -> bool:
+        return self.place <= self.queue.done
+
+    def synchronize(self) -> None:
+        self.queue.log.append(f"wait {self.place}")
+        self.queue.get_to(self.place)
+
+    def elapsed_time(self, end_event: Event) -> float:
+        assert isinstance(end_event, FakeEvent)
+        assert self.query()
+        assert end_event.query()
+        return 1000.0 * (end_event.place - self.place)
+
+
+@dataclass
+class FakeQueue:
+    """Attributes:
+    log: what the host did, in order; tests add their own lines.
+    places: given so far; each record and each piece of work beside is one.
+    done: the place the device has got to.
+    """
+
+    log: list[str] = field(default_factory=list)
+    places: int = 0
+    done: int = 0
+    _beside: deque[tuple[int, Callable[[], None]]] = field(default_factory=deque)
+
+    def record(self, *, timed: bool = False) -> Event:
+        self.places += 1
+        self.log.append(f"record {self.places}")
+        return FakeEvent(self, self.places)
+
+    def beside(self, work: Callable[[], None]) -> Event:
+        self.places += 1
+        self.log.append(f"beside {self.places}")
+        self._beside.append((self.places, work))
+        return FakeEvent(self, self.places)
+
+    def get_to(self, place: int) -> None:
+        """Do what was given up to there."""
+        while self._beside and self._beside[0][0] <= place:
+            self._beside.popleft()[1]()
+        self.done = max(self.done, place)
