@@ -7,8 +7,6 @@ replayed for any prompt, seed, scale, sampler table and number of steps.
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -34,7 +32,6 @@ OnStep = Callable[[int, float, Tensor], Tensor | None]
 been waited for."""
 
 _CAPACITIES = (64, 256, 1024)  # steps that static tensors have room for
-_KEPT = 8  # loops kept ready for the next request of their kind
 
 
 @dataclass(frozen=True)
@@ -107,6 +104,11 @@ class DenoiseState:
         self._noise = zeros(steps, B, C, h, w) if kind.noise else None
         self.timesteps = Timesteps(zeros(steps), self._index)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all of them."""
+        return sum(x.nbytes for x in (*vars(self).values(), self.timesteps.values) if isinstance(x, Tensor))
+
     def start(
         self,
         latents: Tensor,
@@ -165,6 +167,7 @@ class _Loop:
         inputs = {"sample": self.state.sample, "timestep": self.state.timestep, **self.constants}
         outputs = {unet.component.outputs[0].name: self.state.prediction}
         self.program: Program = self.engine.bind(inputs, outputs, timesteps=self.state.timesteps)
+        self.nbytes = self.state.nbytes + self.program.nbytes + sum(x.nbytes for x in self.constants.values())
         self.graph: Graph | None = None
         if unet.graphs is not None and self.program.capturable:
             self.program.prepare()
@@ -198,9 +201,6 @@ class Denoiser:
 
     def __init__(self, unet: LazyEngine) -> None:
         self._unet = unet
-        self._idle: OrderedDict[tuple[LoopKind, int], _Loop] = OrderedDict()
-        self._lock = threading.Lock()
-        unet.on_close(self._idle.clear)
 
     def __call__(
         self,
@@ -240,8 +240,7 @@ class Denoiser:
             next(iter(constants.values())).shape[1] if constants else 0,
         )  # tokens vary with the model
         engine = self._unet.load()
-        with self._lock:
-            loop = self._idle.pop(key, None)
+        loop: _Loop | None = self._unet.kept.take(self._unet, key)
         if loop is None or loop.engine is not engine:  # loaded anew, or moved to another device
             with torch.inference_mode(False):  # a caller's own would mark the static tensors
                 loop = _Loop(self._unet, kind, constants)
@@ -251,10 +250,7 @@ class Denoiser:
             if loop.state.latents.is_cuda:
                 torch.cuda.current_stream(loop.state.latents.device).synchronize()
             raise
-        with self._lock:
-            self._idle[key] = loop
-            while len(self._idle) > _KEPT:
-                self._idle.popitem(last=False)
+        self._unet.kept.put(self._unet, key, loop, loop.nbytes)
 
 
 def denoise(

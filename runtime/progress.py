@@ -63,6 +63,12 @@ class Watch:
             ) from error
         self.timings[name] = time.perf_counter() - begun
 
+    def begin_again(self) -> None:
+        """Forget the steps and stages so far."""
+        self._step = 0
+        self._bar.reset()
+        self.timings.clear()
+
     def count(self) -> None:
         """A step of whichever expert."""
         self._step += 1

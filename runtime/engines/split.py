@@ -170,6 +170,8 @@ class _SplitProgram:
         now = {name: self._row[0, place].view(rows, -1) for name, place in self._places.items()}
         self._step = step_engine.bind({s.name: (self._values | now)[s.name] for s in step.inputs}, outputs)
         self.capturable = self._step.capturable
+        own = (*made.values(), *self._of_time.values(), *self._shifts.values(), self._table, self._row)
+        self.nbytes = sum(x.nbytes for x in own)
 
     @torch.inference_mode()
     def prepare(self) -> None:

@@ -187,10 +187,14 @@ def test_threads_take_loops_of_their_own(component: Component) -> None:
 
 
 def test_few_loops_are_kept(component: Component) -> None:
-    loop = Denoiser(engine(component, "eager", graphs=False))
+    lazy = engine(component, "eager", graphs=False)
+    lazy.kept.limit = 300_000
+    loop = Denoiser(lazy)
     for seed in range(40):
         Request(component, seed).run(loop)
-    assert 1 < len(loop._idle) <= 8
+        assert lazy.kept.nbytes <= lazy.kept.limit
+    assert len(lazy.kept) > 1
+    assert lazy.kept.evicted > 1
 
 
 @pytest.mark.parametrize("graphs", [False, True])
