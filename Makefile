@@ -43,6 +43,10 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/latentrt  # the name mypy knows the root by
 	@touch $(VENV)/.runtime $@
 
+$(VENV)/.ray: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[ray]'
+	@touch $@
+
 generate: $(VENV)/.runtime
 	@$(BIN)/latentrt generate --seed "$$SEED" -o "$$IMAGE" -- "$$PROMPT"
 
@@ -53,7 +57,7 @@ test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(PYTEST) -m 'not full' -n 2
 
 # Goes on where it was stopped: what passed with the sources as they are is not run again.
-test-full: $(VENV)/.test
+test-full: $(VENV)/.ray
 	$(BIN)/python -m latentrt.bench.full $(PARTS)
 
 # Each part goes on where it was stopped, or is short; results are written to bench/results as they come.

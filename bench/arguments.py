@@ -134,7 +134,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     m.add_argument("--guidance", type=float, default=8.0, help="default 8, MLPerf's")
     m.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (default: the demo's world)")
     m.add_argument("--seconds", type=float, default=60.0, help="least duration of a scenario (default 60)")
-    m.add_argument("--queries", type=int, default=64, help="least number of them (default 64)")
+    m.add_argument(
+        "--queries", type=int, help="least number of them (default 64, and 700 for Server's 99 %%)"
+    )
     m.add_argument("--rate", type=float, help="queries a second (default: by what is reached here)")
     m.add_argument(
         "--latency", type=float, default=20.0, help="seconds that 99 %% of Server stay under (default 20)"

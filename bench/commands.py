@@ -125,7 +125,7 @@ def bench_loadgen(args: argparse.Namespace) -> Iterator[str]:
     """MLPerf's scenarios over a pipeline; LoadGen's verdict on each, and an error where one is INVALID."""
     from ..runtime.pipeline import Pipeline
     from .features import demo_prompts
-    from .loadgen import SCENARIOS, LoadTest, PipelineMaker, Verdict, run_loadgen
+    from .loadgen import QUERIES, LoadTest, PipelineMaker, Verdict, run_loadgen
 
     pipe = Pipeline.from_pretrained(
         args.model, args.refiner, backend=args.backend, dtype=args.dtype, device=device_named(args.device)
@@ -134,13 +134,13 @@ def bench_loadgen(args: argparse.Namespace) -> Iterator[str]:
     make = PipelineMaker(pipe, prompts, size=args.size, steps=args.steps, guidance=args.guidance)
     reached = make.rate(args.batch) if args.rate is None else args.rate
     verdicts: list[Verdict] = []
-    for scenario in args.scenario or SCENARIOS:
+    for scenario in dict.fromkeys(args.scenario) or QUERIES:
         factor = {"Server": _BELOW, "Offline": _ABOVE}.get(scenario, 1.0) if args.rate is None else 1.0
         test = LoadTest(
             scenario,
             prompts=len(prompts),
             seconds=args.seconds,
-            queries=args.queries,
+            queries=args.queries or QUERIES[scenario],
             rate=reached * factor,
             latency=args.latency,
             batch=args.batch,

@@ -1,4 +1,4 @@
-"""Three kinds of plots as SVG text: stacked bars, lines, and nothing else."""
+"""Two kinds of plots as SVG text: stacked bars and lines."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def bars(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
         shapes.append(_text(_LEFT - 8, top + 17, name, "end"))
         for part, value in row.items():
             width = max(0.0, value * scale)
-            title = f"<title>{escape(name)}, {escape(part)}: {value:.4g} {escape(unit)}</title>"
+            title = f"<title>{escape(name)}, {escape(part)}: {_short(value)} {escape(unit)}</title>"
             colour = _COLOURS[parts.index(part) % len(_COLOURS)]
             shapes.append(
                 f'<rect x="{x:.1f}" y="{top + 4}" width="{width:.1f}" height="18" fill="{colour}">{title}</rect>'
             )
             x += width
-        shapes.append(_text(x + 6, top + 17, f"{sum(row.values()):.3g} {unit}", "start"))
+        shapes.append(_text(x + 6, top + 17, f"{_short(sum(row.values()))} {unit}", "start"))
     return _svg(shapes, len(rows) * _ROW, parts)
 
 
@@ -80,6 +80,11 @@ def _svg(shapes: list[str], height: int, legend: Sequence[str]) -> str:
 
 def _text(x: float, y: float, words: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def _short(value: float) -> str:
+    """Three digits, and all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _nice(value: float) -> float:

@@ -43,8 +43,8 @@ def section(report: Report) -> str:
     worst = min(row.batches[0].psnr for row in measured if row.side != "diffusers")
     words = (
         f"{machine['processor']}, {machine['threads']} threads, commit {machine['commit']}: base + refiner, "
-        f"{c['steps']} steps, guidance {c['guidance']:g}, {c['dtype']}, the sides taking turns on the same noise; medians of "
-        f"{len(first.seconds)} rounds, ratios of each round with an interval that covers "
+        f"{c['steps']} steps, guidance {c['guidance']:g}, {c['dtype']}, the sides taking turns on the same noise; "
+        f"medians of {len(first.seconds)} rounds, ratios of each round with an interval that covers "
         f"{100 * first.latency.median.cover:.0f} %. The worst timed picture of any side has a PSNR of {worst:.0f} dB "
         "beside eager diffusers'."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from io import BytesIO
@@ -23,11 +24,24 @@ _MIB = 2**20
 _GPU = ("gpu", "gpu by turns")
 """What memory of a GPU is called, see `nvml.GpuShare`."""
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222;background:#fff}
-table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}td,th{padding:3px 9px;text-align:right}
-td:first-child,th:first-child{text-align:left}tr+tr{border-top:1px solid #ddd}svg{width:100%;height:auto}
-svg text{font:12px system-ui,sans-serif;fill:#333}.grid{stroke:#ddd}.warn{color:#b00020}
-figure{display:inline-block;margin:4px;font-size:12px;text-align:center}img{width:128px;image-rendering:auto}
+:root{--ink:#1d2330;--soft:#626b7d;--line:#e3e6ec;--back:#fff;--card:#f6f7f9;--accent:#0072b2;--bad:#b00020;
+color-scheme:light dark}
+@media(prefers-color-scheme:dark){:root{--ink:#e7eaf0;--soft:#9aa3b5;--line:#343b49;--back:#14171d;--card:#1d222b;
+--accent:#56b4e9;--bad:#ff8a8a}}
+body{font:15px/1.55 system-ui,sans-serif;max-width:1120px;margin:2.5em auto;padding:0 1.2em;color:var(--ink);
+background:var(--back)}
+h1{font-size:1.7em;margin:0 0 .4em}
+h2{font-size:1.3em;margin:2em 0 .4em;padding-top:.8em;border-top:1px solid var(--line)}
+h3{font-size:1.05em;margin:2em 0 .5em}p{margin:.5em 0}.soft,small{color:var(--soft);font-size:13px}
+.best{background:var(--card);border-left:4px solid var(--accent);padding:.7em 1em;font-size:1.1em;margin:1em 0}
+.warn{color:var(--bad)}.wide{overflow-x:auto;margin:1em 0}code{font-size:13px;overflow-wrap:anywhere}
+table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}
+td,th{padding:5px 8px;text-align:right;vertical-align:top}td{white-space:nowrap}th{color:var(--soft);font-weight:600}
+td:first-child,th:first-child{text-align:left}td:first-child{font-weight:600}tr+tr{border-top:1px solid var(--line)}
+td small{display:block;font-size:11px}
+svg{width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:var(--ink)}
+.grid{stroke:var(--line)}.pictures{display:flex;flex-wrap:wrap;gap:10px;margin:10px 0}
+figure{margin:0;font-size:12px;color:var(--soft)}figure img{width:150px;display:block;border-radius:4px}
 """
 
 
@@ -63,25 +77,26 @@ def html(
     Args:
         pictures: case -> side -> PNG files.
     """
-    body = ["<h1>latentrt bench</h1>", *(f"<p>{escape(line)}</p>" for line in _about(report) if line)]
+    about = (_inline(line) for line in _about(report) if line)
+    body = ["<h1>latentrt bench</h1>", *(f'<p class="soft">{line}</p>' for line in about)]
     for case in report.cases:
         body.append(f"<h2>{escape(_title(case))}</h2>")
         if case.skipped:
             body.append(f'<p class="warn">Skipped: {escape(case.skipped)}</p>')
             continue
-        body.append(f"<p>{escape(_settings(case))}</p>")
-        body += [_html_table(_latency_table(case)), _html_table(_batch_table(case))]
+        if best := _best(case):
+            body.append(f'<p class="best">{escape(best)}</p>')
+        body.append(_html_table(_latency_table(case)))
         body += [
             f'<p class="warn">{escape(f"{row.side} {row.status}: {row.reason}")}</p>'
             for row in case.rows
             if row.status != "measured"
         ]
+        body.append(f'<p class="soft">{escape(_settings(case))}</p>')
+        body += ["<h3>Images a second</h3>", _html_table(_batch_table(case))]
         if table := _profile_table(case):
-            body += [
-                "<h3>Where the time of a picture goes</h3>",
-                f"<p>{escape(_PROFILE)}</p>",
-                _html_table(table),
-            ]
+            body += ["<h3>Where the time of a picture goes</h3>", _profile_plot(case), _html_table(table)]
+            body.append(f'<p class="soft">{escape(_PROFILE)}</p>')
         for title, plot in _plots(case):
             body.append(f"<h3>{escape(title)}</h3>{plot}")
         for other in beside:
@@ -138,6 +153,17 @@ def _machine(machine: Mapping[str, Any]) -> str:
     return f"{gpu}{processor}, {machine.get('memory_gib')} GiB"
 
 
+def _best(case: CaseResult) -> str:
+    """The quickest side, if it is another one than what it is compared with."""
+    speedups = {row.side: row.batches[0].speedup for row in case.rows[1:] if row.batches}
+    found = {side: interval for side, interval in speedups.items() if interval is not None}
+    if not found:
+        return ""
+    side = max(found, key=lambda name: found[name].value)
+    r = found[side]
+    return f"Quickest: {side}, {r.value:.2f} times {case.rows[0].side}'s speed ({r.low:.2f} to {r.high:.2f})."
+
+
 def _title(case: CaseResult) -> str:
     return f"{case.case['name']}: {case.case['summary']}"
 
@@ -185,7 +211,8 @@ def _latency_table(case: CaseResult) -> Table:
     table = [[*head, "PSNR dB", "SSIM", "LPIPS", "CLIP", "FID"]]
     for row in case.rows:
         table.append([row.side, *_times(row), *_quality(row)])
-    return table
+    known = [k for k in range(len(table[0])) if k < 2 or any(line[k] != "-" for line in table[1:])]
+    return [[line[k] for k in known] for line in table]
 
 
 def _times(row: Row) -> list[str]:
@@ -195,8 +222,8 @@ def _times(row: Row) -> list[str]:
     s, r = b.latency, b.speedup
     stage = [_ms(b.stages.get(name)) for name in ("text", "base_step", "refiner_step", "decode")]
     return [
-        f"{s.median.value:.3f} ({s.p10:.3f}, {s.p90:.3f})",
-        "-" if r is None else f"{r.value:.2f} x ({r.low:.2f} to {r.high:.2f})",
+        f"{s.median.value:.3f}\n({s.p10:.3f}, {s.p90:.3f})",
+        "-" if r is None else "1" if r.low == r.high else f"{r.value:.2f} x\n({r.low:.2f} to {r.high:.2f})",
         *stage,
         "kept" if row.built_before else _number(row.build_seconds, ".1f"),
         _number(row.first_image_seconds, ".1f"),
@@ -248,6 +275,13 @@ def _profile_table(case: CaseResult) -> Table:
     return [*table, ["operators called", *(f"{p.operators:,}" for p in found.values())]]
 
 
+def _profile_plot(case: CaseResult) -> str:
+    return bars(
+        {row.side: {k: 1e3 * s for k, s in row.profile.parts.items()} for row in case.rows if row.profile},
+        "ms",
+    )
+
+
 def _plots(case: CaseResult) -> Iterator[tuple[str, str]]:
     measured = [row for row in case.rows if row.batches]
     if not measured:
@@ -255,8 +289,11 @@ def _plots(case: CaseResult) -> Iterator[tuple[str, str]]:
     stages = {}
     for row in measured:
         figures = row.batches[0]
-        parts = {name: s for name, s in figures.stages.items() if not name.endswith("_step")}
-        parts["other"] = max(0.0, figures.latency.median.value - sum(parts.values()))
+        whole = figures.latency.median.value
+        parts = {
+            name: s for name, s in figures.stages.items() if not name.endswith("_step") and s > whole / 200
+        }
+        parts["other"] = max(0.0, whole - sum(parts.values()))
         stages[row.side] = {name: 1e3 * seconds for name, seconds in parts.items()}
     yield "Stages of one call", bars(stages, "ms")
     by_batch: list[Line] = [
@@ -285,9 +322,9 @@ def _grid(pictures: Mapping[str, Sequence[bytes]]) -> Iterator[str]:
             if k < len(files):
                 data = base64.b64encode(files[k]).decode()
                 figures.append(
-                    f'<figure><img alt="" src="data:image/png;base64,{data}"><br>{escape(side)}</figure>'
+                    f'<figure><img alt="" src="data:image/png;base64,{data}">{escape(side)}</figure>'
                 )
-        yield f"<div>{''.join(figures)}</div>"
+        yield f'<div class="pictures">{"".join(figures)}</div>'
 
 
 def _markdown_table(table: Table) -> list[str]:
@@ -295,15 +332,27 @@ def _markdown_table(table: Table) -> list[str]:
     return [
         f"| {' | '.join(head)} |",
         f"|{' --- |' * len(head)}",
-        *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows),
+        *(f"| {' | '.join(cell.replace('|', '/').replace(chr(10), ' ') for cell in row)} |" for row in rows),
     ]
 
 
 def _html_table(table: Table) -> str:
     head, *rows = table
     cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{cells}</tr>{body}</table>"
+    body = "".join("<tr>" + "".join(_html_cell(cell) for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{cells}</tr>{body}</table></div>'
+
+
+def _html_cell(cell: str) -> str:
+    """What is on a second line is smaller."""
+    first, _, second = cell.partition("\n")
+    return f"<td>{escape(first)}{f'<small>{escape(second)}</small>' if second else ''}</td>"
+
+
+def _inline(line: str) -> str:
+    """Markdown's code and bold, as far as this module writes them."""
+    line = re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(line))
+    return re.sub(r"\*\*(.*?)\*\*", r"<b>\1</b>", line)
 
 
 def _number(value: float | None, form: str) -> str:

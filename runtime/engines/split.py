@@ -23,7 +23,7 @@ __all__ = ["STEPS_AT_ONCE", "SplitUNet", "in_parts", "unet_parts"]
 STEPS_AT_ONCE = 64
 """Timesteps that one run of the part `time` takes, each with the rows of a step."""
 
-_ALIGNMENT = 256  # bytes that TensorRT wants the addresses of tensors to be a multiple of
+_ALIGNMENT = 256  # bytes, as CUDA's own allocations have it
 
 
 def in_parts(component: Component) -> tuple[Component, ...]:

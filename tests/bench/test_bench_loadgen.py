@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from latentrt.bench.loadgen import SCENARIOS, LoadTest, read_summary, run_loadgen
+from latentrt.bench.features import demo_prompts
+from latentrt.bench.loadgen import QUERIES, LoadTest, PipelineMaker, read_summary, run_loadgen
 from latentrt.errors import BenchmarkError, RequestError
+from latentrt.runtime.pipeline import Pipeline
 
 PICTURE_SECONDS = 0.005
 
@@ -30,15 +32,20 @@ class Maker:
 
 
 def load_test(scenario: str, **fields: Any) -> LoadTest:
-    usual = {"prompts": 5, "seconds": 0.3, "queries": 64, "rate": 400.0, "latency": 60.0, "batch": 8}
-    if scenario == "Server":  # what 99 % of queries do is certain after some hundreds
-        usual["queries"] = 700
+    usual = {
+        "prompts": 5,
+        "seconds": 0.3,
+        "queries": QUERIES.get(scenario, 1),
+        "rate": 400.0,
+        "latency": 60.0,
+        "batch": 8,
+    }
     if scenario == "Offline":  # more than there can be, so that it lasts long enough
         usual["rate"] = 2000.0
     return LoadTest(scenario, **{**usual, **fields})
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", QUERIES)
 def test_every_scenario_is_valid(scenario: str, tmp_path: Path) -> None:
     make = Maker()
     verdict = run_loadgen(load_test(scenario), make, tmp_path)
@@ -51,6 +58,34 @@ def test_every_scenario_is_valid(scenario: str, tmp_path: Path) -> None:
     if scenario == "Offline":
         assert set(make.batches[1:-1]) == {8}
         assert float(verdict.figures["Samples per second"]) <= 8 / PICTURE_SECONDS
+
+
+@pytest.mark.parametrize("scenario", ["Offline", pytest.param("SingleStream", marks=pytest.mark.full)])
+def test_the_demo_in_small(scenario: str, tmp_path: Path) -> None:
+    """One step of 64x64 on eager, so that nothing is exported first."""
+    pipe = Pipeline.from_pretrained("demo", backend="eager", device="cpu")
+    make = PipelineMaker(pipe, demo_prompts(5), size=(64, 64), steps=1)
+    assert make([3, 1]).shape == (2, 64, 64, 3)
+    verdict = run_loadgen(load_test(scenario, rate=1.0), make, tmp_path)
+    assert verdict.valid, verdict
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_the_demo_is_valid_in_every_scenario(run: Callable[..., tuple[int, str, str]]) -> None:
+    """As the README has it: the demo in settings that fit a machine of two cores."""
+    code, out, err = run(
+        *("bench", "loadgen", "--refiner", "demo", "--backend", "onnxruntime", "--size", "64x64"),
+        *("--steps", "4", "--seconds", "10", "--batch", "8"),
+    )
+    print(out)
+    assert (code, err) == (0, "")
+    assert [line for line in out.splitlines() if line.endswith("VALID")] == [
+        f"{scenario}: VALID" for scenario in QUERIES
+    ]
+    for scenario in QUERIES:
+        summary = Path("out", "loadgen", scenario, "mlperf_log_summary.txt").read_text()
+        assert "Result is : VALID" in " ".join(summary.split())
 
 
 def test_too_slow_a_server_is_invalid_and_says_why(tmp_path: Path) -> None:

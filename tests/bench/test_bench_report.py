@@ -249,7 +249,7 @@ class _Tags(HTMLParser):
 
 
 def test_the_page_is_whole_and_needs_nothing_beside_it() -> None:
-    made = report(status="invalid", reason="PSNR <12> dB")
+    made = report(status="invalid", reason="PSNR <12> dB", batches=[])
     page = reports.html(made, {"demo": {"diffusers": [b"png"], "latentrt-eager": [b"png"]}}, [report()])
     tags = _Tags()
     tags.feed(page)
@@ -259,18 +259,23 @@ def test_the_page_is_whole_and_needs_nothing_beside_it() -> None:
     assert page.count("<svg") == 3
     assert "PSNR &lt;12&gt; dB" in page
     assert "the &lt;demo&gt;" in page
+    assert "<code>latentrt bench</code>" in page
+    assert "Quickest" not in page  # what is invalid is not
+    assert re.search(r"Quickest: latentrt-eager, (1\.9|2\.0)", reports.html(report(), {}))
     assert "http" not in re.sub(r"http://www.w3.org/\S+", "", page)
 
 
 def test_tables_tell_what_was_found_and_what_was_withheld() -> None:
     text = reports.markdown(report())
-    line = next(line for line in text.splitlines() if line.startswith("| latentrt-eager"))
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert float(cells[1].split()[0]) == pytest.approx(1.0, rel=0.02)
-    assert float(cells[2].split()[0]) == pytest.approx(2.0, rel=0.02)
-    assert cells[3:7] == ["100.0", "20.0", "-", "100.0"]
-    assert cells[7:9] == ["30.0", "10.0"]
-    assert cells[-5:-2] == ["120.0", "1.0000", "-"]
+    lines = [line for line in text.splitlines() if line.startswith(("| side", "| latentrt-eager"))]
+    names, values = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[:2])
+    cells = dict(zip(names, values, strict=True))
+    assert float(cells["seconds"].split()[0]) == pytest.approx(1.0, rel=0.02)
+    assert float(cells["against diffusers"].split()[0]) == pytest.approx(2.0, rel=0.02)
+    assert (cells["text ms"], cells["base step ms"], cells["VAE ms"]) == ("100.0", "20.0", "100.0")
+    assert (cells["build s"], cells["first image s"]) == ("30.0", "10.0")
+    assert (cells["PSNR dB"], cells["SSIM"]) == ("120.0", "1.0000")
+    assert not {"LPIPS", "FID", "J/image", "refiner step ms"} & cells.keys()  # nobody has them
     assert "the interval of its median (96.5 %)." in text
     assert "| kept |" in reports.markdown(report(built_before=True, build_seconds=None))
     hidden = reports.markdown(report(status="invalid", reason="PSNR 12 dB", batches=[]))

@@ -152,7 +152,7 @@ def test_a_loop_is_the_whole_at_every_timestep_and_for_another_prompt(
             assert fake.named("set_tensor_address") == []
 
 
-def test_what_a_step_reads_lies_where_tensorrt_wants_it(tensorrt: Any) -> None:
+def test_what_a_step_reads_is_aligned(tensorrt: Any) -> None:
     component = tiny.unet(torch.float16)
     engine = SplitUNet(component, tensorrt(in_parts(component)))
     static = tiny.named_inputs(component, batch=3)
@@ -212,15 +212,14 @@ def test_the_denoiser_runs_the_parts() -> None:
         assert relative(found, wanted) < MODEL
 
 
-def test_the_parts_of_a_checkpoint_read_only_their_weights(tiny: Callable[..., Path]) -> None:
-    for kind in ("sdxl", "sd15"):
-        component = load_components(open_checkpoint(tiny(kind)), torch.float32)["unet"]
-        whole = component.build().state_dict()
-        found = [part.build().state_dict() for part in in_parts(component)]
-        assert sum(len(each) for each in found) == len(whole)
-        assert all(not x.is_meta for each in found for x in each.values())
-        others = load_components(open_checkpoint(tiny(kind)), torch.float32)
-        assert [len(in_parts(c)) for name, c in others.items() if name != "unet"] == [1] * (len(others) - 1)
+@pytest.mark.parametrize("model", ["demo", "demo-refiner"])
+def test_the_parts_of_a_checkpoint_read_only_their_weights(model: str) -> None:
+    components = load_components(open_checkpoint(model), torch.float32)
+    whole = components["unet"].build().state_dict()
+    found = [part.build().state_dict() for part in in_parts(components["unet"])]
+    assert sum(len(each) for each in found) == len(whole)
+    assert all(not x.is_meta for each in found for x in each.values())
+    assert [name for name, component in components.items() if len(in_parts(component)) > 1] == ["unet"]
 
 
 def test_the_sizes_of_the_parts() -> None:

@@ -1,0 +1,1 @@
+"""latentrt inside other people's programs. Each is run by a test."""
