@@ -93,6 +93,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     g.add_argument("--seed", type=int, help="of the first image; the next ones count up (default: random)")
     g.add_argument("--guidance", type=float, help="guidance scale; 1 or less turns guidance off")
     g.add_argument("--guidance-rescale", type=float, default=0.0)
+    g.add_argument("--tiled-vae", action="store_true", help="decode large pictures in tiles: less memory")
     g.add_argument("--negative", metavar="PROMPT", help="what to steer away from")
     g.add_argument("--size", type=size, metavar="WxH", help="in pixels (default: the model's own)")
     g.add_argument(

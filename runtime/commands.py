@@ -84,6 +84,7 @@ def generate(args: argparse.Namespace) -> Iterator[str]:
         high_noise_frac=args.high_noise_frac,
         seed=args.seed,
         sampler=args.sampler,
+        tiled_vae=args.tiled_vae,
         **options,
     )
     for image, path, parameters in zip(result.images, paths, result.parameters, strict=True):
