@@ -10,6 +10,9 @@ from pathlib import Path
 
 __all__ = ["add_commands", "arch", "archs", "size"]
 
+_DTYPES = ("float32", "float16", "bfloat16")
+_POLICIES = ("resident", "balanced", "low")  # memory.POLICIES, which cannot be imported here
+
 
 def size(text: str) -> tuple[int, int]:
     """`WIDTHxHEIGHT` -> (height, width)."""
@@ -41,6 +44,42 @@ def _replicas(text: str) -> tuple[int, int]:
     return int(least), int(most)
 
 
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    """What `commands.load` reads."""
+    parser.add_argument(
+        "--model",
+        default="demo",
+        metavar="MODEL",
+        help="'demo' (shipped), a diffusers folder, a .safetensors file or a hub id",
+    )
+    parser.add_argument(
+        "--refiner",
+        metavar="MODEL",
+        help="refiner for the last steps; 'none' for none (default: the demo's own for the demo, else none)",
+    )
+    parser.add_argument("--backend", default="auto", help="see `latentrt backends` (default auto)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="default: by device")
+    parser.add_argument("--variant", help="weights variant, such as fp16")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument(
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        help="record a denoising step once and replay it (default: on a GPU, as a CUDA graph)",
+    )
+    parser.add_argument(
+        "--memory",
+        choices=_POLICIES,
+        default="resident",
+        help="weights on the device: all of them, text encoders for the text only, or one network at a time "
+        "(default resident)",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        metavar="SIZE",
+        help="refuse what takes more of the device, such as 8GB (default: what is free on a GPU)",
+    )
+
+
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """To the command line's parser."""
     g = commands.add_parser("generate", help="make images from a prompt")
@@ -48,31 +87,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     g.add_argument(
         "-o", "--output", metavar="FILE", default="image.png", help="PNG to write (default image.png)"
     )
-    g.add_argument(
-        "--model",
-        default="demo",
-        metavar="MODEL",
-        help="'demo' (shipped), a diffusers folder, a .safetensors file or a hub id",
-    )
-    g.add_argument(
-        "--refiner",
-        metavar="MODEL",
-        help="refiner for the last steps; 'none' for none (default: the demo's own for the demo, else none)",
-    )
-    g.add_argument("--backend", default="auto", help="see `latentrt backends` (default auto)")
-    g.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: by device")
-    g.add_argument("--variant", help="weights variant, such as fp16")
-    g.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    g.add_argument(
-        "--graphs",
-        action=argparse.BooleanOptionalAction,
-        help="record a denoising step once and replay it (default: on a GPU, as a CUDA graph)",
-    )
+    _add_loading(g)
     g.add_argument("--sampler", help="override the checkpoint's, such as euler or dpm++2m-karras")
     g.add_argument("--steps", type=int, default=30)
     g.add_argument("--seed", type=int, help="of the first image; the next ones count up (default: random)")
     g.add_argument("--guidance", type=float, help="guidance scale; 1 or less turns guidance off")
     g.add_argument("--guidance-rescale", type=float, default=0.0)
+    g.add_argument("--tiled-vae", action="store_true", help="decode large pictures in tiles: less memory")
     g.add_argument("--negative", metavar="PROMPT", help="what to steer away from")
     g.add_argument("--size", type=size, metavar="WxH", help="in pixels (default: the model's own)")
     g.add_argument(
@@ -101,7 +122,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     p.add_argument("--refiner", metavar="MODEL", help="the same; 'none' for none (default: as for generate)")
     p.add_argument("--size", type=size, metavar="WxH", help="in pixels (default: the model's own)")
     p.add_argument("--batch", type=int, default=1, help="images at once (default 1)")
-    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
+    p.add_argument("--dtype", choices=_DTYPES, default="float16")
     p.add_argument("--variant", help="weights variant, such as fp16")
     p.add_argument("--backend", choices=("triton", "eager"), default="triton")
     p.add_argument("--steps", type=int, default=30)
@@ -110,9 +131,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     p.add_argument("--high-noise-frac", type=float, default=0.8, help="as for generate")
     p.add_argument("--from-image", action="store_true", help="it starts from a picture")
     p.add_argument("--gpu", default="H200", help="whose floors and kernels (default H200)")
-    p.add_argument("--policy", default="resident", help="what --memory is held against (default resident)")
     p.add_argument(
         "--memory",
+        choices=_POLICIES,
+        default="resident",
+        help="what --memory-limit is held against (default resident); all of them are shown",
+    )
+    p.add_argument(
+        "--memory-limit",
         metavar="SIZE",
         help="free device memory, such as 24GB; ends with 1 where it is too little",
     )
@@ -125,12 +151,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Answers at once, and is ready (GET /ready) when the model is loaded and has made an image. "
         "SIGTERM finishes what was taken.",
     )
-    s.add_argument("--model", default="demo", metavar="MODEL", help="as for `latentrt generate`")
-    s.add_argument("--refiner", metavar="MODEL", help="as for `latentrt generate`")
-    s.add_argument("--backend", default="auto", help="see `latentrt backends` (default auto)")
-    s.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: by device")
-    s.add_argument("--variant", help="weights variant, such as fp16")
-    s.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    _add_loading(s)
     s.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)")
     s.add_argument("--port", type=int, default=8000, help="0 for any that is free (default 8000)")
     s.add_argument("--max-queue", type=int, default=64, help="images that may wait (default 64)")

@@ -9,11 +9,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CacheError, RequestError
 
-__all__ = ["backends", "cache", "generate", "info", "plan"]
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+
+__all__ = ["backends", "cache", "generate", "info", "load", "plan"]
 
 
 def _output_paths(output: str, count: int) -> list[Path]:
@@ -34,6 +37,30 @@ def _output_paths(output: str, count: int) -> list[Path]:
     return [path.with_name(f"{path.stem}-{k + 1}{path.suffix}") for k in range(count)]
 
 
+def load(args: argparse.Namespace) -> Pipeline:
+    """The pipeline that the arguments name, of those that several commands share."""
+    from .pipeline import Pipeline
+
+    return Pipeline.from_pretrained(
+        args.model,
+        _refiner(args),
+        backend=args.backend,
+        dtype=args.dtype,
+        variant=args.variant,
+        device=args.device,
+        graphs=args.graphs,
+        memory=args.memory,
+        memory_limit=args.memory_limit,
+    )
+
+
+def _refiner(args: argparse.Namespace) -> str | None:
+    """The demo has one of its own, unless another is given, or "none"."""
+    if args.refiner is None:
+        return "demo" if args.model == "demo" else None
+    return None if args.refiner == "none" else str(args.refiner)
+
+
 def generate(args: argparse.Namespace) -> Iterator[str]:
     """Make pictures, and tell where they are and what they took."""
     if not args.prompt.strip():
@@ -41,22 +68,9 @@ def generate(args: argparse.Namespace) -> Iterator[str]:
     if not 1 <= args.count <= 1024:  # before a path is made for each
         raise RequestError(f"--count is {args.count}; it must be 1 to 1024")
     paths = _output_paths(args.output, args.count)
-    refiner = args.refiner
-    if refiner is None and args.model == "demo":
-        refiner = "demo"
-
     from .image import save_png
-    from .pipeline import Pipeline
 
-    pipe = Pipeline.from_pretrained(
-        args.model,
-        None if refiner == "none" else refiner,
-        backend=args.backend,
-        dtype=args.dtype,
-        variant=args.variant,
-        device=args.device,
-        graphs=args.graphs,
-    )
+    pipe = load(args)
     pipe.set_progress_bar_config(disable=True if args.json else None)
     options: dict[str, Any] = {} if args.guidance is None else {"guidance_scale": args.guidance}
     if args.size is not None:
@@ -70,6 +84,7 @@ def generate(args: argparse.Namespace) -> Iterator[str]:
         high_noise_frac=args.high_noise_frac,
         seed=args.seed,
         sampler=args.sampler,
+        tiled_vae=args.tiled_vae,
         **options,
     )
     for image, path, parameters in zip(result.images, paths, result.parameters, strict=True):
@@ -89,21 +104,16 @@ def plan(args: argparse.Namespace) -> Iterator[str]:
     import torch
 
     from ..kernels import roofline
-    from .cache_contents import parse_bytes
-    from .memory import check_policy
+    from .place import bytes_named
     from .plan_table import lines
     from .planner import Planner
 
     gpu = roofline.gpu(args.gpu)
-    check_policy(args.policy)
-    available = None if args.memory is None else parse_bytes(args.memory)
-    refiner = args.refiner
-    if refiner is None and args.model == "demo":
-        refiner = "demo"
+    available = bytes_named("--memory-limit", args.memory_limit)
     height, width = args.size or (None, None)
-    found = Planner(
+    found = Planner.of(
         args.model,
-        None if refiner == "none" else refiner,
+        _refiner(args),
         dtype=getattr(torch, args.dtype),
         variant=args.variant,
         backend=args.backend,
@@ -123,7 +133,7 @@ def plan(args: argparse.Namespace) -> Iterator[str]:
     else:
         yield from lines(found, gpu)
     if available is not None:
-        found.require_fit(available, args.policy)
+        found.require_fit(available, args.memory)
 
 
 def backends(args: argparse.Namespace) -> Iterator[str]:

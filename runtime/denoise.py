@@ -141,6 +141,11 @@ class DenoiseState:
         self._noise = zeros(steps, B, C, h, w) if kind.noise else None
         self.timesteps = Timesteps(zeros(steps), self._index)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all of them."""
+        return sum(x.nbytes for x in (*vars(self).values(), self.timesteps.values) if isinstance(x, Tensor))
+
     def start(
         self,
         table: SamplerTable,

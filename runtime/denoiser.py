@@ -6,8 +6,6 @@ step and a refiner's first follow each other on the device, with nothing between
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,8 +22,6 @@ from .sampler import SamplerTable
 from .streams import Pace, queue_of
 
 __all__ = ["Denoiser", "LoopRequest", "Run", "ready"]
-
-_KEPT = 8  # loops kept ready for the next request of their kind
 
 
 @dataclass(frozen=True)
@@ -58,6 +54,7 @@ class _Loop:
         inputs = {"sample": self.state.sample, "timestep": self.state.timestep, **self.constants}
         outputs = {unet.component.outputs[0].name: self.state.prediction}
         self.program: Program = self.engine.bind(inputs, outputs, timesteps=self.state.timesteps)
+        self.nbytes = self.state.nbytes + self.program.nbytes + sum(x.nbytes for x in self.constants.values())
         self.graph: Graph | None = None
         if unet.graphs is not None and self.program.capturable:
             self.program.prepare()
@@ -115,9 +112,6 @@ class Denoiser:
         """`width`: channels of the UNet at its full resolution, by which loops of several are compared in size."""
         self._unet = unet
         self._width = width
-        self._idle: OrderedDict[tuple[LoopKind, int], _Loop] = OrderedDict()
-        self._lock = threading.Lock()
-        unet.on_close(self._idle.clear)
 
     def __call__(
         self,
@@ -159,8 +153,7 @@ class Denoiser:
         )  # vary with the model
         key = kind, tokens
         engine = unet.load()
-        with self._lock:
-            loop = self._idle.pop(key, None)
+        loop: _Loop | None = unet.kept.take(unet, key)
         try:
             with self._turn():
                 if loop is None or loop.engine is not engine:  # loaded anew, or moved to another device
@@ -171,10 +164,7 @@ class Denoiser:
         except BaseException:  # it is dropped, once what it has put on the device is done
             queue_of(unet.device).record().synchronize()
             raise
-        with self._lock:
-            self._idle[key] = loop
-            while len(self._idle) > _KEPT:
-                self._idle.popitem(last=False)
+        unet.kept.put(unet, key, loop, loop.nbytes)
 
     def _turn(self) -> AbstractContextManager[None]:
         graphs = self._unet.graphs

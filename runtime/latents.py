@@ -46,6 +46,18 @@ class NoiseSource:
         if len(devices := {str(g.device) for g in self.generators}) > 1:
             raise RequestError(f"generators are on {', '.join(sorted(devices))}; they must be on one device")
 
+    def states(self) -> list[Tensor]:
+        """Where the generators are, for `restore`."""
+        return [generator.get_state() for generator in self._each()]
+
+    def restore(self, states: Sequence[Tensor]) -> None:
+        """Have the generators draw again what they drew since `states` were taken."""
+        for generator, state in zip(self._each(), states, strict=True):
+            generator.set_state(state)
+
+    def _each(self) -> Sequence[torch.Generator]:
+        return [self.generators] if isinstance(self.generators, torch.Generator) else self.generators
+
     def draw(self, shape: Sequence[int]) -> Tensor:
         """The next noise of every image.
 

@@ -45,6 +45,10 @@ class _Weights:
         self.checkpoint.weights(self.source).load_into(module, dtype, rename=self.rename)
         return module.eval()
 
+    def outline(self, dtype: torch.dtype) -> nn.Module:
+        """The same on the meta device: no weight is read."""
+        return replace(self, checkpoint=self.checkpoint.unread()).build(dtype)
+
     def fingerprint(self, name: str, dtype: torch.dtype) -> str:
         config = json.dumps(dict(self.config), sort_keys=True, default=str)
         digest = self.checkpoint.weights(self.source).digest()
@@ -71,6 +75,7 @@ class _Weights:
             native_size=native_size,
             latent_scale=latent_scale,
             config=self.config,
+            outline=lambda: self.outline(dtype),
         )
 
 

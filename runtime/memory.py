@@ -14,16 +14,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import MemoryPlanError, RequestError
 from ..kernels.roofline import Gpu, Limit, floor_ms
-from .footprint import Footprint
 
-__all__ = ["POLICIES", "RESERVE", "STAGING", "Network", "Plan", "Policy", "Stage", "check_policy", "readable"]
+if TYPE_CHECKING:
+    from .footprint import Footprint
+
+__all__ = [
+    "POLICIES",
+    "RESERVE",
+    "STAGING",
+    "Kind",
+    "Network",
+    "Plan",
+    "Policy",
+    "Stage",
+    "check_policy",
+    "kind_of",
+    "readable",
+    "stays",
+]
 
 Policy = Literal["resident", "balanced", "low"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
+
+Kind = Literal["text", "pixels", "denoise"]
+"""Of a stage, and of the networks that run in it; pixels are the VAE's."""
 
 RESERVE = 256 << 20
 """Bytes left free for what no plan sees: workspaces of cuBLAS (32 MiB on Hopper) and cuDNN, and fragmentation. Chosen,
@@ -54,13 +72,13 @@ class Stage:
 
     Attributes:
         name: text, encode, base, refiner or decode, in the order in which they run.
-        kind: text, pixels (the VAE) or denoise.
+        kind: of the networks.
         calls: how often each network runs, by its name.
         image_bytes: of the images that it holds beside the network's own memory.
     """
 
     name: str
-    kind: Literal["text", "pixels", "denoise"]
+    kind: Kind
     calls: Mapping[str, int]
     image_bytes: int = 0
 
@@ -139,21 +157,29 @@ class Plan:
         need = self.need(policy)
         if max(need.values()) <= available:
             return
-        stages = ", ".join(f"{name} {readable(nbytes)}" for name, nbytes in need.items())
         raise MemoryPlanError(
-            f"{self.subject} needs {readable(max(need.values()))} of device memory by policy {policy!r} ({stages}), "
-            f"and there are {readable(available)}; {self._remedy(available)}"
+            f"{self.told(policy)}, and there are {readable(available)}; {self._remedy(available)}"
         )
+
+    def told(self, policy: str) -> str:
+        """What it needs and in which stage, for messages."""
+        need = self.need(policy)
+        stages = ", ".join(f"{name} {readable(nbytes)}" for name, nbytes in need.items())
+        return f"{self.subject} needs {readable(max(need.values()))} of device memory by policy {policy!r} ({stages})"
 
     def _remedy(self, available: int) -> str:
         fitting = [f"{p!r} ({readable(self.peak(p))})" for p in POLICIES if self.peak(p) <= available]
         if fitting:
-            return f"take policy {' or '.join(fitting)}, or a smaller size or batch"
+            smaller = ", or a smaller size or batch" if self.pool_bytes() else ""
+            return f"take policy {' or '.join(fitting)}{smaller}"
         least = min(POLICIES, key=self.peak)
         name = max(self._used(()), key=lambda name: self.networks[name].footprint.weight_bytes)
         weights = self.networks[name].footprint.weight_bytes
         if weights + RESERVE > available:
-            return f"the weights of {name} alone are {readable(weights)}: take a GPU with more memory"
+            return (
+                f"the weights of {name} alone are {readable(weights)}, and {readable(RESERVE)} are kept free for "
+                "libraries: take a GPU with more memory"
+            )
         return f"no policy fits, {least!r} needs {readable(self.peak(least))}: take a smaller size or batch"
 
     def floor_ms(self, stage: Stage, gpu: Gpu) -> tuple[float, Limit]:
@@ -197,13 +223,29 @@ class Plan:
         }
 
 
-def check_policy(policy: str) -> None:
-    """
+def check_policy(policy: str) -> Policy:
+    """The policy of that name.
+
     Raises:
-        RequestError: there is no such policy.
+        RequestError: there is none.
     """
     if policy not in POLICIES:
         raise RequestError(f"there is no memory policy {policy!r}; there are {', '.join(POLICIES)}")
+    return policy
+
+
+def kind_of(component: str) -> Kind:
+    """Of a component, by its name."""
+    if component.startswith("text_encoder"):
+        return "text"
+    return "denoise" if component == "unet" else "pixels"
+
+
+def stays(policy: Policy, kind: Kind, running: Kind) -> bool:
+    """Whether a network of `kind` may stay on the device while another one, of the kind `running`, runs there."""
+    if policy == "balanced":
+        return kind != "text" or running == "text"
+    return policy == "resident"
 
 
 def readable(nbytes: int) -> str:

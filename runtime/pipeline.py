@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,21 +16,19 @@ from torch import Tensor
 from ..errors import RequestError, UnsafeWeightsError
 from .conditioning import Conditioning
 from .denoiser import Denoiser, LoopRequest, ready
-from .engines.lazy import EngineLoader
-from .expert import Expert, check_fit
 from .image import from_tensor
 from .latents import NoiseSource, initial_latents, noised_latents
-from .loading import load_expert, load_vae
+from .parts import Parts, load_parts
 from .place import device_named, dtype_named
 from .previews import Previewer
 from .progress import Watch
 from .record import records
 from .request import GenerationRequest, OutputType, Size
+from .residency import turns
 from .sampler import SamplerTable
-from .stages import Stage, stages_of
+from .stages import Stage, stages_of_request
 from .text_encoder import TextEncoder
-from .vae import TILE, VAE
-from .weights import open_checkpoint
+from .vae import VAE
 
 __all__ = ["Pipeline", "PipelineOutput"]
 
@@ -66,14 +63,15 @@ class PipelineOutput:
 class Pipeline:
     """Base and refiner behind one call. Safe to call from several threads: a call keeps its state to itself."""
 
-    def __init__(self, base: Expert, refiner: Expert | None, vae: VAE, loader: EngineLoader) -> None:
-        """Parts that belong together; `from_pretrained` makes them."""
-        self._base = base
-        self._refiner = refiner
-        self._loader = loader
+    def __init__(self, parts: Parts) -> None:
+        """What `from_pretrained` loads."""
+        self._parts = parts
+        self._base, self._refiner = parts.base, parts.refiner
+        self._loader = parts.loader
+        self._budget = parts.budget
         self._progress: dict[str, Any] = {}
         self._running: set[Watch] = set()
-        self.vae = vae
+        self.vae = parts.vae
 
     @classmethod
     def from_pretrained(
@@ -89,6 +87,9 @@ class Pipeline:
         cache_dir: str | os.PathLike[str] | None = None,
         device: torch.device | str | None = None,
         graphs: bool | None = None,
+        memory: str = "resident",
+        memory_limit: int | str | None = None,
+        loop_memory: int | str | None = None,
         use_safetensors: bool = True,
         text_encoder: TextEncoder | None = None,
         text_encoder_2: TextEncoder | None = None,
@@ -108,12 +109,21 @@ class Pipeline:
             cache_dir: where exported models are kept; `LATENTRT_CACHE` or `~/.cache/latentrt` by default.
             device: `"cuda"` where there is one, else `"cpu"`, by default.
             graphs: (*) record the work of engines once and replay it; by default on a GPU, as CUDA graphs.
+            memory: (*) which weights are on the device when: "resident", all of them always; "balanced", text encoders
+                for the text only; "low", one network at a time. What leaves goes to the host and comes back through
+                pinned memory, and under ONNX Runtime and TensorRT is closed and loaded again; calls of several
+                threads then take turns. The images are the same.
+            memory_limit: (*) bytes of the device that it may take, or such as "8GB"; all that is free on a GPU, and no
+                bound on the CPU, by default. What takes more by plan (`latentrt plan`) is refused.
+            loop_memory: (*) bytes of recorded work that may be kept for later requests; by default what the plan of a
+                request leaves, and 1 GiB where there is no bound.
             use_safetensors: accepted for diffusers' sake; latentrt reads nothing else.
             text_encoder, text_encoder_2, vae: parts of another pipeline to share instead of loading.
 
         Raises:
             CheckpointError: it is not there, damaged, or not understood.
             BackendError: unknown, or it cannot run here.
+            MemoryPlanError: the weights alone take more memory than there is.
         """
         if not use_safetensors:
             raise UnsafeWeightsError(
@@ -121,28 +131,25 @@ class Pipeline:
             )
         if dtype is not None and torch_dtype is not None and dtype_named(dtype) != dtype_named(torch_dtype):
             raise RequestError(f"dtype is {dtype} and torch_dtype {torch_dtype}; give one of them")
-        shared = ((text_encoder, TextEncoder), (text_encoder_2, TextEncoder), (vae, VAE))
-        for part, kind in shared:
-            if part is not None and not isinstance(part, kind):
-                raise RequestError(
-                    f"a {type(part).__name__} was given to share; give the {kind.__name__} of a latentrt.Pipeline"
-                )
-        place = device_named(device)
-        chosen = dtype if dtype is not None else torch_dtype
-        precision = dtype_named(chosen or ("float32" if place.type == "cpu" else "float16"))
-        loader = EngineLoader(
-            backend, place, precision, None if cache_dir is None else Path(cache_dir), graphs
+        return cls(
+            load_parts(
+                model,
+                refiner,
+                backend=backend,
+                dtype=dtype if dtype is not None else torch_dtype,
+                variant=variant,
+                revision=revision,
+                cache_dir=cache_dir,
+                device=device,
+                graphs=graphs,
+                memory=memory,
+                memory_limit=memory_limit,
+                loop_memory=loop_memory,
+                text_encoder=text_encoder,
+                text_encoder_2=text_encoder_2,
+                vae=vae,
+            )
         )
-        checkpoint = open_checkpoint(model, variant=variant, revision=revision, cache_dir=cache_dir)
-        base = load_expert(checkpoint, loader, text_encoder, text_encoder_2)
-        vae = vae or load_vae(checkpoint, loader)
-        second = None
-        if refiner is not None:
-            name = "demo-refiner" if os.fspath(refiner) == "demo" else refiner
-            second = load_expert(open_checkpoint(name, variant=variant, cache_dir=cache_dir), loader)
-            second = second.sharing(base)
-        check_fit(base, second, vae.channels)
-        return cls(base, second, vae, loader)
 
     @property
     def text_encoder(self) -> TextEncoder | None:
@@ -213,13 +220,15 @@ class Pipeline:
             sizes: (height, width) in pixels; the model's own by default.
             batches: numbers of images.
             guidance, sampler: as the requests will have them.
+
+        Raises:
+            MemoryPlanError: the largest cannot fit. What fits by itself and cannot be kept beside the others is logged.
         """
         pixels = [(None, None)] if sizes is None else sorted(sizes, key=lambda size: -size[0] * size[1])
+        evicted = self._loader.kept.evicted
         with self._quiet():
             for height, width in pixels:
-                for batch in sorted(
-                    batches, reverse=True
-                ):  # the largest first: the others then fit its memory
+                for batch in sorted(batches, reverse=True):  # the largest first: others then fit its memory
                     self(
                         [""] * batch,
                         height=height,
@@ -231,6 +240,7 @@ class Pipeline:
                         seed=0,
                         output_type="pt",
                     )
+        self._budget.warn_of_evictions(evicted)
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
@@ -316,46 +326,62 @@ class Pipeline:
                 uint8 `[B, H/8, W/8, 3]` on the CPU, or None. It may return `{"interrupt": True}` to stop.
             previewer: (*) what makes them; `runtime.previews.Previewer.fit` gives one.
             tiled_vae: (*) decode in tiles of 512 x 512 pixels: less memory, and not quite the same picture; see
-                `VAE.decode`.
+                `VAE.decode`. It is done anyway where by plan the picture would not fit whole.
 
         Raises:
-            RequestError: an argument cannot be met; the message names it.
+            RequestError: an argument cannot be met; the message names it. A MemoryPlanError says what it needs.
+            OutOfMemoryError: the device had too little memory after all; the pipeline can still be used.
         """
         arguments = {k: v for k, v in locals().items() if k not in _NOT_OF_A_REQUEST}
         request = self._request(arguments)
-        stages = stages_of(self._base, self._refiner, request, sampler)
+        stages = stages_of_request(self._base, self._refiner, request, sampler)
+        tile = self._budget.admit(request, stages, idle=not self._running, tiled=tiled_vae)
         noise = NoiseSource(request.generators, request.batch)
-        tile = TILE if tiled_vae else None
         callbacks = {
             "on_step": callback_on_step_end and partial(callback_on_step_end, self),
             "on_progress": callback_on_progress and partial(callback_on_progress, self),
         }
         with (
             self._watched(stages, previewer=previewer, **callbacks) as watch,
+            turns(self._parts.engines()),
             torch.no_grad(),
-            ExitStack() as held,
         ):
-            with watch.stage("prepare"):
-                self._prepare(request, stages, tile)
-            with watch.stage("text"):
-                conditionings = [
-                    stage.expert.condition(request, self.device, from_image=stage.from_image)
-                    for stage in stages
-                ]
-            with watch.stage("start"):
-                latents = self._start(request, stages[0].table, noise)
+            images = self._budget.retried(
+                lambda: self._make(request, stages, noise, watch, tile),
+                begin_again=_rewind(noise, watch),
+                told=lambda: self._budget.plan(request, stages, tile),
+            )
+        made = records(request, self._base, self._refiner, sampler, self.backend)
+        return PipelineOutput(images, made, watch.timings, watch.stop.is_set())
+
+    def _make(
+        self,
+        request: GenerationRequest,
+        stages: Sequence[Stage],
+        noise: NoiseSource,
+        watch: Watch,
+        tile: int | None,
+    ) -> Any:
+        """The images of a request: text, first latents, each expert's steps, pixels."""
+        with watch.stage("prepare"):
+            self._prepare(request, stages, tile)
+        with watch.stage("text"):
+            conditionings = [
+                stage.expert.condition(request, self.device, from_image=stage.from_image) for stage in stages
+            ]
+        with watch.stage("start"):
+            latents = self._start(request, stages[0].table, noise)
+        with ExitStack() as held:
             with watch.stage("prepare"):
                 loops = self._loops(request, stages, conditionings, latents.shape, noise)
-                runs = held.enter_context(ready(loops))
+                runs = held.enter_context(ready(loops, together=self._loader.residency is None))
             for stage, run in zip(stages, runs, strict=True):
                 with watch.stage(stage.name):
                     latents = run(latents, watch.host)
-            images: Any = latents
-            if request.output_type != "latent":
-                with watch.stage("decode"):
-                    images = from_tensor(self.vae.decode(latents, tile=tile), request.output_type)
-        made = records(request, self._base, self._refiner, sampler, self.backend)
-        return PipelineOutput(images, made, watch.timings, watch.stop.is_set())
+        if request.output_type == "latent":
+            return latents
+        with watch.stage("decode"):
+            return from_tensor(self.vae.decode(latents, tile=tile), request.output_type)
 
     def check(self, prompt: str | Sequence[str], **arguments: Any) -> tuple[GenerationRequest, int]:
         """Refuse what a call with these arguments would refuse before its first step, and make nothing.
@@ -369,7 +395,8 @@ class Pipeline:
         call = inspect.signature(self.__call__).bind(prompt, **arguments)
         call.apply_defaults()
         request = self._request(call.arguments)
-        stages = stages_of(self._base, self._refiner, request, call.arguments["sampler"])
+        stages = stages_of_request(self._base, self._refiner, request, call.arguments["sampler"])
+        self._budget.require(request, stages, idle=not self._running, tiled=call.arguments["tiled_vae"])
         return request, sum(len(stage.table) for stage in stages)
 
     def _request(self, arguments: dict[str, Any]) -> GenerationRequest:
@@ -387,7 +414,9 @@ class Pipeline:
         )
 
     def _prepare(self, request: GenerationRequest, stages: Sequence[Stage], tile: int | None) -> None:
-        """Load what the stages need, so that their times are their own."""
+        """Load what the stages need, so that their times are their own; where all of it may stay."""
+        if self._loader.residency is not None:
+            return
         needed = [engine for stage in stages for engine in stage.expert.engines()]
         if request.image is not None and request.image.shape[1] == 3:
             needed.append(self.vae.encoder)
@@ -451,3 +480,14 @@ class Pipeline:
         finally:
             self._running.discard(watch)
             watch.close()
+
+
+def _rewind(noise: NoiseSource, watch: Watch) -> Callable[[], None]:
+    """What brings a call back to where it is now."""
+    states = noise.states()
+
+    def begin_again() -> None:
+        noise.restore(states)
+        watch.begin_again()
+
+    return begin_again

@@ -1,12 +1,13 @@
-"""Where and in what precision a pipeline runs, from what a caller wrote."""
+"""Where, in what precision and in how much memory a pipeline runs, from what a caller wrote."""
 
 from __future__ import annotations
 
 import torch
 
 from ..errors import BackendUnavailableError, RequestError
+from .cache_contents import parse_bytes
 
-__all__ = ["device_named", "dtype_named"]
+__all__ = ["bytes_named", "device_named", "dtype_named", "free_memory"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -40,6 +41,45 @@ def device_named(value: torch.device | str | None) -> torch.device:
         raise RequestError(f"device is {value!r}; latentrt runs on 'cpu' and 'cuda'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailableError(
-            f"device is {str(value)!r}, and PyTorch {torch.__version__} sees no CUDA device"
+            f"device is {str(value)!r}, and PyTorch {torch.__version__} sees no CUDA device: {_why_no_cuda()}"
         )
     return device
+
+
+def _why_no_cuda() -> str:
+    """Why there is none, and what to do about it."""
+    if torch.version.cuda is None:
+        return "it is built for the CPU; install a CUDA build of PyTorch, or use device 'cpu'"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        why = " ".join(str(error).split(". ")[0].split()).rstrip(".")
+        remedy = "update it" if "driver" in why and "too old" in why else "see whether nvidia-smi lists a GPU"
+        return f"{why}; {remedy} (it is built for CUDA {torch.version.cuda}), or use device 'cpu'"
+    return (
+        f"it is built for CUDA {torch.version.cuda}; see whether nvidia-smi lists a GPU, or use device 'cpu'"
+    )
+
+
+def bytes_named(name: str, value: int | str | None) -> int | None:
+    """Bytes from themselves or such as "8GB".
+
+    Args:
+        name: of the argument, for messages.
+
+    Raises:
+        RequestError: it is no amount of memory.
+    """
+    if value is None or isinstance(value, str):
+        return None if value is None else parse_bytes(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise RequestError(f'{name} is {value!r}; give a number of bytes, or such as "8GB"')
+    return value
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that could still be allocated on a GPU; None on the CPU, of which nobody asks for a bound."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -13,13 +14,16 @@ from torch import Tensor, nn
 from ..errors import RequestError
 from .denoise import DenoiseState, LoopKind
 from .engines.base import Component, Engine, Program
-from .engines.lazy import EngineLoader
+from .engines.lazy import EngineLoader, LazyEngine
+from .engines.registry import get_backend
 from .expert import Expert, check_fit
 from .footprint import Footprint, Tracker, follow, measure
 from .loading import load_expert, load_vae
 from .memory import Network, Plan, Stage
 from .request import check_side
-from .sampler import SamplerTable, build_table, step_range
+from .stages import Stage as ExpertStage
+from .stages import stages_of
+from .vae import VAE, Tiles
 from .weights import open_outline
 
 __all__ = ["Planner"]
@@ -31,11 +35,40 @@ class Planner:
     """Plans for one model, and a refiner.
 
     A network is followed through one forward for every batch and size that is asked for, which takes up to a second;
-    what was found is kept.
+    what was found is kept, and a plan of a kind that was planned before takes microseconds. For several threads.
     """
 
     def __init__(
         self,
+        base: Expert,
+        refiner: Expert | None,
+        vae: VAE,
+        *,
+        dtype: torch.dtype,
+        backend: Literal["triton", "eager"] = "triton",
+        arch: int = 90,
+    ) -> None:
+        """
+        Args:
+            base, refiner, vae: whose components are planned; their engines are not touched.
+            dtype: of the weights; the VAE has another where float16 would overflow.
+            backend: whose modules and buffers.
+            arch: the architecture whose kernels are planned, such as 90.
+        """
+        self._base, self._refiner, self._vae = base, refiner, vae
+        self._dtype = str(dtype).removeprefix("torch.")
+        self._backend = get_backend(backend)
+        self._arch = arch
+        self._modules: dict[str, nn.Module] = {}
+        self._engines: dict[str, Engine] = {}
+        self._footprints: dict[tuple[str, int, int, int], Footprint] = {}
+        self._plans: dict[Hashable, Plan] = {}
+        self._weights: dict[str, int] = {}
+        self._lock = threading.RLock()
+
+    @classmethod
+    def of(
+        cls,
         model: str | os.PathLike[str],
         refiner: str | os.PathLike[str] | None = None,
         *,
@@ -43,40 +76,26 @@ class Planner:
         variant: str | None = None,
         backend: Literal["triton", "eager"] = "triton",
         arch: int = 90,
-    ) -> None:
-        """
+    ) -> Planner:
+        """A planner of checkpoints.
+
         Args:
             model, refiner, variant: as in `Pipeline.from_pretrained`; or "sdxl" and "sdxl-refiner", the published
                 configurations. A second text encoder of the same configuration and shapes counts as shared.
-            dtype: of the weights; the VAE has another where float16 would overflow.
-            backend: whose modules and buffers.
-            arch: the architecture whose kernels are planned, such as 90.
+            dtype, backend, arch: as for a planner.
 
         Raises:
             CheckpointError: it is not there, damaged, or not understood.
         """
         loader = EngineLoader(backend, torch.device("cpu"), dtype, None, graphs=False)
         checkpoint = open_outline(model, variant=variant)
-        self._base = load_expert(checkpoint, loader)
-        self._vae = load_vae(checkpoint, loader)
-        self._refiner: Expert | None = None
+        base, vae = load_expert(checkpoint, loader), load_vae(checkpoint, loader)
+        second: Expert | None = None
         if refiner is not None:
             name = {"demo": "demo-refiner", "sdxl": "sdxl-refiner"}.get(os.fspath(refiner), refiner)
-            second = load_expert(open_outline(name, variant=variant), loader)
-            self._refiner = second.sharing(self._base)
-        check_fit(self._base, self._refiner, self._vae.channels)
-        self._dtype = str(dtype).removeprefix("torch.")
-        self._backend = loader.backend
-        self._arch = arch
-        self._modules: dict[str, nn.Module] = {}
-        self._engines: dict[str, Engine] = {}
-        self._footprints: dict[tuple[str, int, int, int], Footprint] = {}
-
-    @property
-    def _experts(self) -> dict[str, Expert]:
-        if self._refiner is None:
-            return {self._base.name: self._base}
-        return {"base": self._base, "refiner": self._refiner}
+            second = load_expert(open_outline(name, variant=variant), loader).sharing(base)
+        check_fit(base, second, vae.channels)
+        return cls(base, second, vae, dtype=dtype, backend=backend, arch=arch)
 
     def plan(
         self,
@@ -107,49 +126,156 @@ class Planner:
         width = check_side("width", side[1] * scale if width is None else width, scale)
         if not 1 <= batch <= 1024:
             raise RequestError(f"batch is {batch}; it must be 1 to 1024")
+        stages = stages_of(self._base, self._refiner, sampler, steps=steps, high_noise_frac=high_noise_frac)
+        return self.of_stages(
+            stages, height=height, width=width, batch=batch, guided=guidance_scale > 1, encoded=from_image
+        )
 
+    def of_stages(
+        self,
+        stages: Sequence[ExpertStage],
+        *,
+        height: int,
+        width: int,
+        batch: int,
+        guided: bool,
+        encoded: bool = False,
+        decoded: bool = True,
+        tile: int | None = None,
+    ) -> Plan:
+        """What a request takes whose schedule is divided so.
+
+        Args:
+            stages: of this planner's experts.
+            height, width: in pixels.
+            batch: as for `plan`.
+            guided: whether its guidance scale is above 1.
+            encoded, decoded: it starts from a picture; it ends in one.
+            tile: latents along a side of the tiles in which it is decoded; None for whole pictures.
+        """
+        scale = self._vae.scale
+        shape = (batch, self._vae.channels, height // scale, width // scale)
+        loops = []
+        for stage in stages:
+            if len(stage.table):
+                expert = stage.expert
+                doubled = guided and expert.config.time_cond_proj_dim is None
+                kind = LoopKind.of(shape, stage.table, doubled, expert.unet.component.dtype)
+                loops.append((stage.name, expert, kind))
+        key = (tuple((name, kind) for name, _, kind in loops), encoded, decoded, tile)
+        with self._lock:
+            if key not in self._plans:
+                with torch.inference_mode(False):
+                    self._plans[key] = self._made(loops, height, width, batch, encoded, decoded, tile)
+            plan = self._plans[key]
+        steps = {stage.name: len(stage.table) for stage in stages}
+        counted = [
+            replace(stage, calls=dict.fromkeys(stage.calls, steps[stage.name]))
+            if stage.kind == "denoise"
+            else stage
+            for stage in plan.stages
+        ]
+        return replace(plan, stages=tuple(counted))
+
+    def _made(
+        self,
+        loops: Sequence[tuple[str, Expert, LoopKind]],
+        height: int,
+        width: int,
+        batch: int,
+        encoded: bool,
+        decoded: bool,
+        tile: int | None,
+    ) -> Plan:
         networks: dict[str, Network] = {}
         text: dict[str, int] = {}
         buffers: dict[str, int] = {}
         stages: list[Stage] = []
-        tables = {
-            name: self._table(name, expert, sampler, steps, high_noise_frac)
-            for name, expert in self._experts.items()
-        }
-        for name, table in tables.items():
-            if not len(table):  # nothing of this expert runs
-                continue
-            expert = self._experts[name]
-            guided = guidance_scale > 1 and expert.config.time_cond_proj_dim is None
+        for name, expert, kind in loops:
             for encoder in expert.encoders:
-                key = self._key(name, encoder.engine.component)
+                key = self._key(expert, encoder.engine.component)
                 networks[key] = self._network(key, encoder.engine.component, batch, height, width)
-                text[key] = text.get(key, 0) + (2 if guided and not expert.zero_negative else 1)
+                text[key] = text.get(key, 0) + (2 if kind.guided and not expert.zero_negative else 1)
             component = expert.unet.component
-            key = self._key(name, component)
-            rows = 2 * batch if guided else batch
-            shape = (batch, self._vae.channels, height // scale, width // scale)
-            kind = LoopKind.of(shape, table, guided, component.dtype)
+            key = self._key(expert, component)
+            rows = 2 * batch if kind.guided else batch
             loop = _Loop(self._engine(key, component), kind, _inputs(component, rows, height, width))
             buffers |= {f"{name} {part}": nbytes for part, nbytes in loop.buffers.items()}
             networks[key] = self._network(key, component, rows, height, width, loop)
-            stages.append(Stage(name, "denoise", {key: len(table)}))
+            stages.append(Stage(name, "denoise", {key: 1}))
         # A picture in float32, once by itself and once in the batch.
         image_bytes = 2 * 4 * batch * 3 * height * width
-        for half in (self._vae.encoder, self._vae.decoder):
+        scale = self._vae.scale
+        down, across = (Tiles.of(side // scale, tile, scale) for side in (height, width))
+        sizes = {
+            self._vae.encoder: (height, width),
+            self._vae.decoder: (down.size * scale, across.size * scale),
+        }
+        for half, size in sizes.items():
             name = half.component.name
-            networks[name] = self._network(name, half.component, 1, height, width)
-        stages.append(Stage("decode", "pixels", {"vae_decoder": batch}, image_bytes))
-        if from_image:
+            networks[name] = self._network(name, half.component, 1, *size)
+        if decoded:
+            calls = batch * len(down.starts) * len(across.starts)
+            stages.append(Stage("decode", "pixels", {"vae_decoder": calls}, image_bytes))
+        if encoded:
             stages.insert(0, Stage("encode", "pixels", {"vae_encoder": batch}, image_bytes))
         stages.insert(0, Stage("text", "text", text))
-        sources = " + ".join(expert.source for expert in self._experts.values())
-        subject = f"{sources} at {width}x{height}, batch {batch}, {self._dtype}"
+        subject = f"{self._sources} at {width}x{height}, batch {batch}, {self._dtype}"
         return Plan(subject, networks, tuple(stages), buffers)
 
-    def _key(self, expert: str, component: Component) -> str:
+    def of_weights(self) -> Plan:
+        """What any request takes at the least: the weights, without the VAE's encoder."""
+        networks: dict[str, Network] = {}
+        stages: list[Stage] = []
+        text: dict[str, int] = {}
+        with self._lock, torch.inference_mode(False):
+            for name, expert in self._experts.items():
+                for encoder in expert.encoders:
+                    text[self._weighed(networks, expert, encoder.engine.component)] = 1
+                stages.append(
+                    Stage(name, "denoise", {self._weighed(networks, expert, expert.unet.component): 1})
+                )
+            decoder = self._weighed(networks, self._base, self._vae.decoder.component)
+            stages.append(Stage("decode", "pixels", {decoder: 1}))
+        stages.insert(0, Stage("text", "text", text))
+        return Plan(f"the weights of {self._sources}, {self._dtype},", networks, tuple(stages), {})
+
+    def engines(self) -> dict[str, LazyEngine]:
+        """The experts' and the VAE's by the names that their networks have in plans."""
+        experts = self._experts.values()
+        found = {self._key(expert, x.component): x for expert in experts for x in expert.engines()}
+        return found | {half.component.name: half for half in (self._vae.encoder, self._vae.decoder)}
+
+    def weight_bytes(self, name: str) -> int:
+        """Of a network of that name."""
+        with self._lock:
+            if name not in self._weights:
+                with torch.inference_mode(False):
+                    module = self._module(name, self.engines()[name].component)
+                self._weights[name] = sum(p.nbytes for p in module.parameters())
+            return self._weights[name]
+
+    def _weighed(self, networks: dict[str, Network], expert: Expert, component: Component) -> str:
+        """The name of a network that is added to `networks` with its weights only."""
+        key = self._key(expert, component)
+        numbers = sum(p.numel() for p in self._module(key, component).parameters())
+        footprint = Footprint(numbers, self.weight_bytes(key), 0, 0, 0, 0, 0, 0)
+        networks[key] = Network(str(component.dtype).removeprefix("torch."), 1, footprint)
+        return key
+
+    @property
+    def _experts(self) -> dict[str, Expert]:
+        if self._refiner is None:
+            return {self._base.name: self._base}
+        return {"base": self._base, "refiner": self._refiner}
+
+    @property
+    def _sources(self) -> str:
+        return " + ".join(expert.source for expert in self._experts.values())
+
+    def _key(self, expert: Expert, component: Component) -> str:
         """The component's name; with the refiner's before it where the base has another of that name."""
-        if expert != "refiner" or self._refiner is None:
+        if expert is not self._refiner:
             return component.name
         shared = [encoder.engine.component for encoder in self._base.encoders]
         return component.name if component in shared else f"refiner {component.name}"
@@ -179,7 +305,7 @@ class Planner:
     def _module(self, key: str, component: Component) -> nn.Module:
         """On the meta device, laid out as on a GPU."""
         if key not in self._modules:
-            module = component.build()
+            module = component.on_meta()
             self._modules[key] = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self._modules[key]
 
@@ -190,17 +316,6 @@ class Planner:
             outline = replace(component, build=lambda: module)
             self._engines[key] = self._backend.load(outline, device=_META, cache_dir=None)
         return self._engines[key]
-
-    def _table(
-        self, name: str, expert: Expert, sampler: str | None, steps: int, high_noise_frac: float
-    ) -> SamplerTable:
-        """The steps that an expert takes."""
-        config = expert.sampler(sampler)
-        start = end = None
-        if self._refiner is not None:
-            start, end = (high_noise_frac, None) if name == "refiner" else (None, high_noise_frac)
-        first, last = step_range(config, steps, denoising_start=start, denoising_end=end)
-        return build_table(config, steps, begin=first, end=last)
 
 
 def _inputs(component: Component, rows: int, height: int, width: int) -> dict[str, Tensor]:

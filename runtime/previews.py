@@ -113,6 +113,15 @@ class StepReports:
                 self._free.append(slot)
             self._tell(steps, picture)
 
+    def begin_again(self) -> None:
+        """Forget the steps so far."""
+        for _, event, slot in self._under_way:
+            event.synchronize()
+            if slot is not None:
+                self._free.append(slot)
+        self._under_way.clear()
+        self._steps = 0
+
     def finish(self) -> None:
         """Wait for the steps that are left, and tell of them."""
         while self._under_way:

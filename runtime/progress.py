@@ -99,6 +99,14 @@ class Watch:
         """Remove the bar."""
         self._bar.close()
 
+    def begin_again(self) -> None:
+        """Forget the steps and stages so far."""
+        self._step = 0
+        self._bar.reset()
+        self._stages.clear()
+        if self._reports is not None:
+            self._reports.begin_again()
+
     def _count(self) -> None:
         """A step of whichever expert."""
         self._step += 1

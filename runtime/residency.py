@@ -1,35 +1,27 @@
-"""Which networks' weights are on the device when, by a policy of `memory`; they come through pinned memory.
+"""Whose weights are on the device when, by a policy of `memory`, and how they come and go.
 
-Weights never change, so the host's copy stays where it is: what leaves is only let go. They come back to other
-addresses, so what was recorded over them (`graph.py`) is dropped when they leave.
+A PyTorch network's weights are one piece of memory each (`Weights`), so that a device's allocator keeps no holes where
+they were, and stream in through pinned memory. They come back to another address: what was recorded over them
+(`graph.py`) is dropped when they leave, and recorded anew. Engines that cannot be moved are closed, and loaded again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .memory import STAGING, Plan, check_policy
+from .engines.base import Component
+from .memory import STAGING, Policy, kind_of, stays
 
-__all__ = ["Residency", "Staging", "allowed"]
+__all__ = ["Residency", "Resident", "Staging", "Weights", "turns"]
 
-
-def allowed(plan: Plan, policy: str, stage: str, network: str) -> frozenset[str]:
-    """The networks whose weights may be on the device while `network` runs in `stage`.
-
-    Raises:
-        RequestError: there is no such policy.
-    """
-    check_policy(policy)
-    if policy == "low":
-        return frozenset({network})
-    every = {name for each in plan.stages for name in each.calls}
-    kinds = {each.name: each.kind for each in plan.stages}
-    if policy == "balanced" and kinds[stage] != "text":
-        every -= {name for each in plan.stages if each.kind == "text" for name in each.calls}
-    return frozenset(every)
+_ALIGNMENT = 512
+"""Bytes; that of PyTorch's own allocations on a GPU."""
 
 
 class Staging:
@@ -38,16 +30,14 @@ class Staging:
 
     def __init__(self, device: torch.device, nbytes: int = STAGING) -> None:
         """`nbytes`: of both buffers together."""
-        self.device = device
         pinned = device.type == "cuda"
+        self._device = device
         self._buffers = [torch.empty(nbytes // 2, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
         self._sent: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
 
-    def copy(self, host: torch.UntypedStorage) -> torch.UntypedStorage:
-        """The same bytes on the device; work put on its current stream afterwards sees them."""
-        source = torch.empty(0, dtype=torch.uint8).set_(host)
-        target = torch.empty(len(source), dtype=torch.uint8, device=self.device)
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """uint8 [N] on the host -> uint8 [N] on the device; work put on its current stream afterwards sees it."""
         size = len(self._buffers[0])
         for begin in range(0, len(source), size):
             part = source[begin : begin + size]
@@ -56,57 +46,159 @@ class Staging:
                 sent.synchronize()
             buffer.copy_(part)
             target[begin : begin + size].copy_(buffer, non_blocking=True)
-            if self.device.type == "cuda":
-                self._sent[self._turn] = torch.cuda.current_stream(self.device).record_event()
+            if self._device.type == "cuda":
+                self._sent[self._turn] = torch.cuda.current_stream(self._device).record_event()
             self._turn = 1 - self._turn
-        return target.untyped_storage()
+
+
+class Weights:
+    """The weights of a network, which move between the host and a device as one piece of memory.
+
+    Weights never change, so once there is a copy on the host it stays there: what leaves is only let go.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device, staging_bytes: int = STAGING) -> None:
+        """
+        Args:
+            tensors: every tensor that holds or views the weights (packed ones too), on the host. They stay the
+                objects they are, and views of each other.
+            device: where they are to be; on the CPU they stay as they lie until they leave for the first time.
+        """
+        self._tensors = list(tensors)
+        self._device = device
+        self._staging_bytes = staging_bytes
+        self._places: list[tuple[Tensor, int]] = []
+        self._there: Tensor | None = None  # uint8 [N], the piece on the device
+        self._home: Tensor | None = None  # and on the host
+        if device.type == "cuda":
+            self.arrive()
+
+    @torch.inference_mode(False)
+    def arrive(self) -> None:
+        """Move to the device."""
+        sources, nbytes = self._sources()
+        self._there = _room(nbytes, self._device)
+        staging = Staging(self._device, min(self._staging_bytes, 2 * max(nbytes, 1)))
+        for source, begin in sources:
+            staging.copy(source, self._there[begin : begin + len(source)])
+        self._point_into(self._there)
+
+    @torch.inference_mode(False)
+    def leave(self) -> None:
+        """Move to the host, and give the device's memory back."""
+        if self._home is None:
+            sources, nbytes = self._sources()
+            self._home = _room(nbytes, torch.device("cpu"))
+            for source, begin in sources:
+                self._home[begin : begin + len(source)].copy_(source)
+        self._point_into(self._home)
+        self._there = None
+        if self._device.type == "cuda":
+            with torch.cuda.device(self._device):
+                torch.cuda.empty_cache()
+
+    def _sources(self) -> tuple[list[tuple[Tensor, int]], int]:
+        """The bytes of all weights and where in the piece each part of them begins; and the bytes of the piece."""
+        whole = self._home if self._home is not None else self._there
+        if whole is not None:
+            return [(whole, 0)], len(whole)
+        self._places, parts, nbytes = _places(self._tensors)
+        return parts, nbytes
+
+    def _point_into(self, piece: Tensor) -> None:
+        storage = piece.untyped_storage()
+        for tensor, begin in self._places:
+            there = torch.empty(0, dtype=tensor.dtype, device=piece.device)
+            there.set_(storage, begin // tensor.itemsize, tensor.shape, tensor.stride())
+            tensor.data = there
+
+
+def _room(nbytes: int, device: torch.device) -> Tensor:
+    """Memory for a piece."""
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def _places(tensors: Sequence[Tensor]) -> tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]], int]:
+    """Where in one piece each tensor begins, in bytes; the parts of memory that go there, and where; the bytes of all.
+
+    A part is what the tensors over one storage span of it: they stay views of each other.
+    """
+    shared: dict[int, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            shared.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+    places: list[tuple[Tensor, int]] = []
+    parts: list[tuple[Tensor, int]] = []
+    end = 0
+    for group in shared.values():
+        begin = -(-end // _ALIGNMENT) * _ALIGNMENT
+        spans = [_span(tensor) for tensor in group]
+        low, high = min(first for first, _ in spans), max(last for _, last in spans)
+        storage = group[0].untyped_storage()
+        memory = torch.empty(0, dtype=torch.uint8, device=group[0].device).set_(storage)
+        parts.append((memory[low:high], begin))
+        places += [(tensor, begin + first - low) for tensor, (first, _) in zip(group, spans, strict=True)]
+        end = begin + high - low
+    return places, parts, end
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The bytes of its storage that a tensor lies in."""
+    begin = int(tensor.storage_offset()) * tensor.itemsize
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (last + 1) * tensor.itemsize
+
+
+class Resident(Protocol):
+    """What may have to leave the device for another to run there."""
+
+    @property
+    def component(self) -> Component:
+        """What it is of."""
+        ...
+
+    @property
+    def residency(self) -> Residency | None:
+        """What may make it leave, if anything does."""
+        ...
+
+    def leave(self) -> None:
+        """Give back the device's memory until it is used again."""
+        ...
 
 
 class Residency:
-    """Keeps on the device what a policy allows there. For one thread at a time."""
+    """Keeps on the device what a policy allows there.
 
-    def __init__(
-        self,
-        networks: Mapping[str, Sequence[Tensor]],
-        allowed: Callable[[str, str], frozenset[str]],
-        staging: Staging,
-        left: Callable[[str], None],
-    ) -> None:
-        """
-        Args:
-            networks: by name, every tensor that holds or views its weights (packed ones too), on the host.
-            allowed: (stage, network) -> what may be there with it; see `allowed`.
-            left: called with a network's name before it leaves: what was recorded over it must go.
-        """
-        self._homes = {name: [(x, x.detach()) for x in tensors] for name, tensors in networks.items()}
-        self._allowed = allowed
-        self._staging = staging
-        self._left = left
-        self.present: set[str] = set()
+    Attributes:
+        turn: held by who uses any of the engines, from the first to the last: two at once would send each other's away.
+    """
 
-    def use(self, stage: str, network: str) -> None:
-        """To be called before `network` runs in `stage`: what may not stay leaves, and then it comes."""
-        for name in sorted(self.present - self._allowed(stage, network)):
-            self._leave(name)
-        if network in self.present:
-            return
-        copies: dict[int, torch.UntypedStorage] = {}
-        for tensor, home in self._homes[network]:
-            host = home.untyped_storage()
-            if host._cdata not in copies:
-                copies[host._cdata] = self._staging.copy(host)
-            there = torch.empty(0, dtype=home.dtype, device=self._staging.device)
-            there.set_(copies[host._cdata], home.storage_offset(), home.shape, home.stride())
-            tensor.data = there
-        self.present.add(network)
+    def __init__(self, policy: Policy) -> None:
+        self.turn = threading.RLock()
+        self._policy = policy
+        self._present: list[Resident] = []
 
-    def close(self) -> None:
-        """Let everything leave."""
-        for name in sorted(self.present):
-            self._leave(name)
+    def enter(self, engine: Resident) -> None:
+        """Before it is loaded or brought back: what may not stay with it leaves."""
+        running = kind_of(engine.component.name)
+        for other in [other for other in self._present if other is not engine]:
+            if not stays(self._policy, kind_of(other.component.name), running):
+                other.leave()
+        if engine not in self._present:
+            self._present.append(engine)
 
-    def _leave(self, name: str) -> None:
-        self._left(name)
-        for tensor, home in self._homes[name]:
-            tensor.data = home
-        self.present.remove(name)
+    def left(self, engine: Resident) -> None:
+        """It is not on the device any more, whatever the reason."""
+        if engine in self._present:
+            self._present.remove(engine)
+
+
+@contextmanager
+def turns(engines: Iterable[Resident]) -> Iterator[None]:
+    """None of these leaves for another thread meanwhile."""
+    found = {id(x.residency): x.residency for x in engines if x.residency is not None}
+    with ExitStack() as stack:
+        for _, residency in sorted(found.items()):  # in one order, whoever asks
+            stack.enter_context(residency.turn)
+        yield

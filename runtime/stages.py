@@ -9,7 +9,7 @@ from .expert import Expert
 from .request import GenerationRequest
 from .sampler import SamplerTable, build_table, step_range
 
-__all__ = ["Stage", "stages_of"]
+__all__ = ["Stage", "stages_of", "stages_of_request"]
 
 
 @dataclass(frozen=True)
@@ -23,32 +23,68 @@ class Stage:
 
 
 def stages_of(
-    base: Expert, refiner: Expert | None, request: GenerationRequest, sampler: str | None
+    base: Expert,
+    refiner: Expert | None,
+    sampler: str | None,
+    *,
+    steps: int,
+    high_noise_frac: float,
+    denoising_start: float | None = None,
+    denoising_end: float | None = None,
+    from_image: bool = False,
+    strength: float | None = None,
+    eta: float = 0.0,
 ) -> list[Stage]:
     """Who takes which steps. Stages without steps are left out, but the first, whose schedule is the start's.
+
+    Args:
+        sampler, steps, high_noise_frac, denoising_start, denoising_end, eta: as in `Pipeline.__call__`.
+        from_image: it begins with a picture or latents, of which `strength`, where given, says how many steps to take.
 
     Raises:
         RequestError: the schedule is divided twice.
     """
-    strength = request.strength if request.image is not None and request.denoising_start is None else None
     if refiner is None:
         experts = [base]
-        windows = [(request.denoising_start, request.denoising_end)]
+        windows = [(denoising_start, denoising_end)]
     else:
-        if request.denoising_start is not None or request.denoising_end is not None:
+        if denoising_start is not None or denoising_end is not None:
             raise RequestError(
                 "this pipeline has a refiner and divides the schedule at high_noise_frac; load base and refiner "
                 "as two pipelines to use denoising_start and denoising_end"
             )
         experts = [base, refiner]
-        windows = [(None, request.high_noise_frac), (request.high_noise_frac, None)]
+        windows = [(None, high_noise_frac), (high_noise_frac, None)]
     stages = []
     for k, (expert, (start, end)) in enumerate(zip(experts, windows, strict=True)):
         config = expert.sampler(sampler)
-        first, last = step_range(config, request.steps, denoising_start=start, denoising_end=end)
+        first, last = step_range(config, steps, denoising_start=start, denoising_end=end)
         if strength is not None:
-            first = min(last, max(first, step_range(config, request.steps, strength=strength)[0]))
-        table = build_table(config, request.steps, begin=first, end=last, eta=request.eta)
+            first = min(last, max(first, step_range(config, steps, strength=strength)[0]))
+        table = build_table(config, steps, begin=first, end=last, eta=eta)
         name = expert.name if refiner is None else ("base", "refiner")[k]
-        stages.append(Stage(name, expert, table, request.image is not None or k > 0))
+        stages.append(Stage(name, expert, table, from_image or k > 0))
     return [stage for stage in stages if len(stage.table)] or stages[:1]
+
+
+def stages_of_request(
+    base: Expert, refiner: Expert | None, request: GenerationRequest, sampler: str | None
+) -> list[Stage]:
+    """`stages_of` what is asked for.
+
+    Raises:
+        RequestError: the schedule is divided twice.
+    """
+    r = request
+    return stages_of(
+        base,
+        refiner,
+        sampler,
+        steps=r.steps,
+        high_noise_frac=r.high_noise_frac,
+        denoising_start=r.denoising_start,
+        denoising_end=r.denoising_end,
+        from_image=r.image is not None,
+        strength=r.strength if r.image is not None and r.denoising_start is None else None,
+        eta=r.eta,
+    )

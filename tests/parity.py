@@ -331,7 +331,7 @@ class Rig:
             expert and replace(expert, scheduler={**expert.scheduler, **scheduler})
             for expert in (pipe._base, pipe._refiner)
         )
-        return latentrt.Pipeline(base, refiner, pipe.vae, pipe._loader)
+        return latentrt.Pipeline(replace(pipe._parts, base=base, refiner=refiner))
 
     def diffusers(self, kind: str, case: Case | None = None) -> Any:
         """Theirs, with the scheduler of the case, or the checkpoint's own."""

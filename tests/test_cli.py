@@ -53,7 +53,17 @@ def test_the_same_seed_writes_the_same_pixels(generate: Run) -> None:
 
 def test_json_is_all_there_is_on_stdout(generate: Run) -> None:
     code, out, err = generate(
-        HOSTILE, "--json", "--count", "2", "--seed", "0", "--guidance", "3", "--negative", "dark"
+        HOSTILE,
+        "--json",
+        "--count",
+        "2",
+        "--seed",
+        "0",
+        "--guidance",
+        "3",
+        "--negative",
+        "dark",
+        "--tiled-vae",
     )
     assert (code, err) == (0, "")
     told = json.loads(out)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ __all__ = [
     "CallProgram",
     "Component",
     "Engine",
+    "Movable",
     "Program",
     "TensorSpec",
     "Timesteps",
@@ -83,6 +84,7 @@ class Component:
             latents, `image_height` and `image_width` pixels.
         parts: makes the components that together are this one; see `split.in_parts`. None where it has none.
         config: of the network, as the checkpoint has it; for whoever reads an exported model.
+        outline: makes the module on the meta device without reading a weight; where None, `build` is asked for it.
     """
 
     name: str
@@ -96,6 +98,11 @@ class Component:
     latent_scale: int = 8
     parts: Callable[[], tuple[Component, ...]] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    outline: Callable[[], nn.Module] | None = None
+
+    def on_meta(self) -> nn.Module:
+        """The module with its shapes and dtypes only."""
+        return self.build().to("meta") if self.outline is None else self.outline()
 
 
 @dataclass(frozen=True)
@@ -116,9 +123,11 @@ class Program(Protocol):
 
     Attributes:
         capturable: whether `run` may be recorded in a CUDA graph.
+        nbytes: of device memory that it holds beside the engine and the tensors it is bound to.
     """
 
     capturable: bool
+    nbytes: int
 
     def prepare(self) -> None:
         """Compute what does not depend on what changes from run to run; to be called when that was written."""
@@ -169,8 +178,23 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class Movable(Engine, Protocol):
+    """An engine whose weights can leave the device and come back while it stays. Not while it runs."""
+
+    def leave(self) -> None:
+        """Give back the device's memory; what was recorded over the weights must not be replayed any more."""
+        ...
+
+    def arrive(self) -> None:
+        """Come back."""
+        ...
+
+
 class CallProgram:
     """A program that calls its engine and copies what it returns."""
+
+    nbytes = 0
 
     def __init__(
         self,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import BackendError
+from ..residency import Weights
 from .base import Availability, CallProgram, Component, Engine, Program, Timesteps, arguments
 
 __all__ = ["EagerBackend", "EagerEngine"]
@@ -21,7 +22,18 @@ class EagerEngine:
         self.entry: Path | None = None
         self._component = component
         self._device = device
-        self._module: nn.Module | None = component.build().to(device).eval().requires_grad_(False)
+        module = component.build().eval().requires_grad_(False)
+        packed = self._lay_out(module)
+        self._module: nn.Module | None = module
+        self._weights: Weights | None = Weights([*module.parameters(), *module.buffers(), *packed], device)
+
+    def _lay_out(self, module: nn.Module) -> Sequence[Tensor]:
+        """Change how the weights lie in memory, while they are on the host.
+
+        Returns:
+            the tensors over them that are no parameters.
+        """
+        return ()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         module = self._module  # held here, so that a close() in another thread cannot take it away
@@ -41,8 +53,16 @@ class EagerEngine:
     ) -> Program:
         return CallProgram(self, inputs, outputs, capturable=True)
 
+    def leave(self) -> None:
+        if self._weights is not None:
+            self._weights.leave()
+
+    def arrive(self) -> None:
+        if self._weights is not None:
+            self._weights.arrive()
+
     def close(self) -> None:
-        self._module = None
+        self._module = self._weights = None
 
 
 class EagerBackend:

@@ -6,21 +6,21 @@ A pipeline that never starts from an image never exports the VAE's encoder.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..graph import Graphs
-from .base import Component, Engine, arguments
+from ..kept import Kept
+from ..memory import Policy
+from ..residency import Residency
+from .base import Component, Engine, Movable, arguments
 from .registry import choose
 
 __all__ = ["EngineLoader", "LazyEngine"]
-
-_KEPT = 8  # sizes whose recorded call an engine keeps
 
 
 class EngineLoader:
@@ -28,6 +28,8 @@ class EngineLoader:
 
     Attributes:
         graphs: records the work of engines that bear it; None to run everything as it comes.
+        kept: what was recorded, and waits to be used again.
+        residency: sends weights from the device; None where all may stay.
     """
 
     def __init__(
@@ -37,12 +39,19 @@ class EngineLoader:
         dtype: torch.dtype,
         cache_dir: Path | None,
         graphs: bool | None = None,
+        memory: Policy = "resident",
     ) -> None:
-        """`graphs`: whether to record work; by default where the device is a GPU."""
+        """
+        Args:
+            graphs: whether to record work; by default where the device is a GPU.
+            memory: the policy by which weights leave the device.
+        """
         self._name = backend
         self._graphs = graphs
         self.dtype = dtype
         self.cache_dir = cache_dir
+        self.kept = Kept()
+        self.residency = None if memory == "resident" else Residency(memory)
         self._engines: list[LazyEngine] = []
         self.move(device)
 
@@ -76,6 +85,7 @@ class _Call:
         self.engine = engine
         self._inputs = {name: x.to(graphs.device, copy=True) for name, x in inputs.items()}
         self._outputs = {name: x.clone() for name, x in engine(self._inputs).items()}
+        self.nbytes = sum(x.nbytes for x in (*self._inputs.values(), *self._outputs.values()))
         program = engine.bind(self._inputs, self._outputs)
         self._run: Callable[[], None] = program.run
         if program.capturable:
@@ -96,12 +106,7 @@ class LazyEngine:
         self._loader = loader
         self._lock = threading.Lock()
         self._engine: Engine | None = None
-        self._calls: OrderedDict[tuple[object, ...], _Call] = OrderedDict()
-        self._on_close: list[Callable[[], object]] = []
-
-    def on_close(self, forget: Callable[[], object]) -> None:
-        """Have `forget` called when the engine is closed: what it kept of the engine would keep its weights."""
-        self._on_close.append(forget)
+        self._away = False
 
     @property
     def device(self) -> torch.device:
@@ -113,8 +118,33 @@ class LazyEngine:
         """What records its work, if anything does."""
         return self._loader.graphs
 
+    @property
+    def kept(self) -> Kept:
+        """Where what was recorded of it waits, by the engine and its kind; it goes with the engine."""
+        return self._loader.kept
+
+    @property
+    def residency(self) -> Residency | None:
+        """What may send its weights away between two uses, if anything does."""
+        return self._loader.residency
+
+    @property
+    def present(self) -> bool:
+        """Whether its weights are on the device."""
+        return self._engine is not None and not self._away
+
     def load(self) -> Engine:
-        """The engine itself; exports or compiles the component when its cache lacks it."""
+        """The engine itself, its weights on the device; exports or compiles the component when its cache lacks it.
+
+        Where there is a `residency`, to be called and used in its `turn`.
+        """
+        if self.residency is None:
+            return self._loaded()
+        with self.residency.turn:
+            self.residency.enter(self)
+            return self._loaded()
+
+    def _loaded(self) -> Engine:
         with self._lock:
             if self._engine is None:
                 loader = self._loader
@@ -123,40 +153,75 @@ class LazyEngine:
                     self._engine = loader.backend.load(
                         self.component, device=loader.device, cache_dir=loader.cache_dir
                     )
+            if self._away and isinstance(self._engine, Movable):
+                self._engine.arrive()
+                self._away = False
             return self._engine
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.residency is not None:  # a recording would not outlive the weights' stay
+            with self.residency.turn:
+                return self.load()(inputs)
         engine = self.load()
         if self.graphs is None:
             return engine(inputs)
         with self.graphs.turn():
-            return self._recorded(engine, inputs, self.graphs)(inputs)
+            kind, call = self._taken(engine, inputs, self.graphs)
+            result = call(inputs)
+            self.kept.put(self, kind, call, call.nbytes)
+            return result
 
     def record(self, inputs: Mapping[str, Tensor]) -> None:
         """Load the engine and record its call for inputs of these shapes, where work is recorded."""
+        if self.graphs is None or self.residency is not None:
+            return
         engine = self.load()
-        if self.graphs is not None:
-            with self.graphs.turn():
-                self._recorded(engine, inputs, self.graphs)
+        with self.graphs.turn():
+            kind, call = self._taken(engine, inputs, self.graphs)
+            self.kept.put(self, kind, call, call.nbytes)
 
-    def _recorded(self, engine: Engine, inputs: Mapping[str, Tensor], graphs: Graphs) -> _Call:
-        key = tuple((name, tuple(x.shape), x.dtype) for name, x in inputs.items())
-        call = self._calls.pop(key, None)
+    def _taken(self, engine: Engine, inputs: Mapping[str, Tensor], graphs: Graphs) -> tuple[Hashable, _Call]:
+        """A call for such inputs that nobody else has, and its kind."""
+        kind = tuple((name, tuple(x.shape), x.dtype) for name, x in inputs.items())
+        call: _Call | None = self.kept.take(self, kind)
         if call is None or call.engine is not engine:
             arguments(self.component, inputs)  # told of a wrong shape before anything is made of it
             with torch.inference_mode(False):  # a caller's own would mark the static tensors
                 call = _Call(self.component, engine, inputs, graphs)
-        self._calls[key] = call
-        while len(self._calls) > _KEPT:
-            self._calls.popitem(last=False)
-        return call
+        return kind, call
+
+    def leave(self) -> None:
+        """Give the device's memory back until the next use: the weights move to the host where they can; else the
+        engine is closed."""
+        with self._idle():
+            if isinstance(self._engine, Movable):
+                self._engine.leave()
+                self._away = True
+            else:
+                self._end()
 
     def close(self) -> None:
         """Free the engine; the next call loads it again."""
-        with nullcontext() if self.graphs is None else self.graphs.turn(), self._lock:
-            self._calls.clear()
-            for forget in self._on_close:
-                forget()
-            if self._engine is not None:
-                self._engine.close()
-                self._engine = None
+        with self._idle():
+            self._end()
+
+    @contextmanager
+    def _idle(self) -> Iterator[None]:
+        """Nothing of it runs, and nothing is kept that was recorded over its weights."""
+        turns: list[AbstractContextManager[object]] = [self._lock]
+        if self.graphs is not None:
+            turns.insert(0, self.graphs.turn())
+        if self.residency is not None:
+            turns.insert(0, self.residency.turn)
+        with ExitStack() as stack:
+            for turn in turns:
+                stack.enter_context(turn)
+            self.kept.drop(self)
+            if self.residency is not None:
+                self.residency.left(self)
+            yield
+
+    def _end(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+        self._engine, self._away = None, False

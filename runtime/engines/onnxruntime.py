@@ -96,6 +96,7 @@ class _Program:
     """A session over static tensors, bound once: a run copies nothing."""
 
     capturable = False  # by us; ONNX Runtime may record it
+    nbytes = 0
 
     def __init__(
         self,

@@ -90,6 +90,7 @@ def _part(
         fingerprint=hashlib.sha256(f"{component.fingerprint}\n{name}".encode()).hexdigest(),
         example_sizes={d: size for d, size in component.example_sizes.items() if d in dims},
         parts=None,
+        outline=None,
     )
 
 
@@ -170,6 +171,8 @@ class _SplitProgram:
         now = {name: self._row[0, place].view(rows, -1) for name, place in self._places.items()}
         self._step = step_engine.bind({s.name: (self._values | now)[s.name] for s in step.inputs}, outputs)
         self.capturable = self._step.capturable
+        own = (*made.values(), *self._of_time.values(), *self._shifts.values(), self._table, self._row)
+        self.nbytes = sum(x.nbytes for x in own)
 
     @torch.inference_mode()
     def prepare(self) -> None:

@@ -137,6 +137,8 @@ class _Context:
 class _Program:
     """A context over a caller's tensors."""
 
+    nbytes = 0
+
     def __init__(self, engine: TensorRTEngine, context: _Context, *, capturable: bool) -> None:
         self.capturable = capturable
         self._engine, self._context = engine, context

@@ -28,12 +28,13 @@ __all__ = ["TritonBackend", "TritonEngine"]
 class TritonEngine(EagerEngine):
     """One packed module on one device."""
 
-    def __init__(self, component: Component, device: torch.device) -> None:
-        super().__init__(component, device)
-        assert self._module is not None
-        self._module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        pack_attention(self._module)
-        self._unet = _PackedUNet(self._module) if isinstance(self._module, UNet) else None
+    _unet: _PackedUNet | None = None
+
+    def _lay_out(self, module: nn.Module) -> Sequence[Tensor]:
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        packed = pack_attention(module)
+        self._unet = _PackedUNet(module) if isinstance(module, UNet) else None
+        return packed if self._unet is None else [*packed, *self._unet.tensors]
 
     def bind(
         self,
@@ -90,16 +91,24 @@ def pack(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
-def pack_attention(module: nn.Module) -> None:
-    """Make the three projections of each self-attention one product."""
+def pack_attention(module: nn.Module) -> list[Tensor]:
+    """Make the three projections of each self-attention one product; returns their weights."""
+    packed = []
     for block in module.modules():
         if isinstance(block, TransformerBlock):
             own = block.attn1
             own.to_qkv, _ = pack([own.to_q, own.to_k, own.to_v])
+            packed.append(own.to_qkv)
+    return packed
 
 
 class _PackedUNet:
-    """A UNet whose projections of text and time are two products."""
+    """A UNet whose projections of text and time are two products.
+
+    Attributes:
+        tensors: the packed weights and biases.
+        text_widths, shift_widths: channels of each block's keys and values in turn, and of its shift.
+    """
 
     def __init__(self, unet: UNet) -> None:
         self.unet = unet
@@ -107,6 +116,7 @@ class _PackedUNet:
         shifted = [block.time_emb_proj for block in unet.resnets() if block.time_emb_proj is not None]
         self._text, _ = pack([linear for attention in crossed for linear in (attention.to_k, attention.to_v)])
         self._time = pack(shifted)
+        self.tensors = [x for x in (self._text, *self._time) if x is not None]
         self.text_widths = [attention.to_k.out_features for attention in crossed for _ in range(2)]
         self.shift_widths = [linear.out_features for linear in shifted]
 
@@ -140,6 +150,7 @@ class _UNetProgram:
         self._text = text.new_zeros((*text.shape[:2], sum(packed.text_widths)))
         self._shifts = text.new_zeros((len(timesteps.values), len(text) * sum(packed.shift_widths)))
         self._sizes = [len(text) * width for width in packed.shift_widths]
+        self.nbytes = self._text.nbytes + self._shifts.nbytes
 
     @torch.inference_mode()
     def prepare(self) -> None:

@@ -27,25 +27,17 @@ def serve(args: argparse.Namespace) -> Iterator[str]:
         raise BackendUnavailableError(
             f'the server needs {error.name}, which is not installed; pip install "latentrt[serve]"'
         ) from error
-    from ..pipeline import Pipeline
+    from ..commands import load
     from ..record import public_name
     from .engine import AsyncEngine
     from .logs import log_as_json
     from .metrics import Metrics
     from .service import Service
 
-    refiner = "demo" if args.refiner is None and args.model == "demo" else args.refiner
     metrics = Metrics()
 
     def engine() -> AsyncEngine:
-        pipe = Pipeline.from_pretrained(
-            args.model,
-            None if refiner == "none" else refiner,
-            backend=args.backend,
-            dtype=args.dtype,
-            variant=args.variant,
-            device=args.device,
-        )
+        pipe = load(args)
         pipe.set_progress_bar_config(disable=True)
         return AsyncEngine(pipe, max_batch=args.max_batch, max_waiting=args.max_queue, on_batch=metrics.batch)
 

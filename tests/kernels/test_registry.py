@@ -126,7 +126,7 @@ def test_rooflines_refuse_what_they_do_not_know() -> None:
 
 def test_an_architecture_without_data_takes_the_nearest_older(caplog: pytest.LogCaptureFixture) -> None:
     tuning._with_data.cache_clear()
-    caplog.set_level("INFO", logger="latentrt")
+    caplog.set_level("WARNING", logger="latentrt")
     for _ in range(2):
         assert tuning.constants("attention", 103, HALF, "d64") == tuning.constants(
             "attention", 100, HALF, "d64"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from latentrt import Pipeline
     from parity import Rig
 
 
@@ -24,3 +25,17 @@ def rig(tiny: Callable[..., Path], exports: Path, tmp_path_factory: pytest.TempP
         return path if path.exists() else save_lcm(path, tiny("sdxl"))
 
     return Rig(folder, exports)
+
+
+@pytest.fixture(scope="session")
+def load(tiny: Callable[..., Path]) -> Callable[..., Pipeline]:
+    """The tiny SDXL base and refiner on the CPU, over the project's operators; options are `from_pretrained`'s."""
+    import latentrt
+
+    def make(**options: Any) -> Pipeline:
+        options = {"backend": "triton", "device": "cpu", **options}
+        pipe = latentrt.Pipeline.from_pretrained(tiny("sdxl"), tiny("refiner"), **options)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make

@@ -198,10 +198,14 @@ def test_threads_take_loops_of_their_own(component: Component) -> None:
 
 
 def test_few_loops_are_kept(component: Component) -> None:
-    loop = Denoiser(engine(component, "eager", graphs=False))
+    lazy = engine(component, "eager", graphs=False)
+    lazy.kept.limit = 300_000
+    loop = Denoiser(lazy)
     for seed in range(40):
         Request(component, seed).run(loop)
-    assert 1 < len(loop._idle) <= 8
+        assert lazy.kept.nbytes <= lazy.kept.limit
+    assert len(lazy.kept) > 1
+    assert lazy.kept.evicted > 1
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -282,7 +286,7 @@ def test_loops_whose_unets_are_not_there_together_are_made_ready_one_by_one(
         found.append(latents)
         captures.clear()
         for loop in loops:
-            loop._idle.clear()
+            loop._unet.kept.drop(loop._unet)
     assert found[0].equal(found[1])
     with ready(asked, together=False) as runs:
         assert captures == []

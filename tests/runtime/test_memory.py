@@ -115,7 +115,11 @@ SMALL = Plan(
             "balanced",
             "there are 7.00 GB; no policy fits, 'low' needs 7.27 GB: take a smaller size or batch",
         ),
-        (4 * GB, "low", "the weights of unet alone are 5.00 GB: take a GPU with more memory"),
+        (
+            4 * GB,
+            "low",
+            "the weights of unet alone are 5.00 GB, and 268.4 MB are kept free for libraries: take a GPU with more",
+        ),
     ],
 )
 def test_refusals_have_numbers_and_a_remedy(available: int, policy: str, message: str) -> None:

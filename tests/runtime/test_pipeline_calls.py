@@ -405,7 +405,7 @@ def test_the_host_waits_for_the_device_between_steps_and_at_the_end_alone(
 def test_the_vae_decodes_in_tiles_where_asked(
     pipe: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("latentrt.runtime.pipeline.TILE", 8)
+    monkeypatch.setattr("latentrt.runtime.budget.TILE", 8)
     call = {**CALL, "seed": 2, "width": 96}
     tiled = pipe(**{**call, "output_type": "pt"}, tiled_vae=True).images
     latents = pipe(**{**call, "output_type": "latent"}, tiled_vae=True).images

@@ -183,9 +183,36 @@ def test_pipelines_that_cannot_be_made(
         latentrt.Pipeline.from_pretrained(tiny("sdxl"), **options)
 
 
-def test_a_gpu_that_is_not_there(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("cuda", "failure", "message"),
+    [
+        (None, "", "it is built for the CPU; install a CUDA build of PyTorch, or use device 'cpu'"),
+        (
+            "13.0",
+            "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver",
+            "The NVIDIA driver on your system is too old (found version 11040); update it (it is built for CUDA 13.0), "
+            "or use device 'cpu'",
+        ),
+        (
+            "13.0",
+            "Found no NVIDIA driver on your system. Please check",
+            "Found no NVIDIA driver on your system; see whether nvidia-smi lists a GPU (it is built for CUDA 13.0)",
+        ),
+        ("13.0", "", "it is built for CUDA 13.0; see whether nvidia-smi lists a GPU, or use device 'cpu'"),
+    ],
+    ids=["built for the CPU", "driver too old", "no driver", "no GPU"],
+)
+def test_a_gpu_that_cannot_be_used(
+    cuda: str | None, failure: str, message: str, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init() -> None:
+        if failure:
+            raise RuntimeError(failure)
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BackendUnavailableError, match="sees no CUDA device"):
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(BackendUnavailableError, match=f"sees no CUDA device: {re.escape(message)}"):
         latentrt.Pipeline.from_pretrained(tiny("sdxl"), device="cuda")
 
 

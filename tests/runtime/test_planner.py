@@ -17,7 +17,7 @@ from latentrt.runtime.digests import DigestMemory
 from latentrt.runtime.engines.triton import TritonBackend
 from latentrt.runtime.footprint import Tracker
 from latentrt.runtime.loading import load_components
-from latentrt.runtime.memory import Plan
+from latentrt.runtime.memory import POLICIES, Plan
 from latentrt.runtime.planner import Planner
 from latentrt.runtime.sampler import SamplerConfig, build_table
 from latentrt.runtime.weights import open_checkpoint
@@ -32,7 +32,7 @@ Tiny = Callable[..., Path]
 @pytest.fixture(scope="module")
 def full() -> Planner:
     """SDXL's base and refiner at their published sizes."""
-    return Planner("sdxl", "sdxl")
+    return Planner.of("sdxl", "sdxl")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def single(full: Planner) -> Plan:
 @pytest.fixture(scope="module")
 def pair(tiny: Tiny) -> Planner:
     """The tiny SDXL base and refiner."""
-    return Planner(tiny("sdxl"), tiny("refiner"))
+    return Planner.of(tiny("sdxl"), tiny("refiner"))
 
 
 def test_full_size_parameters_are_exact(single: Plan) -> None:
@@ -147,7 +147,7 @@ def component_bytes(plan: Plan) -> dict[str, int]:
 
 
 def test_bytes_of_a_checkpoint_are_exact(pair: Planner, tiny: Tiny) -> None:
-    whole = component_bytes(Planner(tiny("sd15"), dtype=torch.float32).plan(height=64, width=64))
+    whole = component_bytes(Planner.of(tiny("sd15"), dtype=torch.float32).plan(height=64, width=64))
     assert set(whole) == {"text_encoder", "unet", "vae"}
     for name, nbytes in whole.items():
         assert nbytes == 4 * stored_numbers(tiny("sd15") / name), name
@@ -160,7 +160,7 @@ def test_bytes_of_a_checkpoint_are_exact(pair: Planner, tiny: Tiny) -> None:
 
 def test_bytes_of_the_demo_are_exact() -> None:
     folder = Path(weight_set.__file__).parent / "demo"
-    found = component_bytes(Planner("demo", "demo", dtype=torch.float32).plan(height=64, width=64))
+    found = component_bytes(Planner.of("demo", "demo", dtype=torch.float32).plan(height=64, width=64))
     assert set(found) == {"text_encoder", "text_encoder_2", "unet", "refiner unet", "vae"}
     for name, nbytes in found.items():
         assert nbytes == 4 * stored_numbers(folder / name.replace(" ", "/")), name
@@ -185,7 +185,7 @@ def test_no_weight_is_read(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(weight_set, "_read", read)
     monkeypatch.setattr(DigestMemory, "digest", read)
-    Planner(tiny("sdxl"), tiny("refiner")).plan(height=64, width=64)
+    Planner.of(tiny("sdxl"), tiny("refiner")).plan(height=64, width=64)
 
 
 def test_weights_that_do_not_fit_are_told(tiny: Tiny, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_weights_that_do_not_fit_are_told(tiny: Tiny, tmp_path: Path) -> None:
     file.unlink()
     save_file(state, file)
     with pytest.raises(WeightsMismatchError, match=r"1 missing: conv_in\.bias"):
-        Planner(tmp_path).plan(height=64, width=64)
+        Planner.of(tmp_path).plan(height=64, width=64)
 
 
 def test_work_and_memory_grow_with_the_batch(pair: Planner) -> None:
@@ -227,7 +227,7 @@ def test_work_and_memory_grow_with_the_size(pair: Planner) -> None:
 
 def test_the_vae_is_upcast_where_it_would_overflow(pair: Planner, tiny: Tiny) -> None:
     """To what the back end has for that."""
-    eager = Planner(tiny("sdxl"), backend="eager").plan(height=64, width=64).networks
+    eager = Planner.of(tiny("sdxl"), backend="eager").plan(height=64, width=64).networks
     triton = pair.plan(height=64, width=64).networks
     for name, dtype in (("vae_decoder", "float32"), ("vae_encoder", "float32"), ("unet", "float16")):
         assert eager[name].dtype == dtype
@@ -238,7 +238,7 @@ def test_the_vae_is_upcast_where_it_would_overflow(pair: Planner, tiny: Tiny) ->
 
 
 def test_guidance_doubles_the_rows(tiny: Tiny) -> None:
-    planner = Planner(tiny("sd15"))
+    planner = Planner.of(tiny("sd15"))
     with_, without = (planner.plan(height=64, width=64, guidance_scale=scale) for scale in (7.5, 1.0))
     assert (with_.networks["unet"].rows, without.networks["unet"].rows) == (2, 1)
     assert (with_.stages[0].calls, without.stages[0].calls) == ({"text_encoder": 2}, {"text_encoder": 1})
@@ -254,13 +254,13 @@ def test_steps_are_split_as_the_pipeline_splits_them(pair: Planner) -> None:
 
 
 def test_a_refiner_alone(tiny: Tiny) -> None:
-    plan = Planner(tiny("refiner")).plan(height=64, width=64, from_image=True)
+    plan = Planner.of(tiny("refiner")).plan(height=64, width=64, from_image=True)
     assert [stage.name for stage in plan.stages] == ["text", "encode", "refiner", "decode"]
     assert set(plan.stages[2].calls) == {"unet"}
 
 
 def test_a_second_encoder_of_other_shapes_is_not_shared(tiny: Tiny) -> None:
-    plan = Planner(tiny("sdxl"), "demo-refiner").plan(height=64, width=64)
+    plan = Planner.of(tiny("sdxl"), "demo-refiner").plan(height=64, width=64)
     assert plan.stages[0].calls == {"text_encoder": 1, "text_encoder_2": 1, "refiner text_encoder_2": 2}
 
 
@@ -269,7 +269,7 @@ def test_what_is_on_disk_comes_before_a_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("sdxl").symlink_to(tiny("sdxl"))
-    plan = Planner("sdxl").plan()
+    plan = Planner.of("sdxl").plan()
     assert plan.subject == "sdxl at 128x128, batch 1, float16"
     assert plan.networks["unet"].footprint.parameters < 10**7
 
@@ -291,7 +291,7 @@ def test_requests_that_cannot_be_met(arguments: dict[str, Any], message: str, pa
 
 
 def test_the_command(run: Run, tiny: Tiny) -> None:
-    options = ("--refiner", str(tiny("refiner")), "--size", "64x48", "--batch", "2", "--memory", "1GB")
+    options = ("--refiner", str(tiny("refiner")), "--size", "64x48", "--batch", "2", "--memory-limit", "1GB")
     code, out, err = run("plan", str(tiny("sdxl")), *options)
     assert (code, err) == (0, "")
     lines = out.splitlines()
@@ -305,7 +305,7 @@ def test_the_command(run: Run, tiny: Tiny) -> None:
 
 
 def test_the_command_refuses_what_does_not_fit_and_says_all_there_is(run: Run, tiny: Tiny) -> None:
-    options = ("--size", "64x64", "--gpu", "rtx 4090", "--memory", "200MB", "--policy", "low", "--json")
+    options = ("--size", "64x64", "--gpu", "rtx 4090", "--memory-limit", "200MB", "--memory", "low", "--json")
     code, out, err = run("plan", str(tiny("sd15")), *options)
     told = json.loads(out)
     assert (code, told["gpu"]["name"], told["networks"]["unet"]["rows"]) == (1, "RTX 4090", 2)
@@ -320,8 +320,7 @@ def test_the_command_refuses_what_does_not_fit_and_says_all_there_is(run: Run, t
     [
         (("--size", "60x64"), "width is 60; it must be a multiple of 8, such as 64"),
         (("--gpu", "Voodoo"), "no ceilings are known for the GPU 'Voodoo'; there are H200"),
-        (("--policy", "fast"), "there is no memory policy 'fast'; there are resident, balanced, low"),
-        (("--memory", "much"), "'much' is no amount of memory; write such as 20GB or 500MB"),
+        (("--memory-limit", "much"), "'much' is no amount of memory; write such as 20GB or 500MB"),
         (("--refiner", "/no/refiner"), "'/no/refiner' is no folder or file"),
     ],
 )
@@ -332,6 +331,13 @@ def test_the_commands_refusals(arguments: tuple[str, ...], message: str, run: Ru
     assert message in err
 
 
+def test_the_policies_of_the_command_line_are_those_there_are(run: Run) -> None:
+    code, out, err = run("plan", "demo", "--memory", "fast")
+    assert (code, out) == (2, "")
+    for policy in POLICIES:
+        assert policy in err.partition("choose from")[2]
+
+
 def test_an_unknown_model() -> None:
     with pytest.raises(CheckpointNotFoundError, match="'sdxxl' is no folder or file"):
-        Planner("sdxxl")
+        Planner.of("sdxxl")

@@ -2,107 +2,155 @@
 
 from __future__ import annotations
 
-from functools import partial
+import weakref
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from latentrt.errors import RequestError
-from latentrt.runtime.footprint import Footprint, Tracker
-from latentrt.runtime.memory import Network, Plan, Stage
-from latentrt.runtime.residency import Residency, Staging, allowed
+from latentrt.runtime import residency
+from latentrt.runtime.memory import POLICIES, Policy, check_policy, stays
+from latentrt.runtime.residency import Residency, Weights
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
-NETWORK = Network("float32", 1, Footprint(0, 0, 0, 0, 0, 0, 0, 0))
-PLAN = Plan(
-    "",
-    dict.fromkeys(("te1", "te2", "unet", "refiner unet", "vae_decoder"), NETWORK),
-    (
-        Stage("text", "text", {"te1": 1, "te2": 3}),
-        Stage("base", "denoise", {"unet": 24}),
-        Stage("refiner", "denoise", {"refiner unet": 6}),
-        Stage("decode", "pixels", {"vae_decoder": 1}),
-    ),
-    {},
-)
-REQUEST = [(stage.name, name) for stage in PLAN.stages for name in stage.calls]
+REQUEST = ("text_encoder", "text_encoder_2", "unet", "refiner", "vae_decoder")
 
 
-def walk(policy: str, requests: int = 2) -> tuple[list[set[str]], list[str]]:
+class Resident:
+    """An engine that only says when it leaves."""
+
+    def __init__(self, name: str, there: Residency, gone: list[str]) -> None:
+        self.component: Any = SimpleNamespace(name="unet" if name == "refiner" else name)
+        self.residency = there
+        self._name, self._gone = name, gone
+
+    def leave(self) -> None:
+        self._gone.append(self._name)
+        self.residency.left(self)
+
+
+def walk(policy: Policy, requests: int = 2) -> tuple[list[set[str]], list[str]]:
     """What is there as each network runs, and who left, in turn."""
-    there, gone = [], []
-    weights = {name: [torch.randn(3, 4)] for name in PLAN.networks}
-    residency = Residency(weights, partial(allowed, PLAN, policy), Staging(CPU, 64), gone.append)
-    for stage, name in REQUEST * requests:
-        residency.use(stage, name)
-        assert name in residency.present <= allowed(PLAN, policy, stage, name)
-        there.append(set(residency.present))
+    there, gone = [], list[str]()
+    held = Residency(policy)
+    engines = {name: Resident(name, held, gone) for name in REQUEST}
+    for name in REQUEST * requests:
+        held.enter(engines[name])
+        held.enter(engines[name])  # is there already
+        there.append({n for n, engine in engines.items() if engine in held._present})
     return there, gone
-
-
-def test_resident_stays() -> None:
-    there, gone = walk("resident")
-    assert there[-1] == set(PLAN.networks)
-    assert gone == []
 
 
 def test_balanced_has_encoders_for_the_text_only() -> None:
     there, gone = walk("balanced")
-    assert gone == ["te1", "te2"] * 2
-    assert there[4] == {"unet", "refiner unet", "vae_decoder"}
-    assert there[6] == set(PLAN.networks)  # the second request's text
+    assert gone == ["text_encoder", "text_encoder_2"] * 2
+    assert there[4] == {"unet", "refiner", "vae_decoder"}
+    assert there[6] == set(REQUEST)  # the second request's text
 
 
 def test_low_has_one_at_a_time() -> None:
     there, gone = walk("low")
-    assert there == [{name} for _, name in REQUEST * 2]
-    assert gone == [name for _, name in REQUEST * 2][:-1]
+    assert there == [{name} for name in REQUEST * 2]
+    assert gone == list(REQUEST * 2)[:-1]
 
 
-def test_an_unknown_policy() -> None:
-    with pytest.raises(RequestError, match="no memory policy 'all'"):
-        allowed(PLAN, "all", "text", "te1")
+def test_resident_stays() -> None:
+    kinds = ("text", "denoise", "pixels")
+    assert all(stays("resident", one, other) for one in kinds for other in kinds)
+    assert POLICIES == ("resident", "balanced", "low")
+    with pytest.raises(ValueError, match="no memory policy 'all'"):
+        check_policy("all")
 
 
 def module() -> tuple[nn.Module, list[Tensor]]:
-    """Channels last, a packed weight with views of it, an odd size and a buffer."""
+    """Channels last, a packed weight with views of it, one that views a part, an odd size, a buffer, two dtypes."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(80, 7))
     net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    packed = torch.randn(7, 80)
-    net[3].weight.data = packed[:7]
-    return net, [*net.parameters(), *net.buffers(), packed]
+    packed = torch.randn(9, 80)
+    net[3].weight.data = packed[2:]
+    return net, [*net.parameters(), *net.buffers(), packed[1:]]
 
 
-@pytest.mark.parametrize("nbytes", [2, 14, 1 << 12])
-def test_weights_come_and_go_as_they_were(nbytes: int) -> None:
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    """Bytes of the pieces that exist."""
+    pieces: dict[int, int] = {}
+    make = residency._room
+
+    def room(nbytes: int, device: torch.device) -> Tensor:
+        piece = make(nbytes, device)
+        storage = piece.untyped_storage()
+        key = storage._cdata
+        pieces[key] = nbytes
+        weakref.finalize(storage, pieces.pop, key)
+        return piece
+
+    monkeypatch.setattr(residency, "_room", room)
+    return pieces
+
+
+@pytest.mark.parametrize("staging", [2, 14, 1 << 12])
+def test_weights_come_and_go_as_they_were(staging: int) -> None:
     net, tensors = module()
     x = torch.randn(2, 3, 6, 6)
     expected = net(x)
-    before = [(t.clone(), t.stride(), t.data_ptr()) for t in tensors]
-    residency = Residency(
-        {"net": tensors}, lambda *_: frozenset({"net"}), Staging(CPU, nbytes), lambda _: None
-    )
-    for _ in range(2):
-        residency.use("s", "net")
-        residency.use("s", "net")  # is there already
-        for tensor, (value, stride, address) in zip(tensors, before, strict=True):
+    before = [(t.clone(), t.stride()) for t in tensors]
+    weights = Weights(tensors, CPU, staging)
+    addresses = {t.data_ptr() for t in tensors}
+    for move in (weights.leave, weights.arrive, weights.leave, weights.arrive):
+        move()
+        for tensor, (value, stride) in zip(tensors, before, strict=True):
             assert torch.equal(tensor, value)
             assert tensor.stride() == stride
-            assert tensor.data_ptr() != address
-        assert net[3].weight.data_ptr() == tensors[-1].data_ptr()  # still a view of the packed one
-        assert torch.equal(net(x), expected)
-        residency.close()
-        assert [t.data_ptr() for t in tensors] == [address for *_, address in before]
+            assert tensor.data_ptr() not in addresses
+        assert net[3].weight.data_ptr() == tensors[-1].data_ptr() + 80 * 4  # still a view of the packed one
+        assert len({t.untyped_storage().data_ptr() for t in tensors}) == 1
+        addresses = {t.data_ptr() for t in tensors}
         assert torch.equal(net(x), expected)
 
 
-def test_what_left_is_freed_before_the_next_comes() -> None:
-    """The peak on the device is one network, not two."""
-    weights = {name: [torch.zeros(1000)] for name in ("a", "b")}
-    residency = Residency(weights, lambda _, name: frozenset({name}), Staging(CPU, 64), lambda _: None)
-    with Tracker() as tracker:
-        for name in ("a", "b", "a"):
-            residency.use("s", name)
-    assert tracker.live == 4000
-    assert tracker.peak == 4000
+def test_a_copy_at_home_stays_and_the_other_is_freed(live: dict[int, int]) -> None:
+    _, tensors = module()
+    weights = Weights(tensors, CPU, 64)
+    assert not live  # they lie where they were read to
+    weights.leave()
+    (nbytes,) = live.values()
+    home = tensors[0].untyped_storage().data_ptr()
+    for _ in range(2):
+        weights.arrive()
+        assert list(live.values()) == [nbytes, nbytes]
+        weights.leave()
+        assert list(live.values()) == [nbytes]
+        assert tensors[0].untyped_storage().data_ptr() == home
+
+
+def test_what_came_first_as_one_piece_is_let_go_when_it_leaves(live: dict[int, int]) -> None:
+    """As on a GPU: there the host has no copy until the first time that they leave."""
+    _, tensors = module()
+    weights = Weights(tensors, CPU, 64)
+    weights.arrive()
+    (there,) = [t.untyped_storage().data_ptr() for t in tensors[:1]]
+    assert len(live) == 1
+    weights.leave()
+    assert len(live) == 1
+    assert tensors[0].untyped_storage().data_ptr() != there
+    assert weights._home is not None
+
+
+def test_only_what_is_used_of_a_larger_memory_is_moved(live: dict[int, int]) -> None:
+    """A checkpoint's tensors may be views of a fused one, of which the rest is another's."""
+    fused = torch.randn(3, 100, 100)
+    weights = Weights([fused[1]], CPU, 64)
+    weights.arrive()
+    assert list(live.values()) == [100 * 100 * 4]
+
+
+def test_a_caller_s_inference_mode_does_not_mark_the_weights() -> None:
+    _, tensors = module()
+    weights = Weights(tensors, CPU, 64)
+    with torch.inference_mode():
+        weights.leave()
+        weights.arrive()
+    assert not any(t.is_inference() for t in tensors)

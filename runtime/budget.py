@@ -1,0 +1,217 @@
+"""How much of its device's memory a pipeline may take: asked before a request, and again when memory ran out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
+
+import torch
+
+from ..errors import OutOfMemoryError
+from ..kernels._triton import arch_of
+from .engines.lazy import EngineLoader
+from .expert import Expert
+from .memory import Plan, Policy, readable
+from .place import free_memory
+from .planner import Planner
+from .request import GenerationRequest
+from .stages import Stage
+from .vae import TILE, VAE
+
+__all__ = ["Budget"]
+
+_log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+
+class Budget:
+    """Holds what requests take by plan against what there is.
+
+    A plan of a new kind takes up to a second, one of a kind that was asked for before microseconds. Where nothing
+    bounds the memory, as on the CPU unless `limit` is given, nothing is planned.
+
+    Plans count what a GPU takes. For back ends whose engines are not PyTorch's they are an estimate: the weights and
+    activations of the PyTorch modules.
+    """
+
+    def __init__(
+        self,
+        base: Expert,
+        refiner: Expert | None,
+        vae: VAE,
+        loader: EngineLoader,
+        policy: Policy,
+        *,
+        limit: int | None = None,
+        loop_memory: int | None = None,
+    ) -> None:
+        """
+        Args:
+            base, refiner, vae, loader: the pipeline's.
+            policy: which weights are on the device when.
+            limit: bytes of the device that it may take; all that is free by default.
+            loop_memory: bytes of recorded work that may be kept; by default what a request's plan leaves free, and
+                `kept.DEFAULT_LIMIT` where nothing bounds the memory.
+
+        Raises:
+            MemoryPlanError: the weights cannot fit.
+        """
+        self._parts = (base, refiner, vae)
+        self._loader = loader
+        self._policy = policy
+        self._limit = limit
+        self._loop_memory = loop_memory
+        self._planners: dict[tuple[str, int], Planner] = {}
+        self._seen: tuple[torch.device, int] | None = None
+        if loop_memory is not None:
+            loader.kept.limit = loop_memory
+        available = self.available()
+        if available is not None:
+            self.planner.of_weights().require_fit(available, policy)
+
+    @property
+    def planner(self) -> Planner:
+        """For the back end and device as they are now."""
+        backend: Literal["triton", "eager"] = "triton" if self._loader.backend.name == "triton" else "eager"
+        key = (backend, arch_of(self._loader.device))
+        if key not in self._planners:
+            base, refiner, vae = self._parts
+            self._planners[key] = Planner(
+                base, refiner, vae, dtype=self._loader.dtype, backend=backend, arch=key[1]
+            )
+        return self._planners[key]
+
+    def plan(self, request: GenerationRequest, stages: Sequence[Stage], tile: int | None = None) -> Plan:
+        """What a request takes; `tile` as for `VAE.decode`."""
+        return self.planner.of_stages(
+            stages,
+            height=request.height,
+            width=request.width,
+            batch=request.batch,
+            guided=request.guided,
+            encoded=request.image is not None and request.image.shape[1] == 3,
+            decoded=request.output_type != "latent",
+            tile=tile,
+        )
+
+    def held(self) -> dict[str, int]:
+        """Bytes that the pipeline holds on its device between requests: weights by network, and `recorded`."""
+        planner = self.planner
+        held = {name: planner.weight_bytes(name) for name, x in planner.engines().items() if x.present}
+        return {**held, "recorded": self._loader.kept.nbytes}
+
+    def available(self, *, idle: bool = True) -> int | None:
+        """Bytes of the device that are free or held by this pipeline; None where nothing bounds them.
+
+        Args:
+            idle: none of its calls runs. While one does, nobody can tell its memory from others', and what was found
+                the last time holds.
+        """
+        device = self._loader.device
+        free = None
+        if not idle and self._seen is not None and self._seen[0] == device:
+            free = self._seen[1]
+        elif (found := free_memory(device)) is not None:
+            free = found + sum(self.held().values())
+            self._seen = (device, free)
+        return min((n for n in (self._limit, free) if n is not None), default=None)
+
+    def require(
+        self, request: GenerationRequest, stages: Sequence[Stage], *, idle: bool, tiled: bool
+    ) -> tuple[int | None, int | None]:
+        """Refuse what cannot fit, before anything is allocated.
+
+        Args:
+            tiled: the VAE is to decode in tiles. It does so too where its picture would not fit whole.
+
+        Returns:
+            bytes that the request leaves free, what it keeps for the next one of its kind included, or None where
+            nothing bounds the memory; and the VAE's tile, as for `VAE.decode`.
+
+        Raises:
+            MemoryPlanError: what each stage needs, what there is, and what would fit.
+        """
+        available, tile = self.available(idle=idle), TILE if tiled else None
+        if available is None:
+            return None, tile
+        plan = self.plan(request, stages, tile)
+        if plan.peak(self._policy) > available and not tiled:
+            in_tiles = self.plan(request, stages, TILE)
+            if in_tiles.peak(self._policy) <= available:
+                plan, tile = in_tiles, TILE
+        plan.require_fit(available, self._policy)
+        return available - plan.peak(self._policy) + plan.buffer_bytes, tile
+
+    def admit(
+        self, request: GenerationRequest, stages: Sequence[Stage], *, idle: bool, tiled: bool
+    ) -> int | None:
+        """As `require`; and make room among what is kept of earlier requests. Returns the VAE's tile."""
+        room, tile = self.require(request, stages, idle=idle, tiled=tiled)
+        if tile is not None and not tiled:
+            _log.info("the VAE decodes in tiles: by plan its picture would not fit whole")
+        if room is not None and self._loop_memory is None:
+            self._loader.kept.limit = room
+        if room is not None:
+            self._loader.kept.shrink(min(room, self._loader.kept.limit))
+        return tile
+
+    def warn_of_evictions(self, before: int) -> None:
+        """Say what a warm-up lost again; `before` is what `kept.evicted` was when it began."""
+        kept = self._loader.kept
+        if kept.evicted > before:
+            _log.warning(
+                "%d recordings of this warm-up are gone again: %s are kept, and there is room for %s; warm up fewer "
+                "sizes or batches, or give loop_memory=",
+                kept.evicted - before,
+                readable(kept.nbytes),
+                readable(kept.limit),
+            )
+
+    def retried(
+        self, make: Callable[[], _Result], begin_again: Callable[[], None], told: Callable[[], Plan]
+    ) -> _Result:
+        """What `make` makes. Where memory runs out, what is kept of earlier requests goes and it is made anew, once.
+
+        Args:
+            begin_again: undoes what `make` did before it failed.
+            told: the plan, for the message.
+
+        Raises:
+            OutOfMemoryError: with what the plan says.
+        """
+        failure: OutOfMemoryError | None = None
+        try:
+            return make()
+        except OutOfMemoryError as error:
+            failure = _without_frames(error)
+        # Only now are the frames that failed gone, and what they held.
+        freed = self._freed()
+        if freed:
+            _log.warning("%s; let go %s that were kept, and begin again", failure, readable(freed))
+            begin_again()
+            try:
+                return make()
+            except OutOfMemoryError as error:
+                failure = _without_frames(error)
+        raise OutOfMemoryError(f"{failure}. By plan, {told().told(self._policy)}") from failure.__cause__
+
+    def _freed(self) -> int:
+        """Let go of what no call uses; returns its bytes."""
+        device = self._loader.device
+        freed = self._loader.kept.drop()
+        if device.type == "cuda":
+            reserved = torch.cuda.memory_reserved(device)
+            with torch.cuda.device(device):
+                torch.cuda.empty_cache()
+            freed = max(freed, reserved - torch.cuda.memory_reserved(device))
+        return freed
+
+
+def _without_frames(error: OutOfMemoryError) -> OutOfMemoryError:
+    """Frames hold tensors."""
+    error.__traceback__ = error.__context__ = None
+    if error.__cause__ is not None:
+        error.__cause__.__traceback__ = error.__cause__.__context__ = None
+    return error

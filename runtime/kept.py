@@ -1,0 +1,90 @@
+"""Recorded work kept ready for the next request of its kind, in bounded memory."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from .memory import readable
+
+__all__ = ["DEFAULT_LIMIT", "Kept"]
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_LIMIT = 1 << 30
+"""Bytes of what is kept where no plan says how much there is room for. Chosen, not measured."""
+
+
+@dataclass(frozen=True)
+class _Item:
+    value: Any
+    nbytes: int
+
+
+class Kept:
+    """What was not used for longest goes first. For several threads.
+
+    Attributes:
+        limit: bytes that all of it may take.
+        evicted: how many went for want of room so far.
+    """
+
+    def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
+        self.limit = limit
+        self.evicted = 0
+        self._items: OrderedDict[tuple[Hashable, Hashable], _Item] = OrderedDict()
+        self._lock = threading.Lock()
+        self._told = False
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that is kept."""
+        with self._lock:
+            return self._nbytes()
+
+    def take(self, owner: Hashable, kind: Hashable) -> Any | None:
+        """What its owner put here of this kind, which nobody else gets then; None where there is none."""
+        with self._lock:
+            item = self._items.pop((owner, kind), None)
+        return None if item is None else item.value
+
+    def put(self, owner: Hashable, kind: Hashable, value: Any, nbytes: int) -> None:
+        """Keep it as the one used last; where there is no room, others go, or it does itself."""
+        with self._lock:
+            self._items[owner, kind] = _Item(value, nbytes)
+            self._items.move_to_end((owner, kind))
+        self.shrink(self.limit)
+
+    def shrink(self, limit: int) -> None:
+        """Let go what is over so many bytes, which is logged the first time."""
+        with self._lock:
+            gone: list[_Item] = []
+            while self._items and self._nbytes() > limit:
+                gone.append(self._items.popitem(last=False)[1])
+            self.evicted += len(gone)
+            tell, self._told = bool(gone) and not self._told, self._told or bool(gone)
+            left = self._nbytes()
+        if tell:
+            _log.warning(
+                "recorded work of %s was let go, there is room for %s of it (%s are kept): a request of its kind is "
+                "recorded anew; loop_memory= says how much may be kept. This is said once",
+                readable(sum(item.nbytes for item in gone)),
+                readable(limit),
+                readable(left),
+            )
+
+    def drop(self, owner: Hashable = None) -> int:
+        """Let go all there is of an owner, or of all; returns how many bytes that were."""
+        with self._lock:
+            keys = [key for key in self._items if owner is None or key[0] == owner]
+            return sum(self._items.pop(key).nbytes for key in keys)
+
+    def _nbytes(self) -> int:
+        return sum(item.nbytes for item in self._items.values())

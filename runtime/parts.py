@@ -1,0 +1,82 @@
+"""The parts of a pipeline, from what a caller wrote."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import RequestError
+from .budget import Budget
+from .engines.lazy import EngineLoader, LazyEngine
+from .expert import Expert, check_fit
+from .loading import load_expert, load_vae
+from .memory import check_policy
+from .place import bytes_named, device_named, dtype_named
+from .text_encoder import TextEncoder
+from .vae import VAE
+from .weights import open_checkpoint
+
+__all__ = ["Parts", "load_parts"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What belongs together: who denoises, the VAE, where they run, and in how much memory."""
+
+    base: Expert
+    refiner: Expert | None
+    vae: VAE
+    loader: EngineLoader
+    budget: Budget
+
+    def engines(self) -> list[LazyEngine]:
+        """All there are."""
+        experts = [self.base] if self.refiner is None else [self.base, self.refiner]
+        return [*(x for expert in experts for x in expert.engines()), self.vae.encoder, self.vae.decoder]
+
+
+def load_parts(
+    model: str | os.PathLike[str],
+    refiner: str | os.PathLike[str] | None,
+    *,
+    backend: str,
+    dtype: torch.dtype | str | None,
+    variant: str | None,
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    device: torch.device | str | None,
+    graphs: bool | None,
+    memory: str,
+    memory_limit: int | str | None,
+    loop_memory: int | str | None,
+    text_encoder: TextEncoder | None,
+    text_encoder_2: TextEncoder | None,
+    vae: VAE | None,
+) -> Parts:
+    """Arguments and errors are those of `Pipeline.from_pretrained`."""
+    shared = ((text_encoder, TextEncoder), (text_encoder_2, TextEncoder), (vae, VAE))
+    for part, kind in shared:
+        if part is not None and not isinstance(part, kind):
+            raise RequestError(
+                f"a {type(part).__name__} was given to share; give the {kind.__name__} of a latentrt.Pipeline"
+            )
+    place = device_named(device)
+    precision = dtype_named(dtype or ("float32" if place.type == "cpu" else "float16"))
+    policy = check_policy(memory)
+    limit, loops = bytes_named("memory_limit", memory_limit), bytes_named("loop_memory", loop_memory)
+    cache = None if cache_dir is None else Path(cache_dir)
+    loader = EngineLoader(backend, place, precision, cache, graphs, policy)
+    checkpoint = open_checkpoint(model, variant=variant, revision=revision, cache_dir=cache_dir)
+    base = load_expert(checkpoint, loader, text_encoder, text_encoder_2)
+    vae = vae or load_vae(checkpoint, loader)
+    second = None
+    if refiner is not None:
+        name = "demo-refiner" if os.fspath(refiner) == "demo" else refiner
+        second = load_expert(open_checkpoint(name, variant=variant, cache_dir=cache_dir), loader)
+        second = second.sharing(base)
+    check_fit(base, second, vae.channels)
+    budget = Budget(base, second, vae, loader, policy, limit=limit, loop_memory=loops)
+    return Parts(base, second, vae, loader, budget)

@@ -1,0 +1,367 @@
+"""Memory of whole pipelines: what is refused, what leaves the device, and what is kept."""
+
+from __future__ import annotations
+
+import logging
+import re
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import latentrt
+import numpy as np
+import pytest
+import torch
+from latentrt.errors import MemoryPlanError, RequestError
+from latentrt.runtime import budget, residency
+from latentrt.runtime.graph import Graphs
+from latentrt.runtime.memory import POLICIES, RESERVE
+from latentrt.runtime.planner import Planner
+from latentrt.runtime.stages import stages_of_request
+from torch import Tensor
+
+Load = Callable[..., latentrt.Pipeline]
+
+CALL: dict[str, Any] = {
+    "prompt": "a red cat on the hill",
+    "negative_prompt": "blurry",
+    "height": 64,
+    "width": 48,
+    "num_inference_steps": 2,  # one of the base and one of the refiner
+    "high_noise_frac": 0.5,
+    "sampler": "euler-a",
+    "seed": 3,
+    "output_type": "np",
+}
+LARGE = {**CALL, "height": 512, "width": 512}
+
+
+@pytest.fixture(scope="module")
+def image(load: Load) -> Any:
+    """Of a pipeline whose memory nobody looks at."""
+    return load(graphs=False)(**CALL).images
+
+
+def held(pipe: latentrt.Pipeline) -> set[str]:
+    """Names of the networks on the device."""
+    return set(pipe._budget.held()) - {"recorded"}
+
+
+# The plan is asked before a request.
+
+
+@pytest.fixture(scope="module")
+def between(tiny: Callable[..., Path]) -> int:
+    """Bytes that are enough for `CALL` and not for `LARGE`."""
+    planner = Planner.of(tiny("sdxl"), tiny("refiner"), dtype=torch.float32)
+    small, large = (planner.plan(height=s, width=s, sampler="euler-a").peak("resident") for s in (64, 512))
+    return (small + large) // 2
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_allocated(load: Load, between: int) -> None:
+    pipe = load(memory_limit=between)
+    for refused in (
+        lambda: pipe(**LARGE),
+        lambda: pipe.check(**LARGE),
+        lambda: pipe.warmup([(32, 32), (512, 512)], sampler="euler-a"),
+    ):
+        with pytest.raises(MemoryPlanError) as caught:
+            refused()
+        assert re.search(
+            r"at 512x512, batch 1, float32 needs [\d.]+ MB of device memory by policy 'resident' \(text [\d.]+ MB, "
+            rf"base [\d.]+ MB, refiner [\d.]+ MB, decode [\d.]+ MB\), and there are {between / 1e6:.1f} MB; ",
+            str(caught.value),
+        )
+        assert held(pipe) == set()
+        assert pipe._loader.kept.nbytes == 0
+
+
+def test_what_fits_is_made(load: Load, between: int, image: Any) -> None:
+    pipe = load(memory_limit=f"{between / 1e6:.0f}MB")
+    assert np.array_equal(pipe(**CALL).images, image)
+    with pytest.raises(MemoryPlanError):
+        pipe(**LARGE)
+    assert np.array_equal(pipe(**CALL).images, image)
+
+
+def test_a_picture_that_would_not_fit_whole_is_decoded_in_tiles(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "TILE", 8)
+    free, call = load(), {**CALL, "height": 128, "width": 96}
+    request, _ = free.check(**call)
+    stages = stages_of_request(free._base, free._refiner, request, call["sampler"])
+    whole, tiled = (free._budget.plan(request, stages, tile).peak("resident") for tile in (None, 8))
+    assert tiled < whole
+    pipe = load(memory_limit=(whole + tiled) // 2)
+    pipe.check(**call)
+    found = pipe(**call).images
+    assert np.array_equal(found, free(**call, tiled_vae=True).images)
+    assert not np.array_equal(found, free(**call).images)
+
+
+def test_weights_that_cannot_fit_are_refused_when_they_are_loaded(load: Load) -> None:
+    message = (
+        r"^the weights of .* \+ .*, float32, needs .* by policy 'resident' .* there are 268\.5 MB; the weights of "
+        r"text_encoder.* alone are .*, and 268\.4 MB are kept free for libraries: take a GPU with more memory$"
+    )
+    with pytest.raises(MemoryPlanError, match=message.replace("text_encoder", "")):
+        load(memory_limit=RESERVE + 100_000)
+    least = load()._budget.planner.of_weights()
+    with pytest.raises(MemoryPlanError, match=r"take policy 'low' \([\d.]+ MB\)$"):
+        load(memory_limit=(least.peak("low") + least.peak("balanced")) // 2)
+    load(memory_limit=least.peak("resident"))
+
+
+def test_a_kind_is_planned_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, seeds, scales and numbers of steps do not matter."""
+    planned: list[Any] = []
+    made = Planner._made
+    monkeypatch.setattr(Planner, "_made", lambda self, *a: planned.append(a) or made(self, *a))
+    pipe = load(memory_limit="1GB")
+    pipe.check(**CALL)
+    for change in ({"seed": 9}, {"prompt": "storm"}, {"guidance_scale": 2.0}, {"num_inference_steps": 30}):
+        pipe.check(**{**CALL, **change})
+    assert len(planned) == 1
+    pipe.check(**{**CALL, "guidance_scale": 1.0})
+    pipe.check(**{**CALL, "output_type": "latent"})
+    assert len(planned) == 3
+
+
+def test_without_a_bound_nothing_is_planned(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(*_: Any) -> None:
+        raise AssertionError("it was planned")
+
+    monkeypatch.setattr(Planner, "_made", plan)
+    load().check(**LARGE)
+
+
+def test_a_gpu_s_free_memory_is_the_bound(
+    load: Load, between: int, monkeypatch: pytest.MonkeyPatch, image: Any
+) -> None:
+    """Together with what the pipeline holds; while a call runs, as it was before."""
+    free = [between]
+    monkeypatch.setattr(budget, "free_memory", lambda _: free[0])
+    pipe = load()
+    assert np.array_equal(pipe(**CALL).images, image)
+    holds = pipe._budget.held()
+    assert {"unet", "refiner unet", "recorded"} <= set(holds)
+    free[0] -= sum(holds.values())
+    assert pipe._budget.available() == between
+
+    def ask(*_: Any) -> None:
+        free[0] = 0
+        pipe.check(**CALL)
+
+    assert np.array_equal(pipe(**CALL, callback_on_step_end=ask).images, image)
+    with pytest.raises(MemoryPlanError):
+        pipe(**CALL)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": "some"}, "no memory policy 'some'; there are resident, balanced, low"),
+        ({"memory_limit": "much"}, "'much' is no amount of memory; write such as 20GB"),
+        ({"memory_limit": -1}, "memory_limit is -1; give a number of bytes, or such as"),
+        ({"memory_limit": True}, "memory_limit is True"),
+        ({"loop_memory": 1.5}, "loop_memory is 1.5; give a number of bytes"),
+    ],
+)
+def test_options_that_cannot_be_met(options: dict[str, Any], message: str, load: Load) -> None:
+    with pytest.raises(RequestError, match=message):
+        load(**options)
+
+
+# Policies.
+
+
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    """Bytes of the pieces that weights came back to, or wait in on the host."""
+    pieces: dict[int, int] = {}
+    make = residency._room
+
+    def room(nbytes: int, device: torch.device) -> Tensor:
+        piece = make(nbytes, device)
+        key = piece.untyped_storage()._cdata
+        pieces[key] = nbytes
+        weakref.finalize(piece.untyped_storage(), pieces.pop, key)
+        return piece
+
+    monkeypatch.setattr(residency, "_room", room)
+    return pieces
+
+
+TEXT = {"text_encoder", "text_encoder_2"}
+WHILE = {
+    "resident": (TEXT | {"unet", "refiner unet", "vae_decoder"},) * 2,
+    "balanced": ({"unet", "refiner unet", "vae_decoder"},) * 2,
+    "low": ({"unet"}, {"refiner unet"}),
+}
+AFTER = {
+    "resident": TEXT | {"unet", "refiner unet", "vae_decoder"},
+    "balanced": {"unet", "refiner unet", "vae_decoder"},
+    "low": {"vae_decoder"},
+}
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_leaves_and_comes_back_makes_the_same_image(
+    policy: str, graphs: bool, load: Load, image: Any, live: dict[int, int]
+) -> None:
+    pipe = load(memory=policy, graphs=graphs)
+    there: list[set[str]] = []
+    for _ in range(2):
+        found = pipe(**CALL, callback_on_step_end=lambda p, i, t, k: there.append(held(p)))
+        assert np.array_equal(found.images, image)
+        assert held(pipe) == AFTER[policy]
+        sizes = {name: n for name, n in pipe._budget.held().items() if name != "recorded"}
+        # What was recorded over the UNets went with them.
+        assert (pipe._loader.kept.nbytes == 0) == (policy == "low")
+    assert there[2:] == list(WHILE[policy])
+    # What came back is on the device once, and what may leave has a copy on the host.
+    weights = {name: pipe._budget.planner.weight_bytes(name) for name in pipe._budget.planner.engines()}
+    movers = {"resident": set(), "balanced": TEXT, "low": AFTER["resident"]}[policy]
+    copies = sum(weights[name] for name in movers) + sum(sizes[name] for name in movers & set(sizes))
+    padding = 512 * 400 * len(movers)
+    assert copies <= sum(live.values()) <= copies + padding
+
+
+def test_from_an_image_too(load: Load) -> None:
+    """The VAE's encoder comes and goes as well."""
+    start = torch.rand(1, 3, 64, 48, generator=torch.Generator().manual_seed(0))
+    call = {
+        **{k: v for k, v in CALL.items() if k not in ("height", "width")},
+        "image": start,
+        "strength": 0.7,
+    }
+    images = [load(memory=policy)(**call).images for policy in POLICIES]
+    assert np.array_equal(images[0], images[1])
+    assert np.array_equal(images[0], images[2])
+
+
+@pytest.mark.parametrize("policy", ["balanced", "low"])
+def test_threads_take_turns(policy: str, load: Load) -> None:
+    """Or one would send the other's weights away while they are used."""
+    pipe, plain = load(memory=policy), load()
+    requests = [{**CALL, "seed": seed} for seed in range(3)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda call: pipe(**call).images, requests))
+    for image, call in zip(found, requests, strict=True):
+        assert np.array_equal(image, plain(**call).images)
+
+
+def test_parts_that_are_shared_take_turns_too(load: Load, tiny: Callable[..., Path], image: Any) -> None:
+    one = load(memory="low")
+    shared = {"text_encoder": one.text_encoder, "text_encoder_2": one.text_encoder_2, "vae": one.vae}
+    two = load(**shared)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda pipe: pipe(**CALL).images, [one, two, one]))
+    assert all(np.array_equal(each, image) for each in found)
+
+
+def test_an_engine_that_cannot_be_moved_is_closed_and_loaded_again(load: Load, image: Any) -> None:
+    """As ONNX Runtime's and TensorRT's."""
+    pipe = load(memory="low")
+    loads: list[str] = []
+    backend = pipe._loader.backend
+    made = backend.load
+
+    class Fixed:
+        """Only what every engine has."""
+
+        def __init__(self, engine: Any) -> None:
+            self.entry, self.bind, self.close, self._engine = None, engine.bind, engine.close, engine
+
+        def __call__(self, inputs: Any) -> Any:
+            return self._engine(inputs)
+
+    def load_one(component: Any, **options: Any) -> Any:
+        loads.append(component.name)
+        return Fixed(made(component, **options))
+
+    backend.load = load_one  # type: ignore[method-assign]
+    assert np.array_equal(pipe(**CALL).images, image)
+    once = len(loads)
+    assert held(pipe) == {"vae_decoder"}
+    assert np.array_equal(pipe(**CALL).images, image)
+    assert len(loads) == 2 * once
+
+
+def test_the_command(run: Any, tiny: Callable[..., Path]) -> None:
+    model = (
+        "--model",
+        str(tiny("sdxl")),
+        "--backend",
+        "eager",
+        "--device",
+        "cpu",
+        "--size",
+        "64x48",
+        "--steps",
+        "1",
+    )
+    code, out, _ = run("generate", "a cat", *model, "--memory", "low", "--memory-limit", "1GB")
+    assert (code, out.split()[0]) == (0, "image.png")
+    code, out, err = run("generate", "a cat", *model, "--memory-limit", "100MB")
+    assert (code, out) == (1, "")
+    assert "of device memory by policy 'resident' (" in err
+    assert "and there are 100.0 MB" in err
+
+
+def test_moving_to_another_device_forgets_who_is_there(load: Load, image: Any) -> None:
+    pipe = load(memory="low")
+    pipe(**CALL)
+    pipe._loader.move(torch.device("cpu"))
+    assert held(pipe) == set()
+    assert np.array_equal(pipe(**CALL).images, image)
+
+
+# What is kept of earlier requests.
+
+
+def test_a_warm_up_of_more_than_may_be_kept_says_so(load: Load, caplog: pytest.LogCaptureFixture) -> None:
+    one = load(graphs=True)
+    one.warmup([(32, 32)], sampler="euler-a")
+    room = 2 * one._loader.kept.nbytes
+    pipe = load(graphs=True, loop_memory=room)
+    with caplog.at_level(logging.WARNING, "latentrt"):
+        pipe.warmup([(32, 32)], sampler="euler-a")
+        assert not caplog.messages
+        pipe.warmup([(40, 32), (32, 40), (40, 40)], sampler="euler-a")
+    assert pipe._loader.kept.nbytes <= room
+    assert re.search(
+        r"^\d+ recordings of this warm-up are gone again: [\d.]+ [kM]B are kept, and there is room for [\d.]+ [kM]B; "
+        r"warm up fewer sizes or batches, or give loop_memory=$",
+        caplog.messages[-1],
+    )
+
+
+def test_more_than_eight_kinds_are_kept_where_there_is_room(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = load(graphs=True)
+    kinds = [{**CALL, "height": 8 * k, "width": 32} for k in range(4, 14)]
+    for kind in kinds:
+        pipe(**kind)
+    made: list[str] = []
+    capture = Graphs.capture
+    monkeypatch.setattr(
+        Graphs, "capture", lambda self, work, what: made.append(what) or capture(self, work, what)
+    )
+    for kind in kinds:
+        pipe(**kind)
+    assert made == []
+
+
+def test_a_plan_says_how_much_may_be_kept(load: Load, between: int) -> None:
+    pipe = load(memory_limit=between, graphs=True)
+    pipe(**CALL)
+    planned = pipe._budget.planner.plan(height=64, width=48, sampler="euler-a", high_noise_frac=0.5)
+    room = between - planned.peak("resident") + planned.buffer_bytes
+    assert pipe._loader.kept.limit == room
+    assert 0 < pipe._loader.kept.nbytes <= room

@@ -1,0 +1,160 @@
+"""Pipelines that run out of memory, or whose work cannot be recorded: what is said, and that they go on."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import latentrt
+import numpy as np
+import pytest
+import torch
+from latentrt.errors import CaptureError, OutOfMemoryError
+from latentrt.runtime.denoise import DenoiseState
+from latentrt.runtime.engines.lazy import LazyEngine
+from latentrt.runtime.engines.triton import _UNetProgram
+from latentrt.runtime.graph import Graphs
+from latentrt.runtime.latents import NoiseSource
+from latentrt.runtime.vae import VAE
+
+Load = Callable[..., latentrt.Pipeline]
+
+CALL: dict[str, Any] = {
+    "prompt": "a red cat on the hill",
+    "negative_prompt": "blurry",
+    "height": 64,
+    "width": 48,
+    "num_inference_steps": 2,  # one of the base and one of the refiner
+    "high_noise_frac": 0.5,
+    "sampler": "euler-a",
+    "seed": 3,
+    "output_type": "np",
+}
+OTHER = {**CALL, "height": 32, "width": 32}
+
+
+@pytest.fixture(scope="module")
+def image(load: Load) -> Any:
+    """Of a pipeline whose memory nobody looks at."""
+    return load(graphs=False)(**CALL).images
+
+
+def place(name: str) -> tuple[type, str]:
+    """Where memory runs out."""
+    return {
+        "text": (LazyEngine, "__call__"),
+        "noise": (NoiseSource, "draw_steps"),
+        "loop": (DenoiseState, "__init__"),
+        "text of the loop": (_UNetProgram, "prepare"),
+        "recording": (Graphs, "capture"),
+        "decode": (VAE, "decode"),
+    }[name]
+
+
+PLACES = ("text", "noise", "loop", "text of the loop", "recording", "decode")
+
+
+def fail(patch: pytest.MonkeyPatch, where: tuple[type, str], times: int, *, after: int = 0) -> list[int]:
+    """Have a method fail so often; returns what counts its calls."""
+    kind, name = where
+    method, calls = getattr(kind, name), [0]
+
+    def failing(self: Any, *args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if after < calls[0] <= after + times:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore on that")
+        return method(self, *args, **options)
+
+    patch.setattr(kind, name, failing)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def used(load: Load) -> latentrt.Pipeline:
+    return load(graphs=True)
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_what_is_kept_goes_and_it_is_made_anew(
+    where: str, used: latentrt.Pipeline, image: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    used._loader.kept.drop()
+    used(**OTHER)
+    assert used._loader.kept.nbytes > 0
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING, "latentrt"):
+        calls = fail(patch, place(where), 1)
+        output = used(**CALL)
+        assert calls[0] > 1
+    assert np.array_equal(output.images, image)
+    assert set(output.timings) == {"prepare", "text", "start", "base", "refiner", "decode", "total"}
+    assert re.search(
+        r"^no memory left on cpu in stage '\w+' .*; let go [\d.]+ [kM]B that were kept, and begin again$",
+        caplog.messages[-1],
+    )
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_where_that_does_not_help_the_plan_is_told_and_the_pipeline_stays_usable(
+    where: str, used: latentrt.Pipeline, image: Any
+) -> None:
+    used._loader.kept.drop()
+    used(**OTHER)
+    with pytest.MonkeyPatch.context() as patch:
+        fail(patch, place(where), 1000)
+        with pytest.raises(OutOfMemoryError) as caught:
+            used(**CALL)
+    assert re.search(
+        r"^no memory left on cpu in stage '\w+' \(CUDA out of memory\. Tried to allocate 2\.00 GiB\.\); .*\. By plan, "
+        r".* at 48x64, batch 1, float32 needs [\d.]+ MB of device memory by policy 'resident' \(text [\d.]+ MB, base ",
+        str(caught.value),
+    )
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    assert used._running == set()
+    assert np.array_equal(used(**CALL).images, image)
+
+
+def test_a_retry_draws_the_same_noise_from_given_generators_and_reports_its_steps_anew(
+    used: latentrt.Pipeline, image: Any
+) -> None:
+    used(**OTHER)
+    call = {key: value for key, value in CALL.items() if key != "seed"}
+    steps: list[int] = []
+
+    def note(pipe: Any, step: int, *_: Any) -> None:
+        steps.append(step)
+        if steps == [0, 1]:
+            raise MemoryError
+
+    output = used(**call, generator=torch.Generator().manual_seed(3), callback_on_step_end=note)
+    assert steps == [0, 1, 0, 1]
+    assert np.array_equal(output.images, image)
+
+
+def test_where_nothing_can_be_let_go_it_is_not_made_twice(load: Load) -> None:
+    pipe = load(graphs=False)
+    with pytest.MonkeyPatch.context() as patch:
+        calls = fail(patch, (NoiseSource, "draw_steps"), 1000)
+        with pytest.raises(OutOfMemoryError, match="By plan"):
+            pipe(**CALL)
+    assert calls == [1]
+
+
+def test_what_cannot_be_recorded_is_named_and_runs_without_graphs(
+    load: Load, image: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _UNetProgram.run
+
+    def reading(self: Any) -> None:
+        run(self)
+        self._prediction[0, 0, 0, 0].item()
+
+    monkeypatch.setattr(_UNetProgram, "run", reading)
+    pipe = load(graphs=True)
+    for _ in range(2):  # not without graphs unless asked to
+        with pytest.raises(
+            CaptureError, match=r"a denoising step of unet .*_local_scalar_dense.*graphs=False"
+        ):
+            pipe(**CALL)
+    assert np.array_equal(load(graphs=False)(**CALL).images, image)
