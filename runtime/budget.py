@@ -150,7 +150,9 @@ class Budget:
         """As `require`; and make room among what is kept of earlier requests. Returns the VAE's tile."""
         room, tile = self.require(request, stages, idle=idle, tiled=tiled)
         if tile is not None and not tiled:
-            _log.info("the VAE decodes in tiles: by plan its picture would not fit whole")
+            _log.warning(
+                "the VAE decodes in tiles, a little off the whole picture, which by plan would not fit"
+            )
         if room is not None and self._loop_memory is None:
             self._loader.kept.limit = room
         if room is not None:

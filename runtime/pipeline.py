@@ -1,11 +1,11 @@
-"""The pipeline: a prompt becomes an image. `Pipeline.__call__` is the whole flow, top to bottom."""
+"""The pipeline: a prompt becomes an image. How it does is in `flow.py`, top to bottom."""
 
 from __future__ import annotations
 
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError, UnsafeWeightsError
-from .conditioning import Conditioning
-from .denoiser import Denoiser, LoopRequest, ready
-from .image import from_tensor
-from .latents import NoiseSource, initial_latents, noised_latents
+from .flow import make_images
+from .latents import NoiseSource
 from .parts import Parts, load_parts
 from .place import device_named, dtype_named
 from .previews import Previewer
@@ -25,7 +23,6 @@ from .progress import Watch
 from .record import records
 from .request import GenerationRequest, OutputType, Size
 from .residency import turns
-from .sampler import SamplerTable
 from .stages import Stage, stages_of_request
 from .text_encoder import TextEncoder
 from .vae import VAE
@@ -347,41 +344,12 @@ class Pipeline:
             torch.no_grad(),
         ):
             images = self._budget.retried(
-                lambda: self._make(request, stages, noise, watch, tile),
+                lambda: make_images(self._parts, request, stages, noise, watch, tile),
                 begin_again=_rewind(noise, watch),
                 told=lambda: self._budget.plan(request, stages, tile),
             )
         made = records(request, self._base, self._refiner, sampler, self.backend)
         return PipelineOutput(images, made, watch.timings, watch.stop.is_set())
-
-    def _make(
-        self,
-        request: GenerationRequest,
-        stages: Sequence[Stage],
-        noise: NoiseSource,
-        watch: Watch,
-        tile: int | None,
-    ) -> Any:
-        """The images of a request: text, first latents, each expert's steps, pixels."""
-        with watch.stage("prepare"):
-            self._prepare(request, stages, tile)
-        with watch.stage("text"):
-            conditionings = [
-                stage.expert.condition(request, self.device, from_image=stage.from_image) for stage in stages
-            ]
-        with watch.stage("start"):
-            latents = self._start(request, stages[0].table, noise)
-        with ExitStack() as held:
-            with watch.stage("prepare"):
-                loops = self._loops(request, stages, conditionings, latents.shape, noise)
-                runs = held.enter_context(ready(loops, together=self._loader.residency is None))
-            for stage, run in zip(stages, runs, strict=True):
-                with watch.stage(stage.name):
-                    latents = run(latents, watch.host)
-        if request.output_type == "latent":
-            return latents
-        with watch.stage("decode"):
-            return from_tensor(self.vae.decode(latents, tile=tile), request.output_type)
 
     def check(self, prompt: str | Sequence[str], **arguments: Any) -> tuple[GenerationRequest, int]:
         """Refuse what a call with these arguments would refuse before its first step, and make nothing.
@@ -412,62 +380,6 @@ class Pipeline:
             latent_scale=self.vae.scale,
             latent_channels=self.vae.channels,
         )
-
-    def _prepare(self, request: GenerationRequest, stages: Sequence[Stage], tile: int | None) -> None:
-        """Load what the stages need, so that their times are their own; where all of it may stay."""
-        if self._loader.residency is not None:
-            return
-        needed = [engine for stage in stages for engine in stage.expert.engines()]
-        if request.image is not None and request.image.shape[1] == 3:
-            needed.append(self.vae.encoder)
-        if request.output_type != "latent":
-            needed.append(self.vae.decoder)
-        for engine in needed:
-            engine.load()
-        if (
-            request.output_type != "latent"
-        ):  # of all that is recorded it takes most memory, which the others then share
-            self.vae.record_decode(request.height, request.width, tile=tile)
-
-    def _start(self, request: GenerationRequest, table: SamplerTable, noise: NoiseSource) -> Tensor:
-        """Latents at the noise level of the first step."""
-        scale = self.vae.scale
-        shape = (self.vae.channels, request.height // scale, request.width // scale)
-        if request.image is None:
-            given = noise.draw(shape) if request.latents is None else request.latents
-            return initial_latents(given.to(self.device, torch.float32), table)
-        clean = request.image.to(self.device, torch.float32)
-        if clean.shape[1] == 3:
-            clean = self.vae.encode(clean, noise.draw)
-        if request.denoising_start is not None or not len(table):
-            return clean
-        return noised_latents(clean, noise.draw(shape).to(clean), table)
-
-    def _loops(
-        self,
-        request: GenerationRequest,
-        stages: Sequence[Stage],
-        conditionings: Sequence[Conditioning],
-        shape: Sequence[int],
-        noise: NoiseSource,
-    ) -> list[tuple[Denoiser, LoopRequest]]:
-        """The denoising loops of a request, over latents of that shape; their noise is drawn in the order they run."""
-        B, C, h, w = shape
-        scales = torch.tensor(request.guidance_scales, dtype=torch.float32, device=self.device)
-        return [
-            (
-                stage.expert.loop,
-                LoopRequest(
-                    (B, C, h, w),
-                    stage.table,
-                    conditioning.named(),
-                    scales if stage.expert.guided(request) else None,
-                    request.guidance_rescale,
-                    noise.draw_steps(stage.table, (C, h, w), self.device),
-                ),
-            )
-            for stage, conditioning in zip(stages, conditionings, strict=True)
-        ]
 
     @contextmanager
     def _watched(self, stages: Sequence[Stage], **options: Any) -> Iterator[Watch]:

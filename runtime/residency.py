@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .engines.base import Component
-from .memory import STAGING, Policy, kind_of, stays
+from .memory import STAGING, Kind, Policy, kind_of, stays
 
 __all__ = ["Residency", "Resident", "Staging", "Weights", "turns"]
 
@@ -178,6 +178,10 @@ class Residency:
         self.turn = threading.RLock()
         self._policy = policy
         self._present: list[Resident] = []
+
+    def together(self, kind: Kind) -> bool:
+        """Whether networks of this kind may be on the device at the same time."""
+        return stays(self._policy, kind, kind)
 
     def enter(self, engine: Resident) -> None:
         """Before it is loaded or brought back: what may not stay with it leaves."""

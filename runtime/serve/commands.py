@@ -62,7 +62,10 @@ def _serve_by_ray(args: argparse.Namespace) -> None:
     from .logs import log_as_json
 
     least, most = args.replicas
-    from_pretrained = ("model", "refiner", "backend", "dtype", "variant", "device")
+    from_pretrained = (
+        *("model", "refiner", "backend", "dtype", "variant", "device"),
+        *("graphs", "memory", "memory_limit"),
+    )
     deployed = Deployed.of(
         {
             "models": [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from argparse import Namespace
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from starlette.types import ASGIApp, Message
 
 from ...errors import RequestError
+from ..commands import load
+from ..memory import Policy
 from ..pipeline import Pipeline
 from .app import create_app
 from .engine import AsyncEngine
@@ -65,6 +68,9 @@ class ModelSettings(BaseModel):
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     variant: str | None = None
     device: str | None = None
+    graphs: bool | None = None
+    memory: Policy = "resident"
+    memory_limit: int | str | None = None
     source: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
 
     def load(self) -> Pipeline | Runner:
@@ -73,15 +79,7 @@ class ModelSettings(BaseModel):
             module, _, name = self.source.partition(":")
             made: Pipeline | Runner = getattr(import_module(module), name)()
             return made
-        refiner = "demo" if self.refiner is None and self.model == "demo" else self.refiner
-        pipe = Pipeline.from_pretrained(
-            self.model,
-            None if refiner == "none" else refiner,
-            backend=self.backend,
-            dtype=self.dtype,
-            variant=self.variant,
-            device=self.device,
-        )
+        pipe = load(Namespace(**self.model_dump()))
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

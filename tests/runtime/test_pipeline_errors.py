@@ -29,7 +29,7 @@ from latentrt.errors import (
     UnsafeWeightsError,
     UnsupportedConfigError,
 )
-from latentrt.runtime import pipeline
+from latentrt.runtime import flow
 from parity import Rig
 from tiny_checkpoints import write_json
 from tolerances import PIPELINE_ONNXRUNTIME
@@ -372,7 +372,7 @@ def test_no_memory_left(error: Exception, pipe: latentrt.Pipeline, monkeypatch: 
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(pipeline, "from_tensor", fail)
+    monkeypatch.setattr(flow, "from_tensor", fail)
     why = re.escape(str(error).partition("\n")[0])
     with pytest.raises(
         OutOfMemoryError,
@@ -385,6 +385,6 @@ def test_other_failures_stay_what_they_are(pipe: latentrt.Pipeline, monkeypatch:
     def fail(*_: Any) -> None:
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr(pipeline, "from_tensor", fail)
+    monkeypatch.setattr(flow, "from_tensor", fail)
     with pytest.raises(RuntimeError, match=r"^shapes cannot be multiplied$"):
         pipe("a cat", **SMALL)

@@ -8,6 +8,7 @@ from typing import Any
 import latentrt
 import numpy as np
 import pytest
+from latentrt.runtime import flow
 from latentrt.runtime.graph import Graph, Graphs
 from parity import Rig
 
@@ -72,10 +73,13 @@ def test_warming_up_records_every_size_the_largest_first(
     monkeypatch.setattr(Graphs, "capture", counting)
     sizes = [(32, 32), (64, 48)]
     shapes: list[Any] = []
-    prepare = pipe._start
-    monkeypatch.setattr(
-        pipe, "_start", lambda r, t, n: shapes.append((r.height, r.width, r.batch)) or prepare(r, t, n)
-    )
+    start = flow.first_latents
+
+    def noting(parts: Any, request: Any, *rest: Any) -> Any:
+        shapes.append((request.height, request.width, request.batch))
+        return start(parts, request, *rest)
+
+    monkeypatch.setattr(flow, "first_latents", noting)
     pipe.warmup(sizes, batches=(1, 2))
     assert shapes == [(64, 48, 2), (64, 48, 1), (32, 32, 2), (32, 32, 1)]
     assert sum("unet" in what for what in made) == 8  # two experts

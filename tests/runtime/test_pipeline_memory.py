@@ -17,6 +17,7 @@ import torch
 from latentrt.errors import MemoryPlanError, RequestError
 from latentrt.runtime import budget, residency
 from latentrt.runtime.graph import Graphs
+from latentrt.runtime.kept import DEFAULT_LIMIT
 from latentrt.runtime.memory import POLICIES, RESERVE
 from latentrt.runtime.planner import Planner
 from latentrt.runtime.stages import stages_of_request
@@ -325,15 +326,13 @@ def test_moving_to_another_device_forgets_who_is_there(load: Load, image: Any) -
 
 
 def test_a_warm_up_of_more_than_may_be_kept_says_so(load: Load, caplog: pytest.LogCaptureFixture) -> None:
-    one = load(graphs=True)
-    one.warmup([(32, 32)], sampler="euler-a")
-    room = 2 * one._loader.kept.nbytes
-    pipe = load(graphs=True, loop_memory=room)
+    pipe = load(graphs=True)
     with caplog.at_level(logging.WARNING, "latentrt"):
         pipe.warmup([(32, 32)], sampler="euler-a")
         assert not caplog.messages
-        pipe.warmup([(40, 32), (32, 40), (40, 40)], sampler="euler-a")
-    assert pipe._loader.kept.nbytes <= room
+        pipe._loader.kept.limit = room = pipe._loader.kept.nbytes
+        pipe.warmup([(40, 32)], sampler="euler-a")
+    assert 0 < pipe._loader.kept.nbytes <= room
     assert re.search(
         r"^\d+ recordings of this warm-up are gone again: [\d.]+ [kM]B are kept, and there is room for [\d.]+ [kM]B; "
         r"warm up fewer sizes or batches, or give loop_memory=$",
@@ -341,18 +340,26 @@ def test_a_warm_up_of_more_than_may_be_kept_says_so(load: Load, caplog: pytest.L
     )
 
 
+def test_how_much_may_be_kept_can_be_said(load: Load) -> None:
+    assert load(loop_memory="5MB")._loader.kept.limit == 5_000_000
+    assert load()._loader.kept.limit == DEFAULT_LIMIT
+
+
 def test_more_than_eight_kinds_are_kept_where_there_is_room(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = load(graphs=True)
-    kinds = [{**CALL, "height": 8 * k, "width": 32} for k in range(4, 14)]
-    for kind in kinds:
-        pipe(**kind)
+    alone = {"num_inference_steps": 1, "high_noise_frac": 1.0, "guidance_scale": 1.0, "output_type": "latent"}
+    kinds = [{**CALL, **alone, "height": 8 * k, "width": 32} for k in range(4, 13)]
     made: list[str] = []
     capture = Graphs.capture
     monkeypatch.setattr(
         Graphs, "capture", lambda self, work, what: made.append(what) or capture(self, work, what)
     )
+    for kind in kinds:
+        pipe(**kind)
+    assert sum("unet" in what for what in made) == len(kinds)
+    made.clear()
     for kind in kinds:
         pipe(**kind)
     assert made == []

@@ -1,0 +1,122 @@
+"""The whole flow of a call, top to bottom: text, first latents, the steps of each expert, pixels.
+
+No stage knows its neighbours: what one hands on is tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .conditioning import Conditioning
+from .denoiser import Denoiser, LoopRequest, ready
+from .image import from_tensor
+from .latents import NoiseSource, initial_latents, noised_latents
+from .parts import Parts
+from .progress import Watch
+from .request import GenerationRequest
+from .sampler import SamplerTable
+from .stages import Stage
+
+__all__ = ["first_latents", "make_images"]
+
+
+def make_images(
+    parts: Parts,
+    request: GenerationRequest,
+    stages: Sequence[Stage],
+    noise: NoiseSource,
+    watch: Watch,
+    tile: int | None,
+) -> Any:
+    """The images of a request, as its `output_type` asks.
+
+    Args:
+        stages: who takes which steps.
+        tile: as for `VAE.decode`.
+    """
+    device, residency, vae = parts.loader.device, parts.loader.residency, parts.vae
+    with watch.stage("prepare"):
+        _prepare(parts, request, stages, tile)
+    with watch.stage("text"):
+        conditionings = [
+            stage.expert.condition(request, device, from_image=stage.from_image) for stage in stages
+        ]
+    with watch.stage("start"):
+        latents = first_latents(parts, request, stages[0].table, noise)
+    with ExitStack() as held:
+        with watch.stage("prepare"):
+            loops = _loops(request, stages, conditionings, latents, noise)
+            together = residency is None or residency.together("denoise")
+            runs = held.enter_context(ready(loops, together=together))
+        for stage, run in zip(stages, runs, strict=True):
+            with watch.stage(stage.name):
+                latents = run(latents, watch.host)
+    if request.output_type == "latent":
+        return latents
+    with watch.stage("decode"):
+        return from_tensor(vae.decode(latents, tile=tile), request.output_type)
+
+
+def _prepare(parts: Parts, request: GenerationRequest, stages: Sequence[Stage], tile: int | None) -> None:
+    """Load what the stages need, so that their times are their own; where all of it may stay."""
+    if parts.loader.residency is not None:
+        return
+    needed = [engine for stage in stages for engine in stage.expert.engines()]
+    if request.image is not None and request.image.shape[1] == 3:
+        needed.append(parts.vae.encoder)
+    if request.output_type != "latent":
+        needed.append(parts.vae.decoder)
+    for engine in needed:
+        engine.load()
+    if request.output_type != "latent":
+        # Of all that is recorded it takes most memory, which the others then share.
+        parts.vae.record_decode(request.height, request.width, tile=tile)
+
+
+def first_latents(
+    parts: Parts, request: GenerationRequest, table: SamplerTable, noise: NoiseSource
+) -> Tensor:
+    """float32 [B, C, h, w] at the noise level of the table's first step."""
+    device, vae = parts.loader.device, parts.vae
+    shape = (vae.channels, request.height // vae.scale, request.width // vae.scale)
+    if request.image is None:
+        given = noise.draw(shape) if request.latents is None else request.latents
+        return initial_latents(given.to(device, torch.float32), table)
+    clean = request.image.to(device, torch.float32)
+    if clean.shape[1] == 3:
+        clean = vae.encode(clean, noise.draw)
+    if request.denoising_start is not None or not len(table):
+        return clean
+    return noised_latents(clean, noise.draw(shape).to(clean), table)
+
+
+def _loops(
+    request: GenerationRequest,
+    stages: Sequence[Stage],
+    conditionings: Sequence[Conditioning],
+    latents: Tensor,
+    noise: NoiseSource,
+) -> list[tuple[Denoiser, LoopRequest]]:
+    """The denoising loops, over latents such as these; their noise is drawn in the order in which they run."""
+    B, C, h, w = latents.shape
+    device = latents.device
+    scales = torch.tensor(request.guidance_scales, dtype=torch.float32, device=device)
+    return [
+        (
+            stage.expert.loop,
+            LoopRequest(
+                (B, C, h, w),
+                stage.table,
+                conditioning.named(),
+                scales if stage.expert.guided(request) else None,
+                request.guidance_rescale,
+                noise.draw_steps(stage.table, (C, h, w), device),
+            ),
+        )
+        for stage, conditioning in zip(stages, conditionings, strict=True)
+    ]
