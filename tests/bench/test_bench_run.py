@@ -265,14 +265,8 @@ def test_a_whole_run_leaves_its_report(interrupted: bool, tmp_path: Path) -> Non
             return super().run(*args, **kwargs)
 
     case = Case("demo", "nothing real", "demo", steps=2)
-    settings = Settings(
-        GATES["eager"],
-        torch.device("cpu"),
-        tmp_path / "out",
-        "as typed",
-        metrics=("psnr", "ssim"),
-        pictures=2,
-    )
+    plan = Plan([], GATES["eager"], pictures=2)
+    settings = Settings(plan, torch.device("cpu"), tmp_path / "out", "as typed", metrics=("psnr", "ssim"))
     suite = Suite([(case, [planted("a"), planted("b", wrong_from=99)])], settings, open_host=Host)
     if interrupted:
         with pytest.raises(KeyboardInterrupt):
@@ -285,7 +279,7 @@ def test_a_whole_run_leaves_its_report(interrupted: bool, tmp_path: Path) -> Non
     assert len(found.conditions["load"]) == 2
     assert [row.side for row in found.cases[0].rows] == ["a", "b"]
     assert found.cases[0].steps == {"base": 2}
-    rounds = 2 if interrupted else settings.rounds
+    rounds = 2 if interrupted else plan.rounds
     assert 1 <= len(found.cases[0].rows[0].batches[0].seconds) <= rounds
     assert ("Interrupted" in (tmp_path / "out" / "bench.md").read_text()) is interrupted
     assert (tmp_path / "out" / "bench.html").read_text().count("data:image/png") == 4
