@@ -37,8 +37,15 @@ def bars(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
     return _svg(shapes, len(rows) * _ROW, parts)
 
 
-def lines(series: Sequence[Line], x_unit: str, y_unit: str, *, height: int = 260) -> str:
-    """A line through each series' points; both axes begin at 0."""
+def lines(
+    series: Sequence[Line],
+    x_unit: str,
+    y_unit: str,
+    *,
+    labels: Sequence[Sequence[str]] = (),
+    height: int = 260,
+) -> str:
+    """A line through each series' points, with a label at each if there are labels; both axes begin at 0."""
     right = _nice(max((max(x, default=0) for _, x, _ in series), default=0))
     top = _nice(max((max(y, default=0) for _, _, y in series), default=0))
     across, down = (_WIDTH - 80 - _RIGHT) / right, (height - 40) / top
@@ -61,13 +68,17 @@ def lines(series: Sequence[Line], x_unit: str, y_unit: str, *, height: int = 260
         )
         if len(points) <= 16:
             shapes += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
+        if labels:
+            shapes += [
+                _text(x, y - 8, label, "middle") for (x, y), label in zip(points, labels[k], strict=True)
+            ]
     return _svg(shapes, height, [name for name, _, _ in series])
 
 
 def _svg(shapes: list[str], height: int, legend: Sequence[str]) -> str:
     x, y = 80.0, height + 22
     for k, name in enumerate(legend):
-        width = 26 + 7.2 * len(name)
+        width = 32 + 7.6 * len(name)
         if x + width > _WIDTH:
             x, y = 80.0, y + 20
         shapes.append(
