@@ -37,15 +37,8 @@ def bars(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
     return _svg(shapes, len(rows) * _ROW, parts)
 
 
-def lines(
-    series: Sequence[Line],
-    x_unit: str,
-    y_unit: str,
-    *,
-    labels: Sequence[Sequence[str]] = (),
-    height: int = 260,
-) -> str:
-    """A line through each series' points, with a label at each if there are labels; both axes begin at 0."""
+def lines(series: Sequence[Line], x_unit: str, y_unit: str, *, height: int = 260) -> str:
+    """A line through each series' points; both axes begin at 0."""
     right = _nice(max((max(x, default=0) for _, x, _ in series), default=0))
     top = _nice(max((max(y, default=0) for _, _, y in series), default=0))
     across, down = (_WIDTH - 80 - _RIGHT) / right, (height - 40) / top
@@ -56,7 +49,7 @@ def lines(
         shapes.append(f'<line x1="80" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}" class="grid"/>')
         shapes.append(_text(72, at + 4, f"{y:g}", "end"))
         shapes.append(_text(80 + x * across, height - 4, f"{x:g}", "middle"))
-    shapes.append(_text(_WIDTH - _RIGHT + 8, height - 4, x_unit, "start"))
+    shapes.append(_text(_WIDTH - _RIGHT + 18, height - 4, x_unit, "start"))
     shapes.append(_text(8, 12, y_unit, "start"))
     for k, (name, xs, ys) in enumerate(series):
         points = [(80 + x * across, height - 20 - y * down) for x, y in zip(xs, ys, strict=True)]
@@ -68,10 +61,6 @@ def lines(
         )
         if len(points) <= 16:
             shapes += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
-        if labels:
-            shapes += [
-                _text(x, y - 8, label, "middle") for (x, y), label in zip(points, labels[k], strict=True)
-            ]
     return _svg(shapes, height, [name for name, _, _ in series])
 
 

@@ -108,16 +108,16 @@ def page(points: Sequence[Point], title: str) -> str:
     """A page with CLIP score and FID against seconds, a line for each share of the base through its steps."""
     plots = []
     for name, unit in (("clip", "CLIP score, more is better"), ("fid", "FID, less is better")):
-        series, labels = [], []
+        series = []
         for frac in dict.fromkeys(p.high_noise_frac for p in points):
             line = sorted((p for p in points if p.high_noise_frac == frac), key=lambda p: p.steps)
-            labels.append([str(p.steps) for p in line])
             series.append(
                 (f"base's share {frac:g}", [p.seconds for p in line], [getattr(p, name) for p in line])
             )
-        plots.append(f"<h3>{unit}</h3>{lines(series, 's/picture', name, labels=labels)}")
+        plots.append(f"<h3>{unit}</h3>{lines(series, 's/picture', name)}")
     head = f'<meta charset="utf-8"><title>latentrt bench sweep</title><style>{STYLE}</style>'
-    told = "Numbers at the points are steps; what the base's share leaves of the schedule is the refiner's."
+    steps = ", ".join(map(str, sorted({p.steps for p in points})))
+    told = f"The points of a line have {steps} steps. What the base's share leaves of the schedule is the refiner's."
     body = f'<h1>{escape(title)}</h1><p class="soft">{escape(told)}</p>{"".join(plots)}'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
