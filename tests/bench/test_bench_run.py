@@ -253,6 +253,21 @@ def test_what_was_measured_before_ctrl_c_is_kept(tmp_path: Path) -> None:
     assert all(row.batches[0].speedup.value > 0 for row in result.rows)
 
 
+def test_an_interruption_before_anything_was_measured_leaves_a_report(tmp_path: Path) -> None:
+    class Interrupted(Worker):
+        def open(self) -> str:
+            raise KeyboardInterrupt
+
+    settings = Settings(
+        Plan([], GATES["eager"]), torch.device("cpu"), tmp_path, "as typed", metrics=("psnr", "ssim")
+    )
+    with pytest.raises(KeyboardInterrupt):
+        Suite([(replace(CASE, model="demo"), [planted("a")])], settings, open_host=Interrupted).run()
+    found = read_report(tmp_path / "bench.json")
+    assert (found.complete, found.cases[0].rows[0].batches) == (False, [])
+    assert "Interrupted" in (tmp_path / "bench.html").read_text()
+
+
 @pytest.mark.parametrize("interrupted", [True, False])
 def test_a_whole_run_leaves_its_report(interrupted: bool, tmp_path: Path) -> None:
     class Host(Worker):
