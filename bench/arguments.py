@@ -104,7 +104,12 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     b.add_argument("--seed", type=int, default=0, help="of the first picture (default 0)")
     b.add_argument("--out", type=Path, metavar="DIR", default=Path("out/bench"), help="default out/bench")
-    b.add_argument("--work", type=Path, metavar="DIR", help="keep weights, exports and compiled code here")
+    b.add_argument(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="keep weights, exports and compiled code here; what is there is not built again, nor timed",
+    )
     b.add_argument(
         "--beside", type=Path, action="append", default=[], metavar="FILE.json", help="show as well"
     )

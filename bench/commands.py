@@ -30,6 +30,7 @@ def bench(args: argparse.Namespace) -> Iterator[str]:
     from . import report
     from .cases import case_named, default_sides, sides_named
     from .gates import gate_named
+    from .run import Plan
     from .suite import Settings, Suite
 
     device = device_named(args.device)
@@ -38,24 +39,27 @@ def bench(args: argparse.Namespace) -> Iterator[str]:
     for name in dict.fromkeys(names):
         case = _adjusted(case_named(name), args)
         work.append((case, sides_named(args.side or default_sides(case, device))))
-    settings = Settings(
-        gate=gate_named(args.gate),
-        device=device,
-        out=args.out,
-        command=_command(),
+    plan = Plan(
         prompts=_prompts(args.prompts),
+        gate=gate_named(args.gate),
+        rounds=args.rounds,
+        pictures=args.pictures,
+        seed=args.seed,
+        profile=args.profile,
+    )
+    settings = Settings(
+        plan,
+        device,
+        args.out,
+        _command(),
         metrics=args.metric,
         clip=args.clip,
         inception=args.inception,
         truth=args.truth,
         lpips=args.lpips,
-        rounds=args.rounds,
-        pictures=args.pictures,
-        seed=args.seed,
         work=args.work,
         beside=args.beside,
         patience=args.patience,
-        profile=args.profile,
     )
     found = Suite(work, settings).run()
     if args.json:

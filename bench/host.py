@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -262,22 +262,16 @@ class OwnProcess:
         if self._theirs is not None:
             self._theirs.close()  # so that the process's end is the pipe's end
             self._theirs = None
-        return str(self._ask("open"))
+        return cast(str, self._ask("open"))
 
     def run(self, prompts: Sequence[str], seeds: Sequence[int], *, traced: bool = False) -> Run:
-        answer = self._ask("run", list(prompts), list(seeds), traced=traced)
-        if not isinstance(answer, Run):
-            raise BenchmarkError(f"{self._job.side.name} answered with a {type(answer).__name__}")
-        return answer
+        return cast(Run, self._ask("run", list(prompts), list(seeds), traced=traced))
 
     def tune(self) -> str:
-        return str(self._ask("tune"))
+        return cast(str, self._ask("tune"))
 
     def profile(self, prompts: Sequence[str], seeds: Sequence[int]) -> Profile:
-        answer = self._ask("profile", list(prompts), list(seeds))
-        if not isinstance(answer, Profile):
-            raise BenchmarkError(f"{self._job.side.name} answered with a {type(answer).__name__}")
-        return answer
+        return cast(Profile, self._ask("profile", list(prompts), list(seeds)))
 
     def close(self) -> None:
         if self._process.pid is None:

@@ -49,7 +49,7 @@ def lines(series: Sequence[Line], x_unit: str, y_unit: str, *, height: int = 260
         shapes.append(f'<line x1="80" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}" class="grid"/>')
         shapes.append(_text(72, at + 4, f"{y:g}", "end"))
         shapes.append(_text(80 + x * across, height - 4, f"{x:g}", "middle"))
-    shapes.append(_text(_WIDTH - _RIGHT + 8, height - 4, x_unit, "start"))
+    shapes.append(_text(_WIDTH - _RIGHT + 18, height - 4, x_unit, "start"))
     shapes.append(_text(8, 12, y_unit, "start"))
     for k, (name, xs, ys) in enumerate(series):
         points = [(80 + x * across, height - 20 - y * down) for x, y in zip(xs, ys, strict=True)]
@@ -67,7 +67,7 @@ def lines(series: Sequence[Line], x_unit: str, y_unit: str, *, height: int = 260
 def _svg(shapes: list[str], height: int, legend: Sequence[str]) -> str:
     x, y = 80.0, height + 22
     for k, name in enumerate(legend):
-        width = 26 + 7.2 * len(name)
+        width = 32 + 7.6 * len(name)
         if x + width > _WIDTH:
             x, y = 80.0, y + 20
         shapes.append(

@@ -18,12 +18,12 @@ from .results import CaseResult, Memory, Report, Row
 from .side import Images
 from .stats import LEAST_ROUNDS
 
-__all__ = ["html", "markdown", "png_bytes", "profile_lines", "save_pictures"]
+__all__ = ["STYLE", "html", "markdown", "png_bytes", "profile_lines", "save_pictures"]
 
 _MIB = 2**20
 _GPU = ("gpu", "gpu by turns")
 """What memory of a GPU is called, see `nvml.GpuShare`."""
-_STYLE = """
+STYLE = """
 :root{--ink:#1d2330;--soft:#626b7d;--line:#e3e6ec;--back:#fff;--card:#f6f7f9;--accent:#0072b2;--bad:#b00020;
 color-scheme:light dark}
 @media(prefers-color-scheme:dark){:root{--ink:#e7eaf0;--soft:#9aa3b5;--line:#343b49;--back:#14171d;--card:#1d222b;
@@ -106,7 +106,7 @@ def html(
                 if theirs.case["name"] == case.case["name"] and not theirs.skipped
             ]
         body += _grid(pictures.get(case.case["name"], {}))
-    head = f'<meta charset="utf-8"><title>latentrt bench</title><style>{_STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>latentrt bench</title><style>{STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
 
 

@@ -51,7 +51,7 @@ class Plan:
 
     prompts: Sequence[str]
     gate: Gate
-    rounds: int = 7
+    rounds: int = 9
     pictures: int = 4
     seed: int = 0
     profile: bool = False

@@ -15,7 +15,6 @@ from ..runtime.weights import open_checkpoint
 from . import report
 from .cases import Case, SideSpec
 from .features import ClipFeatures, Judges, demo_judges, demo_prompts, read_truth
-from .gates import Gate
 from .host import Host, Job, OwnProcess
 from .inception import InceptionFeatures
 from .live import LiveTable
@@ -47,38 +46,32 @@ class Settings:
     """What is asked for, besides cases and sides.
 
     Attributes:
-        prompts: in place of the case's own.
+        plan: whose prompts are the case's own where there are none.
+        out: folder of the report.
+        command: for the report.
         metrics: of `METRICS`, an error where one has no weights; all that have where empty. The first two are always
             measured.
         clip: folder of a CLIP model, for CLIP score.
         inception: file of Inception's weights, for FID, which is CLIP's where there are none.
         truth: folder of true pictures, or file of their statistics.
         lpips: file of AlexNet's weights.
-        profile: tell where the time of a picture goes; on a CPU.
-        patience: seconds after which a side that does not answer is out.
-        out: folder of the report.
         work: folder for random weights, exports and compiled code, kept; a temporary one where None.
         beside: results to show beside.
-        command: for the report.
+        patience: seconds after which a side that does not answer is out.
     """
 
-    gate: Gate
+    plan: Plan
     device: torch.device
     out: Path
     command: str
-    prompts: Sequence[str] = ()
     metrics: Sequence[str] = ()
     clip: Path | None = None
     inception: Path | None = None
     truth: Path | None = None
     lpips: Path | None = None
-    rounds: int = 9
-    pictures: int = 4
-    seed: int = 0
     work: Path | None = None
     beside: Sequence[Path] = ()
     patience: float = 1800.0
-    profile: bool = False
 
 
 class Suite:
@@ -93,12 +86,13 @@ class Suite:
         unknown = [name for name in settings.metrics if name not in METRICS]
         if unknown:
             raise RequestError(f"no metric {unknown[0]!r}; there are {', '.join(METRICS)}")
-        if settings.rounds < 1 or settings.pictures < 1 or not settings.patience > 0:
+        plan = settings.plan
+        if plan.rounds < 1 or plan.pictures < 1 or not settings.patience > 0:
             raise RequestError(
-                f"{settings.rounds} rounds of {settings.pictures} pictures, patience of {settings.patience:g} s; each "
-                "must be above 0"
+                f"{plan.rounds} rounds of {plan.pictures} pictures, patience of {settings.patience:g} s; each must be "
+                "above 0"
             )
-        if settings.profile and settings.device.type != "cpu":
+        if plan.profile and settings.device.type != "cpu":
             raise RequestError(
                 "--profile tells a CPU's operators apart; on a GPU take a trace by Nsight Systems"
             )
@@ -139,10 +133,10 @@ class Suite:
         settings = self._settings
         reason = too_little(case, sides, settings.device)
         if reason:
-            empty = CaseResult(asdict(case), {}, settings.gate.name, None, [], reason)
+            empty = CaseResult(asdict(case), {}, settings.plan.gate.name, None, [], reason)
             self._results.append(empty)
             return
-        prompts = settings.prompts or (demo_prompts(64) if case.model == "demo" else _PROMPTS)
+        prompts = settings.plan.prompts or (demo_prompts(64) if case.model == "demo" else _PROMPTS)
         with tempfile.TemporaryDirectory(prefix="latentrt-bench-") as scratch:
             folder = settings.work or Path(scratch)
             here = located(case, folder)
@@ -150,14 +144,7 @@ class Suite:
                 run = CaseRun(
                     here,
                     sides,
-                    Plan(
-                        prompts,
-                        settings.gate,
-                        settings.rounds,
-                        settings.pictures,
-                        settings.seed,
-                        settings.profile,
-                    ),
+                    replace(settings.plan, prompts=prompts),
                     steps=here.split_steps(open_checkpoint(here.model).config("scheduler")),
                     device=str(settings.device),
                     folder=folder / case.name,
@@ -176,13 +163,13 @@ class Suite:
     @staticmethod
     def _require(settings: Settings) -> None:
         """What a gate needs, before hours are spent on what it could not judge."""
-        gate = settings.gate
+        gate = settings.plan.gate
         lacking = [f"--{name}" for name in gate.needs if getattr(settings, name) is None]
         if lacking:
             raise RequestError(f"gate {gate.name!r} cannot judge without {', '.join(lacking)}")
-        if settings.pictures < gate.least_pictures:
+        if settings.plan.pictures < gate.least_pictures:
             raise RequestError(
-                f"gate {gate.name!r} judges {gate.least_pictures} pictures, and --pictures is {settings.pictures}"
+                f"gate {gate.name!r} judges {gate.least_pictures} pictures, and --pictures is {settings.plan.pictures}"
             )
         if settings.inception is not None and settings.truth is None:
             raise RequestError("--inception is for FID, which needs true pictures: give --truth as well")
@@ -218,7 +205,7 @@ class Suite:
         made = Report(
             command=self._settings.command,
             machine=self._machine,
-            seed=self._settings.seed,
+            seed=self._settings.plan.seed,
             cases=self._results,
             complete=complete,
             conditions={"load": [*self._load, os.getloadavg()[0]]},

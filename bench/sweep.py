@@ -22,6 +22,7 @@ from ..errors import RequestError
 from .features import Judges, as_bytes
 from .plots import lines
 from .quality import frechet_distance
+from .report import STYLE
 from .side import Images
 
 __all__ = ["Make", "Point", "page", "sweep", "table", "write_sweep"]
@@ -104,19 +105,20 @@ def table(points: Sequence[Point]) -> list[str]:
 
 
 def page(points: Sequence[Point], title: str) -> str:
-    """A page with CLIP score and FID against seconds, a line for each share of the base."""
+    """A page with CLIP score and FID against seconds, a line for each share of the base through its steps."""
     plots = []
     for name, unit in (("clip", "CLIP score, more is better"), ("fid", "FID, less is better")):
         series = []
         for frac in dict.fromkeys(p.high_noise_frac for p in points):
-            line = sorted((p for p in points if p.high_noise_frac == frac), key=lambda p: p.seconds)
+            line = sorted((p for p in points if p.high_noise_frac == frac), key=lambda p: p.steps)
             series.append(
                 (f"base's share {frac:g}", [p.seconds for p in line], [getattr(p, name) for p in line])
             )
-        plots.append(f"<h2>{unit}</h2>{lines(series, 's/picture', name)}")
-    style = "body{font:15px system-ui,sans-serif;max-width:1000px;margin:2em auto}.grid{stroke:#ddd}"
-    head = f'<meta charset="utf-8"><title>latentrt bench sweep</title><style>{style}</style>'
-    body = f"<h1>{escape(title)}</h1>{''.join(plots)}"
+        plots.append(f"<h3>{unit}</h3>{lines(series, 's/picture', name)}")
+    head = f'<meta charset="utf-8"><title>latentrt bench sweep</title><style>{STYLE}</style>'
+    steps = ", ".join(map(str, sorted({p.steps for p in points})))
+    told = f"The points of a line have {steps} steps. What the base's share leaves of the schedule is the refiner's."
+    body = f'<h1>{escape(title)}</h1><p class="soft">{escape(told)}</p>{"".join(plots)}'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
 

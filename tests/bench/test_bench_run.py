@@ -253,6 +253,21 @@ def test_what_was_measured_before_ctrl_c_is_kept(tmp_path: Path) -> None:
     assert all(row.batches[0].speedup.value > 0 for row in result.rows)
 
 
+def test_an_interruption_before_anything_was_measured_leaves_a_report(tmp_path: Path) -> None:
+    class Interrupted(Worker):
+        def open(self) -> str:
+            raise KeyboardInterrupt
+
+    settings = Settings(
+        Plan([], GATES["eager"]), torch.device("cpu"), tmp_path, "as typed", metrics=("psnr", "ssim")
+    )
+    with pytest.raises(KeyboardInterrupt):
+        Suite([(replace(CASE, model="demo"), [planted("a")])], settings, open_host=Interrupted).run()
+    found = read_report(tmp_path / "bench.json")
+    assert (found.complete, found.cases[0].rows[0].batches) == (False, [])
+    assert "Interrupted" in (tmp_path / "bench.html").read_text()
+
+
 @pytest.mark.parametrize("interrupted", [True, False])
 def test_a_whole_run_leaves_its_report(interrupted: bool, tmp_path: Path) -> None:
     class Host(Worker):
@@ -265,14 +280,8 @@ def test_a_whole_run_leaves_its_report(interrupted: bool, tmp_path: Path) -> Non
             return super().run(*args, **kwargs)
 
     case = Case("demo", "nothing real", "demo", steps=2)
-    settings = Settings(
-        GATES["eager"],
-        torch.device("cpu"),
-        tmp_path / "out",
-        "as typed",
-        metrics=("psnr", "ssim"),
-        pictures=2,
-    )
+    plan = Plan([], GATES["eager"], pictures=2)
+    settings = Settings(plan, torch.device("cpu"), tmp_path / "out", "as typed", metrics=("psnr", "ssim"))
     suite = Suite([(case, [planted("a"), planted("b", wrong_from=99)])], settings, open_host=Host)
     if interrupted:
         with pytest.raises(KeyboardInterrupt):
@@ -285,7 +294,7 @@ def test_a_whole_run_leaves_its_report(interrupted: bool, tmp_path: Path) -> Non
     assert len(found.conditions["load"]) == 2
     assert [row.side for row in found.cases[0].rows] == ["a", "b"]
     assert found.cases[0].steps == {"base": 2}
-    rounds = 2 if interrupted else settings.rounds
+    rounds = 2 if interrupted else plan.rounds
     assert 1 <= len(found.cases[0].rows[0].batches[0].seconds) <= rounds
     assert ("Interrupted" in (tmp_path / "out" / "bench.md").read_text()) is interrupted
     assert (tmp_path / "out" / "bench.html").read_text().count("data:image/png") == 4

@@ -71,8 +71,7 @@ def test_diffusers_does_latentrts_work_where_one_expert_takes_all(
     for spec in sides_named(["diffusers", "latentrt-eager"]):
         side = factory(spec)(case, torch.device("cpu"), torch.float32, tmp_path, **spec.options)
         made.append(side(prompts, seeds))
-        spent = {span.name for span in made[-1].spans if span.end - span.begin > 1e-3}
-        assert stages <= spent <= {*stages, "decode"}
+    assert {span.name for span in made[0].spans} == {*stages, "decode"}
     assert likeness(made[0].images, made[1].images)[0] > 100
 
 

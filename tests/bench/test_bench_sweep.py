@@ -59,6 +59,7 @@ def test_more_steps_take_longer_and_are_better(tmp_path: Path, monkeypatch: pyte
     assert len(json.loads((tmp_path / "new" / "sweep.json").read_text())["points"]) == 4
     page = (tmp_path / "new" / "sweep.html").read_text()
     assert page.count("<polyline") == 4
+    assert "The points of a line have 2, 8 steps." in page
     assert "a &lt;title&gt;" in page
 
 
