@@ -8,6 +8,8 @@ starved by a flood of others.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
@@ -54,10 +56,17 @@ class Scheduler(Generic[J]):
     def __iter__(self) -> Iterator[J]:
         return (job for jobs in self._flows.values() for job in jobs)
 
-    @property
-    def cost(self) -> float:
-        """Work that waits, in the unit of `Group.cost`."""
-        return sum(job.group.cost for job in self)
+    def order(self, coming: Sequence[Schedulable]) -> list[list[Schedulable]]:
+        """The calls until nothing waits, were these to come now and nobody after them."""
+        ahead: Scheduler[Schedulable] = copy.copy(self)  # type: ignore[assignment]
+        ahead._flows = {size: list(flow) for size, flow in self._flows.items()}
+        ahead._paid = dict(self._paid)
+        for one in coming:
+            ahead.add(one)
+        calls = []
+        while ahead:
+            calls.append(ahead.take(math.inf))
+        return calls
 
     def add(self, job: J) -> None:
         """Let a job wait."""
