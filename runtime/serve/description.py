@@ -94,6 +94,19 @@ _STREAM = (
     "as in other answers. `image` counts the images of the request. `data: [DONE]` ends it."
 )
 
+_EVENT = {
+    "type": "object",
+    "description": _STREAM,
+    "properties": {
+        "event": {
+            "description": "`message` is what the last line is, which names none.",
+            "enum": ["image_generation.partial_image", "image_generation.completed", "error", "message"],
+        },
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+    "required": ["data"],
+}
+
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """These answers, as FastAPI takes them."""
@@ -115,7 +128,7 @@ def images() -> dict[int | str, dict[str, Any]]:
     """The answers of a request for images."""
     content = {
         "image/png": {"schema": {"type": "string", "format": "binary"}},
-        "text/event-stream": {"schema": {"type": "string", "description": _STREAM}},
+        "text/event-stream": {"schema": _EVENT},
     }
     made = {
         "model": ImagesAnswer,
@@ -143,6 +156,8 @@ def describe(app: FastAPI, *, model: str, limits: Limits, keyed: bool) -> dict[s
         field.get("anyOf", [field])[0].update(bound)
     fields["size"]["description"] += f" At most {limits.pixels} pixels."
     schemas[GenerationBody.__name__]["maxProperties"] = len(fields)
+    (parameter,) = found["paths"]["/v1/models/{model}"]["get"]["parameters"]
+    parameter["schema"]["enum"] = [model]
     if keyed:
         found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path in found["paths"].values():

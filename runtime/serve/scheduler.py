@@ -8,7 +8,6 @@ starved by a flood of others.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
@@ -58,9 +57,9 @@ class Scheduler(Generic[J]):
 
     def order(self, coming: Sequence[Schedulable]) -> list[list[Schedulable]]:
         """The calls until nothing waits, were these to come now and nobody after them."""
-        ahead: Scheduler[Schedulable] = copy.copy(self)  # type: ignore[assignment]
-        ahead._flows = {size: list(flow) for size, flow in self._flows.items()}
-        ahead._paid = dict(self._paid)
+        ahead: Scheduler[Schedulable] = Scheduler(max_batch=self.max_batch, window=self.window)
+        ahead._flows = {size: [*flow] for size, flow in self._flows.items()}
+        ahead._paid, ahead._turn, ahead._limits = dict(self._paid), self._turn, self._limits
         for one in coming:
             ahead.add(one)
         calls = []
