@@ -80,6 +80,7 @@ _ERRORS = {
     400: "The body is not JSON.",
     401: "The key is missing or wrong.",
     404: "There is no such model.",
+    408: "The request did not come whole in its time.",
     413: "The body is too long.",
     422: "A field cannot be met; `error.param` names it.",
     429: "The queue is full, or the time given too short for it; Retry-After says when to come again.",

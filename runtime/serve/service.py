@@ -92,9 +92,8 @@ class Service:
 
     async def _load(self) -> None:
         begun = time.perf_counter()
-        thread = ThreadPoolExecutor(
-            1, "latentrt-load"
-        )  # not the loop's, which waits for its threads when it ends
+        # Not one of the loop's threads: for those it waits when it ends.
+        thread = ThreadPoolExecutor(1, "latentrt-load")
         try:
             self._made = thread.submit(self._make_engine)
             engine = await asyncio.wrap_future(self._made)

@@ -73,7 +73,7 @@ def test_answers_are_as_described(document: Any, method: str, path: str, mode: G
 def test_errors_are_described_where_they_can_be(document: Any) -> None:
     raw = document.raw_schema
     answers = raw["paths"]["/v1/images/generations"]["post"]["responses"]
-    assert set(answers) == {"200", "400", "404", "413", "422", "429", "500", "503", "504"}
+    assert set(answers) == {"200", "400", "404", "408", "413", "422", "429", "500", "503", "504"}
     assert set(answers["200"]["content"]) == {"application/json", "image/png", "text/event-stream"}
     assert "Retry-After" in answers["429"]["headers"]
     assert set(raw["paths"]["/v1/models/{model}"]["get"]["responses"]) == {"200", "404"}
