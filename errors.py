@@ -19,7 +19,8 @@ LatentRTError
 ├── ServiceError                 a service did not make it, for no fault of the request
 │   ├── QueueFullError           as many wait as may, or it would be too late; says when to try again
 │   ├── DeadlineError            its time ran out
-│   └── DrainingError            shutting down
+│   ├── DrainingError            shutting down
+│   └── StoppedError             a fault has ended it
 ├── CacheError                   the store of exported models cannot be read or written
 └── BenchmarkError               a side could not be measured, or results not read, or they got worse
 
@@ -47,6 +48,7 @@ __all__ = [
     "QueueFullError",
     "RequestError",
     "ServiceError",
+    "StoppedError",
     "UnknownBackendError",
     "UnsafeWeightsError",
     "UnsupportedConfigError",
@@ -140,6 +142,10 @@ class DeadlineError(ServiceError):
 
 class DrainingError(ServiceError):
     """The service is shutting down: it finishes what it has and takes nothing new."""
+
+
+class StoppedError(ServiceError):
+    """The service has ended through a fault of its own, and must be started again."""
 
 
 class CacheError(LatentRTError):

@@ -4,20 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import PIL.Image
 from latentrt.errors import RequestError
+from latentrt.runtime.serve.engine import AsyncEngine
 from latentrt.runtime.serve.requests import CheckedRequest, Group, ImageRequest, ImageResult
 from latentrt.runtime.serve.runner import OnStep
 
 T = TypeVar("T")
 
 
-def in_loop(coroutine: Coroutine[Any, Any, T], seconds: float = 30.0) -> T:
-    """Run to its end, in an event loop of its own."""
-    return asyncio.run(asyncio.wait_for(coroutine, seconds))
+def in_loop(
+    coroutine: Coroutine[Any, Any, T],
+    seconds: float = 240.0,
+    loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> T:
+    """Run to its end, in an event loop of its own; `seconds` bounds it where the clock is the usual one."""
+    with asyncio.Runner(loop_factory=loop) as runner:
+        return runner.run(asyncio.wait_for(coroutine, seconds) if loop is None else coroutine)
+
+
+class FakeTime(asyncio.SelectorEventLoop):
+    """A loop whose clock stands still until `pass_time`."""
+
+    now = 1000.0
+
+    def time(self) -> float:
+        return self.now
+
+
+async def pass_time(seconds: float) -> None:
+    """Let what can go on do so, move a FakeTime's clock, and let what was waiting for that go on as well."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, FakeTime)
+    for step in (seconds, 0.0):
+        for _ in range(50):
+            await asyncio.sleep(0)
+        loop.now += step
 
 
 class FakeRunner:
@@ -72,7 +98,7 @@ class FakeRunner:
 
     def reached(self) -> None:
         """Wait until a step is asked for."""
-        assert self.at_gate.acquire(timeout=10)
+        assert self.at_gate.acquire(timeout=240)
 
     def release(self) -> None:
         self._gate.set()
@@ -85,7 +111,7 @@ class FakeRunner:
         for k in range(requests[0].steps):
             if not self._gate.is_set():
                 self.at_gate.release()
-                self._single.acquire(timeout=120)
+                self._single.acquire(timeout=240)
             self.steps[-1] += 1
             on_step(k + 1, lambda i: picture(seeds[i] + 100))
         if (error := self._fail(seeds)) is not None:
@@ -96,9 +122,31 @@ class FakeRunner:
 
 
 def picture(seed: int) -> PIL.Image.Image:
-    return PIL.Image.new("RGB", (2, 2), (seed % 256, seed // 256, 0))
+    return PIL.Image.new("RGB", (2, 2), (seed % 256, seed // 256 % 256, 0))
 
 
 def seed_of(image: PIL.Image.Image) -> int:
     red, green, _ = image.getpixel((0, 0))
     return red + 256 * green
+
+
+def ask(seed: int, **fields: Any) -> ImageRequest:
+    return ImageRequest("a cat", **{"seed": seed, "steps": 3, **fields})
+
+
+async def held(runner: FakeRunner) -> None:
+    """Until the runner waits at a step."""
+    await asyncio.to_thread(runner.reached)
+
+
+@asynccontextmanager
+async def busy(runner: FakeRunner, engine: AsyncEngine) -> AsyncIterator[None]:
+    """While another request, seed 0, occupies the device, so that all that come share what comes after."""
+    runner.hold()
+    first = asyncio.create_task(engine.generate(ask(0, height=8)))
+    await held(runner)
+    try:
+        yield
+    finally:
+        runner.release()
+    await first

@@ -39,13 +39,17 @@ class Served:
     def metric(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
-    def raw(self, data: bytes) -> bytes:
-        """Bytes in, bytes out, as far as the server takes and gives them, over a connection of its own."""
-        with closing(socket.create_connection(("127.0.0.1", self.port), timeout=20)) as link:
+    def raw(self, data: bytes, *, half_close: bool = True) -> bytes:
+        """Bytes in, bytes out, as far as the server takes and gives them, over a connection of its own.
+
+        Where the sending half is closed uvicorn may hang up before it answers; where it is not, only the server ends.
+        """
+        with closing(socket.create_connection(("127.0.0.1", self.port), timeout=240)) as link:
             pieces = []
             try:
                 link.sendall(data)
-                link.shutdown(socket.SHUT_WR)
+                if half_close:
+                    link.shutdown(socket.SHUT_WR)
             except TimeoutError:
                 raise
             except OSError:
@@ -56,7 +60,7 @@ class Served:
             return b"".join(pieces)
 
 
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 120.0) -> None:
     """Wait for something to become true."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -71,20 +75,26 @@ def served(
     limits: Limits | None = None,
     api_keys: tuple[str, ...] = (),
     ready: bool = True,
-    drain_seconds: float = 20.0,
+    drain_seconds: float = 120.0,
+    send_buffer: int | None = None,
     **engine: Any,
 ) -> Iterator[Served]:
-    """`make_runner` is called as the model is loaded; `engine` are AsyncEngine's options."""
+    """`make_runner` is called as the model is loaded; `engine` are AsyncEngine's options.
+
+    `send_buffer` bytes are what the system takes of an answer that nobody reads yet; megabytes if not told.
+    """
     metrics = Metrics()
     service = Service("cat-model", lambda: AsyncEngine(make_runner(), on_batch=metrics.batch, **engine))
     app = create_app(service, metrics=metrics, limits=limits, api_keys=api_keys, drain_seconds=drain_seconds)
     link = listen("127.0.0.1", 0)
+    if send_buffer is not None:
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     port = link.getsockname()[1]
-    server = Server(app, service, drain_seconds=drain_seconds)
+    server = Server(app, service, drain_seconds=drain_seconds, limits=limits)
     thread = threading.Thread(target=server.run, args=([link],), daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{port}"
-    with httpx.Client(base_url=url, timeout=30.0) as client:
+    with httpx.Client(base_url=url, timeout=240.0) as client:
         try:
             until(lambda: server.started)
             if ready:
@@ -92,7 +102,7 @@ def served(
             yield Served(url, port, client, service, server, metrics)
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(120)
     assert not thread.is_alive()
 
 

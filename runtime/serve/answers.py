@@ -11,7 +11,14 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from ...errors import DeadlineError, DrainingError, LatentRTError, QueueFullError, RequestError
+from ...errors import (
+    DeadlineError,
+    DrainingError,
+    LatentRTError,
+    QueueFullError,
+    RequestError,
+    StoppedError,
+)
 from ..image import png_bytes
 from .requests import ImageResult, Progress
 from .runner import is_out_of_memory
@@ -76,6 +83,8 @@ def refusal(error: BaseException) -> tuple[int, str, str | None, str, dict[str, 
         return 503, str(error), None, "not_ready", {"Retry-After": "5"}
     if isinstance(error, DrainingError):
         return 503, str(error), None, "draining", {"Retry-After": "5"}
+    if isinstance(error, StoppedError):
+        return 503, str(error), None, "stopped", {}  # coming again to this process is of no use
     if is_out_of_memory(error):
         return (
             422,

@@ -7,12 +7,13 @@ import hmac
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import cache
 from importlib import resources
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -28,6 +29,7 @@ from .answers import (
     server_timing,
     sse,
 )
+from .description import Model, Models, Readiness, describe, errors, images
 from .doors import Doors
 from .jobs import Job
 from .metrics import Metrics
@@ -38,16 +40,6 @@ from .service import Service
 __all__ = ["create_app", "preview_is_due"]
 
 _log = logging.getLogger(__name__)
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "Not JSON."},
-    401: {"description": "The key is missing or wrong."},
-    404: {"description": "There is no such model."},
-    413: {"description": "The body is too long."},
-    422: {"description": "A field cannot be met; `error.param` names it."},
-    429: {"description": "The queue is full; Retry-After says when to come again."},
-    503: {"description": "Not ready, or shutting down."},
-    504: {"description": "The deadline passed."},
-}
 
 
 def create_app(
@@ -79,7 +71,7 @@ def create_app(
     _handle_errors(app, metrics)
     keyed = [Depends(_KeyCheck(api_keys))]
 
-    @app.post("/v1/images/generations", dependencies=keyed, responses=_ERRORS, tags=["OpenAI"])
+    @app.post("/v1/images/generations", dependencies=keyed, responses=images(), tags=["OpenAI"])
     async def generate(request: Request, body: GenerationBody) -> Response:
         """Make images. `stream` answers with server-sent events, `Accept: image/png` with the picture itself."""
         as_png = _wants_png(request)
@@ -115,12 +107,12 @@ def create_app(
             )
         return JSONResponse(images_json(results, pngs), headers=timing)
 
-    @app.get("/v1/models", dependencies=keyed, tags=["OpenAI"])
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(service)]}
+    @app.get("/v1/models", dependencies=keyed, responses=errors(401), tags=["OpenAI"])
+    async def models() -> Models:
+        return Models(object="list", data=[_model(service)])
 
-    @app.get("/v1/models/{model:path}", dependencies=keyed, responses=_ERRORS, tags=["OpenAI"])
-    async def model(model: str) -> dict[str, Any]:
+    @app.get("/v1/models/{model:path}", dependencies=keyed, responses=errors(401, 404), tags=["OpenAI"])
+    async def model(model: str) -> Model:
         if model != service.model:
             raise FieldError(
                 "model", f"there is no model {model[:80]!r} here; this server has {service.model!r}"
@@ -132,13 +124,22 @@ def create_app(
         """The process answers."""
         return {"status": "ok"}
 
-    @app.get("/ready", responses={503: {"description": "With the reason."}}, tags=["operators"])
-    async def ready() -> JSONResponse:
+    @app.get(
+        "/ready", responses={503: {"model": Readiness, "description": "With the reason."}}, tags=["operators"]
+    )
+    async def ready(answer: Response) -> Readiness:
         """Whether requests are taken: the model is loaded, and has made an image."""
         reason = service.reason
-        return JSONResponse({"ready": reason is None, "reason": reason}, 200 if reason is None else 503)
+        answer.status_code = 200 if reason is None else 503
+        return Readiness(ready=reason is None, reason=reason)
 
-    @app.get("/metrics", dependencies=keyed, tags=["operators"])
+    @app.get(
+        "/metrics",
+        dependencies=keyed,
+        response_class=PlainTextResponse,
+        responses=errors(401),
+        tags=["operators"],
+    )
     async def exposition() -> Response:
         """In Prometheus' format."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -153,20 +154,27 @@ def create_app(
         )
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
+    @cache
+    def description() -> dict[str, Any]:
+        return describe(app, model=service.model, limits=bounds, keyed=bool(api_keys))
+
+    app.openapi = description  # type: ignore[method-assign]
     return app
 
 
 class _KeyCheck:
-    """Bearer token, compared in constant time."""
+    """Bearer token, compared in constant time, byte by byte as it came."""
 
     def __init__(self, keys: Sequence[str]) -> None:
+        """Clients send what ASCII lacks as UTF-8 or, where it goes, as Latin-1."""
         self._keys = [key.encode() for key in keys]
+        self._keys += [key.encode("latin-1") for key in keys if not key.isascii() and _is_latin(key)]
 
     def __call__(self, request: Request) -> None:
         if not self._keys:
             return
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        given = token.strip().encode()
+        given = token.strip(" \t").encode("latin-1")
         # All are compared, whichever fits.
         fits = sum(hmac.compare_digest(given, key) for key in self._keys)
         if scheme.lower() != "bearer" or not fits:
@@ -175,6 +183,10 @@ class _KeyCheck:
                 "the API key is missing or wrong; send Authorization: Bearer KEY",
                 {"WWW-Authenticate": "Bearer"},
             )
+
+
+def _is_latin(text: str) -> bool:
+    return all(ord(character) < 256 for character in text)
 
 
 class _EventStream(StreamingResponse):
@@ -273,8 +285,8 @@ def _wants_png(request: Request) -> bool:
     return "image/png" in accepted and "application/json" not in accepted
 
 
-def _model(service: Service) -> dict[str, Any]:
-    return {"id": service.model, "object": "model", "created": service.created, "owned_by": "latentrt"}
+def _model(service: Service) -> Model:
+    return Model(id=service.model, object="model", created=service.created, owned_by="latentrt")
 
 
 def _note(metrics: Metrics, code: str, error: BaseException, status: int, request_id: str) -> None:

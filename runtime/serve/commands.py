@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +48,10 @@ def serve(args: argparse.Namespace) -> Iterator[str]:
     with listen(args.host, args.port) as socket:
         log_as_json()
         Server(app, service, drain_seconds=args.drain_seconds).run([socket])
+    if service.at_work:
+        # The interpreter would wait for the thread: for a model that is being loaded, or a step on the device.
+        logging.shutdown()
+        os._exit(0)
     yield from ()
 
 

@@ -1,8 +1,7 @@
-"""What every request passes, as ASGI: an id, a log line, a count, and bounds on what clients send and leave unread."""
+"""What every request passes, as ASGI: an id, a log line, a count, and a bound on its body."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import secrets
@@ -51,10 +50,7 @@ class Doors:
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 headers["x-content-type-options"] = "nosniff"
-            async with asyncio.timeout(
-                self._limits.write
-            ):  # a client that does not read holds nothing for long
-                await send(message)
+            await send(message)
 
         try:
             body = await self._body(scope, receive)
@@ -62,9 +58,6 @@ class Doors:
                 await body(scope, receive, answer)
             else:
                 await self._app(scope, _replayed(body, receive), answer)
-        except TimeoutError:
-            _log.warning("a client did not read its answer", extra={"fields": {"request_id": request_id}})
-            raise
         finally:
             seconds = time.perf_counter() - begun
             route = getattr(scope.get("route"), "path", "other")
@@ -86,21 +79,15 @@ class Doors:
             return b""
         most = self._limits.body
         body, size = bytearray(), 0
-        try:
-            async with asyncio.timeout(self._limits.read):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return Response(status_code=499)
-                    size += len(message.get("body", b""))
-                    if size <= most:
-                        body += message.get("body", b"")
-                    if not message.get("more_body", False) or size > _DISCARD:
-                        break
-        except TimeoutError:
-            return error_response(
-                408, f"the request's body did not come within {self._limits.read:g} s; send it at once"
-            )
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return Response(status_code=499)
+            size += len(message.get("body", b""))
+            if size <= most:
+                body += message.get("body", b"")
+            if not message.get("more_body", False) or size > _DISCARD:
+                break
         if size > most:
             return error_response(
                 413, f"the body is longer than {most} bytes; ask for less at once", "prompt"

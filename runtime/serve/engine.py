@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
-from ...errors import DrainingError, QueueFullError, RequestError, ServiceError
+from ...errors import DrainingError, RequestError, ServiceError, StoppedError
 from ..pipeline import Pipeline
+from .admission import Admission
 from .jobs import Job
-from .requests import CheckedRequest, Finished, ImageRequest, ImageResult, Progress
+from .requests import Finished, ImageRequest, ImageResult, Progress
 from .runner import PipelineRunner, Runner
 from .scheduler import Scheduler
 from .worker import BatchReport, Worker
@@ -19,8 +20,8 @@ __all__ = ["AsyncEngine"]
 
 _log = logging.getLogger(__name__)
 
-_CAUTION = 1.25
-"""An estimate this much too low still keeps the deadline of what was accepted."""
+_LAST_STEP = 10.0
+"""Seconds for the device to come to the end of a step that nobody waits for."""
 
 
 class AsyncEngine:
@@ -52,7 +53,6 @@ class AsyncEngine:
             raise RequestError(
                 f"max_batch is {max_batch}, max_waiting {max_waiting}, window {window}; at least 1, 1 and 0 are needed"
             )
-        self.max_waiting = max_waiting
         self._loop: asyncio.AbstractEventLoop | None = None
         self._runner = PipelineRunner(pipe) if isinstance(pipe, Pipeline) else pipe
         self._queue: Scheduler[Job] = Scheduler(max_batch=max_batch, window=window)
@@ -61,9 +61,11 @@ class AsyncEngine:
         self._wake = asyncio.Event()
         self._running: list[Job] = []
         self._draining = False
+        self._call: Future[None] | None = None  # the last one, in the thread
         self._serving: asyncio.Task[None] | None = None
-        self._pace = 0.0  # seconds for a unit of Group.cost; 0 until a batch was made
-        self._made = 0.0  # work done since the pace was last measured
+        self._failure: StoppedError | None = None
+        self._admission = Admission(self._queue, max_waiting=max_waiting)
+        self._made: list[BatchReport] = []  # by the running call
 
     async def __aenter__(self) -> AsyncEngine:
         await self.start()
@@ -87,6 +89,16 @@ class AsyncEngine:
         """Whether it is shutting down and takes nothing new."""
         return self._draining
 
+    @property
+    def failure(self) -> StoppedError | None:
+        """Why it stopped, where a fault of its own ended it; it takes nothing any more."""
+        return self._failure
+
+    @property
+    def at_work(self) -> bool:
+        """Whether its thread is at a call, for whomever: even after a drain, where that was not given the time."""
+        return self._call is not None and not self._call.done()
+
     async def start(self) -> None:
         """Load the models, make one image, and begin to serve.
 
@@ -95,12 +107,13 @@ class AsyncEngine:
         """
         loop = self._loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(self._thread, self._runner.warm_up)
+            await self._in_thread(self._runner.warm_up)
         except BaseException:
             self._thread.shutdown(wait=False)
             raise
         worker = Worker(self._runner, loop, on_batch=self._learn, on_limit=self._queue.limit)
         self._serving = loop.create_task(self._serve(worker), name="latentrt-engine")
+        self._serving.add_done_callback(self._stopped)
 
     def submit(
         self, *requests: ImageRequest, timeout: float | None = None, previews: bool = False
@@ -115,14 +128,17 @@ class AsyncEngine:
             RequestError: one of them cannot be made.
             QueueFullError: try again in `retry_after` seconds.
             DrainingError: the engine is shutting down, or was not started.
+            StoppedError: a fault has ended the engine.
         """
+        if self._failure is not None:
+            raise StoppedError(str(self._failure))
         if self._draining or self._serving is None:
             state = "is shutting down and takes nothing new" if self._draining else "was not started"
             raise DrainingError(f"the engine {state}; ask another one")
         if asyncio.get_running_loop() is not self._loop:
             raise ServiceError("the engine belongs to the event loop that started it; ask it from there")
         checked = [self._runner.check(request) for request in requests]
-        self._refuse_too_many(checked, timeout)
+        self._admission.check([one.group for one in checked], timeout, self._loop.time())
         jobs = [Job(one, timeout=timeout, previews=previews, forget=self._queue.remove) for one in checked]
         for job in jobs:
             self._queue.add(job)
@@ -157,39 +173,44 @@ class AsyncEngine:
             job.cancel()
 
     async def drain(self, timeout: float | None = None) -> None:
-        """Take nothing new, make what was taken, and stop. What is left after `timeout` seconds is cancelled."""
+        """Take nothing new, make what was taken, and stop; what is left after `timeout` seconds is refused."""
         self._draining = True
         self._wake.set()
         if self._serving is not None:
             await asyncio.wait([self._serving], timeout=timeout)
-            for job in [*self._queue, *self._running]:
-                job.cancel()
+            self._end_all(DrainingError("the engine shut down before the image was made; ask another one"))
             self._wake.set()
-            await self._serving
+            _, late = await asyncio.wait([self._serving], timeout=_LAST_STEP)
+            if late:
+                _log.error("the device is still at work after %g s more and is left to itself", _LAST_STEP)
+                self._serving.cancel()
         self._thread.shutdown(wait=False)
-
-    def _refuse_too_many(self, requests: list[CheckedRequest], timeout: float | None) -> None:
-        ahead = self._pace * (self._queue.cost + sum(job.group.cost for job in self._running))
-        own = self._pace * sum(request.group.cost for request in requests)
-        later = max(1.0, ahead)
-        if self.waiting + len(requests) > self.max_waiting:
-            raise QueueFullError(
-                f"{self.waiting} images wait, {len(requests)} more are asked for, and at most {self.max_waiting} may "
-                f"wait; try again in {later:.0f} s",
-                later,
-            )
-        if timeout is not None and ahead and _CAUTION * (ahead + own) > timeout:
-            raise QueueFullError(
-                f"it would take about {ahead + own:.1f} s, of which the work before it takes {ahead:.1f} s, and was "
-                f"given {timeout:g} s; try again in {later:.0f} s, or give it more time",
-                later,
-            )
 
     def _learn(self, report: BatchReport) -> None:
         if report.outcome == "made":
-            self._made += report.cost
+            self._made.append(report)
         if self._on_batch is not None:
             self._on_batch(report)
+
+    def _stopped(self, serving: asyncio.Task[None]) -> None:
+        """The task that serves has ended; where nobody told it to, no request may wait for it."""
+        error = None if serving.cancelled() else serving.exception()
+        if error is None and self._draining:
+            return
+        self._failure = StoppedError(
+            "the engine has stopped through a fault of its own; start the service again"
+        )
+        _log.critical("the engine has stopped", exc_info=error)
+        self._end_all(self._failure)
+
+    def _end_all(self, error: ServiceError) -> None:
+        for job in [*self._queue, *self._running]:
+            job.finish(error)
+
+    async def _in_thread(self, work: Callable[..., None], *arguments: object) -> None:
+        """Called in the one thread that owns the device."""
+        self._call = self._thread.submit(work, *arguments)
+        await asyncio.wrap_future(self._call)
 
     async def _serve(self, worker: Worker) -> None:
         """Hand the worker batch after batch."""
@@ -198,22 +219,19 @@ class AsyncEngine:
             # Nobody comes while draining, so there is nothing to wait for.
             jobs = self._queue.take(loop.time() + (self._queue.window if self._draining else 0.0))
             if jobs:
-                self._running = jobs
-                begun = loop.time()
+                self._running, begun = jobs, loop.time()
+                self._admission.begin(jobs, begun)
                 for job in jobs:
                     job.begin()
                 try:
-                    await loop.run_in_executor(self._thread, worker.make, jobs)
+                    await self._in_thread(worker.make, jobs)
                 except Exception as error:  # the engine's own fault: its jobs end, and it goes on
                     _log.exception("%d images were lost", len(jobs))
                     for job in jobs:
                         job.finish(error)
-                finally:
-                    self._running = []
-                if self._made:  # as the loop sees it, its own delays included
-                    pace = (loop.time() - begun) / self._made
-                    self._pace = 0.7 * self._pace + 0.3 * pace if self._pace else pace
-                    self._made = 0.0
+                self._running = []
+                self._admission.end()
+                self._measure(begun, loop.time())
                 continue
             self._wake.clear()
             try:
@@ -221,3 +239,10 @@ class AsyncEngine:
                     await self._wake.wait()
             except TimeoutError:
                 pass
+
+    def _measure(self, begun: float, now: float) -> None:
+        """Learn from what was made since then, the loop's own delays included."""
+        delay = (now - begun) / (sum(report.seconds for report in self._made) or 1.0)
+        for report in self._made:
+            self._admission.pace.learn(report.size, report.cost, report.seconds * delay, now)
+        self._made = []

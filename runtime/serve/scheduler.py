@@ -8,6 +8,7 @@ starved by a flood of others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
@@ -54,10 +55,17 @@ class Scheduler(Generic[J]):
     def __iter__(self) -> Iterator[J]:
         return (job for jobs in self._flows.values() for job in jobs)
 
-    @property
-    def cost(self) -> float:
-        """Work that waits, in the unit of `Group.cost`."""
-        return sum(job.group.cost for job in self)
+    def order(self, coming: Sequence[Schedulable]) -> list[list[Schedulable]]:
+        """The calls until nothing waits, were these to come now and nobody after them."""
+        ahead: Scheduler[Schedulable] = Scheduler(max_batch=self.max_batch, window=self.window)
+        ahead._flows = {size: [*flow] for size, flow in self._flows.items()}
+        ahead._paid, ahead._turn, ahead._limits = dict(self._paid), self._turn, self._limits
+        for one in coming:
+            ahead.add(one)
+        calls = []
+        while ahead:
+            calls.append(ahead.take(math.inf))
+        return calls
 
     def add(self, job: J) -> None:
         """Let a job wait."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from ...errors import RequestError
 from .requests import ImageRequest
@@ -14,6 +15,7 @@ from .requests import ImageRequest
 __all__ = ["FieldError", "GenerationBody", "Limits", "field_of", "image_requests"]
 
 _MAX_SEED = 2**63 - 1
+_MOST_FIELDS = 64
 
 
 class FieldError(RequestError):
@@ -38,7 +40,8 @@ class Limits:
         prompt: characters, of the negative one too.
         body: bytes of a request.
         timeout: seconds until an image must be made, where the request does not say; and the most it may say.
-        read, write: seconds for a client to send its request, and to take a piece of the answer.
+        read: seconds for a client to send a request, from its first byte to its last.
+        write: seconds in which a client must take something of an answer that waits for it.
     """
 
     pixels: int = 2048 * 2048
@@ -94,6 +97,17 @@ class GenerationBody(BaseModel):
         float | None,
         Field(gt=0, allow_inf_nan=False, description="Seconds until the images must be made."),
     ] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, data: Any) -> Any:
+        """An error for each of a hundred thousand unknown fields would hold up the event loop for seconds."""
+        if isinstance(data, dict) and len(data) > _MOST_FIELDS:
+            raise PydanticCustomError(
+                "too_many_fields", "it has {count} fields; at most {most} are read",
+                {"count": len(data), "most": _MOST_FIELDS},
+            )  # fmt: skip
+        return data
 
 
 def image_requests(body: GenerationBody, model: str, limits: Limits) -> list[ImageRequest]:

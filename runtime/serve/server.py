@@ -1,4 +1,4 @@
-"""uvicorn, which on SIGTERM first lets the engine finish, answering 503 to what is new, and ends with 0."""
+"""uvicorn, with bounds on its connections; on SIGTERM it lets the engine finish, answering 503 to what is new."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from .connection import bounded
+from .schema import Limits
 from .service import Service
 
 __all__ = ["Server", "listen"]
@@ -30,10 +32,14 @@ def listen(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """One server over one service."""
 
-    def __init__(self, app: FastAPI, service: Service, *, drain_seconds: float) -> None:
+    def __init__(
+        self, app: FastAPI, service: Service, *, drain_seconds: float, limits: Limits | None = None
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
+                http=bounded(limits or Limits()),
+                ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from ...errors import LatentRTError, ServiceError
 from .engine import AsyncEngine
@@ -33,6 +34,7 @@ class Service:
         self.created = int(time.time())
         self._make_engine = make_engine
         self._engine: AsyncEngine | None = None
+        self._made: Future[AsyncEngine] | None = None  # warm or not
         self._loading: asyncio.Task[None] | None = None
         self._reason: str | None = "the model is being loaded"
 
@@ -50,9 +52,11 @@ class Service:
     @property
     def reason(self) -> str | None:
         """Why it takes no requests; None when it does."""
-        if self._engine is not None and self._engine.draining:
-            return "it is shutting down"
-        return self._reason
+        if self._engine is None:
+            return self._reason
+        if self._engine.failure is not None:
+            return str(self._engine.failure)
+        return "it is shutting down" if self._engine.draining else None
 
     @property
     def waiting(self) -> int:
@@ -61,6 +65,13 @@ class Service:
     @property
     def running(self) -> int:
         return 0 if self._engine is None else self._engine.running
+
+    @property
+    def at_work(self) -> bool:
+        """Whether a thread still loads the model, or makes something, be it for nobody."""
+        if self._made is None or self._made.cancelled():
+            return False
+        return not self._made.done() or (self._made.exception() is None and self._made.result().at_work)
 
     def begin(self) -> None:
         """Load in the background."""
@@ -81,10 +92,13 @@ class Service:
 
     async def _load(self) -> None:
         begun = time.perf_counter()
+        # Not one of the loop's threads: for those it waits when it ends.
+        thread = ThreadPoolExecutor(1, "latentrt-load")
         try:
-            engine = await asyncio.to_thread(self._make_engine)
+            self._made = thread.submit(self._make_engine)
+            engine = await asyncio.wrap_future(self._made)
             await engine.start()
-        except LatentRTError as error:
+        except (LatentRTError, OSError) as error:  # such as a full disk
             self._reason = f"the model does not load: {error}"
             _log.error("%s", self._reason)
         except Exception:
@@ -93,3 +107,5 @@ class Service:
         else:
             self._engine, self._reason = engine, None
             _log.info("%s is ready after %.1f s", self.model, time.perf_counter() - begun)
+        finally:
+            thread.shutdown(wait=False)

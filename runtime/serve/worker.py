@@ -28,6 +28,7 @@ class BatchReport:
 
     Attributes:
         images: in the batch.
+        size: their (height, width).
         steps: taken.
         cost: work of the whole call, in the unit of `Group.cost`.
         seconds: it took.
@@ -36,6 +37,7 @@ class BatchReport:
     """
 
     images: int
+    size: tuple[int, int]
     steps: int
     cost: float
     seconds: float
@@ -124,7 +126,9 @@ class Worker:
             _release_memory()
         cost = sum(job.group.cost for job in jobs)
         seconds = time.perf_counter() - begun
-        self._tell(self._on_batch, BatchReport(len(jobs), steps, cost, seconds, outcome, timings))
+        self._tell(
+            self._on_batch, BatchReport(len(jobs), jobs[0].group.size, steps, cost, seconds, outcome, timings)
+        )
         return failure
 
 

@@ -4,44 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from collections.abc import Callable
+from contextlib import aclosing
 
 import pytest
 import torch
-from fake_runner import FakeRunner, in_loop, seed_of
+from fake_runner import FakeRunner, ask, busy, held, in_loop, seed_of
 from latentrt.errors import (
     BackendError,
-    DeadlineError,
-    DrainingError,
-    QueueFullError,
     RequestError,
     ServiceError,
 )
 from latentrt.runtime.serve.engine import AsyncEngine
-from latentrt.runtime.serve.requests import Finished, ImageRequest, Progress
+from latentrt.runtime.serve.requests import Finished, Progress
 from latentrt.runtime.serve.worker import BatchReport
-
-
-def ask(seed: int, **fields: Any) -> ImageRequest:
-    return ImageRequest("a cat", **{"seed": seed, "steps": 3, **fields})
-
-
-async def held(runner: FakeRunner) -> None:
-    """Until the runner waits at a step."""
-    await asyncio.to_thread(runner.reached)
-
-
-@asynccontextmanager
-async def busy(runner: FakeRunner, engine: AsyncEngine) -> AsyncIterator[None]:
-    """While another request, seed 0, occupies the device, so that all that come share what comes after."""
-    runner.hold()
-    first = asyncio.create_task(engine.generate(ask(0, height=8)))
-    await held(runner)
-    yield
-    runner.release()
-    await first
 
 
 def test_what_comes_together_is_made_together_and_each_gets_its_own() -> None:
@@ -265,123 +241,6 @@ def test_an_error_of_nobodys_making_does_not_stop_the_engine(caplog: pytest.LogC
 
     in_loop(main())
     assert "a call for 1 images failed" in caplog.text
-
-
-def test_the_queue_is_bounded_and_says_when_to_come_again() -> None:
-    async def main() -> None:
-        runner = FakeRunner()
-        async with AsyncEngine(runner, max_waiting=3, window=0) as engine:
-            async with busy(runner, engine):
-                jobs = engine.submit(ask(1), ask(2))
-                with pytest.raises(
-                    QueueFullError, match=r"2 images wait, 2 more .* at most 3 may wait"
-                ) as refused:
-                    engine.submit(ask(3), ask(4))
-                assert refused.value.retry_after >= 1
-                jobs += engine.submit(ask(3))
-            for job in jobs:
-                await job.result()
-
-    in_loop(main())
-
-
-def test_deadlines() -> None:
-    async def main() -> None:
-        runner = FakeRunner()
-        async with AsyncEngine(runner, window=0) as engine:
-            async with busy(runner, engine):
-                with pytest.raises(DeadlineError, match=r"still waiting after 0.05 s; give it more time"):
-                    await engine.generate(ask(1), timeout=0.05)
-                assert engine.waiting == 0
-            runner.hold()
-            late = asyncio.create_task(engine.generate(ask(2, steps=50), timeout=0.2))
-            await held(runner)
-            with pytest.raises(DeadlineError, match=r"still being made after 0.2 s"):
-                await late
-            runner.release()
-        assert [call for call in runner.calls if 1 in call] == []
-        assert runner.steps[-1] <= 2
-
-    in_loop(main())
-
-
-def test_what_cannot_be_made_in_time_is_refused_at_once() -> None:
-    async def main() -> None:
-        runner = FakeRunner()
-        async with AsyncEngine(runner, window=0) as engine:
-            runner.hold()
-            first = asyncio.create_task(engine.generate(ask(1)))
-            await held(runner)
-            await asyncio.sleep(0.3)  # the pace it learns: 0.3 s for 3 steps of 64x64
-            runner.release()
-            await first
-            async with busy(runner, engine):
-                engine.submit(*[ask(k) for k in range(2, 8)])
-                with pytest.raises(QueueFullError, match=r"was given 0.5 s; try again in") as refused:
-                    engine.submit(ask(9), timeout=0.5)
-                assert refused.value.retry_after > 1
-                (job,) = engine.submit(ask(9), timeout=60)
-            await job.result()
-
-    in_loop(main())
-
-
-def test_draining_makes_what_was_taken_and_takes_nothing_new() -> None:
-    async def main() -> None:
-        runner = FakeRunner()
-        engine = AsyncEngine(runner, window=5)
-        with pytest.raises(DrainingError, match="was not started"):
-            engine.submit(ask(1))
-        await engine.start()
-        job, other = engine.submit(ask(1), ask(2, steps=4))
-        await engine.drain()  # without waiting for the window
-        assert seed_of((await job.result()).image) == 1
-        assert seed_of((await other.result()).image) == 2
-        assert engine.draining
-        with pytest.raises(DrainingError, match="shutting down and takes nothing new"):
-            engine.submit(ask(3))
-
-    in_loop(main())
-
-
-def test_draining_has_an_end() -> None:
-    async def main() -> None:
-        runner = FakeRunner()
-        engine = AsyncEngine(runner, window=0)
-        await engine.start()
-        runner.hold()
-        running, waiting = engine.submit(ask(1, steps=50), ask(2, steps=4))
-        await held(runner)
-        draining = asyncio.create_task(engine.drain(timeout=0.05))
-        await asyncio.sleep(0.1)
-        runner.release()
-        await draining
-        for job in (running, waiting):
-            with pytest.raises(asyncio.CancelledError):
-                await job.result()
-        assert runner.calls == [[1]]
-        assert runner.steps[0] <= 2
-
-    in_loop(main())
-
-
-def test_a_model_that_does_not_load_says_so() -> None:
-    class Broken(FakeRunner):
-        def warm_up(self) -> None:
-            raise BackendError("no device")
-
-    async def main() -> None:
-        with pytest.raises(BackendError, match="no device"):
-            async with AsyncEngine(Broken()):
-                raise AssertionError("never entered")
-
-    in_loop(main())
-
-
-@pytest.mark.parametrize("fields", [{"max_batch": 0}, {"max_waiting": 0}, {"window": float("nan")}])
-def test_bounds_that_would_stop_it_are_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(RequestError, match="at least 1, 1 and 0"):
-        AsyncEngine(FakeRunner(), **fields)
 
 
 def test_another_event_loop_is_refused() -> None:

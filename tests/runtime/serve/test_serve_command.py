@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
@@ -30,8 +30,8 @@ Run = Callable[..., tuple[int, str, str]]
 class Process:
     """A server process; `lines` are its log so far."""
 
-    def __init__(self, *options: str) -> None:
-        command = [sys.executable, "-m", "latentrt.cli", "serve", "--port", "0", *options]
+    def __init__(self, *options: str, entry: Sequence[str] = ("-m", "latentrt.cli")) -> None:
+        command = [sys.executable, *entry, "serve", "--port", "0", *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.lines: list[dict[str, Any]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -108,6 +108,24 @@ def test_a_model_that_is_not_there_leaves_it_unready_and_ctrl_c_ends_it() -> Non
     assert "'/no/such/model' is no folder or file" in httpx.get(f"{server.urls[0]}/ready").json()["reason"]
     time.sleep(0.1)
     server.process.send_signal(signal.SIGINT)
+    assert server.end() == 0
+
+
+LOADS_FOR_EVER = """
+import sys, time
+from latentrt.cli import main
+from latentrt.runtime.pipeline import Pipeline
+Pipeline.from_pretrained = lambda *_, **__: time.sleep(10_000)
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_load_does_not_hold_up_the_end(signals: int) -> None:
+    server = Process(entry=("-c", LOADS_FOR_EVER))
+    assert httpx.get(f"{server.urls[0]}/ready").json()["reason"] == "the model is being loaded"
+    for _ in range(signals):
+        server.process.send_signal(signal.SIGTERM)
     assert server.end() == 0
 
 

@@ -1,0 +1,93 @@
+"""Who may wait: as many as fit, and only who can be made in time. Of clocks and threads it knows what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+from ...errors import QueueFullError
+from .pace import Pace, Size
+from .requests import Group
+from .scheduler import Schedulable, Scheduler
+
+__all__ = ["Admission"]
+
+_CAUTION = 2.0
+"""An estimate this much too low still keeps the deadline: another size that comes later takes turns with this one."""
+_LONGEST = 60.0
+"""Seconds; the queue looks otherwise after that, however long it is now."""
+
+J = TypeVar("J", bound=Schedulable)
+
+
+class _Coming(NamedTuple):
+    """What would wait."""
+
+    group: Group
+    since: float
+
+
+class Admission:
+    """At the door of a queue. Times are in seconds of one clock."""
+
+    def __init__(self, queue: Scheduler[J], *, max_waiting: int) -> None:
+        """`max_waiting` images may wait."""
+        self.max_waiting = max_waiting
+        self.pace = Pace()
+        self._queue = queue
+        self._running: tuple[Size, float, float] | None = None
+
+    def begin(self, jobs: Sequence[J], now: float) -> None:
+        """A call for these is being made."""
+        self._running = *_kind(jobs), now
+
+    def end(self) -> None:
+        """It is no longer."""
+        self._running = None
+
+    def check(self, groups: Sequence[Group], timeout: float | None, now: float) -> None:
+        """Whether one image of each group may wait, to be made in `timeout` seconds.
+
+        Raises:
+            QueueFullError: and when to come again.
+        """
+        waiting = len(self._queue)
+        if waiting + len(groups) > self.max_waiting:
+            retry = _retry(max((after for _, after in self._forecast([], now)), default=0.0))
+            raise QueueFullError(
+                f"{waiting} images wait, {len(groups)} more are asked for, and at most {self.max_waiting} may wait; "
+                f"try again in {retry:.0f} s",
+                retry,
+            )
+        if timeout is None or (self._running is None and not self._queue):
+            return  # with nothing before it, it is tried: that is how estimates come to be
+        forecast = self._forecast([_Coming(group, now) for group in groups], now)
+        took = max(after for job, after in forecast if isinstance(job, _Coming))
+        if _CAUTION * took > timeout:
+            retry = _retry(_CAUTION * took - timeout)
+            raise QueueFullError(
+                f"with {waiting} images before it, it would take about {took:.1f} s, and was given {timeout:g} s; "
+                f"try again in {retry:.0f} s, or give it more time",
+                retry,
+            )
+
+    def _forecast(self, coming: Sequence[_Coming], now: float) -> list[tuple[Schedulable, float]]:
+        """Everyone who waits, and after how many seconds they will have been made."""
+        after = 0.0
+        if self._running is not None:
+            size, cost, begun = self._running
+            after = max(0.0, self.pace.seconds(size, cost, now) - (now - begun))
+        forecast = []
+        for jobs in self._queue.order(coming):
+            after += self.pace.seconds(*_kind(jobs), now)
+            forecast += [(job, after) for job in jobs]
+        return forecast
+
+
+def _kind(jobs: Sequence[Schedulable]) -> tuple[Size, float]:
+    """Size and work of a call."""
+    return jobs[0].group.size, sum(job.group.cost for job in jobs)
+
+
+def _retry(seconds: float) -> float:
+    return min(max(1.0, seconds), _LONGEST)

@@ -1,0 +1,132 @@
+"""uvicorn's HTTP/1.1 connection with two deadlines: for a request to come, and for its answer to be taken.
+
+uvicorn bounds the time between requests alone: headers that never end, or an answer that nobody reads, would hold
+a connection, and what was made for it, for good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import cast
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .answers import error_body
+from .schema import Limits
+
+__all__ = ["Connection", "bounded"]
+
+_log = logging.getLogger(__name__)
+
+
+class Connection(H11Protocol):
+    """One client's connection, within `limits.read` and `limits.write`."""
+
+    limits: Limits
+    _arriving: asyncio.TimerHandle | None = None
+    _leaving: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # any byte that waits is known of, and so has its deadline
+        self._watch_arrival()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._arriving, self._leaving):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_arrival()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_arrival()  # of what may have come already of the next request
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_departure(self._unsent)
+
+    def resume_writing(self) -> None:
+        if self._leaving is not None:
+            self._leaving.cancel()
+            self._leaving = None
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, msg)
+
+    @property
+    def _unsent(self) -> int:
+        return self.transport.get_write_buffer_size()
+
+    def _watch_arrival(self) -> None:
+        """Keep a deadline while a request is on its way, or the first one is awaited."""
+        first = self.cycle is None
+        partly = self.conn.their_state is h11.SEND_BODY or (
+            self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
+        )
+        if not (first or partly):
+            if self._arriving is not None:
+                self._arriving.cancel()
+                self._arriving = None
+        elif self._arriving is None:
+            self._arriving = self.loop.call_later(self.limits.read, self._not_arrived)
+
+    def _not_arrived(self) -> None:
+        if self.transport.is_closing():
+            return
+        said_something = self.conn.their_state is h11.SEND_BODY or bool(self.conn.trailing_data[0])
+        if said_something and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self._refuse(
+                408, f"the request did not come whole within {self.limits.read:g} s; send it at once"
+            )
+        else:
+            self.transport.close()
+
+    def _watch_departure(self, unsent: int) -> None:
+        self._leaving = self.loop.call_later(self.limits.write, self._not_left, unsent)
+
+    def _not_left(self, unsent: int) -> None:
+        if self._unsent < unsent:
+            self._watch_departure(self._unsent)
+            return
+        _log.warning(
+            "a client took nothing of its answer for %g s; %d bytes are thrown away",
+            self.limits.write,
+            unsent,
+        )
+        self.transport.abort()
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer what is no whole request, and close."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True  # for the application there is nothing left to answer
+        body = json.dumps(error_body(status, message)).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"connection", b"close"),
+        ]
+        events: list[h11.Event] = [
+            h11.Response(status_code=status, headers=headers),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ]
+        self.transport.write(b"".join(cast(bytes, self.conn.send(event)) for event in events))
+        self.transport.close()
+
+
+def bounded(limits: Limits) -> type[Connection]:
+    """Connections within these limits."""
+
+    class Bounded(Connection):
+        pass
+
+    Bounded.limits = limits
+    return Bounded

@@ -1,0 +1,130 @@
+"""Who is let in, on a clock that is told: estimates, and overload played through."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from latentrt.errors import QueueFullError
+from latentrt.runtime.serve.admission import Admission
+from latentrt.runtime.serve.pace import Pace
+from latentrt.runtime.serve.requests import Group
+from latentrt.runtime.serve.scheduler import Scheduler
+
+SMALL = Group(64, 64, 10, True, None, 0.8, False)
+LARGE = SMALL._replace(height=128, width=128)
+
+
+def test_estimates_are_what_the_measurements_prove() -> None:
+    pace, size, other = Pace(), (64, 64), (128, 128)
+    assert pace.seconds(size, 100.0, 0.0) == 0
+    pace.learn(size, 100.0, 2.0, 0.0)
+    for asked in (size, other):
+        assert pace.seconds(asked, 100.0, 0.0) == 2
+        assert pace.seconds(asked, 1e9, 0.0) == 2  # of more work it is known that it takes no less
+        assert pace.seconds(asked, 50.0, 0.0) == 1  # of less, that it takes at least its share
+    pace.learn(size, 1e6, 30.0, 0.0)
+    assert pace.seconds(size, 1e5, 0.0) == 3
+    assert pace.seconds(size, 100.0, 0.0) == 2
+    pace.learn(other, 100.0, 1.0, 0.0)
+    assert pace.seconds(other, 1e6, 0.0) == 1  # its own size says more than others
+
+
+def test_measurements_are_averaged_and_forgotten() -> None:
+    pace, size = Pace(), (64, 64)
+    for _ in range(30):
+        pace.learn(size, 100.0, 1.0, 0.0)
+    pace.learn(size, 100.0, 11.0, 1.0)
+    assert 2 < pace.seconds(size, 100.0, 1.0) < 5
+    assert pace.seconds(size, 100.0, 700.0) == 0  # what keeps requests out cannot be measured again
+    pace.learn(size, 100.0, 1.0, 700.0)
+    assert pace.seconds(size, 100.0, 700.0) == 1
+    for work in range(1, 1001):
+        pace.learn(size, float(work), 1.0, 700.0)
+    assert len(pace._seen) <= 64
+
+
+@dataclass(eq=False)
+class Waiting:
+    group: Group
+    since: float
+
+
+def test_the_queue_as_it_will_be_made() -> None:
+    queue: Scheduler[Waiting] = Scheduler(max_batch=4, window=0.0)
+    for k in range(10):
+        queue.add(Waiting(SMALL, float(k)))
+    queue.limit(LARGE.size, 2)
+    for k in range(2):
+        queue.add(Waiting(LARGE, 20.0 + k))
+    newest = Waiting(LARGE, 30.0)
+    calls = queue.order([newest])
+    assert [(call[0].group.height, len(call)) for call in calls] == [
+        (64, 4),
+        (128, 2),
+        (64, 4),
+        (64, 2),
+        (128, 1),
+    ]
+    assert calls[-1] == [newest]
+    assert len(queue) == 12  # nothing was taken
+
+
+def test_what_has_few_before_it_is_let_in_beside_a_long_queue() -> None:
+    queue: Scheduler[Waiting] = Scheduler(max_batch=1, window=0.0)
+    admission = Admission(queue, max_waiting=60)
+    admission.pace.learn(SMALL.size, SMALL.cost, 1.0, 0.0)
+    for _ in range(50):
+        queue.add(Waiting(SMALL, 0.0))
+    with pytest.raises(QueueFullError, match=r"with 50 images before it, it would take about 51.0 s") as full:
+        admission.check([SMALL], 60.0, 0.0)
+    assert full.value.retry_after == 42
+    admission.check([SMALL._replace(width=72)], 60.0, 0.0)  # of another size, it has its turn soon
+    admission.begin([Waiting(SMALL, 0.0)], 0.0)
+    with pytest.raises(QueueFullError, match=r"would take about 51.4 s"):
+        admission.check([SMALL], 60.0, 0.6)
+    admission.end()
+    with pytest.raises(QueueFullError, match=r"at most 60 may wait; try again in 50 s"):
+        admission.check([SMALL] * 11, None, 0.6)
+
+
+@pytest.mark.parametrize("max_batch", [1, 4])
+def test_overload(max_batch: int) -> None:
+    """Five times what can be made comes, of two sizes, with 20 s for each: 99 % of what is let in is in time."""
+    dice = random.Random(3)
+    queue: Scheduler[Waiting] = Scheduler(max_batch=max_batch, window=0.0)
+    admission = Admission(queue, max_waiting=64)
+    alone = {SMALL: 1.0, LARGE: 3.0}
+    end, now, free, came, busy = 120.0, 0.0, 0.0, 0.0, 0.0
+    gap = np.mean(list(alone.values())) / (5 * max_batch)
+    for group, seconds in alone.items():
+        admission.pace.learn(group.size, group.cost, seconds, 0.0)
+    running: list[Waiting] = []
+    refused = 0
+    took: list[float] = []
+    while now < end:
+        now = min(came, free) if running else came
+        if running and now >= free:
+            admission.end()
+            admission.pace.learn(running[0].group.size, sum(job.group.cost for job in running), busy, now)
+            took += [now - job.since for job in running]
+            running = []
+        if now >= came:
+            group = dice.choice([SMALL, LARGE])
+            try:
+                admission.check([group], 20.0, now)
+                queue.add(Waiting(group, now))
+            except QueueFullError:
+                refused += 1
+            came = now + dice.expovariate(1 / gap)
+        if not running and (running := queue.take(now)):
+            busy = alone[running[0].group] * dice.uniform(0.8, 1.2)
+            free = now + busy
+            admission.begin(running, now)
+    p50, p99 = np.percentile(took, [50, 99])
+    print(f"{len(took)} made, {refused} refused, p50 {p50:.1f} s, p99 {p99:.1f} s")
+    assert p99 <= 20.0
+    assert refused > 2 * len(took)
+    assert len(took) >= 0.8 * max_batch * end / 2.0  # and the device was not left idle for it

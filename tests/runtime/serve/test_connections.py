@@ -1,0 +1,224 @@
+"""Clients that hang up, flood, dawdle, or do not read."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import PIL.Image
+import pytest
+import uvicorn
+from fake_runner import FakeRunner, FakeTime, in_loop, pass_time
+from latentrt.runtime.serve.connection import bounded
+from latentrt.runtime.serve.schema import Limits
+from served import Served, served, until
+from uvicorn.server import ServerState
+
+
+def test_floods_of_headers_and_bodies(server: Served) -> None:
+    flood = b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"".join(
+        b"X-%d: %s\r\n" % (k, b"y" * 100) for k in range(3000)
+    )
+    assert server.raw(flood + b"\r\n")[:10] in (b"HTTP/1.1 4", b"")  # or cut off before the answer was read
+    chunk = b"2000\r\n" + b"x" * 0x2000 + b"\r\n"
+    head = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert b" 413 " in server.raw(head + chunk * 40 + b"0\r\n\r\n").split(b"\r\n")[0]
+    assert server.client.get("/health").json() == {"status": "ok"}
+
+
+def test_a_client_that_hangs_up_frees_the_device(server: Served, runner: FakeRunner) -> None:
+    for stream in (False, True):
+        runner.hold()
+        body = json.dumps({"prompt": "x", "steps": 100, "stream": stream}).encode()
+        head = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        link = socket.create_connection(("127.0.0.1", server.port))
+        link.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        runner.reached()
+        runner.step()
+        taken = runner.steps[-1]
+        link.close()
+        until(lambda: server.service.running == 0)
+        runner.release()
+        assert server.ask(seed=1).status_code == 200
+        assert runner.steps[-2] - taken <= 2
+
+
+def test_who_hangs_up_while_waiting_is_never_made(server: Served, runner: FakeRunner) -> None:
+    runner.hold()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(server.ask, seed=1, size="8x8")
+        runner.reached()
+        body = json.dumps({"prompt": "x", "seed": 77}).encode()
+        head = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        link = socket.create_connection(("127.0.0.1", server.port))
+        link.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        until(lambda: server.service.waiting == 1)
+        link.close()
+        until(lambda: server.service.waiting == 0)
+        runner.release()
+        assert first.result().status_code == 200
+    assert runner.calls == [[1]]
+
+
+def test_a_client_that_does_not_read_holds_nobody_up(runner: FakeRunner) -> None:
+    """Big previews into a connection that nobody reads: its own request ends, others are served."""
+
+    class Big(FakeRunner):
+        def run(self, requests: Any, on_step: Any) -> Any:
+            noise = PIL.Image.effect_noise((600, 600), 90).convert("RGB")
+            return super().run(requests, lambda step, _: on_step(step, lambda k: noise))
+
+    with served(Big, limits=Limits(write=0.5)) as server:
+        body = json.dumps({"prompt": "x", "steps": 30, "stream": True}).encode()
+        head = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        link = socket.create_connection(("127.0.0.1", server.port))
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        link.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert server.ask(seed=1, size="8x8").status_code == 200
+        name = "latentrt_requests_total"
+        labels = {"method": "POST", "path": "/v1/images/generations", "status": "200"}
+        until(lambda: server.metric(name, **labels) == 2)
+        link.close()
+
+
+HEAD = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    ("begun", "answer"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\nX-More: ", b"HTTP/1.1 408 "),
+        (HEAD + b"Content-Length: 100\r\n\r\n{", b"HTTP/1.1 408 "),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{", b"HTTP/1.1 408 "),
+        (b"", b""),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{", b"HTTP/1.1 200 "),
+    ],
+)
+def test_a_request_that_never_ends_holds_no_connection(begun: bytes, answer: bytes) -> None:
+    with served(FakeRunner, limits=Limits(read=0.3)) as server:
+        with closing(socket.create_connection(("127.0.0.1", server.port), timeout=120)) as link:
+            link.sendall(begun)
+            pieces = []
+            while piece := link.recv(65536):  # until the server hangs up
+                pieces.append(piece)
+        assert b"".join(pieces)[: len(answer) or None] == answer
+        assert server.service.waiting == 0
+
+
+def test_an_answer_that_nobody_reads_holds_no_connection() -> None:
+    class Big(FakeRunner):
+        def run(self, requests: Any, on_step: Any) -> Any:
+            noise = PIL.Image.effect_noise((300, 300), 90).convert("RGB")
+            return [replace(result, image=noise) for result in super().run(requests, on_step)]
+
+    with served(Big, limits=Limits(write=0.3), send_buffer=4096) as server:
+        body = json.dumps({"prompt": "x", "steps": 1}).encode()
+        with closing(socket.socket()) as link:
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            link.connect(("127.0.0.1", server.port))
+            link.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            labels = {"method": "POST", "path": "/v1/images/generations", "status": "200"}
+            until(lambda: server.metric("latentrt_requests_total", **labels) == 1, 120)
+            until(lambda: not server.server.server_state.connections, 120)
+
+
+class Wire(asyncio.Transport):
+    """A transport that sends nothing, and remembers what became of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unsent = 0
+        self.written = b""
+        self.end: str | None = None
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        assert high == 0
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
+
+    def write(self, data: Any) -> None:
+        self.written += data
+
+    def is_closing(self) -> bool:
+        return self.end is not None
+
+    def close(self) -> None:
+        self.end = self.end or "closed"
+
+    def abort(self) -> None:
+        self.end = "aborted"
+
+
+def connected(wire: Wire) -> Any:
+    """A connection of a server over it, on the running loop, with 30 s to ask and 60 s to read."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    config = uvicorn.Config(app, http=bounded(Limits(read=30.0, write=60.0)), log_config=None)
+    config.load()
+    link = config.http_protocol_class(config=config, server_state=ServerState(), app_state={})
+    link.connection_made(wire)
+    return link
+
+
+def test_slow_readers_are_kept_and_those_that_stop_are_not() -> None:
+    async def main() -> None:
+        wire = Wire()
+        link = connected(wire)
+        link.data_received(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await pass_time(0.0)
+        wire.unsent = 1000
+        link.pause_writing()
+        for _ in range(5):
+            await pass_time(59.0)
+            wire.unsent -= 1
+        assert wire.end != "aborted"
+        link.resume_writing()
+        await pass_time(1000.0)
+        assert wire.end != "aborted"
+        link.pause_writing()
+        await pass_time(59.0)
+        assert wire.end != "aborted"
+        await pass_time(2.0)
+        assert wire.end == "aborted"
+
+    in_loop(main(), loop=FakeTime)
+
+
+def test_a_request_may_take_its_time_but_not_more() -> None:
+    async def main() -> None:
+        wire = Wire()
+        link = connected(wire)
+        for piece in (b"GET / HT", b"TP/1.1\r\n", b"Host: x\r\n\r\n"):
+            await pass_time(9.0)
+            link.data_received(piece)
+        await pass_time(1.0)
+        assert wire.written.endswith(b"ok")
+        assert wire.end is None
+        link.data_received(b"GET / HT")  # the next one has time of its own, from its first byte
+        await pass_time(29.0)
+        assert wire.end is None
+        link.data_received(b"TP/1.1\r\nX: ")
+        await pass_time(2.0)
+        assert wire.end == "closed"
+        assert b"HTTP/1.1 408 " in wire.written
+        assert b"did not come whole within 30 s" in wire.written
+
+    in_loop(main(), loop=FakeTime)
+
+
+def test_what_is_no_http_is_told_so(server: Served) -> None:
+    answer = server.raw(half_close=False, data=b"\x16\x03\x01\x02\x00\x01\xfc\x03\x03\r\n\r\n")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error"]["message"] == "Invalid HTTP request received."

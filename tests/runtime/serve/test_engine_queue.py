@@ -1,0 +1,209 @@
+"""The engine's door and its end: what may wait, deadlines, draining, and a fault that stops it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from fake_runner import FakeRunner, FakeTime, ask, busy, held, in_loop, pass_time, seed_of
+from latentrt.errors import (
+    BackendError,
+    DeadlineError,
+    DrainingError,
+    QueueFullError,
+    RequestError,
+    StoppedError,
+)
+from latentrt.runtime.serve.engine import AsyncEngine
+
+
+def test_the_queue_is_bounded_and_says_when_to_come_again() -> None:
+    async def main() -> None:
+        runner = FakeRunner()
+        async with AsyncEngine(runner, max_waiting=3, window=0) as engine:
+            async with busy(runner, engine):
+                jobs = engine.submit(ask(1), ask(2))
+                with pytest.raises(
+                    QueueFullError, match=r"2 images wait, 2 more .* at most 3 may wait"
+                ) as full:
+                    engine.submit(ask(3), ask(4))
+                assert full.value.retry_after >= 1
+                jobs += engine.submit(ask(3))
+            for job in jobs:
+                await job.result()
+
+    in_loop(main())
+
+
+def test_deadlines() -> None:
+    async def main() -> None:
+        runner = FakeRunner()
+        async with AsyncEngine(runner, window=0) as engine:
+            async with busy(runner, engine):
+                (job,) = engine.submit(ask(1), timeout=5.0)
+                await pass_time(4.9)
+                assert engine.waiting == 1
+                await pass_time(0.2)
+                with pytest.raises(DeadlineError, match=r"still waiting after 5 s; give it more time"):
+                    await job.result()
+                assert engine.waiting == 0
+            runner.hold()
+            (late,) = engine.submit(ask(2, steps=50), timeout=60.0)
+            await held(runner)
+            await pass_time(61.0)
+            with pytest.raises(DeadlineError, match=r"still being made after 60 s"):
+                await late.result()
+            runner.release()
+        assert [call for call in runner.calls if 1 in call] == []
+        assert runner.steps[-1] <= 2
+
+    in_loop(main(), loop=FakeTime)
+
+
+def test_what_cannot_be_made_in_time_is_refused_at_once() -> None:
+    async def main() -> None:
+        runner = FakeRunner()
+        async with AsyncEngine(runner, window=0, max_batch=1) as engine:
+            runner.hold()
+            (first,) = engine.submit(ask(1))
+            await held(runner)
+            await pass_time(30.0)  # the pace it learns: 30 s for 3 steps of 64x64
+            runner.release()
+            await first.result()
+            async with busy(runner, engine):
+                jobs = engine.submit(*[ask(k) for k in range(2, 6)])
+                late = r"with 4 images before it, it would take about 153.8 s, and was given 300 s; try again in 8 s"
+                with pytest.raises(QueueFullError, match=late):
+                    engine.submit(ask(9), timeout=300.0)
+                with pytest.raises(QueueFullError, match="try again in 60 s"):  # never longer
+                    engine.submit(ask(9), timeout=10.0)
+                jobs += engine.submit(ask(9), timeout=310.0)
+            for job in jobs:
+                await job.result()
+
+    in_loop(main(), loop=FakeTime)
+
+
+def test_small_images_say_nothing_against_large_ones() -> None:
+    """The largest is ten million times the work of the smallest: by that share it would take days."""
+
+    async def main() -> None:
+        runner = FakeRunner()
+        async with AsyncEngine(runner, window=0) as engine:
+            for seed in range(3):
+                await engine.generate(ask(seed, height=8, width=8, steps=1))
+            async with busy(runner, engine):
+                (job,) = engine.submit(ask(1, height=2048, width=2048, steps=150), timeout=600.0)
+                runner.release()
+                assert seed_of((await job.result()).image) == 1
+
+    in_loop(main())
+
+
+def test_draining_makes_what_was_taken_and_takes_nothing_new() -> None:
+    async def main() -> None:
+        runner = FakeRunner()
+        engine = AsyncEngine(runner, window=5)
+        with pytest.raises(DrainingError, match="was not started"):
+            engine.submit(ask(1))
+        await engine.start()
+        job, other = engine.submit(ask(1), ask(2, steps=4))
+        await engine.drain()  # without waiting for the window
+        assert seed_of((await job.result()).image) == 1
+        assert seed_of((await other.result()).image) == 2
+        assert engine.draining
+        assert not engine.at_work
+        with pytest.raises(DrainingError, match="shutting down and takes nothing new"):
+            engine.submit(ask(3))
+
+    in_loop(main())
+
+
+def test_what_draining_has_no_time_for_is_told_so() -> None:
+    async def main() -> None:
+        runner = FakeRunner()
+        engine = AsyncEngine(runner, window=0)
+        await engine.start()
+        runner.hold()
+        running, waiting = engine.submit(ask(1, steps=50), ask(2, steps=4))
+        await held(runner)
+        draining = asyncio.create_task(engine.drain(timeout=5.0))
+        await pass_time(6.0)
+        for job in (running, waiting):
+            with pytest.raises(DrainingError, match="shut down before the image was made; ask another one"):
+                await job.result()
+        runner.release()
+        await draining
+        assert runner.calls == [[1]]
+        assert runner.steps[0] <= 2
+
+    in_loop(main(), loop=FakeTime)
+
+
+def test_draining_ends_though_the_device_does_not(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        runner = FakeRunner()
+        engine = AsyncEngine(runner, window=0)
+        await engine.start()
+        runner.hold()
+        (job,) = engine.submit(ask(1))
+        await held(runner)
+        draining = asyncio.create_task(engine.drain(timeout=5.0))
+        await pass_time(6.0)
+        await pass_time(60.0)
+        await draining
+        assert engine.at_work
+        with pytest.raises(DrainingError):
+            await job.result()
+        runner.release()
+
+    in_loop(main(), loop=FakeTime)
+    assert "the device is still at work" in caplog.text
+
+
+def test_a_fault_that_stops_the_engine_ends_what_waits_and_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        runner = FakeRunner()
+        engine = AsyncEngine(runner, window=0)
+        await engine.start()
+        async with busy(runner, engine):
+            jobs = engine.submit(ask(1), ask(2))
+
+            def take(now: float) -> Any:
+                raise ZeroDivisionError("planted")
+
+            monkeypatch.setattr(engine._queue, "take", take)
+        for job in jobs:
+            with pytest.raises(
+                StoppedError, match="stopped through a fault of its own; start the service again"
+            ):
+                await job.result()
+        assert engine.waiting == 0
+        with pytest.raises(StoppedError):
+            engine.submit(ask(3))
+        await engine.drain()
+
+    in_loop(main())
+    assert "planted" in caplog.text
+
+
+def test_a_model_that_does_not_load_says_so() -> None:
+    class Broken(FakeRunner):
+        def warm_up(self) -> None:
+            raise BackendError("no device")
+
+    async def main() -> None:
+        with pytest.raises(BackendError, match="no device"):
+            async with AsyncEngine(Broken()):
+                raise AssertionError("never entered")
+
+    in_loop(main())
+
+
+@pytest.mark.parametrize("fields", [{"max_batch": 0}, {"max_waiting": 0}, {"window": float("nan")}])
+def test_bounds_that_would_stop_it_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="at least 1, 1 and 0"):
+        AsyncEngine(FakeRunner(), **fields)

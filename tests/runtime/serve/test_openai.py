@@ -1,0 +1,87 @@
+"""OpenAI's images API, as its Python client uses it, and the picture itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import openai
+import PIL.Image
+import pytest
+from fake_runner import FakeRunner, seed_of
+from latentrt.runtime.image import read_parameters
+from latentrt.runtime.serve.app import preview_is_due
+from served import Served, events_of
+
+
+def image_of(b64: str) -> PIL.Image.Image:
+    return PIL.Image.open(io.BytesIO(base64.b64decode(b64)))
+
+
+def test_openais_client_makes_images(client: openai.OpenAI) -> None:
+    answer = client.images.generate(
+        model="cat-model", prompt="a cat", n=2, size="64x48", quality="standard", response_format="b64_json",
+        extra_body={"seed": 7, "steps": 3},
+    )  # fmt: skip
+    assert [seed_of(image_of(image.b64_json)) for image in answer.data] == [7, 8]
+    assert [image.seed for image in answer.data] == [7, 8]
+    assert answer.data[0].timings["base"] == 0.1
+    assert answer.data[0].batch == 2
+    assert answer.created > 1.7e9
+    assert answer.output_format == "png"
+
+
+def test_openais_client_streams(client: openai.OpenAI, runner: FakeRunner) -> None:
+    runner.hold()
+    stream = client.images.generate(prompt="a cat", stream=True, extra_body={"seed": 9, "steps": 3})
+    events = []
+    runner.let_one()
+    with stream:
+        for event in stream:
+            events.append(event)
+            runner.let_one()
+        *parts, last = events
+    assert [event.step for event in parts] == [1, 2, 3]
+    assert [event.partial_image_index for event in parts] == [0, 1, 2]
+    assert {seed_of(image_of(event.b64_json)) for event in parts} == {109}
+    assert last.type == "image_generation.completed"
+    assert seed_of(image_of(last.b64_json)) == 9
+    assert last.seed == 9
+
+
+def test_openais_client_lists_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["cat-model"]
+    assert client.models.retrieve("cat-model").owned_by == "latentrt"
+    with pytest.raises(openai.NotFoundError, match="no model 'dall-e-3' here; this server has 'cat-model'"):
+        client.models.retrieve("dall-e-3")
+
+
+def test_a_png_by_accept(server: Served, tmp_path: Any) -> None:
+    answer = server.client.post(
+        "/v1/images/generations", json={"prompt": "x", "seed": 5, "steps": 2}, headers={"Accept": "image/png"}
+    )
+    assert answer.headers["content-type"] == "image/png"
+    assert answer.headers["x-seed"] == "5"
+    assert "base;dur=100.0" in answer.headers["server-timing"]
+    file = tmp_path / "x.png"
+    file.write_bytes(answer.content)
+    assert seed_of(PIL.Image.open(file)) == 5
+    assert read_parameters(file) == {"seed": 5}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "steps"),
+    [(0, []), (1, [5]), (3, [3, 5, 8]), (10, list(range(1, 11))), (None, list(range(1, 11)))],
+)
+def test_previews_are_spread_over_the_steps(wanted: int | None, steps: list[int]) -> None:
+    sent: list[int] = []
+    for step in range(1, 11):
+        if preview_is_due(step, 10, wanted, len(sent)):
+            sent.append(step)
+    assert sent == steps
+
+
+def test_a_stream_of_several_images(server: Served) -> None:
+    events = events_of(server.ask(stream=True, n=3, seed=4, partial_images=0))
+    assert sorted((e["image"], e["seed"]) for e in events) == [(0, 4), (1, 5), (2, 6)]

@@ -1,0 +1,64 @@
+"""What operators read, the interface's description, and the page."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+
+import pytest
+from latentrt.runtime.serve.logs import JsonFormatter
+from served import Served, until
+
+
+def test_metrics_count(server: Served) -> None:
+    before = server.metric("latentrt_images_total")
+    assert server.ask(n=3, seed=1, steps=5).status_code == 200
+    server.ask(steps=0)
+    assert server.metric("latentrt_images_total") == before + 3
+    text = server.client.get("/metrics").text
+    for line in (
+        "latentrt_waiting_images 0.0",
+        "latentrt_ready 1.0",
+        'latentrt_stage_seconds_count{stage="base"}',
+        'latentrt_batches_total{outcome="made"}',
+        'latentrt_errors_total{kind="invalid_value"}',
+        'latentrt_requests_total{method="POST",path="/v1/images/generations",status="200"}',
+        "latentrt_steps_total",
+        "latentrt_peak_memory_bytes",
+    ):
+        assert line in text
+
+
+def test_requests_have_an_id_and_a_line_of_json(server: Served, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "latentrt.access"):
+        given = server.client.get("/health", headers={"X-Request-ID": "abc-1"})
+        forged = server.client.get("/health", headers={"X-Request-ID": 'a" b'})
+        until(lambda: len(caplog.records) >= 2)
+    assert given.headers["x-request-id"] == "abc-1"
+    assert len(forged.headers["x-request-id"]) == 16
+    line = json.loads(JsonFormatter().format(caplog.records[0]))
+    assert (line["request_id"], line["path"], line["status"]) == ("abc-1", "/health", 200)
+    assert line["seconds"] >= 0
+
+
+def test_the_interface_is_described(server: Served) -> None:
+    described = server.client.get("/openapi.json").json()
+    assert set(described["paths"]) == {
+        "/v1/images/generations", "/v1/models", "/v1/models/{model}", "/health", "/ready", "/metrics"
+    }  # fmt: skip
+    fields = described["components"]["schemas"]["GenerationBody"]["properties"]
+    assert {"seed", "steps", "guidance", "negative_prompt", "sampler", "high_noise_frac"} <= set(fields)
+
+
+def test_the_page_needs_nothing_from_elsewhere(server: Served) -> None:
+    answer = server.client.get("/")
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    page = answer.text
+    assert re.findall(r"https?://|<link[^>]*stylesheet|<script[^>]+src|@import", page) == []
+    named = set(re.findall(r'<label for="(\w+)"', page))
+    fields = set(re.findall(r'<(?:input|textarea|select) id="(\w+)"', page))
+    assert fields == named >= {"prompt", "size", "steps", "seed", "share"}
+    used = set(re.findall(r'\$\("(\w+)"\)', page))
+    assert used <= set(re.findall(r'\bid="(\w+)"', page))
