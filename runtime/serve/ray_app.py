@@ -38,7 +38,7 @@ _INGRESS_REQUESTS = 10_000  # they wait for others; what they hold is bounded by
 class Replica:
     """A process with a GPU, or a share of the CPU, of its own."""
 
-    async def __init__(self, deployed: Deployed) -> None:
+    async def __init__(self, deployed: Deployed) -> None:  # type: ignore[misc]  # Ray awaits it
         log_as_json()
         self._deployed = deployed
         self._keys = () if deployed.api_key_file is None else tuple(keys_of(deployed.api_key_file))
