@@ -76,7 +76,7 @@ PARTS = (
             "tests/bench/test_full_size_engines.py",
         ),
     ),
-    Part("serving", 3600, ("tests/runtime/serve/test_load.py",)),
+    Part("serving", 5400, ("tests/runtime/serve/test_load.py", "tests/runtime/serve/test_ray.py")),
     Part("quality", 10800, ("tests/bench/test_demo_quality.py",)),
     Part("full-size-forward", 1800, command=("-m", "latentrt.bench.full_size")),
     Part("full-size-base", 3600, command=("-m", _SCRIPT, "sdxl_base")),

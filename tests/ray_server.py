@@ -7,7 +7,7 @@ import sys
 
 from latentrt.runtime.serve.hosted import Deployed
 from latentrt.runtime.serve.logs import log_as_json
-from latentrt.runtime.serve.ray_app import run
+from latentrt.runtime.serve.ray_local import run
 
 if __name__ == "__main__":
     log_as_json()

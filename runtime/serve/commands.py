@@ -58,7 +58,7 @@ def serve(args: argparse.Namespace) -> Iterator[str]:
 def _serve_by_ray(args: argparse.Namespace) -> None:
     try:
         from .hosted import Deployed
-        from .ray_app import run
+        from .ray_local import run
     except ModuleNotFoundError as error:
         raise BackendUnavailableError(
             f'--ray needs {error.name}, which is not installed; pip install "latentrt[ray]"'

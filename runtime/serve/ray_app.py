@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
-import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
 # Ray reads it as it starts; nothing is told to anybody unless somebody asks for it.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-import ray
 from ray import serve
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
@@ -24,11 +20,9 @@ from .commands import keys_of
 from .hosted import Deployed, Forwarded, Head, HostedModel
 from .ingress import Ingress, ReplicaLostError
 from .logs import log_as_json
-from .server import listen
 
-__all__ = ["application", "run"]
+__all__ = ["application", "bound"]
 
-_log = logging.getLogger(__name__)
 _LOST = (
     RayActorError, NodeDiedError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError
 )  # fmt: skip
@@ -38,7 +32,7 @@ _INGRESS_REQUESTS = 10_000  # they wait for others; what they hold is bounded by
 class Replica:
     """A process with a GPU, or a share of the CPU, of its own."""
 
-    async def __init__(self, deployed: Deployed) -> None:
+    async def __init__(self, deployed: Deployed) -> None:  # type: ignore[misc]  # Ray awaits it
         log_as_json()
         self._deployed = deployed
         self._keys = () if deployed.api_key_file is None else tuple(keys_of(deployed.api_key_file))
@@ -128,10 +122,11 @@ def application(args: dict[str, Any]) -> Any:
     Raises:
         RequestError: a field is wrong.
     """
-    return _bound(Deployed.of(args))
+    return bound(Deployed.of(args))
 
 
-def _bound(deployed: Deployed) -> Any:
+def bound(deployed: Deployed) -> Any:
+    """For `serve.run`."""
     per_replica = deployed.models_per_replica * (deployed.max_queue + deployed.max_batch)
     replicas = serve.deployment(
         name="replica",
@@ -154,41 +149,3 @@ def _bound(deployed: Deployed) -> Any:
         graceful_shutdown_timeout_s=deployed.drain_seconds + 20,
     )(Front)
     return front.bind(replicas.bind(deployed), deployed)
-
-
-def run(deployed: Deployed, *, host: str, port: int) -> None:
-    """A cluster of this machine alone, until SIGTERM or SIGINT; then what was taken is finished.
-
-    Args:
-        port: 0 for any that is free.
-
-    Raises:
-        OSError: the address is taken.
-    """
-    with listen(host, port) as held:  # Ray says nothing where it is taken
-        port = held.getsockname()[1]
-    told = threading.Event()
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        num_cpus=max(os.cpu_count() or 1, 2),
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        _node_ip_address="127.0.0.1",
-    )
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: told.set())
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": host, "port": port, "request_timeout_s": None},
-            logging_config={"encoding": "JSON", "enable_access_log": False},
-        )
-        serve.run(_bound(deployed), name="latentrt")
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        _log.info("listening at %s", url, extra={"fields": {"url": url}})
-        told.wait()
-        _log.info("draining")
-        serve.shutdown()
-    finally:
-        ray.shutdown()
