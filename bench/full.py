@@ -71,7 +71,10 @@ PARTS = (
         "bench",
         7200,
         (
+            "tests/bench/test_bench_proportions.py",
+            "tests/bench/test_bench_run.py",
             "tests/bench/test_bench_sides.py",
+            "tests/bench/test_bench_truth.py",
             "tests/bench/test_demo_training.py",
             "tests/bench/test_full_size_engines.py",
         ),
