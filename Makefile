@@ -69,6 +69,7 @@ gpu-tests: $(VENV)/.test
 gpu-kernels: $(VENV)/.test
 	$(BIN)/latentrt kernels --measure
 	$(BIN)/latentrt kernels --tune
+	$(BIN)/latentrt kernels --measure  # by the new block sizes
 
 gpu-bench: $(VENV)/.test
 	$(BIN)/latentrt bench --case sdxl --batch 1 --out bench/results/gpu-sdxl

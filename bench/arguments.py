@@ -40,13 +40,20 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     k.add_argument("--arch", type=arch, metavar="sm_NN", help="default: the architecture of --gpu")
     k.add_argument("--gpu", default="H200", help="whose roofline (default H200)")
-    k.add_argument("--dtype", choices=("float16", "bfloat16"), default="bfloat16")
+    k.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16"),
+        help="default bfloat16, with --measure both; --tune finds what serves both, by bfloat16",
+    )
     k.add_argument(
         "--op", action="append", default=[], metavar="OP", help="only this operator; may be repeated"
     )
     k.add_argument("--json", action="store_true")
-    k.add_argument("--measure", action="store_true", help="time them here, beside PyTorch's own")
-    k.add_argument("--tune", action="store_true", help="find this GPU's block sizes and write them down")
+    on_a_gpu = k.add_mutually_exclusive_group()
+    on_a_gpu.add_argument("--measure", action="store_true", help="time them here, beside PyTorch's own")
+    on_a_gpu.add_argument(
+        "--tune", action="store_true", help="find this GPU's block sizes and write them down"
+    )
     k.add_argument("--seconds", type=float, default=400.0, help="begin nothing new after (default 400)")
     k.add_argument("--out", type=Path, metavar="FOLDER", help="for the results (default bench/results)")
     k.add_argument(

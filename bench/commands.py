@@ -214,7 +214,8 @@ def kernels(args: argparse.Namespace) -> Iterator[str]:
         return
 
     gpu = roofline.gpu(args.gpu)
-    arch, dtype = args.arch or gpu.arch, getattr(torch, args.dtype)
+    name = args.dtype or "bfloat16"
+    arch, dtype = args.arch or gpu.arch, getattr(torch, name)
     cases = [(spec, case) for spec in specs(args.op) for case in spec.cases]
     requests = [aot.Request(s.name, c.inputs(dtype, torch.device("meta")), arch) for s, c in cases]
     rows: list[dict[str, Any]] = []
@@ -224,15 +225,15 @@ def kernels(args: argparse.Namespace) -> Iterator[str]:
         kernels = [asdict(report) for report in built]
         rows.append({"op": spec.name, "case": case.name, **work, **floor, "kernels": kernels})
     if args.json:
-        yield json.dumps({"arch": arch, "dtype": args.dtype, "rows": rows}, indent=2)
+        yield json.dumps({"arch": arch, "dtype": name, "rows": rows}, indent=2)
         return
-    yield f"sm_{arch}, {args.dtype}; floors of {gpu.name} by {gpu.source} ceilings"
+    yield f"sm_{arch}, {name}; floors of {gpu.name} by {gpu.source} ceilings"
     yield f"{'':44}{'GFLOP':>9}{'MB':>9}{'floor us':>10}{'regs':>6}{'spill':>6}{'smem':>8}  tensor cores"
     for row in rows:
         figures = f"{row['flops'] / 1e9:>9.2f}{row['bytes'] / 1e6:>9.1f}{row['floor_us']:>10.1f}"
         yield f"{row['op'] + ', ' + row['case']:<44}{figures}"
         for k in row["kernels"]:
-            cores = ", ".join(f"{count} {name}" for name, count in k["tensor_core"].items())
+            cores = ", ".join(f"{count} {instruction}" for instruction, count in k["tensor_core"].items())
             code = f"{k['registers']:>6}{k['spills']:>6}{k['shared'] / 1024:>6.0f} K  {cores}"
             yield f"    {k['kernel']:<68}{code}".rstrip()
 
@@ -242,14 +243,26 @@ def _kernels_on_gpu(args: argparse.Namespace) -> Iterator[str]:
     from . import kernel_tuning
     from . import kernels as bench
 
+    if args.tune and args.dtype:
+        raise RequestError("--tune finds what serves both half types, by bfloat16; leave --dtype out")
+    operators = specs(args.op)
+    dtypes = bench.DTYPES if args.dtype is None else (getattr(torch, args.dtype),)
     if args.dry_run:
-        work = kernel_tuning.tuned_requests if args.tune else bench.measured_requests
-        found = bench.dry_run(work(specs(args.op), args.arch or roofline.gpu(args.gpu).arch), args.seconds)
-        yield json.dumps(found, indent=2)
+        arch = args.arch or roofline.gpu(args.gpu).arch
+        requests = (
+            kernel_tuning.tuned_requests(operators, arch)
+            if args.tune
+            else bench.measured_requests(operators, arch, dtypes)
+        )
+        yield json.dumps(bench.dry_run(requests, args.seconds), indent=2)
         return
     here = timing.Bench(
         timing.require_gpu(), timing.cuda_microseconds, args.seconds, args.out or timing.RESULTS
     )
-    result = (kernel_tuning.tune if args.tune else bench.measure)(here, specs(args.op))
-    lines = (kernel_tuning.lines if args.tune else bench.lines)(result)
+    if args.tune:
+        result = kernel_tuning.tune(here, operators)
+        lines = kernel_tuning.lines(result)
+    else:
+        result = bench.measure(here, operators, dtypes)
+        lines = bench.lines(result)
     yield json.dumps(result, indent=2) if args.json else "\n".join(lines)

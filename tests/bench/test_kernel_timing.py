@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,8 +92,21 @@ def test_measuring(here: Bench) -> None:
     assert row["rivals"] == {"itself": 19.0, "broken": "RuntimeError: no such back end"}
     assert row["speedup_over_best"] == 1.0
     table = list(bench.lines(result))
-    assert table[1].split()[:4] == ["attention,", "two,", "bfloat16", "19.0"]
+    assert table[1].split() == [
+        "attention,",
+        "two,",
+        "bfloat16",
+        "19.0",
+        "0",
+        "TFLOP/s",
+        f"{row['share']:.0%}",
+        "1.00x",
+        "itself",
+    ]
     assert table[-1] == "0 left"
+    copied = {**result, "rows": [{**row, "tflops": 0.0, "tbs": 3.4567, "share": 0.8}]}
+    assert "3457 GB/s    80%" in list(bench.lines(copied))[1]
+    assert "in bfloat16; copies" in table[-2]
 
 
 def test_measuring_goes_on_where_it_stopped(here: Bench) -> None:
@@ -282,6 +294,15 @@ def test_a_dry_run_compiles_what_the_real_one_would(
     assert len(rows) == len(asked) == 2 * len(ATTENTION.cases)
     assert cli.main(["kernels", "--tune", "--dry-run", "--op", "attention"]) == 0
     assert all(r.trial for r in asked[len(rows) :])
+    asked.clear()
+    capsys.readouterr()
+    command = ["kernels", "--dry-run", "--op", "attention", "--dtype", "float16"]
+    assert cli.main([*command, "--measure"]) == 0
+    assert {r.args[0].dtype for r in asked} == {torch.float16}
+    assert cli.main([*command, "--tune"]) == 1
+    assert "--tune finds what serves both half types, by bfloat16" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--tune", "--measure"])
 
 
 def test_timing_wants_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -301,10 +322,8 @@ def test_a_hang_is_given_up() -> None:
         "import time, torch\n"
         "from latentrt.bench import kernel_timing as t\n"
         "t.HANG = 0.2\n"
-        "with t.watched(t.Bench(torch.device('cuda'), None)): time.sleep(60)\n"
+        "with t.watched(t.Bench(torch.device('cuda'), None)): time.sleep(3600)\n"
     )
-    began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Timeout" in done.stderr
-    assert time.monotonic() - began < 55
