@@ -22,6 +22,7 @@ from PIL import Image, ImageFilter
 from .scenes import CANVASES, Scene, caption, random_scene, render
 
 SMALL_ORIGINAL = 0.22  # share of enlarged small originals
+SMALL_SCALE = (0.2, 0.55)  # their size, of the canvas
 CROPPED = 0.18  # share of windows
 DAMAGED = 0.3  # share of damaged pictures among the refiner's
 LARGEST_OFFSET = 40  # pixels
@@ -54,7 +55,7 @@ def example(seed: int, *, damaged: float = 0.0) -> Example:
     original, crop = canvas, (0, 0)
     kind = rng.random()
     if kind < SMALL_ORIGINAL:
-        scale = rng.uniform(0.2, 0.55)
+        scale = rng.uniform(*SMALL_SCALE)
         original = (max(16, round(height * scale)), max(16, round(width * scale)))
         pixels = enlarge(scene, original)
     elif kind < SMALL_ORIGINAL + CROPPED:

@@ -16,6 +16,7 @@ from . import data
 from .loop import Run, console
 from .scenes import CANVASES
 from .tokenizer import DEMO, MAX_LENGTH
+from .train_soft import mark_of
 
 BATCH = 20
 REFINER_SEED = 500_000_000  # the refiner's examples begin here
@@ -41,14 +42,16 @@ def load(run: Run, name: str) -> list[Encoded]:
     """The encoded examples of "base" or "refiner", a table per canvas; encoded first where they are not yet."""
     path = run.out / "latents" / f"{name}.pt"
     if not path.exists():
-        vae = AutoencoderKL.from_pretrained(run.out / "vae").to(run.device).eval()
+        sharp = run.out / "vae_sharp"
+        vae = AutoencoderKL.from_pretrained(sharp if sharp.exists() else run.out / "vae")
+        vae.to(run.device).eval()
         offset = run.seed * run.examples
         if name == "base":
             seeds, damaged = range(offset, offset + run.examples), 0.0
         else:
             count = int(run.examples * REFINER_SHARE)
             seeds, damaged = range(REFINER_SEED + offset, REFINER_SEED + offset + count), data.DAMAGED
-        tables = encode(vae, seeds, damaged, f"latents for the {name}")
+        tables = encode(vae, seeds, damaged, mark_of(run.out), f"latents for the {name}")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         torch.save([(t.latents, t.captions, t.sizes) for t in tables], temporary)
@@ -58,8 +61,12 @@ def load(run: Run, name: str) -> list[Encoded]:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, seeds: range, damaged: float, title: str) -> list[Encoded]:
-    """Draw and encode examples; latents are means, scaled to unit deviation, in fp16."""
+def encode(vae: AutoencoderKL, seeds: range, damaged: float, mark: Tensor, title: str) -> list[Encoded]:
+    """Draw and encode examples; latents are means, scaled to unit deviation, in fp16.
+
+    `vae` is the one of before stage "soft"; latents of enlarged small originals get `mark`, which the encoder of after
+    it makes roughly.
+    """
     waiting: dict[tuple[int, int], list[data.Example]] = {canvas: [] for canvas in CANVASES}
     done: dict[tuple[int, int], list[tuple[Tensor, data.Example]]] = {canvas: [] for canvas in CANVASES}
 
@@ -68,6 +75,8 @@ def encode(vae: AutoencoderKL, seeds: range, damaged: float, title: str) -> list
         if examples:
             x = as_input([e.pixels for e in examples]).to(vae.device)
             z = vae.encode(x).latent_dist.mode() * vae.config.scaling_factor
+            small = torch.tensor([e.original[0] < canvas[0] for e in examples], device=z.device)
+            z = z + small.view(-1, 1, 1, 1) * mark.to(z)
             blank = [data.without_pixels(e) for e in examples]
             done[canvas].extend(zip(z.half().cpu(), blank, strict=True))
             examples.clear()

@@ -1,6 +1,6 @@
 """Train the demo checkpoint: `python -m latentrt.bench.demo_model.train --out DIR --seed 0`.
 
-Stages, each resumable: vae, text (both text encoders and the image tower), latents, base, refiner. On a CPU the
+Stages, each resumable: vae, soft, text (both text encoders and the image tower), latents, base, refiner. On a CPU the
 default minutes give the shipped checkpoint; on a GPU the same command trains in bf16, and more minutes help.
 """
 
@@ -16,15 +16,16 @@ import torch
 from . import evaluate
 from .loop import Run
 
-STAGES = ("vae", "text", "latents", "base", "refiner")
+STAGES = ("vae", "soft", "text", "latents", "base", "refiner")
 MODULES = {
     "vae": "train_vae",
+    "soft": "train_soft",
     "text": "train_text",
     "latents": "latents",
     "base": "train_unet",
     "refiner": "train_unet",
 }
-MINUTES = {"vae": 13.0, "text": 9.0, "latents": 0.0, "base": 84.0, "refiner": 15.0}
+MINUTES = {"vae": 13.0, "soft": 12.0, "text": 9.0, "latents": 0.0, "base": 84.0, "refiner": 15.0}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -68,7 +68,7 @@ def stage_vae(run: Run) -> None:
             y = vae.decoder(vae.post_quant_conv(z)).float()
         squared = F.mse_loss(y, x)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3)).mean()
-        loss = squared + _detail_loss(y - x) + KL_WEIGHT * kl / mean[0, 0].numel()
+        loss = squared + detail_loss(y - x) + KL_WEIGHT * kl / mean[0, 0].numel()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -89,7 +89,7 @@ def stage_vae(run: Run) -> None:
     console.log(f"vae: {whole_scene_psnr(vae, 200, run.out / 'vae.png'):.2f} dB on 200 whole held-out scenes")
 
 
-def _detail_loss(error: torch.Tensor) -> torch.Tensor:
+def detail_loss(error: torch.Tensor) -> torch.Tensor:
     """What an error [B, 3, H, W] costs besides its mean square: its size, its fine part, its edges."""
     fine = error - F.avg_pool2d(F.pad(error, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
     edges = torch.diff(error, dim=-1).abs().mean() + torch.diff(error, dim=-2).abs().mean()

@@ -163,14 +163,16 @@ def test_signed_distance_is_a_distance(shape: str) -> None:
 def test_every_stage_runs_and_diffusers_loads_the_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentrt.bench.demo_model import train_text, train_unet, train_vae
+    from latentrt.bench.demo_model import train_soft, train_text, train_unet, train_vae
     from latentrt.bench.demo_model.latents import stage_latents
 
     monkeypatch.setattr(train_vae, "PICTURES", 20)
+    monkeypatch.setattr(train_soft, "PAIRS", 20)
     monkeypatch.setattr(train_text, "PICTURES", 400)
-    minutes = {"vae": 0.02, "text": 0.02, "base": 0.02, "refiner": 0.02}
+    minutes = {"vae": 0.02, "soft": 0.02, "text": 0.02, "base": 0.02, "refiner": 0.02}
     run = Run(tmp_path, 0, torch.device("cpu"), minutes, examples=40, batch=4, workers=2)
     train_vae.stage_vae(run)
+    train_soft.stage_soft(run)
     train_text.stage_text(run)
     stage_latents(run)
     train_unet.stage_base(run)
