@@ -24,6 +24,8 @@ LIMITS = Limits(pixels=512 * 512, steps=50, images=3, prompt=50)
 CONFIG = """
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "422", "429", "504"]
+[checks.not_a_server_error]
+expected-statuses = ["2xx", "3xx", "4xx", "504"]
 [checks.negative_data_rejection]
 expected-statuses = ["400", "401", "404", "405", "413", "422"]
 """
