@@ -115,7 +115,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--work",
         type=Path,
         metavar="DIR",
-        help="keep weights, exports and compiled code here; what is there is not built again, nor timed",
+        help="keep weights, exports and compiled code here; what is there is not built again",
     )
     b.add_argument(
         "--beside", type=Path, action="append", default=[], metavar="FILE.json", help="show as well"

@@ -312,6 +312,7 @@ def _serve(job: Job, threads: int, pipe: Connection) -> None:
     os.dup2(sys.stderr.fileno(), 1)  # what libraries print is no part of a result on standard output
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     torch.set_num_threads(threads)
     worker = Worker(job)
     while True:

@@ -66,6 +66,16 @@ def test_a_wrong_sampler_has_no_speed(tmp_path: Path) -> None:
     assert found["latentrt-eager"].batches[0].stages.keys() >= {"text", "base", "base_step", "decode"}
 
 
+@pytest.mark.full
+def test_the_same_run_twice_differs_by_less_than_its_interval(tmp_path: Path) -> None:
+    sides = sides_named(["diffusers", "latentrt-eager"])
+    first, second = (
+        measured(sides, tmp_path / str(k), rounds=9)["latentrt-eager"].batches[0].speedup for k in range(2)
+    )
+    print(first, second)
+    assert abs(first.value - second.value) < max(first.high - first.low, second.high - second.low)
+
+
 def test_fid_of_true_scenes_to_themselves_is_0_and_rises_with_noise(features: DemoFeatures) -> None:
     rng = random.Random(5)
     scenes = [render(random_scene(rng)) for _ in range(60)]
