@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,7 +57,7 @@ class Part:
 
 
 _SCRIPT = "latentrt.bench.full_size_engines"
-PARTS = (
+_NAMED = (
     Part("quick", 1800, command=("-m", "pytest", "-q", "-m", "not full", "-n", "2")),
     Part(
         "demo",
@@ -67,18 +68,6 @@ PARTS = (
     Part("damage", 3600, ("tests/export/test_damage.py",)),
     Part("parity", 10800, ("tests/runtime/test_pipeline_parity.py",), workers=2),
     Part("kernels", 7200, ("tests/kernels/test_aot.py",), workers=2),
-    Part(
-        "bench",
-        7200,
-        (
-            "tests/bench/test_bench_proportions.py",
-            "tests/bench/test_bench_run.py",
-            "tests/bench/test_bench_sides.py",
-            "tests/bench/test_bench_truth.py",
-            "tests/bench/test_demo_training.py",
-            "tests/bench/test_full_size_engines.py",
-        ),
-    ),
     Part("serving", 5400, ("tests/runtime/serve/test_load.py", "tests/runtime/serve/test_ray.py")),
     Part("quality", 10800, ("tests/bench/test_demo_quality.py",)),
     Part("full-size-forward", 1800, command=("-m", "latentrt.bench.full_size")),
@@ -86,6 +75,20 @@ PARTS = (
     Part("full-size-refiner", 3600, command=("-m", _SCRIPT, "sdxl_refiner")),
     Part("full-size-split", 3600, command=("-m", _SCRIPT, "sdxl_base", "--split", "--component", "unet")),
 )
+
+
+def _unnamed() -> tuple[str, ...]:
+    """The other files that hold slow tests."""
+    named = {file for part in _NAMED for file in part.tests}
+    files = {
+        path.relative_to(_ROOT).as_posix()
+        for path in (_ROOT / "tests").rglob("test_*.py")
+        if re.search(r"pytest\.mark\.full\b", path.read_text("utf-8"))
+    }
+    return tuple(sorted(files - named))
+
+
+PARTS = (*_NAMED, Part("others", 9000, _unnamed()))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ def test_every_slow_test_is_in_a_part_and_every_part_has_some() -> None:
         for path in (ROOT / "tests").rglob("test_*.py")
         if re.search(r"pytest\.mark\.full\b", path.read_text("utf-8"))
     }
-    listed = [file for part in PARTS for file in part.tests]
+    listed = [file for part in PARTS for file in part.tests]  # those that no part names are in the last
     assert sorted(listed) == sorted(files)
     assert len({part.name for part in PARTS}) == len(PARTS)
     assert all(bool(part.tests) != bool(part.command) for part in PARTS)
@@ -98,6 +99,33 @@ def test_a_part_that_takes_too_long_or_too_much(
     assert result.why == "took 25.0 GB, the limit is 24 GB"
 
 
+def test_what_passed_is_noted_and_left_out(tmp_path: Path) -> None:
+    now, registered, dropped = tmp_path / "now", [], []
+    hook = SimpleNamespace(pytest_deselected=lambda items: dropped.extend(items))  # noqa: PLW0108 (by keyword)
+    manager = SimpleNamespace(register=registered.append)
+    config: Any = SimpleNamespace(getoption=lambda name: now, pluginmanager=manager, hook=hook)
+    passed.pytest_configure(config)
+    passed.pytest_configure(SimpleNamespace(**vars(config), workerinput={}))  # the first process does it
+    (notes,) = registered
+    for name, call, end in (
+        ("good", "passed", "passed"),
+        ("bad", "failed", "passed"),
+        ("late", "passed", "failed"),
+    ):
+        for when, outcome in (("setup", "passed"), ("call", call), ("teardown", end)):
+            report = SimpleNamespace(nodeid=name, when=when, outcome=outcome, duration=1.0)
+            notes.pytest_runtest_logreport(report)
+    with now.open("a") as file:
+        file.write('["half", 0.')  # cut off: the machine stopped
+    assert passed.read(now) == {"good": 3.0}
+    items: Any = [SimpleNamespace(nodeid=name) for name in ("bad", "good", "half")]
+    passed.pytest_collection_modifyitems(config, items)
+    assert [item.nodeid for item in items] == ["bad", "half"]
+    assert [item.nodeid for item in dropped] == ["good"]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
 def test_a_run_of_tests_goes_on_where_it_was(tmp_path: Path) -> None:
     """With the plugin alone, as a part of tests runs it: in a process beside the one that notes."""
     (tmp_path / "test_some.py").write_text(
@@ -113,7 +141,7 @@ def test_a_run_of_tests_goes_on_where_it_was(tmp_path: Path) -> None:
         command = ["-m", "pytest", "-p", "latentrt.bench.passed", "-p", "no:cacheprovider", "-n", "1", "-q"]
         files = ["--note-passed", str(now), "--skip-passed", str(before), "test_some.py"]
         done = subprocess.run(  # noqa: PLW1510
-            [sys.executable, *command, *files], cwd=tmp_path, capture_output=True, text=True, timeout=250
+            [sys.executable, *command, *files], cwd=tmp_path, capture_output=True, text=True, timeout=500
         )
         return done.returncode, done.stdout
 
