@@ -96,7 +96,8 @@ def _least_used(vae: AutoencoderKL) -> torch.Tensor:
         x = as_input([data.example(HELD_OUT_SEED + k).pixels]).to(vae.device)
         rows.append(vae.encode(x).latent_dist.mode()[0].flatten(1))
     values = torch.cat(rows, dim=1).double().cpu()
-    return torch.linalg.eigh(torch.cov(values)).eigenvectors[:, 0].float().view(4, 1, 1)
+    directions: torch.Tensor = torch.linalg.eigh(torch.cov(values)).eigenvectors
+    return directions[:, 0].float().view(4, 1, 1)
 
 
 def _pairs(rng: random.Random) -> list[list[NDArray[np.uint8]]]:
