@@ -224,8 +224,11 @@ def test_where_engines_run_they_are_verified(
     here, asked = [89], []
 
     class Backend:
-        def __init__(self, with_plugins: Sequence[str]) -> None:
-            assert with_plugins == ("GroupNorm",)  # or another engine would be verified than was built
+        def __init__(self, with_plugins: Sequence[str], split: bool) -> None:
+            assert (with_plugins, split) == (
+                ("GroupNorm",),
+                False,
+            )  # or another engine would be verified than was built
 
         def availability(self, device: torch.device, dtype: torch.dtype) -> Availability:
             return Availability(device.type == "cuda")
