@@ -228,7 +228,7 @@ def test_where_engines_run_they_are_verified(
             assert (with_plugins, split) == (
                 ("GroupNorm",),
                 False,
-            )  # or another engine would be verified than was built
+            )  # or another engine is verified than was built
 
         def availability(self, device: torch.device, dtype: torch.dtype) -> Availability:
             return Availability(device.type == "cuda")
