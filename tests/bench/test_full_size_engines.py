@@ -67,9 +67,8 @@ def read(tmp_path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize(
-    "spawned", [False, pytest.param(True, marks=pytest.mark.full)], ids=["here", "spawned"]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("spawned", [False, True], ids=["here", "spawned"])
 def test_one_component_for_real(
     run: Callable[..., int],
     configs: list[Path],

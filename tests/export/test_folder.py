@@ -58,6 +58,7 @@ def test_json_and_no_passes(
     assert sorted(path.name for path in tmp_path.iterdir()) == [".latentrt.lock", TEXT]
 
 
+@pytest.mark.full
 def test_a_unet_in_three(
     tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

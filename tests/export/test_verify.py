@@ -123,6 +123,7 @@ def wrong(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Tensor], Tensor], co
 PARTS = ["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "pipeline"]
 
 
+@pytest.mark.full
 def test_the_command_tells_of_each_part(verify: Run) -> None:
     code, out, err = verify("--backend", "eager")
     assert (code, err) == (0, "")

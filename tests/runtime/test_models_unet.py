@@ -177,6 +177,7 @@ def test_upcast_attention_runs_in_float32(monkeypatch: pytest.MonkeyPatch) -> No
         seen.clear()
 
 
+@pytest.mark.full
 def test_tracing_keeps_sizes_free_and_dtypes_apart() -> None:
     """Traced once in float16, at one size: other batches and odd sizes run, and nothing mixes dtypes."""
     small = {"block_out_channels": (16, 32), "attention_head_dim": 2, "layers_per_block": 1}

@@ -65,7 +65,14 @@ def eager_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("eager_is_best")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float16,
+        *(pytest.param(other, marks=pytest.mark.full) for other in (torch.float32, torch.bfloat16)),
+    ],
+    ids=str,
+)
 def test_the_documented_example_runs_with_another_class(
     dtype: torch.dtype, tiny: Callable[..., Path]
 ) -> None:

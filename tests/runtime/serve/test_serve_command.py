@@ -120,7 +120,7 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.parametrize("signals", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_a_load_does_not_hold_up_the_end(signals: int) -> None:
     server = Process(entry=("-c", LOADS_FOR_EVER))
     assert httpx.get(f"{server.urls[0]}/ready").json()["reason"] == "the model is being loaded"
