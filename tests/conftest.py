@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 import os
 import shutil
 from collections.abc import Callable, Generator, Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
         key = (kind, *sorted(options.items()))
         if key not in folders:
-            folders[key] = save_tiny(kind, tmp_path_factory.mktemp(kind), **options)
+            with redirect_stderr(io.StringIO()):  # its progress bars are not what a test reads
+                folders[key] = save_tiny(kind, tmp_path_factory.mktemp(kind), **options)
         return folders[key]
 
     return make
