@@ -39,3 +39,11 @@ def load(tiny: Callable[..., Path]) -> Callable[..., Pipeline]:
         return pipe
 
     return make
+
+
+@pytest.fixture(scope="module")
+def image(load: Callable[..., Pipeline]) -> Any:
+    """Of `small_request.CALL`, by a pipeline whose memory nobody looks at."""
+    from small_request import CALL
+
+    return load(graphs=False)(**CALL).images

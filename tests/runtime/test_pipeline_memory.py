@@ -21,28 +21,12 @@ from latentrt.runtime.kept import DEFAULT_LIMIT
 from latentrt.runtime.memory import POLICIES, RESERVE
 from latentrt.runtime.planner import Planner
 from latentrt.runtime.stages import stages_of_request
+from small_request import CALL
 from torch import Tensor
 
 Load = Callable[..., latentrt.Pipeline]
 
-CALL: dict[str, Any] = {
-    "prompt": "a red cat on the hill",
-    "negative_prompt": "blurry",
-    "height": 64,
-    "width": 48,
-    "num_inference_steps": 2,  # one of the base and one of the refiner
-    "high_noise_frac": 0.5,
-    "sampler": "euler-a",
-    "seed": 3,
-    "output_type": "np",
-}
 LARGE = {**CALL, "height": 512, "width": 512}
-
-
-@pytest.fixture(scope="module")
-def image(load: Load) -> Any:
-    """Of a pipeline whose memory nobody looks at."""
-    return load(graphs=False)(**CALL).images
 
 
 def held(pipe: latentrt.Pipeline) -> set[str]:

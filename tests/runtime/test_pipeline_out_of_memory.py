@@ -18,27 +18,11 @@ from latentrt.runtime.engines.triton import _UNetProgram
 from latentrt.runtime.graph import Graphs
 from latentrt.runtime.latents import NoiseSource
 from latentrt.runtime.vae import VAE
+from small_request import CALL
 
 Load = Callable[..., latentrt.Pipeline]
 
-CALL: dict[str, Any] = {
-    "prompt": "a red cat on the hill",
-    "negative_prompt": "blurry",
-    "height": 64,
-    "width": 48,
-    "num_inference_steps": 2,  # one of the base and one of the refiner
-    "high_noise_frac": 0.5,
-    "sampler": "euler-a",
-    "seed": 3,
-    "output_type": "np",
-}
 OTHER = {**CALL, "height": 32, "width": 32}
-
-
-@pytest.fixture(scope="module")
-def image(load: Load) -> Any:
-    """Of a pipeline whose memory nobody looks at."""
-    return load(graphs=False)(**CALL).images
 
 
 def place(name: str) -> tuple[type, str]:

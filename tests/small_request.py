@@ -1,0 +1,17 @@
+"""A request of two steps, one of the base and one of the refiner, that tests of memory make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+CALL: dict[str, Any] = {
+    "prompt": "a red cat on the hill",
+    "negative_prompt": "blurry",
+    "height": 64,
+    "width": 48,
+    "num_inference_steps": 2,  # one of the base and one of the refiner
+    "high_noise_frac": 0.5,
+    "sampler": "euler-a",
+    "seed": 3,
+    "output_type": "np",
+}
