@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,12 @@ __all__ = [
     "Timesteps",
     "Values",
     "arguments",
+    "check_bound",
     "example_inputs",
+    "still_open",
 ]
+
+Held = TypeVar("Held")
 
 
 @dataclass(frozen=True)
@@ -271,6 +275,36 @@ def arguments(component: Component, inputs: Mapping[str, Tensor]) -> list[Tensor
             )
         ordered.append(tensor.to(spec.dtype))
     return ordered
+
+
+def check_bound(component: Component, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+    """Of tensors whose addresses an engine is given once: nothing converts or copies them any more.
+
+    Raises:
+        BackendError: naming a tensor that is missing, misshapen, of another dtype or not contiguous.
+    """
+    arguments(component, inputs)
+    if missing := [spec.name for spec in component.outputs if spec.name not in outputs]:
+        raise BackendError(f"{component.name} also writes {', '.join(missing)}; bound, it must be given them")
+    for tensors, specs in ((inputs, component.inputs), (outputs, component.outputs)):
+        for spec in specs:
+            x = tensors[spec.name]
+            if x.dtype != spec.dtype or not x.is_contiguous():
+                is_ = f"{x.dtype}{'' if x.is_contiguous() else ', not contiguous'}"
+                raise BackendError(
+                    f"{component.name}: {spec.name} is {is_}; bound, it must be {spec.dtype} and contiguous"
+                )
+
+
+def still_open(component: Component, held: Held | None) -> Held:
+    """What an engine holds until it is closed. Keep it while it is used: another thread may close the engine.
+
+    Raises:
+        BackendError: it was closed.
+    """
+    if held is None:
+        raise BackendError(f"{component.name} was closed; load it again")
+    return held
 
 
 def example_inputs(component: Component, sizes: Mapping[str, int], seed: int = 0) -> tuple[Tensor, ...]:

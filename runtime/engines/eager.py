@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...errors import BackendError
 from ..residency import Weights
-from .base import Availability, CallProgram, Component, Engine, Program, Timesteps, arguments
+from .base import Availability, CallProgram, Component, Engine, Program, Timesteps, arguments, still_open
 
 __all__ = ["EagerBackend", "EagerEngine"]
 
@@ -36,9 +35,7 @@ class EagerEngine:
         return ()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        module = self._module  # held here, so that a close() in another thread cannot take it away
-        if module is None:
-            raise BackendError(f"{self._component.name} was closed; load it again")
+        module = still_open(self._component, self._module)
         with torch.inference_mode():
             result = module(*(x.to(self._device) for x in arguments(self._component, inputs)))
         outputs = (result,) if isinstance(result, Tensor) else tuple(result)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ...errors import BackendError, BackendUnavailableError
 from ..prepare import onnx_model
-from .base import Availability, Component, Engine, Program, Timesteps, arguments
+from .base import Availability, Component, Engine, Program, Timesteps, arguments, check_bound, still_open
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -56,9 +56,7 @@ class OnnxRuntimeEngine:
         )
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        session = self._session  # held here, so that a close() in another thread cannot take it away
-        if session is None:
-            raise BackendError(f"{self._component.name} was closed; load it again")
+        session = still_open(self._component, self._session)
         tensors = arguments(self._component, inputs)
         try:
             outputs = run_session(self._component, session, tensors, self._device, self._stream)
@@ -74,18 +72,10 @@ class OnnxRuntimeEngine:
         timesteps: Timesteps | None = None,
     ) -> Program:
         """Tensors must have the component's dtypes and be contiguous: the session is given their addresses, once."""
-        if self._session is None:
-            raise BackendError(f"{self._component.name} was closed; load it again")
-        arguments(self._component, inputs)
-        for spec in (*self._component.inputs, *self._component.outputs):
-            x = inputs[spec.name] if spec in self._component.inputs else outputs[spec.name]
-            if x.dtype != spec.dtype or not x.is_contiguous():
-                is_ = f"{x.dtype}{'' if x.is_contiguous() else ', not contiguous'}"
-                raise BackendError(
-                    f"{self._component.name}: {spec.name} is {is_}; bound, it must be {spec.dtype} and contiguous"
-                )
+        session = still_open(self._component, self._session)
+        check_bound(self._component, inputs, outputs)
         return _Program(
-            self._component, self._session, inputs, outputs, self._device, self._stream, records=self._records
+            self._component, session, inputs, outputs, self._device, self._stream, records=self._records
         )
 
     def close(self) -> None:

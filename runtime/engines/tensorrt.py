@@ -32,7 +32,7 @@ from ..engine_store import EngineTarget, StoredEngine
 from ..prepare import Rebuild, engine
 from . import plugins
 from . import trt as products
-from .base import Availability, Component, Engine, Program, Timesteps, arguments
+from .base import Availability, Component, Engine, Program, Timesteps, arguments, check_bound, still_open
 from .sizes import profile_index
 from .split import SplitUNet, in_parts
 
@@ -110,9 +110,10 @@ class _Context:
                 if outputs is None
                 else outputs[spec.name]
             )
-            if tuple(y.shape) != shape or y.dtype != spec.dtype:
-                is_, should = f"{list(y.shape)} of {y.dtype}", f"{list(shape)} of {spec.dtype}"
-                raise BackendError(f"{component.name}: {spec.name} is {is_}, should be {should}")
+            if tuple(y.shape) != shape:
+                raise BackendError(
+                    f"{component.name}: {spec.name} is {list(y.shape)}, should be {list(shape)}"
+                )
             self.outputs[spec.name] = y
             self._bind(spec.name, y)
         self.scratch_bytes = int(self._context.update_device_memory_size_for_shapes())
@@ -126,10 +127,6 @@ class _Context:
             raise self._owner.error("failed")
 
     def _bind(self, name: str, tensor: Tensor) -> None:
-        if not tensor.is_contiguous():
-            raise BackendError(
-                f"{self._owner.component.name}: {name} is bound by its address, and is not contiguous"
-            )
         if not self._context.set_tensor_address(name, tensor.data_ptr()):
             raise self._owner.error(f"has no tensor {name}")
 
@@ -183,10 +180,9 @@ class TensorRTEngine:
             self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self._engine is None:
-            raise BackendError(f"{self.component.name} was closed; load it again")
         tensors = arguments(self.component, inputs)
         with torch.cuda.device(self.device), self._scratch.lock:
+            still_open(self.component, self._engine)
             context = self._context(tensors)
             with self._turn(context) as run:
                 for static, x in zip(context.inputs.values(), tensors, strict=True):
@@ -201,16 +197,10 @@ class TensorRTEngine:
         *,
         timesteps: Timesteps | None = None,
     ) -> Program:
-        if self._engine is None:
-            raise BackendError(f"{self.component.name} was closed; load it again")
-        arguments(self.component, inputs)
-        for spec in self.component.inputs:
-            if inputs[spec.name].dtype != spec.dtype:
-                raise BackendError(
-                    f"{self.component.name}: {spec.name} is {inputs[spec.name].dtype}, should be {spec.dtype}"
-                )
-        streamed = not self._product.needs_gpu and bool(self._engine.streamable_weights_size)
+        check_bound(self.component, inputs, outputs)
         with torch.cuda.device(self.device), self._scratch.lock:
+            engine = still_open(self.component, self._engine)
+            streamed = not self._product.needs_gpu and bool(engine.streamable_weights_size)
             sizes = _sizes(self.component, [inputs[spec.name] for spec in self.component.inputs])
             profile = profile_index(self.component, self._profiles, sizes)
             stream = torch.cuda.current_stream(self.device)

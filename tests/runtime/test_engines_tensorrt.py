@@ -97,9 +97,10 @@ def test_a_program_runs_over_the_caller_s_own_tensors(load: Load, fake: FakeTens
         (
             {"x": torch.zeros(2, 4).double()},
             {"y": torch.zeros(2, 4)},
-            r"x is torch.float64, should be torch.float32",
+            r"x is torch.float64; bound, it must be torch.float32",
         ),
-        ({"x": torch.zeros(4, 2).T}, {"y": torch.zeros(2, 4)}, r"x is bound by its address.*contiguous"),
+        ({"x": torch.zeros(4, 2).T}, {"y": torch.zeros(2, 4)}, r"x is torch.float32, not contiguous; bound"),
+        ({"x": torch.zeros(2, 4)}, {}, r"also writes y"),
         ({"x": torch.zeros(2, 4)}, {"y": torch.zeros(3, 4)}, r"y is \[3, 4\].*should be \[2, 4\]"),
         ({"x": torch.zeros(99, 4)}, {"y": torch.zeros(99, 4)}, r"batch"),
         ({"z": torch.zeros(2, 4)}, {"y": torch.zeros(2, 4)}, r"takes x; got z"),
