@@ -154,7 +154,9 @@ def train_unet(run: Run, name: str, peak_rate: float) -> None:
             even = (torch.arange(run.batch) + torch.rand(run.batch, generator=generator)) / run.batch
             timesteps = torch.from_numpy(np.interp(even, *TIMESTEP_DRAWS)).long().clamp(max=999)
         else:
-            timesteps = torch.randint(REFINER_BELOW, (run.batch,), generator=generator)
+            # more of them near the hand-over, where shapes can still change
+            even = torch.rand(run.batch, generator=generator)
+            timesteps = (REFINER_BELOW * even.sqrt()).long().clamp(max=REFINER_BELOW - 1)
         noise, timesteps = noise.to(run.device), timesteps.to(run.device)
         signal = alpha_bar[timesteps].sqrt().view(-1, 1, 1, 1)
         spread = (1 - alpha_bar[timesteps]).sqrt().view(-1, 1, 1, 1)
