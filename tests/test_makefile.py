@@ -1,4 +1,4 @@
-"""What `make generate` hands on: every prompt as it was typed."""
+"""What `make generate` installs, and what it hands on."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def folder(tmp_path: Path) -> Path:
     for name in ("python", "latentrt"):
         (programs / name).write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
         (programs / name).chmod(0o755)
-    (tmp_path / ".venv" / ".runtime").touch()
+    (tmp_path / ".venv" / ".runtime-cpu").touch()
     return tmp_path
 
 
 def generated(folder: Path, *variables: str) -> list[str]:
-    command = ["make", "--no-print-directory", "generate", *variables]
+    command = ["make", "--no-print-directory", "generate", "EXTRA=cpu", *variables]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=True)
     return done.stdout.splitlines()
 
@@ -45,3 +45,19 @@ def test_there_is_a_picture_without_being_asked(folder: Path) -> None:
     arguments = generated(folder)
     assert arguments[:2] == ["generate", "--seed"]
     assert " above " in arguments[-1] or " below " in arguments[-1]
+
+
+def test_what_belongs_to_another_machine_is_removed_first(folder: Path) -> None:
+    """`onnxruntime` and `onnxruntime-gpu` are one folder of files: whichever is removed last takes the other's."""
+    venv = folder / ".venv"
+    (venv / ".test-cpu").touch()
+    assert "pip" not in generated(folder)
+    lines = generated(folder, "EXTRA=gpu")
+    removed = lines.index("onnxruntime")
+    assert lines[removed - 4 : removed] == ["pip", "uninstall", "-qq", "--yes"]
+    assert removed < lines.index(".[gpu]")
+    assert sorted(path.name for path in venv.glob(".*-*")) == [".runtime-gpu"]
+    assert "pip" not in generated(folder, "EXTRA=gpu")
+    lines = generated(folder)  # without the GPU again
+    assert lines.index("onnxruntime-gpu") < lines.index(".[cpu]")
+    assert sorted(path.name for path in venv.glob(".*-*")) == [".runtime-cpu"]
