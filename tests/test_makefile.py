@@ -1,12 +1,18 @@
-"""What `make generate` installs, and what it hands on."""
+"""What `make generate` installs, what it hands on, and what comes of it."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
+from latentrt.bench.demo_model.checker import Verdict, find_objects, judge
+from latentrt.bench.demo_model.scenes import Scene, Thing
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,3 +67,24 @@ def test_what_belongs_to_another_machine_is_removed_first(folder: Path) -> None:
     lines = generated(folder)  # without the GPU again
     assert lines.index("onnxruntime-gpu") < lines.index(".[cpu]")
     assert sorted(path.name for path in venv.glob(".*-*")) == [".runtime-cpu"]
+
+
+@pytest.mark.timeout(900)  # where nothing has exported the demo yet
+def test_the_picture_shows_what_its_prompt_says(
+    folder: Path, run: Callable[..., tuple[int, str, str]], exports: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATENTRT_CACHE", str(exports))
+    command, *rest = generated(folder)
+    code, _, err = run(command, "--backend", "onnxruntime", *rest)
+    assert code == 0, err
+    with PIL.Image.open("image.png") as image:
+        picture = np.asarray(image)
+    match = re.fullmatch(r"an? (\w+) (\w+) (above|below|left of|right of) an? (\w+) (\w+)", rest[-1])
+    assert match, rest[-1]
+    colour, shape, relation, other_colour, other_shape = match.groups()
+    things = [
+        Thing(shape=s, colour=c, size="", radius=0, x=0, y=0)
+        for c, s in ((colour, shape), (other_colour, other_shape))
+    ]
+    verdict = judge(picture, Scene(128, 128, "", (0, 0), tuple(things), relation))
+    assert verdict == Verdict(objects=True, colours=True, relation=True), find_objects(picture)
