@@ -7,6 +7,9 @@ BENCH ?= --batch 1,2 --rounds 7 --patience 200 --profile
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+OTHER := $(if $(filter cpu,$(EXTRA)),onnxruntime-gpu,onnxruntime)
+RUNTIME := $(VENV)/.runtime-$(EXTRA)
+TEST := $(VENV)/.test-$(EXTRA)
 CONSTRAINTS := $(if $(filter cpu,$(EXTRA)),-c constraints.txt)
 PYTEST := $(BIN)/python -m pytest
 
@@ -34,26 +37,34 @@ $(BIN)/python:
 	  { echo "latentrt needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Try make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
+# Of onnxruntime and onnxruntime-gpu, which share a folder, one only: where a GPU has come or gone the other goes first.
+define change_extra
+	@rm -f $(filter-out %-$(EXTRA),$(wildcard $(VENV)/.runtime-* $(VENV)/.test-*))
+	@$(BIN)/python -m pip uninstall -qq --yes $(OTHER)
+endef
+
+$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
+	$(change_extra)
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[$(EXTRA)]'
 	@touch $@
 
-$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+$(TEST): pyproject.toml constraints.txt | $(BIN)/python
+	$(change_extra)
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[$(EXTRA),test]'
 	@mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/latentrt  # the name mypy knows the root by
-	@touch $(VENV)/.runtime $@
+	@touch $(RUNTIME) $@
 
-$(VENV)/.ray: $(VENV)/.test
+$(VENV)/.ray: $(TEST)
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[ray]'
 	@touch $@
 
-generate: $(VENV)/.runtime
+generate: $(RUNTIME)
 	@$(BIN)/latentrt generate --seed "$$SEED" -o "$$IMAGE" -- "$$PROMPT"
 
-bench: $(VENV)/.test
+bench: $(TEST)
 	$(BIN)/latentrt bench $(BENCH)
 
-test: $(VENV)/.test
+test: $(TEST)
 	OMP_NUM_THREADS=1 $(PYTEST) -m 'not full' -n 2
 
 # Goes on where it was stopped: what passed with the sources as they are is not run again.
@@ -63,27 +74,27 @@ test-full: $(VENV)/.ray
 # Each part goes on where it was stopped, or is short; results are written to bench/results as they come.
 gpu: gpu-tests gpu-kernels gpu-bench gpu-timeline
 
-gpu-tests: $(VENV)/.test
+gpu-tests: $(TEST)
 	$(PYTEST) -m gpu
 
-gpu-kernels: $(VENV)/.test
+gpu-kernels: $(TEST)
 	$(BIN)/latentrt kernels --measure
 	$(BIN)/latentrt kernels --tune
 	$(BIN)/latentrt kernels --measure  # by the new block sizes
 
-gpu-bench: $(VENV)/.test
+gpu-bench: $(TEST)
 	$(BIN)/latentrt bench --case sdxl --batch 1 --out bench/results/gpu-sdxl
 	$(BIN)/latentrt bench --case sdxl-refiner --batch 1 --out bench/results/gpu-sdxl-refiner
 
-gpu-timeline: $(VENV)/.test
+gpu-timeline: $(TEST)
 	$(BIN)/python -m latentrt.bench.timeline --case sdxl-refiner --out bench/results/gpu-timeline
 
-check: $(VENV)/.test
+check: $(TEST)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=$(VENV)/src $(BIN)/mypy
 
-format: $(VENV)/.test
+format: $(TEST)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -4,7 +4,7 @@
 
 Each part is a process, with a limit to its time. A part that passed, and within a part of tests each test that passed,
 is not run again while the sources it depends on stay the same: run the same command again after a failure, or after it
-was stopped. Ends with a table; results and logs are in build/full.
+was stopped. Ends with a table and the figures that tests printed; results and logs are in build/full.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Part:
         tests: files of tests of which those marked `full` are run.
         command: what is run in place of tests: arguments of Python's.
         workers: processes that share the tests; 0 runs them in one, as what measures time has to.
+        figures: what its tests print is shown in the end.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Part:
     tests: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
     workers: int = 0
+    figures: bool = False
 
 
 _SCRIPT = "latentrt.bench.full_size_engines"
@@ -69,7 +71,7 @@ _NAMED = (
     Part("parity", 10800, ("tests/runtime/test_pipeline_parity.py",), workers=2),
     Part("kernels", 7200, ("tests/kernels/test_aot.py",), workers=2),
     Part("serving", 5400, ("tests/runtime/serve/test_load.py", "tests/runtime/serve/test_ray.py")),
-    Part("quality", 10800, ("tests/bench/test_demo_quality.py",)),
+    Part("quality", 10800, ("tests/bench/test_demo_quality.py",), figures=True),
     Part("full-size-forward", 1800, command=("-m", "latentrt.bench.full_size")),
     Part("full-size-base", 3600, command=("-m", _SCRIPT, "sdxl_base")),
     Part("full-size-refiner", 3600, command=("-m", _SCRIPT, "sdxl_refiner")),
@@ -151,13 +153,17 @@ def _tests(part: Part, folder: Path, digest: str, *, again: bool) -> list[str]:
     """Arguments that run the tests of a part, without those that passed."""
     now = folder / f"{part.name}.{digest[:12]}.passed"
     before = now.with_suffix(".before")
-    for old in folder.glob(f"{part.name}.*.passed"):
-        if old != now or again:
-            old.unlink()
+    printed = now.with_suffix(".printed")
+    for kept in (now, printed):
+        for old in folder.glob(f"{part.name}.*{kept.suffix}"):
+            if old != kept or again:
+                old.unlink()
     before.write_bytes(
         now.read_bytes() if now.exists() else b""
     )  # workers read it while others write the first
     files = ["--note-passed", str(now), "--skip-passed", str(before)]
+    if part.figures:
+        files += ["-rP", "--note-printed", str(printed)]
     return [
         *("-m", "pytest", "-p", "latentrt.bench.passed", "-m", "full and not gpu", "-v", "--durations=0"),
         *("-n", str(part.workers), *files, *part.tests),
@@ -224,6 +230,13 @@ def _line(part: Part, result: Result | None, folder: Path) -> str:
     return f"{part.name:<20}{state:<8}{seconds:>10}{memory:>10}" + (f"   {result.why}" if result.why else "")
 
 
+def _figures(part: Part, folder: Path) -> str:
+    """What its tests printed, also those that failed, with the sources as they are."""
+    file = folder / f"{part.name}.{_digest(part)[:12]}.printed"
+    rows = passed.read_printed(file) if part.figures else {}
+    return "".join(f"\n{name.rpartition('::')[2]}:\n{text.strip()}\n" for name, text in rows.items())
+
+
 def main(
     argv: Sequence[str] | None = None, *, parts: Iterable[Part] = PARTS, folder: Path | None = None
 ) -> int:
@@ -247,6 +260,7 @@ def main(
     results = [_read(folder, part) for part in chosen]
     for part, result in zip(chosen, results, strict=True):
         print(_line(part, result, folder))
+    print("".join(_figures(part, folder) for part in chosen), end="")
     good = [
         r is not None and r.passed and r.digest == _digest(p) for p, r in zip(chosen, results, strict=True)
     ]

@@ -87,7 +87,7 @@ class Pipeline:
         memory: str = "resident",
         memory_limit: int | str | None = None,
         loop_memory: int | str | None = None,
-        use_safetensors: bool = True,
+        use_safetensors: bool | None = None,
         text_encoder: TextEncoder | None = None,
         text_encoder_2: TextEncoder | None = None,
         vae: VAE | None = None,
@@ -122,7 +122,7 @@ class Pipeline:
             BackendError: unknown, or it cannot run here.
             MemoryPlanError: the weights alone take more memory than there is.
         """
-        if not use_safetensors:
+        if use_safetensors is not None and not use_safetensors:
             raise UnsafeWeightsError(
                 "use_safetensors=False asks for pickled weights, which can run code; leave it out"
             )

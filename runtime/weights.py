@@ -51,7 +51,7 @@ def open_checkpoint(
             SDXL's base or refiner in the original key layout; or a hub id `owner/name`. What exists on disk comes
             before the hub.
         variant: such as "fp16", for `*.fp16.safetensors`; components without it are read in their plain form,
-            with a warning.
+            with a warning, and so is a single file.
         revision: branch, tag or commit of a hub id.
         cache_dir: latentrt's cache, where digests are remembered. Downloads are kept in huggingface_hub's own.
         config: for a single file of other sizes than SDXL's, a diffusers folder to take the configurations and
@@ -70,6 +70,8 @@ def open_checkpoint(
     except RuntimeError:  # the home of a user there is not
         path = Path(source)
     if path.is_file():
+        if variant is not None:
+            _log.warning("%s is a single file, which has no variant %r: reading it as it is", path, variant)
         return _single_file(path, cache_dir, config)
     if source and path.is_dir():  # "" would be the working directory
         return Checkpoint(source, path, variant=variant, cache_dir=cache_dir)

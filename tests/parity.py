@@ -31,8 +31,8 @@ Options = dict[str, Any]
 KINDS = ("sdxl", "ensemble", "refiner", "sd15", "sd21", "lcm")
 BACKENDS = ("eager", "onnxruntime")
 EXPORTED = ("sdxl", "ensemble", "refiner")
-"""What the cover runs on ONNX Runtime too. To export a UNet takes as long as a dozen images; the rest is for the
-whole product."""
+"""What the cover combines with everything on ONNX Runtime too; of the others it has one case each there, as to export
+a UNet takes as long as a dozen images."""
 STEPS = (1, 2, 5, 20, 50)
 SPLITS = {"a": 0.5, "b": 0.8, "c": 0.8}
 STRENGTHS = {"a": 0.3, "b": 0.8, "c": 1.0}
@@ -190,7 +190,8 @@ def coverable() -> list[Case]:
 
 @cache
 def cover() -> list[Case]:
-    """Every pair of values of two fields that can occur together occurs in one of these; the same list each time.
+    """Every pair of values of two fields that `coverable` has occurs in one of these, and every checkpoint on ONNX
+    Runtime; the same list each time.
 
     Greedy: the case with the most pairs not seen yet; among equals the one with the fewest steps, then any.
     """
@@ -210,7 +211,8 @@ def cover() -> list[Case]:
         best = int(np.argmax(gain - 1e-3 * steps))
         missing[pairs[best]] = False
         chosen.append(cases[best])
-    return chosen
+    rest = (kind for kind in KINDS if kind not in EXPORTED)
+    return chosen + [Case(k, NATIVE[k], OWN_PREDICTION[k], 2, 7.5, 1, "a", "onnxruntime") for k in rest]
 
 
 def families() -> list[tuple[str, str, str, str]]:
@@ -362,14 +364,19 @@ def _round_trip(pipe: Any, picture: torch.Tensor, generator: torch.Generator) ->
 
 
 def save_lcm(path: Path, sdxl: Path) -> Path:
-    """A checkpoint like LCM-SDXL beside SDXL's: its own UNet, told the guidance scale, and its scheduler."""
+    """A checkpoint like LCM-SDXL: a UNet that is told the guidance scale, and its scheduler."""
+    return save_beside(path, sdxl, {"time_cond_proj_dim": 20}, _LCM_SCHEDULER)
+
+
+def save_beside(path: Path, sdxl: Path, fields: Options, scheduler: Options) -> Path:
+    """A checkpoint with SDXL's text encoders and VAE, and a UNet (`fields` differ) and scheduler of its own."""
     path.mkdir(parents=True, exist_ok=True)
     for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"):
         (path / part).symlink_to(sdxl / part, target_is_directory=True)
-    unet = UNet2DConditionModel(**{**UNETS["sdxl"], "time_cond_proj_dim": 20})
+    unet = UNet2DConditionModel(**{**UNETS["sdxl"], **fields})
     randomize(unet, 77)
     unet.save_pretrained(path / "unet", safe_serialization=True)
-    write_json(path / "scheduler" / "scheduler_config.json", _LCM_SCHEDULER)
+    write_json(path / "scheduler" / "scheduler_config.json", scheduler)
     index = json.loads((sdxl / "model_index.json").read_text("utf-8"))
-    write_json(path / "model_index.json", {**index, "scheduler": ["diffusers", "LCMScheduler"]})
+    write_json(path / "model_index.json", {**index, "scheduler": ["diffusers", scheduler["_class_name"]]})
     return path

@@ -1,12 +1,18 @@
-"""What `make generate` hands on: every prompt as it was typed."""
+"""What `make generate` installs, what it hands on, and what comes of it."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
+from latentrt.bench.demo_model.checker import Verdict, find_objects, judge
+from latentrt.bench.demo_model.scenes import Scene, Thing
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,12 +27,12 @@ def folder(tmp_path: Path) -> Path:
     for name in ("python", "latentrt"):
         (programs / name).write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
         (programs / name).chmod(0o755)
-    (tmp_path / ".venv" / ".runtime").touch()
+    (tmp_path / ".venv" / ".runtime-cpu").touch()
     return tmp_path
 
 
 def generated(folder: Path, *variables: str) -> list[str]:
-    command = ["make", "--no-print-directory", "generate", *variables]
+    command = ["make", "--no-print-directory", "generate", "EXTRA=cpu", *variables]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=True)
     return done.stdout.splitlines()
 
@@ -45,3 +51,40 @@ def test_there_is_a_picture_without_being_asked(folder: Path) -> None:
     arguments = generated(folder)
     assert arguments[:2] == ["generate", "--seed"]
     assert " above " in arguments[-1] or " below " in arguments[-1]
+
+
+def test_what_belongs_to_another_machine_is_removed_first(folder: Path) -> None:
+    """`onnxruntime` and `onnxruntime-gpu` are one folder of files: whichever is removed last takes the other's."""
+    venv = folder / ".venv"
+    (venv / ".test-cpu").touch()
+    assert "pip" not in generated(folder)
+    lines = generated(folder, "EXTRA=gpu")
+    removed = lines.index("onnxruntime")
+    assert lines[removed - 4 : removed] == ["pip", "uninstall", "-qq", "--yes"]
+    assert removed < lines.index(".[gpu]")
+    assert sorted(path.name for path in venv.glob(".*-*")) == [".runtime-gpu"]
+    assert "pip" not in generated(folder, "EXTRA=gpu")
+    lines = generated(folder)  # without the GPU again
+    assert lines.index("onnxruntime-gpu") < lines.index(".[cpu]")
+    assert sorted(path.name for path in venv.glob(".*-*")) == [".runtime-cpu"]
+
+
+@pytest.mark.timeout(900)  # where nothing has exported the demo yet
+def test_the_picture_shows_what_its_prompt_says(
+    folder: Path, run: Callable[..., tuple[int, str, str]], exports: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATENTRT_CACHE", str(exports))
+    command, *rest = generated(folder)
+    code, _, err = run(command, "--backend", "onnxruntime", *rest)
+    assert code == 0, err
+    with PIL.Image.open("image.png") as image:
+        picture = np.asarray(image)
+    match = re.fullmatch(r"an? (\w+) (\w+) (above|below|left of|right of) an? (\w+) (\w+)", rest[-1])
+    assert match, rest[-1]
+    colour, shape, relation, other_colour, other_shape = match.groups()
+    things = [
+        Thing(shape=s, colour=c, size="", radius=0, x=0, y=0)
+        for c, s in ((colour, shape), (other_colour, other_shape))
+    ]
+    verdict = judge(picture, Scene(128, 128, "", (0, 0), tuple(things), relation))
+    assert verdict == Verdict(objects=True, colours=True, relation=True), find_objects(picture)

@@ -38,8 +38,9 @@ console = Console()
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of prompts right; `failures` lists (seed, prompt) of those that are not."""
+    """Shares of prompts right; `failures` lists (seed, prompt) of those that are not. `seed` is the first picture's."""
 
+    seed: int
     prompts: int
     steps: int
     objects: float
@@ -51,8 +52,12 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Fid:
-    """FID of base alone and of base + refiner, and base minus base + refiner with its 95 % interval."""
+    """FID of base alone and of base + refiner, and base minus base + refiner with its 95 % interval.
 
+    `seed` is the first pair's.
+    """
+
+    seed: int
     pairs: int
     steps: int
     base: float
@@ -64,8 +69,12 @@ class Fid:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Mean high-frequency energy at the full and at a small original size; mean shifts in pixels."""
+    """Mean high-frequency energy at the full and at a small original size; mean shifts in pixels.
 
+    `seed` is the first of so many `seeds`.
+    """
+
+    seed: int
     seeds: int
     energy_full: float
     energy_small: float
@@ -79,12 +88,14 @@ class Kept:
     """What is right in drawn scenes that the VAE has encoded and decoded.
 
     Attributes:
+        seed: of the prompts whose scenes these are.
         objects: share with every object right, in all and by background.
         psnr: mean, in dB.
         energy_small: high-frequency energy of small originals of 32 pixels, over that of the full ones; `drawn_small`
             is the same before the VAE.
     """
 
+    seed: int
     scenes: int
     objects: dict[str, float]
     psnr: float
@@ -115,6 +126,7 @@ def measure_vae(vae: VAE, *, count: int = 200, seed: int = 0) -> Kept:
         energies.append([high_frequency_energy(p) for p in (drawn, small, kept, kept_small)])
     full, small_, kept_full, kept_small_ = np.mean(energies, axis=0)
     return Kept(
+        seed=seed,
         scenes=count,
         objects={name: float(np.mean(rows)) for name, rows in right.items()},
         psnr=float(np.mean(psnr)),
@@ -136,6 +148,7 @@ def measure_accuracy(generate: Generator, *, count: int = 200, steps: int = 30, 
     verdicts = [judge(picture, scene) for picture, (_, scene) in zip(pictures, rows, strict=True)]
     relations = [v.relation for v in verdicts if v.relation is not None]
     return Accuracy(
+        seed=seed,
         prompts=count,
         steps=steps,
         objects=float(np.mean([v.objects for v in verdicts])),
@@ -158,8 +171,13 @@ def measure_fid(
     count: int = 1000,
     steps: int = 20,
     seed: int = 0,
+    rounds: int = 200,
 ) -> Fid:
-    """Compare both with twice as many drawn scenes; row k of both has the prompt and seed k."""
+    """Compare both with twice as many drawn scenes; row k of both has the prompt k and the seed `seed + k`.
+
+    Args:
+        rounds: of the bootstrap.
+    """
     rng = random.Random(f"latentrt demo fid {seed}")
     scenes = [random_scene(rng) for _ in range(count)]
     prompts = [caption(rng, scene) for scene in scenes]
@@ -168,8 +186,9 @@ def measure_fid(
     b = fid_features(tower, refined(prompts, seeds, steps=steps))
     drawn = [render(scene) for scene in scenes] + [render(random_scene(rng)) for _ in range(count)]
     truth = fid_features(tower, drawn)
-    difference, low, high = fid_difference(truth, a, b, seed=seed)
-    return Fid(count, steps, frechet_distance(truth, a), frechet_distance(truth, b), difference, low, high)
+    difference, low, high = fid_difference(truth, a, b, seed=seed, rounds=rounds)
+    base_fid, refined_fid = (frechet_distance(truth, x) for x in (a, b))
+    return Fid(seed, count, steps, base_fid, refined_fid, difference, low, high)
 
 
 def measure_sizes(
@@ -187,6 +206,7 @@ def measure_sizes(
     right = generate(prompts, seeds, steps=steps, crop=(0, offset))
     down = generate(prompts, seeds, steps=steps, crop=(offset, 0))
     return Sizes(
+        seed=seed,
         seeds=count,
         energy_full=float(np.mean([high_frequency_energy(p) for p in plain])),
         energy_small=float(np.mean([high_frequency_energy(p) for p in small])),

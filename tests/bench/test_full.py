@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -100,10 +101,11 @@ def test_a_part_that_takes_too_long_or_too_much(
 
 
 def test_what_passed_is_noted_and_left_out(tmp_path: Path) -> None:
-    now, registered, dropped = tmp_path / "now", [], []
+    now, printed, registered, dropped = tmp_path / "now", tmp_path / "printed", [], []
+    options = {"--note-passed": now, "--skip-passed": now, "--note-printed": printed}
     hook = SimpleNamespace(pytest_deselected=lambda items: dropped.extend(items))  # noqa: PLW0108 (by keyword)
     manager = SimpleNamespace(register=registered.append)
-    config: Any = SimpleNamespace(getoption=lambda name: now, pluginmanager=manager, hook=hook)
+    config: Any = SimpleNamespace(getoption=options.get, pluginmanager=manager, hook=hook)
     passed.pytest_configure(config)
     passed.pytest_configure(SimpleNamespace(**vars(config), workerinput={}))  # the first process does it
     (notes,) = registered
@@ -113,11 +115,13 @@ def test_what_passed_is_noted_and_left_out(tmp_path: Path) -> None:
         ("late", "passed", "failed"),
     ):
         for when, outcome in (("setup", "passed"), ("call", call), ("teardown", end)):
-            report = SimpleNamespace(nodeid=name, when=when, outcome=outcome, duration=1.0)
+            text = "" if name == "late" else f"{name} has 7 of 9\n"
+            report = SimpleNamespace(nodeid=name, when=when, outcome=outcome, duration=1.0, capstdout=text)
             notes.pytest_runtest_logreport(report)
     with now.open("a") as file:
         file.write('["half", 0.')  # cut off: the machine stopped
     assert passed.read(now) == {"good": 3.0}
+    assert passed.read_printed(printed) == {"good": "good has 7 of 9\n", "bad": "bad has 7 of 9\n"}
     items: Any = [SimpleNamespace(nodeid=name) for name in ("bad", "good", "half")]
     passed.pytest_collection_modifyitems(config, items)
     assert [item.nodeid for item in items] == ["bad", "half"]
@@ -175,3 +179,29 @@ def test_a_part_of_tests_leaves_out_what_passed(places: Path, monkeypatch: pytes
     run_part(part, places, again=True)
     assert not now.exists()
     assert before.read_text() == ""
+
+
+def test_figures_are_shown_in_the_end(
+    places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of this run and of tests that were left out because they had passed; not those of older sources."""
+    notes = iter([{"a.py::one": "seed=0"}, {"a.py::two": "first"}, {"a.py::two": "seed=5\n"}])
+
+    def popen(command: list[str], **options: Any) -> Any:
+        file = Path(command[command.index("--note-printed") + 1])
+        with file.open("a") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in next(notes).items())
+        return subprocess_popen([sys.executable, "-c", "raise SystemExit(1)"])
+
+    subprocess_popen = subprocess.Popen
+    monkeypatch.setattr(full.subprocess, "Popen", popen)
+    part = Part("some", 60, ("tests/test_some.py",), figures=True)
+    for _ in range(3):
+        capsys.readouterr()
+        assert main([], parts=(part,), folder=places) == 1
+    assert capsys.readouterr().out.endswith("\none:\nseed=0\n\ntwo:\nseed=5\n")
+    main(["--list"], parts=(part,), folder=places)
+    assert "seed=5" in capsys.readouterr().out
+    (places.parent / "source.txt").write_text("2")
+    main(["--list"], parts=(part,), folder=places)
+    assert "seed" not in capsys.readouterr().out

@@ -266,9 +266,11 @@ def test_a_file_where_the_cache_should_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("shapes"), PermissionError(errno.EACCES, "denied", "/somewhere/else")], ids=repr
+    "error",
+    [ValueError("shapes"), PermissionError(errno.EACCES, "denied", "/somewhere/else"), KeyboardInterrupt()],
+    ids=repr,
 )
-def test_what_a_build_raises_passes_and_nothing_is_kept(store: Store, error: Exception) -> None:
+def test_what_a_build_raises_passes_and_nothing_is_kept(store: Store, error: BaseException) -> None:
     def build(folder: Path) -> Mapping[str, Any]:
         (folder / "model.onnx").write_text("half")
         raise error

@@ -129,9 +129,13 @@ def test_a_used_generator_has_no_seed_to_tell(pipe: latentrt.Pipeline) -> None:
     assert [p["seed"] for p in pipe(**twice, generator=[fresh, fresh]).parameters] == [5, None]
 
 
-def test_threads_each_get_their_own_image(tiny: Callable[..., Path]) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
+def test_threads_each_get_their_own_image(backend: str, tiny: Callable[..., Path], exports: Path) -> None:
     """On a pipeline nothing of which is loaded yet, with other samplers, steps and sizes in each thread."""
-    pipe = latentrt.Pipeline.from_pretrained(tiny("sdxl"), tiny("refiner"), backend="eager")
+    pipe = latentrt.Pipeline.from_pretrained(
+        tiny("sdxl"), tiny("refiner"), backend=backend, cache_dir=exports
+    )
     pipe.set_progress_bar_config(disable=True)
     calls = [
         {**CALL, "seed": 1, "sampler": "euler-a"},

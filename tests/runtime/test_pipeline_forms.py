@@ -3,6 +3,8 @@ start from, defaults, batches and generators."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import latentrt
@@ -13,8 +15,9 @@ import torch
 from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
 )
-from parity import Case, Rig
+from parity import Case, Rig, save_beside
 from tolerances import PIPELINE_EAGER, PIPELINE_ONNXRUNTIME
 
 SIZE = {"height": 64, "width": 48}
@@ -150,6 +153,34 @@ def test_image_to_image_through_base_and_refiner(rig: Rig, both: latentrt.Pipeli
     call["generator"] = seeded()
     ours = both(**call, image=picture(), strength=0.6, high_noise_frac=0.8, output_type="np").images
     assert_same(ours, theirs)
+
+
+def test_the_refiners_older_use(rig: Rig, base: latentrt.Pipeline, refiner: latentrt.Pipeline) -> None:
+    """Finished latents as the image: noise is added to them, at the default strength."""
+    call, late = {**TEXT, **SIZE, **STEPS, "output_type": "latent"}, {**TEXT, "num_inference_steps": 10}
+    latents = rig.diffusers("sdxl")(**call, generator=seeded()).images[0][None, :]
+    theirs = rig.diffusers("refiner")(**late, image=latents, generator=seeded(1), output_type="np").images
+    latents = base(**call, generator=seeded()).images[0][None, :]
+    ours = refiner(**late, image=latents, generator=seeded(1), output_type="np").images
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_a_predicted_variance_on_cosine_betas(clip: bool, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """As Improved DDPM: a UNet with eight channels out. diffusers guides all eight of them."""
+    scheduler = {
+        **{"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "prediction_type": "epsilon"},
+        **{"beta_schedule": "squaredcos_cap_v2", "variance_type": "learned_range", "clip_sample": clip},
+    }
+    folder = save_beside(tmp_path / "ddpm", tiny("sdxl"), {"out_channels": 8}, scheduler)
+    theirs = StableDiffusionXLPipeline.from_pretrained(folder)
+    ours = latentrt.Pipeline.from_pretrained(folder, backend="eager")
+    for pipe in (theirs, ours):
+        pipe.set_progress_bar_config(disable=True)
+    call = {**TEXT, **SIZE, "num_inference_steps": 5, "guidance_scale": 7.5, "output_type": "np"}
+    images = ours(**call, generator=seeded()).images
+    assert_same(images, theirs(**call, generator=seeded()).images)
+    assert images.std() > 0.01
 
 
 def test_several_pictures_each_with_its_generator(rig: Rig, refiner: latentrt.Pipeline) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -19,7 +21,8 @@ from diffusers.loaders.single_file_utils import (
     convert_open_clip_checkpoint,
 )
 from latentrt.errors import CheckpointError, UnsafeWeightsError, WeightsMismatchError
-from latentrt.runtime import single_file, weights
+from latentrt.runtime import parts, single_file, weights
+from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.weight_set import TensorRef
 from latentrt.runtime.weights import Checkpoint, open_checkpoint
 from original_layout import State, to_original
@@ -109,6 +112,35 @@ def test_values_equal_diffusers_and_the_folder(tiny: Tiny, files: dict[str, Path
         for key, value in got.items():
             assert torch.equal(value, oracle[key]), f"{component}: {key}"
             assert torch.equal(value, folder[component][key]), f"{component}: {key}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_is_the_folders_to_the_bit(
+    kind: str, tiny: Tiny, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "open_checkpoint", partial(open_checkpoint, config=tiny(kind)))
+    call: dict[str, Any] = {"prompt": "a red cat", "num_inference_steps": 2, "seed": 1, "output_type": "np"}
+    if kind == "refiner":
+        picture = torch.rand((1, 3, 64, 48), generator=torch.Generator().manual_seed(3))
+        call |= {"image": picture, "strength": 1.0}
+    else:
+        call |= {"height": 64, "width": 48}
+    ours = []
+    for model in (files[kind], tiny(kind)):
+        pipe = Pipeline.from_pretrained(model, backend="eager")
+        pipe.set_progress_bar_config(disable=True)
+        ours.append(pipe(**call).images)
+    assert ours[0].std() > 0.01
+    assert np.array_equal(*ours)
+
+
+def test_a_variant_of_a_single_file_is_warned_of(
+    tiny: Tiny, files: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        checkpoint = open_checkpoint(files["sdxl"], variant="fp16", config=tiny("sdxl"))
+    assert f"{files['sdxl']} is a single file, which has no variant 'fp16'" in caplog.text
+    assert checkpoint.weights("unet").dtype == torch.float32
 
 
 def test_values_are_converted_to_the_dtype(tiny: Tiny, files: dict[str, Path]) -> None:
