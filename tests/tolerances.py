@@ -49,6 +49,8 @@ KERNEL_VERSUS_REFERENCE = 2.0
 """A Triton kernel's largest error against float64, at most this many times its reference's in the same dtype,"""
 KERNEL_ULPS = 2.0
 """or this many units in the last place of the largest value. The reference may be exact by luck."""
+KERNEL_BESIDE_REFERENCE = {"rtol": 1e-4, "atol": 1e-5}
+"""A Triton kernel beside its reference, both in float32, where NaN and infinities leave no largest error."""
 
 VAE_TILES = 0.1
 """Of an image in [0, 1] whose decoder looks three latents far, in tiles of 16: near its edge a tile sees zeros, where
