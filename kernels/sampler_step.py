@@ -28,7 +28,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ._check import FLOATS, fail, require_tensors
+from ._check import FLOATS, fail, require_own_memory, require_tensors
 from ._sampler_step_triton import plan
 from ._triton import arch_of, run, takes, usable
 from .registry import Case, OpSpec, register
@@ -200,7 +200,9 @@ def _check(
         "table": table,
         "step": step,
     }
-    require_tensors(_OP, tensors, optional=["history", "noise"])
+    (_, scales), (rescale, rescales) = _number_or_tensor(guidance_scale), _number_or_tensor(guidance_rescale)
+    each = {"guidance_scale": scales, "guidance_rescale": rescales}
+    require_tensors(_OP, {**tensors, **each}, optional=["history", "noise", *each])
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.float64):
         raise fail(_OP, "x", "be [B, C, h, w] in float32 or float64", f"{tuple(x.shape)} in {x.dtype}")
     B, C, *size = x.shape
@@ -221,8 +223,6 @@ def _check(
     for name, value in {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale}.items():
         if not (isinstance(value, int | float | Tensor) or (value is None and name == "guidance_scale")):
             raise fail(_OP, name, f"be a number or [{B}]", repr(value))
-    (_, scales), (rescale, rescales) = _number_or_tensor(guidance_scale), _number_or_tensor(guidance_rescale)
-    each = {"guidance_scale": scales, "guidance_rescale": rescales}
     for name, tensor in each.items():
         if tensor is not None and tuple(tensor.shape) != (B,):
             raise fail(_OP, name, f"be a number or [{B}]", f"shape {tuple(tensor.shape)}")
@@ -235,6 +235,9 @@ def _check(
     for name, tensor in {**others, "model_out": model_out, "step": step}.items():
         if tensor is not None and tensor.device != x.device:
             raise fail(_OP, name, f"be on x's device {x.device}", tensor.device)
+    require_own_memory(_OP, "x", x)
+    if history is not None:
+        require_own_memory(_OP, "history", history)
 
 
 @torch.library.custom_op("latentrt::sampler_step", mutates_args=("x", "history"))
