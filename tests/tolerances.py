@@ -28,7 +28,7 @@ SAMPLER_STEP = 2e-6
 # result, and for half types the one of the result itself.
 OPERATOR = {"float64": 1e-12, "float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
 OPERATOR_LARGE_MEAN = {"float64": 1e-10, "float32": 5e-5, "float16": 1e-3, "bfloat16": 8e-3}
-"""Norms where the mean is 125 times the deviation, which float32 has to subtract."""
+"""Norms where the mean is 1000 times the deviation, which float32 has to subtract."""
 OPERATOR_TWO_ROUNDINGS = {"float64": 1e-12, "float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 """Where half types are rounded once more on the way: between a projection and its gate."""
 

@@ -50,9 +50,10 @@ def test_gate(
     assert launches == {"_geglu_kernel": 1}
 
 
+@by_dtype
 @pytest.mark.usefixtures("launches")
-def test_gate_of_any_strides(device: torch.device) -> None:
-    x = torch.randn(2, 12, 5, device=device)
+def test_gate_of_any_strides(dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.randn(2, 12, 5, device=device).to(dtype)
     check(x.mT)
     check(x.mT[:, ::2])
 
@@ -131,10 +132,11 @@ def test_projection_with_tuned_blocks(rows: int, device: torch.device, launches:
     assert launches.total() == 1
 
 
+@by_dtype
 @pytest.mark.usefixtures("launches")
-def test_projection_of_any_strides(device: torch.device) -> None:
-    x, weight = torch.randn(2, 20, 6, device=device).mT, torch.randn(20, 20, device=device).mT
-    bias = torch.randn(40, device=device)[::2]
+def test_projection_of_any_strides(dtype: torch.dtype, device: torch.device) -> None:
+    x, weight, bias = (torch.randn(size, device=device).to(dtype) for size in ((2, 20, 6), (20, 20), (40,)))
+    x, weight, bias = x.mT, weight.mT, bias[::2]
     with tuning.trying("linear_geglu", SMALL):
         check_linear(x, weight, bias)
 
