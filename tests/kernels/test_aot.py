@@ -34,14 +34,12 @@ def check(entries: Sequence[Entry], at_once: int = 6) -> None:
 
 SHORT = [
     (80, torch.float16, "geglu", "4096 x 2560"),
-    (86, torch.float16, "attention", "head of 64, 4096 keys"),
+    (86, torch.float16, "linear_geglu", "1024 x 1280 to 5120"),
     (89, torch.bfloat16, "layer_norm", "4096 x 640"),
-    (90, torch.float16, "attention", "head of 64, 4096 keys"),
-    (90, torch.float16, "attention", "head of 512, 4096 keys"),
+    (90, torch.bfloat16, "attention", "head of 64, 4096 keys"),
     (90, torch.float16, "attention", "head of 64, 4096 keys, specialized"),
-    (90, torch.bfloat16, "attention", "head of 64, 77 keys"),
-    (90, torch.bfloat16, "sampler_step", "rescaled"),
-    (100, torch.float16, "attention", "head of 64, 4096 keys"),
+    (90, torch.float16, "linear_geglu", "1024 x 1280 to 5120"),
+    (100, torch.float16, "attention", "head of 64, 77 keys"),
     (120, torch.bfloat16, "geglu", "4096 x 2560"),
 ]
 """A little for `make test`: every architecture, both half types."""
