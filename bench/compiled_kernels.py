@@ -60,6 +60,8 @@ _SPECIALIZED_LINEAR = {**_COPIED_LINEAR, "num_warps": 4, "SPECIALIZE": 1}
 """Block sizes of kernels by the copy engine, as they are tried on a GPU: none is in the tuned data yet."""
 
 _META = torch.device("meta")
+_Row = tuple[str, str, tuple[Any, ...], aot.Trial | None]
+"""Operator, case, arguments, trial."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Entry:
 
 def matrix(arch: int, dtype: torch.dtype) -> list[Entry]:
     """All that is compiled for one architecture in one dtype. In float32 the registry's cases only."""
-    meta = [
+    meta: list[_Row] = [
         (spec.name, case.name, case.inputs(dtype, _META), None) for spec in specs() for case in spec.cases
     ]
     if dtype == torch.float32:  # its heads of 512 spill on sm_86: 10 instructions
@@ -90,9 +92,6 @@ def matrix(arch: int, dtype: torch.dtype) -> list[Entry]:
         if arch in (90, 100):
             meta += _by_copy_engine(arch, dtype)
     return [Entry(case, aot.Request(op, args, arch, trial), dtype) for op, case, args, trial in meta]
-
-
-_Row = tuple[str, str, tuple[Any, ...], aot.Trial | None]
 
 
 def _qkv(D: int, Sk: int, dtype: torch.dtype, columns: int | None = None) -> tuple[Tensor, ...]:
@@ -112,7 +111,7 @@ def _attention(dtype: torch.dtype) -> list[_Row]:
     ]
     unaligned = [  # which copies mend
         ("attention", f"head of {D}, 4096 keys, rows of {columns}", _qkv(D, 4096, dtype, columns), None)
-        for D, columns in ((64, 65), (60, 60), (512, 513))
+        for D, columns in ((64, 65), (160, 161), (512, 513))
     ]
     return [*heads, *unaligned]
 
@@ -235,23 +234,22 @@ def compiled_matrix(
         BackendError: entries do not compile, or not in the time.
     """
     jobs = os.cpu_count() or 1
-    found = aot.attempts([e.request for e in entries], cache, jobs, seconds)
-    failed = [f"{_title(e)}: {f}" for e, f in zip(entries, found, strict=True) if isinstance(f, str)]
+    rows, failed = [], []
+    for entry, found in zip(
+        entries, aot.attempts([e.request for e in entries], cache, jobs, seconds), strict=True
+    ):
+        if isinstance(found, str):
+            failed.append(f"{_title(entry)}: {found}")
+            continue
+        for report in found:
+            named = {
+                **{"op": entry.request.op, "case": entry.case, "arch": entry.request.arch},
+                **{"dtype": name_of(entry.dtype), "tuned": entry.request.trial is None},
+            }
+            rows.append({**named, **asdict(report), "faults": list(faults(entry, report))})
     if failed:
         raise BackendError("\n".join(failed))
-    return [
-        {
-            "op": entry.request.op,
-            "case": entry.case,
-            "arch": entry.request.arch,
-            "dtype": name_of(entry.dtype),
-            "tuned": entry.request.trial is None,
-            **{name: value for name, value in asdict(report).items() if name not in ("op", "arch")},
-            "faults": list(faults(entry, report)),
-        }
-        for entry, reports in zip(entries, found, strict=True)
-        for report in reports
-    ]
+    return rows
 
 
 def floors() -> list[dict[str, Any]]:
