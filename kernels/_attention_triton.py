@@ -220,7 +220,7 @@ def plan(
 ) -> tuple[Tensor, list[Launch]]:
     """A fresh output, and the launch that fills it: by TMA where the data of `arch` say so and the tensors allow.
 
-    Without `descriptors` never by TMA: whoever launches it cannot make them.
+    Without `descriptors` never by TMA, nor on copies: whoever launches it can make neither.
     """
     B, Sq, H, D = q.shape
     Sk = k.shape[1]
@@ -245,6 +245,8 @@ def plan(
         constants = {"NEGATE": scale < 0, "SPECIALIZE": bool(specialize), **blocks}
         return out, [launch(q, k, v, out, magnitude, constants, warps=warps, stages=stages)]
 
+    if descriptors and q.dtype != torch.float32:
+        q, k, v = (_aligned(t) for t in (q, k, v))
     args: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "o_ptr": out, "H": H, "Sq": Sq, "Sk": Sk}
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         for dim, stride in zip("bshd", tensor.stride(), strict=True):
@@ -258,7 +260,7 @@ def plan(
         programs *= -(-D // tuned["BLOCK_V"])
         return out, [Launch(_attention_wide, (programs,), args, constants, warps, stages)]
     constants["BLOCK_D"], constants["BLOCK_E"] = _cut(D)
-    constants["EIGHTS"] = all(stride % 8 == 0 for t in (q, k, v) for stride in t.stride()[:3])
+    constants["EIGHTS"] = all(_eights(t) for t in (q, k, v))
     return out, [Launch(_attention, (programs,), args, constants, warps, stages)]
 
 
@@ -267,6 +269,20 @@ WIDE = 256
 _HEADS = (40, 64, 80, 128, 160, WIDE)
 SHORT = 128
 """At most this many keys is a shape class of its own: a text's 77."""
+
+
+def _eights(t: Tensor) -> bool:
+    """Whether rows of this [B, S, H, D] begin at multiples of eight elements from where it begins."""
+    return all(size == 1 or stride % 8 == 0 for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True))
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """Itself as a projection leaves it; else a copy whose rows begin at multiples of eight. Rows that begin anywhere,
+    or whose columns lie apart, are loaded by single elements, through registers, which spill."""
+    if _eights(t) and t.stride(3) == 1:
+        return t
+    *size, D = t.shape
+    return torch.empty((*size, -(-D // 8) * 8), dtype=t.dtype, device=t.device)[..., :D].copy_(t)
 
 
 def _shape_class(D: int, Sk: int) -> str:

@@ -20,6 +20,7 @@ __all__ = [
     "require_eps",
     "require_equal",
     "require_multiple",
+    "require_own_memory",
     "require_rank",
     "require_tensors",
 ]
@@ -35,10 +36,13 @@ def fail(op: str, argument: str, need: str, got: object) -> KernelArgumentError:
 def require_tensors(
     op: str, tensors: Mapping[str, object], optional: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """All tensors; None only for those that are `optional`. Returns those that are given."""
+    """All tensors, and dense ones; None only for those that are `optional`. Returns those that are given."""
     given = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor):
+            if tensor.layout != torch.strided or tensor.is_nested:
+                kind = "a nested tensor" if tensor.is_nested else tensor.layout
+                raise fail(op, name, "be dense, with strides", kind)
             given[name] = tensor
         elif tensor is not None or name not in optional:
             raise fail(op, name, "be a torch.Tensor", type(tensor).__name__)
@@ -73,12 +77,22 @@ def require_equal(op: str, argument: str, need: str, got: int, want: int) -> Non
 
 def require_multiple(op: str, argument: str, what: str, got: int, of: int) -> None:
     """`got` must be a positive multiple of `of`, unless it is symbolic."""
-    if not isinstance(of, int):
+    if not isinstance(of, int) or isinstance(of, bool):
         raise fail(op, argument, "be an int", repr(of))
     if of < 1:
         raise fail(op, argument, "be at least 1", of)
     if isinstance(got, int) and (got < of or got % of != 0):
         raise fail(op, argument, f"divide {what} {got}", of)
+
+
+def require_own_memory(op: str, argument: str, tensor: Tensor) -> None:
+    """What is written into: no two elements in one place."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach and tensor.numel():
+            need = "have each element in a place of its own"
+            raise fail(op, argument, need, f"shape {tuple(tensor.shape)} with strides {tensor.stride()}")
+        reach += stride * max(size - 1, 0)
 
 
 def require_eps(op: str, eps: float) -> None:

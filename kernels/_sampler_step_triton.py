@@ -76,6 +76,7 @@ def _step_kernel(
     scale,
     rescale,
     B,
+    N,  # rows of the table
     P,  # elements of an image of x
     plane,  # h w
     CHANNELS: tl.constexpr,
@@ -90,6 +91,8 @@ def _step_kernel(
     p = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = p < P
     step = tl.load(step_ptr)
+    there = (step >= 0) & (step < N)
+    step = tl.where(there, step, 0)
     row = table_ptr + step * COLUMNS
 
     OUT_CHANNELS: tl.constexpr = 2 * CHANNELS if VARIANCE else CHANNELS
@@ -131,7 +134,7 @@ def _step_kernel(
         h2 = tl.load(p_h2, mask=mask, other=0.0)
         y += tl.load(row + 8) * h0 + tl.load(row + 9) * h1 + tl.load(row + 10) * h2
         keep = tl.load(row + 14)
-        kept = p < tl.where(keep == 0.0, 0, P)  # KEEP_NOTHING
+        kept = p < tl.where(there & (keep != 0.0), P, 0)  # KEEP_NOTHING
         tl.store(p_h0, tl.where(keep == 1.0, x0, out), mask=kept)  # KEEP_X0
         tl.store(p_h1, h0, mask=kept)
         tl.store(p_h2, h1, mask=kept)
@@ -142,7 +145,7 @@ def _step_kernel(
             log_var = share * tl.load(row + 13) + (1.0 - share) * tl.load(row + 12)
             z *= tl.exp(log_var * 0.5)
         y += tl.load(row + 11) * z
-    tl.store(p_x, y, mask=mask)
+    tl.store(p_x, tl.where(there, y, float("nan")), mask=mask)
 
 
 def plan(
@@ -195,6 +198,7 @@ def plan(
                 "scale": number,
                 "rescale": rescale,
                 "B": B,
+                "N": table.shape[0],
                 "P": P,
                 "plane": P // C,
             },

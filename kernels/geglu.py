@@ -224,8 +224,11 @@ def _plan_linear(
     if N * K >= 2**31:
         raise fail("linear_geglu", "weight", "have fewer than 2^32 elements", f"shape {tuple(weight.shape)}")
     M = y.numel() // N
-    sizes = tuning.constants("linear_geglu", arch, x.dtype, "few" if M <= 512 else "many")
+    unaligned = K % 16 != 0
+    sizes = tuning.constants("linear_geglu", arch, x.dtype, "few" if M <= 512 or unaligned else "many")
     blocks = {name: sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")}
+    if unaligned:  # loaded by single elements, through registers: larger tiles spill
+        blocks["BLOCK_K"] = min(blocks["BLOCK_K"], 32)
     warps, stages = sizes["num_warps"], sizes["num_stages"]
     grid = (-(-M // blocks["BLOCK_M"]) * -(-N // blocks["BLOCK_N"]),)
     weight = weight.contiguous()

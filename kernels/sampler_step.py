@@ -28,7 +28,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ._check import FLOATS, fail, require_tensors
+from ._check import FLOATS, fail, require_own_memory, require_tensors
 from ._sampler_step_triton import plan
 from ._triton import arch_of, run, takes, usable
 from .registry import Case, OpSpec, register
@@ -98,7 +98,8 @@ def sampler_step(
         noise: [N, B, C, h, w] of x's dtype, standard normal, a row for each step. None for a table without
             noise.
         table: [N, COLUMNS] of x's dtype; its columns are `StepRow`.
-        step: int64, one element, on x's device: the row to take.
+        step: int64, one element, on x's device: the row to take. The host does not read it: one outside the table makes
+            x NaN where the kernel runs, and is refused on the CPU.
         guidance_scale: s, a number or [B] of x's dtype; None for no guidance.
         guidance_rescale: share in [0, 1] of the guided output rescaled to the conditional one's deviation: a number,
             or [B] of x's dtype, whose range the host cannot check. 0 is as good as none, to the bit; as a number it
@@ -131,7 +132,10 @@ def _reference(
     guidance_scale: float | Tensor | None = None,
     guidance_rescale: float | Tensor = 0.0,
 ) -> Tensor:
-    row = step_row(table, step)
+    try:
+        row = step_row(table, step)
+    except IndexError as error:  # the CPU's; on a GPU nothing is read back to be looked at
+        raise fail(_OP, "step", f"be one of the table's {table.shape[0]} rows", step.tolist()) from error
     out = model_out.to(x.dtype)
     if guidance_scale is not None:
         out = _guide(out, guidance_scale, guidance_rescale)
@@ -167,7 +171,7 @@ def _guide(out: Tensor, scale: float | Tensor, rescale: float | Tensor) -> Tenso
     if isinstance(scale, Tensor):
         scale = scale.reshape(-1, 1, 1, 1)
     guided = uncond + scale * (cond - uncond)
-    if not isinstance(rescale, Tensor) and rescale == 0:
+    if len(guided) == 0 or (not isinstance(rescale, Tensor) and rescale == 0):
         return guided
     # One reduction for each image: a batched one sums in an order that depends on the batch.
     ratio = torch.stack([c.std() / g.std() for c, g in zip(cond, guided, strict=True)]).reshape(-1, 1, 1, 1)
@@ -196,7 +200,9 @@ def _check(
         "table": table,
         "step": step,
     }
-    require_tensors(_OP, tensors, optional=["history", "noise"])
+    (_, scales), (rescale, rescales) = _number_or_tensor(guidance_scale), _number_or_tensor(guidance_rescale)
+    each = {"guidance_scale": scales, "guidance_rescale": rescales}
+    require_tensors(_OP, {**tensors, **each}, optional=["history", "noise", *each])
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.float64):
         raise fail(_OP, "x", "be [B, C, h, w] in float32 or float64", f"{tuple(x.shape)} in {x.dtype}")
     B, C, *size = x.shape
@@ -205,8 +211,9 @@ def _check(
     if tuple(model_out.shape) not in shapes or model_out.dtype not in FLOATS:
         need = f"be {shapes[0]}, or {shapes[1]} with a variance, of a float dtype"
         raise fail(_OP, "model_out", need, f"{tuple(model_out.shape)} in {model_out.dtype}")
-    if table.ndim != 2 or table.shape[1] != COLUMNS:
-        raise fail(_OP, "table", f"be [N, {COLUMNS}]", f"shape {tuple(table.shape)}")
+    if table.ndim != 2 or table.shape[1] != COLUMNS or table.shape[0] < 1:
+        need = f"be [N, {COLUMNS}] with a row at least"
+        raise fail(_OP, "table", need, f"shape {tuple(table.shape)}")
     if step.dtype != torch.int64 or step.numel() != 1:
         raise fail(_OP, "step", "be one int64", f"{tuple(step.shape)} in {step.dtype}")
     if history is not None and tuple(history.shape) != (HISTORY, *x.shape):
@@ -216,8 +223,6 @@ def _check(
     for name, value in {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale}.items():
         if not (isinstance(value, int | float | Tensor) or (value is None and name == "guidance_scale")):
             raise fail(_OP, name, f"be a number or [{B}]", repr(value))
-    (_, scales), (rescale, rescales) = _number_or_tensor(guidance_scale), _number_or_tensor(guidance_rescale)
-    each = {"guidance_scale": scales, "guidance_rescale": rescales}
     for name, tensor in each.items():
         if tensor is not None and tuple(tensor.shape) != (B,):
             raise fail(_OP, name, f"be a number or [{B}]", f"shape {tuple(tensor.shape)}")
@@ -230,6 +235,9 @@ def _check(
     for name, tensor in {**others, "model_out": model_out, "step": step}.items():
         if tensor is not None and tensor.device != x.device:
             raise fail(_OP, name, f"be on x's device {x.device}", tensor.device)
+    require_own_memory(_OP, "x", x)
+    if history is not None:
+        require_own_memory(_OP, "history", history)
 
 
 @torch.library.custom_op("latentrt::sampler_step", mutates_args=("x", "history"))

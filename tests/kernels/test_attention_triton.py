@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernel_checks import assert_as_good
 from latentrt.errors import BackendUnavailableError
-from latentrt.kernels import attention, reference, tuning
+from latentrt.kernels import attention, geglu, reference, tuning
 from latentrt.kernels._triton import forced
 from torch import Tensor
 
@@ -33,6 +33,19 @@ def fused(B: int, S: int, H: int, D: int, dtype: torch.dtype, device: torch.devi
     return torch.randn(B, S, 3, H, D, device=device).to(dtype).unbind(2)
 
 
+def amid_nan(
+    B: int, Sq: int, Sk: int, H: int, D: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
+    """q, k, v in memory that is NaN before, between and after their rows."""
+
+    def views(S: int, count: int) -> tuple[Tensor, ...]:
+        around = torch.full((B + 2, S, 2 * count + 1, H, D), float("nan"), dtype=dtype, device=device)
+        inside = around[1:-1, :, 1::2]
+        return inside.copy_(torch.randn(inside.shape, device=device)).unbind(2)
+
+    return *views(Sq, 1), *views(Sk, 2)
+
+
 def check(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> None:
     out = attention(q, k, v, scale)
     assert out.is_contiguous()
@@ -44,7 +57,11 @@ CASES = [
     pytest.param(2, 33, 33, 2, 64, id="two heads, a block and one row"),
     pytest.param(1, 20, 77, 1, 64, id="a text's 77 keys"),
     pytest.param(1, 1, 1, 1, 40, id="one query, one key; D of SD 1.x, not a power of two"),
+    pytest.param(1, 33, 33, 1, 40, id="D of SD 1.x in several blocks"),
+    pytest.param(1, 17, 1, 1, 64, id="one key"),
+    pytest.param(1, 1025, 3, 1, 16, id="1025 queries"),
     pytest.param(1, 17, 127, 1, 80, id="127 keys, D = 64 + 16"),
+    pytest.param(1, 127, 77, 1, 160, id="127 queries, 77 keys, D = 128 + 32"),
     pytest.param(1, 16, 32, 1, 128, id="whole blocks only"),
     pytest.param(1, 5, 35, 1, 160, id="D = 128 + 32"),
     pytest.param(1, 7, 20, 3, 8, id="D below a block"),
@@ -73,7 +90,7 @@ def test_numerics(
     assert sum(launches.values()) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@by_dtype
 def test_tuned_blocks(dtype: torch.dtype, device: torch.device, launches: Counter[str]) -> None:
     """Blocks as they are tuned, many keys: 1025 is one more than whole blocks."""
     q = torch.randn(1, 3, 1, 64, device=device).to(dtype)
@@ -102,14 +119,23 @@ def test_descriptors(
     launches: Counter[str],
 ) -> None:
     """Two images, so that blocks beyond the first one's end would show; and NaN around what is described."""
-    H = 1 if D == 512 else 3
-    q = torch.randn(2, Sq, 3, H, D, device=device).to(dtype)[:, :, 1]
-    k, v = torch.randn(2, Sk, 3, H, D, device=device).to(dtype)[:, :, 1:].unbind(2)
+    q, k, v = amid_nan(2, Sq, Sk, 1 if D == 512 else 3, D, dtype, device)
     wide = {**variant, "BLOCK_D": 128, "BLOCK_V": 256}
     with tuning.trying("attention", variant), tuning.trying("attention_wide", wide):
         check(q, k, v)
         check(q, k, v, -0.2)
     assert launches == {"_attention_tma": 2}
+
+
+@by_dtype
+@pytest.mark.parametrize(("D", "kernel"), [(64, "_attention"), (80, "_attention"), (320, "_attention_wide")])
+def test_nan_around_the_views(
+    D: int, kernel: str, dtype: torch.dtype, device: torch.device, launches: Counter[str]
+) -> None:
+    """Sizes that blocks overlap."""
+    with tuning.trying("attention", SMALL), tuning.trying("attention_wide", SMALL_WIDE):
+        check(*amid_nan(2, 19, 21, 2, D, dtype, device))
+    assert launches == {kernel: 1}
 
 
 @variants
@@ -145,10 +171,13 @@ def test_a_wide_head_that_no_slice_divides(device: torch.device) -> None:
         check(q, k, v)
 
 
+@by_dtype
 @pytest.mark.usefixtures("launches")
-def test_any_strides(device: torch.device) -> None:
+def test_any_strides(dtype: torch.dtype, device: torch.device) -> None:
     """Heads before positions, columns apart."""
-    q, k, v = (torch.randn(2, 3, 64, 20, device=device).permute(0, 3, 1, 2)[:, ::2] for _ in range(3))
+    q, k, v = (
+        torch.randn(2, 3, 64, 20, device=device).to(dtype).permute(0, 3, 1, 2)[:, ::2] for _ in range(3)
+    )
     with tuning.trying("attention", SMALL):
         check(q, k, v)
 
@@ -225,6 +254,21 @@ def test_a_gpu_without_triton_says_so_once(
     assert [_triton.usable(on_a_gpu) for _ in range(3)] == [False] * 3  # type: ignore[arg-type]
     assert [r.getMessage() for r in caplog.records] == [
         "operators on the GPU run their PyTorch references: there is none"
+    ]
+
+
+def test_the_cpu_says_once_that_references_run(caplog: pytest.LogCaptureFixture) -> None:
+    """At INFO, which `latentrt -v` shows."""
+    from latentrt.kernels import _triton
+
+    _triton._say_once.cache_clear()
+    caplog.set_level("INFO", logger="latentrt")
+    q = torch.randn(1, 5, 2, 16)
+    for _ in range(2):
+        attention(q, q, q)
+        geglu(q)
+    assert [(r.name, r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("latentrt.kernels._triton", "INFO", "operators on the cpu run their PyTorch references")
     ]
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from kernel_checks import assert_as_good
-from latentrt.kernels import aot, geglu, linear_geglu, reference, tuning
+from latentrt.kernels import geglu, linear_geglu, reference, tuning
 from torch import Tensor
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP_M": 2, "num_warps": 4, "num_stages": 1}
@@ -50,9 +48,10 @@ def test_gate(
     assert launches == {"_geglu_kernel": 1}
 
 
+@by_dtype
 @pytest.mark.usefixtures("launches")
-def test_gate_of_any_strides(device: torch.device) -> None:
-    x = torch.randn(2, 12, 5, device=device)
+def test_gate_of_any_strides(dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.randn(2, 12, 5, device=device).to(dtype)
     check(x.mT)
     check(x.mT[:, ::2])
 
@@ -131,10 +130,11 @@ def test_projection_with_tuned_blocks(rows: int, device: torch.device, launches:
     assert launches.total() == 1
 
 
+@by_dtype
 @pytest.mark.usefixtures("launches")
-def test_projection_of_any_strides(device: torch.device) -> None:
-    x, weight = torch.randn(2, 20, 6, device=device).mT, torch.randn(20, 20, device=device).mT
-    bias = torch.randn(40, device=device)[::2]
+def test_projection_of_any_strides(dtype: torch.dtype, device: torch.device) -> None:
+    x, weight, bias = (torch.randn(size, device=device).to(dtype) for size in ((2, 20, 6), (20, 20), (40,)))
+    x, weight, bias = x.mT, weight.mT, bias[::2]
     with tuning.trying("linear_geglu", SMALL):
         check_linear(x, weight, bias)
 
@@ -158,16 +158,6 @@ def test_the_custom_ops_by_their_references(device: torch.device) -> None:
     x, weight = (torch.randn(shape, device=device, dtype=torch.float64) for shape in ((8, 6), (6, 8)))
     torch.library.opcheck(torch.ops.latentrt.geglu.default, (x.mT,))
     torch.library.opcheck(torch.ops.latentrt.linear_geglu.default, (x.mT, weight, None))
-
-
-def test_projection_on_tensor_cores() -> None:
-    """Compiled without a GPU, by the instructions that each architecture should use; the rest is in test_aot."""
-    wanted = {90: "HGMMA", 86: "HMMA"}
-    requests = [aot.request("linear_geglu", "1024 x 1280 to 5120", torch.float16, arch) for arch in wanted]
-    for (report,) in aot.reports(requests, Path(sys.prefix) / "latentrt-aot"):
-        assert report.tensor_core.get(wanted[report.arch], 0) > 0, report
-        assert report.spills == report.stack == report.scratch == 0, report
-        assert report.shared <= aot.SHARED_LIMIT[report.arch] * 1024, report
 
 
 @pytest.mark.gpu

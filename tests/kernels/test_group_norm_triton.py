@@ -55,6 +55,8 @@ SHAPES = [
     pytest.param((1, 8, 33, 31), 2, id="a VAE level of odd size, in several programs"),
     pytest.param((2, 6, 1, 1), 3, id="one pixel"),
     pytest.param((1, 600, 1, 2), 1, id="a group wider than a block"),
+    pytest.param((2, 320, 3, 3), 32, id="SDXL's channels: channels_last in tiles of eight groups"),
+    pytest.param((1, 128, 5, 3), 32, id="the VAE's channels: tiles of sixteen groups"),
 ]
 
 
@@ -113,13 +115,14 @@ def test_tuned_blocks(table: str, device: torch.device) -> None:
     check(x, 2)
 
 
+@by_dtype
 @pytest.mark.usefixtures("launches")
-def test_slices_and_other_ranks(device: torch.device) -> None:
+def test_slices_and_other_ranks(dtype: torch.dtype, device: torch.device) -> None:
     with tuning.trying("group_norm", SMALL):
-        check(draw(2, 16, 6, 10, dtype=torch.float32, device=device)[:, ::2, :, 1::2], 4)
-        check(draw(2, 8, 5, dtype=torch.float32, device=device), 4, silu=False)
-        check(draw(3, 8, dtype=torch.float32, device=device), 2, silu=False)
-        check(draw(1, 4, 2, 3, 5, dtype=torch.float32, device=device), 2, silu=False)
+        check(draw(2, 16, 6, 10, dtype=dtype, device=device)[:, ::2, :, 1::2], 4)
+        check(draw(2, 8, 5, dtype=dtype, device=device), 4, silu=False)
+        check(draw(3, 8, dtype=dtype, device=device), 2, silu=False)
+        check(draw(1, 4, 2, 3, 5, dtype=dtype, device=device), 2, silu=False)
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 4, 4), (2, 8, 0, 4)])

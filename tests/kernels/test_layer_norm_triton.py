@@ -67,12 +67,16 @@ def test_rows_longer_than_a_block(dtype: torch.dtype, device: torch.device, laun
 @pytest.mark.usefixtures("launches")
 def test_large_means(dtype: torch.dtype, device: torch.device) -> None:
     """Mean 1000, deviation 1: in float32 E[x^2] - E[x]^2 is rounding alone."""
-    check((torch.randn(3, 320, device=device) + 1000).to(dtype))
+    x = (torch.randn(3, 320, device=device) + 1000).to(dtype)
+    check(x)
+    check(x, torch.randn(3, 320, device=device).to(dtype))
+    check(x, x)
 
 
+@by_dtype
 @pytest.mark.usefixtures("launches")
-def test_any_strides(device: torch.device) -> None:
-    x = torch.randn(2, 20, 6, device=device)
+def test_any_strides(dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.randn(2, 20, 6, device=device).to(dtype)
     check(x.mT)
     check(x.mT, x.mT.contiguous())
     check(x[:, ::2, ::3], x[:, 1::2, 1::3])

@@ -12,6 +12,7 @@ import torch
 from latentrt.errors import KernelArgumentError
 from latentrt.kernels import attention, reference, tuning
 from latentrt.kernels.registry import specs
+from tolerances import KERNEL_BESIDE_REFERENCE
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -50,7 +51,7 @@ def both(name: str, args: Sequence[Any]) -> Iterator[tuple[Tensor, Tensor]]:
 def check(name: str, *args: Any) -> None:
     """NaN and infinities where the reference has them; elsewhere its numbers."""
     for ours, usual in both(name, args):
-        torch.testing.assert_close(ours, usual, rtol=1e-4, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(ours, usual, **KERNEL_BESIDE_REFERENCE, equal_nan=True)
 
 
 def arguments(device: torch.device) -> dict[str, tuple[Any, ...]]:
@@ -166,18 +167,26 @@ def test_the_fakes_have_the_operators_layout(
 
 
 def test_strides_that_a_block_steps_over_32_bits_with() -> None:
-    """Then a copy is taken, for offsets within a block have 32 bits; below that none is."""
+    """Then a copy is taken, for offsets within a block have 32 bits; below that none is. In half types one is
+    taken as well of rows that begin anywhere and of columns that lie apart."""
     (spec,) = specs(["attention"])
 
-    def strides(row: int, column: int) -> tuple[int, int]:
-        q = torch.empty_strided((1, 9, 1, 64), (2**40, row, 2**35, column), dtype=HALF, device=WITHOUT_MEMORY)
+    def strides(row: int, column: int, dtype: torch.dtype, D: int = 64) -> tuple[int, int]:
+        size, apart = (1, 9, 1, D), (2**40, row, 2**35, column)
+        q = torch.empty_strided(size, apart, dtype=dtype, device=WITHOUT_MEMORY)
         _, (launch,) = spec.plan(q, q, q, arch=90)
         return launch.args["stride_ks"], launch.args["stride_kd"]
 
-    assert strides(2**23, 1) == (2**23, 1)
-    assert strides(2**24, 1) == (64, 1)
-    assert strides(1, 2**23) == (1, 2**23)
-    assert strides(1, 2**24) == (64, 1)
+    for dtype in (HALF, torch.float32):
+        assert strides(2**23, 1, dtype) == (2**23, 1)
+        assert strides(2**24, 1, dtype) == (64, 1)
+        assert strides(1, 2**24, dtype) == (64, 1)
+    assert strides(1, 2**23, torch.float32) == (1, 2**23)
+    assert strides(1, 2**23, HALF) == (64, 1)
+    assert strides(65, 1, torch.float32) == (65, 1)
+    assert strides(65, 1, HALF) == (64, 1)
+    assert strides(60, 1, HALF, D=60) == (64, 1)
+    assert strides(64, 1, HALF, D=60) == (64, 1)
 
 
 def test_more_than_the_kernels_count_to() -> None:

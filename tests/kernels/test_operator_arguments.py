@@ -19,7 +19,9 @@ from latentrt.kernels import (
     group_norm_silu,
     layer_norm,
     linear_geglu,
+    sampler_step,
 )
+from latentrt.kernels.sampler_step import COLUMNS, HISTORY
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,6 +53,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: attention(Q, Q, Q, "1"), r"attention: scale must be a number or None, got '1'"),  # type: ignore[arg-type]
     (lambda: group_norm(None, C, C, 4, 0.0), r"group_norm: x must be a torch.Tensor, got None"),  # type: ignore[arg-type]
     (lambda: group_norm(X, None, C, 4, 0.0), r"group_norm: weight must be a torch.Tensor, got None"),  # type: ignore[arg-type]
+    (lambda: group_norm(X, C, C, True, 0.0), r"group_norm: num_groups must be an int, got True"),
     (lambda: group_norm(X, C, C, 4.0, 0.0), r"group_norm: num_groups must be an int, got 4.0"),  # type: ignore[arg-type]
     (lambda: group_norm(X, C, C, 4, "0"), r"group_norm: eps must be zero or more, got '0'"),  # type: ignore[arg-type]
     (lambda: group_norm_silu(X, C, C, 4, 0.0, [0.0]), r"shift must be a torch.Tensor, got list"),  # type: ignore[arg-type]
@@ -105,6 +108,86 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
 def test_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(KernelArgumentError, match=message):
         call()
+
+
+def good() -> dict[str, tuple[Callable[..., object], dict[str, Any]]]:
+    """Of each operator: what it is called with, by name."""
+    norm = {"x": X, "weight": C, "bias": C, "num_groups": 4, "eps": 1e-5}
+    rows = {"x": T(2, 8), "weight": C, "bias": C, "eps": 1e-5}
+    step = {
+        **{"x": T(2, 4, 3, 5), "model_out": T(4, 4, 3, 5), "history": T(HISTORY, 2, 4, 3, 5)},
+        **{"noise": T(6, 2, 4, 3, 5), "table": T(6, COLUMNS), "step": T(1, dtype=torch.int64)},
+        **{"guidance_scale": T(2), "guidance_rescale": T(2)},
+    }
+    return {
+        "add_layer_norm": (add_layer_norm, {**rows, "residual": T(2, 8)}),
+        "attention": (attention, {"q": Q, "k": Q, "v": Q}),
+        "geglu": (geglu, {"x": T(2, 8)}),
+        "group_norm": (group_norm, norm),
+        "group_norm_silu": (group_norm_silu, {**norm, "shift": T(2, 8)}),
+        "layer_norm": (layer_norm, rows),
+        "linear_geglu": (linear_geglu, {"x": T(2, 8), "weight": T(6, 8), "bias": T(6)}),
+        "sampler_step": (sampler_step, step),
+    }
+
+
+TENSORS = [
+    (op, name) for op, (_, given) in good().items() for name in given if isinstance(given[name], Tensor)
+]
+WRONG: dict[str, Callable[[Tensor], object]] = {
+    "dtype": lambda t: t.to(torch.int32),
+    "another float dtype": lambda t: t.to(torch.float64) if t.is_floating_point() else t.double(),
+    "device": lambda t: t.to("meta"),
+    "rank": lambda t: t[None].expand(3, *t.shape),
+    "rank below": lambda t: t.reshape(-1)[0],
+    "sparse": lambda t: t.to_sparse(),
+    "nested": lambda t: torch.nested.nested_tensor([t, t]),
+    "list": lambda t: t.tolist(),
+}
+ALLOWED = {
+    # Whose rank is free, or which is alone and may be of any device and float dtype.
+    *((op, "x", "rank") for op in ("geglu", "linear_geglu", "layer_norm")),
+    *(("geglu", "x", wrong) for wrong in ("another float dtype", "device")),
+    ("sampler_step", "model_out", "another float dtype"),
+    ("sampler_step", "step", "rank below"),
+}
+
+
+def test_what_is_refused_below_is_otherwise_taken() -> None:
+    for op, given in good().values():
+        op(**given)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize(("name", "argument"), TENSORS)
+def test_every_tensor_is_checked(name: str, argument: str, wrong: str) -> None:
+    """The error names the operator and the argument, or what the argument is to be like."""
+    op, given = good()[name]
+    spoilt = {**given, argument: WRONG[wrong](given[argument])}
+    if (name, argument, wrong) in ALLOWED:
+        op(**spoilt)
+        return
+    with pytest.raises(KernelArgumentError, match=rf"^{name}: .*\b{argument}\b"):
+        op(**spoilt)
+
+
+@pytest.mark.parametrize("argument", ["x", "history"])
+@pytest.mark.parametrize(
+    "shared",
+    [
+        pytest.param(lambda t: t[..., :1].expand_as(t), id="expanded"),
+        pytest.param(
+            lambda t: t.flatten().as_strided(t.shape, (*t.stride()[:-2], 1, 1)), id="overlapping rows"
+        ),
+    ],
+)
+def test_what_is_written_shares_no_memory(argument: str, shared: Callable[[Tensor], Tensor]) -> None:
+    given = good()["sampler_step"][1]
+    with pytest.raises(
+        KernelArgumentError, match=rf"sampler_step: {argument} must have each element in a place"
+    ):
+        sampler_step(**{**given, argument: shared(given[argument])})
 
 
 class Everything(nn.Module):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from kernel_checks import assert_as_good
 from latentrt.kernels import sampler_step
+from latentrt.kernels._triton import forced
 from latentrt.kernels.registry import specs
 from latentrt.kernels.sampler_step import COLUMNS, HISTORY, KEEP_NOTHING, KEEP_OUT, KEEP_X0, StepRow
 from torch import Tensor
@@ -141,10 +144,29 @@ def test_strided_latents_are_written_in_place(device: torch.device) -> None:
     check(given, 3.0)
 
 
-@pytest.mark.usefixtures("launches")
-def test_nothing_to_do(device: torch.device) -> None:
-    given = inputs((0, 4, 6, 5), device)
-    assert sampler_step(**given, guidance_scale=3.0, guidance_rescale=0.5).shape == (0, 4, 6, 5)
+@pytest.mark.parametrize("path", [forced, nullcontext], ids=["kernel", "reference"])
+@pytest.mark.parametrize("shape", [(0, 4, 6, 5), (2, 4, 0, 5)])
+@pytest.mark.filterwarnings("ignore:std")  # of an image without pixels
+def test_nothing_to_do(
+    shape: tuple[int, ...], path: Callable[[], AbstractContextManager[None]], device: torch.device
+) -> None:
+    given, each = inputs(shape, device), torch.rand(shape[0], device=device)
+    with path():
+        for rescale in (0.0, 0.5, each):
+            assert sampler_step(**given, guidance_scale=3.0, guidance_rescale=rescale).shape == shape
+
+
+@pytest.mark.parametrize("step", [-1, 5, 2**40])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_step_outside_the_table(step: int, rows: int, device: torch.device, launches: Counter[str]) -> None:
+    """Nothing beyond the table or the noise is read, the latents show it, and the history stays."""
+    given = inputs((2, 4, 5, 7), device)
+    given["table"], given["noise"] = given["table"][:rows], given["noise"][:rows]
+    given["step"].fill_(step)
+    history = given["history"].clone()
+    assert sampler_step(**given, guidance_scale=3.0).isnan().all()
+    assert given["history"].equal(history)
+    assert launches == {"_step_kernel": 1}
 
 
 @pytest.mark.usefixtures("launches")

@@ -1,0 +1,315 @@
+"""Every kernel that may run, compiled for every architecture without a GPU: what is asked, and what came of it.
+
+    python -m latentrt.bench.compiled_kernels     writes bench/results/kernels_compiled.json
+
+The cases of the registry are SDXL's shapes on the usual path. To them come the other head sizes, layouts and variants
+that shapes and arguments choose, so that each block size in `kernels/tuned` is compiled at least once, and the
+variants by the copy engine that are tried on a GPU. `tests/kernels/test_aot.py` asks for the same list and judges it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendError
+from ..kernels import aot, roofline
+from ..kernels.registry import specs
+from .kernel_timing import RESULTS, name_of
+from .machine import describe_machine
+
+__all__ = [
+    "CACHE",
+    "COPIED",
+    "COPIED_WIDE",
+    "DTYPES",
+    "SPECIALIZED",
+    "TENSOR_CORES",
+    "Entry",
+    "compiled_matrix",
+    "faults",
+    "main",
+    "matrix",
+]
+
+CACHE = Path(sys.prefix) / "latentrt-aot"
+"""The virtual environment's own folder: gone with it, and with it Triton's version."""
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+"""The instructions that an architecture's matrix products should be: on sm_90, HMMA is the slower path."""
+
+COPIED = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "TMA": 1}
+SPECIALIZED = {**COPIED, "num_warps": 4, "num_stages": 2, "SPECIALIZE": 1}
+COPIED_WIDE = {**COPIED, "BLOCK_D": 64, "BLOCK_V": 256, "BLOCK_M": 64, "BLOCK_N": 32, "num_stages": 2}
+_COPIED_LINEAR = {
+    **{"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8},
+    **{"num_warps": 8, "num_stages": 4, "TMA": 1},
+}
+_SPECIALIZED_LINEAR = {**_COPIED_LINEAR, "num_warps": 4, "SPECIALIZE": 1}
+"""Block sizes of kernels by the copy engine, as they are tried on a GPU: none is in the tuned data yet."""
+
+_META = torch.device("meta")
+_Row = tuple[str, str, tuple[Any, ...], aot.Trial | None]
+"""Operator, case, arguments, trial."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One request of the matrix."""
+
+    case: str
+    """Unique within the operator, the dtype and the architecture."""
+    request: aot.Request
+    dtype: torch.dtype
+
+    @property
+    def trial(self) -> Mapping[str, int]:
+        """Its block sizes where they are not the tuned ones."""
+        return {} if self.request.trial is None else self.request.trial[1]
+
+
+def matrix(arch: int, dtype: torch.dtype) -> list[Entry]:
+    """All that is compiled for one architecture in one dtype. In float32 the registry's cases only."""
+    meta: list[_Row] = [
+        (spec.name, case.name, case.inputs(dtype, _META), None) for spec in specs() for case in spec.cases
+    ]
+    if dtype == torch.float32:  # its heads of 512 spill on sm_86: 10 instructions
+        meta = [row for row in meta if row[:2] != ("attention", "VAE 16384, head of 512")]
+    else:
+        for ours in (_attention, _group_norm, _layer_norm, _linear_geglu, _sampler_step):
+            meta += ours(dtype)
+        if arch in (90, 100):
+            meta += _by_copy_engine(arch, dtype)
+    return [Entry(case, aot.Request(op, args, arch, trial), dtype) for op, case, args, trial in meta]
+
+
+def _qkv(D: int, Sk: int, dtype: torch.dtype, columns: int | None = None) -> tuple[Tensor, ...]:
+    """As a model has them, of a projection with `columns` a head."""
+    H = 1 if D == 512 else 10
+    q, k, v = torch.empty(2, 4096, 3, H, columns or D, dtype=dtype, device=_META)[..., :D].unbind(2)
+    if Sk != 4096:
+        k, v = torch.empty(2, Sk, 2, H, columns or D, dtype=dtype, device=_META)[..., :D].unbind(2)
+    return q, k, v
+
+
+def _attention(dtype: torch.dtype) -> list[_Row]:
+    heads = [
+        ("attention", f"head of {D}, {Sk} keys", _qkv(D, Sk, dtype), None)
+        for D in (40, 64, 80, 128, 160, 256, 512)
+        for Sk in (77, 4096)
+    ]
+    unaligned = [  # which copies mend
+        ("attention", f"head of {D}, 4096 keys, rows of {columns}", _qkv(D, 4096, dtype, columns), None)
+        for D, columns in ((64, 65), (160, 161), (512, 513))
+    ]
+    return [*heads, *unaligned]
+
+
+def _group_norm(dtype: torch.dtype) -> list[_Row]:
+    rows: list[_Row] = []
+
+    def add(shape: tuple[int, ...], layout: str) -> None:
+        form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        x = torch.empty(shape, dtype=dtype, device=_META, memory_format=form)
+        one = torch.empty(shape[1], dtype=dtype, device=_META)
+        shift = torch.empty(shape[:2], dtype=dtype, device=_META)
+        size = f"{' x '.join(str(n) for n in shape[1:])}, {layout}"
+        rows.append(("group_norm", size, (x, one, one, 32, 1e-5), None))
+        rows.append(("group_norm_silu", size, (x, one, one, 32, 1e-5), None))
+        rows.append(("group_norm_silu", f"{size}, shifted", (x, one, one, 32, 1e-5, shift), None))
+
+    for shape in ((2, 320, 128, 128), (2, 1920, 32, 32), (1, 128, 1024, 1024)):
+        add(shape, "contiguous")
+    for layout in ("contiguous", "channels_last"):  # no whole blocks
+        add((2, 320, 33, 31), layout)
+    return rows
+
+
+def _layer_norm(dtype: torch.dtype) -> list[_Row]:
+    D = 10000  # longer than the longest block
+    x, one = (torch.empty(*size, D, dtype=dtype, device=_META) for size in ((2, 77), ()))
+    return [
+        ("layer_norm", f"77 x {D}", (x, one, one, 1e-5), None),
+        ("add_layer_norm", f"77 x {D}", (x, x, one, one, 1e-5), None),
+    ]
+
+
+def _linear(M: int, K: int, dtype: torch.dtype, bias: bool = True) -> tuple[Any, ...]:
+    sizes = ((2, M, K), (8 * K, K), (8 * K,))
+    x, weight, b = (torch.empty(size, dtype=dtype, device=_META) for size in sizes)
+    return x, weight, b if bias else None
+
+
+def _linear_geglu(dtype: torch.dtype) -> list[_Row]:
+    calls = {
+        "77 x 640": _linear(77, 640, dtype),
+        "77 x 640, no bias": _linear(77, 640, dtype, bias=False),
+        "4096 x 640, no bias": _linear(4096, 640, dtype, bias=False),
+        "4096 x 656, no whole blocks": _linear(4096, 656, dtype),
+        "4096 x 651, nothing aligned": _linear(4096, 651, dtype),
+        "77 x 651, nothing aligned": _linear(77, 651, dtype),
+    }
+    return [("linear_geglu", case, args, None) for case, args in calls.items()]
+
+
+def _sampler_step(dtype: torch.dtype) -> list[_Row]:
+    """The model's output in `dtype`; the rest is float32."""
+    (spec,) = specs(["sampler_step"])
+    x, out, history, noise, table, step, scale = spec.cases[0].inputs(dtype, _META)
+    each = torch.empty(1, device=_META)
+    variance = torch.cat([out, out], 1)
+    last = {"memory_format": torch.channels_last}
+    calls: dict[str, tuple[Any, ...]] = {
+        "unguided": (x, out[:1], history, noise, table, step),
+        "unguided, without history and noise": (x, out[:1], None, None, table, step),
+        "without history and noise": (x, out, None, None, table, step, scale),
+        "a scale for each": (x, out, history, noise, table, step, each),
+        "rescaled": (x, out, history, noise, table, step, scale, 0.7),
+        "rescaled by each, a scale for each": (x, out, history, noise, table, step, each, each),
+        "channels_last": (x, out.contiguous(**last), history, noise, table, step, scale),
+        "variance": (x, variance, history, noise, table, step, scale),
+        "variance, channels_last, by each": (
+            *(x, variance.contiguous(**last), history, noise, table, step, each, each),
+        ),
+    }
+    return [("sampler_step", case, args, None) for case, args in calls.items()]
+
+
+def _by_copy_engine(arch: int, dtype: torch.dtype) -> list[_Row]:
+    rows: list[_Row] = []
+    trials = {"specialized": SPECIALIZED, **({"copied": COPIED} if arch == 90 else {})}
+    for Sk in (4096, 4000):
+        for name, sizes in trials.items():
+            rows.append(
+                ("attention", f"head of 64, {Sk} keys, {name}", _qkv(64, Sk, dtype), ("attention", sizes))
+            )
+        if arch == 90:
+            trial = ("attention_wide", COPIED_WIDE)
+            rows.append(("attention", f"head of 512, {Sk} keys, copied", _qkv(512, Sk, dtype), trial))
+    for name, sizes in {"copied": _COPIED_LINEAR, "specialized": _SPECIALIZED_LINEAR}.items():
+        rows.append(
+            ("linear_geglu", f"4096 x 640, {name}", _linear(4096, 640, dtype), ("linear_geglu", sizes))
+        )
+    return rows
+
+
+def faults(entry: Entry, report: aot.Report) -> Iterator[str]:
+    """What is wrong with one kernel of an entry; nothing where all is well."""
+    if report.spills or report.stack:
+        yield f"{report.spills} spills, {report.stack} bytes of stack"
+    if report.shared > aot.SHARED_LIMIT[report.arch] * 1024:
+        yield f"{report.shared} bytes of shared memory, of {aot.SHARED_LIMIT[report.arch]} KiB"
+    (spec,) = specs([report.op])
+    exact = entry.dtype == torch.float32  # whose products are no tensor core's
+    wanted = {TENSOR_CORES[report.arch]} if spec.tensor_cores and not exact else set()
+    if set(report.tensor_core) != wanted:
+        yield f"tensor cores by {sorted(report.tensor_core)}, not {sorted(wanted)}"
+    specialized = bool(entry.trial.get("SPECIALIZE"))
+    if report.specialized != specialized:
+        yield "warps have roles" if report.specialized else "no warps have roles"
+    if (report.scratch > 0) != specialized:  # TensorRT plugins have none to give
+        yield f"{report.scratch} bytes of scratch"
+    if bool(report.block_copies) != bool(entry.trial.get("TMA")):
+        yield f"{report.block_copies} copies of whole blocks"
+
+
+def compiled_matrix(
+    entries: Sequence[Entry], cache: Path = CACHE, seconds: float = 600.0
+) -> list[dict[str, Any]]:
+    """One row for each kernel of each entry; what is not in the cache yet is compiled.
+
+    Raises:
+        BackendUnavailableError: Triton is not installed.
+        BackendError: entries do not compile, or not in the time.
+    """
+    jobs = os.cpu_count() or 1
+    rows, failed = [], []
+    for entry, found in zip(
+        entries, aot.attempts([e.request for e in entries], cache, jobs, seconds), strict=True
+    ):
+        if isinstance(found, str):
+            failed.append(f"{_title(entry)}: {found}")
+            continue
+        for report in found:
+            named = {
+                **{"op": entry.request.op, "case": entry.case, "arch": entry.request.arch},
+                **{"dtype": name_of(entry.dtype), "tuned": entry.request.trial is None},
+            }
+            rows.append({**named, **asdict(report), "faults": list(faults(entry, report))})
+    if failed:
+        raise BackendError("\n".join(failed))
+    return rows
+
+
+def floors() -> list[dict[str, Any]]:
+    """The least microseconds of each of the registry's cases, on each GPU whose ceilings are known."""
+    return [
+        {
+            **{"op": spec.name, "case": case.name, "calls": case.calls},
+            **{"flops": case.flops, "bytes": case.nbytes(torch.float16)},
+            "floor_us": {g.name: round(roofline.floor_us(case, torch.float16, g), 2) for g in roofline.GPUS},
+        }
+        for spec in specs()
+        for case in spec.cases
+    ]
+
+
+def _write(path: Path, result: Mapping[str, Any]) -> None:
+    """A line for each element of a list."""
+    parts = []
+    for name, value in result.items():
+        text = json.dumps(value)
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]"
+        parts.append(f" {json.dumps(name)}: {text}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+
+
+def _title(entry: Entry) -> str:
+    return f"{entry.request.op}, {entry.case}, sm_{entry.request.arch}, {name_of(entry.dtype)}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile what is not compiled yet, and write the file. 1 where a kernel has faults."""
+    parser = argparse.ArgumentParser(prog="python -m latentrt.bench.compiled_kernels", description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS / "kernels_compiled.json", metavar="FILE")
+    parser.add_argument("--cache", type=Path, default=CACHE, metavar="FOLDER", help=f"default {CACHE}")
+    parser.add_argument(
+        "--seconds", type=float, default=600.0, help="to compile what is missing (default 600)"
+    )
+    args = parser.parse_args(arguments)
+    entries = [e for arch in aot.ARCHITECTURES for dtype in DTYPES for e in matrix(arch, dtype)]
+    try:
+        rows = compiled_matrix(entries, args.cache, args.seconds)
+    except BackendError as error:
+        print(error, file=sys.stderr)
+        return 1
+    faulty = [row for row in rows if row["faults"]]
+    gpus = [asdict(g) for g in roofline.GPUS]
+    result = {
+        "machine": describe_machine(torch.device("cpu")),
+        "gpus": gpus,
+        "floors": floors(),
+        "kernels": rows,
+    }
+    _write(args.out, result)
+    print(f"{len(rows)} kernels of {len(entries)} requests, {len(faulty)} with faults: {args.out}")
+    for row in faulty:
+        print(f"{row['op']}, {row['case']}, sm_{row['arch']}, {row['dtype']}: {'; '.join(row['faults'])}")
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
