@@ -30,7 +30,7 @@ class Run:
     seed: int
     device: torch.device
     minutes: dict[str, float] = field(default_factory=dict)
-    examples: int = 24_000
+    examples: int = 30_000
     batch: int = 32  # of the UNets
     workers: int = 1  # threads that share a UNet's batch
 
