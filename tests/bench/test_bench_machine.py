@@ -153,9 +153,8 @@ def test_the_tables_fit_together() -> None:
 
 def test_steps_are_split_as_the_schedule_splits_them() -> None:
     scheduler = open_checkpoint("demo").config("scheduler")
-    assert CASES["demo"].split_steps(scheduler) == {
-        "base": 23,
-        "refiner": 7,
-    }  # 0.8 of 1000 timesteps, not of 30 steps
+    assert CASES["demo"].split_steps(scheduler) == {"base": 24, "refiner": 6}
+    leading = {**scheduler, "timestep_spacing": "leading"}  # 0.8 of 1000 timesteps, not of 30 steps
+    assert CASES["demo"].split_steps(leading) == {"base": 23, "refiner": 7}
     assert CASES["demo-base"].split_steps(scheduler) == {"base": 30}
     assert replace(CASES["demo"], high_noise_frac=1.0).split_steps(scheduler) == {"base": 30, "refiner": 0}
