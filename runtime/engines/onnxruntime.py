@@ -212,6 +212,8 @@ def open_session(
     settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     settings.intra_op_num_threads = torch.get_num_threads()
     settings.inter_op_num_threads = 1
+    # Each session has threads of its own; those of one that is done would go on spinning on cores that the next needs.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
     settings.log_severity_level = 3
     try:
         return ort.InferenceSession(model, settings, providers=_providers(device, stream, options))
