@@ -30,8 +30,8 @@ _STAGE_TOLERANCE, _STAGE_LEAST = 0.25, 0.02
 _JOULES_TOLERANCE = 0.1
 _MEMORY_TOLERANCE = 0.05
 _MEMORY_LEAST = 16 << 20
-_GROWTH_LEAST = 2 << 20
-"""Bytes a picture: a side that keeps nothing still moves by some 0.3 MiB."""
+_GROWTH_LEAST = 4 << 20
+"""Bytes a picture: what libraries take meanwhile moves a side that keeps nothing by some 0.3 MiB, or more."""
 _SAME_MACHINE = ("processor", "cores", "threads", "device", "gpu")
 _ONCE = {"build_seconds": ("build", 0.3, 5.0), "first_image_seconds": ("first image", 0.3, 2.0)}
 """What is timed once: (what, tolerance, least seconds that count)."""

@@ -47,7 +47,7 @@ h3{font-size:1.05em;margin:2em 0 .5em}p{margin:.5em 0}.soft,small{color:var(--so
 .warn{color:var(--bad)}.wide{overflow-x:auto;margin:1em 0}code{font-size:13px;overflow-wrap:anywhere}
 table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}
 td,th{padding:5px 8px;text-align:right;vertical-align:top}td{white-space:nowrap}th{color:var(--soft);font-weight:600}
-td:first-child,th:first-child{text-align:left}td:first-child{font-weight:600}tr+tr{border-top:1px solid var(--line)}
+.words{text-align:left}td:first-child{font-weight:600}tr+tr{border-top:1px solid var(--line)}
 td small{display:block;font-size:11px}
 svg{width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:var(--ink)}
 .grid{stroke:var(--line)}.pictures{display:flex;flex-wrap:wrap;gap:10px;margin:10px 0}
@@ -180,7 +180,9 @@ def _best(case: CaseResult) -> str:
     r = found[side]
     if not r.low > 1:
         return ""
-    return f"Quickest: {side}, {r.value:.2f} times {case.rows[0].side}'s speed ({r.low:.2f} to {r.high:.2f})."
+    return (
+        f"Quickest: {side}, {r.value:.2f} times as fast as {case.rows[0].side} ({r.low:.2f} to {r.high:.2f})."
+    )
 
 
 def _title(case: CaseResult) -> str:

@@ -191,16 +191,20 @@ def as_markdown(table: Table) -> list[str]:
 
 
 def as_html(table: Table) -> str:
-    """A table that scrolls where the page is too narrow for it."""
-    head, *rows = table
-    cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(_html_cell(cell) for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{cells}</tr>{body}</table></div>'
+    """A table that scrolls where the page is too narrow for it; columns of words begin at the left."""
+    rows, columns = table[1:], range(len(table[0]))
+    words = [not any(row[k][:1].isdigit() or row[k][:1] in "+-" for row in rows) for k in columns]
+    lines = []
+    for kind, row in zip(["th", *["td"] * (len(table) - 1)], table, strict=True):
+        marked = (f'{kind} class="words"' if is_words else kind for is_words in words)
+        cells = (f"<{mark}>{_html_cell(cell)}</{kind}>" for mark, cell in zip(marked, row, strict=True))
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
 def _html_cell(cell: str) -> str:
     first, _, second = cell.partition("\n")
-    return f"<td>{escape(first)}{f'<small>{escape(second)}</small>' if second else ''}</td>"
+    return escape(first) + (f"<small>{escape(second)}</small>" if second else "")
 
 
 def _known(table: Table, always: int) -> Table:

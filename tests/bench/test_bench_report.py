@@ -116,6 +116,8 @@ def test_the_page_is_whole_and_needs_nothing_beside_it() -> None:
     assert re.search(r"Quickest: latentrt-eager, (1\.9|2\.0)", reports.html(report(), {}))
     assert "Quickest" not in reports.html(report(2.1, 2.0), {})  # the first one is
     assert "Quickest" not in reports.html(report(2.0, 2.0), {})
+    nobody = replace(made.cases[0], rows=[made.cases[0].rows[1]])
+    assert "<svg" not in reports.html(replace(made, cases=[nobody]), {})
     assert "http" not in re.sub(r"http://www.w3.org/\S+", "", page)
 
 
@@ -194,7 +196,7 @@ def test_a_planted_leak_shows_in_the_report_and_in_a_comparison(tmp_path: Path) 
         run = CaseRun(
             case,
             [replace(planted("kept", leak_bytes=leak_bytes), name="kept")],
-            Plan(["a"], GATES["eager"], rounds=5, pictures=1),
+            Plan(["a"], GATES["eager"], rounds=7, pictures=1),
             steps={"base": 1},
             device="cpu",
             folder=tmp_path,
@@ -203,11 +205,10 @@ def test_a_planted_leak_shows_in_the_report_and_in_a_comparison(tmp_path: Path) 
         run.measure()
         return Report("", MACHINE, 0, [run.result()])
 
-    tight, leaky = measured(0), measured(32 << 20)
-    assert abs(float(cells(reports.markdown(tight), "MiB", "kept")["left by a picture"])) < 2
-    assert float(cells(reports.markdown(leaky), "MiB", "kept")["left by a picture"]) == pytest.approx(
-        32, abs=2
-    )
+    tight, leaky = measured(0), measured(32 << 20)  # beside which what libraries take is nothing
+    left = [float(cells(reports.markdown(r), "MiB", "kept")["left by a picture"]) for r in (tight, leaky)]
+    assert abs(left[0]) < 4
+    assert left[1] == pytest.approx(32, rel=0.25)
     worse = {c.what for c in compare(tight, leaky) if c.verdict == "worse"}
     assert "batch 1, left by a picture" in worse
 
