@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..errors import BenchmarkError
 from ..runtime.engines.base import Component, Engine, TensorSpec
 from ..runtime.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine
 from ..runtime.models.layers import ResnetBlock
@@ -48,10 +49,12 @@ __all__ = [
     "estimate",
     "main",
     "measure",
+    "read_blocks",
     "table",
 ]
 
 BENCHMARK = "SDXL's blocks on a CPU"
+SCHEMA = 2
 FORWARD_TFLOP = 6.761
 """Of the base UNet for one row at 1024x1024; `latentrt plan sdxl` counts it."""
 _SIDES = {"eager": "diffusers eager", "onnxruntime": "ONNX Runtime", "latentrt": "latentrt"}
@@ -321,6 +324,24 @@ def table(found: Sequence[Mapping[str, Any]], whole: Mapping[str, Any]) -> list[
     ]
 
 
+def read_blocks(path: Path) -> dict[str, Any]:
+    """What `main` wrote.
+
+    Raises:
+        BenchmarkError: it is something else, or of another schema.
+    """
+    try:
+        content: Any = json.loads(path.read_text("utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise BenchmarkError(f"{path} is not JSON: {error}") from error
+    found = [content.get(key) for key in ("benchmark", "schema")] if isinstance(content, dict) else None
+    if found != [BENCHMARK, SCHEMA]:
+        raise BenchmarkError(
+            f"{path} holds no blocks of SDXL in schema {SCHEMA}; write it with python -m latentrt.bench.proportions"
+        )
+    return dict(content)
+
+
 def _told(r: Interval) -> str:
     return f"{r.value:.2f} x, {r.low:.2f} to {r.high:.2f}"
 
@@ -335,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--rounds is {args.rounds}; at least 1 is needed")
     found = [measure(block, args.rounds) for block in BLOCKS]
     content = {
-        "schema": 2,
+        "schema": SCHEMA,
         "benchmark": BENCHMARK,
         "command": shlex.join(["python", "-m", "latentrt.bench.proportions", *(argv or sys.argv[1:])]),
         "machine": describe_machine(_CPU),

@@ -137,7 +137,7 @@ def table(points: Sequence[Point]) -> list[str]:
     """A Markdown table."""
     rows = [
         f"| {p.steps} | {p.high_noise_frac:g} | {p.seconds:.3f} | {p.clip:.2f} | "
-        f"{'-' if p.fid is None else f'{p.fid:.2f}'} |"
+        f"{'-' if p.fid is None else f'{p.fid:.4g}'} |"
         for p in points
     ]
     return ["| steps | base's share | s/picture | CLIP | FID |", "| --- | --- | --- | --- | --- |", *rows]

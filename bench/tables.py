@@ -15,6 +15,7 @@ __all__ = [
     "as_markdown",
     "batches",
     "conditions",
+    "known",
     "latency",
     "main_kind",
     "memory",
@@ -85,7 +86,7 @@ def latency(case: CaseResult) -> Table:
     head += ["refiner step ms", "VAE ms", "build s", "first image s", "peak MiB", "J/image"]
     table = [[*head, "PSNR dB", "SSIM", "LPIPS", "CLIP", "FID"]]
     table += [[row.side, *_times(case, row), *_quality(row)] for row in case.rows]
-    return _known(table, 2)
+    return known(table, 2)
 
 
 def _times(case: CaseResult, row: Row) -> list[str]:
@@ -109,7 +110,7 @@ def _quality(row: Row) -> list[str]:
     q = row.quality
     if q is None:
         return ["-"] * 5
-    forms = (("psnr", ".1f"), ("ssim", ".4f"), ("lpips", ".4f"), ("clip", ".2f"), ("fid", ".2f"))
+    forms = (("psnr", ".1f"), ("ssim", ".4f"), ("lpips", ".4f"), ("clip", ".2f"), ("fid", ".4g"))
     return [_number(getattr(q, name), form) for name, form in forms]
 
 
@@ -133,7 +134,7 @@ def conditions(case: CaseResult) -> Table:
         clocks = [state["sm_mhz"] for b in row.batches for state in b.gpu if "sm_mhz" in state]
         told = f"{min(clocks):.0f} to {max(clocks):.0f}" if clocks else "-"
         table.append([row.side, row.settings or "-", row.dtype, p99, _number(busy, ".2f"), told])
-    return _known(table, 3)
+    return known(table, 3)
 
 
 def main_kind(case: CaseResult) -> str | None:
@@ -156,7 +157,7 @@ def memory(case: CaseResult) -> Table:
             cells = [m.peaks.get(kind) for kind in KINDS]
             cells += [m.by_stage.get(stage, {}).get(main) for stage in _STAGES]
             table.append([row.side, *(_mib(value, ",.0f") for value in cells), _mib(m.growth, "+.1f")])
-    return _known(table, 1)
+    return known(table, 1)
 
 
 def profile(case: CaseResult, sides: tuple[str, ...] = ()) -> Table:
@@ -207,7 +208,7 @@ def _html_cell(cell: str) -> str:
     return escape(first) + (f"<small>{escape(second)}</small>" if second else "")
 
 
-def _known(table: Table, always: int) -> Table:
+def known(table: Table, always: int) -> Table:
     """Without the columns that nobody has a figure in, but the first few."""
     known = [k for k in range(len(table[0])) if k < always or any(line[k] != "-" for line in table[1:])]
     return [[line[k] for k in known] for line in table]

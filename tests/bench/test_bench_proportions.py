@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from latentrt.bench.proportions import (
     table,
     transformer,
 )
+from latentrt.errors import BenchmarkError
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -82,10 +82,14 @@ def test_the_result_is_written_with_what_it_was_made_on(
     monkeypatch.setattr(proportions, "measure", quick)
     out = tmp_path / "new" / "blocks.json"
     assert proportions.main(["--rounds", "2", "--out", str(out)]) == 0
-    content = json.loads(out.read_text())
+    content = proportions.read_blocks(out)
     assert content["command"] == f"python -m latentrt.bench.proportions --rounds 2 --out {out}"
     assert {"processor", "versions", "commit"} <= content["machine"].keys()
     assert [b["name"] for b in content["blocks"]] == [b.name for b in BLOCKS]
     assert "by latentrt (0.33 x" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         proportions.main(["--rounds", "0"])
+    for text, message in (("{", "is not JSON"), ("[]", "holds no blocks"), ('{"schema": 1}', "in schema 2")):
+        out.write_text(text)
+        with pytest.raises(BenchmarkError, match=message):
+            proportions.read_blocks(out)
