@@ -135,14 +135,13 @@ def _settings(a: CaseResult, b: CaseResult) -> Found:
 
 def _machines(a: Mapping[str, Any], b: Mapping[str, Any]) -> Found:
     """Machine, driver, versions and commit."""
-    flat = [
+    here, there = (
         {name: machine.get(name) for name in (*_SAME_MACHINE, "driver", "cuda", "python", "commit")}
         | dict(machine.get("versions", {}))
         for machine in (a, b)
-    ]
-    names = dict.fromkeys([*flat[0], *flat[1]])
-    pairs = [(name, *(side.get(name) for side in flat)) for name in names]
-    return [(name, x or "none", y or "none") for name, x, y in pairs if x != y]
+    )
+    names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    return [(name, here.get(name) or "none", there.get(name) or "none") for name in names]
 
 
 def _case(

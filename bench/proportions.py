@@ -229,7 +229,7 @@ def measure(block: Block, rounds: int) -> Measured:
         )
         layout, eager = _eager(pair)
         sides: dict[str, Callable[[], Any]] = {"eager": eager}
-        sides |= {name: lambda engine=engine: engine(pair.inputs) for name, engine in engines.items()}
+        sides |= {name: partial(engine, pair.inputs) for name, engine in engines.items()}
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for round_ in range(rounds):
             first = round_ % len(sides)
@@ -245,7 +245,7 @@ def _eager(pair: Pair) -> tuple[str, Callable[[], Tensor]]:
     images = any(x.dim() == 4 for x in pair.inputs.values())
     for layout in ("contiguous", "channels_last") if images else ("contiguous",):
         memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-        module = copy.deepcopy(pair.theirs).to(memory_format=memory_format)
+        module = copy.deepcopy(pair.theirs).to(memory_format=memory_format)  # type: ignore[call-overload]
         inputs = [x.to(memory_format=memory_format) if x.dim() == 4 else x for x in pair.inputs.values()]
         call = partial(module, *inputs)
         call()

@@ -91,8 +91,8 @@ def _measured(report: Report, case: CaseResult, source: str) -> Iterator[str]:
     told = (
         f"{where}, commit {machine['commit']}{source}: {c['summary']}, {c['steps']} steps, guidance {c['guidance']:g}, "
         f"{c['dtype']}, the sides taking turns on the same noise; medians of {len(first.seconds)} rounds, ratios of "
-        f"each round with an interval that covers {100 * first.latency.median.cover:.0f} %. PSNR is of the worst "
-        f"picture of a side beside {case.reference}'s.{took}{interrupted}"
+        f"each round with an interval that covers {100 * first.latency.median.cover:.0f} %. PSNR is of a side's "
+        f"worst picture beside that of {case.reference}.{took}{interrupted}"
     )
     head = ["side", "what it is", "seconds", f"against {case.rows[0].side}", "PSNR", "CLIP score", "FID"]
     table = [[*head, "peak MiB", "built in", "first image"], *(_row(case, row) for row in case.rows)]

@@ -162,13 +162,16 @@ def memory(case: CaseResult) -> Table:
 
 def profile(case: CaseResult, sides: tuple[str, ...] = ()) -> Table:
     """Kinds of operators down, sides across, all that were profiled or those named; empty where there is none."""
-    found = {r.side: r.profile for r in case.rows if r.profile and (not sides or r.side in sides)}
+    rows = [row for row in case.rows if row.profile and (not sides or row.side in sides)]
+    found = {row.side: row.profile for row in rows if row.profile}
     if not found:
         return []
     kinds = dict.fromkeys(kind for p in found.values() for kind in p.parts)
     table = [["ms", *found]]
     table += [[kind, *(f"{1e3 * p.parts.get(kind, 0.0):.1f}" for p in found.values())] for kind in kinds]
     table.append(["in all", *(f"{1e3 * p.seconds:.1f}" for p in found.values())])
+    timed = [f"{1e3 * row.batches[0].latency.median.value:.1f}" if row.batches else "-" for row in rows]
+    table.append(["without profilers", *timed])
     return [*table, ["operators called", *(f"{p.operators:,}" for p in found.values())]]
 
 
