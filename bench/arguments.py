@@ -163,7 +163,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     w.add_argument(
         "--share", type=shares, metavar="F,G,...", default=(0.6, 0.8, 1.0), help="default 0.6,0.8,1"
     )
-    w.add_argument("--pictures", type=int, default=48, help="of each setting (default 48)")
+    w.add_argument("--pictures", type=int, default=56, help="of each setting (default 56; FID takes 50)")
     w.add_argument("--batch", type=int, default=8, help="pictures at once (default 8)")
     w.add_argument("--seed", type=int, default=0)
     w.add_argument("--backend", default="auto", help="see `latentrt backends` (default auto)")

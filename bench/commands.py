@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,11 @@ def bench_sweep(args: argparse.Namespace) -> Iterator[str]:
             list(prompts), seed=list(seeds), num_inference_steps=steps, high_noise_frac=frac, output_type="np"
         ).images
 
+    machine = describe_machine()
+    about = {"command": _command(), "machine": machine, "seed": args.seed, "backend": pipe.backend}
+    write = partial(
+        write_sweep, args.out, about=about, title=f"The demo on {machine['processor']}, {pipe.backend}"
+    )
     with LiveTable("sweep", ["demo"]) as live:
         points = sweep(
             make,
@@ -187,11 +193,9 @@ def bench_sweep(args: argparse.Namespace) -> Iterator[str]:
             batch=args.batch,
             seed=args.seed,
             tell=lambda state: live.tell("demo", state),
+            keep=write,
         )
-    machine = describe_machine()
-    about = {"command": _command(), "machine": machine, "seed": args.seed, "pictures": args.pictures}
-    title = f"The demo on {machine['processor']}, {pipe.backend}, {args.pictures} pictures"
-    write_sweep(args.out, points, {**about, "backend": pipe.backend}, title)
+    write(points)
     yield from table(points)
     yield f"{args.out / 'sweep.html'} shows it"
 

@@ -1,9 +1,11 @@
 """What changed between two results, beyond noise.
 
 Two runs are hours or machines apart, so a side's speed is compared as its ratio to the first side of its own run
-where there is one; seconds only where both runs are of one machine. A change counts where the intervals do not touch
-and it is larger than a tolerance. Building and the first picture are timed once, so that they have wide tolerances;
-quality is of the same prompts and seeds. What is measured in the first and missing in the second is worse.
+where there is one; seconds only where both runs are of one machine, and with a wide tolerance, since the same code
+differs by a tenth from one hour to the next. A change counts where the intervals do not touch and it is larger than a
+tolerance; intervals of too few rounds decide nothing. What is timed once or has no interval (building, the first
+picture, stages, energy) has wide tolerances too; quality is compared where both made the same pictures. What is
+measured in the first and missing in the second is worse, but for what depends on the machine's drivers.
 """
 
 from __future__ import annotations
@@ -13,27 +15,42 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-from ..errors import BenchmarkError
-from .results import BatchFigures, CaseResult, Report, Row
-from .stats import Interval
+from ..errors import BenchmarkError, RequestError
+from .results import BatchFigures, CaseResult, Memory, Report, Row
+from .stats import COVER, Interval
 
-__all__ = ["TOLERANCE", "Change", "compare"]
+__all__ = ["TOLERANCE", "Change", "compare", "differences"]
 
 TOLERANCE = 0.03
-"""Of a speed: what one machine's runs differ by, from clocks and memory layout, outside of their own intervals."""
+"""Of a speedup: what one machine's runs differ by, from clocks and memory layout, outside of their own intervals."""
+_SECONDS_TOLERANCE = 0.25
+"""Of seconds: eager diffusers took 1.18 and 1.07 s in two runs of one machine."""
+_STAGE_TOLERANCE, _STAGE_LEAST = 0.25, 0.02
+"""Of a stage beside the first side's whole call, and of its side's whole call: less than that is nobody's loss."""
+_JOULES_TOLERANCE = 0.1
 _MEMORY_TOLERANCE = 0.05
 _MEMORY_LEAST = 16 << 20
+_GROWTH_LEAST = 4 << 20
+"""Bytes a picture: what libraries take meanwhile moves a side that keeps nothing by some 0.3 MiB, or more."""
 _SAME_MACHINE = ("processor", "cores", "threads", "device", "gpu")
 _ONCE = {"build_seconds": ("build", 0.3, 5.0), "first_image_seconds": ("first image", 0.3, 2.0)}
 """What is timed once: (what, tolerance, least seconds that count)."""
 _QUALITY = {
-    "psnr": ("PSNR", True, 3.0, 60.0),  # 3 dB is twice the squared error; from 60 dB on bytes are equal
-    "ssim": ("SSIM", True, 0.01, 1.0),
-    "lpips": ("LPIPS", False, 0.01, 0.0),
-    "clip": ("CLIP score", True, 0.3, 100.0),
-    "fid": ("FID", False, 0.5, 0.0),
+    "psnr": ("PSNR", True, 3.0, 0.0, 60.0),  # 3 dB is twice the squared error; from 60 dB on bytes are equal
+    "ssim": ("SSIM", True, 0.01, 0.0, 1.0),
+    "lpips": ("LPIPS", False, 0.01, 0.0, 0.0),
+    "clip": (
+        "CLIP score",
+        True,
+        0.0,
+        0.01,
+        100.0,
+    ),  # judges differ in scale: the demo's FID is 0.2, SDXL's 23
+    "fid": ("FID", False, 0.0, 0.02, 0.0),
 }
-"""What is of the pictures: (what, more is better, what counts, where it is as good as it gets)."""
+"""What is of the pictures: (what, more is better, what counts, what share counts, where it is as good as it gets)."""
+_NOT_SETTINGS = ("name", "summary", "batches")
+"""Fields of a case that its figures do not depend on: a batch size has figures of its own."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +58,8 @@ class Change:
     """One figure in both runs.
 
     Attributes:
-        verdict: `better`, `worse`, `same`, or `other machine` or `other judge` where they cannot be compared.
+        verdict: `better`, `worse` or `same`; `changed` is what figures may differ by; and why they cannot be compared:
+            `other machine`, `other judge`, `other pictures`, `too few rounds`, `not measured`.
     """
 
     case: str
@@ -52,41 +70,100 @@ class Change:
     verdict: str
 
     def __str__(self) -> str:
-        place = f"{self.case}, {self.side}, {self.what}"
-        return f"{self.verdict:<14}{place:<60}{self.before:>24} -> {self.after}"
+        place = ", ".join(part for part in (self.case, self.side, self.what) if part)
+        return f"{self.verdict:<16}{place:<60}{self.before:>24} -> {self.after}"
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """What holds for every figure of a case.
+
+    Attributes:
+        first: the first side of each run, where both have the same one.
+    """
+
+    case: str
+    same_machine: bool
+    same_work: bool
+    tolerance: float
+    first: tuple[Row, Row] | None
 
 
 def compare(before: Report, after: Report, tolerance: float = TOLERANCE) -> list[Change]:
-    """Every figure of the first that can be compared, in its order.
+    """What the runs were made with where that changed, then every figure of the first that can be compared, in its
+    order.
 
     Raises:
         BenchmarkError: no case is in both, or one was measured with other settings.
+        RequestError: the tolerance is negative or no number.
     """
+    if not 0 <= tolerance < float("inf"):
+        raise RequestError(f"a tolerance of {tolerance:g}; give a share such as {TOLERANCE:g}")
     theirs = {case.case["name"]: case for case in after.cases}
     if not any(case.case["name"] in theirs for case in before.cases):
         names = [
             ", ".join(case.case["name"] for case in report.cases) or "none" for report in (before, after)
         ]
         raise BenchmarkError(f"no case is in both: the first has {names[0]}, the second {names[1]}")
-    same_machine = all(before.machine.get(key) == after.machine.get(key) for key in _SAME_MACHINE)
-    return [
-        change
-        for case in before.cases
-        for change in _case(case, theirs.get(case.case["name"]), same_machine, tolerance)
+    changes = [
+        Change("", name, "", str(x), str(y), "changed")
+        for name, x, y in _machines(before.machine, after.machine)
     ]
+    for case in before.cases:
+        changes += _case(before, case, after, theirs.get(case.case["name"]), tolerance)
+    return changes
 
 
-def _case(a: CaseResult, b: CaseResult | None, same_machine: bool, tolerance: float) -> Iterator[Change]:
+def differences(a: Report, x: CaseResult, b: Report, y: CaseResult) -> list[str]:
+    """What a case was run with in two results, the machine apart, where that is not the same; for people to read."""
+    found = _settings(x, y)
+    found += [row for row in _machines(a.machine, b.machine) if row[0] not in _SAME_MACHINE]
+    if a.seed != b.seed:
+        found.append(("seed", a.seed, b.seed))
+    if x.prompts != y.prompts:
+        found.append(("prompts", x.prompts or "unknown", y.prompts or "unknown"))
+    return [f"{name} {mine} and {other}" for name, mine, other in found]
+
+
+Found = list[tuple[str, Any, Any]]
+
+
+def _settings(a: CaseResult, b: CaseResult) -> Found:
+    names = [name for name in a.case if name not in _NOT_SETTINGS]
+    return [(name, a.case[name], b.case.get(name)) for name in names if b.case.get(name) != a.case[name]]
+
+
+def _machines(a: Mapping[str, Any], b: Mapping[str, Any]) -> Found:
+    """Machine, driver, versions and commit."""
+    here, there = (
+        {name: machine.get(name) for name in (*_SAME_MACHINE, "driver", "cuda", "python", "commit")}
+        | dict(machine.get("versions", {}))
+        for machine in (a, b)
+    )
+    names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    return [(name, here.get(name) or "none", there.get(name) or "none") for name in names]
+
+
+def _case(
+    before: Report, a: CaseResult, after: Report, b: CaseResult | None, tolerance: float
+) -> Iterator[Change]:
     name = a.case["name"]
     if b is None or b.skipped:
         if not a.skipped:
             state = "not run" if b is None else f"skipped: {b.skipped}"
             yield Change(name, "every side", "runs", "measured", state, "worse")
         return
-    other = {k: (v, b.case.get(k)) for k, v in a.case.items() if b.case.get(k) != v}
-    if other:
-        told = ", ".join(f"{key} {x!r} and {y!r}" for key, (x, y) in other.items())
+    if other := _settings(a, b):
+        told = ", ".join(f"{key} {x!r} and {y!r}" for key, x, y in other)
         raise BenchmarkError(f"case {name} was measured with other settings: {told}")
+    shared_first = a.rows and b.rows and a.rows[0].side == b.rows[0].side
+    runs = _Runs(
+        name,
+        same_machine=all(before.machine.get(key) == after.machine.get(key) for key in _SAME_MACHINE),
+        same_work=(before.seed, a.prompts) == (after.seed, b.prompts),
+        tolerance=tolerance,
+        first=(a.rows[0], b.rows[0]) if shared_first else None,
+    )
     rows = {row.side: row for row in b.rows}
     for row in a.rows:
         if row.status != "measured":
@@ -96,75 +173,125 @@ def _case(a: CaseResult, b: CaseResult | None, same_machine: bool, tolerance: fl
             state = "not run" if now is None else f"{now.status}: {now.reason}"
             yield Change(name, row.side, "runs", "measured", state, "worse")
             continue
-        paired = row.side not in (a.rows[0].side, b.rows[0].side) and a.rows[0].side == b.rows[0].side
-        yield from _row(name, row, now, paired, same_machine, tolerance)
+        yield from _row(runs, row, now)
 
 
-def _row(case: str, a: Row, b: Row, paired: bool, same_machine: bool, tolerance: float) -> Iterator[Change]:
-    yield from _quality(case, a, b)
+def _row(runs: _Runs, a: Row, b: Row) -> Iterator[Change]:
+    yield from _quality(runs, a, b)
     for field, (what, share, least) in _ONCE.items():
         before, after = getattr(a, field), getattr(b, field)
         if before is None or after is None:
             continue  # nothing to build, or it was there
-        change = after - before
-        verdict = "other machine"
-        if same_machine:
-            verdict = (
-                "same" if abs(change) <= max(share * before, least) else "worse" if change > 0 else "better"
-            )
-        yield Change(case, a.side, what, f"{before:.1f} s", f"{after:.1f} s", verdict)
+        verdict = _once(after - before, max(share * before, least)) if runs.same_machine else "other machine"
+        yield Change(runs.case, a.side, what, f"{before:.1f} s", f"{after:.1f} s", verdict)
     found: Mapping[int, BatchFigures] = {figures.batch: figures for figures in b.batches}
     for x in a.batches:
         y = found.get(x.batch)
-        what = f"batch {x.batch}"
         if y is None:
-            yield Change(case, a.side, what, "measured", "not run", "worse")
+            yield Change(runs.case, a.side, f"batch {x.batch}", "measured", "not run", "worse")
             continue
-        if paired and x.speedup is not None and y.speedup is not None:
-            verdict = _verdict(x.speedup, y.speedup, tolerance, more_is_better=True)
-            yield Change(case, a.side, f"{what}, speedup", _told(x.speedup), _told(y.speedup), verdict)
-        else:
-            before, after = x.latency.median, y.latency.median
-            verdict = (
-                _verdict(before, after, tolerance, more_is_better=False) if same_machine else "other machine"
-            )
-            yield Change(case, a.side, f"{what}, seconds", _told(before), _told(after), verdict)
-        if x.memory is not None and y.memory is not None:
-            yield from _memory(case, a.side, what, x.memory.peaks, y.memory.peaks)
+        yield from _speed(runs, a.side, x, y)
+        yield from _stages(runs, a.side, x, y)
+        yield from _joules(runs, a.side, x, y)
+        yield from _memory(runs, a.side, f"batch {x.batch}", x.memory, y.memory)
 
 
-def _quality(case: str, a: Row, b: Row) -> Iterator[Change]:
-    for field, (what, more_is_better, least, best) in _QUALITY.items():
+def _speed(runs: _Runs, side: str, x: BatchFigures, y: BatchFigures) -> Iterator[Change]:
+    what = f"batch {x.batch}"
+    is_first = runs.first is None or runs.first[0].side == side
+    if not is_first and x.speedup is not None and y.speedup is not None:
+        verdict = _verdict(x.speedup, y.speedup, runs.tolerance, more_is_better=True)
+        yield Change(runs.case, side, f"{what}, speedup", _told(x.speedup), _told(y.speedup), verdict)
+        return
+    before, after = x.latency.median, y.latency.median
+    tolerance = max(_SECONDS_TOLERANCE, runs.tolerance)
+    verdict = (
+        _verdict(before, after, tolerance, more_is_better=False) if runs.same_machine else "other machine"
+    )
+    yield Change(runs.case, side, f"{what}, seconds", _told(before), _told(after), verdict)
+
+
+def _stages(runs: _Runs, side: str, x: BatchFigures, y: BatchFigures) -> Iterator[Change]:
+    """Seconds of each stage, as shares of the first side's whole call of the same run where there is one."""
+    wholes = [1.0, 1.0]
+    if runs.first is not None and runs.first[0].side != side:
+        calls = [[b.latency.median.value for b in row.batches if b.batch == x.batch] for row in runs.first]
+        if all(calls):
+            wholes = [call[0] for call in calls]
+    comparable = runs.same_machine or wholes != [1.0, 1.0]
+    for name, before in x.stages.items():
+        what = f"batch {x.batch}, stage {name}"
+        after = y.stages.get(name)
+        if name.endswith("_step"):
+            continue  # its stage by its steps
+        if after is None:
+            yield Change(runs.case, side, what, f"{1e3 * before:.1f} ms", "not told", "not measured")
+            continue
+        least = max(_STAGE_TOLERANCE * before, _STAGE_LEAST * x.latency.median.value) / wholes[0]
+        change = after / wholes[1] - before / wholes[0]
+        verdict = _once(change, least) if comparable else "other machine"
+        yield Change(runs.case, side, what, f"{1e3 * before:.1f} ms", f"{1e3 * after:.1f} ms", verdict)
+
+
+def _joules(runs: _Runs, side: str, x: BatchFigures, y: BatchFigures) -> Iterator[Change]:
+    before, after = x.joules_per_image, y.joules_per_image
+    if before is None:
+        return
+    what = f"batch {x.batch}, energy of an image"
+    if after is None:
+        yield Change(runs.case, side, what, f"{before:.0f} J", "not told", "not measured")
+        return
+    verdict = _once(after - before, _JOULES_TOLERANCE * before) if runs.same_machine else "other machine"
+    yield Change(runs.case, side, what, f"{before:.0f} J", f"{after:.0f} J", verdict)
+
+
+def _memory(runs: _Runs, side: str, what: str, a: Memory | None, b: Memory | None) -> Iterator[Change]:
+    if a is None:
+        return
+    if b is None:
+        yield Change(runs.case, side, f"{what}, memory", "measured", "not told", "not measured")
+        return
+    for kind, before in a.peaks.items():
+        place = f"{what}, {kind} memory"
+        after = b.peaks.get(kind)
+        if after is None:
+            yield Change(runs.case, side, place, _mib(before), "not told", "not measured")
+            continue
+        verdict = _once(after - before, max(_MEMORY_TOLERANCE * before, _MEMORY_LEAST))
+        yield Change(runs.case, side, place, _mib(before), _mib(after), verdict)
+    verdict = _once(b.growth - a.growth, _GROWTH_LEAST)
+    yield Change(runs.case, side, f"{what}, left by a picture", _mib(a.growth), _mib(b.growth), verdict)
+
+
+def _quality(runs: _Runs, a: Row, b: Row) -> Iterator[Change]:
+    if a.quality is None:
+        return
+    same_pictures = runs.same_work and b.quality is not None and a.quality.pictures == b.quality.pictures
+    for field, (what, more_is_better, least, share, best) in _QUALITY.items():
         before, after = (getattr(row.quality, field, None) for row in (a, b))
         if before is None or not isfinite(before):
             continue
         if after is None:
-            yield Change(case, a.side, what, f"{before:.4g}", "not measured", "worse")
+            yield Change(runs.case, a.side, what, f"{before:.4g}", "not measured", "worse")
             continue
         by = [getattr(row.quality, f"{field}_by", None) for row in (a, b)]
         if by[0] != by[1]:
-            yield Change(case, a.side, what, f"{before:.4g}", f"{after:.4g} by {by[1]}", "other judge")
+            told = f"{after:.4g} by {by[1]}"
+            yield Change(runs.case, a.side, what, f"{before:.4g}", told, "other judge")
             continue
         limit = min if more_is_better else max
         change = limit(after, best) - limit(before, best)
-        better = (change > 0) == more_is_better
-        verdict = "same" if abs(change) < least else "better" if better else "worse"
+        verdict = _once(-change if more_is_better else change, max(least, share * before))
         if not isfinite(after):
             verdict = "worse"
-        yield Change(case, a.side, what, f"{before:.4g}", f"{after:.4g}", verdict)
+        elif not same_pictures:
+            verdict = "other pictures"
+        yield Change(runs.case, a.side, what, f"{before:.4g}", f"{after:.4g}", verdict)
 
 
-def _memory(
-    case: str, side: str, what: str, before: Mapping[str, Any], after: Mapping[str, Any]
-) -> Iterator[Change]:
-    for kind in before:
-        if kind not in after:
-            continue
-        limit = max(_MEMORY_TOLERANCE * before[kind], _MEMORY_LEAST)
-        more = after[kind] - before[kind]
-        verdict = "worse" if more > limit else "better" if -more > limit else "same"
-        told, now_told = (f"{value / 2**20:,.0f} MiB" for value in (before[kind], after[kind]))
-        yield Change(case, side, f"{what}, {kind} memory", told, now_told, verdict)
+def _once(more: float, least: float) -> str:
+    """Of a figure of which more is worse, and that has no interval."""
+    return "same" if abs(more) <= least else "worse" if more > 0 else "better"
 
 
 def _verdict(before: Interval, after: Interval, tolerance: float, *, more_is_better: bool) -> str:
@@ -172,9 +299,15 @@ def _verdict(before: Interval, after: Interval, tolerance: float, *, more_is_bet
     apart = after.low > before.high or after.high < before.low
     if not apart or abs(change - 1) <= tolerance:
         return "same"
+    if min(before.cover, after.cover) < COVER:
+        return "too few rounds"
     return "better" if (change > 1) == more_is_better else "worse"
 
 
 def _told(value: Interval) -> str:
-    few = "" if value.cover >= 0.95 else f", {value.cover:.0%}"
+    few = "" if value.cover >= COVER else f", {value.cover:.0%}"
     return f"{value.value:.3f} ({value.low:.3f} to {value.high:.3f}{few})"
+
+
+def _mib(value: float) -> str:
+    return f"{value / 2**20:,.0f} MiB" if abs(value) >= 10 * 2**20 else f"{value / 2**20:.1f} MiB"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 __all__ = ["Line", "bars", "lines"]
@@ -13,6 +13,8 @@ Line = tuple[str, Sequence[float], Sequence[float]]
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999", "#f0e442")
+_DASHES = ("", "7 4", "2 3")
+"""Of lines once the colours are through; parts of bars then get paler."""
 _WIDTH, _LEFT, _RIGHT, _ROW = 860, 210, 90, 26
 
 
@@ -28,13 +30,11 @@ def bars(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
         for part, value in row.items():
             width = max(0.0, value * scale)
             title = f"<title>{escape(name)}, {escape(part)}: {_short(value)} {escape(unit)}</title>"
-            colour = _COLOURS[parts.index(part) % len(_COLOURS)]
-            shapes.append(
-                f'<rect x="{x:.1f}" y="{top + 4}" width="{width:.1f}" height="18" fill="{colour}">{title}</rect>'
-            )
+            box = f'x="{x:.1f}" y="{top + 4}" width="{width:.1f}" height="18" {_filled(parts.index(part))}'
+            shapes.append(f"<rect {box}>{title}</rect>")
             x += width
         shapes.append(_text(x + 6, top + 17, f"{_short(sum(row.values()))} {unit}", "start"))
-    return _svg(shapes, len(rows) * _ROW, parts)
+    return _svg(shapes, len(rows) * _ROW, parts, _box)
 
 
 def lines(series: Sequence[Line], x_unit: str, y_unit: str, *, height: int = 260) -> str:
@@ -54,25 +54,44 @@ def lines(series: Sequence[Line], x_unit: str, y_unit: str, *, height: int = 260
     for k, (name, xs, ys) in enumerate(series):
         points = [(80 + x * across, height - 20 - y * down) for x, y in zip(xs, ys, strict=True)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        colour = _COLOURS[k % len(_COLOURS)]
         title = f"<title>{escape(name)}</title>"
-        shapes.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2">{title}</polyline>'
-        )
+        shapes.append(f'<polyline points="{path}" fill="none" {_stroked(k)}>{title}</polyline>')
         if len(points) <= 16:
-            shapes += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
-    return _svg(shapes, height, [name for name, _, _ in series])
+            fill = _COLOURS[k % len(_COLOURS)]
+            shapes += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{fill}"/>' for x, y in points]
+    return _svg(shapes, height, [name for name, _, _ in series], _stroke)
 
 
-def _svg(shapes: list[str], height: int, legend: Sequence[str]) -> str:
+def _filled(k: int) -> str:
+    """Attributes of the k-th part of bars."""
+    again, k = divmod(k, len(_COLOURS))
+    return f'fill="{_COLOURS[k]}"' + (f' fill-opacity="{0.55**again:.2f}"' if again else "")
+
+
+def _stroked(k: int) -> str:
+    """Attributes of the k-th line."""
+    again, k = divmod(k, len(_COLOURS))
+    dash = _DASHES[again % len(_DASHES)]
+    return f'stroke="{_COLOURS[k]}" stroke-width="2"' + (f' stroke-dasharray="{dash}"' if dash else "")
+
+
+def _box(k: int, x: float, y: float) -> str:
+    return f'<rect x="{x:.1f}" y="{y - 10:.1f}" width="12" height="12" {_filled(k)}/>'
+
+
+def _stroke(k: int, x: float, y: float) -> str:
+    return f'<line x1="{x - 6:.1f}" x2="{x + 13:.1f}" y1="{y - 4:.1f}" y2="{y - 4:.1f}" {_stroked(k)}/>'
+
+
+def _svg(
+    shapes: list[str], height: int, legend: Sequence[str], sample: Callable[[int, float, float], str]
+) -> str:
     x, y = 80.0, height + 22
     for k, name in enumerate(legend):
         width = 32 + 7.6 * len(name)
         if x + width > _WIDTH:
             x, y = 80.0, y + 20
-        shapes.append(
-            f'<rect x="{x:.1f}" y="{y - 10}" width="12" height="12" fill="{_COLOURS[k % len(_COLOURS)]}"/>'
-        )
+        shapes.append(sample(k, x, y))
         shapes.append(_text(x + 17, y, name, "start"))
         x += width
     return f'<svg viewBox="0 0 {_WIDTH} {y + 8}" role="img">{"".join(shapes)}</svg>'

@@ -27,8 +27,8 @@ KINDS = {
     "attention": r"attention|softmax",
     "matrix products": r"matmul|gemm|addmm|bmm|::mm$|linear",
     "norms": r"norm",
-    "element by element": r"add|mul|div|sub|neg|exp|log|sqrt|pow|sin|cos|erf|tanh|gelu|silu|sigmoid|clamp|clip|where"
-    r"|sum|mean",
+    "element by element": r"add|mul|div|sub|neg|exp(?!and)|log|sqrt|pow|sin|cos|erf|tanh|gelu|silu|sigmoid|clamp|clip"
+    r"|where|sum|mean",
     "moving": r"copy|cat|transpose|reshape|reorder|slice|split|gather|resize|upsample|expand|pad|index|shape|cast|fill"
     r"|clone|permute|view|squeeze|empty|resolve|::to$|as_strided|select|flip|repeat|narrow|chunk|tile|range|contiguous",
 }

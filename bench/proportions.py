@@ -1,40 +1,95 @@
 """What the demo's ratio says of SDXL itself on this CPU: its blocks at their real shapes, weighted by its work.
 
-    python -m latentrt.bench.proportions [--rounds 7] [--out FILE.json]
+    python -m latentrt.bench.proportions [--rounds 7] [--out bench/results/sdxl_blocks_cpu.json]
 
 The demo's tensors are so small that much of a picture's time goes between operators. At 1024x1024 the products are
 hundreds of times larger, and what a back end saves is another thing. A whole step of SDXL is minutes on a CPU, so one
-block of each kind is timed instead, diffusers' eager beside ONNX Runtime on an export of the same module (which is what
-latentrt's CPU back end runs on), in turns, and a forward of the base UNet is made up of them by its floating-point
-operations. What is left out: the text encoders, the VAE, memory that does not fit, and whatever latentrt's own graph
-does better than a plain export.
+block of each kind is timed instead, in turns: diffusers' eager in the layout that is quicker here, ONNX Runtime on
+PyTorch's export of the same module, and latentrt's own module with the same weights as its back end onnxruntime exports
+and runs it. A forward of the base UNet is made up of them by its floating-point operations. What is left out: the text
+encoders, the VAE, and memory that does not fit. The plain export has its sizes fixed; latentrt's may vary, as in use.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..runtime.engines.onnxruntime import open_session
+from ..errors import BenchmarkError
+from ..runtime.engines.base import Component, Engine, TensorSpec
+from ..runtime.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine
+from ..runtime.models.layers import ResnetBlock
+from ..runtime.models.unet_blocks import TransformerBlock
+from ..runtime.models.unet_config import UNetConfig
 from .machine import describe_machine
 from .stats import Interval, ratio
 
-__all__ = ["BLOCKS", "FORWARD_TFLOP", "Block", "Measured", "estimate", "main", "measure"]
+__all__ = [
+    "BENCHMARK",
+    "BLOCKS",
+    "FORWARD_TFLOP",
+    "Block",
+    "Measured",
+    "estimate",
+    "main",
+    "measure",
+    "read_blocks",
+    "table",
+]
 
+BENCHMARK = "SDXL's blocks on a CPU"
+SCHEMA = 2
 FORWARD_TFLOP = 6.761
 """Of the base UNet for one row at 1024x1024; `latentrt plan sdxl` counts it."""
+_SIDES = {"eager": "diffusers eager", "onnxruntime": "ONNX Runtime", "latentrt": "latentrt"}
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A block in both definitions.
+
+    Attributes:
+        theirs: diffusers' module.
+        ours: latentrt's, with the same weights.
+        inputs: of both, batch 1.
+        dims: of each input; those that may vary by name.
+    """
+
+    theirs: nn.Module
+    ours: nn.Module
+    inputs: dict[str, Tensor]
+    dims: dict[str, tuple[int | str, ...]]
+
+    def component(self) -> Component:
+        """As back ends take it."""
+        specs = tuple(TensorSpec(name, dims, torch.float32) for name, dims in self.dims.items())
+        names = {dim for spec in specs for dim in spec.dims if isinstance(dim, str)}
+        return Component(
+            name="block",
+            build=lambda: self.ours,
+            dtype=torch.float32,
+            inputs=specs,
+            outputs=(TensorSpec("out", specs[0].dims, torch.float32),),
+            fingerprint="block",
+            example_sizes={name: 2 if name == "batch" else 8 for name in names},
+        )
 
 
 @dataclass(frozen=True)
@@ -43,12 +98,11 @@ class Block:
 
     Attributes:
         calls: in a forward of the base UNet; None for the kind that the rest of the work is taken to be of.
-        make: the module and its inputs.
     """
 
     name: str
     calls: int | None
-    make: Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]
+    make: Callable[[], Pair]
 
 
 @dataclass(frozen=True)
@@ -57,19 +111,22 @@ class Measured:
 
     Attributes:
         flops: of one call, products only.
-        eager, onnxruntime: seconds of each round.
-        difference: largest, of the two results.
+        layout: of eager's weights and activations, the quicker one.
+        eager, onnxruntime, latentrt: seconds of each round.
+        difference: largest, of any side's result from eager's.
     """
 
     name: str
     calls: int | None
     flops: float
+    layout: str
     eager: list[float]
     onnxruntime: list[float]
+    latentrt: list[float]
     difference: float
 
 
-class _Transformer(nn.Module):
+class _TheirTransformer(nn.Module):
     def __init__(self, width: int, heads: int, text: int) -> None:
         from diffusers.models.attention import BasicTransformerBlock
 
@@ -84,7 +141,19 @@ class _Transformer(nn.Module):
         return out
 
 
-class _Residual(nn.Module):
+class _OurTransformer(nn.Module):
+    def __init__(self, width: int, heads: int, text: int) -> None:
+        super().__init__()
+        config = UNetConfig.from_dict({"cross_attention_dim": text})  # a block reads no more of it
+        self.block = TransformerBlock(width, heads, config)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """[B, S, C] and [B, 77, T] -> [B, S, C]."""
+        out: Tensor = self.block(x, self.block.attn2.keys_values(text))
+        return out
+
+
+class _TheirResidual(nn.Module):
     def __init__(self, width: int, embedding: int) -> None:
         from diffusers.models.resnet import ResnetBlock2D
 
@@ -97,16 +166,43 @@ class _Residual(nn.Module):
         return out
 
 
-def transformer(
-    tokens: int, width: int, heads: int, text: int = 2048
-) -> tuple[nn.Module, tuple[Tensor, ...]]:
+class _OurResidual(nn.Module):
+    def __init__(self, width: int, embedding: int) -> None:
+        super().__init__()
+        self.block = ResnetBlock(width, width, 32, 1e-5, embedding)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """[B, C, H, W] and [B, E] -> [B, C, H, W]."""
+        assert self.block.time_emb_proj is not None
+        out: Tensor = self.block(x, self.block.time_emb_proj(F.silu(embedding)))
+        return out
+
+
+def transformer(tokens: int, width: int, heads: int, text: int = 2048) -> Pair:
     """A transformer block over a prompt of 77 tokens."""
-    return _Transformer(width, heads, text), (torch.randn(1, tokens, width), torch.randn(1, 77, text))
+    return _pair(
+        _TheirTransformer(width, heads, text),
+        _OurTransformer(width, heads, text),
+        {"x": torch.randn(1, tokens, width), "text": torch.randn(1, 77, text)},
+        {"x": ("batch", "tokens", width), "text": ("batch", 77, text)},
+    )
 
 
-def residual(side: int, width: int, embedding: int = 1280) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def residual(side: int, width: int, embedding: int = 1280) -> Pair:
     """A residual block, two convolutions of 3x3."""
-    return _Residual(width, embedding), (torch.randn(1, width, side, side), torch.randn(1, embedding))
+    return _pair(
+        _TheirResidual(width, embedding),
+        _OurResidual(width, embedding),
+        {"x": torch.randn(1, width, side, side), "embedding": torch.randn(1, embedding)},
+        {"x": ("batch", width, "height", "width"), "embedding": ("batch", embedding)},
+    )
+
+
+def _pair(
+    theirs: nn.Module, ours: nn.Module, inputs: dict[str, Tensor], dims: dict[str, tuple[int | str, ...]]
+) -> Pair:
+    ours.load_state_dict(theirs.state_dict())
+    return Pair(theirs.eval(), ours.eval(), inputs, dims)
 
 
 BLOCKS = (
@@ -118,42 +214,74 @@ BLOCKS = (
 
 @torch.no_grad()
 def measure(block: Block, rounds: int) -> Measured:
-    """Both in turns, after a warm-up each."""
+    """All sides in turns, after a warm-up each."""
     torch.manual_seed(0)
-    module, inputs = block.make()
-    module.eval()
+    pair = block.make()
     with FlopCounterMode(display=False) as counter:
-        wanted = module(*inputs)
+        wanted = pair.theirs(*pair.inputs.values())
     with tempfile.TemporaryDirectory(prefix="latentrt-proportions-") as folder:
-        run = _exported(module, inputs, Path(folder) / "block.onnx")
-        difference = float((run(*inputs) - wanted).abs().max())
-        seconds: dict[str, list[float]] = {"eager": [], "onnxruntime": []}
-        for _ in range(rounds):
-            for name, call in (("eager", module), ("onnxruntime", run)):
-                begun = time.perf_counter()
-                call(*inputs)
-                seconds[name].append(time.perf_counter() - begun)
+        engines = {
+            "onnxruntime": _plain(pair, Path(folder) / "block.onnx"),
+            "latentrt": OnnxRuntimeBackend().load(pair.component(), device=_CPU, cache_dir=Path(folder)),
+        }
+        difference = max(
+            float((engine(pair.inputs)["out"] - wanted).abs().max()) for engine in engines.values()
+        )
+        layout, eager = _eager(pair)
+        sides: dict[str, Callable[[], Any]] = {"eager": eager}
+        sides |= {name: partial(engine, pair.inputs) for name, engine in engines.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for round_ in range(rounds):
+            first = round_ % len(sides)
+            for name in [*sides][first:] + [*sides][:first]:
+                seconds[name].append(_seconds(sides[name]))
     flops = float(counter.get_total_flops())
-    return Measured(block.name, block.calls, flops, **seconds, difference=difference)
+    return Measured(block.name, block.calls, flops, layout, **seconds, difference=difference)
 
 
-def _exported(module: nn.Module, inputs: tuple[Tensor, ...], file: Path) -> Callable[..., Tensor]:
-    torch.onnx.export(module, inputs, file, dynamo=True, opset_version=20, external_data=True, verbose=False)
-    session = open_session(file, torch.device("cpu"))
-    names = [value.name for value in session.get_inputs()]
+def _eager(pair: Pair) -> tuple[str, Callable[[], Tensor]]:
+    """diffusers' module in the quicker layout; what has no channels has one only."""
+    found: dict[str, tuple[float, Callable[[], Tensor]]] = {}
+    images = any(x.dim() == 4 for x in pair.inputs.values())
+    for layout in ("contiguous", "channels_last") if images else ("contiguous",):
+        memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        module = copy.deepcopy(pair.theirs).to(memory_format=memory_format)  # type: ignore[call-overload]
+        inputs = [x.to(memory_format=memory_format) if x.dim() == 4 else x for x in pair.inputs.values()]
+        call = partial(module, *inputs)
+        call()
+        found[layout] = min(_seconds(call) for _ in range(3)), call
+    best = min(found, key=lambda layout: found[layout][0])
+    return best, found[best][1]
 
-    def run(*tensors: Tensor) -> Tensor:
-        fed = dict(zip(names, (x.numpy() for x in tensors), strict=True))
-        return torch.from_numpy(session.run(None, fed)[0])
 
-    return run
+def _seconds(call: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+def _plain(pair: Pair, file: Path) -> Engine:
+    """PyTorch's export of diffusers' module, run as latentrt's is."""
+    torch.onnx.export(
+        pair.theirs,
+        tuple(pair.inputs.values()),
+        file,
+        input_names=list(pair.inputs),
+        output_names=["out"],
+        dynamo=True,
+        opset_version=20,
+        external_data=True,
+        verbose=False,
+    )
+    return OnnxRuntimeEngine(pair.component(), file, _CPU)
 
 
 def estimate(found: Sequence[Measured]) -> dict[str, Any]:
     """A forward of the base UNet made up of the blocks: what is in none of those counted is of the kind with no count.
 
     Returns:
-        Seconds of each side, their ratio, and the share of the work that is in counted blocks.
+        Seconds of each side, how many times as fast as eager the others are, and the share of the work that is in
+        counted blocks.
     """
     counted = [m for m in found if m.calls is not None]
     (filler,) = (m for m in found if m.calls is None)
@@ -164,53 +292,80 @@ def estimate(found: Sequence[Measured]) -> dict[str, Any]:
             sum(count * seconds for count, seconds in zip(times, round_, strict=True))
             for round_ in zip(*(getattr(m, side) for m in (*counted, filler)), strict=True)
         ]
-        for side in ("eager", "onnxruntime")
+        for side in _SIDES
     }
-    speedup: Interval = ratio(whole["eager"], whole["onnxruntime"])
     return {
         "seconds": {side: median(values) for side, values in whole.items()},
-        "speedup": asdict(speedup),
+        "speedups": {side: asdict(ratio(whole["eager"], whole[side])) for side in _SIDES if side != "eager"},
         "counted_share": work / (1e12 * FORWARD_TFLOP),
     }
 
 
-def table(found: Sequence[Measured], whole: Mapping[str, Any]) -> list[str]:
-    """In Markdown."""
-    lines = ["| block | GFLOP | eager GFLOP/s | ONNX Runtime GFLOP/s | ratio |", "|" + " --- |" * 5]
+def table(found: Sequence[Mapping[str, Any]], whole: Mapping[str, Any]) -> list[str]:
+    """In Markdown, of blocks as `Measured` has them."""
+    others = [side for side in _SIDES if side != "eager"]
+    head = ["block", "GFLOP", "eager's layout", *(f"{name}, GFLOP/s" for name in _SIDES.values())]
+    head += [f"{_SIDES[side]} against eager" for side in others]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for m in found:
-        rates = [m.flops / median(seconds) / 1e9 for seconds in (m.eager, m.onnxruntime)]
-        r = ratio(m.eager, m.onnxruntime)
-        lines.append(
-            f"| {m.name} | {m.flops / 1e9:.1f} | {rates[0]:.0f} | {rates[1]:.0f} | {r.value:.2f} ({r.low:.2f} to "
-            f"{r.high:.2f}) |"
-        )
-    r, s = whole["speedup"], whole["seconds"]
-    lines += [
+        rates = [f"{m['flops'] / median(m[side]) / 1e9:.0f}" for side in _SIDES]
+        ratios = [_told(ratio(m["eager"], m[side])) for side in others]
+        cells = [m["name"], f"{m['flops'] / 1e9:.1f}", m["layout"], *rates, *ratios]
+        lines.append(f"| {' | '.join(cells)} |")
+    s = whole["seconds"]
+    told = ", ".join(
+        f"{s[side]:.0f} s by {_SIDES[side]} ({_told(Interval(**whole['speedups'][side]))})" for side in others
+    )
+    return [
+        *lines,
         "",
         f"A forward of SDXL's base UNet at 1024x1024 made up of them ({whole['counted_share']:.0%} of its work is in "
-        f"blocks counted, the rest is taken for residual ones): {s['eager']:.0f} s eager, {s['onnxruntime']:.0f} s by "
-        f"ONNX Runtime, {r['value']:.2f} x ({r['low']:.2f} to {r['high']:.2f}).",
+        f"blocks counted, the rest is taken for residual ones): {s['eager']:.0f} s eager, {told}.",
     ]
-    return lines
+
+
+def read_blocks(path: Path) -> dict[str, Any]:
+    """What `main` wrote.
+
+    Raises:
+        BenchmarkError: it is something else, or of another schema.
+    """
+    try:
+        content: Any = json.loads(path.read_text("utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise BenchmarkError(f"{path} is not JSON: {error}") from error
+    found = [content.get(key) for key in ("benchmark", "schema")] if isinstance(content, dict) else None
+    if found != [BENCHMARK, SCHEMA]:
+        raise BenchmarkError(
+            f"{path} holds no blocks of SDXL in schema {SCHEMA}; write it with python -m latentrt.bench.proportions"
+        )
+    return dict(content)
+
+
+def _told(r: Interval) -> str:
+    return f"{r.value:.2f} x, {r.low:.2f} to {r.high:.2f}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="SDXL's blocks on this CPU, eager and by ONNX Runtime.")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = argparse.ArgumentParser(description="SDXL's blocks on this CPU: eager, ONNX Runtime, latentrt.")
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds is {args.rounds}; at least 1 is needed")
     found = [measure(block, args.rounds) for block in BLOCKS]
-    whole = estimate(found)
-    print("\n".join(table(found, whole)))
+    content = {
+        "schema": SCHEMA,
+        "benchmark": BENCHMARK,
+        "command": shlex.join(["python", "-m", "latentrt.bench.proportions", *(argv or sys.argv[1:])]),
+        "machine": describe_machine(_CPU),
+        "rounds": args.rounds,
+        "blocks": [asdict(m) for m in found],
+        "forward": estimate(found),
+    }
+    print("\n".join(table(content["blocks"], content["forward"])))
     if args.out is not None:
-        content = {
-            "schema": 1,
-            "benchmark": "SDXL's blocks on a CPU",
-            "machine": describe_machine(torch.device("cpu")),
-            "blocks": [asdict(m) for m in found],
-            "forward": whole,
-        }
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     return 0

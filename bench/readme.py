@@ -1,7 +1,10 @@
-"""README's figures of the demo, from a file of results, so that nobody types them.
+"""README's figures, from files of results, so that nobody types them.
 
-python -m latentrt.bench.readme                        # from bench/results/demo_bench_cpu.json
-python -m latentrt.bench.readme out/bench/bench.json   # puts that file in its place first
+    python -m latentrt.bench.readme                        # from what is in bench/results
+    python -m latentrt.bench.readme out/bench/bench.json   # puts that file in the demo's place first
+
+They are the demo's (`demo_bench_cpu.json`) with where its time goes, SDXL's blocks on a CPU (`sdxl_blocks_cpu.json`),
+and full size on a GPU (`gpu-*/bench.json`); the last two where there are such files.
 """
 
 from __future__ import annotations
@@ -11,71 +14,123 @@ import re
 import shutil
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import BenchmarkError
-from . import report as reports
+from . import tables
 from .cases import SIDES
-from .results import Report, Row, read_report
+from .proportions import read_blocks
+from .proportions import table as blocks_table
+from .report import PROFILE
+from .results import CaseResult, Report, Row, read_report
 
-__all__ = ["README", "RESULT", "main", "refreshed", "section"]
+__all__ = ["README", "RESULTS", "main", "refreshed", "section"]
 
 _ROOT = Path(__file__).resolve().parents[1]
 README = _ROOT / "README.md"
-RESULT = _ROOT / "bench" / "results" / "demo_bench_cpu.json"
+RESULTS = _ROOT / "bench" / "results"
+_DEMO, _BLOCKS, _GPU = "demo_bench_cpu.json", "sdxl_blocks_cpu.json", "gpu-*/bench.json"
+_OURS = "latentrt-onnxruntime"
 _BEGIN, _END = "<!-- figures: python -m latentrt.bench.readme -->", "<!-- end of figures -->"
 
 
-def section(report: Report) -> str:
-    """What README says of the demo's case.
+def section(demo: Report, results: Path) -> str:
+    """All that stands between README's two marks.
+
+    Args:
+        results: folder where the other files of results may be.
 
     Raises:
-        BenchmarkError: the demo was not measured, or not beside diffusers.
+        BenchmarkError: the demo was not measured, or not beside diffusers; or a file cannot be read.
     """
+    found = [*_demo(demo), *_blocks(results / _BLOCKS)]
+    for path in sorted(results.glob(_GPU)):
+        found += _on_gpu(read_report(path), path.relative_to(results.parent.parent))
+    return "\n".join(found).rstrip()
+
+
+def _demo(report: Report) -> Iterator[str]:
     case = next((case for case in report.cases if case.case["name"] == "demo"), None)
     if case is None or not case.rows or not case.rows[0].batches or case.rows[0].side != "diffusers":
         raise BenchmarkError(
             "the results hold no demo measured beside diffusers; run latentrt bench --case demo"
         )
+    yield from _measured(report, case, "")
+    if profile := tables.profile(case, (case.rows[0].side, _OURS)):
+        yield from [*_wrapped(f"Where that comes from. {PROFILE}"), "", *tables.as_markdown(profile), ""]
+
+
+def _blocks(path: Path) -> Iterator[str]:
+    if not path.exists():
+        return
+    content = read_blocks(path)
+    *table, _, words = blocks_table(content["blocks"], content["forward"])
+    machine = content["machine"]
+    where = f"{machine['processor']}, {machine['threads']} threads, commit {machine['commit']}"
+    told = f"SDXL's own blocks at the shapes of 1024x1024, {content['rounds']} rounds on {where}. {words}"
+    yield from [*_wrapped(told), "", *table, ""]
+
+
+def _on_gpu(report: Report, source: Path) -> Iterator[str]:
+    for case in report.cases:
+        if any(row.batches for row in case.rows):
+            yield from _measured(report, case, f" (`{source}`)")
+
+
+def _measured(report: Report, case: CaseResult, source: str) -> Iterator[str]:
+    """A case in words, and its sides in a table."""
     machine, c = report.machine, case.case
-    first = case.rows[0].batches[0]
-    measured = [row for row in case.rows if row.batches]
-    worst = min(row.batches[0].psnr for row in measured if row.side != "diffusers")
-    words = (
-        f"{machine['processor']}, {machine['threads']} threads, commit {machine['commit']}: base + refiner, "
-        f"{c['steps']} steps, guidance {c['guidance']:g}, {c['dtype']}, the sides taking turns on the same noise; "
-        f"medians of {len(first.seconds)} rounds, ratios of each round with an interval that covers "
-        f"{100 * first.latency.median.cover:.0f} %. The worst timed picture of any side has a PSNR of {worst:.0f} dB "
-        "beside eager diffusers'."
+    where = f"{machine['processor']}, {machine['threads']} threads"
+    if machine.get("gpu"):
+        torch = machine.get("versions", {}).get("torch", "unknown")
+        where = f"{machine['gpu']}, driver {machine.get('driver', 'unknown')}, PyTorch {torch}"
+    first = next(row.batches[0] for row in case.rows if row.batches)
+    took = "" if report.seconds is None else f" The whole run took {report.seconds / 60:.0f} minutes."
+    interrupted = "" if report.complete else " It was interrupted: these are the figures there were by then."
+    told = (
+        f"{where}, commit {machine['commit']}{source}: {c['summary']}, {c['steps']} steps, guidance {c['guidance']:g}, "
+        f"{c['dtype']}, the sides taking turns on the same noise; medians of {len(first.seconds)} rounds, ratios of "
+        f"each round with an interval that covers {100 * first.latency.median.cover:.0f} %. PSNR is of a side's "
+        f"worst picture beside that of {case.reference}.{took}{interrupted}"
     )
-    table = [
-        "| side | what it is | seconds | against diffusers | built in | first image |",
-        "| --- |" + " --- |" * 5,
-    ]
-    table += [_row(row) for row in case.rows]
-    profile = reports.profile_lines(case)
-    return "\n".join(
-        [*textwrap.wrap(words, 118, break_on_hyphens=False), "", *table, *(["", *profile] if profile else [])]
-    )
+    head = ["side", "what it is", "seconds", f"against {case.rows[0].side}", "PSNR", "CLIP score", "FID"]
+    table = [[*head, "peak MiB", "built in", "first image"], *(_row(case, row) for row in case.rows)]
+    yield from [*_wrapped(told), "", *tables.as_markdown(tables.known(table, 5)), ""]
 
 
-def _row(row: Row) -> str:
+def _row(case: CaseResult, row: Row) -> list[str]:
     plain = row.side.partition("@")[0]
-    what = SIDES[plain].summary if plain in SIDES else ""
+    q = row.quality
+    worst = [q.psnr] if q else []
+    worst += [b.psnr for b in row.batches]
+    judged = [
+        f"{min(worst):.0f} dB" if worst else "-",
+        "-" if q is None or q.clip is None else f"{q.clip:.1f}",
+        "-" if q is None or q.fid is None else f"{q.fid:.4g}",
+    ]
+    about = [f"`{row.side}`", SIDES[plain].summary if plain in SIDES else "-"]
     if not row.batches:
-        return f"| `{row.side}` | {what} | {row.status}: {row.reason} | - | - | - |"
+        return [*about, f"{row.status}: {row.reason}", "-", *judged, "-", "-", "-"]
     figures = row.batches[0]
-    r = figures.speedup
-    against = (
-        "-" if r is None else "1" if r.low == r.high else f"{r.value:.2f} x ({r.low:.2f} to {r.high:.2f})"
-    )
     built = "-" if row.build_seconds is None else f"{row.build_seconds:.0f} s"
-    begun = "-" if row.first_image_seconds is None else f"{row.first_image_seconds:.1f} s"
-    return f"| `{row.side}` | {what} | {figures.latency.median.value:.2f} | {against} | {built} | {begun} |"
+    return [
+        *about,
+        f"{figures.latency.median.value:.2f}",
+        tables.against_first(case, row),
+        *judged,
+        tables.peak(figures.memory),
+        "kept" if row.built_before else built,
+        "-" if row.first_image_seconds is None else f"{row.first_image_seconds:.1f} s",
+    ]
 
 
-def refreshed(readme: str, report: Report) -> str:
-    """README's text with the figures of `report`.
+def _wrapped(words: str) -> list[str]:
+    return textwrap.wrap(words, 118, break_on_hyphens=False)
+
+
+def refreshed(readme: str, demo: Report, results: Path) -> str:
+    """README's text with the figures of `demo` and of what else there is in `results`.
 
     Raises:
         BenchmarkError: it has no place for them.
@@ -83,20 +138,17 @@ def refreshed(readme: str, report: Report) -> str:
     place = re.compile(f"{re.escape(_BEGIN)}.*{re.escape(_END)}", re.DOTALL)
     if not place.search(readme):
         raise BenchmarkError(f"README has no lines {_BEGIN} and {_END} to write figures between")
-    return place.sub(lambda _: f"{_BEGIN}\n{section(report)}\n{_END}", readme)
+    return place.sub(lambda _: f"{_BEGIN}\n{section(demo, results)}\n{_END}", readme)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Write README's figures of the demo.")
-    parser.add_argument(
-        "result", type=Path, nargs="?", help="takes the place of bench/results/demo_bench_cpu.json"
-    )
+    parser = argparse.ArgumentParser(description="Write README's figures.")
+    parser.add_argument("result", type=Path, nargs="?", help=f"takes the place of bench/results/{_DEMO}")
     args = parser.parse_args(argv)
-    report = read_report(args.result or RESULT)
-    text = refreshed(README.read_text("utf-8"), report)
+    text = refreshed(README.read_text("utf-8"), read_report(args.result or RESULTS / _DEMO), RESULTS)
     if args.result is not None:
-        shutil.copyfile(args.result, RESULT)
+        shutil.copyfile(args.result, RESULTS / _DEMO)
     README.write_text(text, "utf-8")
     return 0
 

@@ -105,6 +105,7 @@ class CaseResult:
         steps: that base and refiner took.
         reference: the side whose pictures the others are held against.
         skipped: why nothing was run; empty where it was.
+        prompts: digest of the prompts, in their order; empty in results that were made before it was kept.
     """
 
     case: dict[str, Any]
@@ -113,6 +114,7 @@ class CaseResult:
     reference: str | None
     rows: list[Row]
     skipped: str = ""
+    prompts: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class Report:
     Attributes:
         complete: false where it was interrupted.
         conditions: load of the machine when it began and when it ended.
+        seconds: that the whole run took, where it was kept.
     """
 
     command: str
@@ -130,6 +133,7 @@ class Report:
     cases: list[CaseResult]
     complete: bool = True
     conditions: dict[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
 
 
 def write_report(path: Path, report: Report) -> None:

@@ -10,6 +10,7 @@ A side that fails anywhere is told with its reason, and the others go on. What w
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -278,7 +279,14 @@ class CaseRun:
         """What is known by now; a side that is out has no speed."""
         reference = self._reference.spec.name if self._reference else None
         rows = [self._row(lane) for lane in self._lanes]
-        return CaseResult(asdict(self._case), self._steps, self._plan.gate.name, reference, rows)
+        return CaseResult(
+            asdict(self._case),
+            self._steps,
+            self._plan.gate.name,
+            reference,
+            rows,
+            prompts=hashlib.sha256("\n".join(self._plan.prompts).encode()).hexdigest()[:12],
+        )
 
     def _row(self, lane: _Lane) -> Row:
         valid = lane.status == "measured"

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..errors import RequestError
 from .features import Judges, as_bytes
+from .gates import FID_LEAST
 from .plots import lines
 from .quality import frechet_distance
 from .report import STYLE
@@ -39,14 +40,16 @@ class Point:
         high_noise_frac: the base's share of the schedule; at 1 the refiner does nothing.
         seconds: of a picture, the median over batches.
         clip: mean CLIP score.
-        fid: to true pictures.
+        fid: to true pictures, from `FID_LEAST` pictures on.
+        pictures: that were made.
     """
 
     steps: int
     high_noise_frac: float
     seconds: float
     clip: float
-    fid: float
+    fid: float | None
+    pictures: int
 
 
 def sweep(
@@ -59,46 +62,82 @@ def sweep(
     batch: int,
     seed: int,
     tell: Callable[[str], None] = lambda state: None,
+    keep: Callable[[list[Point]], None] = lambda points: None,
 ) -> list[Point]:
     """Every combination, over all prompts.
 
+    Args:
+        batch: pictures made at once.
+        keep: told what there is when it is interrupted, of the batches that every setting has made.
+
     Raises:
-        RequestError: a share is not in [0, 1], steps are below 1, or there are fewer than two prompts.
+        KeyboardInterrupt: after `keep`.
+        RequestError: a share is not in [0, 1], steps or the batch are below 1, or there are fewer than two prompts.
     """
     wrong = [frac for frac in fracs if not 0 <= frac <= 1]
-    if wrong or not all(count >= 1 for count in steps) or len(prompts) < 2:
+    if wrong or not all(count >= 1 for count in (*steps, batch)) or len(prompts) < 2:
         raise RequestError(
-            f"steps {list(steps)}, shares {list(fracs)}, {len(prompts)} prompts; steps must be at least 1, shares 0 to "
-            "1, and prompts two"
+            f"steps {list(steps)}, shares {list(fracs)}, {len(prompts)} prompts, batch {batch}; steps and the batch "
+            "must be at least 1, shares 0 to 1, and prompts two"
         )
-    clip, fid, truth = judges.clip, judges.fid, judges.truth
-    if clip is None or fid is None or truth is None:
+    if judges.clip is None or judges.fid is None or judges.truth is None:
         raise RequestError("a sweep needs judges for CLIP score and FID, and true pictures")
     settings = list(itertools.product(steps, fracs))
-    images: dict[tuple[int, float], list[Images]] = {setting: [] for setting in settings}
-    times: dict[tuple[int, float], list[float]] = {setting: [] for setting in settings}
+    found = {setting: _Made([], []) for setting in settings}
+
+    def points() -> list[Point]:
+        """Of the batches that every setting has made."""
+        done = min(len(made.images) for made in found.values())
+        return (
+            [_point(setting, found[setting], done, prompts, judges) for setting in settings] if done else []
+        )
+
     make(prompts[:batch], list(range(seed, seed + min(batch, len(prompts)))), *settings[0])  # warm-up
-    for first in range(0, len(prompts), batch):
-        some = prompts[first : first + batch]
-        seeds = [seed + first + k for k in range(len(some))]
-        for setting in settings:
-            tell(f"{setting[0]} steps, share {setting[1]:g}: pictures {first + 1} to {first + len(some)}")
-            begun = time.perf_counter()
-            images[setting].append(make(some, seeds, *setting))
-            times[setting].append((time.perf_counter() - begun) / len(some))
-    points = []
-    for setting in settings:
-        pictures = as_bytes(np.concatenate(images[setting]))
-        score = float(clip.scores(pictures, prompts).mean())
-        distance = frechet_distance(truth, fid.see(pictures))
-        points.append(Point(*setting, median(times[setting]), score, distance))
-    return points
+    try:
+        for first in range(0, len(prompts), batch):
+            some = prompts[first : first + batch]
+            seeds = [seed + first + k for k in range(len(some))]
+            for setting in settings:
+                tell(f"{setting[0]} steps, share {setting[1]:g}: pictures {first + 1} to {first + len(some)}")
+                begun = time.perf_counter()
+                images = make(some, seeds, *setting)
+                found[setting].seconds.append((time.perf_counter() - begun) / len(some))
+                found[setting].images.append(images)
+    except KeyboardInterrupt:
+        if kept := points():
+            keep(kept)
+        raise
+    return points()
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A setting's batches, and the seconds of a picture in each."""
+
+    images: list[Images]
+    seconds: list[float]
+
+
+def _point(
+    setting: tuple[int, float], made: _Made, done: int, prompts: Sequence[str], judges: Judges
+) -> Point:
+    """Of the first `done` batches."""
+    clip, fid, truth = judges.clip, judges.fid, judges.truth
+    assert clip is not None
+    assert fid is not None
+    assert truth is not None
+    pictures = as_bytes(np.concatenate(made.images[:done]))
+    score = float(clip.scores(pictures, prompts[: len(pictures)]).mean())
+    enough = len(pictures) >= FID_LEAST
+    distance = frechet_distance(truth, fid.see(pictures)) if enough else None
+    return Point(*setting, median(made.seconds[:done]), score, distance, len(pictures))
 
 
 def table(points: Sequence[Point]) -> list[str]:
     """A Markdown table."""
     rows = [
-        f"| {p.steps} | {p.high_noise_frac:g} | {p.seconds:.3f} | {p.clip:.2f} | {p.fid:.2f} |"
+        f"| {p.steps} | {p.high_noise_frac:g} | {p.seconds:.3f} | {p.clip:.2f} | "
+        f"{'-' if p.fid is None else f'{p.fid:.4g}'} |"
         for p in points
     ]
     return ["| steps | base's share | s/picture | CLIP | FID |", "| --- | --- | --- | --- | --- |", *rows]
@@ -108,6 +147,8 @@ def page(points: Sequence[Point], title: str) -> str:
     """A page with CLIP score and FID against seconds, a line for each share of the base through its steps."""
     plots = []
     for name, unit in (("clip", "CLIP score, more is better"), ("fid", "FID, less is better")):
+        if any(getattr(p, name) is None for p in points):
+            continue
         series = []
         for frac in dict.fromkeys(p.high_noise_frac for p in points):
             line = sorted((p for p in points if p.high_noise_frac == frac), key=lambda p: p.steps)
@@ -117,7 +158,12 @@ def page(points: Sequence[Point], title: str) -> str:
         plots.append(f"<h3>{unit}</h3>{lines(series, 's/picture', name)}")
     head = f'<meta charset="utf-8"><title>latentrt bench sweep</title><style>{STYLE}</style>'
     steps = ", ".join(map(str, sorted({p.steps for p in points})))
-    told = f"The points of a line have {steps} steps. What the base's share leaves of the schedule is the refiner's."
+    told = (
+        f"{points[0].pictures} pictures of each setting. The points of a line have {steps} steps. What the base's "
+        "share leaves of the schedule is the refiner's."
+    )
+    if any(p.fid is None for p in points):
+        told += f" FID takes {FID_LEAST} pictures."
     body = f'<h1>{escape(title)}</h1><p class="soft">{escape(told)}</p>{"".join(plots)}'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 

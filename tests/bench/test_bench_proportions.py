@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
+
 import pytest
 import torch
+from latentrt.bench import proportions
 from latentrt.bench.proportions import (
     BLOCKS,
     FORWARD_TFLOP,
@@ -15,19 +19,25 @@ from latentrt.bench.proportions import (
     table,
     transformer,
 )
+from latentrt.errors import BenchmarkError
 from torch.utils.flop_counter import FlopCounterMode
 
 
 def test_a_forward_is_made_up_by_its_work() -> None:
     work = FORWARD_TFLOP * 1e12
-    counted = Measured("a", 10, 0.04 * work, [2.0, 2.2], [1.0, 1.1], 0.0)
-    rest = Measured("b", None, 0.2 * work, [8.0, 8.0], [4.0, 2.0], 0.0)
+    counted = Measured("a", 10, 0.04 * work, "contiguous", [2.0, 2.2], [1.0, 1.1], [0.5, 0.5], 0.0)
+    rest = Measured("b", None, 0.2 * work, "channels_last", [8.0, 8.0], [4.0, 2.0], [2.0, 2.0], 0.0)
     found = estimate([counted, rest])
     assert found["counted_share"] == pytest.approx(0.4)
     # 10 calls, and 0.6 of the work as three calls of 0.2
-    assert found["seconds"] == pytest.approx({"eager": (44 + 46) / 2, "onnxruntime": (22 + 17) / 2})
-    assert found["speedup"]["value"] == pytest.approx((2 + 46 / 17) / 2)
-    assert "40% of its work" in table([counted, rest], found)[-1]
+    seconds = {"eager": (44 + 46) / 2, "onnxruntime": (22 + 17) / 2, "latentrt": 11}
+    assert found["seconds"] == pytest.approx(seconds)
+    assert found["speedups"]["onnxruntime"]["value"] == pytest.approx((2 + 46 / 17) / 2)
+    assert found["speedups"]["latentrt"]["value"] == pytest.approx((4 + 46 / 11) / 2)
+    told = table([asdict(counted), asdict(rest)], found)
+    assert "40% of its work" in told[-1]
+    assert "11 s by latentrt (4.09 x, 4.00 to 4.18)" in told[-1]
+    assert told[3].startswith("| b | 1352.2 | channels_last | 169 | ")
 
 
 def test_the_blocks_are_sdxls() -> None:
@@ -35,9 +45,9 @@ def test_the_blocks_are_sdxls() -> None:
     flops = []
     for block in BLOCKS:
         with torch.device("meta"):
-            module, inputs = block.make()
+            pair = block.make()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            module(*inputs)
+            pair.theirs(*pair.inputs.values())
         flops.append(counter.get_total_flops())
     wide, deep, conv = flops
     assert 10 * wide + 60 * deep == pytest.approx((4.30 + 0.75) * 1e12, rel=0.02)
@@ -54,8 +64,32 @@ def test_the_blocks_are_sdxls() -> None:
     ],
     ids=lambda block: block.name,
 )
-def test_both_sides_compute_the_same(block: Block) -> None:
+def test_all_sides_compute_the_same(block: Block) -> None:
     found = measure(block, rounds=2)
     assert found.difference < 1e-4
-    assert len(found.eager) == len(found.onnxruntime) == 2
+    assert len(found.eager) == len(found.onnxruntime) == len(found.latentrt) == 2
+    assert found.layout in ("contiguous", "channels_last")
     assert found.flops > 0
+
+
+def test_the_result_is_written_with_what_it_was_made_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def quick(block: Block, rounds: int) -> Measured:
+        seconds = [[1.0 + k] * rounds for k in range(3)]
+        return Measured(block.name, block.calls, 6e10, "contiguous", *seconds, difference=0.0)
+
+    monkeypatch.setattr(proportions, "measure", quick)
+    out = tmp_path / "new" / "blocks.json"
+    assert proportions.main(["--rounds", "2", "--out", str(out)]) == 0
+    content = proportions.read_blocks(out)
+    assert content["command"] == f"python -m latentrt.bench.proportions --rounds 2 --out {out}"
+    assert {"processor", "versions", "commit"} <= content["machine"].keys()
+    assert [b["name"] for b in content["blocks"]] == [b.name for b in BLOCKS]
+    assert "by latentrt (0.33 x" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        proportions.main(["--rounds", "0"])
+    for text, message in (("{", "is not JSON"), ("[]", "holds no blocks"), ('{"schema": 1}', "in schema 2")):
+        out.write_text(text)
+        with pytest.raises(BenchmarkError, match=message):
+            proportions.read_blocks(out)

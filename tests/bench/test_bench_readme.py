@@ -2,43 +2,121 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from latentrt.bench import readme
-from latentrt.bench.results import read_report
+from latentrt.bench.profile import Profile
+from latentrt.bench.proportions import BENCHMARK, SCHEMA, Measured, estimate
+from latentrt.bench.results import read_report, write_report
 from latentrt.errors import BenchmarkError
+from planted_reports import MACHINE, report
+
+DEMO = readme.RESULTS / "demo_bench_cpu.json"
+
+
+def table_row(text: str, begins: str) -> list[str]:
+    line = next(line for line in text.splitlines() if line.startswith(f"| {begins} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_readme_has_the_figures_of_the_committed_results() -> None:
     text = readme.README.read_text("utf-8")
-    assert readme.refreshed(text, read_report(readme.RESULT)) == text
+    assert readme.refreshed(text, read_report(DEMO), readme.RESULTS) == text
 
 
 def test_a_new_result_takes_the_old_ones_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("README", "RESULT"):
-        here = tmp_path / getattr(readme, name).name
-        here.write_bytes(getattr(readme, name).read_bytes())
-        monkeypatch.setattr(readme, name, here)
-    text = readme.RESULT.read_text().replace('"commit": "', '"commit": "new')
+    monkeypatch.setattr(readme, "RESULTS", tmp_path / "bench" / "results")
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    readme.RESULTS.mkdir(parents=True)
+    demo = readme.RESULTS / DEMO.name
+    shutil.copyfile(DEMO, demo)
+    begin, end = "<!-- figures: python -m latentrt.bench.readme -->", "<!-- end of figures -->"
+    readme.README.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    text = DEMO.read_text().replace('"commit": "', '"commit": "new')
     (tmp_path / "new.json").write_text(text)
     assert readme.main([str(tmp_path / "new.json")]) == 0
-    assert readme.RESULT.read_text() == text
-    assert "commit new" in readme.README.read_text("utf-8")
+    assert demo.read_text() == text
+    written = readme.README.read_text("utf-8")
+    assert "commit new" in written
+    assert "old" not in written
+    assert written.startswith(f"before\n{begin}\n")
+    assert written.endswith(f" |\n{end}\nafter\n")
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(BenchmarkError, match="holds no results"):
         readme.main([str(tmp_path / "bad.json")])
-    assert readme.RESULT.read_text() == text
+    assert demo.read_text() == text
+    assert readme.README.read_text("utf-8") == written
 
 
-def test_a_side_without_a_speed_is_told_with_its_reason() -> None:
-    report = read_report(readme.RESULT)
-    case = report.cases[0]
-    out = replace(case.rows[1], status="failed", reason="not loaded after 200 s", batches=[])
-    changed = replace(report, cases=[replace(case, rows=[case.rows[0], out, *case.rows[2:]])])
-    assert "failed: not loaded after 200 s | - | - | - |" in readme.section(changed)
+def test_speed_has_its_quality_beside_it(tmp_path: Path) -> None:
+    made = replace(report(1.0, 2.0, rounds=1, build_seconds=149.9), seconds=560.0)
+    text = readme.section(made, tmp_path)
+    head, ours = table_row(text, "side"), table_row(text, "`latentrt-eager`")
+    found = dict(zip(head, ours, strict=True))
+    assert found["against diffusers"].startswith(("1.9", "2.0"))  # of one round, whose interval is a point
+    assert table_row(text, "`diffusers`")[head.index("against diffusers")] == "1"
+    assert (found["PSNR"], found["built in"], found["peak MiB"]) == ("120 dB", "150 s", "477")
+    assert "FID" not in head  # nobody has it
+    assert "an interval that covers 0 %" in " ".join(text.split())
+    assert "The whole run took 9 minutes." in " ".join(text.split())
+    alone = replace(made, cases=[replace(made.cases[0], rows=made.cases[0].rows[:1])])
+    assert "`latentrt-eager`" not in readme.section(alone, tmp_path)
+
+
+def test_a_side_without_a_speed_is_told_with_its_reason(tmp_path: Path) -> None:
+    gone = report(status="failed", reason="not loaded after 200 s", batches=[], quality=None)
+    text = readme.section(gone, tmp_path)
+    assert table_row(text, "`latentrt-eager`")[2:5] == ["failed: not loaded after 200 s", "-", "-"]
     with pytest.raises(BenchmarkError, match="no demo measured beside diffusers"):
-        readme.section(replace(report, cases=[]))
+        readme.section(replace(gone, cases=[]), tmp_path)
     with pytest.raises(BenchmarkError, match="README has no lines"):
-        readme.refreshed("# latentrt", report)
+        readme.refreshed("# latentrt", gone, tmp_path)
+
+
+def test_where_the_time_goes_is_shown_for_eager_and_latentrt(tmp_path: Path) -> None:
+    made = report()
+    diffusers, eager = made.cases[0].rows
+    profile = Profile(1.2, {"convolutions": 0.4, "between operators": 0.8}, 89120)
+    quick = Profile(0.9, {"convolutions": 0.2, "between operators": 0.7}, 33027)
+    rows = [
+        replace(diffusers, profile=profile),
+        replace(eager, profile=profile),
+        replace(eager, side="latentrt-onnxruntime", profile=quick),
+    ]
+    text = readme.section(replace(made, cases=[replace(made.cases[0], rows=rows)]), tmp_path)
+    assert table_row(text, "ms") == ["ms", "diffusers", "latentrt-onnxruntime"]
+    assert table_row(text, "convolutions") == ["convolutions", "400.0", "200.0"]
+    assert table_row(text, "without profilers")[1] == f"{1e3 * diffusers.batches[0].latency.median.value:.1f}"
+    assert "Where that comes from." in text
+
+
+def test_other_results_are_shown_where_there_are_any(tmp_path: Path) -> None:
+    results = tmp_path / "bench" / "results"
+    before = readme.section(report(), results)
+    blocks = [
+        Measured(name, calls, 6e10, "contiguous", [2.0], [1.0], [0.5], 0.0)
+        for name, calls in (("a", 10), ("b", None))
+    ]
+    content = {"benchmark": BENCHMARK, "schema": SCHEMA, "machine": MACHINE, "rounds": 1}
+    content |= {"blocks": [asdict(m) for m in blocks], "forward": estimate(blocks)}
+    results.mkdir(parents=True)
+    (results / "sdxl_blocks_cpu.json").write_text(json.dumps(content))
+    gpu = report(0.5, 2.0, machine={**MACHINE, "gpu": "H200", "driver": "570"})
+    gpu.cases[0].case.update(name="sdxl", summary="SDXL base at 1024x1024, random weights", dtype="float16")
+    write_report(results / "gpu-sdxl" / "bench.json", gpu)
+    text = readme.section(report(), results)
+    assert text.startswith(before)
+    words = " ".join(text[len(before) :].split())
+    assert "SDXL's own blocks at the shapes of 1024x1024, 1 rounds on a, 2 threads, commit c." in words
+    assert "by latentrt (4.00 x, 4.00 to 4.00)" in words
+    assert (
+        "H200, driver 570, PyTorch 2, commit c (`bench/results/gpu-sdxl/bench.json`): SDXL base at" in words
+    )
+    assert "| 4.0" in words or "| 3.9" in words
+    (results / "sdxl_blocks_cpu.json").write_text("{}")
+    with pytest.raises(BenchmarkError, match="holds no blocks of SDXL"):
+        readme.section(report(), results)

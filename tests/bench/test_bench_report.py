@@ -1,4 +1,4 @@
-"""Results: written, read again, shown, and compared."""
+"""Results: written, read again, and shown."""
 
 from __future__ import annotations
 
@@ -7,87 +7,31 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
+from io import BytesIO, StringIO
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import PIL.Image
 import pytest
 from latentrt.bench import report as reports
 from latentrt.bench.cases import Case
 from latentrt.bench.compare import compare
+from latentrt.bench.features import as_bytes
 from latentrt.bench.gates import GATES, Quality
+from latentrt.bench.host import Worker
+from latentrt.bench.live import LiveTable
 from latentrt.bench.plots import bars, lines
-from latentrt.bench.results import (
-    BatchFigures,
-    CaseResult,
-    Memory,
-    Report,
-    Row,
-    read_report,
-    write_report,
-)
+from latentrt.bench.results import Report, read_report, write_report
+from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.stats import growth, ratio, spread
 from latentrt.errors import BenchmarkError
+from planted_reports import MACHINE, report, with_figures
+from planted_sides import planted
+from rich.console import Console
 
 Run = Callable[..., tuple[int, str, str]]
-MACHINE = {
-    "processor": "a",
-    "cores": 2,
-    "threads": 2,
-    "memory_gib": 8,
-    "versions": {"torch": "2"},
-    "commit": "c",
-}
-
-
-def noisy(median: float, count: int = 15, seed: int = 0) -> list[float]:
-    return list(median * np.random.default_rng(seed).normal(1, 0.01, count))
-
-
-def row(side: str, seconds: list[float], base: list[float], peak: float = 5e8, **fields: Any) -> Row:
-    memory = Memory(
-        {"resident": peak},
-        {"base": {"resident": peak}},
-        0.0,
-        {"seconds": [0.0, 1.0], "resident": [1e8, peak]},
-        [],
-    )
-    figures = BatchFigures(
-        batch=1,
-        seconds=seconds,
-        latency=spread(seconds),
-        speedup=ratio(base, seconds),
-        images_per_second=1 / float(np.median(seconds)),
-        stages={"text": 0.1, "base": 0.6, "base_step": 0.02, "decode": 0.1},
-        psnr=120.0,
-        ssim=1.0,
-        memory=memory,
-        joules_per_image=None,
-        busy_elsewhere=[0.0],
-        gpu=[],
-    )
-    whole = Row(
-        side, "float32", "as it is", "measured", "", False, 30.0, 10.0, Quality(4, 120.0, 1.0), [figures]
-    )
-    return replace(whole, **fields)
-
-
-def report(
-    ours: float = 1.0, theirs: float = 2.0, *, machine: dict[str, Any] = MACHINE, seed: int = 0, **fields: Any
-) -> Report:
-    """diffusers in `theirs` seconds and latentrt in `ours`, with 1 % of noise."""
-    base, fast = noisy(theirs, seed=seed), noisy(ours, seed=seed + 1)
-    rows = [row("diffusers", base, base), row("latentrt-eager", fast, base, **fields)]
-    case = Case("demo", "the <demo>", "demo")
-    return Report(
-        "latentrt bench", machine, 0, [CaseResult(asdict(case), {"base": 30}, "eager", "diffusers", rows)]
-    )
-
-
-def verdicts(before: Report, after: Report) -> dict[str, str]:
-    return {f"{c.side}, {c.what}": c.verdict for c in compare(before, after)}
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
@@ -129,107 +73,6 @@ def test_other_files_are_refused(content: str, message: str, tmp_path: Path) -> 
         read_report(tmp_path / "x.json")
 
 
-def test_two_runs_of_the_same_are_the_same() -> None:
-    assert set(verdicts(report(), report(seed=10)).values()) == {"same"}
-
-
-def test_a_slower_side_is_worse_and_a_faster_one_better() -> None:
-    assert verdicts(report(1.0), report(1.1))["latentrt-eager, batch 1, speedup"] == "worse"
-    assert verdicts(report(1.0), report(0.9))["latentrt-eager, batch 1, speedup"] == "better"
-
-
-def test_a_machine_that_is_slower_altogether_is_no_regression_of_a_side() -> None:
-    found = verdicts(report(1.0, 2.0), report(2.0, 4.0, machine={**MACHINE, "processor": "b"}))
-    assert found["latentrt-eager, batch 1, speedup"] == "same"
-    assert found["diffusers, batch 1, seconds"] == "other machine"
-
-
-def test_a_change_within_noise_is_none() -> None:
-    wide = report(1.0)
-    base = noisy(2.0)
-    loose = list(1.1 * np.random.default_rng(3).normal(1, 0.2, 15))
-    rows = [wide.cases[0].rows[0], row("latentrt-eager", loose, base)]
-    found = verdicts(wide, replace(wide, cases=[replace(wide.cases[0], rows=rows)]))
-    assert found["latentrt-eager, batch 1, speedup"] == "same"
-
-
-def test_more_memory_is_worse() -> None:
-    found = verdicts(report(), report(peak=6e8))
-    assert found["latentrt-eager, batch 1, resident memory"] == "worse"
-
-
-def test_a_side_that_is_invalid_now_is_worse() -> None:
-    found = verdicts(report(), report(status="invalid", reason="PSNR 12 dB", batches=[]))
-    assert found["latentrt-eager, runs"] == "worse"
-
-
-def test_a_case_that_is_not_run_any_more_is_worse() -> None:
-    both = report()
-    other = replace(both.cases[0], case={**both.cases[0].case, "name": "sdxl"})
-    both = replace(both, cases=[*both.cases, other])
-    assert verdicts(both, report())["every side, runs"] == "worse"
-    skipped = replace(other, rows=[], skipped="too little memory")
-    found = [c for c in compare(both, replace(both, cases=[both.cases[0], skipped])) if c.verdict == "worse"]
-    assert [(c.case, c.what, c.after) for c in found] == [("sdxl", "runs", "skipped: too little memory")]
-    assert "worse" not in verdicts(report(), both).values()  # more than before is no loss
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "what", "verdict"),
-    [
-        ({"psnr": 50.0}, {"psnr": 40.0}, "PSNR", "worse"),
-        ({"psnr": 130.0}, {"psnr": 90.0}, "PSNR", "same"),  # both the same in bytes
-        ({"psnr": 30.0}, {"psnr": 40.0}, "PSNR", "better"),
-        ({"psnr": 120.0}, {"psnr": float("nan")}, "PSNR", "worse"),
-        ({"ssim": 0.99}, {"ssim": 0.9}, "SSIM", "worse"),
-        ({"lpips": 0.01}, {"lpips": 0.2}, "LPIPS", "worse"),
-        ({"clip": 31.7, "clip_by": "a"}, {"clip": 31.0, "clip_by": "a"}, "CLIP score", "worse"),
-        ({"clip": 31.7, "clip_by": "a"}, {"clip": 31.0, "clip_by": "b"}, "CLIP score", "other judge"),
-        ({"clip": 31.7, "clip_by": "a"}, {}, "CLIP score", "worse"),
-        ({"fid": 23.0}, {"fid": 20.0}, "FID", "better"),
-    ],
-)
-def test_quality_is_compared(before: dict[str, Any], after: dict[str, Any], what: str, verdict: str) -> None:
-    good = Quality(4, 120.0, 1.0)
-    found = verdicts(report(quality=replace(good, **before)), report(quality=replace(good, **after)))
-    assert found[f"latentrt-eager, {what}"] == verdict
-
-
-def test_building_and_the_first_picture_are_compared_on_one_machine() -> None:
-    slower = report(build_seconds=60.0, first_image_seconds=14.0)
-    assert verdicts(report(), slower)["latentrt-eager, build"] == "worse"
-    assert verdicts(report(), slower)["latentrt-eager, first image"] == "worse"
-    assert verdicts(slower, report())["latentrt-eager, build"] == "better"
-    assert verdicts(report(), report(build_seconds=36.0))["latentrt-eager, build"] == "same"
-    kept = report(built_before=True, build_seconds=None)
-    assert "latentrt-eager, build" not in verdicts(report(), kept)
-    elsewhere = replace(slower, machine={**MACHINE, "device": "cuda"})
-    assert verdicts(report(), elsewhere)["latentrt-eager, build"] == "other machine"
-
-
-def test_other_settings_are_not_compared() -> None:
-    a, b = report(), report()
-    b.cases[0].case["steps"] = 20
-    with pytest.raises(BenchmarkError, match="case demo was measured with other settings: steps 30 and 20"):
-        compare(a, b)
-    b.cases[0].case["name"] = "sdxl"
-    with pytest.raises(BenchmarkError, match="no case is in both: the first has demo, the second sdxl"):
-        compare(a, b)
-
-
-def test_the_command_ends_with_1_on_a_regression(run: Run) -> None:
-    for name, made in (("a", report()), ("same", report(seed=5)), ("slow", report(1.2))):
-        write_report(Path(f"{name}.json"), made)
-    code, out, err = run("bench", "compare", "a.json", "same.json")
-    assert (code, err) == (0, "")
-    assert out.count("same") == 12
-    code, out, err = run("bench", "compare", "a.json", "slow.json")
-    assert code == 1
-    assert "worse         demo, latentrt-eager, batch 1, speedup" in out
-    assert err == "latentrt: 1 of 12 figures got worse: demo, latentrt-eager, batch 1, speedup\n"
-    assert run("bench", "compare", "a.json", "none.json")[0] == 1
-
-
 class _Tags(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -248,42 +91,146 @@ class _Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
+def cells(text: str, head: str, side: str = "latentrt-eager") -> dict[str, str]:
+    """The side's row of the Markdown table that begins with `head`."""
+    lines = iter(text.splitlines())
+    names = next(line for line in lines if line.startswith(f"| {head} |"))
+    values = next(line for line in lines if line.startswith(f"| {side} |"))
+    split = ([cell.strip() for cell in line.strip("|").split("|")] for line in (names, values))
+    return dict(zip(*split, strict=True))
+
+
 def test_the_page_is_whole_and_needs_nothing_beside_it() -> None:
     made = report(status="invalid", reason="PSNR <12> dB", batches=[])
-    page = reports.html(made, {"demo": {"diffusers": [b"png"], "latentrt-eager": [b"png"]}}, [report()])
+    page = reports.html(made, {"demo": {"diffusers": [b"jpeg"], "latentrt-eager": [b"jpeg"]}}, [report()])
     tags = _Tags()
     tags.feed(page)
     assert tags.open == []
-    assert all(link.startswith("data:image/png;base64,") for link in tags.links)
+    assert all(link.startswith("data:image/jpeg;base64,") for link in tags.links)
     assert len(tags.links) == 2
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 2  # stages and memory; there is one batch size
     assert "PSNR &lt;12&gt; dB" in page
     assert "the &lt;demo&gt;" in page
     assert "<code>latentrt bench</code>" in page
     assert "Quickest" not in page  # what is invalid is not
     assert re.search(r"Quickest: latentrt-eager, (1\.9|2\.0)", reports.html(report(), {}))
+    assert "Quickest" not in reports.html(report(2.1, 2.0), {})  # the first one is
+    assert "Quickest" not in reports.html(report(2.0, 2.0), {})
+    nobody = replace(made.cases[0], rows=[made.cases[0].rows[1]])
+    assert "<svg" not in reports.html(replace(made, cases=[nobody]), {})
     assert "http" not in re.sub(r"http://www.w3.org/\S+", "", page)
+
+
+def test_few_pictures_are_kept_and_the_page_has_them_reduced(tmp_path: Path) -> None:
+    """Noise, as random weights make it, which no format packs."""
+    noise = np.random.default_rng(0).random((6, 512, 768, 3), np.float32)
+    kept = reports.save_pictures(tmp_path, {"a": noise, "b": noise[:2]})
+    assert {side: len(files) for side, files in kept.items()} == {"a": 4, "b": 2}
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        *(f"a-{k}.png" for k in range(4)),
+        "b-0.png",
+        "b-1.png",
+    ]
+    assert np.array_equal(np.asarray(PIL.Image.open(tmp_path / "a-3.png")), as_bytes(noise[3:4])[0])
+    for data in kept["a"]:
+        assert PIL.Image.open(BytesIO(data)).size == (256, 171)
+        assert len(data) < 100_000
 
 
 def test_tables_tell_what_was_found_and_what_was_withheld() -> None:
     text = reports.markdown(report())
-    lines = [line for line in text.splitlines() if line.startswith(("| side", "| latentrt-eager"))]
-    names, values = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[:2])
-    cells = dict(zip(names, values, strict=True))
-    assert float(cells["seconds"].split()[0]) == pytest.approx(1.0, rel=0.02)
-    assert float(cells["against diffusers"].split()[0]) == pytest.approx(2.0, rel=0.02)
-    assert (cells["text ms"], cells["base step ms"], cells["VAE ms"]) == ("100.0", "20.0", "100.0")
-    assert (cells["build s"], cells["first image s"]) == ("30.0", "10.0")
-    assert (cells["PSNR dB"], cells["SSIM"]) == ("120.0", "1.0000")
-    assert not {"LPIPS", "FID", "J/image", "refiner step ms"} & cells.keys()  # nobody has them
+    found = cells(text, "side")
+    assert float(found["seconds"].split()[0]) == pytest.approx(1.0, rel=0.02)
+    assert float(found["against diffusers"].split()[0]) == pytest.approx(2.0, rel=0.02)
+    assert (found["text ms"], found["base step ms"], found["VAE ms"]) == ("100.0", "20.0", "100.0")
+    assert (found["build s"], found["first image s"]) == ("30.0", "10.0")
+    assert (found["PSNR dB"], found["SSIM"]) == ("120.0", "1.0000")
+    assert not {"LPIPS", "FID", "J/image", "refiner step ms"} & found.keys()  # nobody has them
+    assert cells(text, "images/s")["batch 1"].endswith("(120 dB)")
     assert "the interval of its median (96.5 %)." in text
     assert "| kept |" in reports.markdown(report(built_before=True, build_seconds=None))
     hidden = reports.markdown(report(status="invalid", reason="PSNR 12 dB", batches=[]))
-    line = next(line for line in hidden.splitlines() if line.startswith("| latentrt-eager"))
-    assert "invalid" in line
-    assert " x (" not in line
-    assert "- **latentrt-eager** invalid: PSNR 12 dB" in hidden
-    assert "Beside it" in reports.markdown(report(), [report()])
+    assert cells(hidden, "side")["seconds"] == "invalid"
+    assert " x (" not in hidden
+    assert "\n\n- **latentrt-eager** invalid: PSNR 12 dB\n\n" in hidden
+
+
+def test_only_the_first_side_is_1_by_definition() -> None:
+    """With one round every interval is a point."""
+    text = reports.markdown(report(1.0, 2.0, rounds=1))
+    against = cells(text, "side")["against diffusers"]
+    assert re.fullmatch(r"(1\.9\d|2\.\d\d) x \((\S+) to \2\)", against)
+    assert cells(text, "side", "diffusers")["against diffusers"] == "1"
+    assert "(0.0 %; 95 % needs 6 rounds)" in text
+
+
+def test_memory_and_conditions_have_tables() -> None:
+    peaks = {"allocated": 4e8, "resident": 5e8}
+    by_stage = {"text": {"allocated": 1e8}, "decode": {"allocated": 4e8}}
+    series = {"seconds": [0.0, 1.0], "allocated": [1e8, 4e8], "resident": [5e8, 5e8]}
+    memory = {"peaks": peaks, "by_stage": by_stage, "series": series, "growth": 32 * 2.0**20}
+    made = with_figures(
+        report(settings="channels_last"),
+        memory=memory,
+        busy_elsewhere=[0.1, 1.4, 0.0],
+        gpu=[{"sm_mhz": 1500.0}, {"sm_mhz": 1980.0}, {}],
+    )
+    text = reports.markdown(made)
+    found = cells(text, "MiB")
+    assert found["peak, PyTorch's on the GPU"] == "381"
+    assert (found["peak, host"], found["in text"], found["in VAE"]) == ("477", "95", "381")
+    assert found["left by a picture"] == "+32.0"
+    assert cells(text, "MiB", "diffusers")["left by a picture"] == "+0.0"
+    found = cells(text, "side | set up")
+    assert (found["set up"], found["others kept busy, cores"]) == ("channels_last", "1.40")
+    assert found["GPU's MHz"] == "1500 to 1980"
+    assert float(found["p99 s"]) == pytest.approx(1.0, rel=0.1)
+    # A GPU without NVML: what PyTorch allocated is plotted, not the host's memory.
+    assert "Memory during one call (PyTorch's on the GPU)" in reports.html(made, {})
+
+
+def test_a_planted_leak_shows_in_the_report_and_in_a_comparison(tmp_path: Path) -> None:
+    case = Case("planted", "nothing real", "none", steps=1)
+
+    def measured(leak_bytes: int) -> Report:
+        run = CaseRun(
+            case,
+            [replace(planted("kept", leak_bytes=leak_bytes), name="kept")],
+            Plan(["a"], GATES["eager"], rounds=7, pictures=1),
+            steps={"base": 1},
+            device="cpu",
+            folder=tmp_path,
+            open_host=Worker,
+        )
+        run.measure()
+        return Report("", MACHINE, 0, [run.result()])
+
+    tight, leaky = measured(0), measured(32 << 20)  # beside which what libraries take is nothing
+    left = [float(cells(reports.markdown(r), "MiB", "kept")["left by a picture"]) for r in (tight, leaky)]
+    assert abs(left[0]) < 4
+    assert left[1] == pytest.approx(32, rel=0.25)
+    worse = {c.what for c in compare(tight, leaky) if c.verdict == "worse"}
+    assert "batch 1, left by a picture" in worse
+
+
+def test_results_beside_say_what_is_not_the_same() -> None:
+    assert "Beside it: a, 2 threads, 8 GiB:" in reports.markdown(report(), [report()])
+    other = replace(report(machine={**MACHINE, "commit": "d", "versions": {"torch": "3"}}), seed=5)
+    other.cases[0].case["steps"] = 20
+    told = "(here and there: steps 30 and 20; commit c and d; torch 2 and 3; seed 0 and 5)"
+    assert told in reports.markdown(report(), [other])
+    assert told in reports.html(report(), {}, [other])
+
+
+def test_a_terminal_sees_what_each_side_is_at() -> None:
+    for terminal in (True, False):
+        console = Console(file=StringIO(), force_terminal=terminal, width=60)
+        with LiveTable("demo", ["diffusers", "ours"], console) as live:
+            live.tell("ours", "round 3 of 9")
+        drawn = console.file.getvalue()
+        assert ("round 3 of 9" in drawn) == terminal
+        assert ("waiting" in drawn) == terminal
+        assert ("\x1b[?25h" in drawn) == terminal  # the cursor is back
 
 
 @pytest.mark.parametrize(
@@ -342,6 +289,7 @@ def test_statistics() -> None:
     assert (whole.p10, whole.median.value, whole.p90, whole.p99) == (10, 50, 90, 99)
     assert growth([5, 7, 9, 400, 13]) == pytest.approx(2.0)
     assert growth([5]) == 0
+    assert spread([1.0] * 3000).median.cover == pytest.approx(0.95, abs=0.005)
     with pytest.raises(ValueError, match="3 rounds beside 2"):
         ratio([1, 2, 3], [1, 2])
 
@@ -374,5 +322,16 @@ def test_plots_draw_what_they_are_given() -> None:
     slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(points)]
     assert slopes[0] == pytest.approx(slopes[1], rel=0.01)
     assert slopes[0] < 0  # up is less in SVG
+    # More sides than colours are told apart all the same.
+    many = [(f"side {k}", [0, 1], [0, k]) for k in range(11)]
+    svg = ElementTree.fromstring(lines(many, "images", "s"))
+    looks = {(p.get("stroke"), p.get("stroke-dasharray")) for p in svg.findall("polyline")}
+    assert len(looks) == 11
+    assert looks == {
+        (p.get("stroke"), p.get("stroke-dasharray")) for p in svg.findall("line")[5:]
+    }  # the legend
+    svg = ElementTree.fromstring(bars({"a": {str(k): 1.0 for k in range(11)}}, "ms"))
+    drawn = [r for r in svg.iter("rect") if r.find("title") is not None]
+    assert len({(r.get("fill"), r.get("fill-opacity")) for r in drawn}) == 11
     ElementTree.fromstring(bars({}, "ms"))
     ElementTree.fromstring(lines([], "x", "y"))

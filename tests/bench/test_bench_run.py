@@ -297,7 +297,7 @@ def test_a_whole_run_leaves_its_report(interrupted: bool, tmp_path: Path) -> Non
     rounds = 2 if interrupted else plan.rounds
     assert 1 <= len(found.cases[0].rows[0].batches[0].seconds) <= rounds
     assert ("Interrupted" in (tmp_path / "out" / "bench.md").read_text()) is interrupted
-    assert (tmp_path / "out" / "bench.html").read_text().count("data:image/png") == 4
+    assert (tmp_path / "out" / "bench.html").read_text().count("data:image/jpeg") == 4
     assert (tmp_path / "out" / "pictures" / "demo" / "b-1.png").is_file()
 
 

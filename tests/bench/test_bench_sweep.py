@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from fake_clock import FakeClock
 from latentrt.bench.features import Judges
 from latentrt.bench.quality import Moments
-from latentrt.bench.sweep import sweep, table, write_sweep
+from latentrt.bench.sweep import Point, page, sweep, table, write_sweep
 from latentrt.errors import RequestError
 
 
@@ -35,6 +36,7 @@ class Brightness:
 
 def test_more_steps_take_longer_and_are_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     FakeClock().install(monkeypatch)
+    monkeypatch.setattr("latentrt.bench.sweep.FID_LEAST", 3)
     asked = []
 
     def make(prompts: Sequence[str], seeds: Sequence[int], steps: int, frac: float) -> np.ndarray:
@@ -64,8 +66,39 @@ def test_more_steps_take_longer_and_are_better(tmp_path: Path, monkeypatch: pyte
 
 
 def test_settings_that_cannot_be() -> None:
-    for options in ({"fracs": (1.5,)}, {"steps": (0,)}, {"prompts": ["a"]}):
-        arguments = {"prompts": ["a", "b"], "steps": (1,), "fracs": (1.0,), **options}
+    for options in ({"fracs": (1.5,)}, {"steps": (0,)}, {"batch": 0}, {"prompts": ["a"]}):
+        arguments = {"prompts": ["a", "b"], "steps": (1,), "fracs": (1.0,), "batch": 1, **options}
         prompts = arguments.pop("prompts")
-        with pytest.raises(RequestError, match="steps must be at least 1, shares 0 to 1, and prompts two"):
-            sweep(lambda *_: None, prompts, Judges(), batch=1, seed=0, **arguments)
+        with pytest.raises(
+            RequestError, match="steps and the batch must be at least 1, shares 0 to 1, and prompts"
+        ):
+            sweep(lambda *_: None, prompts, Judges(), seed=0, **arguments)
+
+
+def test_what_was_made_before_an_interruption_is_kept() -> None:
+    """Of batches that every setting has made; so few that FID is not told."""
+    judge = Brightness()
+    judges = Judges(clip=judge, fid=judge, truth=Moments.of(judge.truth))
+    kept: list[list[Point]] = []
+
+    def interrupted(at_call: int) -> None:
+        calls = count()
+
+        def make(prompts: Sequence[str], *_: object) -> np.ndarray:
+            if next(calls) == at_call:
+                raise KeyboardInterrupt
+            return np.full((len(prompts), 4, 4, 3), 0.5, np.float32)
+
+        with pytest.raises(KeyboardInterrupt):
+            sweep(make, ["a"] * 8, judges, steps=(2, 8), fracs=(1.0,), batch=2, seed=0, keep=kept.append)
+
+    interrupted(at_call=6)  # in the third batch
+    interrupted(at_call=2)  # in the first
+    assert [[(p.steps, p.pictures, p.fid) for p in points] for points in kept] == [
+        [(2, 4, None), (8, 4, None)]
+    ]
+    assert "| 2 | 1 |" in table(kept[0])[2]
+    assert table(kept[0])[2].endswith("| - |")
+    shown = page(kept[0], "a title")
+    assert shown.count("<svg") == 1
+    assert "FID takes 50 pictures." in shown

@@ -1,0 +1,229 @@
+"""What a case's results say, as tables of text; `report` shows them as Markdown and HTML, `readme` some of them."""
+
+from __future__ import annotations
+
+from html import escape
+
+from .results import CaseResult, Memory, Row
+from .stats import COVER, LEAST_ROUNDS
+
+__all__ = [
+    "KINDS",
+    "Table",
+    "against_first",
+    "as_html",
+    "as_markdown",
+    "batches",
+    "conditions",
+    "known",
+    "latency",
+    "main_kind",
+    "memory",
+    "peak",
+    "profile",
+    "settings",
+]
+
+Table = list[list[str]]
+"""Rows of cells, the head first; what follows a cell's line break is smaller."""
+
+KINDS = {
+    "gpu": "GPU",
+    "gpu by turns": "GPU by turns",
+    "allocated": "PyTorch's on the GPU",
+    "resident": "host",
+}
+"""Kinds of memory as people read them, the most telling first; see `results.Memory` and `nvml.GpuShare`."""
+_MIB = 2**20
+_STAGES = {"text": "text", "base": "base", "refiner": "refiner", "decode": "VAE"}
+
+
+def against_first(case: CaseResult, row: Row, batch: int = 0) -> str:
+    """How many times as fast as the case's first side, which is 1 by definition; of the batch size at that place."""
+    if row is case.rows[0]:
+        return "1"
+    r = row.batches[batch].speedup
+    return "-" if r is None else f"{r.value:.2f} x\n({r.low:.2f} to {r.high:.2f})"
+
+
+def settings(case: CaseResult) -> str:
+    """What was asked for, and how to read the figures."""
+    c = case.case
+    size = "the model's own size" if c["size"] is None else f"{c['size'][1]}x{c['size'][0]}"
+    steps = " + ".join(str(count) for count in case.steps.values())
+    return (
+        f"{size}, {c['steps']} steps ({steps}), guidance {c['guidance']:g}, {c['dtype']}; pictures held against "
+        f"{case.reference}, gate {case.gate!r}. Seconds are medians (p10, p90); the speedup is of paired rounds, with "
+        f"the interval of its median{_cover(case)}. {_judged(case)}"
+    ).rstrip()
+
+
+def _cover(case: CaseResult) -> str:
+    """What intervals hold; all have as many rounds, unless it was interrupted."""
+    covers = [b.latency.median.cover for row in case.rows for b in row.batches]
+    if not covers:
+        return ""
+    few = f"; 95 % needs {LEAST_ROUNDS} rounds" if min(covers) < COVER else ""
+    return f" ({100 * min(covers):.1f} %{few})"
+
+
+def _judged(case: CaseResult) -> str:
+    """Whose figures CLIP score, FID and LPIPS are."""
+    qualities = [row.quality for row in case.rows if row.quality]
+    told = []
+    for name, field in (("LPIPS", "lpips_by"), ("CLIP score", "clip_by"), ("FID", "fid_by")):
+        by = next((getattr(q, field) for q in qualities if getattr(q, field)), None)
+        if by is not None:
+            told.append(f"{name} is by {by}.")
+        elif name == "FID" and qualities:
+            told.append(f"{qualities[0].pictures} pictures are too few for FID, or nobody judges it.")
+    return " ".join(told)
+
+
+def latency(case: CaseResult) -> Table:
+    """Of the first batch size; a side that is not measured has no times."""
+    head = ["side", "seconds", f"against {case.rows[0].side}" if case.rows else "", "text ms", "base step ms"]
+    head += ["refiner step ms", "VAE ms", "build s", "first image s", "peak MiB", "J/image"]
+    table = [[*head, "PSNR dB", "SSIM", "LPIPS", "CLIP", "FID"]]
+    table += [[row.side, *_times(case, row), *_quality(row)] for row in case.rows]
+    return known(table, 2)
+
+
+def _times(case: CaseResult, row: Row) -> list[str]:
+    if not row.batches:
+        return [row.status if row.status != "measured" else "-", *["-"] * 9]
+    b = row.batches[0]
+    s = b.latency
+    stage = [_ms(b.stages.get(name)) for name in ("text", "base_step", "refiner_step", "decode")]
+    return [
+        f"{s.median.value:.3f}\n({s.p10:.3f}, {s.p90:.3f})",
+        against_first(case, row),
+        *stage,
+        "kept" if row.built_before else _number(row.build_seconds, ".1f"),
+        _number(row.first_image_seconds, ".1f"),
+        peak(b.memory),
+        _number(b.joules_per_image, ".0f"),
+    ]
+
+
+def _quality(row: Row) -> list[str]:
+    q = row.quality
+    if q is None:
+        return ["-"] * 5
+    forms = (("psnr", ".1f"), ("ssim", ".4f"), ("lpips", ".4f"), ("clip", ".2f"), ("fid", ".4g"))
+    return [_number(getattr(q, name), form) for name, form in forms]
+
+
+def batches(case: CaseResult) -> Table:
+    """Images a second by batch size, each beside the PSNR of its worst timed picture."""
+    sizes = list(dict.fromkeys(b.batch for row in case.rows for b in row.batches))
+    table = [["images/s", *(f"batch {size}" for size in sizes)]]
+    for row in case.rows:
+        told = {b.batch: f"{b.images_per_second:.3g}\n({b.psnr:.0f} dB)" for b in row.batches}
+        if told:
+            table.append([row.side, *(told.get(size, "-") for size in sizes)])
+    return table
+
+
+def conditions(case: CaseResult) -> Table:
+    """How each side was set up, its slow end, and what else was going on meanwhile: the worst over all rounds."""
+    table = [["side", "set up", "dtype", "p99 s", "others kept busy, cores", "GPU's MHz"]]
+    for row in case.rows:
+        p99 = f"{row.batches[0].latency.p99:.3f}" if row.batches else "-"
+        busy = max((value for b in row.batches for value in b.busy_elsewhere), default=None)
+        clocks = [state["sm_mhz"] for b in row.batches for state in b.gpu if "sm_mhz" in state]
+        told = f"{min(clocks):.0f} to {max(clocks):.0f}" if clocks else "-"
+        table.append([row.side, row.settings or "-", row.dtype, p99, _number(busy, ".2f"), told])
+    return known(table, 3)
+
+
+def main_kind(case: CaseResult) -> str | None:
+    """The kind of memory that tells most here; None where nobody's was sampled."""
+    found = {kind for row in case.rows for b in row.batches if b.memory for kind in b.memory.peaks}
+    return next((kind for kind in KINDS if kind in found), None)
+
+
+def memory(case: CaseResult) -> Table:
+    """MiB at the first batch size: peaks of each kind, of the main kind by stage, and what a picture leaves behind in
+    the host's memory. Empty where none was sampled."""
+    main = main_kind(case)
+    if main is None:
+        return []
+    head = [f"peak, {name}" for name in KINDS.values()] + [f"in {name}" for name in _STAGES.values()]
+    table = [["MiB", *head, "left by a picture"]]
+    for row in case.rows:
+        m = row.batches[0].memory if row.batches else None
+        if m is not None:
+            cells = [m.peaks.get(kind) for kind in KINDS]
+            cells += [m.by_stage.get(stage, {}).get(main) for stage in _STAGES]
+            table.append([row.side, *(_mib(value, ",.0f") for value in cells), _mib(m.growth, "+.1f")])
+    return known(table, 1)
+
+
+def profile(case: CaseResult, sides: tuple[str, ...] = ()) -> Table:
+    """Kinds of operators down, sides across, all that were profiled or those named; empty where there is none."""
+    rows = [row for row in case.rows if row.profile and (not sides or row.side in sides)]
+    found = {row.side: row.profile for row in rows if row.profile}
+    if not found:
+        return []
+    kinds = dict.fromkeys(kind for p in found.values() for kind in p.parts)
+    table = [["ms", *found]]
+    table += [[kind, *(f"{1e3 * p.parts.get(kind, 0.0):.1f}" for p in found.values())] for kind in kinds]
+    table.append(["in all", *(f"{1e3 * p.seconds:.1f}" for p in found.values())])
+    timed = [f"{1e3 * row.batches[0].latency.median.value:.1f}" if row.batches else "-" for row in rows]
+    table.append(["without profilers", *timed])
+    return [*table, ["operators called", *(f"{p.operators:,}" for p in found.values())]]
+
+
+def peak(memory: Memory | None) -> str:
+    """MiB of the kind that tells most, and which one where that is not plain."""
+    kind = next((name for name in KINDS if memory and name in memory.peaks), None)
+    if memory is None or kind is None:
+        return "-"
+    how = {"gpu by turns": " by turns", "allocated": " by PyTorch"}.get(kind, "")
+    return f"{memory.peaks[kind] / _MIB:,.0f}{how}"
+
+
+def as_markdown(table: Table) -> list[str]:
+    """A line each; a second line of a cell goes on in the first."""
+    head, *rows = table
+    return [
+        f"| {' | '.join(head)} |",
+        f"|{' --- |' * len(head)}",
+        *(f"| {' | '.join(cell.replace('|', '/').replace(chr(10), ' ') for cell in row)} |" for row in rows),
+    ]
+
+
+def as_html(table: Table) -> str:
+    """A table that scrolls where the page is too narrow for it; columns of words begin at the left."""
+    rows, columns = table[1:], range(len(table[0]))
+    words = [not any(row[k][:1].isdigit() or row[k][:1] in "+-" for row in rows) for k in columns]
+    lines = []
+    for kind, row in zip(["th", *["td"] * (len(table) - 1)], table, strict=True):
+        marked = (f'{kind} class="words"' if is_words else kind for is_words in words)
+        cells = (f"<{mark}>{_html_cell(cell)}</{kind}>" for mark, cell in zip(marked, row, strict=True))
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _html_cell(cell: str) -> str:
+    first, _, second = cell.partition("\n")
+    return escape(first) + (f"<small>{escape(second)}</small>" if second else "")
+
+
+def known(table: Table, always: int) -> Table:
+    """Without the columns that nobody has a figure in, but the first few."""
+    known = [k for k in range(len(table[0])) if k < always or any(line[k] != "-" for line in table[1:])]
+    return [[line[k] for k in known] for line in table]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.1f}"
+
+
+def _mib(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value / _MIB, form)
