@@ -13,6 +13,7 @@ import PIL.Image
 import torch
 
 from ...errors import LatentRTError
+from ..budget import without_frames
 from .jobs import Job
 from .requests import Progress
 from .runner import Runner, is_out_of_memory
@@ -115,7 +116,7 @@ class Worker:
             outcome = "out of memory" if is_out_of_memory(error) else "failed"
             if outcome == "failed" and not isinstance(error, LatentRTError):
                 _log.exception("a call for %d images failed", len(jobs))
-            failure = _without_frames(error)
+            failure = without_frames(error)
         else:
             timings = dict(results[0].timings)
             for job, result in zip(jobs, results, strict=True):
@@ -130,14 +131,6 @@ class Worker:
             self._on_batch, BatchReport(len(jobs), jobs[0].group.size, steps, cost, seconds, outcome, timings)
         )
         return failure
-
-
-def _without_frames(error: Exception) -> Exception:
-    link: BaseException | None = error
-    while link is not None:
-        link.__traceback__ = None
-        link = link.__cause__ or link.__context__
-    return error
 
 
 def _release_memory() -> None:

@@ -12,6 +12,8 @@ import torch
 from fake_runner import FakeRunner, ask, busy, held, in_loop, seed_of
 from latentrt.errors import (
     BackendError,
+    MemoryPlanError,
+    OutOfMemoryError,
     RequestError,
     ServiceError,
 )
@@ -200,7 +202,8 @@ def test_a_request_that_fails_fails_alone() -> None:
     [
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
-        BackendError("ONNX Runtime failed on unet: Failed to allocate memory for requested buffer"),
+        OutOfMemoryError("no memory left on cuda in stage 'base'"),
+        MemoryPlanError("demo at 1024x1024, batch 5, needs 9 GB"),
     ],
 )
 def test_want_of_memory_halves_the_batch_and_is_remembered(
