@@ -35,6 +35,7 @@ class BatchReport:
         seconds: it took.
         outcome: "made", "abandoned" (all had left), "out of memory" or "failed".
         timings: seconds of each stage; empty where it was not made.
+        waited: seconds that each of its images had waited.
     """
 
     images: int
@@ -44,6 +45,7 @@ class BatchReport:
     seconds: float
     outcome: str
     timings: dict[str, float]
+    waited: tuple[float, ...] = ()
 
 
 class _AbandonedError(Exception):
@@ -76,6 +78,10 @@ class Worker:
         if error is None:
             return
         if len(live) == 1:
+            if is_out_of_memory(error):
+                _log.warning(
+                    "memory did not suffice for one image of %dx%d: %s", *live[0].group.size[::-1], error
+                )
             self._tell(live[0].finish, error)
             return
         half = (len(live) + 1) // 2
@@ -127,9 +133,10 @@ class Worker:
             _release_memory()
         cost = sum(job.group.cost for job in jobs)
         seconds = time.perf_counter() - begun
-        self._tell(
-            self._on_batch, BatchReport(len(jobs), jobs[0].group.size, steps, cost, seconds, outcome, timings)
-        )
+        waited = tuple(job.waited or 0.0 for job in jobs)
+        size = jobs[0].group.size
+        report = BatchReport(len(jobs), size, steps, cost, seconds, outcome, timings, waited)
+        self._tell(self._on_batch, report)
         return failure
 
 
