@@ -41,7 +41,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.cycle is None and not self.conn.trailing_data[0] and self._arriving is not None:
+        if self._asked_nothing and not self.conn.trailing_data[0] and self._arriving is not None:
             self._arriving.cancel()  # it waited for the first byte, and waits for the last from here on
             self._arriving = None
         super().data_received(data)
@@ -65,16 +65,20 @@ class Connection(H11Protocol):
         self._refuse(400, msg)
 
     @property
+    def _asked_nothing(self) -> bool:
+        """Whether no request has come yet."""
+        return self.cycle is None
+
+    @property
     def _unsent(self) -> int:
         return self.transport.get_write_buffer_size()
 
     def _watch_arrival(self) -> None:
         """Keep a deadline while a request is on its way, or the first one is awaited."""
-        first = self.cycle is None
         partly = self.conn.their_state is h11.SEND_BODY or (
             self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
         )
-        if not (first or partly):
+        if not (self._asked_nothing or partly):
             if self._arriving is not None:
                 self._arriving.cancel()
                 self._arriving = None

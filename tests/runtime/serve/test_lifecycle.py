@@ -126,6 +126,7 @@ def test_a_full_disk_under_the_log_stops_nothing(monkeypatch: pytest.MonkeyPatch
             with served(FakeRunner) as server:
                 assert [server.ask(seed=k).status_code for k in range(3)] == [200, 200, 200]
         finally:
+            logging.captureWarnings(False)
             root.handlers[:] = handlers
             root.setLevel(level)
             monkeypatch.undo()
