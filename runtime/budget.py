@@ -19,11 +19,12 @@ from .request import GenerationRequest
 from .stages import Stage
 from .vae import TILE, VAE
 
-__all__ = ["Budget"]
+__all__ = ["Budget", "without_frames"]
 
 _log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
+_Error = TypeVar("_Error", bound=Exception)
 
 
 class Budget:
@@ -187,7 +188,7 @@ class Budget:
         try:
             return make()
         except OutOfMemoryError as error:
-            failure = _without_frames(error)
+            failure = without_frames(error)
         # Only now are the frames that failed gone, and what they held.
         freed = self._freed()
         if freed:
@@ -196,7 +197,7 @@ class Budget:
             try:
                 return make()
             except OutOfMemoryError as error:
-                failure = _without_frames(error)
+                failure = without_frames(error)
         raise OutOfMemoryError(f"{failure}. By plan, {told().told(self._policy)}") from failure.__cause__
 
     def _freed(self) -> int:
@@ -211,9 +212,12 @@ class Budget:
         return freed
 
 
-def _without_frames(error: OutOfMemoryError) -> OutOfMemoryError:
-    """Frames hold tensors."""
-    error.__traceback__ = error.__context__ = None
-    if error.__cause__ is not None:
-        error.__cause__.__traceback__ = error.__cause__.__context__ = None
+def without_frames(error: _Error) -> _Error:
+    """An error, and what led to it, without their frames: these hold tensors."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        if link.__cause__ is not None:
+            link.__context__ = None
+        link = link.__cause__ or link.__context__
     return error

@@ -33,7 +33,7 @@ def make_images(
     watch: Watch,
     tile: int | None,
 ) -> Any:
-    """The images of a request, as its `output_type` asks.
+    """The images of a request, as its `output_type` asks; None where nobody wants them any more.
 
     Args:
         stages: who takes which steps.
@@ -58,6 +58,9 @@ def make_images(
                 latents = run(latents, watch.host)
     if request.output_type == "latent":
         return latents
+    watch.tell()
+    if watch.discarded:
+        return None
     with watch.stage("decode"):
         return from_tensor(vae.decode(latents, tile=tile), request.output_type)
 

@@ -48,7 +48,7 @@ class PipelineOutput:
         parameters: what made each image, ready for a PNG; a seed is None where a used generator was given.
         timings: seconds of each stage: prepare (load, and export and record the first time), text, start, base,
             refiner, decode, total.
-        interrupted: the images are unfinished, because the call was told to stop.
+        interrupted: the images are unfinished, because the call was told to stop; None where they were not wanted.
     """
 
     images: Any
@@ -320,8 +320,9 @@ class Pipeline:
                 It may return `{"latents": y}` to go on with, or `{"interrupt": True}` to stop.
             callback_on_progress: (*) called for each step once the device has done it, not waiting for that: on a GPU
                 a step or two later. As `callback(pipeline, steps_done, {"preview": pictures})`, where pictures are
-                uint8 `[B, H/8, W/8, 3]` on the CPU, or None. It may return `{"interrupt": True}` to stop.
-            previewer: (*) what makes them; `runtime.previews.Previewer.fit` gives one.
+                uint8 `[B, H/8, W/8, 3]` on the CPU, or None. It may return `{"interrupt": True}` to stop, or
+                `{"discard": True}` to stop and have no images.
+            previewer: (*) what makes them; `fit_previewer` gives one.
             tiled_vae: (*) decode in tiles of 512 x 512 pixels: less memory, and not quite the same picture; see
                 `VAE.decode`. It is done anyway where by plan the picture would not fit whole.
 
@@ -351,8 +352,13 @@ class Pipeline:
         made = records(request, self._base, self._refiner, sampler, self.backend)
         return PipelineOutput(images, made, watch.timings, watch.stop.is_set())
 
-    def check(self, prompt: str | Sequence[str], **arguments: Any) -> tuple[GenerationRequest, int]:
+    def check(
+        self, prompt: str | Sequence[str], *, planned: bool = True, **arguments: Any
+    ) -> tuple[GenerationRequest, int]:
         """Refuse what a call with these arguments would refuse before its first step, and make nothing.
+
+        Args:
+            planned: whether its memory is asked for too, whose plan takes up to a second for each new kind of request.
 
         Returns:
             what is asked for, and the steps it takes.
@@ -364,8 +370,21 @@ class Pipeline:
         call.apply_defaults()
         request = self._request(call.arguments)
         stages = stages_of_request(self._base, self._refiner, request, call.arguments["sampler"])
-        self._budget.require(request, stages, idle=not self._running, tiled=call.arguments["tiled_vae"])
+        if planned:
+            self._budget.require(request, stages, idle=not self._running, tiled=call.arguments["tiled_vae"])
         return request, sum(len(stage.table) for stage in stages)
+
+    def fit_previewer(self) -> Previewer:
+        """What makes previews of this model's latents, fitted to its VAE at the model's own size.
+
+        Raises:
+            MemoryPlanError: that size does not fit.
+        """
+        own, _ = self.check("", planned=False)
+        stages = stages_of_request(self._base, self._refiner, own, None)
+        tile = self._budget.admit(own, stages, idle=not self._running, tiled=False)
+        with turns(self._parts.engines()):
+            return Previewer.fit(self.vae, own.height, own.width, self.device, tile=tile)
 
     def _request(self, arguments: dict[str, Any]) -> GenerationRequest:
         sdxl = self._base.takes_sizes

@@ -40,14 +40,20 @@ class Previewer:
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, vae: VAE, height: int, width: int, device: torch.device) -> Previewer:
-        """Decode random pictures of `height` x `width` pixels, one where they are large, and fit to them."""
+    def fit(
+        cls, vae: VAE, height: int, width: int, device: torch.device, *, tile: int | None = None
+    ) -> Previewer:
+        """Decode random pictures of `height` x `width` pixels, one where they are large, and fit to them.
+
+        Args:
+            tile: as for `VAE.decode`.
+        """
         h, w = height // vae.scale, width // vae.scale
         down, across = -(-h // _BLOCK), -(-w // _BLOCK)
         shape = (-(-_COLOURS // (down * across)), vae.channels, down, across)
         blocks = 0.7 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
         latents = F.interpolate(blocks, scale_factor=_BLOCK)[..., :h, :w]
-        pixels = F.avg_pool2d(vae.decode(latents.to(device)).cpu(), vae.scale)
+        pixels = F.avg_pool2d(vae.decode(latents.to(device), tile=tile).cpu(), vae.scale)
         rows = latents.movedim(1, 3).flatten(0, 2).double()
         wanted = pixels.movedim(1, 3).flatten(0, 2).double()
         weights = torch.linalg.lstsq(_with_one(rows), wanted).solution

@@ -23,7 +23,8 @@ StepCallback = Callable[[int, float, dict[str, Any]], Mapping[str, Any] | None]
 """(step, timestep, {"latents": x}) -> None, or a mapping with `latents` to go on with or `interrupt`."""
 
 ProgressCallback = Callable[[int, dict[str, Any]], Mapping[str, Any] | None]
-"""(steps done, {"preview": uint8 [B, h, w, 3] on the CPU, or None}) -> None, or a mapping with `interrupt`."""
+"""(steps done, {"preview": uint8 [B, h, w, 3] on the CPU, or None}) -> None, or a mapping with `interrupt` or
+`discard`."""
 
 
 class Watch:
@@ -31,6 +32,7 @@ class Watch:
 
     Attributes:
         stop: set to end the call after the step it is at.
+        discarded: whether nobody wants what it makes.
         timings: seconds of each stage, once the call has ended, and `total`.
         host: what the loops are to do between their steps.
     """
@@ -47,6 +49,7 @@ class Watch:
     ) -> None:
         """A bar over `steps`; `options` are tqdm's, and by default it shows on a terminal only."""
         self.stop = threading.Event()
+        self.discarded = False
         self.timings: dict[str, float] = {}
         self._bar = tqdm(total=steps, **{"disable": None, "leave": False, "unit": "step", **options})
         self._on_step, self._on_progress = on_step, on_progress
@@ -85,6 +88,11 @@ class Watch:
             ) from error
         self._stages.append((name, begun, self._queue.record(timed=True)))
 
+    def tell(self) -> None:
+        """Tell of the steps that are done by now; who hears of them may not want the images any more."""
+        if self._reports is not None:
+            self._reports.deliver()
+
     def finish(self) -> None:
         """Wait for the device, tell of the steps that were not told of, and sum the timings."""
         if self._reports is not None:
@@ -122,11 +130,13 @@ class Watch:
         answer = self._on_progress(steps, {"preview": preview})
         if answer is None:
             return
-        if not isinstance(answer, Mapping) or not set(answer) <= {"interrupt"}:
+        if not isinstance(answer, Mapping) or not set(answer) <= {"interrupt", "discard"}:
             raise RequestError(
-                f"callback_on_progress returned {reprlib.repr(answer)}; it can return a mapping with 'interrupt'"
+                f"callback_on_progress returned {reprlib.repr(answer)}; "
+                "it can return a mapping with 'interrupt' or 'discard'"
             )
-        if answer.get("interrupt"):
+        self.discarded |= bool(answer.get("discard"))
+        if answer.get("interrupt") or self.discarded:
             self.stop.set()
 
     def _ask(self, _: int, timestep: float, latents: Tensor) -> Tensor | None:

@@ -356,7 +356,7 @@ def _generators(
         if len(seeds) != batch:
             raise RequestError(f"{len(seeds)} seeds for {batch} images; give one for each, or one number")
     else:
-        first = _integer("seed", seed, 0, limit - batch)
+        first = _integer("seed", seed, 0, limit - (batch - 1))
         seeds = [first + k for k in range(batch)]
     return [torch.Generator().manual_seed(s) for s in seeds], [*seeds]
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
-from ...errors import QueueFullError
-from .pace import Pace, Size
+from ...errors import QueueFullError, RequestError
+from ..request import Size
+from .pace import Pace
 from .requests import Group
 from .scheduler import Schedulable, Scheduler
 
 __all__ = ["Admission"]
 
-_CAUTION = 2.0
-"""An estimate this much too low still keeps the deadline: another size that comes later takes turns with this one."""
+_CAUTION = 2
+"""An estimate this much too low still keeps the deadline: others of another size that come later take turns with this
+one, until its age counts."""
 _LONGEST = 60.0
 """Seconds; the queue looks otherwise after that, however long it is now."""
 
@@ -25,6 +28,7 @@ class _Coming(NamedTuple):
 
     group: Group
     since: float
+    timeout: float | None
 
 
 class Admission:
@@ -49,25 +53,30 @@ class Admission:
         """Whether one image of each group may wait, to be made in `timeout` seconds.
 
         Raises:
+            RequestError: there are more than may ever wait.
             QueueFullError: and when to come again.
         """
+        if len(groups) > self.max_waiting:
+            raise RequestError(
+                f"{len(groups)} images are asked for at once, and at most {self.max_waiting} may wait; ask for fewer"
+            )
         waiting = len(self._queue)
         if waiting + len(groups) > self.max_waiting:
             retry = _retry(max((after for _, after in self._forecast([], now)), default=0.0))
             raise QueueFullError(
                 f"{waiting} images wait, {len(groups)} more are asked for, and at most {self.max_waiting} may wait; "
-                f"try again in {retry:.0f} s",
+                f"try again in {retry} s",
                 retry,
             )
         if timeout is None or (self._running is None and not self._queue):
             return  # with nothing before it, it is tried: that is how estimates come to be
-        forecast = self._forecast([_Coming(group, now) for group in groups], now)
+        forecast = self._forecast([_Coming(group, now, timeout) for group in groups], now)
         took = max(after for job, after in forecast if isinstance(job, _Coming))
         if _CAUTION * took > timeout:
             retry = _retry(_CAUTION * took - timeout)
             raise QueueFullError(
                 f"with {waiting} images before it, it would take about {took:.1f} s, and was given {timeout:g} s; "
-                f"try again in {retry:.0f} s, or give it more time",
+                f"try again in {retry} s, or give it more time",
                 retry,
             )
 
@@ -78,7 +87,7 @@ class Admission:
             size, cost, begun = self._running
             after = max(0.0, self.pace.seconds(size, cost, now) - (now - begun))
         forecast = []
-        for jobs in self._queue.order(coming):
+        for jobs in self._queue.order(coming, now):
             after += self.pace.seconds(*_kind(jobs), now)
             forecast += [(job, after) for job in jobs]
         return forecast
@@ -89,5 +98,5 @@ def _kind(jobs: Sequence[Schedulable]) -> tuple[Size, float]:
     return jobs[0].group.size, sum(job.group.cost for job in jobs)
 
 
-def _retry(seconds: float) -> float:
-    return min(max(1.0, seconds), _LONGEST)
+def _retry(seconds: float) -> int:
+    return math.ceil(min(max(1.0, seconds), _LONGEST))

@@ -27,6 +27,7 @@ from .service import NotReadyError
 
 __all__ = [
     "completed_event",
+    "error_body",
     "error_response",
     "images_json",
     "partial_event",
@@ -50,6 +51,7 @@ _TYPES = {
 def error_body(
     status: int, message: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
+    """What `error_response` says."""
     return {
         "error": {
             "message": message,
@@ -73,8 +75,6 @@ def error_response(
 
 def refusal(error: BaseException) -> tuple[int, str, str | None, str, dict[str, str]]:
     """(status, message, field, code, headers) for what an engine raises; of faults of our own nothing is told."""
-    if isinstance(error, RequestError):
-        return 422, str(error), field_of(error), "invalid_value", {}
     if isinstance(error, QueueFullError):
         return 429, str(error), None, "queue_full", {"Retry-After": str(math.ceil(error.retry_after))}
     if isinstance(error, DeadlineError):
@@ -85,7 +85,7 @@ def refusal(error: BaseException) -> tuple[int, str, str | None, str, dict[str, 
         return 503, str(error), None, "draining", {"Retry-After": "5"}
     if isinstance(error, StoppedError):
         return 503, str(error), None, "stopped", {}  # coming again to this process is of no use
-    if is_out_of_memory(error):
+    if is_out_of_memory(error):  # how much there is of it is not the client's business
         return (
             422,
             "memory does not suffice for an image of this size; ask for a smaller one",
@@ -93,6 +93,8 @@ def refusal(error: BaseException) -> tuple[int, str, str | None, str, dict[str, 
             "out_of_memory",
             {},
         )
+    if isinstance(error, RequestError):
+        return 422, str(error), field_of(error), "invalid_value", {}
     if isinstance(error, LatentRTError):
         return 500, "the image could not be made; the server's log says why", None, "failed", {}
     return 500, "a fault of the server's own; its log says more under this request's id", None, "internal", {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -11,7 +10,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
@@ -32,14 +31,18 @@ from .answers import (
 from .description import Model, Models, Readiness, describe, errors, images
 from .doors import Doors
 from .jobs import Job
+from .keys import Keys
 from .metrics import Metrics
-from .requests import Finished, ImageResult
+from .requests import Finished, ImageResult, Progress
 from .schema import FieldError, GenerationBody, Limits, image_requests
 from .service import Service
 
 __all__ = ["create_app", "preview_is_due"]
 
 _log = logging.getLogger(__name__)
+
+_HEARTBEAT = 15.0
+"""Seconds without news after which a stream says that it lives: proxies hang up on silence."""
 
 
 def create_app(
@@ -67,11 +70,10 @@ def create_app(
 
     app = FastAPI(title="latentrt", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     metrics.watch(service)
-    app.add_middleware(Doors, limits=bounds, metrics=metrics)
+    app.add_middleware(Doors, limits=bounds, metrics=metrics, keys=Keys(api_keys))
     _handle_errors(app, metrics)
-    keyed = [Depends(_KeyCheck(api_keys))]
 
-    @app.post("/v1/images/generations", dependencies=keyed, responses=images(), tags=["OpenAI"])
+    @app.post("/v1/images/generations", responses=images(), tags=["OpenAI"])
     async def generate(request: Request, body: GenerationBody) -> Response:
         """Make images. `stream` answers with server-sent events, `Accept: image/png` with the picture itself."""
         as_png = _wants_png(request)
@@ -87,31 +89,23 @@ def create_app(
             timeout=body.timeout or bounds.timeout,
             previews=streamed and body.partial_images != 0,
         )
-        request.state.log = {"images": len(jobs), "steps": requests[0].steps, "stream": streamed}
+        request.state.log.update(images=len(jobs), steps=requests[0].steps, stream=streamed)
         if streamed:
-            return _EventStream(_events(jobs, body.partial_images, metrics, request.state.request_id), jobs)
+            return _EventStream(_events(request, jobs, body.partial_images, metrics), jobs)
         try:
             results = await _all(request, jobs)
         except Exception as error:  # not left to the framework, which would close the connection as well
             return _refused(metrics, request, error)
         if results is None:
             return Response(status_code=499)  # nobody reads it; the log does
-        pngs = await asyncio.to_thread(lambda: [png_bytes(r.image, r.parameters) for r in results])
         metrics.memory(results[0].peak_memory)
-        timing = {"Server-Timing": server_timing(results[0].timings)}
-        if as_png:
-            return Response(
-                pngs[0],
-                media_type="image/png",
-                headers={**timing, "X-Seed": str(results[0].parameters["seed"])},
-            )
-        return JSONResponse(images_json(results, pngs), headers=timing)
+        return await asyncio.to_thread(_answer, results, as_png)
 
-    @app.get("/v1/models", dependencies=keyed, responses=errors(401), tags=["OpenAI"])
+    @app.get("/v1/models", responses=errors(401), tags=["OpenAI"])
     async def models() -> Models:
         return Models(object="list", data=[_model(service)])
 
-    @app.get("/v1/models/{model:path}", dependencies=keyed, responses=errors(401, 404), tags=["OpenAI"])
+    @app.get("/v1/models/{model:path}", responses=errors(401, 404), tags=["OpenAI"])
     async def model(model: str) -> Model:
         if model != service.model:
             raise FieldError(
@@ -119,10 +113,11 @@ def create_app(
             )
         return _model(service)
 
-    @app.get("/health", tags=["operators"])
-    async def health() -> dict[str, str]:
-        """The process answers."""
-        return {"status": "ok"}
+    @app.get("/health", responses={503: {"description": "To be started anew."}}, tags=["operators"])
+    async def health(answer: Response) -> dict[str, str]:
+        """The process answers, and a fault has not ended its engine for good."""
+        answer.status_code = 503 if service.stopped else 200
+        return {"status": "stopped" if service.stopped else "ok"}
 
     @app.get(
         "/ready", responses={503: {"model": Readiness, "description": "With the reason."}}, tags=["operators"]
@@ -135,7 +130,6 @@ def create_app(
 
     @app.get(
         "/metrics",
-        dependencies=keyed,
         response_class=PlainTextResponse,
         responses=errors(401),
         tags=["operators"],
@@ -162,38 +156,12 @@ def create_app(
     return app
 
 
-class _KeyCheck:
-    """Bearer token, compared in constant time, byte by byte as it came."""
-
-    def __init__(self, keys: Sequence[str]) -> None:
-        """Clients send what ASCII lacks as UTF-8 or, where it goes, as Latin-1."""
-        self._keys = [key.encode() for key in keys]
-        self._keys += [key.encode("latin-1") for key in keys if not key.isascii() and _is_latin(key)]
-
-    def __call__(self, request: Request) -> None:
-        if not self._keys:
-            return
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        given = token.strip(" \t").encode("latin-1")
-        # All are compared, whichever fits.
-        fits = sum(hmac.compare_digest(given, key) for key in self._keys)
-        if scheme.lower() != "bearer" or not fits:
-            raise HTTPException(
-                401,
-                "the API key is missing or wrong; send Authorization: Bearer KEY",
-                {"WWW-Authenticate": "Bearer"},
-            )
-
-
-def _is_latin(text: str) -> bool:
-    return all(ord(character) < 256 for character in text)
-
-
 class _EventStream(StreamingResponse):
     """Server-sent events whose jobs leave with their reader."""
 
     def __init__(self, events: AsyncIterator[str], jobs: Sequence[Job]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would hold them back
+        super().__init__(events, media_type="text/event-stream", headers=headers)
         self._jobs = jobs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -204,8 +172,19 @@ class _EventStream(StreamingResponse):
                 job.cancel()
 
 
+def _answer(results: Sequence[ImageResult], as_png: bool) -> Response:
+    """For a thread: images become many megabytes of text."""
+    first = results[0]
+    pngs = [png_bytes(result.image, result.parameters) for result in results]
+    headers = {"Server-Timing": server_timing(first.timings)}
+    if as_png:
+        headers["X-Seed"] = str(first.parameters["seed"])
+        return Response(pngs[0], media_type="image/png", headers=headers)
+    return JSONResponse(images_json(results, pngs), headers=headers)
+
+
 async def _events(
-    jobs: Sequence[Job], partial_images: int | None, metrics: Metrics, request_id: str
+    request: Request, jobs: Sequence[Job], partial_images: int | None, metrics: Metrics
 ) -> AsyncIterator[str]:
     """Progress of every image as it comes, and each image when it is made."""
     queue: asyncio.Queue[str | None] = asyncio.Queue(maxsize=1)  # who reads slowly misses previews
@@ -215,20 +194,16 @@ async def _events(
         try:
             async for event in job.events():
                 if isinstance(event, Finished):
-                    png = await asyncio.to_thread(png_bytes, event.result.image, event.result.parameters)
                     metrics.memory(event.result.peak_memory)
-                    await queue.put(
-                        sse("image_generation.completed", completed_event(event.result, png, image))
-                    )
+                    await queue.put(await asyncio.to_thread(_completed, event.result, image))
                 elif event.preview is not None and preview_is_due(
                     event.step, event.steps, partial_images, part
                 ):
-                    preview = await asyncio.to_thread(partial_event, event, image, part)
-                    await queue.put(sse("image_generation.partial_image", preview))
+                    await queue.put(await asyncio.to_thread(_partial, event, image, part))
                     part += 1
         except Exception as error:
             status, message, param, code, _ = refusal(error)
-            _note(metrics, code, error, status, request_id)
+            _note(metrics, request, code, error, status)
             body = {"message": message, "param": param, "code": code, "type": "server_error", "image": image}
             await queue.put(sse("error", {"error": body}))
         await queue.put(None)
@@ -237,7 +212,11 @@ async def _events(
     try:
         ended = 0
         while ended < len(jobs):
-            event = await queue.get()
+            try:
+                async with asyncio.timeout(_HEARTBEAT):
+                    event = await queue.get()
+            except TimeoutError:
+                event = ": it is still on its way\n\n"
             if event is None:
                 ended += 1
             else:
@@ -246,6 +225,15 @@ async def _events(
     finally:
         for follower in followers:
             follower.cancel()
+
+
+def _completed(result: ImageResult, image: int) -> str:
+    png = png_bytes(result.image, result.parameters)
+    return sse("image_generation.completed", completed_event(result, png, image))
+
+
+def _partial(progress: Progress, image: int, part: int) -> str:
+    return sse("image_generation.partial_image", partial_event(progress, image, part))
 
 
 def preview_is_due(step: int, steps: int, wanted: int | None, sent: int) -> bool:
@@ -279,27 +267,40 @@ async def _hang_up(request: Request) -> None:
 
 
 def _wants_png(request: Request) -> bool:
-    accepted = [
-        part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")
-    ]
-    return "image/png" in accepted and "application/json" not in accepted
+    """Whether Accept prefers a picture to JSON, as RFC 9110, section 12.5.1, weighs them."""
+    weights: dict[str, float] = {}
+    for part in request.headers.get("accept", "").lower().split(","):
+        kind, *options = (word.strip() for word in part.split(";"))
+        given = [option.removeprefix("q=") for option in options if option.startswith("q=")]
+        try:
+            weights[kind] = float(given[0]) if given else 1.0
+        except ValueError:
+            weights[kind] = 0.0
+
+    def weight(*kinds: str) -> float:
+        return next((weights[kind] for kind in kinds if kind in weights), 0.0)
+
+    return weight("image/png", "image/*", "*/*") > weight("application/json", "application/*", "*/*")
 
 
 def _model(service: Service) -> Model:
     return Model(id=service.model, object="model", created=service.created, owned_by="latentrt")
 
 
-def _note(metrics: Metrics, code: str, error: BaseException, status: int, request_id: str) -> None:
+def _note(metrics: Metrics, request: Request, code: str, error: BaseException, status: int) -> None:
+    """Count an error, and have the request's line in the log tell it."""
     metrics.error(code)
+    request.state.log["error"] = code
     if status == 500:
-        _log.error("a request failed", exc_info=error, extra={"fields": {"request_id": request_id}})
+        fields = {"request_id": request.state.request_id}
+        _log.error("a request failed", exc_info=error, extra={"fields": fields})
 
 
 def _refused(metrics: Metrics, request: Request, error: Exception) -> Response:
     status, message, param, code, headers = refusal(error)
     if isinstance(error, FieldError) and error.field == "model":
         status, code = 404, "model_not_found"
-    _note(metrics, code, error, status, request.state.request_id)
+    _note(metrics, request, code, error, status)
     return error_response(status, message, param, code, headers)
 
 
@@ -307,18 +308,18 @@ def _handle_errors(app: FastAPI, metrics: Metrics) -> None:
     async def engine_error(request: Request, error: Exception) -> Response:
         return _refused(metrics, request, error)
 
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
         # What came is not repeated: it may be long, or no text at all.
         first = error.errors()[0]
         where = [str(part) for part in first["loc"] if part != "body"]
         status = 400 if first["type"] == "json_invalid" else 422
         field = None if status == 400 else ".".join(where)[:80] or None
         message = f"{field}: {first['msg']}" if field else f"the body: {first['msg']}"
-        metrics.error("invalid_json" if status == 400 else "invalid_value")
+        _note(metrics, request, "invalid_json" if status == 400 else "invalid_value", error, status)
         return error_response(status, _printable(message), field and _printable(field), "invalid_value")
 
-    async def http_error(_: Request, error: HTTPException) -> Response:
-        metrics.error(f"http_{error.status_code}")
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        _note(metrics, request, f"http_{error.status_code}", error, error.status_code)
         return error_response(error.status_code, str(error.detail), headers=error.headers)
 
     app.add_exception_handler(RequestValidationError, invalid)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import logging
 import os
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 from ...errors import BackendUnavailableError, RequestError
 
 __all__ = ["keys_of", "serve"]
+
+_log = logging.getLogger(__name__)
 
 
 def serve(args: argparse.Namespace) -> Iterator[str]:
@@ -34,9 +37,11 @@ def serve(args: argparse.Namespace) -> Iterator[str]:
     from .engine import AsyncEngine
     from .logs import log_as_json
     from .metrics import Metrics
+    from .schema import Limits
     from .service import Service
 
     metrics = Metrics()
+    limits = Limits(images=min(Limits.images, args.max_queue))
 
     def engine() -> AsyncEngine:
         pipe = load(args)
@@ -44,10 +49,12 @@ def serve(args: argparse.Namespace) -> Iterator[str]:
         return AsyncEngine(pipe, max_batch=args.max_batch, max_waiting=args.max_queue, on_batch=metrics.batch)
 
     service = Service(public_name(args.model), engine)
-    app = create_app(service, metrics=metrics, api_keys=keys, drain_seconds=args.drain_seconds)
+    app = create_app(service, metrics=metrics, limits=limits, api_keys=keys, drain_seconds=args.drain_seconds)
     with listen(args.host, args.port) as socket:
         log_as_json()
-        Server(app, service, drain_seconds=args.drain_seconds).run([socket])
+        if not keys and not _is_local(args.host):
+            _log.warning("whoever reaches %s may use this server; --api-key-file asks for a key", args.host)
+        Server(app, service, drain_seconds=args.drain_seconds, limits=limits).run([socket])
     if service.at_work:
         # The interpreter would wait for the thread: for a model that is being loaded, or a step on the device.
         logging.shutdown()
@@ -89,6 +96,14 @@ def _serve_by_ray(args: argparse.Namespace) -> None:
     )
     log_as_json()
     run(deployed, host=args.host, port=args.port)
+
+
+def _is_local(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def keys_of(path: Path) -> list[str]:

@@ -41,6 +41,9 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._asked_nothing and not self.conn.trailing_data[0] and self._arriving is not None:
+            self._arriving.cancel()  # it waited for the first byte, and waits for the last from here on
+            self._arriving = None
         super().data_received(data)
         self._watch_arrival()
 
@@ -62,16 +65,20 @@ class Connection(H11Protocol):
         self._refuse(400, msg)
 
     @property
+    def _asked_nothing(self) -> bool:
+        """Whether no request has come yet."""
+        return self.cycle is None
+
+    @property
     def _unsent(self) -> int:
         return self.transport.get_write_buffer_size()
 
     def _watch_arrival(self) -> None:
         """Keep a deadline while a request is on its way, or the first one is awaited."""
-        first = self.cycle is None
         partly = self.conn.their_state is h11.SEND_BODY or (
             self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
         )
-        if not (first or partly):
+        if not (self._asked_nothing or partly):
             if self._arriving is not None:
                 self._arriving.cancel()
                 self._arriving = None
@@ -82,7 +89,7 @@ class Connection(H11Protocol):
         if self.transport.is_closing():
             return
         said_something = self.conn.their_state is h11.SEND_BODY or bool(self.conn.trailing_data[0])
-        if said_something and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+        if said_something:
             self._refuse(
                 408, f"the request did not come whole within {self.limits.read:g} s; send it at once"
             )
@@ -104,7 +111,10 @@ class Connection(H11Protocol):
         self.transport.abort()
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer what is no whole request, and close."""
+        """Answer what is no whole request, where no answer has begun, and close."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
         if self.cycle is not None:
             self.cycle.disconnected = True  # for the application there is nothing left to answer
         body = json.dumps(error_body(status, message)).encode()

@@ -1,4 +1,4 @@
-"""What every request passes, as ASGI: an id, a log line, a count, and a bound on its body."""
+"""What every request passes, as ASGI: an id, a key, a bound on its body, a log line, and a count."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .answers import error_response
+from .keys import Keys
 from .metrics import Metrics
 from .schema import Limits
 
@@ -22,13 +23,16 @@ _log = logging.getLogger("latentrt.access")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _DISCARD = 64 << 20
 """A body that is too long is read on to this many bytes, so that its sender gets to read the answer."""
+_OPEN = frozenset({"/", "/health", "/ready", "/openapi.json"})
+"""What needs no key."""
 
 
 class Doors:
     """Around an application."""
 
-    def __init__(self, app: ASGIApp, *, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, limits: Limits, metrics: Metrics, keys: Keys) -> None:
         self._app = app
+        self._keys = keys
         self._limits = limits
         self._metrics = metrics
 
@@ -36,10 +40,11 @@ class Doors:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        asked = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        asked = headers.get("x-request-id", "")
         request_id = asked if _ID.fullmatch(asked) else secrets.token_hex(8)
         state: dict[str, Any] = scope.setdefault("state", {})
-        state["request_id"] = request_id
+        state.update(request_id=request_id, log={})
         begun = time.perf_counter()
         status = 500
 
@@ -47,13 +52,21 @@ class Doors:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
-                headers["x-content-type-options"] = "nosniff"
+                answered = MutableHeaders(scope=message)
+                answered["x-request-id"] = request_id
+                answered["x-content-type-options"] = "nosniff"
             await send(message)
 
         try:
-            body = await self._body(scope, receive)
+            fits = scope["path"] in _OPEN or self._keys.fit(headers)
+            body = await self._body(scope, receive, _DISCARD if fits else self._limits.body)
+            if not fits:
+                self._metrics.error("http_401")
+                body = error_response(
+                    401,
+                    "the API key is missing or wrong; send Authorization: Bearer KEY",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
             if isinstance(body, Response):
                 await body(scope, receive, answer)
             else:
@@ -69,12 +82,12 @@ class Doors:
                 "status": status,
                 "seconds": round(seconds, 4),
                 "client": (scope.get("client") or ("",))[0],
-                **state.get("log", {}),
+                **state["log"],
             }
             _log.info("request", extra={"fields": fields})
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes | Response:
-        """The whole body, or why not."""
+    async def _body(self, scope: Scope, receive: Receive, discard: int) -> bytes | Response:
+        """The whole body, or why not; of one that is too long at most `discard` bytes are read."""
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return b""
         most = self._limits.body
@@ -86,7 +99,7 @@ class Doors:
             size += len(message.get("body", b""))
             if size <= most:
                 body += message.get("body", b"")
-            if not message.get("more_body", False) or size > _DISCARD:
+            if not message.get("more_body", False) or size > discard:
                 break
         if size > most:
             return error_response(

@@ -20,6 +20,8 @@ __all__ = ["AsyncEngine"]
 
 _log = logging.getLogger(__name__)
 
+_FAULTS = 3
+"""Calls in a row that fail before an image of the engine's own shows whether the device still works."""
 _LAST_STEP = 10.0
 """Seconds for the device to come to the end of a step that nobody waits for."""
 
@@ -66,6 +68,7 @@ class AsyncEngine:
         self._failure: StoppedError | None = None
         self._admission = Admission(self._queue, max_waiting=max_waiting)
         self._made: list[BatchReport] = []  # by the running call
+        self._faults = 0
 
     async def __aenter__(self) -> AsyncEngine:
         await self.start()
@@ -189,6 +192,7 @@ class AsyncEngine:
     def _learn(self, report: BatchReport) -> None:
         if report.outcome == "made":
             self._made.append(report)
+        self._faults = self._faults + 1 if report.outcome == "failed" else 0
         if self._on_batch is not None:
             self._on_batch(report)
 
@@ -232,6 +236,8 @@ class AsyncEngine:
                 self._running = []
                 self._admission.end()
                 self._measure(begun, loop.time())
+                if self._faults >= _FAULTS:
+                    await self._prove()
                 continue
             self._wake.clear()
             try:
@@ -239,6 +245,14 @@ class AsyncEngine:
                     await self._wake.wait()
             except TimeoutError:
                 pass
+
+    async def _prove(self) -> None:
+        """Make an image of one's own. An error that a device does not recover from ends the engine here."""
+        _log.warning(
+            "%d calls failed one after the other; an image of the engine's own is tried", self._faults
+        )
+        await self._in_thread(self._runner.warm_up)
+        self._faults = 0
 
     def _measure(self, begun: float, now: float) -> None:
         """Learn from what was made since then, the loop's own delays included."""

@@ -17,6 +17,7 @@ class Job:
     Attributes:
         request: what is made, with its seed.
         since: when it came, by the loop's clock.
+        timeout: seconds from then until it must be made.
         waited: seconds from then until it was begun.
         previews: progress comes with pictures.
     """
@@ -33,6 +34,7 @@ class Job:
         loop = asyncio.get_running_loop()
         self.request = request
         self.since = loop.time()
+        self.timeout = timeout
         self.waited: float | None = None
         self.previews = previews
         self._forget = forget

@@ -34,7 +34,11 @@ class Metrics:
             "latentrt_batch_images", "Images in a call.", buckets=(1, 2, 4, 8, 16, 32), registry=r
         )
         self._stages = Histogram(
-            "latentrt_stage_seconds", "Each stage of a call.", ["stage"], buckets=_SECONDS, registry=r
+            "latentrt_stage_seconds",
+            "Each stage of a call; and queue, each image's wait for it.",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=r,
         )
         self._outcomes = Counter(
             "latentrt_batches", "Calls, by what became of them.", ["outcome"], registry=r
@@ -42,6 +46,7 @@ class Metrics:
         self._steps = Counter("latentrt_steps", "Denoising steps taken, each for a whole batch.", registry=r)
         self._images = Counter("latentrt_images", "Images made.", registry=r)
         self._errors = Counter("latentrt_errors", "Requests refused or failed.", ["kind"], registry=r)
+        self._most_memory = 0
         self._memory = Gauge(
             "latentrt_peak_memory_bytes",
             "Largest seen: of PyTorch on a GPU, else of the process.",
@@ -67,6 +72,9 @@ class Metrics:
             self._images.inc(report.images)
         for stage, seconds in report.timings.items():
             self._stages.labels(stage).observe(seconds)
+        if report.outcome == "made":
+            for seconds in report.waited:
+                self._stages.labels("queue").observe(seconds)
 
     def request(self, method: str, path: str, status: int, seconds: float) -> None:
         """An answer has ended. `path` is the route's, so that there are few."""
@@ -80,7 +88,8 @@ class Metrics:
 
     def memory(self, peak: int) -> None:
         """Bytes at the peak of a call."""
-        self._memory.set(peak)
+        self._most_memory = max(self._most_memory, peak)
+        self._memory.set(self._most_memory)
 
     def text(self) -> bytes:
         """The exposition format."""

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Pace", "Size"]
+from ..request import Size
+
+__all__ = ["Pace"]
 
 _FRESH = 600.0
 """Seconds that a measurement counts for. What is refused is never measured, so an unlucky one must not last."""
@@ -18,8 +20,6 @@ _KINDS = 64
 """Remembered."""
 _WEIGHT = 0.3
 """Of the newest call in its kind's average."""
-
-Size = tuple[int, int]
 
 
 @dataclass

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import PIL.Image
 import torch
 
-from ...errors import RequestError
-from ..image import from_tensor
+from ...errors import MemoryPlanError, OutOfMemoryError, RequestError
 from ..pipeline import Pipeline
 from ..previews import Previewer
 from .requests import CheckedRequest, Group, ImageRequest, ImageResult
 
 __all__ = ["OnStep", "PipelineRunner", "Runner", "is_out_of_memory"]
+
+_WANTS = (OutOfMemoryError, MemoryPlanError, MemoryError, torch.OutOfMemoryError)
 
 OnStep = Callable[[int, Callable[[int], PIL.Image.Image] | None], None]
 """(steps done, k -> a preview of image k of the batch, where there is one); what it raises ends the call there."""
@@ -48,8 +48,10 @@ class PipelineRunner:
             raise RequestError(f"prompt must be a string; got a {type(request.prompt).__name__}")
         if isinstance(request.guidance_scale, (list, tuple)) or isinstance(request.seed, (list, tuple)):
             raise RequestError("an ImageRequest is for one image: its seed and guidance_scale are one number")
+        # Its memory is looked at in the thread that makes it: a plan would hold up the event loop.
         made, steps = self._pipe.check(
             request.prompt,
+            planned=False,
             negative_prompt=request.negative_prompt,
             height=request.height,
             width=request.width,
@@ -82,8 +84,7 @@ class PipelineRunner:
     def warm_up(self) -> None:
         """One image of the model's own size; and the previews' fit."""
         self._pipe.warmup()
-        own, _ = self._pipe.check("")
-        self._previewer = Previewer.fit(self._pipe.vae, own.height, own.width, self._pipe.device)
+        self._fitted()
 
     def run(self, requests: Sequence[CheckedRequest], on_step: OnStep) -> list[ImageResult]:
         group = requests[0].group
@@ -100,7 +101,7 @@ class PipelineRunner:
                     )
             except Exception as error:  # through the loop it would cost what the loop keeps for the next call
                 stopped = error
-            return {"interrupt": stopped is not None}
+            return {"discard": stopped is not None}
 
         device = self._pipe.device
         if device.type == "cuda":
@@ -117,26 +118,20 @@ class PipelineRunner:
             seed=[request.seed for request in requests],
             sampler=group.sampler,
             high_noise_frac=group.high_noise_frac,
-            output_type="latent",
             callback_on_progress=step_done,
-            previewer=self._fitted(group) if any(request.previews for request in requests) else None,
+            previewer=self._fitted() if any(request.previews for request in requests) else None,
         )
         if stopped is not None:
             raise stopped
-        begun = time.perf_counter()
-        with torch.no_grad():
-            images = from_tensor(self._pipe.vae.decode(output.images), "pil")
-        decode = time.perf_counter() - begun
-        timings = {**output.timings, "decode": decode, "total": output.timings["total"] + decode}
         peak = _peak_memory(device)
         return [
-            ImageResult(image, parameters, timings, len(requests), peak)
-            for image, parameters in zip(images, output.parameters, strict=True)
+            ImageResult(image, parameters, output.timings, len(requests), peak)
+            for image, parameters in zip(output.images, output.parameters, strict=True)
         ]
 
-    def _fitted(self, group: Group) -> Previewer:
+    def _fitted(self) -> Previewer:
         if self._previewer is None:
-            self._previewer = Previewer.fit(self._pipe.vae, group.height, group.width, self._pipe.device)
+            self._previewer = self._pipe.fit_previewer()
         return self._previewer
 
 
@@ -147,19 +142,10 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or what caused it, is a want of memory: PyTorch's, ONNX Runtime's or TensorRT's."""
-    return any(
-        isinstance(e, (MemoryError, torch.OutOfMemoryError))
-        or any(
-            words in str(e).lower()
-            for words in ("out of memory", "failed to allocate memory", "can't allocate")
-        )
-        for e in _chain(error)
-    )
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is a want of memory, by plan or in fact."""
     while error is not None:
-        yield error
+        if isinstance(error, _WANTS):
+            return True
         error = error.__cause__
+    return False

@@ -3,20 +3,28 @@
 It knows neither models nor clocks: jobs come with a group and a time of arrival, `now` is told. Turns are start-time
 fair queueing (Goyal, Vin and Cheng, 1996): a size that was served pays the work of its batch, and the size that has
 paid least is next; one that was idle starts at what the last turn began with, so it can neither save up nor be
-starved by a flood of others.
+starved by a flood of another. That holds among few sizes: of ever new ones each has paid nothing. So every other call
+is for who has waited longest, where that is long.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from ..request import Size
 from .requests import Group
 
 __all__ = ["Schedulable", "Scheduler"]
 
-Size = tuple[int, int]
+_PATIENCE = 30.0
+"""Seconds after which a job's age counts, and not what its size has paid; or half of the time it was given."""
+_REMEMBERED = 64
+"""Sizes that are not here and have something to make up for."""
+_PROBATION = 100
+"""Calls as large as a limit after which twice as many images are tried again: others may have left the device."""
 
 
 class Schedulable(Protocol):
@@ -29,8 +37,20 @@ class Schedulable(Protocol):
     def since(self) -> float:
         """When it came, in seconds."""
 
+    @property
+    def timeout(self) -> float | None:
+        """Seconds from then until it must be made."""
+
 
 J = TypeVar("J", bound=Schedulable)
+
+
+@dataclass
+class _Limit:
+    """Images of one size that fit into a call, and how many such calls there were."""
+
+    images: int
+    calls: int = 0
 
 
 class Scheduler(Generic[J]):
@@ -45,9 +65,10 @@ class Scheduler(Generic[J]):
         self.max_batch = max_batch
         self.window = window
         self._flows: dict[Size, list[J]] = {}  # never an empty list; each in order of arrival
-        self._paid: dict[Size, float] = {}
+        self._paid: dict[Size, float] = {}  # in order of the last turn
         self._turn = 0.0
-        self._limits: dict[Size, int] = {}
+        self._by_age = False  # the last call
+        self._limits: dict[Size, _Limit] = {}
 
     def __len__(self) -> int:
         return sum(len(jobs) for jobs in self._flows.values())
@@ -55,16 +76,17 @@ class Scheduler(Generic[J]):
     def __iter__(self) -> Iterator[J]:
         return (job for jobs in self._flows.values() for job in jobs)
 
-    def order(self, coming: Sequence[Schedulable]) -> list[list[Schedulable]]:
+    def order(self, coming: Sequence[Schedulable], now: float) -> list[list[Schedulable]]:
         """The calls until nothing waits, were these to come now and nobody after them."""
         ahead: Scheduler[Schedulable] = Scheduler(max_batch=self.max_batch, window=self.window)
         ahead._flows = {size: [*flow] for size, flow in self._flows.items()}
-        ahead._paid, ahead._turn, ahead._limits = dict(self._paid), self._turn, self._limits
+        ahead._paid, ahead._turn, ahead._by_age = dict(self._paid), self._turn, self._by_age
+        ahead._limits = {size: copy(limit) for size, limit in self._limits.items()}
         for one in coming:
             ahead.add(one)
         calls = []
         while ahead:
-            calls.append(ahead.take(math.inf))
+            calls.append(ahead._next(list(ahead._flows), now))
         return calls
 
     def add(self, job: J) -> None:
@@ -84,15 +106,26 @@ class Scheduler(Generic[J]):
     def take(self, now: float) -> list[J]:
         """The next batch, or none while the jobs there are may still get company."""
         ready = [size for size, flow in self._flows.items() if self._ready_at(flow) <= now]
-        if not ready:
-            return []
+        return self._next(ready, now) if ready else []
+
+    def _next(self, ready: Sequence[Size], now: float) -> list[J]:
+        """The batch of one of these sizes."""
         size = min(ready, key=lambda size: (self._paid[size], self._flows[size][0].since))
+        oldest = min(ready, key=lambda size: _impatient_at(self._flows[size][0]))
+        self._by_age = not self._by_age and _impatient_at(self._flows[oldest][0]) <= now
+        if self._by_age:
+            size = oldest
         batch = self._mates(self._flows[size])
-        self._turn = self._paid[size]
-        self._paid[size] += sum(job.group.cost for job in batch)
+        paid = self._paid.pop(size)
+        self._turn = max(self._turn, paid)
+        self._paid[size] = paid + sum(job.group.cost for job in batch)
+        self._note(size, len(batch))
         self._drop(batch)
         # Who is not here and has nothing to make up for starts afresh.
-        self._paid = {s: paid for s, paid in self._paid.items() if s in self._flows or paid > self._turn}
+        absent = [s for s in self._paid if s not in self._flows]
+        for k, s in enumerate(reversed(absent)):
+            if self._paid[s] <= self._turn or k >= _REMEMBERED:
+                del self._paid[s]
         return batch
 
     def ready_at(self) -> float | None:
@@ -101,10 +134,22 @@ class Scheduler(Generic[J]):
 
     def limit(self, size: Size, images: int) -> None:
         """From now on at most `images` of this size in a call: more did not fit into memory."""
-        self._limits[size] = min(images, self._limit(size))
+        self._limits[size] = _Limit(min(images, self._limit(size)))
 
     def _limit(self, size: Size) -> int:
-        return self._limits.get(size, self.max_batch)
+        found = self._limits.get(size)
+        return self.max_batch if found is None else found.images
+
+    def _note(self, size: Size, images: int) -> None:
+        """A call of so many is made; often enough as large as the limit, that is tried to be raised."""
+        limit = self._limits.get(size)
+        if limit is None or images < limit.images:
+            return
+        limit.calls += 1
+        if limit.calls == _PROBATION:
+            limit.images, limit.calls = 2 * limit.images, 0
+            if limit.images >= self.max_batch:
+                del self._limits[size]
 
     def _mates(self, flow: Sequence[J]) -> list[J]:
         """The oldest job and those that can share its call."""
@@ -121,3 +166,8 @@ class Scheduler(Generic[J]):
         self._flows[size] = [job for job in self._flows[size] if id(job) not in gone]
         if not self._flows[size]:
             del self._flows[size]
+
+
+def _impatient_at(job: Schedulable) -> float:
+    """When its age begins to count."""
+    return job.since + (_PATIENCE if job.timeout is None else min(_PATIENCE, job.timeout / 2))

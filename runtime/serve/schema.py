@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ...errors import RequestError
@@ -54,6 +54,14 @@ class Limits:
     write: float = 60.0
 
 
+def _whole(value: Any) -> Any:
+    """To JSON Schema, and to many a client, 3.0 is an integer as well."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_WHOLE = BeforeValidator(_whole)
+
+
 class GenerationBody(BaseModel):
     """OpenAI's request. A field it has and this server has no meaning for is refused, like any other unknown one."""
 
@@ -61,7 +69,7 @@ class GenerationBody(BaseModel):
 
     prompt: Annotated[str, Field(min_length=1, description="What the picture should show.")]
     model: Annotated[str | None, Field(max_length=256, description="As /v1/models has it.")] = None
-    n: Annotated[int | None, Field(ge=1, description="Images to make; their seeds count up.")] = None
+    n: Annotated[int | None, Field(ge=1, description="Images to make; their seeds count up."), _WHOLE] = None
     size: Annotated[
         str | None,
         Field(
@@ -71,7 +79,7 @@ class GenerationBody(BaseModel):
     ] = None
     stream: Annotated[bool | None, Field(description="Answer with server-sent events.")] = None
     partial_images: Annotated[
-        int | None, Field(ge=0, le=1000, description="Previews to stream; one a step by default.")
+        int | None, Field(ge=0, le=1000, description="Previews to stream; one a step by default."), _WHOLE
     ] = None
     response_format: Literal["b64_json"] | None = None
     output_format: Literal["png"] | None = None
@@ -80,8 +88,10 @@ class GenerationBody(BaseModel):
     user: Annotated[str | None, Field(max_length=256, description="Accepted, and not used.")] = None
 
     negative_prompt: Annotated[str | None, Field(description="What to steer away from.")] = None
-    seed: Annotated[int | None, Field(ge=0, le=_MAX_SEED, description="Of the first image.")] = None
-    steps: Annotated[int | None, Field(ge=1, description="Of the whole schedule; 30 by default.")] = None
+    seed: Annotated[int | None, Field(ge=0, le=_MAX_SEED, description="Of the first image."), _WHOLE] = None
+    steps: Annotated[int | None, Field(ge=1, description="Of the whole schedule; 30 by default."), _WHOLE] = (
+        None
+    )
     guidance: Annotated[
         float | None,
         Field(ge=-1e4, le=1e4, allow_inf_nan=False, description="1 or less turns guidance off."),
@@ -174,6 +184,7 @@ _FIELDS = (
     (r"negative_prompt", "negative_prompt"),
     (r"prompt", "prompt"),
     (r"(width|height)", "size"),
+    (r"\d+ images are asked for", "n"),
     (r"num_inference_steps|\d+ steps", "steps"),
     (r"guidance_scale", "guidance"),
     (r"seed", "seed"),

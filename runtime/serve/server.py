@@ -43,6 +43,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=75,  # longer than clients keep one: who closes first spoils no request
                 timeout_graceful_shutdown=5,  # for answers to be read, when the images are made
             )
         )

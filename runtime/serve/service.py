@@ -59,6 +59,11 @@ class Service:
         return "it is shutting down" if self._engine.draining else None
 
     @property
+    def stopped(self) -> bool:
+        """Whether a fault has ended it for good, so that only a new process can serve."""
+        return self._engine is not None and self._engine.failure is not None
+
+    @property
     def waiting(self) -> int:
         return 0 if self._engine is None else self._engine.waiting
 

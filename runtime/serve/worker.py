@@ -13,6 +13,7 @@ import PIL.Image
 import torch
 
 from ...errors import LatentRTError
+from ..budget import without_frames
 from .jobs import Job
 from .requests import Progress
 from .runner import Runner, is_out_of_memory
@@ -34,6 +35,7 @@ class BatchReport:
         seconds: it took.
         outcome: "made", "abandoned" (all had left), "out of memory" or "failed".
         timings: seconds of each stage; empty where it was not made.
+        waited: seconds that each of its images had waited.
     """
 
     images: int
@@ -43,6 +45,7 @@ class BatchReport:
     seconds: float
     outcome: str
     timings: dict[str, float]
+    waited: tuple[float, ...] = ()
 
 
 class _AbandonedError(Exception):
@@ -75,6 +78,10 @@ class Worker:
         if error is None:
             return
         if len(live) == 1:
+            if is_out_of_memory(error):
+                _log.warning(
+                    "memory did not suffice for one image of %dx%d: %s", *live[0].group.size[::-1], error
+                )
             self._tell(live[0].finish, error)
             return
         half = (len(live) + 1) // 2
@@ -115,7 +122,7 @@ class Worker:
             outcome = "out of memory" if is_out_of_memory(error) else "failed"
             if outcome == "failed" and not isinstance(error, LatentRTError):
                 _log.exception("a call for %d images failed", len(jobs))
-            failure = _without_frames(error)
+            failure = without_frames(error)
         else:
             timings = dict(results[0].timings)
             for job, result in zip(jobs, results, strict=True):
@@ -126,18 +133,11 @@ class Worker:
             _release_memory()
         cost = sum(job.group.cost for job in jobs)
         seconds = time.perf_counter() - begun
-        self._tell(
-            self._on_batch, BatchReport(len(jobs), jobs[0].group.size, steps, cost, seconds, outcome, timings)
-        )
+        waited = tuple(job.waited or 0.0 for job in jobs)
+        size = jobs[0].group.size
+        report = BatchReport(len(jobs), size, steps, cost, seconds, outcome, timings, waited)
+        self._tell(self._on_batch, report)
         return failure
-
-
-def _without_frames(error: Exception) -> Exception:
-    link: BaseException | None = error
-    while link is not None:
-        link.__traceback__ = None
-        link = link.__cause__ or link.__context__
-    return error
 
 
 def _release_memory() -> None:

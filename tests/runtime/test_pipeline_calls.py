@@ -17,6 +17,7 @@ import torch
 from fake_queue import FakeQueue
 from latentrt.errors import RequestError
 from latentrt.runtime.previews import Previewer
+from latentrt.runtime.vae import VAE
 from parity import SEEDS, Case, Rig
 from tolerances import PIPELINE_EAGER
 
@@ -387,6 +388,22 @@ def test_progress_can_interrupt(both: latentrt.Pipeline) -> None:
     assert told == [(1, None), (2, None)]
     with pytest.raises(RequestError, match=r"callback_on_progress returned 3; it can return"):
         both(**CALL, seed=6, callback_on_progress=lambda *_: 3)
+
+
+@pytest.mark.parametrize("last", [2, 4])  # midway, and when nothing but the pixels is left
+def test_what_nobody_wants_any_more_is_not_decoded(
+    last: int, both: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*_: Any, **__: Any) -> Any:
+        raise AssertionError("it was decoded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VAE, "decode", decode)
+        dropped = both(**CALL, seed=6, callback_on_progress=lambda _, done, __: {"discard": done == last})
+    assert dropped.images is None
+    assert dropped.interrupted
+    assert set(dropped.timings) >= {"base", "total"}
+    assert both(**CALL, seed=6, callback_on_progress=lambda *_: {"discard": False}).images is not None
 
 
 def test_the_host_waits_for_the_device_between_steps_and_at_the_end_alone(

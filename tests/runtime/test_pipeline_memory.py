@@ -21,6 +21,7 @@ from latentrt.runtime.kept import DEFAULT_LIMIT
 from latentrt.runtime.memory import POLICIES, RESERVE
 from latentrt.runtime.planner import Planner
 from latentrt.runtime.stages import stages_of_request
+from latentrt.runtime.vae import VAE
 from small_request import CALL
 from torch import Tensor
 
@@ -85,6 +86,19 @@ def test_a_picture_that_would_not_fit_whole_is_decoded_in_tiles(
     found = pipe(**call).images
     assert np.array_equal(found, free(**call, tiled_vae=True).images)
     assert not np.array_equal(found, free(**call).images)
+
+
+def test_previews_are_fitted_in_the_tiles_in_which_a_picture_fits(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles: list[int | None] = []
+    decode = VAE.decode
+    monkeypatch.setattr(
+        VAE, "decode", lambda self, x, *, tile: tiles.append(tile) or decode(self, x, tile=tile)
+    )
+    monkeypatch.setattr(budget.Budget, "admit", lambda *_, **__: 8)
+    assert load().fit_previewer().weights.shape == (5, 3)
+    assert tiles == [8]
 
 
 def test_weights_that_cannot_fit_are_refused_when_they_are_loaded(load: Load) -> None:

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 WEIGHTS = torch.tensor([[0.1, 0.0, -0.05], [0.0, 0.08, 0.02], [0.03, 0.03, 0.0], [0.0, -0.06, 0.1]])
 
 
-def decode(latents: torch.Tensor) -> torch.Tensor:
+def decode(latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:
     rgb = torch.einsum("bchw,cd->bdhw", latents, WEIGHTS) + 0.5
     return F.interpolate(rgb, scale_factor=8)
 

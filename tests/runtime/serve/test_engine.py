@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 
 import pytest
 import torch
 from fake_runner import FakeRunner, ask, busy, held, in_loop, seed_of
 from latentrt.errors import (
     BackendError,
+    MemoryPlanError,
+    OutOfMemoryError,
     RequestError,
     ServiceError,
+    StoppedError,
 )
 from latentrt.runtime.serve.engine import AsyncEngine
-from latentrt.runtime.serve.requests import Finished, Progress
+from latentrt.runtime.serve.jobs import Job
+from latentrt.runtime.serve.requests import Finished, ImageResult, Progress
 from latentrt.runtime.serve.worker import BatchReport
 
 
@@ -200,7 +204,8 @@ def test_a_request_that_fails_fails_alone() -> None:
     [
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
-        BackendError("ONNX Runtime failed on unet: Failed to allocate memory for requested buffer"),
+        OutOfMemoryError("no memory left on cuda in stage 'base'"),
+        MemoryPlanError("demo at 1024x1024, batch 5, needs 9 GB"),
     ],
 )
 def test_want_of_memory_halves_the_batch_and_is_remembered(
@@ -241,6 +246,53 @@ def test_an_error_of_nobodys_making_does_not_stop_the_engine(caplog: pytest.LogC
 
     in_loop(main())
     assert "a call for 1 images failed" in caplog.text
+
+
+def test_failures_in_a_row_that_the_device_recovers_from_do_not_stop_the_engine() -> None:
+    """A client whose requests fail cannot end the service."""
+
+    async def main() -> None:
+        runner = FakeRunner(lambda seeds: BackendError("no such size") if seeds[0] < 10 else None)
+        async with AsyncEngine(runner) as engine:
+            for seed in range(7):
+                with pytest.raises(BackendError):
+                    await engine.generate(ask(seed))
+            assert seed_of((await engine.generate(ask(10))).image) == 10
+        assert runner.warm == 3  # at the start, and after the third and the sixth
+
+    in_loop(main())
+
+
+def test_a_device_that_does_not_recover_ends_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    class Lost(FakeRunner):
+        def warm_up(self) -> None:
+            if self.calls:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    async def main() -> None:
+        runner = Lost(lambda _: RuntimeError("CUDA error: an illegal memory access was encountered"))
+        engine = AsyncEngine(runner, window=0, max_batch=1)
+        await engine.start()
+        async with busy_and_failing(runner, engine):
+            waiting = engine.submit(*[ask(seed) for seed in range(1, 6)])
+        ends = [await settled(job) for job in waiting]
+        assert [type(end) for end in ends] == [RuntimeError] * 2 + [StoppedError] * 3
+        assert isinstance(engine.failure, StoppedError)
+        await engine.drain()
+
+    in_loop(main())
+    assert "3 calls failed one after the other" in caplog.text
+
+
+@asynccontextmanager
+async def busy_and_failing(runner: FakeRunner, engine: AsyncEngine) -> AsyncIterator[None]:
+    with pytest.raises(RuntimeError):
+        async with busy(runner, engine):
+            yield
+
+
+async def settled(job: Job) -> ImageResult | BaseException:
+    return (await asyncio.gather(job.result(), return_exceptions=True))[0]
 
 
 def test_another_event_loop_is_refused() -> None:

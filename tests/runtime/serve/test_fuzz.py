@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import re
 import threading
@@ -35,7 +36,8 @@ VALID = (
     b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 27\r\n"
     b'\r\n{"prompt": "x", "steps": 1}GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n'
 )
-ALLOWED = {200, 400, 404, 405, 408, 413, 422, 429, 504}  # 504: its own `timeout` may be a moment
+# 408: a machine that tests may need longer than `read` for any of them; 504: its own `timeout` may be a moment.
+ALLOWED = {200, 400, 404, 405, 408, 413, 422, 429, 504}
 
 
 def post(server: Served, content: bytes) -> Any:
@@ -56,8 +58,9 @@ def one_bad_field(server: Served, field: tuple[str, Any]) -> None:
     """The answer names it, where it is bad."""
     name, value = field
     answer = post(server, json.dumps({"prompt": "x", "steps": 1, name: value}).encode())
-    assert answer.status_code in {200, 404, 422} | ({429, 504} if name == "timeout" else set()), answer.text
-    if answer.status_code != 200:
+    allowed = {200, 404, 408, 422} | ({429, 504} if name == "timeout" else set())
+    assert answer.status_code in allowed, answer.text
+    if answer.status_code not in (200, 408):
         assert answer.json()["error"]["param"] == name, answer.text
 
 
@@ -100,10 +103,13 @@ def resident() -> int:
     "seconds",
     [5, pytest.param(300, marks=[pytest.mark.full, pytest.mark.timeout(1200)])],
 )
-def test_whatever_comes_is_answered_and_nothing_stays_behind(seconds: int) -> None:
+def test_whatever_comes_is_answered_and_nothing_stays_behind(
+    seconds: int, caplog: pytest.LogCaptureFixture
+) -> None:
     limits = Limits(pixels=512 * 512, steps=200, images=4, prompt=100, body=10_000, read=0.2)
     with served(FakeRunner, limits=limits, max_waiting=8) as server:
         _attacked(server, seconds)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 def _attack(server: Served, turn: int) -> None:
@@ -141,4 +147,4 @@ def _attacked(server: Served, seconds: int) -> None:
     until(lambda: gc.collect() + files() - before[0] <= 2)
     assert threading.active_count() <= before[1] + 4  # the loop's pool of threads may have grown to its size
     assert resident() - before[2] < 100
-    assert server.ask(seed=1).status_code == 200
+    until(lambda: server.ask(seed=1).status_code == 200)

@@ -101,6 +101,8 @@ def test_a_fault_that_stops_the_engine_is_told_to_all(monkeypatch: pytest.Monkey
         until(lambda: server.client.get("/ready").status_code == 503)
         assert "stopped through a fault of its own" in server.client.get("/ready").json()["reason"]
         assert server.metric("latentrt_ready") == 0
+        health = server.client.get("/health")
+        assert (health.status_code, health.json()) == (503, {"status": "stopped"})
         late = server.ask(seed=2)
         assert (late.status_code, late.json()["error"]["code"]) == (503, "stopped")
 
@@ -124,6 +126,7 @@ def test_a_full_disk_under_the_log_stops_nothing(monkeypatch: pytest.MonkeyPatch
             with served(FakeRunner) as server:
                 assert [server.ask(seed=k).status_code for k in range(3)] == [200, 200, 200]
         finally:
+            logging.captureWarnings(False)
             root.handlers[:] = handlers
             root.setLevel(level)
             monkeypatch.undo()

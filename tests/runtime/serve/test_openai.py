@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import threading
 from typing import Any
 
 import openai
@@ -11,6 +12,7 @@ import PIL.Image
 import pytest
 from fake_runner import FakeRunner, seed_of
 from latentrt.runtime.image import read_parameters
+from latentrt.runtime.serve import app
 from latentrt.runtime.serve.app import preview_is_due
 from served import Served, events_of
 
@@ -68,6 +70,47 @@ def test_a_png_by_accept(server: Served, tmp_path: Any) -> None:
     file.write_bytes(answer.content)
     assert seed_of(PIL.Image.open(file)) == 5
     assert read_parameters(file) == {"seed": 5}
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("image/*", "image/png"),
+        ("image/png, */*;q=0.8", "image/png"),
+        ("application/json;q=0.5, image/png", "image/png"),
+        ("image/avif, image/*;q=0.9, */*;q=0.8", "image/png"),
+        ("image/png;q=0.5, application/json", "application/json"),
+        ("image/png;q=0", "application/json"),
+        ("image/png;q=nan", "application/json"),
+        ("image/png, application/json", "application/json"),
+        ("*/*", "application/json"),
+        ("", "application/json"),
+    ],
+)
+def test_accept_is_weighed(accept: str, kind: str, server: Served) -> None:
+    answer = server.client.post(
+        "/v1/images/generations", json={"prompt": "x", "steps": 1}, headers={"Accept": accept}
+    )
+    assert answer.headers["content-type"] == kind
+
+
+def test_a_stream_without_news_shows_that_it_lives(
+    server: Served, runner: FakeRunner, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "_HEARTBEAT", 0.02)
+    runner.hold()
+    asked = {"prompt": "x", "seed": 9, "steps": 2, "stream": True, "partial_images": 0}
+    with server.client.stream("POST", "/v1/images/generations", json=asked) as answer:
+        assert answer.headers["x-accel-buffering"] == "no"
+        lines = answer.iter_lines()
+        assert [next(lines) for _ in range(4)] == [": it is still on its way", ""] * 2
+        runner.release()
+        *_, done = [line for line in lines if line.startswith("data: ")]
+        assert done == "data: [DONE]"
+    runner.hold()
+    threading.Timer(0.1, runner.release).start()  # OpenAI's client passes over it
+    stream = client.images.generate(prompt="x", stream=True, partial_images=0, extra_body={"steps": 2})
+    assert [event.type for event in stream] == ["image_generation.completed"]
 
 
 @pytest.mark.parametrize(

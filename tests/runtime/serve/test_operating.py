@@ -7,8 +7,10 @@ import logging
 import re
 
 import pytest
+from fake_runner import FakeRunner
 from latentrt.runtime.serve.logs import JsonFormatter
-from served import Served, until
+from latentrt.runtime.serve.metrics import Metrics
+from served import Served, events_of, until
 
 
 def test_metrics_count(server: Served) -> None:
@@ -16,6 +18,7 @@ def test_metrics_count(server: Served) -> None:
     assert server.ask(n=3, seed=1, steps=5).status_code == 200
     server.ask(steps=0)
     assert server.metric("latentrt_images_total") == before + 3
+    assert server.metric("latentrt_stage_seconds_count", stage="queue") == before + 3
     text = server.client.get("/metrics").text
     for line in (
         "latentrt_waiting_images 0.0",
@@ -28,6 +31,28 @@ def test_metrics_count(server: Served) -> None:
         "latentrt_peak_memory_bytes",
     ):
         assert line in text
+
+
+def test_the_largest_peak_of_memory_is_told() -> None:
+    metrics = Metrics()
+    for peak in (3, 7, 5):
+        metrics.memory(peak)
+    assert metrics.registry.get_sample_value("latentrt_peak_memory_bytes") == 7
+
+
+def test_a_request_s_line_tells_its_error(
+    server: Served, runner: FakeRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a stream too, whose status was sent long before."""
+    with caplog.at_level(logging.INFO, "latentrt.access"):
+        runner.hold()
+        events_of(server.ask(timeout=0.2, steps=50, stream=True))
+        runner.release()
+        server.ask(steps=0)
+        server.client.get("/nowhere")
+        until(lambda: len(caplog.records) >= 3)
+    told = [(record.fields["status"], record.fields["error"]) for record in caplog.records]
+    assert told == [(200, "deadline_exceeded"), (422, "invalid_value"), (404, "http_404")]
 
 
 def test_requests_have_an_id_and_a_line_of_json(server: Served, caplog: pytest.LogCaptureFixture) -> None:

@@ -147,6 +147,32 @@ def test_generate_watch_cancel_and_generate_again(tab: Tab, server: Served, runn
     expect(page.locator("#told")).to_contain_text("Seed4")
 
 
+def test_a_screen_reader_hears_the_beginning_each_tenth_step_and_the_end(
+    tab: Tab, runner: PageRunner
+) -> None:
+    page = tab.page
+    page.evaluate(
+        """() => {
+          window.heard = [];
+          new MutationObserver(() => heard.push(spoken.textContent)).observe(spoken, { childList: true });
+        }"""
+    )
+    runner.hold()
+    page.fill("#steps", "21")
+    page.click("#go")
+    for step in range(1, 22):
+        runner.let_one()
+        if step < 21:
+            tab.message(f"Step {step} of 21")
+            expect(page.locator("#picture")).to_have_attribute("alt", "the image so far")
+    tab.message(DONE)
+    heard = page.evaluate("heard")
+    assert heard[:3] == ["Waiting for its turn …", "Step 10 of 21", "Step 20 of 21"]
+    assert DONE.match(heard[3])
+    assert len(heard) == 4
+    expect(page.locator("#message")).to_have_attribute("aria-hidden", "true")
+
+
 def test_what_was_made_can_be_copied_saved_and_looked_at_again(tab: Tab) -> None:
     page = tab.page
     page.fill("#steps", "2")
@@ -188,6 +214,8 @@ def test_errors_are_told_in_words(tab: Tab, server: Served, runner: PageRunner) 
     page.click("#go")
     tab.message("It could not be made: prompt has 101 characters; at most 100 are allowed.")
     expect(page.locator("#message")).to_have_class("bad")
+    expect(page.get_by_role("alert")).to_have_text(re.compile("at most 100 are allowed"))
+    expect(page.locator("#spoken")).to_have_text("")
     assert page.locator("#stage.running").count() == 0
     page.fill("#prompt", "x")
 
@@ -248,6 +276,7 @@ def test_a_key_is_asked_for(browser: Browser) -> None:
         tab.page.keyboard.type("secret")
         tab.page.keyboard.press("Enter")
         tab.message(DONE)
+        expect(tab.page.locator("#model")).to_have_text("cat-model")
         tab.close()
 
 

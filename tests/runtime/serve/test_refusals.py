@@ -168,6 +168,15 @@ def test_keys() -> None:
                 client.with_options(api_key="wrong").images.generate(prompt="x")
 
 
+def test_without_the_key_a_body_is_not_looked_at() -> None:
+    with served(FakeRunner, api_keys=("key",)) as server:
+        for body in (b"{", b"x" * (5 << 20)):
+            answer = server.client.post("/v1/images/generations", content=body)
+            assert answer.status_code == 401
+        assert server.client.get("/nowhere").status_code == 401
+        assert server.metric("latentrt_errors_total", kind="http_401") == 3
+
+
 def test_faults_of_the_servers_own_tell_nothing() -> None:
     secret = "/secret/place"
 

@@ -16,6 +16,7 @@ LARGE = SMALL._replace(height=128, width=128)
 class Waiting:
     group: Group
     since: float = 0.0
+    timeout: float | None = None
 
 
 def queue(max_batch: int = 4, window: float = 0.0) -> Scheduler[Waiting]:
@@ -32,7 +33,7 @@ def added(scheduler: Scheduler[Waiting], *groups: Group, since: float = 0.0) -> 
 def sizes_served(scheduler: Scheduler[Waiting]) -> list[tuple[int, int]]:
     """(height, images) of each batch until nothing waits."""
     served = []
-    while batch := scheduler.take(1e9):
+    while batch := scheduler.take(20.0):
         served.append((batch[0].group.height, len(batch)))
     assert not scheduler
     assert scheduler.ready_at() is None
@@ -145,3 +146,56 @@ def test_a_size_that_did_not_fit_comes_in_smaller_batches() -> None:
 def test_a_group_knows_its_work() -> None:
     assert SMALL.cost == 64 * 64 * 10 * 2
     assert replace(Waiting(SMALL), group=SMALL._replace(guided=False)).group.cost == 64 * 64 * 10
+
+
+def test_sizes_that_are_ever_new_do_not_starve_one_that_waits() -> None:
+    """Each of them has paid nothing, and would go before who has."""
+    scheduler = queue(max_batch=1)
+    added(scheduler, LARGE, LARGE)
+    assert scheduler.take(0.0)[0].group == LARGE
+    served = []
+    for second in range(40):
+        added(scheduler, SMALL._replace(width=72 + 8 * second), since=float(second))
+        served.append(scheduler.take(float(second))[0].group)
+    assert served.index(LARGE) == 31  # 30 s after it came
+
+
+def test_age_counts_for_every_other_call_and_sooner_where_time_is_short() -> None:
+    scheduler = queue(max_batch=1)
+    flood = added(scheduler, *[LARGE] * 4)
+    for job in flood[2:]:
+        job.timeout = 200.0  # of which half is more than all are given
+    flood[0].timeout = 10.0
+    assert scheduler.take(0.0) == [flood[0]]
+    small = added(scheduler, *[SMALL] * 8, since=29.0)
+    served = [scheduler.take(100.0)[0] for _ in range(4)]
+    assert served == [flood[1], small[0], flood[2], small[1]]
+    hurried = added(scheduler, SMALL._replace(width=72), since=101.0)
+    hurried[0].timeout = 2.0
+    assert scheduler.take(102.5) == [flood[3]]  # older still
+
+
+def test_what_is_remembered_of_sizes_is_bounded() -> None:
+    scheduler = queue(max_batch=1)
+    for k in range(1000):
+        added(scheduler, SMALL._replace(width=64 + 8 * k), since=float(k))
+        scheduler.take(float(k))
+    assert len(scheduler._paid) <= 64
+
+
+def test_a_limit_is_tried_to_be_raised_after_a_while() -> None:
+    """Another program may have left the device meanwhile."""
+    scheduler = queue(max_batch=8)
+    scheduler.limit(SMALL.size, 3)
+    sizes = []
+    for _ in range(205):
+        added(scheduler, *[SMALL] * (8 - len(scheduler)))
+        sizes.append(len(scheduler.take(1.0)))
+    assert sizes == [3] * 100 + [6] * 100 + [8] * 5
+    scheduler.limit(SMALL.size, 2)
+    added(scheduler, SMALL)
+    for _ in range(150):
+        scheduler.take(1.0)
+        added(scheduler, SMALL)
+    added(scheduler, *[SMALL] * 8)
+    assert len(scheduler.take(1.0)) == 2  # smaller calls prove nothing

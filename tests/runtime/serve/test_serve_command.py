@@ -22,6 +22,7 @@ import numpy as np
 import openai
 import PIL.Image
 import pytest
+from latentrt.runtime.serve import commands
 from served import until
 
 Run = Callable[..., tuple[int, str, str]]
@@ -103,9 +104,11 @@ def test_the_demo_served_and_drained(demo: Process) -> None:
 
 
 def test_a_model_that_is_not_there_leaves_it_unready_and_ctrl_c_ends_it() -> None:
-    server = Process("--model", "/no/such/model")
+    server = Process("--model", "/no/such/model", "--max-queue", "5")
     until(lambda: "does not load" in httpx.get(f"{server.urls[0]}/ready").text)
     assert "'/no/such/model' is no folder or file" in httpx.get(f"{server.urls[0]}/ready").json()["reason"]
+    schemas = httpx.get(f"{server.urls[0]}/openapi.json").json()["components"]["schemas"]
+    assert schemas["GenerationBody"]["properties"]["n"]["anyOf"][0]["maximum"] == 5  # more can never wait
     time.sleep(0.1)
     server.process.send_signal(signal.SIGINT)
     assert server.end() == 0
@@ -127,6 +130,18 @@ def test_a_load_does_not_hold_up_the_end(signals: int) -> None:
     for _ in range(signals):
         server.process.send_signal(signal.SIGTERM)
     assert server.end() == 0
+
+
+@pytest.mark.parametrize(
+    ("host", "only_here"),
+    [
+        *(("127.0.0.1", True), ("127.0.0.2", True), ("::1", True), ("localhost", True)),
+        *(("0.0.0.0", False), ("::", False), ("192.168.1.2", False), ("example.org", False)),
+    ],
+)
+def test_who_can_reach_an_address(host: str, only_here: bool) -> None:
+    """Where others can, a server without keys says so."""
+    assert commands._is_local(host) == only_here
 
 
 def test_unusable_options(run: Run, tmp_path: Any) -> None:

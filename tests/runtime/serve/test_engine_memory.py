@@ -1,0 +1,123 @@
+"""The engine over pipelines whose memory is bounded, or runs out."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import latentrt
+import numpy as np
+import pytest
+import torch
+from fake_runner import in_loop
+from latentrt.errors import BackendError, MemoryPlanError
+from latentrt.runtime import budget
+from latentrt.runtime.planner import Planner
+from latentrt.runtime.serve.engine import AsyncEngine
+from latentrt.runtime.serve.requests import ImageRequest, ImageResult
+from latentrt.runtime.serve.worker import BatchReport
+from latentrt.runtime.stages import stages_of_request
+from latentrt.runtime.vae import VAE
+
+Load = Callable[..., latentrt.Pipeline]
+
+ASKED = ImageRequest("a red cat on the hill", "blurry", 48, 64, 2, 5.0, 3, "euler-a", 0.5)
+
+
+@pytest.fixture(autouse=True)
+def nothing_to_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's own size is not what these are about."""
+    monkeypatch.setattr(latentrt.Pipeline, "warmup", lambda self: None)
+    monkeypatch.setattr(latentrt.Pipeline, "fit_previewer", lambda self: None)
+
+
+def made(pipe: latentrt.Pipeline, requests: Sequence[ImageRequest]) -> tuple[list[Any], list[BatchReport]]:
+    """What the engine answers to requests that come together, and its calls."""
+    reports: list[BatchReport] = []
+
+    async def main() -> list[ImageResult | BaseException]:
+        async with AsyncEngine(pipe, window=0.2, on_batch=reports.append) as engine:
+            asked = [engine.generate(request) for request in requests]
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+    return in_loop(main()), reports
+
+
+def call_of(request: ImageRequest) -> dict[str, Any]:
+    """The pipeline's arguments for it."""
+    return {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "width": request.width,
+        "height": request.height,
+        "num_inference_steps": request.steps,
+        "seed": request.seed,
+        "sampler": request.sampler,
+        "high_noise_frac": request.high_noise_frac,
+    }
+
+
+def seeds(count: int, **fields: Any) -> list[ImageRequest]:
+    return [ImageRequest(**{**vars(ASKED), **fields, "seed": seed}) for seed in range(count)]
+
+
+def test_a_back_end_s_own_words_for_it_halve_the_batch(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = VAE.decode
+
+    def failing(self: VAE, latents: torch.Tensor, **options: Any) -> torch.Tensor:
+        if len(latents) > 2:
+            raise BackendError("ONNX Runtime failed on vae_decoder: std::bad_alloc")
+        return decode(self, latents, **options)
+
+    monkeypatch.setattr(VAE, "decode", failing)
+    results, reports = made(load(), seeds(4))
+    assert [(r.images, r.outcome) for r in reports] == [(4, "out of memory"), (2, "made"), (2, "made")]
+    assert [r.parameters["seed"] for r in results] == [0, 1, 2, 3]
+
+
+def test_a_batch_that_by_plan_does_not_fit_is_halved(load: Load) -> None:
+    free = load()
+    request, _ = free.check(**{**call_of(ASKED), "prompt": ["x"] * 2, "negative_prompt": None})
+    two = free._budget.plan(request, stages(free, request)).peak("resident")
+    results, reports = made(load(memory_limit=two - 1), seeds(2))
+    assert [(r.images, r.outcome) for r in reports] == [(2, "out of memory"), (1, "made"), (1, "made")]
+    assert [r.parameters["seed"] for r in results] == [0, 1]
+
+
+def stages(pipe: latentrt.Pipeline, request: Any) -> Any:
+    return stages_of_request(pipe._base, pipe._refiner, request, ASKED.sampler)
+
+
+def test_an_image_that_fits_in_tiles_alone_is_the_one_the_pipeline_makes(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "TILE", 8)
+    (asked,) = seeds(1, height=128, width=96)
+    free = load()
+    request, _ = free.check(**call_of(asked))
+    split = stages(free, request)
+    whole, tiled = (free._budget.plan(request, split, tile).peak("resident") for tile in (None, 8))
+    ((result,), _) = made(load(memory_limit=(whole + tiled) // 2), [asked])
+    wanted = {tile: np.asarray(free(**call_of(asked), tiled_vae=tile).images[0]) for tile in (False, True)}
+    assert np.array_equal(np.asarray(result.image), wanted[True])
+    assert not np.array_equal(wanted[True], wanted[False])
+
+
+def test_plans_do_not_hold_up_the_event_loop(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made in the thread that makes images; what cannot fit is refused there."""
+    threads: list[str] = []
+    plan = Planner._made
+
+    def noting(self: Planner, *rest: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return plan(self, *rest)
+
+    monkeypatch.setattr(Planner, "_made", noting)
+    least = load()._budget.planner.of_weights().peak("resident")
+    (error,), reports = made(load(memory_limit=least), seeds(1))
+    assert isinstance(error, MemoryPlanError)
+    assert [(r.images, r.outcome) for r in reports] == [(1, "out of memory")]
+    assert threads
+    assert all(name.startswith("latentrt-engine") for name in threads)
