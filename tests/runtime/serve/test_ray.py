@@ -34,7 +34,13 @@ class Cluster:
     def __init__(self, **deployed: Any) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])}
         command = [sys.executable, str(TESTS / "ray_server.py"), json.dumps({"cpus": 0.1, **deployed})]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,  # Ray tells there of workers that died
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -1,0 +1,91 @@
+"""`latentrt serve` as a process to measure: started, ready, looked at, ended."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2 as httpx
+
+from ..errors import BenchmarkError
+
+__all__ = ["Running", "serving"]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server process."""
+
+    url: str
+    pid: int
+
+    @property
+    def resident(self) -> float:
+        """Megabytes."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+
+    def counted(self, name: str) -> float:
+        """A figure of its metrics."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+
+
+@contextmanager
+def serving(max_batch: int, backend: str, checks: dict[str, bool]) -> Iterator[Running]:
+    """The demo behind a port, warm; told to end by SIGTERM, and `checks` whether it did."""
+    command = [
+        sys.executable,
+        "-m",
+        "latentrt.cli",
+        "serve",
+        "--model",
+        "demo",
+        "--backend",
+        backend,
+        "--port",
+        "0",
+    ]
+    process = subprocess.Popen(
+        [*command, "--max-batch", str(max_batch), "--max-queue", "64"], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield Running(_ready(process), process.pid)
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(120)
+        checks[f"the server with batches of {max_batch} ended with 0"] = process.poll() == 0
+    finally:
+        process.kill()  # nothing, where it has ended
+        process.wait()
+
+
+def _ready(process: subprocess.Popen[str]) -> str:
+    """Its address, once it takes requests."""
+    log = process.stderr
+    if log is None:
+        raise AssertionError("it is piped")
+    seen = []
+    for line in log:
+        seen.append(line)
+        if "url" in (entry := json.loads(line)):
+            threading.Thread(target=lambda: [None for _ in log], daemon=True).start()  # or it would fill up
+            url = str(entry["url"])
+            break
+    else:
+        raise BenchmarkError(f"the server ended: {''.join(seen[-5:])}")
+    deadline = time.monotonic() + 900
+    while True:
+        answer = httpx.get(f"{url}/ready")
+        if answer.status_code == 200:
+            return url
+        if "does not load" in answer.text or time.monotonic() > deadline:
+            raise BenchmarkError(f"the server is not ready: {answer.text}")
+        time.sleep(0.2)
