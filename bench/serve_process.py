@@ -10,13 +10,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import httpx2 as httpx
+import numpy as np
 
 from ..errors import BenchmarkError
 
-__all__ = ["Running", "serving"]
+__all__ = ["Memory", "Running", "serving"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,28 @@ class Running:
         """A figure of its metrics."""
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
         return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+
+
+class Memory:
+    """A server's, while it is at work: requests that have ended -> megabytes."""
+
+    def __init__(self, server: Running, *, every: int) -> None:
+        """`every` so many requests it is looked at."""
+        self.resident: dict[int, float] = {}
+        self._server = server
+        self._every = every
+
+    def sample(self, count: int) -> None:
+        """So many have ended."""
+        if count % self._every == 0:
+            self.resident[count] = self._server.resident
+
+    @property
+    def slope(self) -> float:
+        """Kilobytes a request: the median over all pairs of the last half, which one step moves little (Theil, Sen)."""
+        late = list(self.resident.items())[len(self.resident) // 2 :]
+        slopes = [1024 * (b - a) / (k - j) for (j, a), (k, b) in combinations(late, 2)]
+        return float(np.median(slopes)) if slopes else 0.0
 
 
 @contextmanager
