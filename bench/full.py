@@ -70,7 +70,12 @@ _NAMED = (
     Part("damage", 3600, ("tests/export/test_damage.py",)),
     Part("parity", 10800, ("tests/runtime/test_pipeline_parity.py",), workers=2),
     Part("kernels", 7200, ("tests/kernels/test_aot.py",), workers=2),
-    Part("serving", 5400, ("tests/runtime/serve/test_load.py", "tests/runtime/serve/test_ray.py")),
+    Part(
+        "serving",
+        5400,
+        ("tests/runtime/serve/test_load.py", "tests/runtime/serve/test_ray.py"),
+        figures=True,
+    ),
     Part("quality", 10800, ("tests/bench/test_demo_quality.py",), figures=True),
     Part("full-size-forward", 1800, command=("-m", "latentrt.bench.full_size")),
     Part("full-size-base", 3600, command=("-m", _SCRIPT, "sdxl_base")),

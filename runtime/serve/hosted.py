@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from argparse import Namespace
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.types import ASGIApp, Message
 
@@ -22,7 +24,8 @@ from ..pipeline import Pipeline
 from .app import create_app
 from .engine import AsyncEngine
 from .metrics import Metrics
-from .runner import Runner
+from .requests import CheckedRequest, ImageRequest, ImageResult
+from .runner import OnStep, PipelineRunner, Runner
 from .service import Service
 
 __all__ = ["Deployed", "Forwarded", "Head", "HostedModel", "ModelSettings", "call"]
@@ -146,18 +149,19 @@ class HostedModel:
     """One model with the whole application around it: queue, batches, limits, keys, page."""
 
     def __init__(self, model: ModelSettings, deployed: Deployed, api_keys: tuple[str, ...]) -> None:
-        self._metrics = Metrics()
+        metrics = Metrics()
+        self._held = _Held(model)
         self.service = Service(
             model.id,
             lambda: AsyncEngine(
-                model.load(),
+                self._held.loaded(),
                 max_batch=deployed.max_batch,
                 max_waiting=deployed.max_queue,
-                on_batch=self._metrics.batch,
+                on_batch=metrics.batch,
             ),
         )
         self._app = create_app(
-            self.service, metrics=self._metrics, api_keys=api_keys, drain_seconds=deployed.drain_seconds
+            self.service, metrics=metrics, api_keys=api_keys, drain_seconds=deployed.drain_seconds
         )
         self._life = AsyncExitStack()
         self._was_ready = False
@@ -177,9 +181,44 @@ class HostedModel:
         return call(self._app, request)
 
     async def stop(self) -> None:
-        """Finish what was taken."""
+        """Finish what was taken, and free the model's memory."""
         self._was_ready = False
         await self._life.aclose()
+        await asyncio.to_thread(self._held.free)
+
+
+class _Held:
+    """A runner to let go of: FastAPI keeps the functions of every application for good, and with them its engine."""
+
+    def __init__(self, model: ModelSettings) -> None:
+        self._model = model
+        self._runner: Runner | None = None
+
+    def loaded(self) -> Runner:
+        made = self._model.load()
+        self._runner = PipelineRunner(made) if isinstance(made, Pipeline) else made
+        return self
+
+    def free(self) -> None:
+        self._runner = None
+        gc.collect()  # a pipeline refers to itself
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    @property
+    def _there(self) -> Runner:
+        if self._runner is None:
+            raise AssertionError("an engine that has stopped makes nothing")
+        return self._runner
+
+    def check(self, request: ImageRequest) -> CheckedRequest:
+        return self._there.check(request)
+
+    def warm_up(self) -> None:
+        self._there.warm_up()
+
+    def run(self, requests: Sequence[CheckedRequest], on_step: OnStep) -> list[ImageResult]:
+        return self._there.run(requests, on_step)
 
 
 async def call(app: ASGIApp, request: Forwarded) -> AsyncIterator[Head | bytes]:

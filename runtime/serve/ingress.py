@@ -6,17 +6,20 @@ It knows no Ray: `Send` takes a request to some replica that has the model.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from ...errors import DeadlineError, LatentRTError, QueueFullError, ServiceError
+from ...errors import DeadlineError, DrainingError, QueueFullError, ServiceError
 from .answers import error_response, refusal, sse
 from .hosted import Forwarded, Head
 from .schema import Limits
@@ -24,7 +27,11 @@ from .schema import Limits
 __all__ = ["Ingress", "ReplicaLostError", "Send"]
 
 _log = logging.getLogger(__name__)
+_access = logging.getLogger("latentrt.access")
 _IMAGES = "/v1/images/generations"
+_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # what a replica's application takes
+_FULL = 5
+"""Pauses between two tries where the queues are full."""
 
 Send = Callable[[str, Forwarded], AsyncIterator[Head | bytes]]
 """(model's id, request) -> head and body. Raises ReplicaLostError where the replica dies on the way."""
@@ -57,49 +64,71 @@ class Ingress:
         self._limits = limits or Limits()
         self._tries = tries
         self._pause = pause
+        self._open = 0  # requests for images that were taken
+        self._left = asyncio.Event()  # one of them
+        self._draining = False
 
     async def answer(self, request: Request) -> Response:
         """Any request of the application's."""
         path = request.url.path
         if path == "/health":
             return Response('{"status":"ok"}', media_type="application/json")
+        if path == "/ready" and self._draining:
+            return JSONResponse({"ready": False, "reason": "it is shutting down"}, 503)
+        given = request.headers.get("x-request-id", "")
+        request_id = given if _ID.fullmatch(given) else secrets.token_hex(8)
         body = await self._body(request)
         if isinstance(body, Response):
-            return body
-        model, shown = self._models[0], None
+            return _own(body, request, request_id)
+        model, edit = self._models[0], None
         if path.startswith("/v1/models/") and path.removeprefix("/v1/models/") in self._models:
-            shown = [path.removeprefix("/v1/models/")]
+            edit = partial(_named, model=path.removeprefix("/v1/models/"))
             path = f"/v1/models/{model}"
         elif path == "/v1/models":
-            shown = self._models
-        headers = list(request.headers.raw)
-        if "x-request-id" not in request.headers:
-            headers.append((b"x-request-id", secrets.token_hex(8).encode()))
+            edit = partial(_listed, models=self._models)
+        elif path == "/openapi.json":
+            edit = partial(_described, models=self._models)
+        headers = [(key, value) for key, value in request.headers.raw if key != b"x-request-id"]
+        headers.append((b"x-request-id", request_id.encode()))
         asked = Forwarded(request.method, path, request.url.query, tuple(headers), body)
-        accepted = _Accepted.of(asked) if request.method == "POST" and path == _IMAGES else None
+        accepted = (
+            _Accepted.of(asked, self._limits.timeout)
+            if request.method == "POST" and path == _IMAGES
+            else None
+        )
         if accepted is not None and accepted.fields.get("model") in self._models:
             model = accepted.fields["model"]
-        pieces = self._tried(model, asked, accepted)
+        pieces = self._tried(model, asked, accepted, request_id)
         try:
             head = await anext(pieces)
-        except (LatentRTError, TimeoutError) as error:
-            return _refused(error)
-        if not isinstance(head, Head):
-            raise AssertionError("an answer begins with its head")
-        if _is_stream(head):
-            streamed = StreamingResponse(_bytes(pieces), head.status)
-            streamed.raw_headers = list(head.headers)
-            return streamed
-        try:
+            if not isinstance(head, Head):
+                raise AssertionError("an answer begins with its head")
+            if _is_stream(head):
+                streamed = StreamingResponse(_bytes(pieces), head.status)
+                streamed.raw_headers = list(head.headers)
+                return streamed
             whole = b"".join([piece async for piece in _bytes(pieces)])
-        except (LatentRTError, TimeoutError) as error:
-            return _refused(error)
-        if shown is not None and head.status == 200:
-            whole, head = _listed(whole, shown, path == "/v1/models"), Head(200)
-        response = Response(whole, head.status, media_type=None if head.headers else "application/json")
-        if head.headers:
-            response.raw_headers = list(head.headers)
+        except Exception as error:
+            return _own(_refused(error, request_id), request, request_id)
+        if edit is not None and head.status == 200:
+            whole = edit(whole)
+        response = Response(status_code=head.status)
+        response.body = whole
+        response.raw_headers = [(k, v) for k, v in head.headers if k.lower() != b"content-length"]
+        response.headers["content-length"] = str(len(whole))
         return response
+
+    async def drain(self, timeout: float) -> bool:
+        """Take nothing new, and wait until what was taken is answered; False if not within `timeout` seconds."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(timeout):
+                while self._open:
+                    self._left.clear()
+                    await self._left.wait()
+        except TimeoutError:
+            _log.error("%d requests are not answered after %g s", self._open, timeout)
+        return not self._open
 
     async def _body(self, request: Request) -> bytes | Response:
         body = bytearray()
@@ -120,38 +149,46 @@ class Ingress:
         return bytes(body)
 
     async def _tried(
-        self, model: str, asked: Forwarded, accepted: _Accepted | None
-    ) -> AsyncIterator[Head | bytes]:
+        self, model: str, asked: Forwarded, accepted: _Accepted | None, request_id: str
+    ) -> AsyncGenerator[Head | bytes]:
         """The answer of the first replica that lives to give it, and none of it twice."""
         tries = self._tries if accepted is not None or asked.method == "GET" else 1
         deadline = asyncio.get_running_loop().time() + self._limits.timeout
-        events: _Events | None = None
-        for k in range(1, tries + 1):
-            try:
-                request = asked if accepted is None else accepted.request()
-                parts = _until(deadline, self._send(model, request))
-                async for part in _settled(parts, last=k == tries or accepted is None):
-                    if not isinstance(part, Head):
-                        piece = part if events is None else events.new(part)
-                        if piece:
-                            yield piece
-                    elif events is None:
+        told = _Told()
+        lost = 0
+        with contextlib.nullcontext() if accepted is None else self._taken():
+            while True:
+                try:
+                    request = asked if accepted is None else accepted.request()
+                    parts = _until(deadline, self._send(model, request))
+                    last = lost == tries - 1 or accepted is None
+                    async for part in told.new(_settled(parts, last=last, taken=lost > 0)):
                         yield part
-                        events = _Events() if _is_stream(part) else None
-                    elif _is_stream(part):
-                        events.again()
+                    return
+                except Exception as error:
+                    if isinstance(error, ReplicaLostError) and lost < tries - 1:
+                        lost += 1
+                        pauses = 2 ** (lost - 1)
+                        _log.warning("%s, the %d. of at most %d", error, lost, tries)
+                    elif isinstance(error, QueueFullError) and lost and accepted is not None:
+                        pauses = _FULL  # it was taken: it waits for a place, until its deadline
+                    elif told.begun:
+                        yield _ended(error, request_id)
+                        return
                     else:
-                        raise ReplicaLostError("the replica was lost, and no other one could go on")
-                return
-            except (ReplicaLostError, QueueFullError) as error:
-                full = isinstance(error, QueueFullError) and events is None
-                if k < tries and not full:
-                    _log.warning("try %d of %d: %s", k, tries, error)
-                    await asyncio.sleep(self._pause * 2 ** (k - 1))
-                elif events is None:
-                    raise
-                else:
-                    yield _ended(error)
+                        raise
+                await asyncio.sleep(self._pause * pauses)
+
+    @contextlib.contextmanager
+    def _taken(self) -> Iterator[None]:
+        if self._draining:
+            raise DrainingError("the server is shutting down and takes nothing new; ask another one")
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
+            self._left.set()
 
 
 async def _until(deadline: float, parts: AsyncIterator[Head | bytes]) -> AsyncIterator[Head | bytes]:
@@ -169,13 +206,20 @@ async def _until(deadline: float, parts: AsyncIterator[Head | bytes]) -> AsyncIt
             await parts.aclose()
 
 
-async def _settled(parts: AsyncIterator[Head | bytes], *, last: bool) -> AsyncIterator[Head | bytes]:
-    """As it comes where it is a stream, else when it is there to its end; 503 is another replica's to answer."""
+async def _settled(
+    parts: AsyncIterator[Head | bytes], *, last: bool, taken: bool
+) -> AsyncIterator[Head | bytes]:
+    """As it comes where it is a stream, else when it is there to its end.
+
+    503 is another replica's to answer, and 429 is none where the request was `taken` before.
+    """
     held: list[Head | bytes] | None = None
     async for part in parts:
         if isinstance(part, Head):
             if part.status == 503 and not last:
                 raise ReplicaLostError("a replica is not ready, or is leaving")
+            if part.status == 429 and taken:
+                raise QueueFullError("a replica was lost, and the queue of another one is full", 1.0)
             if not _is_stream(part):
                 held = []
         if held is None:
@@ -199,8 +243,8 @@ class _Accepted:
         self._begun = time.monotonic()
 
     @classmethod
-    def of(cls, asked: Forwarded) -> _Accepted | None:
-        """None where it is for the application to refuse: no JSON, or no object."""
+    def of(cls, asked: Forwarded, timeout: float) -> _Accepted | None:
+        """None where it is for the application to refuse: no JSON, or no object. `timeout` where it names none."""
         try:
             fields = json.loads(asked.body)
         except (ValueError, RecursionError):
@@ -209,6 +253,8 @@ class _Accepted:
             return None
         if fields.get("seed") is None:
             fields["seed"] = secrets.randbits(32)
+        if fields.get("timeout") is None:
+            fields["timeout"] = timeout
         return cls(asked, fields)
 
     def request(self) -> Forwarded:
@@ -216,7 +262,7 @@ class _Accepted:
         Raises:
             DeadlineError: none is left.
         """
-        fields, timeout = self.fields, self.fields.get("timeout")
+        fields, timeout = self.fields, self.fields["timeout"]
         if isinstance(timeout, int | float) and not isinstance(timeout, bool) and timeout > 0:
             left = timeout - (time.monotonic() - self._begun)
             if left <= 0:
@@ -232,20 +278,36 @@ class _Accepted:
         return Forwarded(self._asked.method, self._asked.path, self._asked.query, tuple(headers), body)
 
 
-class _Events:
-    """Which of a stream's events a second replica tells again."""
+class _Told:
+    """What a client has of an answer; of a stream a second replica tells some events again.
+
+    Attributes:
+        begun: whether it has any of it.
+    """
 
     def __init__(self) -> None:
+        self.begun = False
         self._held = b""
         self._steps: dict[int, int] = {}
         self._made: set[int] = set()
 
-    def again(self) -> None:
-        """Another replica begins; half an event of the one before is nothing."""
-        self._held = b""
+    async def new(self, parts: AsyncIterator[Head | bytes]) -> AsyncIterator[Head | bytes]:
+        """Of a replica's answer."""
+        streams = False
+        self._held = b""  # half an event of the one before is nothing
+        async for part in parts:
+            if isinstance(part, Head):
+                streams = _is_stream(part)
+                if self.begun and not streams:
+                    raise ReplicaLostError("the replica was lost, and no other one could go on")
+                if not self.begun:
+                    self.begun = True
+                    yield part
+            elif piece := self._unknown(part) if streams else part:
+                yield piece
 
-    def new(self, piece: bytes) -> bytes:
-        """Those that end in this piece and were not told."""
+    def _unknown(self, piece: bytes) -> bytes:
+        """The events that end in this piece and were not told."""
         *events, self._held = (self._held + piece).split(b"\n\n")
         return b"".join(event + b"\n\n" for event in events if self._is_new(event))
 
@@ -272,23 +334,58 @@ async def _bytes(pieces: AsyncIterator[Head | bytes]) -> AsyncIterator[bytes]:
             yield piece
 
 
-def _listed(answer: bytes, models: Sequence[str], as_list: bool) -> bytes:
-    """What the first model's application says of itself, for each."""
+def _named(answer: bytes, model: str) -> bytes:
+    """What the first model's application says of itself, for another."""
+    return json.dumps({**json.loads(answer), "id": model}).encode()
+
+
+def _listed(answer: bytes, models: Sequence[str]) -> bytes:
     told = json.loads(answer)
-    entry = told["data"][0] if as_list else told
-    entries = [{**entry, "id": model} for model in models]
-    return json.dumps({**told, "data": entries} if as_list else entries[0]).encode()
+    (entry,) = told["data"]
+    return json.dumps({**told, "data": [{**entry, "id": model} for model in models]}).encode()
 
 
-def _refused(error: Exception) -> Response:
+def _described(answer: bytes, models: Sequence[str]) -> bytes:
+    """The OpenAPI document: wherever it allows the first model, all of them."""
+
+    def widened(part: dict[str, Any]) -> dict[str, Any]:
+        return {**part, "enum": list(models)} if part.get("enum") == [models[0]] else part
+
+    return json.dumps(json.loads(answer, object_hook=widened)).encode()
+
+
+def _own(answer: Response, request: Request, request_id: str) -> Response:
+    """An answer of no replica's, told in the log as theirs are."""
+    answer.headers["x-request-id"] = request_id
+    fields = {
+        "request_id": request_id,
+        "method": request.method,
+        "path": request.url.path,
+        "status": answer.status_code,
+        "client": request.client.host if request.client else "",
+    }
+    _access.info("request", extra={"fields": fields})
+    return answer
+
+
+def _refusal(error: Exception, request_id: str) -> tuple[int, str, str | None, str, dict[str, str]]:
+    """(status, message, field, code, headers)"""
     if isinstance(error, ReplicaLostError):
-        return error_response(503, str(error), None, "replica_lost", {"Retry-After": "5"})
+        return 503, str(error), None, "replica_lost", {"Retry-After": "5"}
     if isinstance(error, TimeoutError):
-        return error_response(504, "no replica answered in time; try again", "timeout", "deadline_exceeded")
-    status, message, param, code, headers = refusal(error)
-    return error_response(status, message, param, code, headers)
+        return 504, "no replica answered in time; try again", "timeout", "deadline_exceeded", {}
+    told = refusal(error)
+    if told[0] == 500:
+        _log.error("a request failed", exc_info=error, extra={"fields": {"request_id": request_id}})
+    return told
 
 
-def _ended(error: Exception) -> bytes:
-    body = {"message": str(error), "param": None, "code": "replica_lost", "type": "server_error"}
-    return sse("error", {"error": body}).encode()
+def _refused(error: Exception, request_id: str) -> Response:
+    return error_response(*_refusal(error, request_id))
+
+
+def _ended(error: Exception, request_id: str) -> bytes:
+    _, message, param, code, _ = _refusal(error, request_id)
+    return sse(
+        "error", {"error": {"message": message, "param": param, "code": code, "type": "server_error"}}
+    ).encode()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,7 +12,14 @@ from typing import Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from ray import serve
-from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayTaskError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,13 +29,16 @@ from .commands import keys_of
 from .hosted import Deployed, Forwarded, Head, HostedModel
 from .ingress import Ingress, ReplicaLostError
 from .logs import log_as_json
+from .service import NotReadyError
 
 __all__ = ["application", "bound"]
 
 _LOST = (
-    RayActorError, NodeDiedError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError
+    RayActorError, NodeDiedError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError, TaskCancelledError
 )  # fmt: skip
 _INGRESS_REQUESTS = 10_000  # they wait for others; what they hold is bounded by the replicas' queues
+_RETRY_LOAD = 30.0
+"""Seconds in which a model that did not load is not tried again: each try takes another model's place."""
 
 
 class Replica:
@@ -37,6 +49,8 @@ class Replica:
         self._deployed = deployed
         self._keys = () if deployed.api_key_file is None else tuple(keys_of(deployed.api_key_file))
         self._hosted: dict[str, HostedModel] = {}
+        self._failed: dict[str, tuple[float, str]] = {}  # when, and why
+        self._started = False
 
         async def load(
             model: str,
@@ -45,12 +59,22 @@ class Replica:
 
         self._model = serve.multiplexed(max_num_models_per_replica=deployed.models_per_replica)(load)
         await self._model(deployed.models[0].id)  # it is sent nothing before
+        self._started = True
         self.__del__ = self._leave
 
     async def forward(self, request: Forwarded) -> AsyncIterator[Head | bytes]:
-        """An answer of the model that the ingress chose."""
-        model = await self._model(serve.get_multiplexed_model_id() or self._deployed.models[0].id)
-        async for part in model.hosted.answer(request):
+        """An answer of the model that the ingress chose.
+
+        Raises:
+            NotReadyError: it does not load.
+        """
+        model = serve.get_multiplexed_model_id() or self._deployed.models[0].id
+        failed, why = self._failed.get(model, (-_RETRY_LOAD, ""))
+        if time.monotonic() < failed + _RETRY_LOAD:
+            raise NotReadyError(why)
+        # Who leaves while it loads does not end that: others wait for it, and half a model would stay.
+        slot = await asyncio.shield(self._model(model))
+        async for part in slot.hosted.answer(request):
             yield part
 
     def check_health(self) -> None:
@@ -60,14 +84,19 @@ class Replica:
                 raise RuntimeError(hosted.fault)
 
     async def _leave(self) -> None:
-        for hosted in self._hosted.values():
+        for hosted in list(self._hosted.values()):  # each goes as it stops
             await hosted.stop()
 
     async def _load(self, model: str) -> _Slot:
         (settings,) = (one for one in self._deployed.models if one.id == model)
         hosted = HostedModel(settings, self._deployed, self._keys)
-        self._hosted[model] = hosted
         await hosted.start()
+        reason = hosted.service.reason
+        if reason is not None and self._started:  # at the start it stays, for /ready to say why
+            await hosted.stop()
+            self._failed[model] = time.monotonic(), f"not ready: {reason}"
+            raise NotReadyError(f"not ready: {reason}")
+        self._hosted[model] = hosted
         return _Slot(self._hosted, model)
 
 
@@ -83,8 +112,7 @@ class _Slot:
         self.__del__ = self._leave
 
     async def _leave(self) -> None:
-        self._all.pop(self._id, None)
-        await self.hosted.stop()
+        await self._all.pop(self._id).stop()
 
 
 class Front:
@@ -98,22 +126,42 @@ class Front:
     async def __call__(self, request: Request) -> Response:
         return await self._ingress.answer(request)
 
+    async def drain(self, timeout: float) -> bool:
+        """`Ingress.drain`."""
+        return await self._ingress.drain(timeout)
+
     async def _send(self, model: str, request: Forwarded) -> AsyncIterator[Head | bytes]:
         handle = self._handle.options(method_name="forward", stream=True, multiplexed_model_id=model)
         response = handle.remote(request)
         try:
             async for part in response:
                 yield part
-        except _LOST as error:
-            raise ReplicaLostError(f"the replica was lost: {type(error).__name__}") from error
-        except DeploymentUnavailableError as error:
-            raise ReplicaLostError("there is no replica") from error
-        except BackPressureError as error:
-            raise QueueFullError(
-                f"all replicas are busy, and many wait ({error}); try again in 2 s", 2.0
-            ) from error
-        finally:
-            response.cancel()  # nothing, once it is whole
+        except GeneratorExit:
+            response.cancel()
+            raise
+        except asyncio.CancelledError as error:
+            response.cancel()
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise ReplicaLostError("the replica broke off") from error
+        except Exception as error:
+            meaning = _meaning(error)
+            if meaning is error:
+                raise
+            raise meaning from error
+
+
+def _meaning(error: Exception) -> Exception:
+    """What an error of Ray's is to the ingress; itself where it is a fault."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, _LOST):
+        return ReplicaLostError(f"the replica was lost: {type(cause).__name__}")
+    if isinstance(cause, DeploymentUnavailableError):
+        return ReplicaLostError("there is no replica")
+    if isinstance(cause, BackPressureError):
+        return QueueFullError(f"all replicas are busy, and many wait ({cause}); try again in 2 s", 2.0)
+    return cause if isinstance(cause, NotReadyError) else error
 
 
 def application(args: dict[str, Any]) -> Any:

@@ -6,13 +6,21 @@ curl '127.0.0.1:8000/cards/7?motif=a+red+circle' -o card.png
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Response
+from fastapi import FastAPI, HTTPException, Request, Response
 from latentrt import Pipeline
-from latentrt.errors import QueueFullError, RequestError
+from latentrt.errors import (
+    DeadlineError,
+    DrainingError,
+    QueueFullError,
+    RequestError,
+    StoppedError,
+)
 from latentrt.runtime.image import png_bytes
 from latentrt.runtime.serve.engine import AsyncEngine
 from latentrt.runtime.serve.requests import ImageRequest
@@ -35,18 +43,40 @@ def create_app(load: Callable[[], Any] = demo) -> FastAPI:
     app = FastAPI(lifespan=lifespan)
 
     @app.get("/cards/{number}")
-    async def card(number: int, motif: str) -> Response:
+    async def card(request: Request, number: int, motif: str) -> Response:
         """The card of this number is always the same picture. Requests that come together share a batch."""
         engine: AsyncEngine = app.state.engine
+        making = asyncio.ensure_future(
+            engine.generate(ImageRequest(motif, seed=number, steps=20), timeout=60)
+        )
+        leaving = asyncio.ensure_future(gone(request))
         try:
-            result = await engine.generate(ImageRequest(motif, seed=number, steps=20), timeout=60)
+            await asyncio.wait([making, leaving], return_when=asyncio.FIRST_COMPLETED)
+            if not making.done():
+                return Response(status_code=499)  # nobody reads it
+            result = making.result()
         except RequestError as error:
             raise HTTPException(422, str(error)) from error
         except QueueFullError as error:
-            raise HTTPException(429, str(error), {"Retry-After": str(round(error.retry_after))}) from error
-        return Response(png_bytes(result.image, result.parameters), media_type="image/png")
+            retry = str(math.ceil(error.retry_after))
+            raise HTTPException(429, str(error), {"Retry-After": retry}) from error
+        except DeadlineError as error:
+            raise HTTPException(504, str(error)) from error
+        except (DrainingError, StoppedError) as error:
+            raise HTTPException(503, str(error)) from error
+        finally:
+            making.cancel()  # which frees the device; nothing, once it is made
+            leaving.cancel()
+        png = await asyncio.to_thread(png_bytes, result.image, result.parameters)
+        return Response(png, media_type="image/png")
 
     return app
+
+
+async def gone(request: Request) -> None:
+    """Wait until the client has hung up."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 app = create_app()

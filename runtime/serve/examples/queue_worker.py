@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentrt import Pipeline
-from latentrt.errors import LatentRTError, QueueFullError
+from latentrt.errors import QueueFullError, RequestError
 from latentrt.runtime.image import save_png
 from latentrt.runtime.serve.engine import AsyncEngine
 from latentrt.runtime.serve.requests import ImageRequest
@@ -50,10 +50,10 @@ async def work(
             except QueueFullError as error:  # others use the engine too
                 await asyncio.sleep(error.retry_after)
                 tasks.put_nowait(task)
-            except LatentRTError as error:
+            except Exception as error:  # a full disk as well: a worker that ends leaves its tasks to nobody
                 again = Task(task.name, task.prompt, task.seed, task.tries + 1)
-                if isinstance(error, ValueError) or again.tries >= most_tries:  # it would be refused again
-                    failed[task.name] = str(error)
+                if isinstance(error, RequestError) or again.tries >= most_tries:  # it would be refused again
+                    failed[task.name] = str(error) or type(error).__name__
                 else:
                     tasks.put_nowait(again)
             finally:

@@ -11,7 +11,15 @@ import httpx2 as httpx
 import PIL.Image
 import pytest
 from fake_runner import FakeRunner, in_loop, seed_of
-from latentrt.errors import BackendError, QueueFullError, RequestError
+from latentrt.errors import (
+    BackendError,
+    DeadlineError,
+    DrainingError,
+    QueueFullError,
+    RequestError,
+    StoppedError,
+)
+from latentrt.runtime.image import save_png
 from latentrt.runtime.serve.engine import AsyncEngine
 from latentrt.runtime.serve.examples import fastapi_service, openai_client, queue_worker
 from latentrt.runtime.serve.examples.queue_worker import Task
@@ -42,16 +50,83 @@ def test_the_fastapi_service(monkeypatch: pytest.MonkeyPatch) -> None:
             bad = await client.get("/cards/1?motif=bad")
             assert (bad.status_code, bad.json()["detail"]) == (422, "prompt is 'bad'; ask for something else")
 
-            def full(*_: object, **__: object) -> None:
-                raise QueueFullError("full", 7.0)
+            for error, status in (
+                (QueueFullError("full", 6.2), 429),
+                (DeadlineError("late"), 504),
+                (DrainingError("draining"), 503),
+                (StoppedError("stopped"), 503),
+            ):
 
-            monkeypatch.setattr(app.state.engine, "submit", full)
-            late = await client.get("/cards/1?motif=cat")
-            assert (late.status_code, late.headers["retry-after"]) == (429, "7")
+                def fail(*_: object, error: Exception = error, **__: object) -> None:
+                    raise error
+
+                monkeypatch.setattr(app.state.engine, "submit", fail)
+                answer = await client.get("/cards/1?motif=cat")
+                assert (answer.status_code, answer.json()["detail"]) == (status, str(error))
+                assert answer.headers.get("retry-after") == ("7" if status == 429 else None)
 
     in_loop(go())
     assert runner.warm == 1
     assert callable(fastapi_service.app)
+
+
+def test_who_leaves_the_fastapi_service_frees_the_device() -> None:
+    runner = FakeRunner()
+    app = fastapi_service.create_app(lambda: runner)
+
+    async def go() -> None:
+        async with app.router.lifespan_context(app):
+            left = asyncio.Event()
+            sent: list[Any] = []
+
+            async def receive() -> dict[str, Any]:
+                await left.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            runner.hold()
+            scope = {
+                "type": "http",
+                "method": "GET",
+                "path": "/cards/4",
+                "query_string": b"motif=cat",
+                "headers": [],
+            }
+            answering = asyncio.ensure_future(app(scope, receive, send))
+            await asyncio.to_thread(runner.reached)
+            assert app.state.engine.running == 1
+            left.set()
+            await answering
+            await asyncio.sleep(0)
+            assert app.state.engine.running == 0
+            assert sent[0]["status"] == 499
+            runner.release()
+
+    in_loop(go())
+
+
+def test_a_full_disk_does_not_end_the_queue_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it leave anybody to wait for its tasks."""
+
+    def full(image: Any, path: Path, parameters: Any) -> None:
+        if path.stem != "task-0":
+            raise OSError(28, "No space left on device")
+        save_png(image, path, parameters)
+
+    monkeypatch.setattr(queue_worker, "save_png", full)
+
+    async def go() -> dict[str, str]:
+        tasks: asyncio.Queue[Task] = asyncio.Queue()
+        for k in range(4):
+            tasks.put_nowait(Task(f"task-{k}", "cat", seed=k))
+        async with AsyncEngine(FakeRunner()) as engine:
+            return await queue_worker.work(engine, tasks, tmp_path, at_once=2)
+
+    failed = in_loop(go(), 60)
+    assert failed == {f"task-{k}": "[Errno 28] No space left on device" for k in (1, 2, 3)}
+    assert [path.name for path in tmp_path.iterdir()] == ["task-0.png"]
 
 
 def test_the_queue_worker(tmp_path: Path) -> None:

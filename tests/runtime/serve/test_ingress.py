@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
+from importlib import resources
+from itertools import chain, repeat
 from typing import Any
 
 import httpx2 as httpx
 import pytest
-from fake_runner import in_loop
+import ray_runner
+import yaml
+from fake_runner import FakeRunner, in_loop
 from latentrt.errors import QueueFullError, RequestError
 from latentrt.runtime.serve.hosted import Deployed, Forwarded, Head, HostedModel
 from latentrt.runtime.serve.ingress import Ingress, ReplicaLostError
@@ -266,22 +271,208 @@ def test_the_deadline_counts_from_acceptance() -> None:
     asked(replicas, test)
 
 
-def test_full_replicas_are_told_at_once() -> None:
-    async def send(model: str, request: Forwarded) -> AsyncIterator[Head | bytes]:
-        calls.append(model)
-        raise QueueFullError("all replicas are busy; try again in 2 s", 2.0)
-        yield b""
+FULL = QueueFullError("all replicas are busy; try again in 2 s", 2.0)
+REFUSED = Head(429, ((b"content-type", b"application/json"), (b"retry-after", b"2")))
+LOST = ReplicaLostError("the replica was lost")
 
-    calls: list[str] = []
-    replicas = Replicas()
+
+def ending(replicas: Replicas, ends: Iterable[Exception | Head | None]) -> None:
+    """What tries come to before they reach a replica; None is an answer with nothing in it."""
+    well, to_come = replicas.send, iter(ends)
+
+    async def send(model: str, request: Forwarded) -> AsyncIterator[Head | bytes]:
+        try:
+            end = next(to_come)
+        except StopIteration:
+            async for part in well(model, request):
+                yield part
+            return
+        replicas.sent.append((model, request))
+        if isinstance(end, Exception):
+            raise end
+        if end is not None:
+            yield end
+            yield b"{}"
+
     replicas.send = send  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("full", [FULL, REFUSED])
+def test_what_was_taken_waits_where_the_others_are_full(full: Exception | Head) -> None:
+    """However often: only replicas that are lost are counted."""
+    replicas = Replicas()
+    ending(replicas, [LOST, full, full, full, LOST, full])
+
+    async def test(client: httpx.AsyncClient) -> None:
+        answer = await client.post(IMAGES, json=body(seed=9))
+        assert answer.status_code == 200
+        assert answer.json()["data"][0]["seed"] == 9
+        assert len(replicas.sent) == 7
+
+    asked(replicas, test, tries=3)
+
+
+@pytest.mark.parametrize("given", [{"timeout": 0.2}, {}])
+def test_it_waits_no_longer_than_it_has_time(given: dict[str, float]) -> None:
+    """Its own, or the server's."""
+    replicas = Replicas()
+    ending(replicas, chain([LOST], repeat(REFUSED)))
+
+    async def test(client: httpx.AsyncClient) -> None:
+        answer = await client.post(IMAGES, json=body(**given))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert len(replicas.sent) > 2
+
+    asked(replicas, test, limits=Limits(timeout=600.0 if given else 0.2))
+
+
+@pytest.mark.parametrize("full", [FULL, REFUSED])
+def test_full_replicas_are_told_at_once(full: Exception | Head) -> None:
+    replicas = Replicas()
+    ending(replicas, repeat(full))
 
     async def test(client: httpx.AsyncClient) -> None:
         answer = await client.post(IMAGES, json=body())
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "2")
-        assert len(calls) == 1
+        assert len(replicas.sent) == 1
 
     asked(replicas, test)
+
+
+def streamed_then(*, limits: Limits, after: Callable[[], Awaitable[None]]) -> list[dict[str, Any]]:
+    """The events of a stream whose replica is lost after the first of them, and what its other tries come to."""
+    event = b'event: x\ndata: {"type": "image_generation.partial_image", "image": 0, "step": 1}\n\n'
+    replicas = Replicas()
+
+    async def send(model: str, request: Forwarded) -> AsyncIterator[Head | bytes]:
+        replicas.sent.append((model, request))
+        if len(replicas.sent) > 1:
+            await after()
+        yield Head(200, ((b"content-type", b"text/event-stream"),))
+        yield event
+        raise LOST
+
+    replicas.send = send  # type: ignore[method-assign]
+    events = []
+
+    async def test(client: httpx.AsyncClient) -> None:
+        events.extend(told(await client.post(IMAGES, json=body(stream=True))))
+
+    asked(replicas, test, limits=limits)
+    return events
+
+
+def test_a_stream_whose_time_ends_at_another_replica_says_so() -> None:
+    async def late() -> None:
+        await asyncio.sleep(60)
+
+    async def full() -> None:
+        raise FULL
+
+    for after in (late, full):  # in the replica; at the ingress
+        first, last = streamed_then(limits=Limits(timeout=0.3), after=after)
+        assert first["step"] == 1
+        assert last["error"]["code"] == "deadline_exceeded"
+
+
+def test_a_fault_of_a_replica_is_told_as_one(caplog: pytest.LogCaptureFixture) -> None:
+    """And nothing of what it says, which is for the log. It is tried once: it would be the same again."""
+
+    async def fault() -> None:
+        raise RuntimeError("the secret")
+
+    last = streamed_then(limits=Limits(), after=fault)[-1]
+    assert last["error"]["code"] == "internal"
+    assert "secret" not in last["error"]["message"]
+
+    replicas = Replicas()
+    ending(replicas, [RuntimeError("the secret"), None])
+
+    async def test(client: httpx.AsyncClient) -> None:
+        for k in (1, 2):
+            caplog.clear()
+            answer = await client.post(IMAGES, json=body(), headers={"x-request-id": f"mine-{k}"})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal")
+            assert "secret" not in answer.text
+            assert answer.headers["x-request-id"] == f"mine-{k}"
+            (record,) = (record for record in caplog.records if record.exc_info)
+            assert record.fields["request_id"] == f"mine-{k}"  # type: ignore[attr-defined]
+        assert len(replicas.sent) == 2
+
+    asked(replicas, test)
+
+
+def test_its_own_refusals_have_an_id_and_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "latentrt.access")
+
+    async def test(client: httpx.AsyncClient) -> None:
+        for given, kept in (("mine-1", True), ("not/allowed", False)):
+            caplog.clear()
+            answer = await client.post(IMAGES, content=b"x" * 600, headers={"x-request-id": given})
+            assert answer.status_code == 413
+            assert (answer.headers["x-request-id"] == given) is kept
+            (line,) = (record.fields for record in caplog.records if record.name == "latentrt.access")  # type: ignore[attr-defined]
+            assert (line["status"], line["request_id"]) == (413, answer.headers["x-request-id"])
+
+    asked(Replicas(), test, limits=Limits(body=500))
+
+
+def test_it_drains() -> None:
+    """What was taken is answered, streamed or not; what is new is told to go elsewhere."""
+    settings = Deployed.of({"models": [{"id": "cat", "source": "ray_runner:held"}]})
+
+    async def run() -> None:
+        hosted = HostedModel(settings.models[0], settings, ())
+        await hosted.start()
+
+        async def send(_: str, request: Forwarded) -> AsyncIterator[Head | bytes]:
+            async for part in hosted.answer(request):
+                yield part
+
+        ingress = Ingress(["cat"], send)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await (await ingress.answer(Request(scope, receive)))(scope, receive, send)
+
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+            taken = [
+                asyncio.ensure_future(client.post(IMAGES, json=body(seed=5, stream=stream)))
+                for stream in (False, True)
+            ]
+            await asyncio.to_thread(HELD.reached)
+            assert not await ingress.drain(0.01)
+            for new in (await client.post(IMAGES, json=body()), await client.get("/ready")):
+                assert new.status_code == 503
+            assert (await client.get("/v1/models")).status_code == 200
+            HELD.release()
+            assert await ingress.drain(60)
+            plain, stream = await asyncio.gather(*taken)
+            assert plain.json()["data"][0]["seed"] == 5
+            assert stream.text.endswith("data: [DONE]\n\n")
+        await hosted.stop()
+
+    HELD.hold()
+    in_loop(run())
+
+
+def test_the_document_has_all_models() -> None:
+    async def test(client: httpx.AsyncClient) -> None:
+        found = (await client.get("/openapi.json")).json()
+        field = found["components"]["schemas"]["GenerationBody"]["properties"]["model"]
+        assert field["anyOf"][0]["enum"] == ["cat", "dog"]
+        (parameter,) = found["paths"]["/v1/models/{model}"]["get"]["parameters"]
+        assert parameter["schema"]["enum"] == ["cat", "dog"]
+
+    asked(Replicas(), test)
+
+
+def test_the_shipped_configuration_is_one() -> None:
+    shipped = yaml.safe_load(resources.files("latentrt.runtime.serve").joinpath("ray.yaml").read_text())
+    (application,) = shipped["applications"]
+    deployed = Deployed.of(application["args"])
+    assert deployed.ids == ["sdxl", "demo"]
+    assert application["import_path"] == "latentrt.runtime.serve.ray_app:application"
 
 
 def test_a_client_that_leaves_frees_the_replica() -> None:
@@ -304,6 +495,31 @@ def test_a_client_that_leaves_frees_the_replica() -> None:
             await hosted.stop()
 
     HELD.hold()
+    in_loop(run())
+
+
+def test_a_model_that_left_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though nothing but the replica's own references to it goes: FastAPI's caches keep its application."""
+    runners = []
+
+    def tracked() -> FakeRunner:
+        runner = FakeRunner()
+        runner.itself = runner  # type: ignore[attr-defined]  # as a pipeline is referred to by its parts
+        runners.append(weakref.ref(runner))
+        return runner
+
+    monkeypatch.setattr(ray_runner, "quick", tracked)
+
+    async def run() -> None:
+        hosted = HostedModel(DEPLOYED.models[0], DEPLOYED, ())
+        await hosted.start()
+        content = json.dumps(body()).encode()
+        headers = ((b"content-type", b"application/json"), (b"content-length", b"%d" % len(content)))
+        assert [part async for part in hosted.answer(Forwarded("POST", IMAGES, "", headers, content))]
+        assert runners[0]() is not None
+        await hosted.stop()
+        assert runners[0]() is None
+
     in_loop(run())
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import sys
 import time
 from collections import Counter
 from typing import Any
 
+import httpx2 as httpx
 import numpy as np
 import PIL.Image
 import pytest
 from fake_runner import FakeRunner, in_loop, picture
-from latentrt.bench import serve_load
-from latentrt.bench.serve_load import Running, mixed_bodies, send
+from latentrt.bench import serve_load, serve_process
+from latentrt.bench.serve_load import Outcome, mixed_bodies, send
+from latentrt.bench.serve_process import Running, serving
 from latentrt.runtime.serve.requests import ImageResult
 from latentrt.runtime.serve.runner import OnStep
 from served import Served, served
@@ -67,15 +70,68 @@ def test_the_measurement_of_load() -> None:
     assert gain["gain"] > 0
     assert "1" in gain["seconds_per_image_by_batch"]
     assert mixed["differ"] == []
+    assert sum(mixed["images_by_batch"].values()) == mixed["compared_with_alone"] == 20 - mixed["left"]
+    assert sum(each["p50_seconds"] > 0 for each in mixed["by_size"].values()) == 3
     assert sum(flood["statuses"].values()) == 25
     for held in (
         "batched images equal those alone",
         "every image equals the same made alone",
-        "none was made twice",
+        "each image is made once",
+        "so say the clients",
+        "who is refused is told when to come again",
     ):
         assert checks[held]
     assert checks["every request was answered or had left"]
     assert checks["overload is answered with 200, 429 or 504"]
+
+
+def test_a_third_leaves_midway() -> None:
+    """At the first preview, or before; who is answered first has its image."""
+    checks: dict[str, bool] = {}
+    with served(Timed, max_batch=1) as one, served(Timed, max_batch=8) as many:
+        found = serve_load.mixed(
+            process_of(one), process_of(many), requests=60, clients=20, pace=0.05, checks=checks
+        )
+    assert 18 <= found["left"] <= 20
+    assert checks["a third left midway"]
+    assert found["statuses"] == {"200": 60 - found["left"]}
+
+
+def test_a_server_that_keeps_what_it_made_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = iter(range(10_000))
+    for a_request, flat in ((60, False), (20, True)):  # kilobytes
+        checks: dict[str, bool] = {}
+        monkeypatch.setattr(Running, "resident", property(lambda _, kb=a_request: next(sizes) * kb / 1024))
+        with served(FakeRunner, max_batch=1) as one, served(FakeRunner) as many:
+            serve_load.mixed(
+                process_of(one), process_of(many), requests=25, clients=4, pace=1.0, checks=checks
+            )
+        assert checks["and in the end by less than 40 KB a request"] is flat
+
+
+def test_refusals_that_do_not_say_when_are_found() -> None:
+    outcome = Outcome()
+    for headers in ({"retry-after": "3"}, {"retry-after": "soon"}, {}):
+        outcome.take({"seed": 1}, httpx.Response(429, headers=headers), 0.1)
+    assert outcome.retry_after == [3, None, None]
+
+
+def test_a_server_process_that_fails_at_its_end_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = """import json, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit({}))
+print(json.dumps({{"url": "x"}}), file=sys.stderr, flush=True)
+signal.pause()"""
+    monkeypatch.setattr(serve_process.httpx, "get", lambda _: httpx.Response(200))
+    popen = serve_process.subprocess.Popen
+    for status in (0, 3):
+        checks: dict[str, bool] = {}
+        command = [sys.executable, "-c", script.format(status)]
+        monkeypatch.setattr(
+            serve_process.subprocess, "Popen", lambda _, command=command, **options: popen(command, **options)
+        )
+        with serving(8, "eager", checks) as server:
+            assert server.url == "x"
+        assert checks == {"the server with batches of 8 ended with 0": status == 0}
 
 
 def test_an_image_that_differs_is_found() -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,13 @@ class Cluster:
     def __init__(self, **deployed: Any) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])}
         command = [sys.executable, str(TESTS / "ray_server.py"), json.dumps({"cpus": 0.1, **deployed})]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,  # Ray tells there of workers that died
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -148,14 +154,91 @@ def test_the_rest_of_the_interface(cluster: Cluster) -> None:
     assert cluster.ask(model="fish").status_code == 404
 
 
+def taken(cluster: Cluster, pool: ThreadPoolExecutor, **fields: Any) -> Future[httpx.Response]:
+    """Ask until it is taken: a refusal comes at once."""
+    while True:
+        asked = pool.submit(cluster.ask, **fields)
+        done, _ = wait([asked], 0.25)
+        if not done or asked.result().status_code == 200:
+            return asked
+        assert asked.result().status_code == 429, asked.result().text
+
+
+def test_what_killed_replicas_had_waits_for_a_place() -> None:
+    """Five places in each of three, and four more before them, for fifteen: none is refused that was taken."""
+    own = Cluster(
+        models=[{"id": "cat", "source": "ray_runner:steady"}],
+        min_replicas=3,
+        max_replicas=3,
+        max_batch=1,
+        max_queue=4,
+    )
+    try:
+        with ThreadPoolExecutor(15) as pool:
+            asked = [taken(own, pool, seed=k, steps=150, stream=k % 2 == 0) for k in range(15)]
+            assert not any(one.done() for one in asked)
+            for process in own.replicas()[:2]:
+                process.send_signal(signal.SIGKILL)
+            assert [made(one.result()) for one in asked] == list(range(15))
+        with ThreadPoolExecutor(40) as pool:  # for what is new there are nineteen places
+            answers = [one.result() for one in [pool.submit(own.ask, steps=40) for _ in range(40)]]
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert refused
+        assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+        assert {answer.status_code for answer in answers} == {200, 429}
+    finally:
+        own.close()
+
+
+@pytest.fixture(scope="module")
+def changing() -> Iterator[Cluster]:
+    """A replica with a place for one of three models; or two."""
+    sources = {"cat": "steady", "dog": "steady", "fish": "broken"}
+    one = Cluster(
+        models=[{"id": name, "source": f"ray_runner:{source}"} for name, source in sources.items()],
+        models_per_replica=1,
+        max_replicas=2,
+        max_batch=1,
+        target_ongoing=1,
+    )
+    yield one
+    one.close()
+
+
+def test_models_take_turns_in_one_place(changing: Cluster) -> None:
+    for seed, model in enumerate(("cat", "dog", "cat")):
+        assert made(changing.ask(seed=seed, model=model)) == seed
+    for _ in range(2):  # tried, and not tried again at once
+        answer = changing.ask(model="fish")
+        assert answer.status_code == 503
+        assert answer.json()["error"]["message"].endswith(
+            "the model does not load: 'no-model' is no folder or file"
+        )
+    assert made(changing.ask(seed=4, model="dog")) == 4
+
+
+def test_replicas_are_added_under_load(changing: Cluster) -> None:
+    with ThreadPoolExecutor(10) as pool:
+        asked = [pool.submit(changing.ask, seed=k, steps=150) for k in range(10)]
+        until(lambda: len(changing.replicas()) == 2, SECONDS)
+        assert not all(one.done() for one in asked)
+        assert [made(one.result()) for one in asked] == list(range(10))
+
+
 def test_it_drains_and_ends() -> None:
+    """Twenty requests, of which eight are being made: SIGTERM ends it when all are answered; others are sent away."""
     own = Cluster(models=[{"id": "cat", "source": "ray_runner:steady"}])
     try:
-        with ThreadPoolExecutor(4) as pool:
-            asked = [pool.submit(own.ask, seed=k, steps=40) for k in range(4)]
-            until(lambda: "latentrt_running_images 4" in own.client.get("/metrics").text, SECONDS)
+        with ThreadPoolExecutor(20) as pool:
+            asked = [pool.submit(own.ask, seed=k, steps=40, stream=k % 3 == 0) for k in range(20)]
+            until(lambda: "latentrt_running_images 8" in own.client.get("/metrics").text, SECONDS)
             own.process.send_signal(signal.SIGTERM)
-            assert [made(one.result()) for one in asked] == [0, 1, 2, 3]
+            until(lambda: own.client.get("/ready").status_code == 503, SECONDS)
+            new = own.ask()
+            assert (new.status_code, new.json()["error"]["code"]) == (503, "draining")
+            assert new.headers["retry-after"] == "5"
+            assert sum(one.done() for one in asked) < 20
+            assert [made(one.result()) for one in asked] == list(range(20))
         assert own.process.wait(SECONDS) == 0
     finally:
         own.close()
