@@ -58,9 +58,7 @@ def markdown(report: Report, beside: Sequence[Report] = ()) -> str:
         out += ["", *_markdown_table(_batch_table(case))]
         if lines_ := profile_lines(case):
             out += ["", *lines_]
-        out += [
-            f"- **{row.side}** {row.status}: {row.reason}" for row in case.rows if row.status != "measured"
-        ]
+        out += [f"- **{row.side}** {row.status}: {row.reason}" for row in case.rows if row.reason]
         for other in beside:
             for theirs in other.cases:
                 if theirs.case["name"] == case.case["name"] and not theirs.skipped:
@@ -90,7 +88,7 @@ def html(
         body += [
             f'<p class="warn">{escape(f"{row.side} {row.status}: {row.reason}")}</p>'
             for row in case.rows
-            if row.status != "measured"
+            if row.reason
         ]
         body.append(f'<p class="soft">{escape(_settings(case))}</p>')
         body += ["<h3>Images a second</h3>", _html_table(_batch_table(case))]
