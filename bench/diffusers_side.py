@@ -137,7 +137,8 @@ class DiffusersSide(Side):
     def _scaled(self, noise: torch.Tensor, steps: int) -> torch.Tensor:
         """As the base begins from; the refiner's pipeline makes none."""
         self._base.scheduler.set_timesteps(steps)
-        return noise * self._base.scheduler.init_noise_sigma
+        scaled: torch.Tensor = noise * self._base.scheduler.init_noise_sigma
+        return scaled
 
     def set_memory_format(self, memory_format: torch.memory_format) -> None:
         """Of the weights of everything that convolves."""
@@ -234,8 +235,8 @@ def open_side(
 def compile_options(mode: str, device: torch.device) -> dict[str, Any]:
     """Inductor's settings of a mode, and on a GPU with max-autotune those of diffusers' guide.
 
-    Freezing is left out on a CPU: the demo's UNet is 1.40 and 1.45 times as fast as eager with it and 1.45 times without,
-    and a second process takes twice as long to begin, since PyTorch's cache of traced graphs does not hold frozen ones.
+    Freezing is left out on a CPU: the demo's UNet was 1.40 and 1.45 times as fast as eager with it and 1.45 times
+    without, and a second process took twice as long to begin: PyTorch's cache of traced graphs holds no frozen ones.
     """
     options: dict[str, Any] = dict(torch._inductor.list_mode_options(mode))
     if device.type == "cuda" and mode == "max-autotune":

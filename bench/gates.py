@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from .cases import DTYPES, MLPERF, Case
 from .features import Judges, as_bytes
 from .lpips import Lpips
 from .quality import frechet_distance
-from .side import Pictures
+from .side import Images, Pictures
 
 __all__ = ["FID_LEAST", "GATES", "Gate", "Quality", "gate_named", "likeness", "measure_quality", "unit"]
 
@@ -87,7 +87,10 @@ def measure_quality(images: Pictures, reference: Pictures, prompts: Sequence[str
     found = Quality(len(images), ratio, similarity)
     if ratio == float("-inf"):  # not finite, or of another size
         return found
-    mine, theirs = (list(x) if x.dtype == np.uint8 else as_bytes(x) for x in (images, reference))
+    mine, theirs = (
+        list(cast(NDArray[np.uint8], x)) if x.dtype == np.uint8 else as_bytes(cast(Images, x))
+        for x in (images, reference)
+    )
     if judges.lpips is not None:
         found = replace(found, lpips=_unlikeness(judges.lpips, images, reference), lpips_by=judges.lpips.name)
     if judges.clip is not None:
