@@ -104,9 +104,8 @@ def test_the_demo_is_valid_in_every_scenario(run: Callable[..., tuple[int, str, 
     )
     print(out)
     assert (code, err) == (0, "")
-    assert [line for line in out.splitlines() if line.endswith("VALID")] == [
-        f"{scenario}: VALID" for scenario in QUERIES
-    ]
+    verdicts = [line for line in out.splitlines() if line.endswith("VALID") and not line.startswith(" ")]
+    assert verdicts == [f"{scenario}: VALID" for scenario in QUERIES]
     for scenario in QUERIES:
         summary = Path("out", "loadgen", scenario, "mlperf_log_summary.txt").read_text()
         assert "Result is : VALID" in " ".join(summary.split())
