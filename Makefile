@@ -3,7 +3,7 @@ PYTHON ?= python3
 PROMPT ?= an orange triangle below a cyan circle
 SEED ?= 2
 IMAGE ?= image.png
-BENCH ?= --batch 1,2 --rounds 7 --patience 200 --profile
+BENCH ?= --batch 1,2 --rounds 9 --patience 200 --profile
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
@@ -12,6 +12,17 @@ RUNTIME := $(VENV)/.runtime-$(EXTRA)
 TEST := $(VENV)/.test-$(EXTRA)
 CONSTRAINTS := $(if $(filter cpu,$(EXTRA)),-c constraints.txt)
 PYTEST := $(BIN)/python -m pytest
+
+# The parts of gpu-bench: a side beside diffusers, at one batch size.
+COMMIT = $(or $(shell git rev-parse --short=12 HEAD 2>/dev/null),unknown)
+CHANGED = $(shell git status --porcelain -- . ':!bench/results' 2>/dev/null | head -n 1)
+# Sources that are not those of a commit may be others the next time.
+DONE := build/gpu-bench/$(COMMIT)$(if $(CHANGED),-$(shell date +%s))
+WORK := build/gpu-bench/work
+SIDES := diffusers-compile diffusers-max-autotune onnxruntime latentrt-onnxruntime latentrt-eager latentrt-triton \
+  latentrt-triton-plain latentrt-tensorrt latentrt-tensorrt-rtx
+PARTS_1 := $(foreach case,sdxl sdxl-refiner,$(SIDES:%=$(DONE)/$(case)/%))
+PARTS_N := $(foreach batch,2 4 8,$(DONE)/batch-$(batch)/latentrt-triton $(DONE)/batch-$(batch)/latentrt-tensorrt)
 
 # As they were typed: a prompt's `$` is not make's.
 override PROMPT := $(value PROMPT)
@@ -71,7 +82,8 @@ test: $(TEST)
 test-full: $(VENV)/.ray
 	$(BIN)/python -m latentrt.bench.full $(PARTS)
 
-# Each part goes on where it was stopped, or is short; results are written to bench/results as they come.
+# Parts of a few minutes each, but where max-autotune compiles; one that was done at this commit is not done again.
+# Results are written to bench/results as they come.
 gpu: gpu-tests gpu-kernels gpu-bench gpu-timeline
 
 gpu-tests: $(TEST)
@@ -82,9 +94,20 @@ gpu-kernels: $(TEST)
 	$(BIN)/latentrt kernels --tune
 	$(BIN)/latentrt kernels --measure  # by the new block sizes
 
-gpu-bench: $(TEST)
-	$(BIN)/latentrt bench --case sdxl --batch 1 --out bench/results/gpu-sdxl
-	$(BIN)/latentrt bench --case sdxl-refiner --batch 1 --out bench/results/gpu-sdxl-refiner
+gpu-bench: $(PARTS_1) $(PARTS_N)
+
+# Random weights are kept; what a side built goes when its part is done, since the disk does not hold that of all.
+define gpu_part
+	$(BIN)/latentrt bench --case $(1) --batch $(2) --work $(WORK) --side diffusers $(3) --side $(@F) --out bench/results/gpu-$(1)-$(2)/$(@F)
+	@rm -rf $(WORK)/$(1)/$(@F)-* && mkdir -p $(@D) && touch $@
+endef
+
+$(PARTS_1): $(DONE)/%: | $(TEST)
+	$(call gpu_part,$(*D),1,--side diffusers@float32 --pictures 2)
+
+# Throughput.
+$(PARTS_N): $(DONE)/batch-%: | $(TEST)
+	$(call gpu_part,sdxl,$(*D),--rounds 3)
 
 gpu-timeline: $(TEST)
 	$(BIN)/python -m latentrt.bench.timeline --case sdxl-refiner --out bench/results/gpu-timeline

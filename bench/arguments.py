@@ -78,7 +78,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="SIDE[@DTYPE]",
         help="may be repeated; the first is what the others are compared with (default: all that make sense here)",
     )
-    b.add_argument("--model", metavar="MODEL", help="in place of the case's: as for generate, or sdxl-random")
+    b.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="in place of the case's, whose refiner goes too: as for generate, or sdxl-random",
+    )
     b.add_argument("--refiner", metavar="MODEL", help="the same, or sdxl-refiner-random; 'none' for none")
     b.add_argument("--size", type=size, metavar="WxH", help="in place of the case's")
     b.add_argument("--steps", type=int, help="in place of the case's")
@@ -115,7 +119,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--work",
         type=Path,
         metavar="DIR",
-        help="keep weights, exports and compiled code here; what is there is not built again",
+        help="keep weights, exports and compiled code here; what this commit built is not built again",
     )
     b.add_argument(
         "--beside", type=Path, action="append", default=[], metavar="FILE.json", help="show as well"

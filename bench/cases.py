@@ -18,9 +18,25 @@ from ..runtime.engines.registry import backend_names
 from ..runtime.sampler import step_range
 from ..runtime.sampler_config import SamplerConfig
 
-__all__ = ["CASES", "DTYPES", "SIDES", "Case", "SideSpec", "case_named", "default_sides", "sides_named"]
+__all__ = [
+    "CASES",
+    "DTYPES",
+    "MLPERF",
+    "SIDES",
+    "Case",
+    "SideSpec",
+    "case_named",
+    "default_sides",
+    "sides_named",
+]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MLPERF: Mapping[str, Any] = {
+    "steps": 20,
+    "guidance": 8.0,
+    "negative": "normal quality, low quality, worst quality, low res, blurry, nsfw, nude",
+}
+"""MLPerf inference's rules for stable-diffusion-xl; its sampler is Euler, SDXL's own."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,7 @@ class Case:
         steps: of the whole schedule, base and refiner together.
         high_noise_frac: the base's share of the schedule, where there is a refiner.
         guidance: scale.
+        negative: what to steer away from; nothing where None.
         dtype: of weights and activations.
     """
 
@@ -47,6 +64,7 @@ class Case:
     steps: int = 30
     high_noise_frac: float = 0.8
     guidance: float = 5.0
+    negative: str | None = None
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -83,7 +101,7 @@ _ROWS = (
         batches=(1, 4),
         **_SDXL,
     ),
-    Case("sdxl-mlperf", "MLPerf's settings: 20 steps, guidance 8", steps=20, guidance=8.0, **_SDXL),
+    Case("sdxl-mlperf", "MLPerf's settings: 20 steps, guidance 8, a negative prompt", **MLPERF, **_SDXL),
 )
 CASES: Mapping[str, Case] = {case.name: case for case in _ROWS}
 
@@ -97,6 +115,7 @@ class SideSpec:
         options: further arguments of the factory.
         builds: it exports or compiles first, which is measured in a process of its own.
         compiles_each_size: a batch size is minutes of compilation, so that on a CPU only the first is measured.
+        copies: of the weights that it writes: one of an export, one of an engine.
         dtype: in place of the case's.
     """
 
@@ -106,6 +125,7 @@ class SideSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     builds: bool = False
     compiles_each_size: bool = False
+    copies: int = 0
     dtype: str | None = None
 
     @property
@@ -120,17 +140,16 @@ class SideSpec:
 
 _DIFFUSERS = "latentrt.bench.diffusers_side:open_side"
 _LATENTRT = "latentrt.bench.latentrt_side:open_side"
+_COPIES = {"onnxruntime": 1, "tensorrt": 2, "tensorrt-rtx": 2}
 
 
 def _side_table() -> dict[str, SideSpec]:
     rows = [
         SideSpec("diffusers", "eager, SDPA, contiguous or channels_last, whichever is faster", _DIFFUSERS),
-        SideSpec(
-            "diffusers-compile", "torch.compile, channels_last", _DIFFUSERS, {"mode": "default"}, True, True
-        ),
+        SideSpec("diffusers-compile", "torch.compile", _DIFFUSERS, {"mode": "default"}, True, True),
         SideSpec(
             "diffusers-max-autotune",
-            "torch.compile(max-autotune), channels_last",
+            "torch.compile(max-autotune)",
             _DIFFUSERS,
             {"mode": "max-autotune"},
             True,
@@ -141,11 +160,20 @@ def _side_table() -> dict[str, SideSpec]:
             "ONNX Runtime on an export of diffusers' own modules",
             "latentrt.bench.onnxruntime_side:open_side",
             builds=True,
+            copies=1,
         ),
     ]
     for name in backend_names():
-        options = {"backend": name}
-        rows.append(SideSpec(f"latentrt-{name}", f"latentrt on {name}", _LATENTRT, options, name != "eager"))
+        rows.append(
+            SideSpec(
+                f"latentrt-{name}",
+                f"latentrt on {name}",
+                _LATENTRT,
+                {"backend": name},
+                builds=name != "eager",
+                copies=_COPIES.get(name, 0),
+            )
+        )
     plain = {"backend": "triton", "graphs": False}
     rows.append(
         SideSpec("latentrt-triton-plain", "latentrt on triton without CUDA graphs", _LATENTRT, plain, True)

@@ -9,12 +9,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import BenchmarkError, RequestError
+from ..errors import BackendUnavailableError, BenchmarkError, RequestError
 from ..kernels import aot, roofline
 from ..kernels.registry import specs
 from ..runtime.place import device_named
@@ -28,6 +29,7 @@ _BELOW, _ABOVE = 0.5, 2.0
 
 def bench(args: argparse.Namespace) -> Iterator[str]:
     """Measure sides beside each other; the report's tables, and where it lies."""
+    _require_libraries()
     from . import report
     from .cases import case_named, default_sides, sides_named
     from .gates import gate_named
@@ -88,9 +90,22 @@ def _adjusted(case: Case, args: argparse.Namespace) -> Case:
         "high_noise_frac": args.high_noise_frac,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
-    if changes.get("refiner") == "none":
-        changes["refiner"] = None
+    if args.refiner == "none" or (args.model is not None and args.refiner is None):
+        changes["refiner"] = None  # a refiner is its base's: another base has the one that is given with it
     return replace(case, **changes)
+
+
+def _require_libraries() -> None:
+    """What no side can be measured without.
+
+    Raises:
+        BackendUnavailableError: it is not installed.
+    """
+    lacking = [name for name in ("psutil", "torchmetrics") if find_spec(name) is None]
+    if lacking:
+        raise BackendUnavailableError(
+            f'{" and ".join(lacking)} is not installed; pip install "latentrt[bench]" has what benchmarks need'
+        )
 
 
 def _prompts(file: Path | None) -> list[str]:
@@ -132,27 +147,32 @@ def bench_loadgen(args: argparse.Namespace) -> Iterator[str]:
     from .features import demo_prompts
     from .loadgen import QUERIES, LoadTest, PipelineMaker, Verdict, run_loadgen
 
-    pipe = Pipeline.from_pretrained(
-        args.model, args.refiner, backend=args.backend, dtype=args.dtype, device=device_named(args.device)
-    )
     prompts = _prompts(args.prompts) or demo_prompts(64)
-    make = PipelineMaker(pipe, prompts, size=args.size, steps=args.steps, guidance=args.guidance)
-    reached = make.rate(args.batch) if args.rate is None else args.rate
-    verdicts: list[Verdict] = []
-    for scenario in dict.fromkeys(args.scenario) or QUERIES:
-        factor = {"Server": _BELOW, "Offline": _ABOVE}.get(scenario, 1.0) if args.rate is None else 1.0
-        test = LoadTest(
+    tests = [  # or an error before anything is loaded
+        LoadTest(
             scenario,
             prompts=len(prompts),
             seconds=args.seconds,
-            queries=args.queries or QUERIES[scenario],
-            rate=reached * factor,
+            queries=QUERIES.get(scenario, 1) if args.queries is None else args.queries,
+            rate=1.0 if args.rate is None else args.rate,
             latency=args.latency,
             batch=args.batch,
         )
-        verdict = run_loadgen(test, make, args.out / scenario)
+        for scenario in dict.fromkeys(args.scenario) or QUERIES
+    ]
+    pipe = Pipeline.from_pretrained(
+        args.model, args.refiner, backend=args.backend, dtype=args.dtype, device=device_named(args.device)
+    )
+    make = PipelineMaker(pipe, prompts, size=args.size, steps=args.steps, guidance=args.guidance)
+    if args.rate is None:
+        reached = make.rate(args.batch)
+        factors = {"Server": _BELOW, "Offline": _ABOVE}
+        tests = [replace(test, rate=reached * factors.get(test.scenario, 1.0)) for test in tests]
+    verdicts: list[Verdict] = []
+    for test in tests:
+        verdict = run_loadgen(test, make, args.out / test.scenario)
         verdicts.append(verdict)
-        yield f"{scenario}: {'VALID' if verdict.valid else 'INVALID'}"
+        yield f"{test.scenario}: {'VALID' if verdict.valid else 'INVALID'}"
         yield from (f"    {name}: {value}" for name, value in verdict.figures.items())
         yield from (f"    {reason}" for reason in verdict.why_not)
     invalid = [verdict.scenario for verdict in verdicts if not verdict.valid]

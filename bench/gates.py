@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..errors import RequestError
 from ..export.measures import MAX_PSNR
 from ..export.verify import LIMITS
-from .cases import DTYPES
+from .cases import DTYPES, MLPERF, Case
 from .features import Judges, as_bytes
 from .lpips import Lpips
 from .quality import frechet_distance
-from .side import Images
+from .side import Images, Pictures
 
-__all__ = ["FID_LEAST", "GATES", "Gate", "Quality", "gate_named", "likeness", "measure_quality"]
+__all__ = ["FID_LEAST", "GATES", "Gate", "Quality", "gate_named", "likeness", "measure_quality", "unit"]
 
 _LEAST_DB = 20.0  # of eager diffusers in half precision; below it there is something wrong with itself
 _WORSE_DB = 3.0
@@ -55,29 +57,40 @@ class Quality:
     fid_by: str | None = None
 
 
-def likeness(images: Images, reference: Images) -> tuple[float, float]:
+def unit(pictures: Pictures) -> NDArray[np.float64]:
+    """In [0, 1], whatever they are kept in."""
+    scale = 255.0 if pictures.dtype == np.uint8 else 1.0
+    return pictures.astype(np.float64) / scale
+
+
+def likeness(images: Pictures, reference: Pictures) -> tuple[float, float]:
     """PSNR in dB and SSIM of the worst picture, by torchmetrics; equal pictures have 200 dB. A picture that is not
     finite has minus infinity and -1."""
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-    if images.shape != reference.shape or not np.isfinite(images).all():
+    if images.shape != reference.shape:
         return float("-inf"), -1.0
     worst_psnr, worst_ssim = MAX_PSNR, 1.0
     for mine, theirs in zip(images, reference, strict=True):
-        a, b = (torch.from_numpy(x.transpose(2, 0, 1)[None].astype(np.float64)) for x in (mine, theirs))
+        if not np.isfinite(mine).all():
+            return float("-inf"), -1.0
+        a, b = (torch.from_numpy(unit(x).transpose(2, 0, 1)[None]) for x in (mine, theirs))
         worst_psnr = min(worst_psnr, float(peak_signal_noise_ratio(a, b, data_range=1.0)))
         similarity = structural_similarity_index_measure(a, b, data_range=1.0)
         worst_ssim = min(worst_ssim, float(torch.as_tensor(similarity)))
     return worst_psnr, worst_ssim
 
 
-def measure_quality(images: Images, reference: Images, prompts: Sequence[str], judges: Judges) -> Quality:
+def measure_quality(images: Pictures, reference: Pictures, prompts: Sequence[str], judges: Judges) -> Quality:
     """Of pictures [N, H, W, 3] beside the reference's."""
     ratio, similarity = likeness(images, reference)
     found = Quality(len(images), ratio, similarity)
-    if not np.isfinite(images).all() or images.shape != reference.shape:
+    if ratio == float("-inf"):  # not finite, or of another size
         return found
-    mine, theirs = as_bytes(images), as_bytes(reference)
+    mine, theirs = (
+        list(cast(NDArray[np.uint8], x)) if x.dtype == np.uint8 else as_bytes(cast(Images, x))
+        for x in (images, reference)
+    )
     if judges.lpips is not None:
         found = replace(found, lpips=_unlikeness(judges.lpips, images, reference), lpips_by=judges.lpips.name)
     if judges.clip is not None:
@@ -89,10 +102,10 @@ def measure_quality(images: Images, reference: Images, prompts: Sequence[str], j
     return found
 
 
-def _unlikeness(lpips: Lpips, images: Images, reference: Images) -> float:
+def _unlikeness(lpips: Lpips, images: Pictures, reference: Pictures) -> float:
     """LPIPS of the worst picture."""
     return max(
-        lpips(*(torch.from_numpy(x.transpose(2, 0, 1)[None].astype(np.float32)) for x in pair))
+        lpips(*(torch.from_numpy(unit(x).transpose(2, 0, 1)[None].astype(np.float32)) for x in pair))
         for pair in zip(images, reference, strict=True)
     )
 
@@ -105,6 +118,8 @@ class Gate:
         of_each_picture: it judges any pictures beside the reference's, and so those of timed runs too.
         needs: settings without which it cannot judge.
         least_pictures: that it judges.
+        asked: what a case has to ask for.
+        networks: metric -> how the name of the network begins that has to judge it.
         judge: (a side's quality, its dtype, the quality of eager diffusers in that dtype where it ran) -> what is
             beyond its limit, empty where it passes.
     """
@@ -115,6 +130,21 @@ class Gate:
     judge: Callable[[Quality, str, Quality | None], list[str]]
     needs: tuple[str, ...] = ()
     least_pictures: int = 1
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    networks: Mapping[str, str] = field(default_factory=dict)
+
+    def refuses(self, case: Case, judges: Judges) -> str:
+        """Why it could not judge a case; empty where it can. Asked before anything is measured."""
+        for name, value in self.asked.items():
+            if getattr(case, name) != value:
+                return f"{name} is {getattr(case, name)!r}, and it judges {value!r}"
+        for name, network in self.networks.items():
+            judge = getattr(judges, name)
+            if judge is None:
+                return f"{name} is not measured; leave --metric out"
+            if not judge.name.startswith(network):
+                return f"{name} would be by {judge.name}, and it judges {network}'s"
+        return ""
 
 
 def _like_eager(quality: Quality, dtype: str, eager: Quality | None) -> list[str]:
@@ -145,8 +175,8 @@ def _mlperf(quality: Quality, dtype: str, eager: Quality | None) -> list[str]:
     failures = []
     if quality.pictures < _MLPERF_PICTURES:
         failures.append(f"cannot be judged: {quality.pictures} pictures, MLPerf has {_MLPERF_PICTURES}")
-    for field, (name, low, high, network) in _MLPERF.items():
-        value, by = getattr(quality, field), getattr(quality, f"{field}_by")
+    for metric, (name, low, high, network) in _MLPERF.items():
+        value, by = getattr(quality, metric), getattr(quality, f"{metric}_by")
         if value is None:
             failures.append(f"cannot be judged: {name} was not measured")
         elif not by.startswith(network):
@@ -165,6 +195,8 @@ _ROWS = (
         _mlperf,
         needs=("clip", "inception", "truth"),
         least_pictures=_MLPERF_PICTURES,
+        asked={**MLPERF, "refiner": None, "size": (1024, 1024)},
+        networks={metric: network for metric, (*_, network) in _MLPERF.items()},
     ),
 )
 GATES: Mapping[str, Gate] = {gate.name: gate for gate in _ROWS}

@@ -28,16 +28,18 @@ from ..errors import BenchmarkError
 from .cases import DTYPES, Case, SideSpec
 from .machine import commit, installed_versions
 from .models import weights_on_disk
-from .monitor import BusyElsewhere, MemorySampler, Series, resident_bytes
+from .monitor import BusyElsewhere, MemorySampler, Series, memory_now
 from .nvml import GpuShare, open_nvml
 from .profile import Profile, Sessions, profile_sessions, profiled
 from .side import Images, Side, factory
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["Host", "Job", "OwnProcess", "Run", "Trace", "Worker", "build_name"]
+__all__ = ["Host", "Job", "OwnProcess", "Run", "Trace", "Worker", "job_for"]
 
 _BUILT = "built"
+_CODE = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
+"""Where PyTorch, Triton and the driver keep compiled code."""
 _FAREWELL = 5.0
 """Seconds that a process may take to end by itself."""
 
@@ -60,8 +62,9 @@ class Job:
 
     def is_built(self) -> bool:
         """Whether an earlier run was through with building here. What one left that was not is removed, since with it
-        building would look short."""
-        if (self.folder / _BUILT).exists():
+        building would look short; and what sources made that are not those of a commit, since nobody knows whether
+        they are the same as now."""
+        if (self.folder / _BUILT).exists() and not commit().endswith("+"):
             return True
         shutil.rmtree(self.folder, ignore_errors=True)
         return False
@@ -71,8 +74,8 @@ class Job:
         (self.folder / _BUILT).touch()
 
 
-def build_name(case: Case, side: SideSpec, device: str) -> str:
-    """Of a side's folder: another one for other weights, sizes or versions."""
+def job_for(case: Case, side: SideSpec, device: str, folder: Path) -> Job:
+    """With a folder in `folder`: another one for other weights, sizes or versions."""
     built_from = {
         "models": [(m, weights_on_disk(m)) for m in (case.model, case.refiner) if m is not None],
         "shapes": [case.size, case.batches],
@@ -81,7 +84,7 @@ def build_name(case: Case, side: SideSpec, device: str) -> str:
         "commit": commit(),
     }
     digest = hashlib.sha256(json.dumps(built_from, sort_keys=True).encode()).hexdigest()
-    return f"{side.name.replace('@', '-')}-{digest[:12]}"
+    return Job(case, side, device, folder / f"{side.name.replace('@', '-')}-{digest[:12]}")
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Run:
     Attributes:
         seconds: of the whole call.
         stages: seconds of each stage; what was between them is in none.
-        resident: bytes of the process after it.
+        memory: bytes of the process after it, by kind (see `monitor.Series`).
         busy_elsewhere: cores that others kept busy meanwhile.
         joules: of the GPU, where it tells.
         gpu: clocks, power and temperature after it, where it tells.
@@ -117,7 +120,7 @@ class Run:
     images: Images
     seconds: float
     stages: dict[str, float]
-    resident: int
+    memory: dict[str, float]
     busy_elsewhere: float
     joules: float | None = None
     gpu: dict[str, float] = field(default_factory=dict)
@@ -167,15 +170,17 @@ class Worker:
         if job.profiled:
             folder = self._closing.enter_context(tempfile.TemporaryDirectory(prefix="latentrt-profile-"))
             self._sessions = self._closing.enter_context(profile_sessions(Path(folder)))
+        if job.dtype == "float32":
+            _float32_is_float32()
         with self._turn():
             self._side = make(job.case, self._device, DTYPES[job.dtype], job.folder, **job.side.options)
-        return self._side.settings
+        return self._settings(self._side)
 
     def tune(self) -> str:
         side = self._opened()
         with self._turn():
             side.tune()
-        return side.settings
+        return self._settings(side)
 
     def run(self, prompts: Sequence[str], seeds: Sequence[int], *, traced: bool = False) -> Run:
         side = self._opened()
@@ -187,6 +192,10 @@ class Worker:
         if self._sessions is None:
             raise BenchmarkError(f"{self._job.side.name} was not opened to be profiled")
         return profiled(partial(side, prompts, seeds), self._sessions)
+
+    def _settings(self, side: Side) -> str:
+        exact = self._job.dtype == "float32" and self._device.type == "cuda"
+        return side.settings + (", no TF32" if exact else "")
 
     def _opened(self) -> Side:
         if self._side is None:
@@ -212,7 +221,8 @@ class Worker:
             by_stage=sampler.peaks_by_stage(made.spans),
             stages=[(s.name, s.begin - sampler.begun, s.end - sampler.begun) for s in made.spans],
         )
-        return Run(made.images, sampler.series["seconds"][-1], {}, resident_bytes(), 0.0, trace=trace)
+        after = memory_now(self._device, self._share)
+        return Run(made.images, sampler.series["seconds"][-1], {}, after, 0.0, trace=trace)
 
     def _timed(self, side: Side, prompts: Sequence[str], seeds: Sequence[int]) -> Run:
         elsewhere = BusyElsewhere()
@@ -228,7 +238,7 @@ class Worker:
             images=made.images,
             seconds=seconds,
             stages=stages,
-            resident=resident_bytes(),
+            memory=memory_now(self._device, self._share),
             busy_elsewhere=elsewhere.lap(),
             joules=None if energy is None or spent is None else spent - energy,
             gpu=self._nvml.state() if self._nvml else {},
@@ -239,6 +249,12 @@ class Worker:
             self._side.close()
             self._side = None
         self._closing.close()
+
+
+def _float32_is_float32() -> None:
+    """On a GPU cuDNN convolves float32 in TF32 unless it is told not to."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 class OwnProcess:
@@ -313,6 +329,8 @@ def _serve(job: Job, threads: int, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in _CODE:  # what another side or an earlier run compiled would make building look short
+        os.environ[name] = str(job.folder / name.lower())
     torch.set_num_threads(threads)
     worker = Worker(job)
     while True:

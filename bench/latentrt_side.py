@@ -31,6 +31,7 @@ class LatentrtSide(Side):
             seed=list(seeds),
             height=height,
             width=width,
+            negative_prompt=case.negative,
             num_inference_steps=case.steps,
             guidance_scale=case.guidance,
             high_noise_frac=case.high_noise_frac,

@@ -14,7 +14,21 @@ import torch
 
 __all__ = ["commit", "describe_machine", "installed_versions"]
 
-_PACKAGES = ("torch", "onnxruntime", "diffusers", "transformers", "triton", "tensorrt", "tensorrt-rtx")
+_PACKAGES = (
+    "torch",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "diffusers",
+    "transformers",
+    "triton",
+    "tensorrt",
+    "tensorrt-rtx",
+    "tensorrt-rtx-cu13-libs",
+    "tensorrt-rtx-cu13-bindings",
+    "torchmetrics",
+    "mlcommons-loadgen",
+)
+"""Distributions; some libraries have several."""
 
 
 def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
@@ -29,6 +43,7 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.platform(),
         "python": platform.python_version(),
         "versions": installed_versions(),
         "commit": commit(),
@@ -51,13 +66,15 @@ def _processor() -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    """Of the packages that figures depend on."""
+    """Of the packages that figures depend on, and of the cuDNN that PyTorch runs."""
     found = {}
     for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    if torch.backends.cudnn.is_available():
+        found["cudnn"] = str(torch.backends.cudnn.version())
     return found
 
 

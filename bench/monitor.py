@@ -12,11 +12,13 @@ import torch
 
 from .nvml import GpuShare
 
-__all__ = ["BusyElsewhere", "MemorySampler", "Series", "Span", "peak_within", "resident_bytes"]
+__all__ = ["BusyElsewhere", "MemorySampler", "Series", "Span", "memory_now", "peak_within"]
 
 Series = dict[str, list[float]]
 """`seconds` from the start, and beside it bytes: `resident` of the process on the host; on a GPU `allocated` by
 PyTorch and `gpu` or `gpu by turns`, which is everything of the process there (see `nvml.GpuShare`)."""
+
+_PROCESS = psutil.Process()
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,6 @@ class MemorySampler:
         self._device = device
         self._share = share
         self._interval = interval
-        self._process = psutil.Process()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.begun = 0.0
@@ -61,16 +62,10 @@ class MemorySampler:
             self._sample()
 
     def _sample(self) -> None:
-        values: dict[str, float | None] = {"resident": self._process.memory_info().rss}
-        if self._device.type == "cuda":
-            values["allocated"] = torch.cuda.memory_allocated(self._device)
-        if self._share is not None:
-            used = self._share.used()
-            values[self._share.series] = used
+        values = memory_now(self._device, self._share)
         self.series["seconds"].append(time.perf_counter() - self.begun)
         for name, value in values.items():
-            if value is not None:
-                self.series.setdefault(name, []).append(value)
+            self.series.setdefault(name, []).append(value)
 
     def peaks(self) -> dict[str, float]:
         """The most of each in bytes; PyTorch's allocator counts its own, between samples too."""
@@ -80,8 +75,14 @@ class MemorySampler:
         return found
 
     def peaks_by_stage(self, spans: Sequence[Span]) -> dict[str, dict[str, float]]:
-        """The most of each sampled while a stage ran; a stage shorter than the interval has the nearest sample."""
-        return {span.name: peak_within(self.series, span, self.begun) for span in spans}
+        """The most of each sampled while a stage ran, which may be several times; a stage shorter than the interval has
+        the nearest sample. Samples miss what lasts less than an interval; `peaks` does not."""
+        found: dict[str, dict[str, float]] = {}
+        for span in spans:
+            most = found.setdefault(span.name, {})
+            for kind, value in peak_within(self.series, span, self.begun).items():
+                most[kind] = max(value, most.get(kind, 0.0))
+        return found
 
 
 def peak_within(series: Series, span: Span, begun: float) -> dict[str, float]:
@@ -93,9 +94,15 @@ def peak_within(series: Series, span: Span, begun: float) -> dict[str, float]:
     return {name: max(values[k] for k in inside) for name, values in series.items() if name != "seconds"}
 
 
-def resident_bytes() -> int:
-    """Of this process, now."""
-    return int(psutil.Process().memory_info().rss)
+def memory_now(device: torch.device, share: GpuShare | None) -> dict[str, float]:
+    """Bytes of this process by kind, see `Series`; what the driver does not tell is not in it."""
+    found = {"resident": float(_PROCESS.memory_info().rss)}
+    if device.type == "cuda":
+        found["allocated"] = float(torch.cuda.memory_allocated(device))
+    used = None if share is None else share.used()
+    if share is not None and used is not None:
+        found[share.series] = float(used)
+    return found
 
 
 class BusyElsewhere:

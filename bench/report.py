@@ -191,7 +191,7 @@ def _title(case: CaseResult) -> str:
 
 def _without_speed(case: CaseResult) -> Iterator[tuple[str, str]]:
     for row in case.rows:
-        if row.status != "measured":
+        if row.reason:
             yield row.side, f"{row.status}: {row.reason}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -25,11 +25,13 @@ class Memory:
     """Bytes: `resident` on the host; on a GPU `allocated` by PyTorch, and `gpu` or `gpu by turns` in all.
 
     Attributes:
-        peaks: the most of each during a run.
-        by_stage: the same of each stage.
-        growth: what the process kept more after each picture.
+        peaks: the most of each during a run; of `allocated` by the allocator's own count, of the others sampled.
+        by_stage: the same of each stage, all of it sampled.
+        growth: what the process kept more on the host after each picture.
         series: samples over the seconds of one run, thinned out.
         stages: (name, begin, end) in the series' seconds.
+        at_rest: what is held between runs, of each kind; the median.
+        growths: `growth` of each kind.
     """
 
     peaks: dict[str, float]
@@ -37,6 +39,8 @@ class Memory:
     growth: float
     series: dict[str, list[float]]
     stages: list[tuple[str, float, float]]
+    at_rest: dict[str, float] = field(default_factory=dict)
+    growths: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class BatchFigures:
     """One side at one batch size.
 
     Attributes:
-        seconds: of each round, in order; rounds of different sides belong together by their place.
+        seconds: of each round, in order.
         latency: of a call.
         speedup: the first side's seconds by this one's, round by round; above 1 is faster. None where the first was
             not measured.
@@ -54,6 +58,7 @@ class BatchFigures:
         joules_per_image: median, where the GPU tells.
         busy_elsewhere: cores that others kept busy, of each round.
         gpu: clocks, power and temperature of each round.
+        beside: the first side's seconds in the same rounds.
     """
 
     batch: int
@@ -68,6 +73,7 @@ class BatchFigures:
     joules_per_image: float | None
     busy_elsewhere: list[float]
     gpu: list[dict[str, float]]
+    beside: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -75,12 +81,14 @@ class Row:
     """One side of a case.
 
     Attributes:
-        status: `measured`; `invalid`, whose pictures fail the gate, so that no speed is told; `failed`, with the
-            reason.
+        status: `measured`; `invalid`, whose pictures fail the gate, so that no speed is told; `failed`, which keeps the
+            batch sizes that it was through with; `skipped`, which there was no room for.
+        reason: why it is not measured, or not at some batch sizes.
         built_before: an earlier run had built it, so that what building takes was not measured.
         build_seconds: from a cold process to the first picture with nothing exported or compiled yet.
         profile: where the time of one picture goes, if that was asked for.
-        first_image_seconds: the same once that is there, or where nothing is built.
+        first_image_seconds: the same once that is there, or where nothing is built. Another process has made a picture
+            before, so that the files are in memory (the page cache is warm) for every side.
     """
 
     side: str
@@ -106,6 +114,8 @@ class CaseResult:
         reference: the side whose pictures the others are held against.
         skipped: why nothing was run; empty where it was.
         prompts: digest of the prompts, in their order; empty in results that were made before it was kept.
+        seconds: that it took in all.
+        groups: the sides that were loaded at the same time; the first side is in each group.
     """
 
     case: dict[str, Any]
@@ -115,6 +125,8 @@ class CaseResult:
     rows: list[Row]
     skipped: str = ""
     prompts: str = ""
+    seconds: float | None = None
+    groups: list[list[str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,7 @@ class Report:
 
     Attributes:
         complete: false where it was interrupted.
-        conditions: load of the machine when it began and when it ended.
+        conditions: `load` of the machine when it began and when it ended.
         seconds: that the whole run took, where it was kept.
     """
 
@@ -187,8 +199,8 @@ _LISTS = {"cases": CaseResult, "rows": Row, "batches": BatchFigures}
 def _build(kind: Any, content: Mapping[str, Any]) -> Any:
     """A dataclass from its dictionary, with those it holds."""
     hints = get_type_hints(kind)
-    missing = [f.name for f in fields(kind) if f.name not in content and f.name not in kind.__dict__]
-    missing = [name for name in missing if name != "conditions"]
+    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in needed if name not in content]
     if missing:
         raise KeyError(f"{kind.__name__} lacks {', '.join(missing)}")
     values: dict[str, Any] = {}

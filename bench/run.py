@@ -1,9 +1,12 @@
-"""How a case is measured: every side's pictures first, and then, in turns, the times of those that pass.
+"""How a case is measured: sides' pictures first, and then, in turns, the times of those that pass.
 
-    each side alone     cold process -> what it builds -> first picture -> its best setting; its process stays open
+    each side alone     a process that builds, or just reads the files once -> cold process -> first picture -> its
+                        best setting; its process stays open
     pictures            the same prompts and seeds from each, one by one, held against the reference; the gate
     each batch size     a warm-up, a run with memory sampled, then rounds: A B C, B C A, C A B, ...; timed pictures are
                         held against what the reference made of the same seeds one by one
+
+Where not all sides fit beside each other this is done for one group after another; the first side is in each.
 
 A side that fails anywhere is told with its reason, and the others go on. What was measured is there at any time.
 """
@@ -12,30 +15,32 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
 from .cases import Case, SideSpec
-from .features import Judges
-from .gates import Gate, Quality, likeness, measure_quality
-from .host import Host, Job, Run, Trace, build_name
-from .profile import Profile
-from .results import BatchFigures, CaseResult, Memory, Row
-from .side import Images
-from .stats import growth, ratio, spread
+from .features import Judges, as_bytes
+from .gates import Gate, Quality, likeness, measure_quality, unit
+from .host import Host, Job, Trace, job_for
+from .lane import Lane
+from .results import CaseResult
+from .room import Arrangement
+from .side import Images, Pictures
 
 __all__ = ["CaseRun", "Plan"]
 
 _log = logging.getLogger(__name__)
 
-_POINTS = 240
-"""Of a memory series, at most, in the results."""
+_MANY = 256
+"""Pictures of a side from which on they are kept and compared as bytes, a quarter of the memory."""
+_SHOWN = 16
+"""Of many pictures, as many are kept of a side for the report."""
 
 
 @dataclass(frozen=True)
@@ -63,38 +68,6 @@ class Plan:
         return [self.prompts[k % len(self.prompts)] for k in at], [self.seed + k for k in at]
 
 
-@dataclass
-class _Lane:
-    """What is known of one side so far."""
-
-    spec: SideSpec
-    job: Job
-    host: Host | None = None
-    settings: str = ""
-    status: str = "measured"
-    reason: str = ""
-    built_before: bool = False
-    build_seconds: float | None = None
-    first_image_seconds: float | None = None
-    images: Images | None = None
-    quality: Quality | None = None
-    runs: dict[int, list[Run]] = field(default_factory=dict)
-    worst: dict[int, tuple[float, float]] = field(default_factory=dict)
-    traces: dict[int, Trace] = field(default_factory=dict)
-    profile: Profile | None = None
-
-    def end(self, status: str, reason: str) -> None:
-        """It is out; a second reason does not replace the first."""
-        if self.status == "measured":
-            self.status, self.reason = status, reason
-        self.close()
-
-    def close(self) -> None:
-        if self.host is not None:
-            self.host.close()
-            self.host = None
-
-
 Tell = Callable[[str, str], None]
 """(side, what it is at), for a live table."""
 
@@ -114,6 +87,8 @@ class CaseRun:
         open_host: Callable[[Job], Host],
         judges: Judges | None = None,
         tell: Tell = lambda side, state: None,
+        arrangement: Arrangement | None = None,
+        keep: bool = True,
     ) -> None:
         """
         Args:
@@ -121,6 +96,8 @@ class CaseRun:
             steps: that base and refiner take.
             folder: for what sides build; what an earlier run built there is taken as it is, and no time is told for it.
             open_host: where a side is to run.
+            arrangement: who is loaded beside whom; all at once where None.
+            keep: what sides built; otherwise it makes room for the next group.
         """
         self._case = case
         self._plan = plan
@@ -129,62 +106,108 @@ class CaseRun:
         self._judges = judges or Judges()
         self._count = max(plan.pictures, *case.batches)
         self._tell = tell
-        self._reference: _Lane | None = None
+        self._keep = keep
+        self._seconds: float | None = None
+        self._reference: Lane | None = None
         self._eager: dict[str, Quality] = {}  # what eager diffusers reaches, by dtype
+        arrangement = arrangement or Arrangement.together(case, sides)
         self._lanes = [
-            _Lane(spec, Job(case, spec, device, folder / build_name(case, spec, device))) for spec in sides
+            Lane(spec, job_for(case, spec, device, folder), arrangement.batches.get(spec.name, ()))
+            for spec in sides
         ]
+        lanes = {lane.spec.name: lane for lane in self._lanes}
+        self._groups = [[lanes[name] for name in group] for group in arrangement.groups]
+        for name, sizes in arrangement.lost.items():
+            lanes[name].leave_out(sizes)
+        for lane in self._lanes[1:]:  # the others are compared with the first, so that it takes every size
+            if lane.spec.compiles_each_size and device == "cpu":
+                lane.batches = lane.batches[:1]
 
     def measure(self) -> None:
         """Everything; sides are closed when it ends, however it ends."""
+        begun = time.perf_counter()
         try:
-            for lane in self._lanes:
-                self._attempt(lane, self._begin)
-            self._choose_reference()
-            for lane in self._lanes:
-                self._attempt(lane, self._judge)
-            for batch in self._case.batches:
-                self._measure_batch(batch)
-            for lane in self._lanes if self._plan.profile else ():
-                self._profile(lane)
+            for group in self._groups:
+                self._measure_group(group)
+                for lane in group[1:]:
+                    self._finish(lane)
+            self._finish(self._lanes[0])
         finally:
             for lane in self._lanes:
                 lane.close()
+            self._seconds = time.perf_counter() - begun
 
     @property
     def pictures(self) -> dict[str, Images]:
         """Of each side that made some, for the report."""
-        return {lane.spec.name: lane.images for lane in self._lanes if lane.images is not None}
+        made = {lane.spec.name: lane.images for lane in self._lanes if lane.images is not None}
+        shown = self._count if self._count <= _MANY else _SHOWN
+        return {name: unit(images[:shown]).astype(np.float32) for name, images in made.items()}
 
-    def _attempt(self, lane: _Lane, work: Callable[[_Lane], None]) -> None:
+    def result(self) -> CaseResult:
+        """What is known by now; a side that is out has no speed, but for batch sizes that it was through with."""
+        compared = self._lanes[0].status in ("measured", "failed")
+        return CaseResult(
+            asdict(self._case),
+            self._steps,
+            self._plan.gate.name,
+            self._reference.spec.name if self._reference else None,
+            [lane.row(self._steps, self._plan.rounds, compared=compared) for lane in self._lanes],
+            seconds=self._seconds,
+            prompts=hashlib.sha256("\n".join(self._plan.prompts).encode()).hexdigest()[:12],
+            groups=[[lane.spec.name for lane in group] for group in self._groups],
+        )
+
+    def _measure_group(self, group: Sequence[Lane]) -> None:
+        """Eager diffusers goes first: the others are held against it, and need not be kept once they are judged."""
+        eager = [lane for lane in group if lane.spec.is_eager_diffusers]
+        for lane in eager:
+            self._attempt(lane, self._begin)
+        self._choose_reference(eager)
+        for lane in eager:
+            self._attempt(lane, self._judge)
+        for lane in group:
+            if lane not in eager:
+                self._attempt(lane, self._begin)
+                self._choose_reference([lane])
+                self._attempt(lane, self._judge)
+        for batch in self._case.batches:
+            self._measure_batch([lane for lane in group if batch in lane.batches], batch)
+
+    def _attempt(self, lane: Lane, work: Callable[[Lane], None], where: str = "") -> None:
         """A side's failure is its own, and one that is out is not asked again."""
         if lane.status != "measured":
             return
         try:
             work(lane)
         except Exception as error:
-            lane.end("failed", _first_line(error))
+            lane.end("failed", where + _first_line(error))
             self._tell(lane.spec.name, f"failed: {lane.reason}")
 
-    def _begin(self, lane: _Lane) -> None:
+    def _begin(self, lane: Lane) -> None:
+        if lane.host is not None:  # the first side, in a later group
+            return
         name = lane.spec.name
         lane.built_before = lane.spec.builds and lane.job.is_built()
-        if lane.spec.builds and not lane.built_before:
-            self._tell(name, "building")
-            lane.build_seconds, _ = self._first_image(lane)
-            lane.close()
+        builds = lane.spec.builds and not lane.built_before
+        self._tell(name, "building" if builds else "its files")
+        seconds, _ = self._first_image(lane)
+        lane.close()
+        if builds:
+            lane.build_seconds = seconds
             lane.job.note_built()
         self._tell(name, "first image")
         lane.first_image_seconds, first = self._first_image(lane)
         self._tell(name, "its best setting")
         lane.settings = self._host(lane).tune()
-        rest = []
+        kept = self._kept(first)
+        lane.images = np.empty((self._count, *kept.shape[1:]), kept.dtype)
+        lane.images[:1] = kept
         for k in range(1, self._count):
             self._tell(name, f"picture {k + 1} of {self._count}")
-            rest.append(self._host(lane).run(*self._plan.work(k, 1)).images)
-        lane.images = np.concatenate([first, *rest])
+            lane.images[k : k + 1] = self._kept(self._host(lane).run(*self._plan.work(k, 1)).images)
 
-    def _first_image(self, lane: _Lane) -> tuple[float, Images]:
+    def _first_image(self, lane: Lane) -> tuple[float, Images]:
         """Seconds from before the process begins, and the picture."""
         begun = time.perf_counter()
         lane.host = self._open_host(lane.job)
@@ -192,70 +215,87 @@ class CaseRun:
         first = lane.host.run(*self._plan.work(0, 1)).images
         return time.perf_counter() - begun, first
 
-    def _choose_reference(self) -> None:
+    def _kept(self, images: Images) -> Pictures:
+        return np.stack(as_bytes(images)) if self._count > _MANY else images
+
+    def _choose_reference(self, lanes: Sequence[Lane]) -> None:
         """Eager diffusers in float32 where it ran, else eager diffusers, else the first side that did."""
-        alive = [lane for lane in self._lanes if lane.images is not None]
-        eager = [lane for lane in alive if lane.spec.is_eager_diffusers]
-        exact = [lane for lane in eager if lane.job.dtype == "float32"]
-        self._reference = next(iter([*exact, *eager, *alive]), None)
-        for lane in eager:
-            if lane.images is not None and self._reference is not None and self._reference.images is not None:
-                found = likeness(lane.images, self._reference.images)
+        alive = [lane for lane in lanes if lane.images is not None]
+        exact = [lane for lane in alive if lane.job.dtype == "float32"]
+        self._reference = self._reference or next(iter([*exact, *alive]), None)
+        for lane in alive:
+            if lane.spec.is_eager_diffusers and lane.images is not None:
+                found = likeness(lane.images, self._of_reference())
                 self._eager[lane.job.dtype] = Quality(len(lane.images), *found)
 
-    def _judge(self, lane: _Lane) -> None:
-        reference = self._reference
-        if lane.images is None or reference is None or reference.images is None:
+    def _judge(self, lane: Lane) -> None:
+        if lane.images is None or lane.quality is not None:
             return
         self._tell(lane.spec.name, "quality")
         prompts, _ = self._plan.work(0, self._count)
-        lane.quality = measure_quality(lane.images, reference.images, prompts, self._judges)
+        lane.quality = measure_quality(lane.images, self._of_reference(), prompts, self._judges)
+        if self._count > _MANY and lane is not self._reference:
+            lane.images = lane.images[:_SHOWN].copy()
         self._require(lane, lane.quality, "")
 
-    def _require(self, lane: _Lane, quality: Quality, where: str) -> None:
+    def _of_reference(self) -> Pictures:
+        if self._reference is None or self._reference.images is None:
+            raise AssertionError("a side that is judged has made pictures, and so there is a reference")
+        return self._reference.images
+
+    def _require(self, lane: Lane, quality: Quality, where: str) -> None:
         failures = self._plan.gate.judge(quality, lane.job.dtype, self._eager.get(lane.job.dtype))
         if failures:
             lane.end("invalid", where + ", ".join(failures))
             self._tell(lane.spec.name, f"invalid: {lane.reason}")
 
-    def _measure_batch(self, batch: int) -> None:
-        lanes = [lane for lane in self._lanes if self._takes(lane, batch)]
+    def _measure_batch(self, lanes: Sequence[Lane], batch: int) -> None:
+        first, where = self._lanes[0], f"batch {batch}: "
+        beside: list[float] = []  # of this group's rounds, while the first side's own are those of all groups
         for lane in lanes:
-            self._attempt(lane, partial(self._warm_up, batch=batch))
+            if lane is not first:
+                lane.beside[batch] = beside
+            self._attempt(lane, partial(self._warm_up, batch=batch), where)
         for round_ in range(self._plan.rounds):
-            first = round_ % len(lanes)
-            for lane in [*lanes[first:], *lanes[:first]]:
-                self._attempt(lane, partial(self._time, batch=batch, round_=round_))
+            turn = round_ % len(lanes) if lanes else 0
+            for lane in [*lanes[turn:], *lanes[:turn]]:
+                self._attempt(lane, partial(self._time, batch=batch, round_=round_), where)
+                if lane is first and lane.status == "measured":
+                    beside.append(lane.runs[batch][-1].seconds)
+                    first.beside.setdefault(batch, []).append(beside[-1])
+        if first.status != "measured":  # it ended on the way
+            beside.clear()
 
-    def _takes(self, lane: _Lane, batch: int) -> bool:
-        """The first side takes every batch size: the others are compared with it."""
-        once = lane.spec.compiles_each_size and lane.job.device == "cpu" and lane is not self._lanes[0]
-        return not once or batch == self._case.batches[0]
-
-    def _warm_up(self, lane: _Lane, batch: int) -> None:
+    def _warm_up(self, lane: Lane, batch: int) -> None:
         self._tell(lane.spec.name, f"batch {batch}: warm-up")
         work = self._plan.work(1_000_000, batch)
         self._host(lane).run(*work)
         lane.traces[batch] = _required(self._host(lane).run(*work, traced=True).trace)
 
-    def _time(self, lane: _Lane, batch: int, round_: int) -> None:
+    def _time(self, lane: Lane, batch: int, round_: int) -> None:
         self._tell(lane.spec.name, f"batch {batch}: round {round_ + 1} of {self._plan.rounds}")
         first = round_ * batch % (self._count - batch + 1)
         run = self._host(lane).run(*self._plan.work(first, batch))
         lane.runs.setdefault(batch, []).append(replace(run, images=run.images[:0]))
         self._compare(lane, batch, first, run.images)
 
-    def _compare(self, lane: _Lane, batch: int, first: int, made: Images) -> None:
+    def _compare(self, lane: Lane, batch: int, first: int, made: Images) -> None:
         """Timed pictures are judged too: a side may be right alone and wrong in a batch."""
-        if self._reference is None or self._reference.images is None:
-            raise AssertionError("a side that is timed has made pictures, and so there is a reference")
-        found = likeness(made, self._reference.images[first : first + batch])
+        found = likeness(self._kept(made), self._of_reference()[first : first + batch])
         before = lane.worst.get(batch, found)
         lane.worst[batch] = (min(found[0], before[0]), min(found[1], before[1]))
         if self._plan.gate.of_each_picture:
             self._require(lane, Quality(batch, *found), f"batch {batch}: ")
 
-    def _profile(self, lane: _Lane) -> None:
+    def _finish(self, lane: Lane) -> None:
+        """Its group is through."""
+        if self._plan.profile:
+            self._profile(lane)
+        lane.close()
+        if not self._keep:
+            shutil.rmtree(lane.job.folder, ignore_errors=True)
+
+    def _profile(self, lane: Lane) -> None:
         """In a process of its own; code that torch.compile made is not told apart by operators."""
         if lane.status != "measured" or lane.spec.compiles_each_size:
             return
@@ -270,70 +310,10 @@ class CaseRun:
         finally:
             host.close()
 
-    def _host(self, lane: _Lane) -> Host:
+    def _host(self, lane: Lane) -> Host:
         if lane.host is None:
             raise AssertionError("a side that is out is not asked")
         return lane.host
-
-    def result(self) -> CaseResult:
-        """What is known by now; a side that is out has no speed."""
-        reference = self._reference.spec.name if self._reference else None
-        rows = [self._row(lane) for lane in self._lanes]
-        return CaseResult(
-            asdict(self._case),
-            self._steps,
-            self._plan.gate.name,
-            reference,
-            rows,
-            prompts=hashlib.sha256("\n".join(self._plan.prompts).encode()).hexdigest()[:12],
-        )
-
-    def _row(self, lane: _Lane) -> Row:
-        valid = lane.status == "measured"
-        return Row(
-            side=lane.spec.name,
-            dtype=lane.job.dtype,
-            settings=lane.settings,
-            status=lane.status,
-            reason=lane.reason,
-            built_before=lane.built_before,
-            build_seconds=lane.build_seconds if valid else None,
-            first_image_seconds=lane.first_image_seconds if valid else None,
-            quality=lane.quality,
-            batches=[self._figures(lane, batch) for batch in sorted(lane.runs)] if valid else [],
-            profile=lane.profile if valid else None,
-        )
-
-    def _figures(self, lane: _Lane, batch: int) -> BatchFigures:
-        runs = lane.runs[batch]
-        seconds = [run.seconds for run in runs]
-        first = self._lanes[0]
-        base = [run.seconds for run in first.runs.get(batch, [])] if first.status == "measured" else []
-        paired = min(len(base), len(seconds))  # an interruption may have come in the middle of a round
-        joules = [run.joules / batch for run in runs if run.joules is not None]
-        psnr, ssim = lane.worst.get(batch, (float("nan"), float("nan")))
-        return BatchFigures(
-            batch=batch,
-            seconds=seconds,
-            latency=spread(seconds),
-            speedup=ratio(base[:paired], seconds[:paired]) if paired else None,
-            images_per_second=batch / median(seconds),
-            stages=self._stages(runs),
-            psnr=psnr,
-            ssim=ssim,
-            memory=_memory(lane.traces.get(batch), [run.resident for run in runs], batch),
-            joules_per_image=median(joules) if joules else None,
-            busy_elsewhere=[round(run.busy_elsewhere, 2) for run in runs],
-            gpu=[run.gpu for run in runs],
-        )
-
-    def _stages(self, runs: Sequence[Run]) -> dict[str, float]:
-        names = dict.fromkeys(name for run in runs for name in run.stages)
-        found = {name: median(run.stages.get(name, 0.0) for run in runs) for name in names}
-        for name, steps in self._steps.items():
-            if name in found and steps:
-                found[f"{name}_step"] = found[name] / steps
-        return found
 
 
 def _first_line(error: Exception) -> str:
@@ -341,19 +321,6 @@ def _first_line(error: Exception) -> str:
     _log.info("a side failed", exc_info=error)
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return "".join(c for c in lines[0] if c.isprintable())[:300]
-
-
-def _memory(trace: Trace | None, resident: Sequence[int], batch: int) -> Memory | None:
-    if trace is None:
-        return None
-    count = len(trace.series["seconds"])
-    # The largest of a few neighbours, so that thinning out hides no peak.
-    step = -(-count // _POINTS)
-    series = {
-        name: [max(values[k : k + step]) for k in range(0, count, step)]
-        for name, values in trace.series.items()
-    }
-    return Memory(trace.peaks, trace.by_stage, growth(resident) / batch, series, trace.stages)
 
 
 def _required(trace: Trace | None) -> Trace:

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from .cases import SideSpec
 from .monitor import Span
 
-__all__ = ["Images", "Made", "Side", "factory", "now"]
+__all__ = ["Images", "Made", "Pictures", "Side", "factory", "now"]
 
 Images = NDArray[np.float32]
 """[B, H, W, 3] in [0, 1]."""
+Pictures = Images | NDArray[np.uint8]
+"""The same, or in bytes, as where many are kept."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,14 +16,15 @@ from ..runtime.weights import open_checkpoint
 from . import report
 from .cases import Case, SideSpec
 from .features import ClipFeatures, Judges, demo_judges, demo_prompts, read_truth
-from .host import Host, Job, OwnProcess
+from .host import Host, Job, OwnProcess, job_for
 from .inception import InceptionFeatures
 from .live import LiveTable
 from .lpips import Lpips
 from .machine import describe_machine
-from .models import located, too_little
+from .models import located
 from .nvml import open_nvml
 from .results import CaseResult, Report, read_report, write_report
+from .room import arrange, room, too_little
 from .run import CaseRun, Plan
 
 __all__ = ["METRICS", "Settings", "Suite"]
@@ -107,50 +109,61 @@ class Suite:
         self._results: list[CaseResult] = []
         self._pictures: dict[str, dict[str, list[bytes]]] = {}
         self._load = [os.getloadavg()[0]]
+        self._begun = time.perf_counter()
         self._machine = describe_machine(settings.device)
         nvml = open_nvml(settings.device)
         if nvml is not None:
             self._machine |= {"driver": nvml.driver(), "gpu_state": nvml.state()}
 
     def run(self) -> Report:
-        """Every case; what was measured before an interruption is written all the same, and the interruption goes on.
+        """Every case; what was measured before an interruption or an error is written all the same, and that goes on.
 
         Raises:
-            KeyboardInterrupt: after the report is written.
+            RequestError: the gate cannot judge a case; nothing is measured.
         """
-        judged = [
-            (case, sides, self._judges(case)) for case, sides in self._work
-        ]  # or an error before anything
+        gate = self._settings.plan.gate
+        judged = [(case, sides, self._judges(case)) for case, sides in self._work]
+        for case, _, judges in judged:
+            if why := gate.refuses(case, judges):
+                raise RequestError(f"gate {gate.name!r} cannot judge case {case.name!r}: {why}")
+        complete = False
         try:
             for case, sides, judges in judged:
                 self._run_case(case, sides, judges)
-        except KeyboardInterrupt:
-            self._write(complete=False)
-            raise
-        return self._write(complete=True)
+            complete = True
+        finally:
+            made = self._report(complete=complete)
+            if complete or self._results:
+                self._write(made)
+        return made
 
     def _run_case(self, case: Case, sides: list[SideSpec], judges: Judges) -> None:
         settings = self._settings
-        reason = too_little(case, sides, settings.device)
-        if reason:
-            empty = CaseResult(asdict(case), {}, settings.plan.gate.name, None, [], reason)
-            self._results.append(empty)
-            return
         prompts = settings.plan.prompts or (demo_prompts(64) if case.model == "demo" else _PROMPTS)
         with tempfile.TemporaryDirectory(prefix="latentrt-bench-") as scratch:
             folder = settings.work or Path(scratch)
+            reason = too_little(case, sides, settings.device, folder)
+            if reason:
+                empty = CaseResult(asdict(case), {}, settings.plan.gate.name, None, [], reason)
+                self._results.append(empty)
+                return
             here = located(case, folder)
+            device, keep = str(settings.device), settings.work is not None
+            jobs = [job_for(here, side, device, folder / case.name) for side in sides if side.builds]
+            built = {job.side.name for job in jobs if job.is_built()}
             with LiveTable(case.name, [side.name for side in sides]) as live:
                 run = CaseRun(
                     here,
                     sides,
                     replace(settings.plan, prompts=prompts),
                     steps=here.split_steps(open_checkpoint(here.model).config("scheduler")),
-                    device=str(settings.device),
+                    device=device,
                     folder=folder / case.name,
                     open_host=self._open_host,
                     judges=judges,
                     tell=live.tell,
+                    arrangement=arrange(here, sides, room(settings.device, folder, keeps=keep), built),
+                    keep=keep,
                 )
                 try:
                     run.measure()
@@ -158,7 +171,7 @@ class Suite:
                     self._results.append(replace(run.result(), case=asdict(case)))
                     pictures = settings.out / "pictures" / case.name
                     self._pictures[case.name] = report.save_pictures(pictures, run.pictures)
-        self._write(complete=False)
+        self._write(self._report(complete=False))
 
     @staticmethod
     def _require(settings: Settings) -> None:
@@ -170,6 +183,11 @@ class Suite:
         if settings.plan.pictures < gate.least_pictures:
             raise RequestError(
                 f"gate {gate.name!r} judges {gate.least_pictures} pictures, and --pictures is {settings.plan.pictures}"
+            )
+        lacking = [name for name in gate.networks if settings.metrics and name not in settings.metrics]
+        if lacking:
+            raise RequestError(
+                f"gate {gate.name!r} judges by {' and '.join(lacking)}; give --metric for it, or for none"
             )
         if settings.inception is not None and settings.truth is None:
             raise RequestError("--inception is for FID, which needs true pictures: give --truth as well")
@@ -200,20 +218,22 @@ class Suite:
                 judges = replace(judges, **{name: None})
         return judges
 
-    def _write(self, *, complete: bool) -> Report:
-        out = self._settings.out
-        made = Report(
+    def _report(self, *, complete: bool) -> Report:
+        return Report(
             command=self._settings.command,
             machine=self._machine,
             seed=self._settings.plan.seed,
             cases=self._results,
             complete=complete,
             conditions={"load": [*self._load, os.getloadavg()[0]]},
+            seconds=time.perf_counter() - self._begun,
         )
+
+    def _write(self, made: Report) -> None:
+        out = self._settings.out
         write_report(out / "bench.json", made)
         (out / "bench.md").write_text(report.markdown(made, self._beside), "utf-8")
         (out / "bench.html").write_text(report.html(made, self._pictures, self._beside), "utf-8")
-        return made
 
 
 def _wants_a_judge(metrics: Sequence[str]) -> bool:

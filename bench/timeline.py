@@ -216,6 +216,7 @@ def profile(case: Case, folder: Path, backend: str) -> dict[str, Any]:
             seed=seed,
             height=height,
             width=width,
+            negative_prompt=case.negative,
             num_inference_steps=case.steps,
             guidance_scale=case.guidance,
             high_noise_frac=case.high_noise_frac,

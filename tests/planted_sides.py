@@ -42,8 +42,11 @@ class PlantedSide(Side):
         hangs_at: int | None = None,
         child: str | None = None,
         reverses: bool = False,
+        note: str | None = None,
+        tells: Sequence[str] = (),
     ) -> None:
-        self.settings = "planted"
+        self.settings = "|".join(os.environ[name] for name in tells) or "planted"
+        self._note = note
         self._case = case
         self._step_seconds = step_seconds
         self._leak_bytes = leak_bytes
@@ -60,6 +63,9 @@ class PlantedSide(Side):
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
         call, self._calls = self._calls, self._calls + 1
+        if self._note is not None:
+            with open(self._note, "a") as stream:
+                stream.write(".")
         if call == self._fails_at:
             raise RuntimeError("planted \x1b[96mfailure\nand a long explanation")
         if call == self._dies_at:

@@ -258,13 +258,13 @@ def test_a_terminal_sees_what_each_side_is_at() -> None:
         (("--rounds", "0"), "0 rounds of 4 pictures"),
         (("--prompts", "empty.txt"), "empty.txt holds no prompts; write one a line"),
         (("--beside", "empty.txt"), "empty.txt is not JSON"),
-        (("--case", "sdxl"), "sides need about"),
+        (("--case", "sdxl"), "sdxl: diffusers needs about 11.5 GiB and 4.0 GiB are free on cpu"),
     ],
 )
 def test_refusals_are_one_line(
     arguments: tuple[str, ...], message: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("latentrt.bench.models._free_bytes", lambda device: 4 << 30)
+    monkeypatch.setattr("latentrt.bench.room._free_memory", lambda device: 4 << 30)
     Path("empty.txt").touch()
     code, _, err = run("bench", *arguments)
     assert code == 1

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
-import torch
 from fake_clock import FakeClock
 from latentrt.bench.cases import Case, SideSpec
 from latentrt.bench.gates import GATES
-from latentrt.bench.host import Host, Job, OwnProcess, Worker
-from latentrt.bench.results import CaseResult, Row, read_report
+from latentrt.bench.host import Host, Job, Worker
+from latentrt.bench.results import CaseResult, Row
+from latentrt.bench.room import Arrangement
 from latentrt.bench.run import CaseRun, Plan
-from latentrt.bench.suite import Settings, Suite
-from latentrt.errors import BenchmarkError
 from planted_sides import planted
 
 STEPS = 5
@@ -154,7 +150,8 @@ def test_trying_settings_out_is_no_part_of_the_first_picture(
 @pytest.mark.parametrize("at", [0, 3, 5])
 def test_a_side_that_fails_is_told_and_the_rest_goes_on(at: int, measure: Callable[..., CaseResult]) -> None:
     found = rows(measure(planted("failing", fails_at=at), planted("sound"), rounds=3))
-    assert (found["failing"].status, found["failing"].reason) == ("failed", "planted [96mfailure")
+    where = "" if at == 0 else "batch 1: "
+    assert (found["failing"].status, found["failing"].reason) == ("failed", f"{where}planted [96mfailure")
     assert found["failing"].batches == []
     assert len(found["sound"].batches[0].seconds) == 3
     assert found["sound"].batches[0].speedup is None  # there is nothing that it would be beside
@@ -169,16 +166,19 @@ def test_a_side_that_builds_is_first_measured_in_a_process_before(measure: Calla
 
     builds = SideSpec("builds", "", "planted_sides:open_planted", {"step_seconds": 0.01}, builds=True)
     found = rows(measure(planted("plain"), builds, open_host=counting, rounds=1))
-    assert opened == ["plain", "builds", "builds"]
+    # One that builds nothing has a process before as well: its files are in memory like those of one that builds.
+    assert opened == ["plain", "plain", "builds", "builds"]
     assert found["plain"].build_seconds is None
     assert found["builds"].build_seconds is not None
     assert found["builds"].build_seconds >= STEPS * 0.01
 
 
 def test_what_an_earlier_run_built_is_told_and_not_timed(
-    measure: Callable[..., CaseResult], tmp_path: Path
+    measure: Callable[..., CaseResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
+    now = ["0123abc"]
+    monkeypatch.setattr("latentrt.bench.host.commit", lambda: now[0])
 
     def counting(job: Job) -> Host:
         opened.append(job.folder)
@@ -189,7 +189,7 @@ def test_what_an_earlier_run_built_is_told_and_not_timed(
         return measure(side, open_host=counting, rounds=1).rows[0]
 
     first, second, other = build(), build(), build(step_seconds=0.001)
-    assert [len(set(opened[:3])), len(opened)] == [1, 5]
+    assert [len(set(opened[:4])), len(opened)] == [1, 6]
     assert (first.built_before, second.built_before, other.built_before) == (False, True, False)
     assert first.build_seconds is not None
     assert second.build_seconds is None
@@ -197,6 +197,124 @@ def test_what_an_earlier_run_built_is_told_and_not_timed(
     (opened[0] / "half an export").touch()
     assert build().build_seconds is not None
     assert not (opened[0] / "half an export").exists()
+    now[0] = "0123abc+"  # changed since the commit: who knows how
+    assert [build().built_before for _ in range(2)] == [False, False]
+
+
+def test_a_side_that_fails_at_a_larger_batch_keeps_what_it_was_through_with(
+    measure: Callable[..., CaseResult],
+) -> None:
+    """As where memory runs out. It makes 3 pictures, then 2 runs before 2 rounds of each size."""
+    case = Case("planted", "nothing real", "none", steps=1, batches=(1, 2, 3))
+    found = rows(measure(planted("first", fails_at=10), planted("b"), case=case, rounds=2))
+    first, b = found["first"], found["b"]
+    assert (first.status, first.reason) == ("failed", "batch 2: planted [96mfailure")
+    assert [(f.batch, len(f.seconds)) for f in first.batches] == [(1, 2)]
+    assert first.first_image_seconds is not None
+    assert [f.batch for f in b.batches] == [1, 2, 3]
+    assert b.batches[0].beside == first.batches[0].seconds
+    assert [f.speedup is None for f in b.batches] == [False, True, True]  # of half a size nobody is told
+
+
+def grouped(case: Case, *groups: str, lost: dict[str, dict[int, str]] | None = None) -> Arrangement:
+    names = {name for group in groups for name in group}
+    return Arrangement([list(group) for group in groups], dict.fromkeys(names, case.batches), lost or {})
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_sides_that_do_not_fit_together_are_measured_in_groups(
+    keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second group everything takes twice as long, which each ratio is free of."""
+    FakeClock().install(monkeypatch)
+    open_now: set[str] = set()
+    together: set[frozenset[str]] = set()
+
+    class Counting(Worker):
+        def __init__(self, job: Job) -> None:
+            super().__init__(job)
+            self._name = job.side.name
+
+        def open(self) -> str:
+            open_now.add(self._name)
+            together.add(frozenset(open_now))
+            return super().open()
+
+        def run(self, *args: Any, **kwargs: Any) -> Any:
+            made = super().run(*args, **kwargs)
+            return replace(made, seconds=made.seconds * (2 if "c" in open_now else 1))
+
+        def close(self) -> None:
+            open_now.discard(self._name)
+            super().close()
+
+    case = replace(CASE, steps=1)
+    sides = [planted(name, step_seconds=s) for name, s in (("a", 0.01), ("b", 0.02), ("c", 0.02), ("d", 0.0))]
+    run = CaseRun(
+        case,
+        sides,
+        Plan(["a"], GATES["eager"], rounds=3, pictures=1),
+        steps={"base": 1},
+        device="cpu",
+        folder=tmp_path,
+        open_host=Counting,
+        arrangement=grouped(case, "ab", "ac", lost={"d": {1: "needs about 40.0 GiB"}}),
+        keep=keep,
+    )
+    run.measure()
+    found = rows(run.result())
+    assert together == {frozenset(names) for names in ("a", "ab", "ac")}
+    assert not open_now
+    assert [found[name].batches[0].speedup.value for name in "abc"] == pytest.approx([1, 0.5, 0.5], abs=1e-3)
+    assert found["b"].batches[0].latency.median.value == pytest.approx(0.02, abs=1e-4)
+    assert found["c"].batches[0].latency.median.value == pytest.approx(0.04, abs=1e-4)
+    assert len(found["a"].batches[0].seconds) == 6
+    assert run.result().groups == [["a", "b"], ["a", "c"]]
+    assert (found["d"].status, found["d"].reason) == ("skipped", "batch 1 needs about 40.0 GiB")
+    assert found["d"].batches == []
+    assert any(tmp_path.iterdir()) is keep
+
+
+def test_many_pictures_are_kept_as_bytes(
+    measure: Callable[..., CaseResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentrt.bench.run._MANY", 2)
+    monkeypatch.setattr("latentrt.bench.run._SHOWN", 1)
+    runs: list[CaseRun] = []
+    begin = CaseRun.measure
+    monkeypatch.setattr(CaseRun, "measure", lambda self: (runs.append(self), begin(self)))
+    found = rows(measure(planted("right"), planted("other"), planted("late", wrong_from=6), pictures=3))
+    assert found["other"].quality.psnr == 200
+    assert found["other"].batches[0].psnr == 200
+    assert (found["late"].status, found["late"].reason[:13]) == ("invalid", "batch 1: PSNR")
+    lanes = {lane.spec.name: lane for lane in runs[0]._lanes}
+    assert [(lanes[name].images.dtype, len(lanes[name].images)) for name in ("right", "other")] == [
+        (np.uint8, 3),
+        (np.uint8, 1),
+    ]
+    pictures = runs[0].pictures["right"]
+    assert (pictures.dtype, pictures.shape) == (np.float32, (1, 32, 32, 3))
+    assert 0.5 < pictures.max() <= 1
+
+
+def test_a_leak_on_the_gpu_shows_though_the_host_has_none(measure: Callable[..., CaseResult]) -> None:
+    class Leaking(Worker):
+        held = 1e9
+
+        def run(self, *args: Any, **kwargs: Any) -> Any:
+            self.held += 4e6
+            made = super().run(*args, **kwargs)
+            return replace(made, memory={**made.memory, "allocated": self.held, "gpu": 2e9})
+
+    case = Case("planted", "nothing real", "none", steps=1, batches=(2,))
+    memory = measure(planted("a"), case=case, open_host=Leaking, rounds=5).rows[0].batches[0].memory
+    assert memory.growths["allocated"] == pytest.approx(2e6)
+    assert memory.growths["gpu"] == 0
+    assert memory.growths["resident"] == memory.growth
+    assert memory.at_rest["gpu"] == 2e9
+    assert memory.at_rest["allocated"] == pytest.approx(
+        1e9 + 4e6 * 7
+    )  # the median of 5 after 2 pictures and 2 runs
 
 
 def test_rounds_take_turns(measure: Callable[..., CaseResult]) -> None:
@@ -231,7 +349,7 @@ def test_what_was_measured_before_ctrl_c_is_kept(tmp_path: Path) -> None:
 
         def run(self, *args: Any, **kwargs: Any) -> Any:
             Interrupted.calls += 1
-            if Interrupted.calls == 13:  # in the second round, one side is through and the other one is not
+            if Interrupted.calls == 15:  # in the second round, one side is through and the other one is not
                 raise KeyboardInterrupt
             return super().run(*args, **kwargs)
 
@@ -253,54 +371,6 @@ def test_what_was_measured_before_ctrl_c_is_kept(tmp_path: Path) -> None:
     assert all(row.batches[0].speedup.value > 0 for row in result.rows)
 
 
-def test_an_interruption_before_anything_was_measured_leaves_a_report(tmp_path: Path) -> None:
-    class Interrupted(Worker):
-        def open(self) -> str:
-            raise KeyboardInterrupt
-
-    settings = Settings(
-        Plan([], GATES["eager"]), torch.device("cpu"), tmp_path, "as typed", metrics=("psnr", "ssim")
-    )
-    with pytest.raises(KeyboardInterrupt):
-        Suite([(replace(CASE, model="demo"), [planted("a")])], settings, open_host=Interrupted).run()
-    found = read_report(tmp_path / "bench.json")
-    assert (found.complete, found.cases[0].rows[0].batches) == (False, [])
-    assert "Interrupted" in (tmp_path / "bench.html").read_text()
-
-
-@pytest.mark.parametrize("interrupted", [True, False])
-def test_a_whole_run_leaves_its_report(interrupted: bool, tmp_path: Path) -> None:
-    class Host(Worker):
-        calls = 0
-
-        def run(self, *args: Any, **kwargs: Any) -> Any:
-            Host.calls += 1
-            if interrupted and Host.calls == 13:
-                raise KeyboardInterrupt
-            return super().run(*args, **kwargs)
-
-    case = Case("demo", "nothing real", "demo", steps=2)
-    plan = Plan([], GATES["eager"], pictures=2)
-    settings = Settings(plan, torch.device("cpu"), tmp_path / "out", "as typed", metrics=("psnr", "ssim"))
-    suite = Suite([(case, [planted("a"), planted("b", wrong_from=99)])], settings, open_host=Host)
-    if interrupted:
-        with pytest.raises(KeyboardInterrupt):
-            suite.run()
-    else:
-        assert suite.run().complete
-    found = read_report(tmp_path / "out" / "bench.json")
-    assert found.complete is not interrupted
-    assert found.command == "as typed"
-    assert len(found.conditions["load"]) == 2
-    assert [row.side for row in found.cases[0].rows] == ["a", "b"]
-    assert found.cases[0].steps == {"base": 2}
-    rounds = 2 if interrupted else plan.rounds
-    assert 1 <= len(found.cases[0].rows[0].batches[0].seconds) <= rounds
-    assert ("Interrupted" in (tmp_path / "out" / "bench.md").read_text()) is interrupted
-    assert (tmp_path / "out" / "bench.html").read_text().count("data:image/jpeg") == 4
-    assert (tmp_path / "out" / "pictures" / "demo" / "b-1.png").is_file()
-
-
 def test_the_same_run_twice_differs_by_less_than_its_interval(
     measure: Callable[..., CaseResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,89 +382,3 @@ def test_the_same_run_twice_differs_by_less_than_its_interval(
     assert first.low < 0.5 < first.high
     assert abs(first.value - second.value) < first.high - first.low
     assert first.value != second.value
-
-
-def test_a_process_of_its_own_tells_how_it_ended(tmp_path: Path) -> None:
-    job = Job(CASE, planted("dying", dies_at=1), "cpu", tmp_path)
-    host = OwnProcess(job, threads=1)
-    try:
-        assert host.open() == "planted"
-        run = host.run(["a"], [3], traced=True)
-        assert run.images.shape == (1, 32, 32, 3)
-        assert run.trace is not None
-        with pytest.raises(BenchmarkError, match=r"its process ended by signal 9; .* out of memory"):
-            host.run(["a"], [3])
-    finally:
-        host.close()
-        host.close()
-
-
-def test_a_process_that_hangs_is_ended_with_those_it_began(tmp_path: Path) -> None:
-    note = tmp_path / "pid"
-    host = OwnProcess(Job(CASE, planted("hanging", hangs_at=0, child=str(note)), "cpu", tmp_path), threads=1)
-    try:
-        host.open()
-        host._patience = 0.1
-        with pytest.raises(BenchmarkError, match=r"not through with its pictures after 0 s; .* --patience"):
-            host.run(["a"], [3])
-        while not (note.exists() and note.read_text()):
-            time.sleep(0.05)
-    finally:
-        host.close()
-    child = psutil.Process(int(note.read_text())) if psutil.pid_exists(int(note.read_text())) else None
-    assert child is None or child.status() == psutil.STATUS_ZOMBIE or child.name() != "sleep"
-
-
-def test_half_precision_may_be_as_far_off_as_eager_pytorch_is() -> None:
-    from latentrt.bench.gates import Quality
-
-    judge = GATES["eager"].judge
-    eager = Quality(4, psnr=30.0, ssim=0.9)
-    assert judge(Quality(4, 28.0, 0.9), "float16", eager) == []
-    assert judge(Quality(4, 26.0, 0.9), "float16", eager) == ["PSNR 26.0 dB, at least 27.0"]
-    assert judge(Quality(4, 28.0, 0.9), "float32", eager) != []
-    assert judge(Quality(4, float("nan"), 1.0), "float32", None) != []
-    nonsense = Quality(4, psnr=float("-inf"), ssim=float("nan"))  # as from an eager run full of NaN
-    assert judge(nonsense, "float16", nonsense) != []
-
-
-def test_mlperfs_gate_wants_mlperfs_number_of_pictures() -> None:
-    from latentrt.bench.gates import Quality
-
-    judge = GATES["mlperf"].judge
-    whole = Quality(
-        5000, 20, 0.5, clip=31.7, clip_by="CLIP ViT-B/32 (x)", fid=23.5, fid_by="Inception-v3 (y)"
-    )
-    assert judge(whole, "float16", None) == []
-    assert judge(replace(whole, clip=31.6, fid=24.0), "float16", None) == [
-        "CLIP score 31.600, 31.686 to 31.813",
-        "FID 24.000, 23.011 to 23.950",
-    ]
-    assert judge(Quality(8, 20, 0.5), "float16", None) == [
-        "cannot be judged: 8 pictures, MLPerf has 5000",
-        "cannot be judged: CLIP score was not measured",
-        "cannot be judged: FID was not measured",
-    ]
-    other = replace(whole, clip_by="the demo's image tower", fid_by="CLIP ViT-B/32 (x)")
-    assert judge(other, "float16", None) == [
-        "cannot be judged: CLIP score is by the demo's image tower, MLPerf's by CLIP ViT-B/32",
-        "cannot be judged: FID is by CLIP ViT-B/32 (x), MLPerf's by Inception-v3",
-    ]
-
-
-def test_likeness_is_that_of_the_verdict() -> None:
-    """torchmetrics beside the measures of `latentrt verify`, which are written by themselves."""
-    from latentrt.bench.gates import likeness
-    from latentrt.export import measures
-
-    rng = np.random.default_rng(0)
-    a = rng.random((2, 48, 40, 3), dtype=np.float32)
-    b = np.clip(a + 0.05 * rng.standard_normal(a.shape), 0, 1).astype(np.float32)
-    x, y = (torch.from_numpy(i).permute(0, 3, 1, 2) for i in (a, b))
-    found = likeness(a, b)
-    assert found[0] == pytest.approx(min(measures.psnr(x[k], y[k], peak=1.0) for k in range(2)), abs=1e-3)
-    assert found[1] == pytest.approx(
-        min(measures.ssim(x[k : k + 1], y[k : k + 1]) for k in range(2)), abs=0.01
-    )
-    assert likeness(a, a) == (measures.MAX_PSNR, 1.0)
-    assert likeness(np.full_like(a, np.nan), a) == (float("-inf"), -1.0)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from latentrt.bench.cases import Case, sides_named
-from latentrt.bench.diffusers_side import load_pipelines
+from latentrt.bench.diffusers_side import DiffusersSide, load_pipelines, open_side
 from latentrt.bench.gates import GATES, likeness
-from latentrt.bench.host import Worker
+from latentrt.bench.host import Job, Worker
 from latentrt.bench.random_checkpoint import PUBLISHED, write_checkpoint
 from latentrt.bench.results import CaseResult
 from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.side import factory
+from latentrt.runtime.latents import NoiseSource
+from planted_sides import planted
 
 SMALL_UNET = {
     "block_out_channels": [32, 64, 64],
@@ -85,6 +90,122 @@ def test_a_vae_that_float16_would_overflow_stays_in_float32(case: Case) -> None:
         assert base.vae.decode(latents, return_dict=False)[0].dtype == torch.float32
     # What the pipelines ask before they move it for a picture.
     assert not (base.vae.dtype == torch.float16 and base.vae.config.force_upcast)
+
+
+class StandIn:
+    """As much of diffusers' pipeline as a side touches, and what was asked of it."""
+
+    def __init__(self, dtype: torch.dtype = torch.float16) -> None:
+        self.compiled: dict[str, Any] = {}
+        self.formats: list[Any] = []
+        self.fused = 0
+        self.asked: dict[str, Any] = {}
+        config = SimpleNamespace(in_channels=4)
+        self.unet = SimpleNamespace(
+            dtype=dtype,
+            config=config,
+            to=self._to,
+            compile=self.compiled.update,
+            fuse_qkv_projections=self.fuse_qkv_projections,
+        )
+        self.vae = SimpleNamespace(to=self._to, decode=lambda latents: latents)
+        self.scheduler = SimpleNamespace(scale_model_input=None)
+        self.encode_prompt = lambda: None
+        self.vae_scale_factor, self.default_sample_size = 8, 16
+
+    def _to(self, memory_format: Any) -> None:
+        self.formats.append(memory_format)
+
+    def fuse_qkv_projections(self) -> None:
+        self.fused += 1
+
+    def __call__(self, **asked: Any) -> Any:
+        self.asked = asked
+        return SimpleNamespace(images=np.zeros((len(asked["prompt"]), 8, 8, 3), np.float32))
+
+
+def test_every_side_begins_from_the_same_noise_in_half_precision() -> None:
+    """Drawn in float32 and rounded; PyTorch draws float16 by another way."""
+    case = Case("half", "", "none", size=(96, 128), dtype="float16", negative="blurry")
+    base = StandIn()
+    DiffusersSide(case, torch.device("cpu"), base, None, "")(["a", "b"], [3, 4])
+    wanted = NoiseSource([torch.Generator().manual_seed(seed) for seed in (3, 4)], 2).draw((4, 12, 16))
+    assert torch.equal(base.asked["latents"], wanted.half())
+    assert base.asked["negative_prompt"] == ["blurry", "blurry"]
+    # What the steps draw goes on from there.
+    drawn = base.asked["generator"][0].get_state()
+    assert not torch.equal(drawn, torch.Generator().manual_seed(3).get_state())
+    DiffusersSide(replace(case, negative=None), torch.device("cpu"), base, None, "")(["a"], [3])
+    assert base.asked["negative_prompt"] is None
+
+
+def test_the_negative_prompt_reaches_every_side(case: Case, tmp_path: Path) -> None:
+    case = replace(case, high_noise_frac=1.0, steps=1)
+    made = {}
+    for negative in (None, "a blurry dog"):
+        for spec in sides_named(["diffusers", "latentrt-eager"]):
+            asked = replace(case, negative=negative)
+            side = factory(spec)(asked, torch.device("cpu"), torch.float32, tmp_path, **spec.options)
+            made[spec.name, negative] = side(["a cat"], [3]).images
+    assert likeness(made["diffusers", "a blurry dog"], made["latentrt-eager", "a blurry dog"])[0] > 100
+    assert likeness(made["diffusers", "a blurry dog"], made["diffusers", None])[0] < 100
+
+
+@pytest.mark.parametrize(
+    ("place", "mode"), [("cpu", "default"), ("cuda", "default"), ("cuda", "max-autotune")]
+)
+def test_torch_compile_is_set_up_as_its_guides_say(
+    place: str, mode: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, refiner = StandIn(), StandIn()
+    decode: dict[str, Any] = {}
+    monkeypatch.setattr("latentrt.bench.diffusers_side.load_pipelines", lambda *_: (base, refiner))
+    monkeypatch.setattr(torch, "compile", lambda call, **how: decode.update(how) or call)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    case = replace(case, batches=(1, 2, 4, 8))
+    with torch._dynamo.config.patch(recompile_limit=8):
+        side = open_side(case, torch.device(place), torch.float16, tmp_path, mode=mode)
+        # For both UNets and each size with room to spare, since a graph that is not compiled any more is an error.
+        assert torch._dynamo.config.recompile_limit > 2 * 4
+    assert base.compiled == refiner.compiled == decode
+    assert (decode["dynamic"], decode["fullgraph"]) == (False, True)
+    for name in decode["options"]:
+        torch._inductor.config.patch({name: decode["options"][name]})  # which knows it
+        assert f"{name}={decode['options'][name]}" in side.settings
+    guided = (place, mode) == ("cuda", "max-autotune")
+    assert (base.fused, refiner.fused) == ((1, 1) if guided else (0, 0))
+    assert ("fused QKV" in side.settings) is guided
+    assert ("conv_1x1_as_mm" in decode["options"]) is guided
+    assert decode["options"].get("epilogue_fusion", True) is not guided
+    assert torch.backends.cudnn.benchmark is (place == "cuda")
+    assert ("cudnn.benchmark" in side.settings) is (place == "cuda")
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """Allowed, as far as PyTorch allows it by itself or a user may have."""
+    places = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = True
+    yield
+    for place, value in zip(places, before, strict=True):
+        place.allow_tf32 = value
+
+
+@pytest.mark.usefixtures("tf32")
+def test_float32_is_no_tf32_in_a_sides_process(tmp_path: Path) -> None:
+    case = Case("planted", "", "none", steps=1)
+    half, exact = (
+        Worker(Job(case, planted("a").at(dtype), "cpu", tmp_path)) for dtype in ("float16", "float32")
+    )
+    half.open()
+    assert torch.backends.cudnn.allow_tf32
+    assert exact.open() == "planted"
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    half._device = exact._device = torch.device("cuda")
+    assert (half.tune(), exact.tune()) == ("planted and tuned", "planted and tuned, no TF32")
 
 
 @pytest.mark.full

@@ -1,0 +1,57 @@
+"""A side in a process of its own."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from latentrt.bench.cases import Case
+from latentrt.bench.host import Job, OwnProcess
+from latentrt.errors import BenchmarkError
+from planted_sides import planted
+
+CASE = Case("planted", "nothing real", "none", steps=5)
+
+
+def test_a_process_of_its_own_tells_how_it_ended(tmp_path: Path) -> None:
+    job = Job(CASE, planted("dying", dies_at=1), "cpu", tmp_path)
+    host = OwnProcess(job, threads=1)
+    try:
+        assert host.open() == "planted"
+        run = host.run(["a"], [3], traced=True)
+        assert run.images.shape == (1, 32, 32, 3)
+        assert run.trace is not None
+        with pytest.raises(BenchmarkError, match=r"its process ended by signal 9; .* out of memory"):
+            host.run(["a"], [3])
+    finally:
+        host.close()
+        host.close()
+
+
+def test_a_process_that_hangs_is_ended_with_those_it_began(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    host = OwnProcess(Job(CASE, planted("hanging", hangs_at=0, child=str(note)), "cpu", tmp_path), threads=1)
+    try:
+        host.open()
+        host._patience = 0.1
+        with pytest.raises(BenchmarkError, match=r"not through with its pictures after 0 s; .* --patience"):
+            host.run(["a"], [3])
+        while not (note.exists() and note.read_text()):
+            time.sleep(0.05)
+    finally:
+        host.close()
+    child = psutil.Process(int(note.read_text())) if psutil.pid_exists(int(note.read_text())) else None
+    assert child is None or child.status() == psutil.STATUS_ZOMBIE or child.name() != "sleep"
+
+
+def test_what_a_process_compiles_goes_to_its_own_folder(tmp_path: Path) -> None:
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
+    host = OwnProcess(Job(CASE, planted("telling", tells=names), "cpu", tmp_path / "own"), threads=1)
+    try:
+        folders = host.open().split("|")
+    finally:
+        host.close()
+    assert len(set(folders)) == 3
+    assert all(Path(folder).parent == tmp_path / "own" for folder in folders)

@@ -1,0 +1,184 @@
+"""A whole run: what is refused, what is left of it however it ends, and the command line's part in it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from latentrt.bench import commands
+from latentrt.bench.cases import CASES, Case
+from latentrt.bench.features import Judges
+from latentrt.bench.gates import GATES
+from latentrt.bench.host import Worker
+from latentrt.bench.results import read_report
+from latentrt.bench.run import Plan
+from latentrt.bench.suite import Settings, Suite
+from latentrt.errors import BackendUnavailableError, RequestError
+from planted_sides import planted
+
+CASE = Case("planted", "nothing real", "none", steps=5)
+
+
+def test_an_interruption_before_anything_was_measured_leaves_a_report(tmp_path: Path) -> None:
+    class Interrupted(Worker):
+        def open(self) -> str:
+            raise KeyboardInterrupt
+
+    settings = Settings(
+        Plan([], GATES["eager"]), torch.device("cpu"), tmp_path, "as typed", metrics=("psnr", "ssim")
+    )
+    with pytest.raises(KeyboardInterrupt):
+        Suite([(replace(CASE, model="demo"), [planted("a")])], settings, open_host=Interrupted).run()
+    found = read_report(tmp_path / "bench.json")
+    assert (found.complete, found.cases[0].rows[0].batches) == (False, [])
+    assert found.cases[0].rows[0].first_image_seconds is None
+    assert "Interrupted" in (tmp_path / "bench.html").read_text()
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_a_whole_run_leaves_its_report(interrupted: bool, tmp_path: Path) -> None:
+    class Host(Worker):
+        calls = 0
+
+        def run(self, *args: Any, **kwargs: Any) -> Any:
+            Host.calls += 1
+            if interrupted and Host.calls == 15:
+                raise KeyboardInterrupt
+            return super().run(*args, **kwargs)
+
+    case = Case("demo", "nothing real", "demo", steps=2)
+    plan = Plan([], GATES["eager"], pictures=2)
+    settings = Settings(plan, torch.device("cpu"), tmp_path / "out", "as typed", metrics=("psnr", "ssim"))
+    suite = Suite([(case, [planted("a"), planted("b", wrong_from=99)])], settings, open_host=Host)
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            suite.run()
+    else:
+        assert suite.run().complete
+    found = read_report(tmp_path / "out" / "bench.json")
+    assert found.complete is not interrupted
+    assert found.command == "as typed"
+    assert len(found.conditions["load"]) == 2
+    assert 0 < found.cases[0].seconds <= found.seconds
+    assert found.cases[0].groups == [["a", "b"]]
+    assert [row.side for row in found.cases[0].rows] == ["a", "b"]
+    assert found.cases[0].steps == {"base": 2}
+    rounds = 2 if interrupted else plan.rounds
+    assert 1 <= len(found.cases[0].rows[0].batches[0].seconds) <= rounds
+    assert ("Interrupted" in (tmp_path / "out" / "bench.md").read_text()) is interrupted
+    assert (tmp_path / "out" / "bench.html").read_text().count("data:image/jpeg") == 4
+    assert (tmp_path / "out" / "pictures" / "demo" / "b-1.png").is_file()
+
+
+def test_a_case_that_its_gate_cannot_judge_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Suite, "_judges", lambda self, case: Judges())
+    settings = Settings(
+        Plan([], GATES["mlperf"], pictures=5000),
+        torch.device("cpu"),
+        tmp_path / "out",
+        "",
+        **dict.fromkeys(("clip", "inception", "truth"), tmp_path),
+    )
+    suite = Suite([(CASES["demo"], [planted("a")])], settings, open_host=Worker)
+    with pytest.raises(
+        RequestError, match="gate 'mlperf' cannot judge case 'demo': steps is 30, and it judges"
+    ):
+        suite.run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_measured_before_an_error_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = [(replace(CASE, name=name, model="demo"), [planted("a")]) for name in ("one", "two")]
+    settings = Settings(
+        Plan([], GATES["eager"], rounds=1),
+        torch.device("cpu"),
+        tmp_path,
+        "as typed",
+        metrics=("psnr", "ssim"),
+    )
+    suite = Suite(work, settings, open_host=Worker)
+    measured = suite._run_case
+
+    def failing(case: Case, *rest: Any) -> None:
+        if case.name == "two":
+            raise OSError("no space left")
+        measured(case, *rest)
+
+    monkeypatch.setattr(suite, "_run_case", failing)
+    with pytest.raises(OSError, match="no space left"):
+        suite.run()
+    found = read_report(tmp_path / "bench.json")
+    assert (found.complete, [case.case["name"] for case in found.cases]) == (False, ["one"])
+
+
+@pytest.mark.timeout(120)
+def test_a_whole_run_in_processes_ends_by_ctrl_c_with_its_report(tmp_path: Path) -> None:
+    """As `latentrt bench` runs: sides in processes of their own, and a real signal to the whole group."""
+    code = (
+        "import sys, torch; from pathlib import Path; from dataclasses import replace\n"
+        "from latentrt.bench.cases import CASES; from latentrt.bench.gates import GATES\n"
+        "from latentrt.bench.run import Plan; from latentrt.bench.suite import Settings, Suite\n"
+        "from planted_sides import planted\n"
+        "if __name__ == '__main__':\n"
+        "    case = replace(CASES['demo'], refiner=None, steps=2, batches=(1,))\n"
+        "    plan = Plan(['a'], GATES['eager'], rounds=100000, pictures=1)\n"
+        "    settings = Settings(plan, torch.device('cpu'), Path(sys.argv[1]), 'typed', metrics=('psnr',))\n"
+        "    Suite([(case, [planted('a', note=sys.argv[2])])], settings).run()\n"
+    )
+    script, note, out = tmp_path / "script.py", tmp_path / "note", tmp_path / "out"
+    script.write_text(code)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*map(str, sys.path), str(Path(__file__).parents[1])]),
+    }
+    process = subprocess.Popen([sys.executable, str(script), str(out), str(note)], env=environment)
+    try:
+        while not (note.exists() and len(note.read_bytes()) > 9):  # in a round by then
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) not in (0, -signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    found = read_report(out / "bench.json")
+    assert not found.complete
+    (row,) = found.cases[0].rows
+    assert row.status == "measured"
+    assert row.batches[0].seconds
+    assert row.first_image_seconds > 0.1  # a process had to begin
+    assert row.batches[0].memory.at_rest["resident"] > 1e8
+    assert row.batches[0].speedup.value == 1
+
+
+def asked(**changes: Any) -> Namespace:
+    names = ("model", "refiner", "size", "steps", "batch", "dtype", "guidance", "high_noise_frac")
+    return Namespace(**{**dict.fromkeys(names), **changes})
+
+
+def test_another_base_does_not_keep_the_cases_refiner() -> None:
+    other = commands._adjusted(CASES["demo"], asked(model="sdxl-random"))
+    assert (other.model, other.refiner) == ("sdxl-random", None)
+    both = commands._adjusted(CASES["demo"], asked(model="sdxl-random", refiner="sdxl-refiner-random"))
+    assert both.refiner == "sdxl-refiner-random"
+    assert commands._adjusted(CASES["demo"], asked(steps=4)).refiner == "demo"
+    assert commands._adjusted(CASES["demo"], asked(refiner="none")).refiner is None
+
+
+def test_what_benchmarks_need_is_asked_for_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "find_spec", lambda name: None if name == "torchmetrics" else object())
+    with pytest.raises(
+        BackendUnavailableError, match=r'^torchmetrics is not installed; .*"latentrt\[bench\]"'
+    ):
+        next(commands.bench(Namespace()))
