@@ -28,6 +28,7 @@ from .engine_store import (
 )
 from .engines.base import Component, TensorSpec
 from .engines.sizes import Profile, SizePolicy, profiles_for
+from .engines.trt import product
 
 __all__ = ["Rebuild", "engine", "exporter_digest", "onnx_model"]
 
@@ -159,13 +160,20 @@ def engine(
             hardware_compatibility=description["hardware_compatibility"],
             plugins=names,
             kernels=kernels,
-            timing_cache=str(store.root / "timings" / f"{digest_of({'of': wanted['version']})[:12]}.cache"),
+            timing_cache=_timings(store, target.product, wanted["version"]),
         )
         requests.append(request)
         return build_in_child(request, expected_seconds=seconds)
 
     folder = store.get_or_build(key, description, build, again=rebuild == "always")
     return stored_engine(folder, built=bool(requests))
+
+
+def _timings(store: Store, name: str, version: str) -> str | None:
+    """The file in which builds of one version of TensorRT hand on what they timed; TensorRT for RTX times nothing."""
+    if not product(name).needs_gpu:
+        return None
+    return str(store.root / "timings" / f"{digest_of({'of': version})[:12]}.cache")
 
 
 @cache
