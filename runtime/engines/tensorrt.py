@@ -151,8 +151,16 @@ class TensorRTEngine:
         except BackendError as error:
             raise BackendError(f"{component.name}: {error}") from error
         self._runtime = self._trt.Runtime(self._log)
-        with open(stored.plan, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-            self._engine = self._runtime.deserialize_cuda_engine(plan)
+        try:
+            with (
+                open(stored.plan, "rb") as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan,
+            ):
+                self._engine = self._runtime.deserialize_cuda_engine(plan)
+        except FileNotFoundError as error:
+            raise BackendError(
+                f"{component.name}: {stored.plan} was removed from the cache when it was to be loaded; try again"
+            ) from error
         if self._engine is None:
             raise self.error(f"cannot load {stored.plan}")
         if self._engine.streamable_weights_size:  # built with weight streaming

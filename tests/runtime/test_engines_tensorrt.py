@@ -326,6 +326,14 @@ def test_a_plan_that_is_none(load: Load) -> None:
         load(plan=b"something else")
 
 
+def test_an_engine_that_is_pruned_before_it_is_read(load: Load, tmp_path: Path) -> None:
+    stored = StoredEngine("0", tmp_path / "gone" / "model.plan", (WIDE,), {}, {}, False)
+    with pytest.raises(
+        BackendError, match=r"unet: \S*gone/model.plan was removed from the cache .*; try again"
+    ):
+        TensorRTEngine(COMPONENT, stored, trt.product("tensorrt"), CPU, Scratch(CPU))
+
+
 def test_weights_are_streamed_where_the_engine_can(load: Load, fake: FakeTensorRT) -> None:
     load()
     assert fake.engine is not None
