@@ -80,6 +80,7 @@ _NAMED = (
     Part("full-size-forward", 1800, command=("-m", "latentrt.bench.full_size")),
     Part("full-size-base", 3600, command=("-m", _SCRIPT, "sdxl_base")),
     Part("full-size-refiner", 3600, command=("-m", _SCRIPT, "sdxl_refiner")),
+    Part("full-size-sd", 3600, command=("-m", _SCRIPT, "sd15", "sd21")),
     Part("full-size-split", 3600, command=("-m", _SCRIPT, "sdxl_base", "--split", "--component", "unet")),
 )
 

@@ -1,10 +1,13 @@
-"""Every component of SDXL's base and refiner at full size: exported to ONNX and built by TensorRT for RTX.
+"""Every component of SDXL's base and refiner and of SD 1.5 and 2.1 at full size: exported to ONNX and built by
+TensorRT for RTX.
 
-    python -m latentrt.bench.full_size_engines [sdxl_base sdxl_refiner] [--component unet] [--again] [--out FILE.json]
+    python -m latentrt.bench.full_size_engines [sdxl_base sdxl_refiner sd15 sd21] [--component unet] [--again]
+                                               [--out FILE.json]
 
-Needs no GPU: engines are for sm_89, images of 512 to 1280 pixels a side (64 to 160 latents) and batches of up to 8
-rows (4 images with guidance). Weights are random from a seed, in float16. The base's VAE stays in float32, as its
-configuration asks; the refiner gets the configuration of those that were fixed for float16, and is built in it.
+Needs no GPU: engines are for sm_89, images from half to 5/4 of the model's own size (SDXL: 512 to 1280 pixels, 64 to
+160 latents a side) and batches of up to 8 rows (4 images with guidance). Weights are random from a seed, in float16.
+SDXL base's VAE stays in float32, as its configuration asks. The others' are in float16: the refiner gets the
+configuration of those that were fixed for it, and SD's do not overflow.
 
 Each step is a process of its own, so that its memory is its own and goes back. What is held, besides that everything
 builds: seconds and memory of the base UNet's export and build, and that a second build finds the first in 5 s.
@@ -65,7 +68,7 @@ class Limits:
 
 
 LIMITS = {("sdxl_base", "unet"): Limits(240, 8e9, 150, 20e9)}
-CHANGES = {"sdxl_refiner": {"vae": {"force_upcast": False}}}
+CHANGES = {model: {"vae": {"force_upcast": False}} for model in ("sdxl_refiner", "sd15", "sd21")}
 
 
 @dataclass(frozen=True)
@@ -286,13 +289,16 @@ def _shortage(configs: Path, folder: Path) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; 1 where what must hold does not, or a machine is too small."""
-    parser = argparse.ArgumentParser(description="Full-size SDXL exported, and built by TensorRT for RTX.")
+    parser = argparse.ArgumentParser(
+        description="Full-size checkpoints exported, and built by TensorRT for RTX."
+    )
     parser.add_argument(
         "models",
         nargs="*",
         type=Path,
-        default=[Path("sdxl_base"), Path("sdxl_refiner")],
-        help="sdxl_base, sdxl_refiner, or diffusers folders of which the configurations are read; the two by default",
+        default=[Path(name) for name in ("sdxl_base", "sdxl_refiner", "sd15", "sd21")],
+        help="of sdxl_base, sdxl_refiner, sd15, sd21 (all by default), or diffusers folders of which the "
+        "configurations are read",
     )
     parser.add_argument("--component", action="append", default=[], help="only this one; repeatable")
     parser.add_argument("--size", action="append", default=[], help="as `latentrt build --sizes` takes it")

@@ -22,7 +22,7 @@ from ..runtime.tokenizer_files import clip_merges, clip_vocabulary
 __all__ = ["PUBLISHED", "component_bytes", "write_checkpoint", "write_weights"]
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "runtime" / "data"
-"""Folders with the configurations of published checkpoints: `sdxl_base`, `sdxl_refiner`."""
+"""Folders with the configurations of published checkpoints: `sdxl_base`, `sdxl_refiner`, `sd15`, `sd21`."""
 
 _WEIGHTS = {
     "text_encoder": "model.safetensors",

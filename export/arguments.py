@@ -62,7 +62,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="none",
         metavar="NAME,...",
         help="operators that plugins made of the Triton kernels take: all, none, or of GroupNorm, GroupNormSilu, "
-        "ShiftGroupNormSilu, DotProductAttention (default none)",
+        "ShiftGroupNormSilu, DotProductAttention; for tensorrt also DotProductAttention:ahead, which needs no Python "
+        "where it runs (default none)",
     )
     e.add_argument(
         "--split",

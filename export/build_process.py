@@ -185,7 +185,9 @@ def main() -> None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()  # returns when the parent's end of the pipe is closed, by whatever
+    # Returns when the parent's end of the pipe is closed, by whatever. Not sys.stdin: its lock, which a waiting thread
+    # holds, aborts an interpreter that ends.
+    os.read(0, 1)
     os._exit(1)  # nothing gentler ends a process whose main thread is inside TensorRT's builder
 
 

@@ -19,7 +19,7 @@ __all__ = ["LIMITS", "Expected", "check_export", "expected_outputs", "relative_e
 
 # Largest max|a - b| / max|b| over an output that passes. In float32 both sides differ by the order of their
 # sums only, some 1e-6; in float16 PyTorch rounds after every operator, and ONNX Runtime computes in float32.
-LIMITS = {torch.float32: 1e-4, torch.float16: 2e-2}
+LIMITS = {torch.float32: 1e-4, torch.float16: 5e-3}
 
 
 @dataclass(frozen=True)

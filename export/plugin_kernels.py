@@ -62,15 +62,18 @@ def _keys(model: Path, names: set[str]) -> Iterator[str]:
     names = {name.partition(":")[0] for name in names}
     graph = onnx.load(model, load_external_data=False).graph
     types = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info, *graph.output)}
+    weights = {weight.name for weight in graph.initializer}
     for node in graph.node:
         if node.domain != DOMAIN or node.op_type not in names:
             continue
         operator = OPERATORS[node.op_type]
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         first = types.get(node.input[0])
-        if first is None or first.elem_type not in _DTYPES:
+        untold = [name for name in node.input if name not in types and name not in weights]
+        if untold or first is None or first.elem_type not in _DTYPES:
             raise BuildError(
-                f"{model}: node {node.name!r} ({node.op_type}) has no type that its plugin takes; build without it"
+                f"{model}: node {node.name!r} ({node.op_type}) has no type and shape that its plugin takes; build "
+                "without it"
             )
         shapes = [
             tuple(d.dim_value or -1 for d in types[name].shape.dim) if name in types else ()

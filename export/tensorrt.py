@@ -6,6 +6,7 @@ imports torch, triton or onnx.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from . import quick_plugins
 from .memory import peak_bytes
 
 __all__ = ["EngineRequest", "build_engine"]
+
+_log = logging.getLogger(__name__)
 
 _COMPATIBILITY = {
     "none": "NONE",
@@ -37,7 +40,7 @@ class EngineRequest:
         product: "tensorrt" or "tensorrt-rtx".
         model, plan: paths of the ONNX model and of the engine to write.
         profiles: for each optimisation profile, (smallest, best, largest) shape of every input by name.
-        archs: compute capabilities such as 89. TensorRT takes none: it builds for its GPU.
+        archs: compute capabilities such as 89. Of TensorRT one, its GPU's, for which plugins have kernels.
         weight_streaming: weights may stay in host memory at run time.
         hardware_compatibility: "none", "same-capability" or "ampere-plus".
         timing_cache: file to keep the timings of kernels in (TensorRT only).
@@ -93,17 +96,21 @@ def _build(
     begun = time.perf_counter()
     network, parser = work.parse()
     parsed = time.perf_counter()
-    plan = work.compile(network, on_phase)
+    config = work.configure(network, on_phase)
+    plan = work.compile(network, config)
     built = time.perf_counter()
+    layers = [network.get_layer(k).type.name for k in range(network.num_layers)]
+    del parser, network  # which lives in the parser
     on_phase("writing the engine")
     with open(request.plan, "wb") as file:
         file.write(memoryview(plan))
-    del parser  # the network lives in it
+    if request.timing_cache is not None:
+        _keep(config.get_timing_cache().serialize(), Path(request.timing_cache), Path(request.plan))
     return {
         "parse_seconds": round(parsed - begun, 3),
         "build_seconds": round(built - parsed, 3),
-        "layers": network.num_layers,
-        "plugin_layers": sum("PLUGIN" in network.get_layer(k).type.name for k in range(network.num_layers)),
+        "layers": len(layers),
+        "plugin_layers": sum("PLUGIN" in layer for layer in layers),
         "plugins": {name: dict(counts) for name, counts in session.calls.items()},
         "engine_bytes": plan.nbytes,
         "peak_memory_bytes": peak_bytes(),
@@ -147,11 +154,8 @@ class _Build:
             )
         return network, parser
 
-    def compile(self, network: Any, on_phase: Callable[[str], None]) -> Any:
+    def compile(self, network: Any, config: Any) -> Any:
         """The serialised engine."""
-        config = self._config(network)
-        config.progress_monitor = _monitor(self.trt, on_phase)
-        cache = self._timing_cache(config)
         self.log.clear()
         plan = self.builder.build_serialized_network(network, config)
         if self.session.failures:
@@ -164,13 +168,12 @@ class _Build:
                 f"cannot build it: {self.log.why()}",
                 "run this component on another back end, or build it in another dtype or for other sizes",
             )
-        if cache is not None:
-            _replace(Path(str(self.request.timing_cache)), memoryview(config.get_timing_cache().serialize()))
         return plan
 
-    def _config(self, network: Any) -> Any:
+    def configure(self, network: Any, on_phase: Callable[[str], None]) -> Any:
         trt, request = self.trt, self.request
         config = self.builder.create_builder_config()
+        config.progress_monitor = _monitor(trt, on_phase)
         config.clear_flag(trt.BuilderFlag.TF32)
         config.max_aux_streams = 0
         if request.weight_streaming:
@@ -181,7 +184,7 @@ class _Build:
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         level = _COMPATIBILITY[request.hardware_compatibility]
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
-        if request.archs:
+        if not self.product.needs_gpu:
             config.num_compute_capabilities = len(request.archs)
             for k, arch in enumerate(request.archs):
                 config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{arch}"), k)
@@ -192,18 +195,15 @@ class _Build:
                 profile.set_shape(name, *shapes[name])
             if config.add_optimization_profile(profile) < 0:
                 raise self._error(f"refuses the sizes {shapes}: {self.log.why()}", "build it for other sizes")
+        if request.timing_cache is not None:
+            self._take_timings(config, Path(request.timing_cache))
         return config
 
-    def _timing_cache(self, config: Any) -> Any:
+    def _take_timings(self, config: Any, file: Path) -> None:
         """The timings of earlier builds, given to this one; TensorRT refuses those of another GPU or version."""
-        if self.request.timing_cache is None:
-            return None
-        file = Path(self.request.timing_cache)
         cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
         if cache is None or not config.set_timing_cache(cache, False):
-            cache = config.create_timing_cache(b"")
-            config.set_timing_cache(cache, False)
-        return cache
+            config.set_timing_cache(config.create_timing_cache(b""), False)
 
     def _error(self, what: str, remedy: str) -> BuildError:
         title = f"{self.product.title} {self.trt.__version__}"
@@ -236,9 +236,16 @@ def _monitor(trt: Any, on_phase: Callable[[str], None]) -> Any:
     return Monitor()
 
 
-def _replace(file: Path, content: memoryview) -> None:
-    """Write a file whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f"{file.name}.partial")
-    aside.write_bytes(content)
-    aside.replace(file)
+def _keep(timings: Any, file: Path, plan: Path) -> None:
+    """Write the timings whole or not at all, for the builds to come. They only save time: the engine is there without.
+
+    Written beside the plan first: that folder is this build's own, and swept where the build is killed.
+    """
+    aside = plan.with_name(f"{plan.name}.timings")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(memoryview(timings))
+        aside.replace(file)
+    except OSError as error:
+        _log.warning("cannot keep timings in %s: %s", file, error)
+        aside.unlink(missing_ok=True)

@@ -315,9 +315,14 @@ def _worst(errors: Sequence[float]) -> float:
 
 @contextmanager
 def _float32_is_float32() -> Iterator[None]:
-    """PyTorch convolves float32 in TF32 on a GPU unless told not to."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
+    """PyTorch convolves float32 in TF32 on a GPU unless told not to, and multiplies in it where told to."""
+    multiplied = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = multiplied
 
 
 def _free(device: torch.device) -> None:

@@ -42,6 +42,11 @@ class Entry:
     verdict: Mapping[str, Any] | None = None
 
     @property
+    def failed(self) -> bool:
+        """Whether `latentrt verify` found that it computes something else than PyTorch."""
+        return self.verdict is not None and not self.verdict.get("passed")
+
+    @property
     def summary(self) -> str:
         """What it is, in a line."""
         d = self.description
@@ -51,7 +56,7 @@ class Entry:
             sizes = "; ".join(str(Profile.from_json(axes)) for axes in d["profiles"])
             parts += [f"{d['product']} {d['version']}", archs, f"({sizes})"]
         if self.verdict is not None:
-            found = "passed" if self.verdict.get("passed") else "FAILED"
+            found = "FAILED" if self.failed else "passed"
             parts.append(f"[{found} on {self.verdict.get('backend')}, {self.verdict.get('device')}]")
         return " ".join(filter(None, parts))
 

@@ -139,7 +139,9 @@ def describe_engine(component: Component, target: EngineTarget, *, onnx: str, bu
 def find_engine(store: Store, wanted: Mapping[str, Any], title: str) -> Entry | None:
     """The newest engine of this component that runs here, whatever its sizes.
 
-    Others of the same component and product are named, with the reason why not, in a warning.
+    One that failed its verification is taken where there is no other, and one with weight streaming, where that is not
+    wanted, where there is none without. If none runs here, those of the same component and product are named in
+    warnings, with the reason why not.
     """
     of_component = [entry for entry in contents(store) if _same(entry.description, wanted)]
     fitting = [entry for entry in of_component if not mismatches(entry.description, wanted)]
@@ -149,7 +151,12 @@ def find_engine(store: Store, wanted: Mapping[str, Any], title: str) -> Entry | 
             _log.warning(
                 "not the engine %s of %s, built on %s: %s", entry.key[:12], title, entry.created, why
             )
-    return max(fitting, key=lambda entry: entry.created, default=None)
+
+    def rank(entry: Entry) -> tuple[bool, bool, str]:
+        as_wanted = entry.description["weight_streaming"] == wanted["weight_streaming"]
+        return not entry.failed, as_wanted, entry.created
+
+    return max(fitting, key=rank, default=None)
 
 
 def mismatches(have: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -163,7 +170,8 @@ def mismatches(have: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
         found.append(f"it was built under the driver {have.get('driver')}, this is {wanted['driver']}")
     if not set(here) <= set(archs) and not anywhere:
         found.append(f"it was built for {_names(archs)}, wanted is {_names(here)}")
-    if have.get("plugins") != wanted["plugins"]:
+    # Not the digests of what their kernels were made of: an engine holds its kernels.
+    if plugins.formats(have.get("plugins", {})) != plugins.formats(wanted["plugins"]):
         found.append(f"it was built with the plugins {have.get('plugins')}, wanted are {wanted['plugins']}")
     if have.get("onnx") != wanted["onnx"]:
         found.append("it is stale: exported by other versions of latentrt, PyTorch or onnxscript")

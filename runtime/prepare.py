@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from ..errors import BackendError
 from .cache import Store, cache_root, digest_of
+from .cache_contents import Entry
 from .engine_store import (
     PLAN_FILE,
     EngineTarget,
@@ -28,6 +29,7 @@ from .engine_store import (
 )
 from .engines.base import Component, TensorSpec
 from .engines.sizes import Profile, SizePolicy, profiles_for
+from .engines.trt import product
 
 __all__ = ["Rebuild", "engine", "exporter_digest", "onnx_model"]
 
@@ -42,8 +44,12 @@ MODEL_FILE = "model.onnx"
 _ONE_AT_A_TIME = threading.Lock()
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# What an exported graph is made of: a change in any of these sources is another graph.
+# What an exported graph is made of, with its weights: a change in any of these sources is another graph.
 _SOURCES = ("kernels", "runtime/models", "export")
+_SOURCE_FILES = (
+    *("runtime/engines/base.py", "runtime/engines/split.py"),
+    *("runtime/loading.py", "runtime/single_file.py", "runtime/weight_set.py"),
+)
 # What makes engines of exported graphs: no part of the graphs.
 _BUILDER = ("export/tensorrt.py", "export/build_process.py", "export/memory.py")
 # What neither writes nor checks a graph.
@@ -58,7 +64,7 @@ _OTHERS = (
     ),
     *("export/plugin_kernels.py", "export/quick_plugins.py", "kernels/binaries.py", "kernels/aot.py"),
 )
-_MAKERS = ("torch", "onnx", "onnx-ir")
+_MAKERS = ("torch", "onnx", "onnx-ir", "onnxscript")
 _CHECKERS = ("onnxruntime", "onnxruntime-gpu")
 
 
@@ -102,7 +108,8 @@ def engine(
         rebuild: "auto" builds what is absent, damaged or stale; "never" names it and raises; "always" builds.
 
     Raises:
-        BackendError: there is none, and `rebuild` is "never"; or the product is not there.
+        BackendError: there is none, or only one that failed its verification, and `rebuild` is "never"; or the product
+            is not there.
         ExportError, BuildError: the component cannot be exported or built.
         CacheError: the cache cannot be written, or holds a damaged one and `rebuild` is "never".
     """
@@ -119,6 +126,8 @@ def engine(
         profiles = profiles_for(component, sizes or SizePolicy.around(component))
         description = {**wanted, "profiles": [profile.to_json() for profile in profiles]}
     else:
+        if found.failed:
+            _refuse_or_warn(found, title, rebuild)
         description = dict(found.description)
         profiles = tuple(map(Profile.from_json, description["profiles"]))
     key = digest_of(description)
@@ -159,7 +168,7 @@ def engine(
             hardware_compatibility=description["hardware_compatibility"],
             plugins=names,
             kernels=kernels,
-            timing_cache=str(store.root / "timings" / f"{digest_of({'of': wanted['version']})[:12]}.cache"),
+            timing_cache=_timings(store, target.product, wanted["version"]),
         )
         requests.append(request)
         return build_in_child(request, expected_seconds=seconds)
@@ -168,10 +177,28 @@ def engine(
     return stored_engine(folder, built=bool(requests))
 
 
+def _refuse_or_warn(found: Entry, title: str, rebuild: Rebuild) -> None:
+    what = (
+        f"the engine {found.key[:12]} of {title} computed something else than PyTorch when it was verified "
+        "(`latentrt cache list`); run `latentrt verify` again, or use another back end or dtype"
+    )
+    if rebuild == "never":
+        raise BackendError(what)
+    _log.warning("%s", what)
+
+
+def _timings(store: Store, name: str, version: str) -> str | None:
+    """The file in which builds of one version of TensorRT hand on what they timed; TensorRT for RTX times nothing."""
+    if not product(name).needs_gpu:
+        return None
+    return str(store.root / "timings" / f"{digest_of({'of': version})[:12]}.cache")
+
+
 @cache
 def exporter_digest() -> str:
     """SHA-256, in hex, over the sources that decide what an export contains."""
     files = [path for folder in _SOURCES for path in sorted((_PACKAGE / folder).rglob("*.py"))]
+    files += [_PACKAGE / file for file in _SOURCE_FILES]
     return _digest_of_files([path for path in files if not path.as_posix().endswith((*_BUILDER, *_OTHERS))])
 
 

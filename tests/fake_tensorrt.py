@@ -34,7 +34,9 @@ class FakeContext:
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
-        return self._called("set_optimization_profile_async", profile, stream)
+        if not self._called("set_optimization_profile_async", profile, stream):
+            raise RuntimeError("Error in set optimization profile async.")  # as the real binding does
+        return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self._addresses[name] = address
@@ -59,6 +61,10 @@ class FakeContext:
 
     def set_device_memory(self, memory: int, size: int) -> None:
         self._called("set_device_memory", memory, size)
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        self._called("is_stream_capturable", stream)
+        return self._owner.capturable
 
     def execute_async_v3(self, stream: int) -> bool:
         inputs = [self._at(spec, self._shapes[spec.name]) for spec in self._component.inputs]
@@ -127,6 +133,7 @@ class FakeTensorRT:
         self.failing = ""
         self.unknown: list[str] = []
         self.streamable = 0
+        self.capturable = True
         self.engine: FakeEngine | None = None
 
     def Runtime(self, log: Any) -> Any:  # noqa: N802
@@ -174,6 +181,7 @@ def install(
     """Put both in the place of the real ones."""
     fake, cuda = FakeTensorRT(plans), FakeCuda()
     monkeypatch.setattr(trt, "load", lambda product: fake)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(99))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: cuda.stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: cuda.capturing)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())

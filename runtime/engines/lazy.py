@@ -207,7 +207,7 @@ class LazyEngine:
 
     @contextmanager
     def _idle(self) -> Iterator[None]:
-        """Nothing of it runs, and nothing is kept that was recorded over its weights."""
+        """Nothing of it is put on the device meanwhile, and then nothing is kept that was recorded over its weights."""
         turns: list[AbstractContextManager[object]] = [self._lock]
         if self.graphs is not None:
             turns.insert(0, self.graphs.turn())
@@ -216,10 +216,14 @@ class LazyEngine:
         with ExitStack() as stack:
             for turn in turns:
                 stack.enter_context(turn)
-            self.kept.drop(self)
             if self.residency is not None:
                 self.residency.left(self)
-            yield
+            try:
+                yield
+            finally:
+                self.kept.drop(
+                    self
+                )  # last: an engine that must not lose what is running waits for it as it closes
 
     def _end(self) -> None:
         if self._engine is not None:

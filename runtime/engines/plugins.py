@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,17 @@ from ...errors import BackendError, RequestError
 from .plugin_code import Code, Prepared, driver
 from .plugin_launch import DTYPES, OPERATORS, Operator
 
-__all__ = ["AHEAD", "NAMESPACE", "Session", "building", "chosen", "failures", "loading", "versions"]
+__all__ = [
+    "AHEAD",
+    "NAMESPACE",
+    "Session",
+    "building",
+    "chosen",
+    "failures",
+    "formats",
+    "loading",
+    "versions",
+]
 
 NAMESPACE, _VERSION = "latentrt", "1"
 """As the exported nodes have them."""
@@ -93,6 +104,11 @@ def chosen(text: str) -> tuple[str, ...]:
 def versions(names: Sequence[str]) -> dict[str, str]:
     """Each plugin's version with a digest of what its kernels are made of: part of an engine's key."""
     return dict.fromkeys(names, f"{_FORMAT}-{_digest()}")
+
+
+def formats(of: Mapping[str, str]) -> dict[str, str]:
+    """What of such versions decides whether an engine that has the plugins can be loaded."""
+    return {name: version.partition("-")[0] for name, version in of.items()}
 
 
 @cache
@@ -165,6 +181,7 @@ def building(trt: Any, names: Sequence[str], kernels: Mapping[str, Mapping[int, 
 
 
 _loaded: dict[tuple[int, str], tuple[Any, Session]] = {}
+_loading = threading.Lock()
 
 
 def loading(trt: Any, wanted: Mapping[str, str]) -> None:
@@ -173,27 +190,28 @@ def loading(trt: Any, wanted: Mapping[str, str]) -> None:
     Raises:
         BackendError: one of them is not in this latentrt.
     """
-    for name, version in wanted.items():
+    for name, kind in formats(wanted).items():
         if name == AHEAD:
             continue  # it is all in the engine
-        if name not in OPERATORS or version.partition("-")[0] != _FORMAT:
+        if name not in OPERATORS or kind != _FORMAT:
             have = f"it in version {_FORMAT}" if name in OPERATORS else f"only {', '.join(OPERATORS)}"
             raise BackendError(
-                f"its engine was built with the plugin {name} {version}, and this latentrt has {have}; build it again "
-                "with `latentrt build`, or use the latentrt that built it"
+                f"its engine was built with the plugin {name} {wanted[name]}, and this latentrt has {have}; build it "
+                "again with `latentrt build`, or use the latentrt that built it"
             )
         key = (id(trt), name)
-        if key not in _loaded:
-            session = Session(calls={name: Counter()})
-            creator = _creator(trt, OPERATORS[name], session)
-            trt.get_plugin_registry().register_creator(creator, NAMESPACE)
-            _loaded[key] = creator, session  # TensorRT keeps no creator alive
+        with _loading:
+            if key not in _loaded:
+                session = Session(calls={name: Counter()})
+                creator = _creator(trt, OPERATORS[name], session)
+                trt.get_plugin_registry().register_creator(creator, NAMESPACE)
+                _loaded[key] = creator, session  # TensorRT keeps no creator alive
 
 
 def failures(trt: Any) -> list[str]:
     """Why plugins of loaded engines refused since this was last asked."""
     found: list[str] = []
-    for (module, _), (_, session) in _loaded.items():
+    for (module, _), (_, session) in list(_loaded.items()):
         if module == id(trt):
             found += session.failures
             session.failures.clear()

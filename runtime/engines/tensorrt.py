@@ -13,9 +13,9 @@ be captured.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,47 +33,17 @@ from ..prepare import Rebuild, engine
 from . import plugins
 from . import trt as products
 from .base import Availability, Component, Engine, Program, Timesteps, arguments, check_bound, still_open
+from .scratch import Scratch
 from .sizes import profile_index
 from .split import SplitUNet, in_parts
 
-__all__ = ["Scratch", "TensorRTBackend", "TensorRTEngine", "TensorRTRTXBackend"]
+__all__ = ["TensorRTBackend", "TensorRTEngine", "TensorRTRTXBackend"]
+
+_log = logging.getLogger(__name__)
 
 _CONTEXTS = (
     8  # sizes an engine keeps ready; each costs its inputs and outputs and some of TensorRT's own memory
 )
-
-
-class Scratch:
-    """The memory that the engines of one device compute in, and whose turn it is.
-
-    Attributes:
-        lock: held while a call is put on its stream.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.lock = threading.RLock()
-        self._device = device
-        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
-        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
-
-    def begin(self, stream: torch.cuda.Stream, size: int) -> Tensor:
-        """At least `size` bytes, for work put on `stream` from now on."""
-        if torch.cuda.is_current_stream_capturing():
-            if self._buffer.numel() < size:
-                raise BackendError("an engine was captured before it had run; run it once at these sizes")
-            return self._buffer
-        if self._last is not None and self._last[0] != stream:
-            stream.wait_event(self._last[1])
-        if self._buffer.numel() < size:
-            # torch keeps the old one until the work that was put on this stream has used it.
-            self._buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
-        return self._buffer
-
-    def end(self, stream: torch.cuda.Stream) -> None:
-        """What was put on `stream` since `begin` is all."""
-        if not torch.cuda.is_current_stream_capturing():
-            self._buffer.record_stream(stream)
-            self._last = (stream, stream.record_event())
 
 
 class _Context:
@@ -92,7 +62,11 @@ class _Context:
         self.captured: list[Tensor] = []  # the scratch of graphs, which know its address only
         self._owner = owner
         self._context = owner.new_context()
-        if not self._context.set_optimization_profile_async(profile, stream.cuda_stream):
+        try:
+            taken = self._context.set_optimization_profile_async(profile, stream.cuda_stream)
+        except RuntimeError:  # the binding's way to say no
+            taken = False
+        if not taken:
             raise owner.error(f"cannot take profile {profile}")
         self.inputs = {spec.name: inputs[spec.name] for spec in component.inputs}
         for name, x in self.inputs.items():
@@ -125,6 +99,11 @@ class _Context:
         self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
         if not self._context.execute_async_v3(stream.cuda_stream):
             raise self._owner.error("failed")
+
+    def capturable(self, stream: torch.cuda.Stream, scratch: Tensor) -> bool:
+        """Whether TensorRT for RTX says that an execution on `stream` can be captured."""
+        self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
+        return bool(self._context.is_stream_capturable(stream.cuda_stream))
 
     def _bind(self, name: str, tensor: Tensor) -> None:
         if not self._context.set_tensor_address(name, tensor.data_ptr()):
@@ -172,8 +151,16 @@ class TensorRTEngine:
         except BackendError as error:
             raise BackendError(f"{component.name}: {error}") from error
         self._runtime = self._trt.Runtime(self._log)
-        with open(stored.plan, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-            self._engine = self._runtime.deserialize_cuda_engine(plan)
+        try:
+            with (
+                open(stored.plan, "rb") as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan,
+            ):
+                self._engine = self._runtime.deserialize_cuda_engine(plan)
+        except FileNotFoundError as error:
+            raise BackendError(
+                f"{component.name}: {stored.plan} was removed from the cache when it was to be loaded; try again"
+            ) from error
         if self._engine is None:
             raise self.error(f"cannot load {stored.plan}")
         if self._engine.streamable_weights_size:  # built with weight streaming
@@ -199,13 +186,24 @@ class TensorRTEngine:
     ) -> Program:
         check_bound(self.component, inputs, outputs)
         with torch.cuda.device(self.device), self._scratch.lock:
-            engine = still_open(self.component, self._engine)
-            streamed = not self._product.needs_gpu and bool(engine.streamable_weights_size)
+            still_open(self.component, self._engine)
             sizes = _sizes(self.component, [inputs[spec.name] for spec in self.component.inputs])
             profile = profile_index(self.component, self._profiles, sizes)
             stream = torch.cuda.current_stream(self.device)
             context = _Context(self, inputs, outputs, profile, stream)
-            return _Program(self, context, capturable=not streamed)
+            return _Program(self, context, capturable=self._capturable(context))
+
+    def _capturable(self, context: _Context) -> bool:
+        if self._product.needs_gpu:
+            return True
+        streamed = bool(self._engine.streamable_weights_size)
+        # Asked of a stream such as graphs are captured on: the default one never is.
+        stream = torch.cuda.Stream(self.device)
+        if not streamed and context.capturable(stream, self._scratch.begin(stream, context.scratch_bytes)):
+            return True
+        why = "it was built with weight streaming" if streamed else f"{self._product.title} says so"
+        _log.warning("the engine of %s runs without a CUDA graph: %s", self.component.name, why)
+        return False
 
     def execute(self, context: _Context) -> None:
         """Put one execution on the current stream."""
@@ -221,7 +219,9 @@ class TensorRTEngine:
         self._scratch.end(stream)
 
     def close(self) -> None:
-        with self._scratch.lock:
+        with torch.cuda.device(self.device), self._scratch.lock:
+            if self._engine is not None:
+                self._scratch.wait()
             self._contexts.clear()
             self._engine = None
 
@@ -268,7 +268,7 @@ class TensorRTEngine:
             self._contexts[key] = _Context(self, own, None, profile, stream)
             idle = [k for k, context in self._contexts.items() if not context.captured]
             if len(idle) > _CONTEXTS:
-                stream.synchronize()  # it may still be running
+                self._scratch.wait()  # it may still be running
                 del self._contexts[idle[0]]
         self._contexts.move_to_end(key)
         return self._contexts[key]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from latentrt.bench import full_size_engines as script
-from latentrt.bench.random_checkpoint import component_bytes, write_checkpoint
+from latentrt.bench.random_checkpoint import PUBLISHED, component_bytes, write_checkpoint
 from latentrt.errors import BuildError
 from latentrt.runtime.loading import load_components
 from latentrt.runtime.weights import open_checkpoint
@@ -68,10 +68,20 @@ def read(tmp_path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("spawned", [False, True], ids=["here", "spawned"])
+@pytest.mark.parametrize(
+    ("model", "name", "spawned"),
+    [
+        ("sdxl_base", "text_encoder", False),
+        ("sdxl_base", "text_encoder", True),
+        ("sdxl_refiner", "vae_decoder", False),
+        ("sdxl_refiner", "vae_encoder", False),
+    ],
+)
 def test_one_component_for_real(
     run: Callable[..., int],
     configs: list[Path],
+    model: str,
+    name: str,
     spawned: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -79,19 +89,21 @@ def test_one_component_for_real(
 ) -> None:
     if not spawned:  # processes of their own cost seconds of imports
         monkeypatch.setattr(script, "_in_a_process", lambda step, *arguments: step(*arguments))
-    assert run(configs[0], "--component", "text_encoder") == 0
+    source = next(path for path in configs if path.name == model)
+    assert run(source, "--component", name) == 0
     (row,) = read(tmp_path)
-    assert (row["model"], row["component"], row["dtype"]) == ("sdxl_base", "text_encoder", "float16")
-    assert row["sizes"] == "batch 1..8"
-    assert row["weight_bytes"] > 0.9 * component_bytes(configs[0])["text_encoder"]
+    assert (row["model"], row["component"], row["dtype"]) == (model, name, "float16")
+    assert row["sizes"].startswith("batch 1..8" if "text" in name else "batch 1..4, ")
+    if name in (weights := component_bytes(source)):
+        assert row["weight_bytes"] > 0.9 * weights[name]
     assert 0 < row["relative_error"] < 5e-3
     assert row["engine_bytes"] > 10_000
     assert row["layers"] > 20
-    for name in ("export", "build"):
-        assert row[f"{name}_seconds"] > 0
-        assert row[f"{name}_bytes"] > 50e6
+    for step in ("export", "build"):
+        assert row[f"{step}_seconds"] > 0
+        assert row[f"{step}_bytes"] > 50e6
     assert row["machine"]["commit"]
-    assert "sdxl_base text_encoder float16" in capsys.readouterr().out
+    assert f"{model} {name} float16" in capsys.readouterr().out
     assert list((tmp_path / "work").iterdir()) == []  # all it made is gone
 
 
@@ -255,6 +267,16 @@ def test_a_machine_that_is_too_small_is_told_first(
 
 
 # --- the checkpoint
+
+
+@pytest.mark.parametrize("model", ["sd15", "sd21"])
+def test_stable_diffusion_is_there_as_published(model: str) -> None:
+    assert script._components(PUBLISHED / model) == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+    parameters = {
+        "sd15": {"text_encoder": 123_060_480, "unet": 859_520_964, "vae": 83_653_863},
+        "sd21": {"text_encoder": 340_387_840, "unet": 865_910_724, "vae": 83_653_863},
+    }
+    assert component_bytes(PUBLISHED / model) == {name: 2 * n for name, n in parameters[model].items()}
 
 
 @pytest.fixture

@@ -217,12 +217,16 @@ def test_kernels_are_read_off_the_model(compiled: list[Kernels], tmp_path: Path)
     json.dumps(found)
 
 
-def test_a_node_without_a_type(compiled: list[Kernels], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a", "k"], ids=["of the first input", "of another"])
+def test_a_node_without_a_type(compiled: list[Kernels], tmp_path: Path, name: str) -> None:
     model = onnx.load(save(tmp_path / "model.onnx"))
-    del model.graph.value_info[:]
+    for values in (model.graph.value_info, model.graph.input):
+        for value in [value for value in values if value.name == name]:
+            values.remove(value)
     onnx.save(model, tmp_path / "model.onnx")
+    node = {"a": "GroupNormSilu", "k": "DotProductAttention"}[name]
     with pytest.raises(
         BuildError,
-        match=r"node '/GroupNormSilu' \(GroupNormSilu\) has no type that its plugin takes; build without",
+        match=rf"node '/{node}' \({node}\) has no type and shape that its plugin takes; build without",
     ):
         plugin_kernels(tmp_path / "model.onnx", ALL, (89,))

@@ -314,3 +314,16 @@ def test_an_error_in_one_of_two_loops_leaves_both_usable(component: Component, g
         runs[0](first.latents, Host(Pace(queue_of(CPU)), on_step=fail))
     assert first.run(loops[0]).equal(wanted[0])
     assert second.run(loops[1]).equal(wanted[1])
+
+
+def test_a_loop_goes_after_its_engine_was_closed(
+    component: Component, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which waits for what runs: a loop has contexts of TensorRT's, that must not go before."""
+    lazy = engine(component, graphs=True)
+    Request(component, 3, "euler-a").run(Denoiser(lazy))
+    loaded, kept = lazy.load(), []
+    close = loaded.close
+    monkeypatch.setattr(loaded, "close", lambda: (kept.append(len(lazy.kept)), close()))
+    lazy.close()
+    assert (kept, len(lazy.kept)) == ([1], 0)

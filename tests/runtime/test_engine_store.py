@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -84,6 +85,7 @@ def test_what_the_builder_is_asked_for(builder: Builder, component: Component, t
     assert (request.component, request.product, request.archs) == ("vae_decoder", "tensorrt-rtx", (86, 89))
     assert (request.weight_streaming, request.hardware_compatibility) == (True, "none")
     assert request.profiles == ({"latents": [[1, 4, 8, 8], [1, 4, 16, 16], [2, 4, 16, 16]]},)
+    assert request.timing_cache is None  # it times nothing
     json.dumps(request.__dict__)  # it travels as JSON
 
 
@@ -122,6 +124,35 @@ def test_without_sizes_the_newest_is_taken(builder: Builder, component: Componen
     assert engine(component, RTX, cache_dir=tmp_path).key == newest.key  # it serves sm_89 among others
 
 
+def test_one_with_weight_streaming_is_taken_where_there_is_no_other(
+    builder: Builder, component: Component, tmp_path: Path
+) -> None:
+    streaming = replace(RTX, weight_streaming=True)
+    streamed = engine(component, streaming, ONE, cache_dir=tmp_path)
+    assert engine(component, RTX, cache_dir=tmp_path).key == streamed.key
+    plain = engine(component, RTX, ONE, cache_dir=tmp_path)
+    newest = engine(component, streaming, MORE, cache_dir=tmp_path)
+    assert engine(component, RTX, cache_dir=tmp_path).key == plain.key
+    assert engine(component, streaming, cache_dir=tmp_path).key == newest.key
+
+
+def test_one_that_failed_its_verification_is_not_taken_silently(
+    builder: Builder, component: Component, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    passed, failed = (engine(component, RTX, sizes, cache_dir=tmp_path) for sizes in (ONE, MORE))
+    for stored, verdict in ((passed, True), (failed, False)):
+        (stored.plan.parent / "verdict.json").write_text(json.dumps({"passed": verdict}))
+    assert engine(component, RTX, cache_dir=tmp_path).key == passed.key
+    assert caplog.messages == []
+    shutil.rmtree(passed.plan.parent)
+    assert engine(component, RTX, cache_dir=tmp_path).key == failed.key
+    (message,) = caplog.messages
+    what = f"the engine {failed.key[:12]} of vae_decoder in float16 computed something else than PyTorch when"
+    assert message.startswith(what)
+    with pytest.raises(BackendError, match=rf"{what} .*run `latentrt verify` again, or use another back end"):
+        engine(component, RTX, cache_dir=tmp_path, rebuild="never")
+
+
 def test_the_bar_knows_what_it_took_last_time(builder: Builder, component: Component, tmp_path: Path) -> None:
     engine(component, RTX, ONE, cache_dir=tmp_path)
     engine(component, RTX, MORE, cache_dir=tmp_path)
@@ -152,6 +183,10 @@ def test_builds_anew_when_told_so(builder: Builder, component: Component, tmp_pa
         ({"version": "1.6.0"}, "it was built by version 1.6.0, this is 1."),
         ({"archs": [86]}, "it was built for sm_86, wanted is sm_89"),
         ({"driver": "cuda-12"}, "it was built under the driver cuda-12, this is any"),
+        (
+            {"plugins": {"GroupNorm": "0-x"}},
+            "it was built with the plugins {'GroupNorm': '0-x'}, wanted are {}",
+        ),
         ({"plugins": {"A": "1"}}, "it was built with the plugins {'A': '1'}, wanted are {}"),
         ({"onnx": "0"}, "it is stale: exported by other versions of latentrt, PyTorch or onnxscript"),
         ({"builder": "0"}, "it is stale: built by other code of latentrt"),
@@ -180,12 +215,12 @@ def test_hardware_compatible_engines_run_elsewhere() -> None:
     wanted = {
         "version": "11.4.0",
         "driver": "cuda-13",
-        "plugins": {},
+        "plugins": {"GroupNorm": "1-these kernels"},
         "onnx": "0",
         "builder": "0",
         "archs": [90],
     }
-    have = {**wanted, "archs": [80]}
+    have = {**wanted, "archs": [80], "plugins": {"GroupNorm": "1-other kernels"}}  # made by another Triton
     assert mismatches(have, wanted) == ["it was built for sm_80, wanted is sm_90"]
     assert mismatches({**have, "hardware_compatibility": "ampere-plus"}, wanted) == []
     assert mismatches({**have, "hardware_compatibility": "ampere-plus"}, {**wanted, "archs": [75]}) != []

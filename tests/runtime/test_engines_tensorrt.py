@@ -17,8 +17,9 @@ from latentrt.runtime.engine_store import StoredEngine
 from latentrt.runtime.engines import plugins, trt
 from latentrt.runtime.engines import tensorrt as engines
 from latentrt.runtime.engines.base import Component, TensorSpec
+from latentrt.runtime.engines.scratch import Scratch
 from latentrt.runtime.engines.sizes import Axis, Profile
-from latentrt.runtime.engines.tensorrt import Scratch, TensorRTEngine
+from latentrt.runtime.engines.tensorrt import TensorRTEngine
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -111,10 +112,33 @@ def test_tensors_that_cannot_be_bound(load: Load, inputs: Any, outputs: Any, mes
         load().bind(inputs, outputs)
 
 
-def test_an_engine_that_streams_its_weights(load: Load, fake: FakeTensorRT) -> None:
-    fake.streamable = 5
+@pytest.mark.parametrize(
+    ("streamable", "capturable", "why"),
+    [
+        (0, True, None),
+        (0, False, "TensorRT for RTX says so"),
+        (5, True, "it was built with weight streaming"),
+    ],
+)
+def test_what_tensorrt_for_rtx_can_capture(
+    load: Load,
+    cuda: FakeCuda,
+    fake: FakeTensorRT,
+    caplog: pytest.LogCaptureFixture,
+    streamable: int,
+    capturable: bool,
+    why: str | None,
+) -> None:
+    fake.streamable, fake.capturable = streamable, capturable
     assert load("tensorrt").bind(x_of(1), {"y": torch.empty(1, 4)}).capturable
-    assert not load("tensorrt-rtx").bind(x_of(1), {"y": torch.empty(1, 4)}).capturable
+    assert fake.named("is_stream_capturable") == []
+    assert load("tensorrt-rtx").bind(x_of(1), {"y": torch.empty(1, 4)}).capturable == (why is None)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ([f"the engine of unet runs without a CUDA graph: {why}"] if why else [])
+    if not streamable:  # asked of another stream than the current one, which may be the default
+        names = [call[1] for call in fake.calls[-2:]]
+        assert names == ["set_device_memory", "is_stream_capturable"]
+        assert fake.calls[-1][2] != cuda.stream.cuda_stream
 
 
 def test_the_order_of_calls(load: Load, fake: FakeTensorRT) -> None:
@@ -258,8 +282,11 @@ def test_the_context_used_longest_ago_goes(load: Load, cuda: FakeCuda, fake: Fak
         engine(x_of(batch))
     assert cuda.stream.waited == []
     engine(x_of(2))  # now 3 is the one used longest ago
+    first, second = cuda.stream, FakeStream(2)
+    cuda.stream = second
     engine(x_of(30))
-    assert cuda.stream.waited == ["all"]
+    # What ran on the first stream is waited for as well.
+    assert (first.waited, second.waited) == ([], ["event of 1", "all", "event of 1"])
     before = fake.contexts
     for batch in (1, 2, 4, 30):
         engine(x_of(batch))
@@ -297,6 +324,14 @@ def test_shapes_that_cannot_be_told(load: Load, fake: FakeTensorRT) -> None:
 def test_a_plan_that_is_none(load: Load) -> None:
     with pytest.raises(BackendError, match=r"unet: cannot load \S*model.plan \(magicTag mismatch\)"):
         load(plan=b"something else")
+
+
+def test_an_engine_that_is_pruned_before_it_is_read(load: Load, tmp_path: Path) -> None:
+    stored = StoredEngine("0", tmp_path / "gone" / "model.plan", (WIDE,), {}, {}, False)
+    with pytest.raises(
+        BackendError, match=r"unet: \S*gone/model.plan was removed from the cache .*; try again"
+    ):
+        TensorRTEngine(COMPONENT, stored, trt.product("tensorrt"), CPU, Scratch(CPU))
 
 
 def test_weights_are_streamed_where_the_engine_can(load: Load, fake: FakeTensorRT) -> None:
@@ -355,6 +390,20 @@ def test_which_plugins_a_back_end_takes(monkeypatch: pytest.MonkeyPatch) -> None
     found = engines.TensorRTRTXBackend().availability(device, torch.float16)
     assert not found.ok
     assert found.reason == "there is no plugin 'Geglu'"
+
+
+def test_an_engine_is_closed_when_it_has_run(load: Load, cuda: FakeCuda) -> None:
+    """On whatever stream that was: TensorRT forbids to destroy a context that is running."""
+    engine = load()
+    engine(x_of(1))
+    contexts = weakref.WeakSet(engine._contexts.values())
+    first, second = cuda.stream, FakeStream(2)
+    cuda.stream = second
+    here = []
+    second.synchronize = lambda: here.append(len(contexts))  # type: ignore[method-assign]
+    engine.close()
+    assert (first.waited, second.waited, here) == ([], ["event of 1"], [1])
+    assert len(contexts) == 0
 
 
 def test_a_closed_engine_says_so(load: Load) -> None:
