@@ -124,7 +124,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     b.add_argument(
         "--beside", type=Path, action="append", default=[], metavar="FILE.json", help="show as well"
     )
-    b.add_argument("--profile", action="store_true", help="tell where the time of a picture goes, on a CPU")
+    b.add_argument(
+        "--profile",
+        action="append",
+        default=[],
+        metavar="SIDE",
+        help="tell where the time of one of its pictures goes, on a CPU",
+    )
     b.add_argument("--json", action="store_true", help="print the results as JSON")
     b.set_defaults(run=("bench", "bench"))
     actions = b.add_subparsers(metavar="ACTION")

@@ -42,6 +42,12 @@ def bench(args: argparse.Namespace) -> Iterator[str]:
     for name in dict.fromkeys(names):
         case = _adjusted(case_named(name), args)
         work.append((case, sides_named(args.side or default_sides(case, device))))
+    measured = [side.name for _, sides in work for side in sides]
+    for name in args.profile:
+        if name not in measured:
+            raise RequestError(
+                f"--profile {name}: it is not measured; {', '.join(dict.fromkeys(measured))} are"
+            )
     plan = Plan(
         prompts=_prompts(args.prompts),
         gate=gate_named(args.gate),

@@ -52,7 +52,7 @@ class Plan:
         rounds: timed calls of each side at each batch size.
         pictures: of each side for the gate, and at least as many as the largest batch.
         seed: of the first picture.
-        profile: tell where the time of a picture goes, after everything else.
+        profile: names of sides of which it is told where the time of a picture goes, after everything else.
     """
 
     prompts: Sequence[str]
@@ -60,7 +60,7 @@ class Plan:
     rounds: int = 9
     pictures: int = 4
     seed: int = 0
-    profile: bool = False
+    profile: Sequence[str] = ()
 
     def work(self, first: int, count: int) -> tuple[list[str], list[int]]:
         """Prompts and seeds of pictures `first` and on."""
@@ -289,7 +289,7 @@ class CaseRun:
 
     def _finish(self, lane: Lane) -> None:
         """Its group is through."""
-        if self._plan.profile:
+        if lane.spec.name in self._plan.profile:
             self._profile(lane)
         lane.close()
         if not self._keep:

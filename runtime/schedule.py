@@ -102,7 +102,8 @@ def step_range(
     Args:
         denoising_start: the latents are the result of this fraction of the schedule.
         denoising_end: stop after this fraction.
-        strength: image to image: take the last steps, this share of them. Not used with `denoising_start`.
+        strength: image to image: take the last steps, this share of them. Not used with `denoising_start`. Less than
+            one step is none (in diffusers' SDXL an error, in its SD 1.x one step with PNDM).
 
     Returns:
         (begin, end), indices of steps; equal when there is nothing to do.
@@ -130,7 +131,8 @@ def step_range(
         elif denoising_start > 0:
             begin = end - int((timesteps < _cut(denoising_start, trained)).sum())
     elif strength is not None:
-        begin = min(num_steps - min(int(num_steps * strength), num_steps), end)
+        taken = min(int(num_steps * strength), num_steps)
+        begin = min(num_steps - taken, end) if taken else end  # PNDM has a timestep more than steps
     if denoising_end is not None and denoising_end < 1:
         kept = 0 if denoising_end == 0 else int((timesteps[begin:] >= _cut(denoising_end, trained)).sum())
         end = begin + kept

@@ -105,7 +105,7 @@ def test_a_case_tells_where_its_time_goes(tmp_path: Path) -> None:
     case = Case("planted", "nothing real", "none", steps=3)
     compiled = planted("compiled")
     sides = [planted("a", step_seconds=0.01), planted("wrong", wrong_from=0)]
-    plan = Plan(["a"], GATES["eager"], rounds=1, pictures=1, profile=True)
+    plan = Plan(["a"], GATES["eager"], rounds=1, pictures=1, profile=["a", "wrong", "compiled"])
     run = CaseRun(
         case, [*sides, compiled], plan, steps={"base": 3}, device="cpu", folder=tmp_path, open_host=Worker
     )

@@ -76,6 +76,8 @@ def test_cuts_are_diffusers(name: str) -> None:
             assert step_range(config, n, denoising_start=fraction) == (len(full) - len(refiner), len(full))
             for strength in (0.0, 0.05, 0.3, 0.99, 1.0):
                 late, _ = refiner_timesteps(scheduler, n, strength=strength)
+                if int(n * strength) == 0:
+                    late = late[:0]  # an error in diffusers' pipelines for SDXL; here no step, with PNDM too
                 both = base_timesteps(scheduler, fraction, late)
                 begin = len(full) - len(late)
                 expected = (begin, begin + len(both))
