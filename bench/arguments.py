@@ -125,6 +125,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--beside", type=Path, action="append", default=[], metavar="FILE.json", help="show as well"
     )
     b.add_argument(
+        "--builders",
+        type=int,
+        default=1,
+        metavar="N",
+        help="sides that build at the same time: each takes longer then, all of them less; default %(default)s",
+    )
+    b.add_argument(
         "--profile",
         action="append",
         default=[],

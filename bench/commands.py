@@ -55,6 +55,7 @@ def bench(args: argparse.Namespace) -> Iterator[str]:
         pictures=args.pictures,
         seed=args.seed,
         profile=args.profile,
+        builders=args.builders,
     )
     settings = Settings(
         plan,

@@ -116,6 +116,7 @@ class CaseResult:
         prompts: digest of the prompts, in their order; empty in results that were made before it was kept.
         seconds: that it took in all.
         groups: the sides that were loaded at the same time; the first side is in each group.
+        builders: how many sides were built at the same time.
     """
 
     case: dict[str, Any]
@@ -127,6 +128,7 @@ class CaseResult:
     prompts: str = ""
     seconds: float | None = None
     groups: list[list[str]] = field(default_factory=list)
+    builders: int = 1
 
 
 @dataclass(frozen=True)

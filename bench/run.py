@@ -18,6 +18,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,7 @@ class Plan:
         pictures: of each side for the gate, and at least as many as the largest batch.
         seed: of the first picture.
         profile: names of sides of which it is told where the time of a picture goes, after everything else.
+        builders: sides that build at the same time. Each takes longer then, and all of them less.
     """
 
     prompts: Sequence[str]
@@ -61,6 +63,7 @@ class Plan:
     pictures: int = 4
     seed: int = 0
     profile: Sequence[str] = ()
+    builders: int = 1
 
     def work(self, first: int, count: int) -> tuple[list[str], list[int]]:
         """Prompts and seeds of pictures `first` and on."""
@@ -154,6 +157,7 @@ class CaseRun:
             self._reference.spec.name if self._reference else None,
             [lane.row(self._steps, self._plan.rounds, compared=compared) for lane in self._lanes],
             seconds=self._seconds,
+            builders=self._plan.builders,
             prompts=hashlib.sha256("\n".join(self._plan.prompts).encode()).hexdigest()[:12],
             groups=[[lane.spec.name for lane in group] for group in self._groups],
         )
@@ -166,6 +170,7 @@ class CaseRun:
         self._choose_reference(eager)
         for lane in eager:
             self._attempt(lane, self._judge)
+        self._build_all([lane for lane in group if lane not in eager])
         for lane in group:
             if lane not in eager:
                 self._attempt(lane, self._begin)
@@ -184,18 +189,35 @@ class CaseRun:
             lane.end("failed", where + _first_line(error))
             self._tell(lane.spec.name, f"failed: {lane.reason}")
 
+    def _build_all(self, lanes: Sequence[Lane]) -> None:
+        todo = [lane for lane in lanes if lane.host is None and lane.spec.builds]
+        with ThreadPoolExecutor(self._plan.builders) as builders:
+            try:
+                for built in [builders.submit(self._attempt, lane, self._build) for lane in todo]:
+                    built.result()
+            except BaseException:  # Ctrl-C: what waits for a process goes on when that is gone
+                builders.shutdown(wait=False, cancel_futures=True)
+                for lane in todo:
+                    lane.close()
+                raise
+
+    def _build(self, lane: Lane) -> None:
+        lane.built_before = lane.job.is_built()
+        if lane.built_before:
+            return
+        self._tell(lane.spec.name, "building")
+        lane.build_seconds, _ = self._first_image(lane)
+        lane.close()
+        lane.job.note_built()
+
     def _begin(self, lane: Lane) -> None:
         if lane.host is not None:  # the first side, in a later group
             return
         name = lane.spec.name
-        lane.built_before = lane.spec.builds and lane.job.is_built()
-        builds = lane.spec.builds and not lane.built_before
-        self._tell(name, "building" if builds else "its files")
-        seconds, _ = self._first_image(lane)
-        lane.close()
-        if builds:
-            lane.build_seconds = seconds
-            lane.job.note_built()
+        if lane.build_seconds is None:
+            self._tell(name, "its files")
+            self._first_image(lane)
+            lane.close()
         self._tell(name, "first image")
         lane.first_image_seconds, first = self._first_image(lane)
         self._tell(name, "its best setting")

@@ -89,10 +89,10 @@ class Suite:
         if unknown:
             raise RequestError(f"no metric {unknown[0]!r}; there are {', '.join(METRICS)}")
         plan = settings.plan
-        if plan.rounds < 1 or plan.pictures < 1 or not settings.patience > 0:
+        if min(plan.rounds, plan.pictures, plan.builders) < 1 or not settings.patience > 0:
             raise RequestError(
-                f"{plan.rounds} rounds of {plan.pictures} pictures, patience of {settings.patience:g} s; each must be "
-                "above 0"
+                f"{plan.rounds} rounds of {plan.pictures} pictures, {plan.builders} builders, patience of "
+                f"{settings.patience:g} s; each must be above 0"
             )
         if plan.profile and settings.device.type != "cpu":
             raise RequestError(

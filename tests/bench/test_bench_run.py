@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -167,10 +168,27 @@ def test_a_side_that_builds_is_first_measured_in_a_process_before(measure: Calla
     builds = SideSpec("builds", "", "planted_sides:open_planted", {"step_seconds": 0.01}, builds=True)
     found = rows(measure(planted("plain"), builds, open_host=counting, rounds=1))
     # One that builds nothing has a process before as well: its files are in memory like those of one that builds.
-    assert opened == ["plain", "plain", "builds", "builds"]
+    assert opened == ["builds", "plain", "plain", "builds"]
     assert found["plain"].build_seconds is None
     assert found["builds"].build_seconds is not None
     assert found["builds"].build_seconds >= STEPS * 0.01
+
+
+def test_as_many_sides_build_at_the_same_time_as_asked(measure: Callable[..., CaseResult]) -> None:
+    both = threading.Barrier(2)
+    built = set()
+
+    class Waiting(Worker):
+        def open(self) -> str:
+            if self._job.side.builds and self._job.side.name not in built:
+                built.add(self._job.side.name)
+                both.wait(20)  # broken where the other one only comes later
+            return super().open()
+
+    a, b = (SideSpec(name, "", "planted_sides:open_planted", builds=True) for name in "ab")
+    found = measure(planted("plain"), a, b, open_host=Waiting, rounds=1, builders=2)
+    assert [row.status for row in found.rows] == ["measured"] * 3
+    assert found.builders == 2
 
 
 def test_what_an_earlier_run_built_is_told_and_not_timed(
