@@ -133,16 +133,17 @@ def test_what_decides_the_entry(cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_exporter_digest_is_over_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for folder in prepare._SOURCES:
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "code.py").write_text("x = 1\n")
+    files = [tmp_path / folder / "code.py" for folder in prepare._SOURCES]
+    files += [tmp_path / file for file in prepare._SOURCE_FILES]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("x = 1\n")
     monkeypatch.setattr(prepare, "_PACKAGE", tmp_path)
-    digests = set()
-    for folder in ("", *prepare._SOURCES):
-        if folder:
-            (tmp_path / folder / "code.py").write_text("x = 2\n")
+    digests = {prepare.exporter_digest.__wrapped__()}
+    for file in files:
+        file.write_text("x = 2\n")
         digests.add(prepare.exporter_digest.__wrapped__())
-    assert len(digests) == 1 + len(prepare._SOURCES)
+    assert len(digests) == 1 + len(files)
 
 
 class Operations(TorchDispatchMode):
