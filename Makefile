@@ -18,7 +18,7 @@ COMMIT = $(or $(shell git rev-parse --short=12 HEAD 2>/dev/null),unknown)
 CHANGED = $(shell git status --porcelain -- . ':!bench/results' 2>/dev/null | head -n 1)
 # Sources that are not those of a commit may be others the next time.
 DONE := build/gpu-bench/$(COMMIT)$(if $(CHANGED),-$(shell date +%s))
-WORK := build/gpu-bench/work
+WORK := build/gpu-bench/kept
 SIDES := diffusers-compile diffusers-max-autotune onnxruntime latentrt-onnxruntime latentrt-eager latentrt-triton \
   latentrt-triton-plain latentrt-tensorrt latentrt-tensorrt-rtx
 PARTS_1 := $(foreach case,sdxl sdxl-refiner,$(SIDES:%=$(DONE)/$(case)/%))

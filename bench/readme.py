@@ -4,7 +4,7 @@
     python -m latentrt.bench.readme out/bench/bench.json   # puts that file in the demo's place first
 
 They are the demo's (`demo_bench_cpu.json`) with where its time goes, SDXL's blocks on a CPU (`sdxl_blocks_cpu.json`),
-and full size on a GPU (`gpu-*/bench.json`); the last two where there are such files.
+and full size on a GPU (`gpu-*/bench.json`, or a part of it in a folder below); the last two where there are such files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["README", "RESULTS", "main", "refreshed", "section"]
 _ROOT = Path(__file__).resolve().parents[1]
 README = _ROOT / "README.md"
 RESULTS = _ROOT / "bench" / "results"
-_DEMO, _BLOCKS, _GPU = "demo_bench_cpu.json", "sdxl_blocks_cpu.json", "gpu-*/bench.json"
+_DEMO, _BLOCKS, _GPU = "demo_bench_cpu.json", "sdxl_blocks_cpu.json", "gpu-*/**/bench.json"
 _OURS = "latentrt-onnxruntime"
 _BEGIN, _END = "<!-- figures: python -m latentrt.bench.readme -->", "<!-- end of figures -->"
 

@@ -107,14 +107,15 @@ def test_other_results_are_shown_where_there_are_any(tmp_path: Path) -> None:
     (results / "sdxl_blocks_cpu.json").write_text(json.dumps(content))
     gpu = report(0.5, 2.0, machine={**MACHINE, "gpu": "H200", "driver": "570"})
     gpu.cases[0].case.update(name="sdxl", summary="SDXL base at 1024x1024, random weights", dtype="float16")
-    write_report(results / "gpu-sdxl" / "bench.json", gpu)
+    write_report(results / "gpu-sdxl-1" / "latentrt-triton" / "bench.json", gpu)
     text = readme.section(report(), results)
     assert text.startswith(before)
     words = " ".join(text[len(before) :].split())
     assert "SDXL's own blocks at the shapes of 1024x1024, 1 rounds on a, 2 threads, commit c." in words
     assert "by latentrt (4.00 x, 4.00 to 4.00)" in words
     assert (
-        "H200, driver 570, PyTorch 2, commit c (`bench/results/gpu-sdxl/bench.json`): SDXL base at" in words
+        "H200, driver 570, PyTorch 2, commit c (`bench/results/gpu-sdxl-1/latentrt-triton/bench.json`): SDXL base at"
+        in words
     )
     assert "| 4.0" in words or "| 3.9" in words
     (results / "sdxl_blocks_cpu.json").write_text("{}")
