@@ -15,8 +15,9 @@ from .scheduler import Schedulable, Scheduler
 __all__ = ["Admission"]
 
 _CAUTION = 2
-"""An estimate this much too low still keeps the deadline: others of another size that come later take turns with this
-one, until its age counts."""
+"""An estimate for who comes may be this much too low: others of other sizes, that come later, take turns with it."""
+_MARGIN = 1.25
+"""And this much an estimate for who waits already, at whose cost nobody else is let in."""
 _LONGEST = 60.0
 """Seconds; the queue looks otherwise after that, however long it is now."""
 
@@ -68,17 +69,36 @@ class Admission:
                 f"try again in {retry} s",
                 retry,
             )
-        if timeout is None or (self._running is None and not self._queue):
+        if self._running is None and not self._queue:
             return  # with nothing before it, it is tried: that is how estimates come to be
         forecast = self._forecast([_Coming(group, now, timeout) for group in groups], now)
         took = max(after for job, after in forecast if isinstance(job, _Coming))
-        if _CAUTION * took > timeout:
+        if timeout is not None and _CAUTION * took > timeout:
             retry = _retry(_CAUTION * took - timeout)
             raise QueueFullError(
                 f"with {waiting} images before it, it would take about {took:.1f} s, and was given {timeout:g} s; "
                 f"try again in {retry} s, or give it more time",
                 retry,
             )
+        if self._harms(forecast, now):
+            retry = _retry(took)
+            raise QueueFullError(
+                f"{waiting} images wait, and with this one before some of them they would be late; "
+                f"try again in {retry} s",
+                retry,
+            )
+
+    def _harms(self, forecast: Sequence[tuple[Schedulable, float]], now: float) -> bool:
+        """Whether one who waits, and would be in time, might be late for who comes."""
+        endangered = [
+            (job, after)
+            for job, after in forecast
+            if _MARGIN * after > _left(job, now) and not isinstance(job, _Coming)
+        ]
+        if not endangered:
+            return False
+        without = {id(job): after for job, after in self._forecast([], now)}
+        return any(after > without[id(job)] <= _left(job, now) for job, after in endangered)
 
     def _forecast(self, coming: Sequence[_Coming], now: float) -> list[tuple[Schedulable, float]]:
         """Everyone who waits, and after how many seconds they will have been made."""
@@ -87,7 +107,8 @@ class Admission:
             size, cost, begun = self._running
             after = max(0.0, self.pace.seconds(size, cost, now) - (now - begun))
         forecast = []
-        for jobs in self._queue.order(coming, now):
+        ahead = self._queue.ahead(coming)
+        while jobs := ahead.take_soon(now + after):
             after += self.pace.seconds(*_kind(jobs), now)
             forecast += [(job, after) for job in jobs]
         return forecast
@@ -96,6 +117,11 @@ class Admission:
 def _kind(jobs: Sequence[Schedulable]) -> tuple[Size, float]:
     """Size and work of a call."""
     return jobs[0].group.size, sum(job.group.cost for job in jobs)
+
+
+def _left(job: Schedulable, now: float) -> float:
+    """Seconds until it must be made."""
+    return math.inf if job.timeout is None else job.since + job.timeout - now
 
 
 def _retry(seconds: float) -> int:

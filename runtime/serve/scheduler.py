@@ -76,18 +76,15 @@ class Scheduler(Generic[J]):
     def __iter__(self) -> Iterator[J]:
         return (job for jobs in self._flows.values() for job in jobs)
 
-    def order(self, coming: Sequence[Schedulable], now: float) -> list[list[Schedulable]]:
-        """The calls until nothing waits, were these to come now and nobody after them."""
+    def ahead(self, coming: Sequence[Schedulable]) -> Scheduler[Schedulable]:
+        """A copy, to look ahead with: what waits here, and these."""
         ahead: Scheduler[Schedulable] = Scheduler(max_batch=self.max_batch, window=self.window)
         ahead._flows = {size: [*flow] for size, flow in self._flows.items()}
         ahead._paid, ahead._turn, ahead._by_age = dict(self._paid), self._turn, self._by_age
         ahead._limits = {size: copy(limit) for size, limit in self._limits.items()}
         for one in coming:
             ahead.add(one)
-        calls = []
-        while ahead:
-            calls.append(ahead._next(list(ahead._flows), now))
-        return calls
+        return ahead
 
     def add(self, job: J) -> None:
         """Let a job wait."""
@@ -105,11 +102,16 @@ class Scheduler(Generic[J]):
 
     def take(self, now: float) -> list[J]:
         """The next batch, or none while the jobs there are may still get company."""
-        ready = [size for size, flow in self._flows.items() if self._ready_at(flow) <= now]
-        return self._next(ready, now) if ready else []
+        return self._next([size for size, flow in self._flows.items() if self._ready_at(flow) <= now], now)
+
+    def take_soon(self, now: float) -> list[J]:
+        """The next batch, whoever may still come; none when nothing waits."""
+        return self._next(list(self._flows), now)
 
     def _next(self, ready: Sequence[Size], now: float) -> list[J]:
         """The batch of one of these sizes."""
+        if not ready:
+            return []
         size = min(ready, key=lambda size: (self._paid[size], self._flows[size][0].since))
         oldest = min(ready, key=lambda size: _impatient_at(self._flows[size][0]))
         self._by_age = not self._by_age and _impatient_at(self._flows[oldest][0]) <= now
