@@ -1,6 +1,6 @@
 """`latentrt serve` under load, on the demo: what batching gains, that nothing is lost or mixed up, and overload.
 
-    python -m latentrt.bench.serve_load [--requests 500] [--clients 32] [--seconds 30] [--out FILE.json]
+    python -m latentrt.bench.serve_load [--requests 500] [--clients 32] [--seconds 60] [--out FILE.json]
 
 Two servers, processes of their own on ONNX Runtime: one makes an image at a time, one batches. Three parts:
 - batching: equal requests from all clients, to each server in turn; the ratio of their throughputs, and from the
@@ -374,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=500, help="of the mixed part")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3, help="of the batching part")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of the overload")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of the overload")
     parser.add_argument("--backend", default="onnxruntime")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "demo_serve_load.json"

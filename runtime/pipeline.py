@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -366,7 +366,7 @@ class Pipeline:
         Raises:
             RequestError: as a call does.
         """
-        call = inspect.signature(self.__call__).bind(prompt, **arguments)
+        call = _signature().bind(self, prompt, **arguments)
         call.apply_defaults()
         request = self._request(call.arguments)
         stages = stages_of_request(self._base, self._refiner, request, call.arguments["sampler"])
@@ -422,3 +422,9 @@ def _rewind(noise: NoiseSource, watch: Watch) -> Callable[[], None]:
         watch.begin_again()
 
     return begin_again
+
+
+@cache
+def _signature() -> inspect.Signature:
+    """Of a call; made once, as a server checks every request."""
+    return inspect.signature(Pipeline.__call__)

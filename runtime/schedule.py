@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -53,8 +54,9 @@ class Schedule:
         return len(self.timesteps)
 
 
+@lru_cache(maxsize=256)
 def make_schedule(config: SamplerConfig, num_steps: int) -> Schedule:
-    """The timesteps and noise levels of a request for `num_steps`.
+    """The timesteps and noise levels of a request for `num_steps`; remembered, so the arrays are read-only.
 
     Raises:
         RequestError: the sampler has no schedule of that many steps.
@@ -82,6 +84,8 @@ def make_schedule(config: SamplerConfig, num_steps: int) -> Schedule:
             f"{num_steps} steps, {config.timestep_spacing} spacing, steps_offset {config.steps_offset}: the "
             f"first timestep is {int(timesteps.max())}, beyond the last one, {trained - 1}; ask for fewer"
         )
+    for array in (timesteps, sigmas, alphas_cumprod):
+        array.flags.writeable = False
     return Schedule(timesteps, sigmas, alphas_cumprod, num_steps)
 
 

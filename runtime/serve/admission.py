@@ -14,10 +14,11 @@ from .scheduler import Schedulable, Scheduler
 
 __all__ = ["Admission"]
 
-_CAUTION = 2
+_CAUTION = 2.5
 """An estimate for who comes may be this much too low: others of other sizes, that come later, take turns with it."""
-_MARGIN = 1.25
-"""And this much an estimate for who waits already, at whose cost nobody else is let in."""
+_MARGIN = 2.0
+"""And this much an estimate for who waits already, at whose cost nobody else is let in: more calls than were made
+before share the machine with the work of refusing the rest."""
 _LONGEST = 60.0
 """Seconds; the queue looks otherwise after that, however long it is now."""
 
@@ -102,14 +103,17 @@ class Admission:
 
     def _forecast(self, coming: Sequence[_Coming], now: float) -> list[tuple[Schedulable, float]]:
         """Everyone who waits, and after how many seconds they will have been made."""
-        after = 0.0
+        after, slower = 0.0, 1.0
         if self._running is not None:
             size, cost, begun = self._running
-            after = max(0.0, self.pace.seconds(size, cost, now) - (now - begun))
+            expected, elapsed = self.pace.seconds(size, cost, now), now - begun
+            after = max(0.0, expected - elapsed)
+            if 0 < expected < elapsed:  # what holds up this call holds up the next ones
+                slower = elapsed / expected
         forecast = []
         ahead = self._queue.ahead(coming)
         while jobs := ahead.take_soon(now + after):
-            after += self.pace.seconds(*_kind(jobs), now)
+            after += slower * self.pace.seconds(*_kind(jobs), now)
             forecast += [(job, after) for job in jobs]
         return forecast
 

@@ -3,11 +3,13 @@
 A call costs something by itself, something a step, and something for its pixels, in shares that nobody knows
 beforehand. Of a call like one that was made the time is known. Of others two things are sure: more work takes no less
 time, and less work takes at least its share of the time. Estimates are the most that follows from these, so that
-ignorance lets a request in: it is then made, and learnt from.
+ignorance lets a request in: it is then made, and learnt from. What other work on the machine does to calls of one kind
+it does to all, so they have a factor in common, which follows the last few calls of any kind.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..request import Size
@@ -20,6 +22,11 @@ _KINDS = 64
 """Remembered."""
 _WEIGHT = 0.3
 """Of the newest call in its kind's average."""
+_SLOWER, _FASTER = 0.5, 0.3
+"""Of the newest call in what all kinds have in common lately, as exponents: that the device is slower, for other work
+beside it, is believed sooner than that it is free again."""
+_SHORTEST = 1e-6
+"""Seconds that a clock tells apart."""
 
 
 @dataclass
@@ -35,22 +42,41 @@ class Pace:
 
     def __init__(self) -> None:
         self._seen: dict[tuple[Size, float], _Seen] = {}
+        self._lately = 1.0  # times the averages, what calls take now
 
     def learn(self, size: Size, cost: float, seconds: float, now: float) -> None:
         """A call of so much work took so long."""
+        seconds = max(seconds, _SHORTEST)
+        if like := self._fresh(now, size):
+            least, most = _bounds(like, cost)
+            apart = seconds / self._lately / min(max(seconds / self._lately, least), most)
+            self._lately *= apart ** (_SLOWER if apart > 1 else _FASTER)
+        average = seconds / self._lately
         old = self._seen.pop((size, cost), None)
         if old is not None and now - old.last <= _FRESH:
-            seconds = old.seconds + _WEIGHT * (seconds - old.seconds)
-        self._seen[size, cost] = _Seen(seconds, now)
+            average = old.seconds + _WEIGHT * (average - old.seconds)
+        self._seen[size, cost] = _Seen(average, now)
         if len(self._seen) > _KINDS:
             del self._seen[next(iter(self._seen))]  # the one not seen for longest
 
     def seconds(self, size: Size, cost: float, now: float) -> float:
         """What a call of so much work takes at least; 0 while nothing is known."""
-        same = self._seen.get((size, cost))
-        if same is not None and now - same.last <= _FRESH:
-            return same.seconds
-        fresh = [(kind, seen.seconds) for kind, seen in self._seen.items() if now - seen.last <= _FRESH]
-        like = [(work, seconds) for (s, work), seconds in fresh if s == size]
-        others = like or [(work, seconds) for (_, work), seconds in fresh]
-        return max((seconds * min(1.0, cost / work) for work, seconds in others), default=0.0)
+        least, _ = _bounds(self._fresh(now, size) or self._fresh(now), cost)
+        return self._lately * least
+
+    def _fresh(self, now: float, size: Size | None = None) -> dict[float, float]:
+        """Work -> seconds, of one size or the most of all."""
+        fresh: dict[float, float] = {}
+        for (s, work), seen in self._seen.items():
+            if size in (None, s) and now - seen.last <= _FRESH:
+                fresh[work] = max(seen.seconds, fresh.get(work, 0.0))
+        return fresh
+
+
+def _bounds(known: dict[float, float], cost: float) -> tuple[float, float]:
+    """The least and the most seconds that so much work takes, by calls of other work."""
+    if cost in known:
+        return known[cost], known[cost]
+    least = max((seconds * min(1.0, cost / work) for work, seconds in known.items()), default=0.0)
+    most = min((seconds * max(1.0, cost / work) for work, seconds in known.items()), default=math.inf)
+    return least, max(least, most)
