@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from ...errors import QueueFullError, RequestError
@@ -21,6 +22,10 @@ _MARGIN = 2.0
 before share the machine with the work of refusing the rest."""
 _LONGEST = 60.0
 """Seconds; the queue looks otherwise after that, however long it is now."""
+_PATIENCE = 30.0
+"""Seconds that a size is kept out for the sake of others who wait; then one request is let in at their cost."""
+_FORGOTTEN = 2 * _LONGEST
+"""Seconds after which nobody comes again who was kept out."""
 
 J = TypeVar("J", bound=Schedulable)
 
@@ -33,6 +38,14 @@ class _Coming(NamedTuple):
     timeout: float | None
 
 
+@dataclass
+class _KeptOut:
+    """A size that others keep out: when that began, and when it was last."""
+
+    since: float
+    last: float
+
+
 class Admission:
     """At the door of a queue. Times are in seconds of one clock."""
 
@@ -42,6 +55,7 @@ class Admission:
         self.pace = Pace()
         self._queue = queue
         self._running: tuple[Size, float, float] | None = None
+        self._kept_out: dict[Size, _KeptOut] = {}
 
     def begin(self, jobs: Sequence[J], now: float) -> None:
         """A call for these is being made."""
@@ -51,8 +65,13 @@ class Admission:
         """It is no longer."""
         self._running = None
 
-    def check(self, groups: Sequence[Group], timeout: float | None, now: float) -> None:
+    def check(
+        self, groups: Sequence[Group], timeout: float | None, now: float, *, again: bool = False
+    ) -> None:
         """Whether one image of each group may wait, to be made in `timeout` seconds.
+
+        Args:
+            again: it was let in before, elsewhere: only for want of room is it refused.
 
         Raises:
             RequestError: there are more than may ever wait.
@@ -70,24 +89,32 @@ class Admission:
                 f"try again in {retry} s",
                 retry,
             )
-        if self._running is None and not self._queue:
+        if again or not groups or (self._running is None and not self._queue):
             return  # with nothing before it, it is tried: that is how estimates come to be
         forecast = self._forecast([_Coming(group, now, timeout) for group in groups], now)
         took = max(after for job, after in forecast if isinstance(job, _Coming))
         if timeout is not None and _CAUTION * took > timeout:
             retry = _retry(_CAUTION * took - timeout)
             raise QueueFullError(
-                f"with {waiting} images before it, it would take about {took:.1f} s, and was given {timeout:g} s; "
-                f"try again in {retry} s, or give it more time",
+                f"with {waiting} images before it, and what may come between, it would take {took:.1f} to "
+                f"{_CAUTION * took:.1f} s, and was given {timeout:g} s; try again in {retry} s, or give it more time",
                 retry,
             )
-        if self._harms(forecast, now):
+        if self._harms(forecast, now) and self._keep_out(groups[0].size, now):
             retry = _retry(took)
             raise QueueFullError(
-                f"{waiting} images wait, and with this one before some of them they would be late; "
+                f"{waiting} images wait, and with this one before some of them they might be late; "
                 f"try again in {retry} s",
                 retry,
             )
+        self._kept_out.pop(groups[0].size, None)
+
+    def _keep_out(self, size: Size, now: float) -> bool:
+        """Whether a request of this size is refused for others' sake; the first after a long time of that is not."""
+        self._kept_out = {s: kept for s, kept in self._kept_out.items() if now - kept.last <= _FORGOTTEN}
+        kept = self._kept_out.setdefault(size, _KeptOut(now, now))
+        kept.last = now
+        return now - kept.since < _PATIENCE
 
     def _harms(self, forecast: Sequence[tuple[Schedulable, float]], now: float) -> bool:
         """Whether one who waits, and would be in time, might be late for who comes."""
@@ -108,8 +135,8 @@ class Admission:
             size, cost, begun = self._running
             expected, elapsed = self.pace.seconds(size, cost, now), now - begun
             after = max(0.0, expected - elapsed)
-            if 0 < expected < elapsed:  # what holds up this call holds up the next ones
-                slower = elapsed / expected
+            if elapsed > expected and self.pace.measured(size, cost, now):
+                slower = elapsed / expected  # what holds up this call holds up the next ones
         forecast = []
         ahead = self._queue.ahead(coming)
         while jobs := ahead.take_soon(now + after):

@@ -37,10 +37,12 @@ from .requests import Finished, ImageResult, Progress
 from .schema import FieldError, GenerationBody, Limits, image_requests
 from .service import Service
 
-__all__ = ["create_app", "preview_is_due"]
+__all__ = ["TAKEN_BEFORE", "create_app", "preview_is_due"]
 
 _log = logging.getLogger(__name__)
 
+TAKEN_BEFORE = "latentrt.taken_before"
+"""In a request's scope, where no client can write: whether a replica that had taken it was lost."""
 _HEARTBEAT = 15.0
 """Seconds without news after which a stream says that it lives: proxies hang up on silence."""
 
@@ -88,6 +90,7 @@ def create_app(
             *requests,
             timeout=body.timeout or bounds.timeout,
             previews=streamed and body.partial_images != 0,
+            again=bool(request.scope.get(TAKEN_BEFORE)),
         )
         request.state.log.update(images=len(jobs), steps=requests[0].steps, stream=streamed)
         if streamed:

@@ -119,13 +119,19 @@ class AsyncEngine:
         self._serving.add_done_callback(self._stopped)
 
     def submit(
-        self, *requests: ImageRequest, timeout: float | None = None, previews: bool = False
+        self,
+        *requests: ImageRequest,
+        timeout: float | None = None,
+        previews: bool = False,
+        again: bool = False,
     ) -> list[Job]:
         """Take requests, all of them or none.
 
         Args:
-            timeout: seconds from now until each must be made; refused at once where, by the pace so far, it cannot.
+            timeout: seconds from now until each must be made; refused at once where, by the pace so far, it cannot, or
+                others that wait could not.
             previews: progress comes with pictures.
+            again: they were taken before, by an engine that was lost: as long as there is room, they are taken.
 
         Raises:
             RequestError: one of them cannot be made.
@@ -141,7 +147,7 @@ class AsyncEngine:
         if asyncio.get_running_loop() is not self._loop:
             raise ServiceError("the engine belongs to the event loop that started it; ask it from there")
         checked = [self._runner.check(request) for request in requests]
-        self._admission.check([one.group for one in checked], timeout, self._loop.time())
+        self._admission.check([one.group for one in checked], timeout, self._loop.time(), again=again)
         jobs = [Job(one, timeout=timeout, previews=previews, forget=self._queue.remove) for one in checked]
         for job in jobs:
             self._queue.add(job)

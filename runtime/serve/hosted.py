@@ -21,7 +21,7 @@ from ...errors import RequestError
 from ..commands import load
 from ..memory import Policy
 from ..pipeline import Pipeline
-from .app import create_app
+from .app import TAKEN_BEFORE, create_app
 from .engine import AsyncEngine
 from .metrics import Metrics
 from .requests import CheckedRequest, ImageRequest, ImageResult
@@ -33,13 +33,18 @@ __all__ = ["Deployed", "Forwarded", "Head", "HostedModel", "ModelSettings", "cal
 
 @dataclass(frozen=True)
 class Forwarded:
-    """A request on its way to a replica; `path` is decoded, `query` is not."""
+    """A request on its way to a replica; `path` is decoded, `query` is not.
+
+    Attributes:
+        again: a replica that had taken it was lost.
+    """
 
     method: str
     path: str
     query: str = ""
     headers: tuple[tuple[bytes, bytes], ...] = ()
     body: bytes = b""
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -267,6 +272,7 @@ def _scope(request: Forwarded) -> dict[str, Any]:
         "query_string": request.query.encode("latin-1"),
         "root_path": "",
         "headers": list(request.headers),
+        TAKEN_BEFORE: request.again,
         "client": None,
         "server": None,
         "state": {},

@@ -159,7 +159,7 @@ class Ingress:
         with contextlib.nullcontext() if accepted is None else self._taken():
             while True:
                 try:
-                    request = asked if accepted is None else accepted.request()
+                    request = asked if accepted is None else accepted.request(again=lost > 0)
                     parts = _until(deadline, self._send(model, request))
                     last = lost == tries - 1 or accepted is None
                     async for part in told.new(_settled(parts, last=last, taken=lost > 0)):
@@ -257,8 +257,11 @@ class _Accepted:
             fields["timeout"] = timeout
         return cls(asked, fields)
 
-    def request(self) -> Forwarded:
+    def request(self, *, again: bool) -> Forwarded:
         """
+        Args:
+            again: a replica that had taken it was lost.
+
         Raises:
             DeadlineError: none is left.
         """
@@ -275,7 +278,7 @@ class _Accepted:
             if k.lower() not in (b"content-length", b"transfer-encoding")
         ]
         headers.append((b"content-length", str(len(body)).encode()))
-        return Forwarded(self._asked.method, self._asked.path, self._asked.query, tuple(headers), body)
+        return Forwarded(self._asked.method, self._asked.path, self._asked.query, tuple(headers), body, again)
 
 
 class _Told:

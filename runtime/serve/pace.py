@@ -22,23 +22,30 @@ _KINDS = 64
 """Remembered."""
 _WEIGHT = 0.3
 """Of the newest call in its kind's average."""
-_SLOWER, _FASTER = 0.5, 0.3
-"""Of the newest call in what all kinds have in common lately, as exponents: that the device is slower, for other work
-beside it, is believed sooner than that it is free again."""
+_TREND = 0.4
+"""Of the newest call in what all kinds have in common lately."""
+_FADING = 0.98
+"""What is left of that with each call: what lasts is the averages' to learn."""
+_JUMP = 3.0
+"""More than this factor one call does not count for: it may have had a bad time."""
 _SHORTEST = 1e-6
 """Seconds that a clock tells apart."""
 
 
 @dataclass
 class _Seen:
-    """The average of calls of one size and work."""
+    """The calls of one size and work: their average, as of a machine without other work, and when the last one was."""
 
     seconds: float
     last: float
+    calls: int
 
 
 class Pace:
-    """Measurements by size and work, the latter in the unit of `Group.cost`; times are in seconds of any one clock."""
+    """Measurements by size and work, the latter in the unit of `Group.cost`; times are in seconds of any one clock.
+
+    Averages are of logarithms: in those, what is common and what is not have no bias to each other's cost.
+    """
 
     def __init__(self) -> None:
         self._seen: dict[tuple[Size, float], _Seen] = {}
@@ -47,15 +54,22 @@ class Pace:
     def learn(self, size: Size, cost: float, seconds: float, now: float) -> None:
         """A call of so much work took so long."""
         seconds = max(seconds, _SHORTEST)
-        if like := self._fresh(now, size):
+        old = self._seen.pop((size, cost), None)
+        if old is not None and now - old.last > _FRESH:
+            old = None
+        like = self._fresh(now, size, calls=2)
+        if old is not None and old.calls > 1:
+            like = {cost: old.seconds}
+        if like:
             least, most = _bounds(like, cost)
             apart = seconds / self._lately / min(max(seconds / self._lately, least), most)
-            self._lately *= apart ** (_SLOWER if apart > 1 else _FASTER)
-        average = seconds / self._lately
-        old = self._seen.pop((size, cost), None)
-        if old is not None and now - old.last <= _FRESH:
-            average = old.seconds + _WEIGHT * (average - old.seconds)
-        self._seen[size, cost] = _Seen(average, now)
+            self._lately = (self._lately * _bounded(apart) ** _TREND) ** _FADING
+        alone, calls = seconds / self._lately, 1
+        if old is not None:
+            calls = old.calls + 1
+            if old.calls > 1:  # the first of a kind allocates and records, and says little of the others
+                alone = old.seconds * _bounded(alone / old.seconds) ** _WEIGHT
+        self._seen[size, cost] = _Seen(alone, now, calls)
         if len(self._seen) > _KINDS:
             del self._seen[next(iter(self._seen))]  # the one not seen for longest
 
@@ -64,13 +78,21 @@ class Pace:
         least, _ = _bounds(self._fresh(now, size) or self._fresh(now), cost)
         return self._lately * least
 
-    def _fresh(self, now: float, size: Size | None = None) -> dict[float, float]:
-        """Work -> seconds, of one size or the most of all."""
+    def measured(self, size: Size, cost: float, now: float) -> bool:
+        """Whether that is of such calls themselves, and more than one."""
+        return cost in self._fresh(now, size, calls=2)
+
+    def _fresh(self, now: float, size: Size | None = None, *, calls: int = 1) -> dict[float, float]:
+        """Work -> seconds, of one size or the most of all; of what was called so often at least."""
         fresh: dict[float, float] = {}
         for (s, work), seen in self._seen.items():
-            if size in (None, s) and now - seen.last <= _FRESH:
+            if size in (None, s) and now - seen.last <= _FRESH and seen.calls >= calls:
                 fresh[work] = max(seen.seconds, fresh.get(work, 0.0))
         return fresh
+
+
+def _bounded(factor: float) -> float:
+    return min(max(factor, 1 / _JUMP), _JUMP)
 
 
 def _bounds(known: dict[float, float], cost: float) -> tuple[float, float]:

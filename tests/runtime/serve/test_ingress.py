@@ -18,6 +18,7 @@ import ray_runner
 import yaml
 from fake_runner import FakeRunner, in_loop
 from latentrt.errors import QueueFullError, RequestError
+from latentrt.runtime.serve.engine import AsyncEngine
 from latentrt.runtime.serve.hosted import Deployed, Forwarded, Head, HostedModel
 from latentrt.runtime.serve.ingress import Ingress, ReplicaLostError
 from latentrt.runtime.serve.schema import Limits
@@ -118,6 +119,25 @@ def test_a_lost_replica_loses_no_request_and_the_seed_stays() -> None:
         assert other.json()["data"][0]["seed"] != seeds[0]
 
     asked(replicas, test)
+
+
+def test_a_request_is_let_in_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replica that makes it after another was lost does not ask again whether there is time enough."""
+    seen = []
+    submit = AsyncEngine.submit
+
+    def watched(engine: AsyncEngine, *requests: Any, **options: Any) -> Any:
+        seen.append(options["again"])
+        return submit(engine, *requests, **options)
+
+    monkeypatch.setattr(AsyncEngine, "submit", watched)
+
+    async def test(client: httpx.AsyncClient) -> None:
+        answer = await client.post(IMAGES, json=body(), headers={"latentrt.taken_before": "1"})
+        assert answer.status_code == 200
+
+    asked(Replicas(0, 1), test)
+    assert seen == [False, True, True]
 
 
 @pytest.mark.parametrize("seed", [0, 7])
