@@ -27,6 +27,7 @@ BAD: list[tuple[Any, int, str | None]] = [
     ({"prompt": "x" * 101}, 422, "prompt"),
     (b'{"prompt": "\\ud800"}', 422, "prompt"),
     ({"prompt": "x" * 20_000}, 413, "prompt"),
+    ({"prompt": "x" * 10_000_000}, 413, "prompt"),
     ({"negative_prompt": "x" * 101}, 422, "negative_prompt"),
     ({"n": 0}, 422, "n"),
     ({"n": 5}, 422, "n"),

@@ -21,6 +21,7 @@ import latentrt
 import numpy as np
 import openai
 import PIL.Image
+import psutil
 import pytest
 from latentrt.runtime.serve import commands
 from served import until
@@ -75,6 +76,8 @@ def pixels(b64: str) -> Any:
 def test_the_demo_served_and_drained(demo: Process) -> None:
     """Images are those of the pipeline; SIGTERM under load loses nothing that was taken, and ends with 0."""
     url = demo.urls[0]
+    listens = [c.laddr.ip for c in psutil.Process(demo.process.pid).net_connections() if c.status == "LISTEN"]
+    assert listens == ["127.0.0.1"]  # unless told otherwise
     fields = {"steps": 2, "guidance": 3.0, "seed": 5, "high_noise_frac": 0.5}
     with httpx.Client(base_url=url, timeout=240) as http, ThreadPoolExecutor(5) as pool:
         until(lambda: http.get("/ready").status_code == 200, 120)
