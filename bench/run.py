@@ -223,11 +223,12 @@ class CaseRun:
         self._tell(name, "its best setting")
         lane.settings = self._host(lane).tune()
         kept = self._kept(first)
-        lane.images = np.empty((self._count, *kept.shape[1:]), kept.dtype)
-        lane.images[:1] = kept
+        images = np.empty((self._count, *kept.shape[1:]), kept.dtype)
+        images[:1] = kept
         for k in range(1, self._count):
             self._tell(name, f"picture {k + 1} of {self._count}")
-            lane.images[k : k + 1] = self._kept(self._host(lane).run(*self._plan.work(k, 1)).images)
+            images[k : k + 1] = self._kept(self._host(lane).run(*self._plan.work(k, 1)).images)
+        lane.images = images  # all or none: of what was not made nobody is to be shown or judged by
 
     def _first_image(self, lane: Lane) -> tuple[float, Images]:
         """Seconds from before the process begins, and the picture."""
@@ -242,7 +243,8 @@ class CaseRun:
 
     def _choose_reference(self, lanes: Sequence[Lane]) -> None:
         """Eager diffusers in float32 where it ran, else eager diffusers, else the first side that did."""
-        alive = [lane for lane in lanes if lane.images is not None]
+        # One that was judged in an earlier group may have few of its pictures left.
+        alive = [lane for lane in lanes if lane.status == "measured" and lane.quality is None]
         exact = [lane for lane in alive if lane.job.dtype == "float32"]
         self._reference = self._reference or next(iter([*exact, *alive]), None)
         for lane in alive:
