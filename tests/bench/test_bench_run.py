@@ -112,6 +112,20 @@ def test_wrong_pictures_withhold_the_speed(measure: Callable[..., CaseResult]) -
     assert found["right"].status == "measured"
 
 
+@pytest.mark.parametrize("many", [1, 256])
+def test_pictures_that_are_not_finite_are_no_reference(
+    many: int, measure: Callable[..., CaseResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentrt.bench.run._MANY", many)  # of which bytes are kept
+    result = measure(planted("nan", nan=True), planted("sound"), planted("wrong", wrong_from=0), rounds=1)
+    assert result.reference == "sound"
+    status, reason = ("failed", "a picture is not") if many == 1 else ("invalid", "PSNR -inf dB")
+    assert [row.status for row in result.rows] == [status, "measured", "invalid"]
+    assert result.rows[0].reason.startswith(reason)
+    alone = measure(planted("alone", nan=True))
+    assert (alone.rows[0].status, alone.reference) == (status, None)
+
+
 def test_pictures_that_go_wrong_while_timed_withhold_the_speed_too(
     measure: Callable[..., CaseResult],
 ) -> None:
