@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -179,6 +181,34 @@ def test_torch_compile_is_set_up_as_its_guides_say(
     assert decode["options"].get("epilogue_fusion", True) is not guided
     assert torch.backends.cudnn.benchmark is (place == "cuda")
     assert ("cudnn.benchmark" in side.settings) is (place == "cuda")
+
+
+def test_freed_weights_are_no_memory_of_a_side(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where sessions took their place, or another layout: PyTorch would keep them, and what an exporter left too."""
+    held: list[weakref.ref[torch.nn.Module]] = []
+    given_back: list[bool] = []
+
+    def leave() -> None:
+        module = torch.nn.Module()
+        module.__dict__["itself"] = module  # as an exporter's graphs hold theirs
+        held.append(weakref.ref(module))
+
+    def loaded(*_: Any) -> tuple[StandIn, None]:
+        leave()
+        return StandIn(), None
+
+    monkeypatch.setattr("latentrt.bench.diffusers_side.load_pipelines", loaded)
+    monkeypatch.setattr("latentrt.bench.diffusers_side.now", lambda device: time.perf_counter())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(held[-1]() is None))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    side = open_side(replace(case, refiner=None), torch.device("cuda"), torch.float16, tmp_path)
+    assert given_back == [True]
+    monkeypatch.setattr(side, "_drawn", lambda generators: None)
+    leave()
+    side.tune()
+    assert given_back == [True, True]
 
 
 @pytest.fixture
