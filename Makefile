@@ -98,7 +98,7 @@ gpu-bench: $(PARTS_1) $(PARTS_N)
 
 # Random weights are kept; what a side built goes when its part is done, since the disk does not hold that of all.
 define gpu_part
-	$(BIN)/latentrt bench --case $(1) --batch $(2) --work $(WORK) --side diffusers $(3) --side $(@F) --out bench/results/gpu-$(1)-$(2)/$(@F)
+	$(BIN)/latentrt bench --device cuda --case $(1) --batch $(2) --work $(WORK) --side diffusers $(3) --side $(@F) --out bench/results/gpu-$(1)-$(2)/$(@F)
 	@rm -rf $(WORK)/$(1)/$(@F)-* && mkdir -p $(@D) && touch $@
 endef
 

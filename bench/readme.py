@@ -73,7 +73,7 @@ def _blocks(path: Path) -> Iterator[str]:
 
 
 def _on_gpu(report: Report, source: Path) -> Iterator[str]:
-    for case in report.cases:
+    for case in report.cases if report.machine.get("gpu") else ():
         if any(row.batches for row in case.rows):
             yield from _measured(report, case, f" (`{source}`)")
 

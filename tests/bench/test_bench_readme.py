@@ -109,6 +109,8 @@ def test_other_results_are_shown_where_there_are_any(tmp_path: Path) -> None:
     gpu.cases[0].case.update(name="sdxl", summary="SDXL base at 1024x1024, random weights", dtype="float16")
     write_report(results / "gpu-sdxl-1" / "latentrt-triton" / "bench.json", gpu)
     text = readme.section(report(), results)
+    write_report(results / "gpu-sdxl-1" / "no-gpu" / "bench.json", report())
+    assert readme.section(report(), results) == text
     assert text.startswith(before)
     words = " ".join(text[len(before) :].split())
     assert "SDXL's own blocks at the shapes of 1024x1024, 1 rounds on a, 2 threads, commit c." in words
