@@ -52,7 +52,7 @@ def section(demo: Report, results: Path) -> str:
 
 def _demo(report: Report) -> Iterator[str]:
     case = next((case for case in report.cases if case.case["name"] == "demo"), None)
-    if case is None or not case.rows or not case.rows[0].batches or case.rows[0].side != "diffusers":
+    if case is None or not case.rows or not case.first(case.rows[0]) or case.rows[0].side != "diffusers":
         raise BenchmarkError(
             "the results hold no demo measured beside diffusers; run latentrt bench --case demo"
         )
@@ -74,7 +74,7 @@ def _blocks(path: Path) -> Iterator[str]:
 
 def _on_gpu(report: Report, source: Path) -> Iterator[str]:
     for case in report.cases if report.machine.get("gpu") else ():
-        if any(row.batches for row in case.rows):
+        if any(case.first(row) for row in case.rows):
             yield from _measured(report, case, f" (`{source}`)")
 
 
@@ -85,7 +85,7 @@ def _measured(report: Report, case: CaseResult, source: str) -> Iterator[str]:
     if machine.get("gpu"):
         torch = machine.get("versions", {}).get("torch", "unknown")
         where = f"{machine['gpu']}, driver {machine.get('driver', 'unknown')}, PyTorch {torch}"
-    first = next(row.batches[0] for row in case.rows if row.batches)
+    first = next(b for row in case.rows if (b := case.first(row)) is not None)
     took = "" if report.seconds is None else f" The whole run took {report.seconds / 60:.0f} minutes."
     interrupted = "" if report.complete else " It was interrupted: these are the figures there were by then."
     at_once = f" Up to {case.builders} sides were built at the same time." if case.builders > 1 else ""
@@ -111,9 +111,9 @@ def _row(case: CaseResult, row: Row) -> list[str]:
         "-" if q is None or q.fid is None else f"{q.fid:.4g}",
     ]
     about = [f"`{row.side}`", SIDES[plain].summary if plain in SIDES else "-"]
-    if not row.batches:
+    figures = case.first(row)
+    if figures is None:
         return [*about, f"{row.status}: {row.reason}", "-", *judged, "-", "-", "-"]
-    figures = row.batches[0]
     built = "-" if row.build_seconds is None else f"{row.build_seconds:.0f} s"
     return [
         *about,

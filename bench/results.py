@@ -130,6 +130,10 @@ class CaseResult:
     groups: list[list[str]] = field(default_factory=list)
     builders: int = 1
 
+    def first(self, row: Row) -> BatchFigures | None:
+        """A side's figures at the first batch size that was asked for, which tables have; None where it has none."""
+        return next((b for b in row.batches if b.batch == self.case["batches"][0]), None)
+
 
 @dataclass(frozen=True)
 class Report:

@@ -38,11 +38,12 @@ _MIB = 2**20
 _STAGES = {"text": "text", "base": "base", "refiner": "refiner", "decode": "VAE"}
 
 
-def against_first(case: CaseResult, row: Row, batch: int = 0) -> str:
-    """How many times as fast as the case's first side, which is 1 by definition; of the batch size at that place."""
+def against_first(case: CaseResult, row: Row) -> str:
+    """How many times as fast as the case's first side, which is 1 by definition; at the first batch size."""
     if row is case.rows[0]:
         return "1"
-    r = row.batches[batch].speedup
+    figures = case.first(row)
+    r = None if figures is None else figures.speedup
     return "-" if r is None else f"{r.value:.2f} x\n({r.low:.2f} to {r.high:.2f})"
 
 
@@ -90,9 +91,9 @@ def latency(case: CaseResult) -> Table:
 
 
 def _times(case: CaseResult, row: Row) -> list[str]:
-    if not row.batches:
+    b = case.first(row)
+    if b is None:
         return [row.status if row.status != "measured" else "-", *["-"] * 9]
-    b = row.batches[0]
     s = b.latency
     stage = [_ms(b.stages.get(name)) for name in ("text", "base_step", "refiner_step", "decode")]
     return [
@@ -129,7 +130,8 @@ def conditions(case: CaseResult) -> Table:
     """How each side was set up, its slow end, and what else was going on meanwhile: the worst over all rounds."""
     table = [["side", "set up", "dtype", "p99 s", "others kept busy, cores", "GPU's MHz"]]
     for row in case.rows:
-        p99 = f"{row.batches[0].latency.p99:.3f}" if row.batches else "-"
+        first = case.first(row)
+        p99 = "-" if first is None else f"{first.latency.p99:.3f}"
         busy = max((value for b in row.batches for value in b.busy_elsewhere), default=None)
         clocks = [state["sm_mhz"] for b in row.batches for state in b.gpu if "sm_mhz" in state]
         told = f"{min(clocks):.0f} to {max(clocks):.0f}" if clocks else "-"
@@ -152,7 +154,8 @@ def memory(case: CaseResult) -> Table:
     head = [f"peak, {name}" for name in KINDS.values()] + [f"in {name}" for name in _STAGES.values()]
     table = [["MiB", *head, "left by a picture"]]
     for row in case.rows:
-        m = row.batches[0].memory if row.batches else None
+        first = case.first(row)
+        m = None if first is None else first.memory
         if m is not None:
             cells = [m.peaks.get(kind) for kind in KINDS]
             cells += [m.by_stage.get(stage, {}).get(main) for stage in _STAGES]
@@ -170,7 +173,7 @@ def profile(case: CaseResult, sides: tuple[str, ...] = ()) -> Table:
     table = [["ms", *found]]
     table += [[kind, *(f"{1e3 * p.parts.get(kind, 0.0):.1f}" for p in found.values())] for kind in kinds]
     table.append(["in all", *(f"{1e3 * p.seconds:.1f}" for p in found.values())])
-    timed = [f"{1e3 * row.batches[0].latency.median.value:.1f}" if row.batches else "-" for row in rows]
+    timed = [_ms(b.latency.median.value if (b := case.first(row)) else None) for row in rows]
     table.append(["without profilers", *timed])
     return [*table, ["operators called", *(f"{p.operators:,}" for p in found.values())]]
 

@@ -13,7 +13,7 @@ from latentrt.bench.profile import Profile
 from latentrt.bench.proportions import BENCHMARK, SCHEMA, Measured, estimate
 from latentrt.bench.results import read_report, write_report
 from latentrt.errors import BenchmarkError
-from planted_reports import MACHINE, report
+from planted_reports import MACHINE, report, with_figures
 
 DEMO = readme.RESULTS / "demo_bench_cpu.json"
 
@@ -71,6 +71,9 @@ def test_a_side_without_a_speed_is_told_with_its_reason(tmp_path: Path) -> None:
     gone = report(status="failed", reason="not loaded after 200 s", batches=[], quality=None)
     text = readme.section(gone, tmp_path)
     assert table_row(text, "`latentrt-eager`")[2:5] == ["failed: not loaded after 200 s", "-", "-"]
+    large = with_figures(report(reason="batch 1 needs about 40.0 GiB"), batch=4)
+    told = table_row(readme.section(large, tmp_path), "`latentrt-eager`")[2:4]
+    assert told == ["measured: batch 1 needs about 40.0 GiB", "-"]
     with pytest.raises(BenchmarkError, match="no demo measured beside diffusers"):
         readme.section(replace(gone, cases=[]), tmp_path)
     with pytest.raises(BenchmarkError, match="README has no lines"):

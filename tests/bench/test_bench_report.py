@@ -26,6 +26,7 @@ from latentrt.bench.plots import bars, lines
 from latentrt.bench.results import Report, read_report, write_report
 from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.stats import growth, ratio, spread
+from latentrt.cli import _parser
 from latentrt.errors import BenchmarkError
 from planted_reports import MACHINE, report, with_figures
 from planted_sides import planted
@@ -153,6 +154,19 @@ def test_tables_tell_what_was_found_and_what_was_withheld() -> None:
     assert cells(hidden, "side")["seconds"] == "invalid"
     assert " x (" not in hidden
     assert "\n\n- **latentrt-eager** invalid: PSNR 12 dB\n\n" in hidden
+
+
+def test_tables_do_not_mix_batch_sizes() -> None:
+    """A side that there was room for at another size only is told at that one."""
+    made = with_figures(report(reason="batch 1 needs about 40.0 GiB"), batch=4)
+    text = reports.markdown(made)
+    found = cells(text, "side")
+    assert (found["seconds"], found["against diffusers"], found["peak MiB"]) == ("-", "-", "-")
+    assert cells(text, "images/s")["batch 4"].endswith("(120 dB)")
+    assert cells(text, "side | set up")["p99 s"] == "-"
+    assert "| latentrt-eager |" not in text[text.index("| MiB") : text.index("| side | set up")]
+    assert "Quickest" not in reports.html(made, {})
+    assert _parser().parse_args(["bench", "--batch", "4,1,4"]).batch == (1, 4)
 
 
 def test_only_the_first_side_is_1_by_definition() -> None:
