@@ -30,8 +30,8 @@ PROFILE = (
     "operators is Python, and what a session of ONNX Runtime does besides its operators."
 )
 _LEFT = (
-    "Peaks at the first batch size. What a picture leaves behind is the slope of the host's memory over the rounds, "
-    "where a leak shows."
+    "Peaks at the first batch size. What a picture leaves behind is the slope of the memory over the rounds, where a "
+    "leak shows."
 )
 STYLE = """
 :root{--ink:#1d2330;--soft:#626b7d;--line:#e3e6ec;--back:#fff;--card:#f6f7f9;--accent:#0072b2;--bad:#b00020;

@@ -42,6 +42,10 @@ class Memory:
     at_rest: dict[str, float] = field(default_factory=dict)
     growths: dict[str, float] = field(default_factory=dict)
 
+    def grown(self) -> dict[str, float]:
+        """`growths`; of results from before they were kept, the host's."""
+        return {"resident": self.growth, **self.growths}
+
 
 @dataclass(frozen=True)
 class BatchFigures:

@@ -146,20 +146,23 @@ def main_kind(case: CaseResult) -> str | None:
 
 
 def memory(case: CaseResult) -> Table:
-    """MiB at the first batch size: peaks of each kind, of the main kind by stage, and what a picture leaves behind in
-    the host's memory. Empty where none was sampled."""
+    """MiB at the first batch size: peaks of each kind; of the main kind by stage, between runs, and what a picture
+    leaves behind, which is told of the host too. Empty where none was sampled."""
     main = main_kind(case)
     if main is None:
         return []
     head = [f"peak, {name}" for name in KINDS.values()] + [f"in {name}" for name in _STAGES.values()]
-    table = [["MiB", *head, "left by a picture"]]
+    table = [["MiB", *head, "at rest", "left by a picture", "left on the host"]]
     for row in case.rows:
         first = case.first(row)
         m = None if first is None else first.memory
         if m is not None:
             cells = [m.peaks.get(kind) for kind in KINDS]
             cells += [m.by_stage.get(stage, {}).get(main) for stage in _STAGES]
-            table.append([row.side, *(_mib(value, ",.0f") for value in cells), _mib(m.growth, "+.1f")])
+            cells.append(m.at_rest.get(main))
+            left = [m.grown().get(main), m.growth if main != "resident" else None]
+            told = [_mib(value, ",.0f") for value in cells] + [_mib(value, "+.1f") for value in left]
+            table.append([row.side, *told])
     return known(table, 1)
 
 

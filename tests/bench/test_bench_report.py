@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from io import BytesIO, StringIO
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -183,6 +184,7 @@ def test_memory_and_conditions_have_tables() -> None:
     by_stage = {"text": {"allocated": 1e8}, "decode": {"allocated": 4e8}}
     series = {"seconds": [0.0, 1.0], "allocated": [1e8, 4e8], "resident": [5e8, 5e8]}
     memory = {"peaks": peaks, "by_stage": by_stage, "series": series, "growth": 32 * 2.0**20}
+    memory |= {"at_rest": {"allocated": 2e8}, "growths": {"allocated": 8 * 2.0**20}}
     made = with_figures(
         report(settings="channels_last"),
         memory=memory,
@@ -193,8 +195,12 @@ def test_memory_and_conditions_have_tables() -> None:
     found = cells(text, "MiB")
     assert found["peak, PyTorch's on the GPU"] == "381"
     assert (found["peak, host"], found["in text"], found["in VAE"]) == ("477", "95", "381")
-    assert found["left by a picture"] == "+32.0"
-    assert cells(text, "MiB", "diffusers")["left by a picture"] == "+0.0"
+    assert (found["at rest"], found["left by a picture"], found["left on the host"]) == (
+        "191",
+        "+8.0",
+        "+32.0",
+    )
+    assert cells(text, "MiB", "diffusers")["left on the host"] == "+0.0"
     found = cells(text, "side | set up")
     assert (found["set up"], found["others kept busy, cores"]) == ("channels_last", "1.40")
     assert found["GPU's MHz"] == "1500 to 1980"
@@ -203,7 +209,20 @@ def test_memory_and_conditions_have_tables() -> None:
     assert "Memory during one call (PyTorch's on the GPU)" in reports.html(made, {})
 
 
-def test_a_planted_leak_shows_in_the_report_and_in_a_comparison(tmp_path: Path) -> None:
+class OnAGpu(Worker):
+    """A stand-in for one, on which the side keeps what it keeps on the host."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        made = super().run(*args, **kwargs)
+        allocated = {"allocated": made.memory["resident"]}
+        trace = made.trace and replace(made.trace, peaks={**made.trace.peaks, **allocated})
+        return replace(made, memory={"resident": 1e9, **allocated}, trace=trace)
+
+
+@pytest.mark.parametrize(("kind", "host"), [("resident", Worker), ("allocated", OnAGpu)])
+def test_a_planted_leak_shows_in_the_report_and_in_a_comparison(
+    kind: str, host: type[Worker], tmp_path: Path
+) -> None:
     case = Case("planted", "nothing real", "none", steps=1)
 
     def measured(leak_bytes: int) -> Report:
@@ -214,7 +233,7 @@ def test_a_planted_leak_shows_in_the_report_and_in_a_comparison(tmp_path: Path) 
             steps={"base": 1},
             device="cpu",
             folder=tmp_path,
-            open_host=Worker,
+            open_host=host,
         )
         run.measure()
         return Report("", MACHINE, 0, [run.result()])
@@ -224,7 +243,7 @@ def test_a_planted_leak_shows_in_the_report_and_in_a_comparison(tmp_path: Path) 
     assert abs(left[0]) < 4
     assert left[1] == pytest.approx(32, rel=0.25)
     worse = {c.what for c in compare(tight, leaky) if c.verdict == "worse"}
-    assert "batch 1, left by a picture" in worse
+    assert f"batch 1, {kind} memory left by a picture" in worse
 
 
 def test_results_beside_say_what_is_not_the_same() -> None:
