@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import RequestError
 from ..runtime.engines.onnxruntime import open_session
 from .cases import Case
 from .diffusers_side import DiffusersSide, load_pipelines
@@ -91,7 +92,14 @@ class _Decoder(nn.Module):
 
 
 def open_side(case: Case, device: torch.device, dtype: torch.dtype, folder: Path) -> DiffusersSide:
-    """Export what is not in `folder` yet, and put sessions in the place of the modules."""
+    """Export what is not in `folder` yet, and put sessions in the place of the modules.
+
+    Raises:
+        RequestError: ONNX Runtime does not take the dtype.
+    """
+    if dtype not in _NUMPY:
+        name = str(dtype).removeprefix("torch.")
+        raise RequestError(f"plain ONNX Runtime takes no {name}; measure it in float32 or float16")
     base, refiner = load_pipelines(case, device, dtype)
 
     def exported(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from latentrt.bench import onnxruntime_side
 from latentrt.bench.cases import Case, sides_named
 from latentrt.bench.diffusers_side import DiffusersSide, load_pipelines, open_side
 from latentrt.bench.gates import GATES, likeness
@@ -21,6 +22,7 @@ from latentrt.bench.random_checkpoint import PUBLISHED, write_checkpoint
 from latentrt.bench.results import CaseResult
 from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.side import factory
+from latentrt.errors import RequestError
 from latentrt.runtime.latents import NoiseSource
 from planted_sides import planted
 
@@ -92,6 +94,12 @@ def test_a_vae_that_float16_would_overflow_stays_in_float32(case: Case) -> None:
         assert base.vae.decode(latents, return_dict=False)[0].dtype == torch.float32
     # What the pipelines ask before they move it for a picture.
     assert not (base.vae.dtype == torch.float16 and base.vae.config.force_upcast)
+
+
+def test_plain_onnx_runtime_says_that_it_takes_no_bfloat16(case: Case, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="takes no bfloat16; measure it in float32 or float16"):
+        onnxruntime_side.open_side(case, torch.device("cpu"), torch.bfloat16, tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 class StandIn:
