@@ -85,14 +85,15 @@ def _measured(report: Report, case: CaseResult, source: str) -> Iterator[str]:
     if machine.get("gpu"):
         torch = machine.get("versions", {}).get("torch", "unknown")
         where = f"{machine['gpu']}, driver {machine.get('driver', 'unknown')}, PyTorch {torch}"
-    first = next(b for row in case.rows if (b := case.first(row)) is not None)
+    figures = [b for row in case.rows if (b := case.first(row)) is not None]
+    fewest = min(figures, key=lambda b: len(b.seconds))  # the first side has those of every group
     took = "" if report.seconds is None else f" The whole run took {report.seconds / 60:.0f} minutes."
     interrupted = "" if report.complete else " It was interrupted: these are the figures there were by then."
     at_once = f" Up to {case.builders} sides were built at the same time." if case.builders > 1 else ""
     told = (
         f"{where}, commit {machine['commit']}{source}: {c['summary']}, {c['steps']} steps, guidance {c['guidance']:g}, "
-        f"{c['dtype']}, the sides taking turns on the same noise; medians of {len(first.seconds)} rounds, ratios of "
-        f"each round with an interval that covers {100 * first.latency.median.cover:.0f} %. PSNR is of a side's "
+        f"{c['dtype']}, the sides taking turns on the same noise; medians of {len(fewest.seconds)} rounds, ratios of "
+        f"each round with an interval that covers {100 * fewest.latency.median.cover:.0f} %. PSNR is of a side's "
         f"worst picture beside that of {case.reference}.{at_once}{took}{interrupted}"
     )
     head = ["side", "what it is", "seconds", f"against {case.rows[0].side}", "PSNR", "CLIP score", "FID"]

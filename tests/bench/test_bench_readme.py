@@ -88,6 +88,15 @@ def test_speed_has_its_quality_beside_it(tmp_path: Path) -> None:
     assert "`latentrt-eager`" not in readme.section(alone, tmp_path)
 
 
+def test_rounds_are_those_of_the_side_with_the_fewest(tmp_path: Path) -> None:
+    """The first one is timed in each group of sides that fit beside each other."""
+    pooled, single = report(rounds=15).cases[0].rows[0], report(rounds=7).cases[0].rows[1]
+    made = report()
+    made = replace(made, cases=[replace(made.cases[0], rows=[pooled, single])])
+    text = " ".join(readme.section(made, tmp_path).split())
+    assert "medians of 7 rounds, ratios of each round with an interval that covers 98 %" in text
+
+
 def test_a_side_without_a_speed_is_told_with_its_reason(tmp_path: Path) -> None:
     gone = report(status="failed", reason="not loaded after 200 s", batches=[], quality=None)
     text = readme.section(gone, tmp_path)
