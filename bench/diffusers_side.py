@@ -21,7 +21,7 @@ import torch._inductor
 from .cases import Case
 from .models import checkpoint_folder
 from .monitor import Span
-from .side import Made, Side, now
+from .side import Made, Side, now, vae_in
 
 __all__ = ["DiffusersSide", "compile_options", "load_pipelines", "open_side"]
 
@@ -77,7 +77,7 @@ class DiffusersSide(Side):
     def __init__(
         self, case: Case, device: torch.device, base: Any, refiner: Any | None, settings: str
     ) -> None:
-        self.settings = settings
+        self.settings = f"{settings}, {vae_in(base.vae.dtype)}"
         self._case = case
         self._base = base
         self._refiner = refiner

@@ -79,6 +79,7 @@ def test_diffusers_does_latentrts_work_where_one_expert_takes_all(
     made = []
     for spec in sides_named(["diffusers", "latentrt-eager"]):
         side = factory(spec)(case, torch.device("cpu"), torch.float32, tmp_path, **spec.options)
+        assert side.settings.endswith(", VAE in float32")
         made.append(side(prompts, seeds))
     assert {span.name for span in made[0].spans} == {*stages, "decode"}
     assert likeness(made[0].images, made[1].images)[0] > 100
@@ -92,6 +93,8 @@ def test_a_vae_that_float16_would_overflow_stays_in_float32(case: Case) -> None:
     latents = torch.zeros((1, base.vae.config.latent_channels, 8, 8), dtype=torch.float16)
     with torch.no_grad():
         assert base.vae.decode(latents, return_dict=False)[0].dtype == torch.float32
+    side = DiffusersSide(case, torch.device("cpu"), base, refiner, "eager")
+    assert side.settings == "eager, VAE in float32"
     # What the pipelines ask before they move it for a picture.
     assert not (base.vae.dtype == torch.float16 and base.vae.config.force_upcast)
 
@@ -118,7 +121,7 @@ class StandIn:
             compile=self.compiled.update,
             fuse_qkv_projections=self.fuse_qkv_projections,
         )
-        self.vae = SimpleNamespace(to=self._to, decode=lambda latents: latents)
+        self.vae = SimpleNamespace(dtype=dtype, to=self._to, decode=lambda latents: latents)
         self.scheduler = SimpleNamespace(scale_model_input=None)
         self.encode_prompt = lambda: None
         self.vae_scale_factor, self.default_sample_size = 8, 16
@@ -254,7 +257,8 @@ def test_float32_is_no_tf32_in_a_sides_process(tmp_path: Path) -> None:
 def test_every_side_makes_the_same_pictures(name: str, case: Case, tmp_path: Path) -> None:
     result = measured(case, ["diffusers", name], tmp_path)
     check(result, {"text", "base", "refiner", "base_step", "refiner_step", "decode"})
-    assert result.rows[0].settings in ("eager, SDPA, contiguous", "eager, SDPA, channels_last")
+    begins = "eager, SDPA, VAE in float32, "
+    assert result.rows[0].settings in (f"{begins}contiguous", f"{begins}channels_last")
 
 
 @pytest.mark.full
