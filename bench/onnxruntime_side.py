@@ -24,7 +24,8 @@ class _Exported:
     """An exported module: tensors in by name, tensors out in order."""
 
     def __init__(self, file: Path, device: torch.device) -> None:
-        self._session = open_session(file, device)
+        # As diffusers' convolutions have it: in a float16 case its VAE's float32 is TF32.
+        self._session = open_session(file, device, tf32=torch.backends.cudnn.allow_tf32)
         self._names = [value.name for value in self._session.get_inputs()]
         self._outputs = [value.name for value in self._session.get_outputs()]
         self._device = device

@@ -235,7 +235,7 @@ def tf32() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("tf32")
-def test_float32_is_no_tf32_in_a_sides_process(tmp_path: Path) -> None:
+def test_float32_is_no_tf32_in_a_sides_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("planted", "", "none", steps=1)
     half, exact = (
         Worker(Job(case, planted("a").at(dtype), "cpu", tmp_path)) for dtype in ("float16", "float32")
@@ -245,6 +245,13 @@ def test_float32_is_no_tf32_in_a_sides_process(tmp_path: Path) -> None:
     assert exact.open() == "planted"
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
+    asked = []
+    session = SimpleNamespace(get_inputs=list, get_outputs=list)
+    monkeypatch.setattr(onnxruntime_side, "open_session", lambda *_, tf32: asked.append(tf32) or session)
+    for allowed in (False, True):
+        torch.backends.cudnn.allow_tf32 = allowed
+        onnxruntime_side._Exported(tmp_path, torch.device("cpu"))
+    assert asked == [False, True]  # plain ONNX Runtime has what diffusers has
     half._device = exact._device = torch.device("cuda")
     assert (half.tune(), exact.tune()) == ("planted and tuned", "planted and tuned, no TF32")
 
