@@ -19,9 +19,11 @@ CHANGED = $(shell git status --porcelain -- . ':!bench/results' 2>/dev/null | he
 # Sources that are not those of a commit may be others the next time.
 DONE := build/gpu-bench/$(COMMIT)$(if $(CHANGED),-$(shell date +%s))
 WORK := build/gpu-bench/kept
-SIDES := diffusers-compile diffusers-max-autotune onnxruntime latentrt-onnxruntime latentrt-eager latentrt-triton \
-  latentrt-triton-plain latentrt-tensorrt latentrt-tensorrt-rtx
+SIDES := latentrt-triton latentrt-tensorrt latentrt-onnxruntime latentrt-eager latentrt-triton-plain \
+  latentrt-tensorrt-rtx onnxruntime diffusers-compile
 PARTS_1 := $(foreach case,sdxl sdxl-refiner,$(SIDES:%=$(DONE)/$(case)/%))
+# Stopped while it compiles it begins anew, and no part comes after it.
+PARTS_LAST := $(foreach case,sdxl sdxl-refiner,$(DONE)/$(case)/diffusers-max-autotune)
 PARTS_N := $(foreach batch,2 4 8,$(DONE)/batch-$(batch)/latentrt-triton $(DONE)/batch-$(batch)/latentrt-tensorrt)
 
 # As they were typed: a prompt's `$` is not make's.
@@ -94,15 +96,15 @@ gpu-kernels: $(TEST)
 	$(BIN)/latentrt kernels --tune
 	$(BIN)/latentrt kernels --measure  # by the new block sizes
 
-gpu-bench: $(PARTS_1) $(PARTS_N)
+gpu-bench: $(PARTS_1) $(PARTS_N) $(PARTS_LAST)
 
 # Random weights are kept; what a side built goes when its part is done, since the disk does not hold that of all.
 define gpu_part
-	$(BIN)/latentrt bench --case $(1) --batch $(2) --work $(WORK) --side diffusers $(3) --side $(@F) --out bench/results/gpu-$(1)-$(2)/$(@F)
+	$(BIN)/latentrt bench --device cuda --case $(1) --batch $(2) --work $(WORK) --side diffusers $(3) --side $(@F) --out bench/results/gpu-$(1)-$(2)/$(@F)
 	@rm -rf $(WORK)/$(1)/$(@F)-* && mkdir -p $(@D) && touch $@
 endef
 
-$(PARTS_1): $(DONE)/%: | $(TEST)
+$(PARTS_1) $(PARTS_LAST): $(DONE)/%: | $(TEST)
 	$(call gpu_part,$(*D),1,--side diffusers@float32 --pictures 2)
 
 # Throughput.

@@ -11,11 +11,11 @@ __all__ = ["add_commands"]
 
 
 def counts(text: str) -> tuple[int, ...]:
-    """`1,2,4` -> (1, 2, 4)."""
+    """`1,4,2` -> (1, 2, 4)."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} are no counts from 1 up; write such as 1,2,4")
-    return tuple(dict.fromkeys(map(int, parts)))
+    return tuple(sorted(set(map(int, parts))))
 
 
 def shares(text: str) -> tuple[float, ...]:

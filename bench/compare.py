@@ -259,8 +259,14 @@ def _memory(runs: _Runs, side: str, what: str, a: Memory | None, b: Memory | Non
             continue
         verdict = _once(after - before, max(_MEMORY_TOLERANCE * before, _MEMORY_LEAST))
         yield Change(runs.case, side, place, _mib(before), _mib(after), verdict)
-    verdict = _once(b.growth - a.growth, _GROWTH_LEAST)
-    yield Change(runs.case, side, f"{what}, left by a picture", _mib(a.growth), _mib(b.growth), verdict)
+    grown = b.grown()
+    for kind, before in a.grown().items():
+        place = f"{what}, {kind} memory left by a picture"
+        if kind not in grown:
+            yield Change(runs.case, side, place, _mib(before), "not told", "not measured")
+            continue
+        verdict = _once(grown[kind] - before, _GROWTH_LEAST)
+        yield Change(runs.case, side, place, _mib(before), _mib(grown[kind]), verdict)
 
 
 def _quality(runs: _Runs, a: Row, b: Row) -> Iterator[Change]:

@@ -8,6 +8,7 @@ with max-autotune Inductor's options and fused projections.
 from __future__ import annotations
 
 import functools
+import gc
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch._inductor
 from .cases import Case
 from .models import checkpoint_folder
 from .monitor import Span
-from .side import Made, Side, now
+from .side import Made, Side, now, vae_in
 
 __all__ = ["DiffusersSide", "compile_options", "load_pipelines", "open_side"]
 
@@ -76,7 +77,7 @@ class DiffusersSide(Side):
     def __init__(
         self, case: Case, device: torch.device, base: Any, refiner: Any | None, settings: str
     ) -> None:
-        self.settings = settings
+        self.settings = f"{settings}, {vae_in(base.vae.dtype)}"
         self._case = case
         self._base = base
         self._refiner = refiner
@@ -88,6 +89,7 @@ class DiffusersSide(Side):
                 pipe.encode_prompt = self._timed_text(pipe.encode_prompt)
                 pipe.scheduler.scale_model_input = self._marking("loop", pipe.scheduler.scale_model_input)
         base.vae.decode = self._marking("decode", base.vae.decode)
+        _give_back(device)  # what was moved, or replaced by sessions
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
         return self.make(prompts, seeds, self._case.steps)
@@ -196,7 +198,15 @@ class _Eager(DiffusersSide):
             seconds[name] = min(times)
         best = min(seconds, key=lambda name: seconds[name])
         self.set_memory_format(formats[best])
+        _give_back(self._device)
         self.settings += f", {best}"
+
+
+def _give_back(device: torch.device) -> None:
+    """Freed weights to the GPU: PyTorch would keep their memory, and NVML would count it as this side's."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def open_side(

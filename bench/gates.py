@@ -64,15 +64,15 @@ def unit(pictures: Pictures) -> NDArray[np.float64]:
 
 
 def likeness(images: Pictures, reference: Pictures) -> tuple[float, float]:
-    """PSNR in dB and SSIM of the worst picture, by torchmetrics; equal pictures have 200 dB. A picture that is not
-    finite has minus infinity and -1."""
+    """PSNR in dB and SSIM of the worst picture, by torchmetrics; equal pictures have 200 dB. Where one or the other
+    is not finite it is minus infinity and -1."""
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
     if images.shape != reference.shape:
         return float("-inf"), -1.0
     worst_psnr, worst_ssim = MAX_PSNR, 1.0
     for mine, theirs in zip(images, reference, strict=True):
-        if not np.isfinite(mine).all():
+        if not (np.isfinite(mine).all() and np.isfinite(theirs).all()):
             return float("-inf"), -1.0
         a, b = (torch.from_numpy(unit(x).transpose(2, 0, 1)[None]) for x in (mine, theirs))
         worst_psnr = min(worst_psnr, float(peak_signal_noise_ratio(a, b, data_range=1.0)))

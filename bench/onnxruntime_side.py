@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import RequestError
 from ..runtime.engines.onnxruntime import open_session
 from .cases import Case
 from .diffusers_side import DiffusersSide, load_pipelines
@@ -23,7 +24,8 @@ class _Exported:
     """An exported module: tensors in by name, tensors out in order."""
 
     def __init__(self, file: Path, device: torch.device) -> None:
-        self._session = open_session(file, device)
+        # As diffusers' convolutions have it: in a float16 case its VAE's float32 is TF32.
+        self._session = open_session(file, device, tf32=torch.backends.cudnn.allow_tf32)
         self._names = [value.name for value in self._session.get_inputs()]
         self._outputs = [value.name for value in self._session.get_outputs()]
         self._device = device
@@ -91,7 +93,14 @@ class _Decoder(nn.Module):
 
 
 def open_side(case: Case, device: torch.device, dtype: torch.dtype, folder: Path) -> DiffusersSide:
-    """Export what is not in `folder` yet, and put sessions in the place of the modules."""
+    """Export what is not in `folder` yet, and put sessions in the place of the modules.
+
+    Raises:
+        RequestError: ONNX Runtime does not take the dtype.
+    """
+    if dtype not in _NUMPY:
+        name = str(dtype).removeprefix("torch.")
+        raise RequestError(f"plain ONNX Runtime takes no {name}; measure it in float32 or float16")
     base, refiner = load_pipelines(case, device, dtype)
 
     def exported(

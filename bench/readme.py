@@ -52,7 +52,7 @@ def section(demo: Report, results: Path) -> str:
 
 def _demo(report: Report) -> Iterator[str]:
     case = next((case for case in report.cases if case.case["name"] == "demo"), None)
-    if case is None or not case.rows or not case.rows[0].batches or case.rows[0].side != "diffusers":
+    if case is None or not case.rows or not case.first(case.rows[0]) or case.rows[0].side != "diffusers":
         raise BenchmarkError(
             "the results hold no demo measured beside diffusers; run latentrt bench --case demo"
         )
@@ -73,8 +73,8 @@ def _blocks(path: Path) -> Iterator[str]:
 
 
 def _on_gpu(report: Report, source: Path) -> Iterator[str]:
-    for case in report.cases:
-        if any(row.batches for row in case.rows):
+    for case in report.cases if report.machine.get("gpu") else ():
+        if any(case.first(row) for row in case.rows):
             yield from _measured(report, case, f" (`{source}`)")
 
 
@@ -85,14 +85,15 @@ def _measured(report: Report, case: CaseResult, source: str) -> Iterator[str]:
     if machine.get("gpu"):
         torch = machine.get("versions", {}).get("torch", "unknown")
         where = f"{machine['gpu']}, driver {machine.get('driver', 'unknown')}, PyTorch {torch}"
-    first = next(row.batches[0] for row in case.rows if row.batches)
+    figures = [b for row in case.rows if (b := case.first(row)) is not None]
+    fewest = min(figures, key=lambda b: len(b.seconds))  # the first side has those of every group
     took = "" if report.seconds is None else f" The whole run took {report.seconds / 60:.0f} minutes."
     interrupted = "" if report.complete else " It was interrupted: these are the figures there were by then."
     at_once = f" Up to {case.builders} sides were built at the same time." if case.builders > 1 else ""
     told = (
         f"{where}, commit {machine['commit']}{source}: {c['summary']}, {c['steps']} steps, guidance {c['guidance']:g}, "
-        f"{c['dtype']}, the sides taking turns on the same noise; medians of {len(first.seconds)} rounds, ratios of "
-        f"each round with an interval that covers {100 * first.latency.median.cover:.0f} %. PSNR is of a side's "
+        f"{c['dtype']}, the sides taking turns on the same noise; medians of {len(fewest.seconds)} rounds, ratios of "
+        f"each round with an interval that covers {100 * fewest.latency.median.cover:.0f} %. PSNR is of a side's "
         f"worst picture beside that of {case.reference}.{at_once}{took}{interrupted}"
     )
     head = ["side", "what it is", "seconds", f"against {case.rows[0].side}", "PSNR", "CLIP score", "FID"]
@@ -111,9 +112,9 @@ def _row(case: CaseResult, row: Row) -> list[str]:
         "-" if q is None or q.fid is None else f"{q.fid:.4g}",
     ]
     about = [f"`{row.side}`", SIDES[plain].summary if plain in SIDES else "-"]
-    if not row.batches:
+    figures = case.first(row)
+    if figures is None:
         return [*about, f"{row.status}: {row.reason}", "-", *judged, "-", "-", "-"]
-    figures = row.batches[0]
     built = "-" if row.build_seconds is None else f"{row.build_seconds:.0f} s"
     return [
         *about,

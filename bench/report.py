@@ -30,8 +30,8 @@ PROFILE = (
     "operators is Python, and what a session of ONNX Runtime does besides its operators."
 )
 _LEFT = (
-    "Peaks at the first batch size. What a picture leaves behind is the slope of the host's memory over the rounds, "
-    "where a leak shows."
+    "Peaks at the first batch size. What a picture leaves behind is the slope of the memory over the rounds, where a "
+    "leak shows."
 )
 STYLE = """
 :root{--ink:#1d2330;--soft:#626b7d;--line:#e3e6ec;--back:#fff;--card:#f6f7f9;--accent:#0072b2;--bad:#b00020;
@@ -172,7 +172,7 @@ def _machine(machine: Mapping[str, Any]) -> str:
 
 def _best(case: CaseResult) -> str:
     """The quickest side, where that is beyond noise another one than what it is compared with."""
-    speedups = {row.side: row.batches[0].speedup for row in case.rows[1:] if row.batches}
+    speedups = {row.side: b.speedup for row in case.rows[1:] if (b := case.first(row)) is not None}
     found = {side: interval for side, interval in speedups.items() if interval is not None}
     if not found:
         return ""
@@ -218,7 +218,9 @@ def _time_plots(case: CaseResult) -> Iterator[str]:
         return
     stages = {}
     for row in measured:
-        figures = row.batches[0]
+        figures = case.first(row)
+        if figures is None:
+            continue
         whole = figures.latency.median.value
         parts = {
             name: s for name, s in figures.stages.items() if not name.endswith("_step") and s > whole / 200
@@ -238,7 +240,8 @@ def _memory_plot(case: CaseResult) -> str:
     kind = tables.main_kind(case)
     timeline: list[Line] = []
     for row in case.rows:
-        memory = row.batches[0].memory if row.batches else None
+        figures = case.first(row)
+        memory = None if figures is None else figures.memory
         if memory is not None and kind in memory.series:
             mib = [value / _MIB for value in memory.series[kind]]
             timeline.append((row.side, memory.series["seconds"], mib))

@@ -42,6 +42,10 @@ class Memory:
     at_rest: dict[str, float] = field(default_factory=dict)
     growths: dict[str, float] = field(default_factory=dict)
 
+    def grown(self) -> dict[str, float]:
+        """`growths`; of results from before they were kept, the host's."""
+        return {"resident": self.growth, **self.growths}
+
 
 @dataclass(frozen=True)
 class BatchFigures:
@@ -129,6 +133,10 @@ class CaseResult:
     seconds: float | None = None
     groups: list[list[str]] = field(default_factory=list)
     builders: int = 1
+
+    def first(self, row: Row) -> BatchFigures | None:
+        """A side's figures at the first batch size that was asked for, which tables have; None where it has none."""
+        return next((b for b in row.batches if b.batch == self.case["batches"][0]), None)
 
 
 @dataclass(frozen=True)

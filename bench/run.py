@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import BenchmarkError
 from .cases import Case, SideSpec
 from .features import Judges, as_bytes
 from .gates import Gate, Quality, likeness, measure_quality, unit
@@ -223,11 +224,12 @@ class CaseRun:
         self._tell(name, "its best setting")
         lane.settings = self._host(lane).tune()
         kept = self._kept(first)
-        lane.images = np.empty((self._count, *kept.shape[1:]), kept.dtype)
-        lane.images[:1] = kept
+        images = np.empty((self._count, *kept.shape[1:]), kept.dtype)
+        images[:1] = kept
         for k in range(1, self._count):
             self._tell(name, f"picture {k + 1} of {self._count}")
-            lane.images[k : k + 1] = self._kept(self._host(lane).run(*self._plan.work(k, 1)).images)
+            images[k : k + 1] = self._kept(self._host(lane).run(*self._plan.work(k, 1)).images)
+        lane.images = images  # all or none: of what was not made nobody is to be shown or judged by
 
     def _first_image(self, lane: Lane) -> tuple[float, Images]:
         """Seconds from before the process begins, and the picture."""
@@ -238,11 +240,18 @@ class CaseRun:
         return time.perf_counter() - begun, first
 
     def _kept(self, images: Images) -> Pictures:
-        return np.stack(as_bytes(images)) if self._count > _MANY else images
+        if self._count <= _MANY:
+            return images
+        if not np.isfinite(images).all():
+            raise BenchmarkError("a picture is not finite")  # of which bytes would tell nothing
+        return np.stack(as_bytes(images))
 
     def _choose_reference(self, lanes: Sequence[Lane]) -> None:
-        """Eager diffusers in float32 where it ran, else eager diffusers, else the first side that did."""
-        alive = [lane for lane in lanes if lane.images is not None]
+        """Eager diffusers in float32 where it ran, else eager diffusers, else the first side that did; never one
+        whose pictures are not finite."""
+        # One that was judged in an earlier group may have few of its pictures left.
+        asked = [lane for lane in lanes if lane.status == "measured" and lane.quality is None]
+        alive = [lane for lane in asked if lane.images is not None and np.isfinite(lane.images).all()]
         exact = [lane for lane in alive if lane.job.dtype == "float32"]
         self._reference = self._reference or next(iter([*exact, *alive]), None)
         for lane in alive:
@@ -255,7 +264,9 @@ class CaseRun:
             return
         self._tell(lane.spec.name, "quality")
         prompts, _ = self._plan.work(0, self._count)
-        lane.quality = measure_quality(lane.images, self._of_reference(), prompts, self._judges)
+        # With no reference yet its pictures are not finite, and beside themselves they fail too.
+        reference = lane.images if self._reference is None else self._of_reference()
+        lane.quality = measure_quality(lane.images, reference, prompts, self._judges)
         if self._count > _MANY and lane is not self._reference:
             lane.images = lane.images[:_SHOWN].copy()
         self._require(lane, lane.quality, "")

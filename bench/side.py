@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .cases import SideSpec
 from .monitor import Span
 
-__all__ = ["Images", "Made", "Pictures", "Side", "factory", "now"]
+__all__ = ["Images", "Made", "Pictures", "Side", "factory", "now", "vae_in"]
 
 Images = NDArray[np.float32]
 """[B, H, W, 3] in [0, 1]."""
@@ -60,6 +60,11 @@ def factory(spec: SideSpec) -> Factory:
     """The function a spec names."""
     module, _, name = spec.factory.partition(":")
     return cast(Factory, getattr(importlib.import_module(module), name))
+
+
+def vae_in(dtype: torch.dtype) -> str:
+    """Of a side's settings: in a float16 case the VAE may run in something wider, and not in the same everywhere."""
+    return f"VAE in {str(dtype).removeprefix('torch.')}"
 
 
 def now(device: torch.device) -> float:

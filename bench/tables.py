@@ -38,11 +38,12 @@ _MIB = 2**20
 _STAGES = {"text": "text", "base": "base", "refiner": "refiner", "decode": "VAE"}
 
 
-def against_first(case: CaseResult, row: Row, batch: int = 0) -> str:
-    """How many times as fast as the case's first side, which is 1 by definition; of the batch size at that place."""
+def against_first(case: CaseResult, row: Row) -> str:
+    """How many times as fast as the case's first side, which is 1 by definition; at the first batch size."""
     if row is case.rows[0]:
         return "1"
-    r = row.batches[batch].speedup
+    figures = case.first(row)
+    r = None if figures is None else figures.speedup
     return "-" if r is None else f"{r.value:.2f} x\n({r.low:.2f} to {r.high:.2f})"
 
 
@@ -90,9 +91,9 @@ def latency(case: CaseResult) -> Table:
 
 
 def _times(case: CaseResult, row: Row) -> list[str]:
-    if not row.batches:
+    b = case.first(row)
+    if b is None:
         return [row.status if row.status != "measured" else "-", *["-"] * 9]
-    b = row.batches[0]
     s = b.latency
     stage = [_ms(b.stages.get(name)) for name in ("text", "base_step", "refiner_step", "decode")]
     return [
@@ -129,7 +130,8 @@ def conditions(case: CaseResult) -> Table:
     """How each side was set up, its slow end, and what else was going on meanwhile: the worst over all rounds."""
     table = [["side", "set up", "dtype", "p99 s", "others kept busy, cores", "GPU's MHz"]]
     for row in case.rows:
-        p99 = f"{row.batches[0].latency.p99:.3f}" if row.batches else "-"
+        first = case.first(row)
+        p99 = "-" if first is None else f"{first.latency.p99:.3f}"
         busy = max((value for b in row.batches for value in b.busy_elsewhere), default=None)
         clocks = [state["sm_mhz"] for b in row.batches for state in b.gpu if "sm_mhz" in state]
         told = f"{min(clocks):.0f} to {max(clocks):.0f}" if clocks else "-"
@@ -144,19 +146,23 @@ def main_kind(case: CaseResult) -> str | None:
 
 
 def memory(case: CaseResult) -> Table:
-    """MiB at the first batch size: peaks of each kind, of the main kind by stage, and what a picture leaves behind in
-    the host's memory. Empty where none was sampled."""
+    """MiB at the first batch size: peaks of each kind; of the main kind by stage, between runs, and what a picture
+    leaves behind, which is told of the host too. Empty where none was sampled."""
     main = main_kind(case)
     if main is None:
         return []
     head = [f"peak, {name}" for name in KINDS.values()] + [f"in {name}" for name in _STAGES.values()]
-    table = [["MiB", *head, "left by a picture"]]
+    table = [["MiB", *head, "at rest", "left by a picture", "left on the host"]]
     for row in case.rows:
-        m = row.batches[0].memory if row.batches else None
+        first = case.first(row)
+        m = None if first is None else first.memory
         if m is not None:
             cells = [m.peaks.get(kind) for kind in KINDS]
             cells += [m.by_stage.get(stage, {}).get(main) for stage in _STAGES]
-            table.append([row.side, *(_mib(value, ",.0f") for value in cells), _mib(m.growth, "+.1f")])
+            cells.append(m.at_rest.get(main))
+            left = [m.grown().get(main), m.growth if main != "resident" else None]
+            told = [_mib(value, ",.0f") for value in cells] + [_mib(value, "+.1f") for value in left]
+            table.append([row.side, *told])
     return known(table, 1)
 
 
@@ -170,7 +176,7 @@ def profile(case: CaseResult, sides: tuple[str, ...] = ()) -> Table:
     table = [["ms", *found]]
     table += [[kind, *(f"{1e3 * p.parts.get(kind, 0.0):.1f}" for p in found.values())] for kind in kinds]
     table.append(["in all", *(f"{1e3 * p.seconds:.1f}" for p in found.values())])
-    timed = [f"{1e3 * row.batches[0].latency.median.value:.1f}" if row.batches else "-" for row in rows]
+    timed = [_ms(b.latency.median.value if (b := case.first(row)) else None) for row in rows]
     table.append(["without profilers", *timed])
     return [*table, ["operators called", *(f"{p.operators:,}" for p in found.values())]]
 

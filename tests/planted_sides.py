@@ -42,6 +42,7 @@ class PlantedSide(Side):
         hangs_at: int | None = None,
         child: str | None = None,
         reverses: bool = False,
+        nan: bool = False,
         note: str | None = None,
         tells: Sequence[str] = (),
     ) -> None:
@@ -58,6 +59,7 @@ class PlantedSide(Side):
         self._hangs_at = hangs_at
         self._child = child
         self._reverses = reverses
+        self._nan = nan
         self._calls = 0
         self._kept: list[bytes] = []
 
@@ -85,6 +87,8 @@ class PlantedSide(Side):
         self._kept.append(b"\1" * self._leak_bytes)
         wrong = self._wrong_from is not None and call >= self._wrong_from
         images = np.stack([_picture(seed + 7 * wrong) for seed in (seeds[::-1] if self._reverses else seeds)])
+        if self._nan:
+            images[:] = np.nan
         end = time.perf_counter()
         return Made(images, [Span("base", begun, stepped), Span("decode", stepped, end)])
 

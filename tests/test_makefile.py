@@ -91,11 +91,13 @@ def test_the_gpus_benchmark_goes_on_where_it_was_stopped(folder: Path) -> None:
     assert parts[4] == first[3]
     assert len(set(parts)) == len(parts) - 1 == 2 * 9 + 3 * 2
     assert parts[0] == (
-        "bench --case sdxl --batch 1 --work build/gpu-bench/kept --side diffusers --side diffusers@float32 "
-        "--pictures 2 --side diffusers-compile --out bench/results/gpu-sdxl-1/diffusers-compile"
+        "bench --device cuda --case sdxl --batch 1 --work build/gpu-bench/kept --side diffusers "
+        "--side diffusers@float32 --pictures 2 --side latentrt-triton --out bench/results/gpu-sdxl-1/latentrt-triton"
     )
-    assert parts[-1].startswith(
-        "bench --case sdxl --batch 8 --work build/gpu-bench/kept --side diffusers --rounds 3"
+    # What compiles for longest is last, since everything after it would wait.
+    assert ["max-autotune" in part for part in parts] == [False] * (len(parts) - 2) + [True] * 2
+    assert parts[-3].startswith(
+        "bench --device cuda --case sdxl --batch 8 --work build/gpu-bench/kept --side diffusers --rounds 3"
     )
     named = {side for part in parts for side in re.findall(r"--side (\S+)", part)}
     assert named == set(default_sides(CASES["sdxl"], torch.device("cuda")))

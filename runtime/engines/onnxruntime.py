@@ -190,6 +190,7 @@ def open_session(
     optimized: bool = True,
     stream: torch.cuda.Stream | None = None,
     options: Sequence[str] = (),
+    tf32: bool = False,
 ) -> onnxruntime.InferenceSession:
     """A session on `device`, with as many threads as PyTorch uses: OMP_NUM_THREADS, else physical cores.
 
@@ -201,6 +202,7 @@ def open_session(
             float16 weights are otherwise kept in float32 as well: three times their memory.
         stream: on a GPU, the one to compute on. PyTorch's default one has no address that ONNX Runtime would take.
         options: of a GPU, "graph" and "tensorrt"; see above.
+        tf32: a GPU may round float32 to TF32; otherwise float32 means float32.
 
     Raises:
         BackendError: ONNX Runtime cannot read or run the model.
@@ -216,13 +218,13 @@ def open_session(
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     settings.log_severity_level = 3
     try:
-        return ort.InferenceSession(model, settings, providers=_providers(device, stream, options))
+        return ort.InferenceSession(model, settings, providers=_providers(device, stream, options, tf32=tf32))
     except Exception as error:  # as above
         raise BackendError(f"ONNX Runtime cannot load {model}: {error}") from error
 
 
 def _providers(
-    device: torch.device, stream: torch.cuda.Stream | None, options: Sequence[str]
+    device: torch.device, stream: torch.cuda.Stream | None, options: Sequence[str], *, tf32: bool = False
 ) -> list[str | tuple[str, dict[str, str]]]:
     """What runs a graph's nodes, best first, with settings."""
     providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
@@ -231,8 +233,7 @@ def _providers(
         if stream is not None:
             where["user_compute_stream"] = str(stream.cuda_stream)
         graph = "1" if "graph" in options else "0"
-        # TF32 is off so that float32 means float32, as in PyTorch.
-        cuda = {**where, "use_tf32": "0", "enable_cuda_graph": graph}
+        cuda = {**where, "use_tf32": "1" if tf32 else "0", "enable_cuda_graph": graph}
         providers.insert(0, ("CUDAExecutionProvider", cuda))
         if "tensorrt" in options:
             providers.insert(0, ("TensorrtExecutionProvider", {**where, "trt_cuda_graph_enable": graph}))

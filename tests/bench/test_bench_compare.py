@@ -81,8 +81,13 @@ def test_memory_is_compared() -> None:
     leaks = with_figures(report(), memory={"growth": 32 * 2.0**20})
     found = [c for c in compare(report(), leaks) if c.verdict != "same"]
     assert [(c.side, c.what, c.before, c.after, c.verdict) for c in found] == [
-        ("latentrt-eager", "batch 1, left by a picture", "0.0 MiB", "32 MiB", "worse")
+        ("latentrt-eager", "batch 1, resident memory left by a picture", "0.0 MiB", "32 MiB", "worse")
     ]
+    tight, leaky = (
+        with_figures(report(), memory={"growths": {"allocated": mib * 2.0**20}}) for mib in (0, 32)
+    )
+    assert ours(tight, leaky)["batch 1, allocated memory left by a picture"] == "worse"
+    assert ours(tight, report())["batch 1, allocated memory left by a picture"] == "not measured"
     other_kind = with_figures(report(), memory={"peaks": {"allocated": 5e8}})
     assert ours(report(), other_kind)["batch 1, resident memory"] == "not measured"
     assert ours(report(), with_figures(report(), memory=None))["batch 1, memory"] == "not measured"

@@ -84,4 +84,5 @@ def test_likeness_is_that_of_the_verdict() -> None:
         min(measures.ssim(x[k : k + 1], y[k : k + 1]) for k in range(2)), abs=0.01
     )
     assert likeness(a, a) == (measures.MAX_PSNR, 1.0)
-    assert likeness(np.full_like(a, np.nan), a) == (float("-inf"), -1.0)
+    for x, y in ((np.full_like(a, np.nan), a), (a, np.full_like(a, np.nan))):
+        assert likeness(x, y) == (float("-inf"), -1.0)

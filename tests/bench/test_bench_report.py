@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from io import BytesIO, StringIO
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -26,6 +27,7 @@ from latentrt.bench.plots import bars, lines
 from latentrt.bench.results import Report, read_report, write_report
 from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.stats import growth, ratio, spread
+from latentrt.cli import _parser
 from latentrt.errors import BenchmarkError
 from planted_reports import MACHINE, report, with_figures
 from planted_sides import planted
@@ -155,6 +157,19 @@ def test_tables_tell_what_was_found_and_what_was_withheld() -> None:
     assert "\n\n- **latentrt-eager** invalid: PSNR 12 dB\n\n" in hidden
 
 
+def test_tables_do_not_mix_batch_sizes() -> None:
+    """A side that there was room for at another size only is told at that one."""
+    made = with_figures(report(reason="batch 1 needs about 40.0 GiB"), batch=4)
+    text = reports.markdown(made)
+    found = cells(text, "side")
+    assert (found["seconds"], found["against diffusers"], found["peak MiB"]) == ("-", "-", "-")
+    assert cells(text, "images/s")["batch 4"].endswith("(120 dB)")
+    assert cells(text, "side | set up")["p99 s"] == "-"
+    assert "| latentrt-eager |" not in text[text.index("| MiB") : text.index("| side | set up")]
+    assert "Quickest" not in reports.html(made, {})
+    assert _parser().parse_args(["bench", "--batch", "4,1,4"]).batch == (1, 4)
+
+
 def test_only_the_first_side_is_1_by_definition() -> None:
     """With one round every interval is a point."""
     text = reports.markdown(report(1.0, 2.0, rounds=1))
@@ -169,6 +184,7 @@ def test_memory_and_conditions_have_tables() -> None:
     by_stage = {"text": {"allocated": 1e8}, "decode": {"allocated": 4e8}}
     series = {"seconds": [0.0, 1.0], "allocated": [1e8, 4e8], "resident": [5e8, 5e8]}
     memory = {"peaks": peaks, "by_stage": by_stage, "series": series, "growth": 32 * 2.0**20}
+    memory |= {"at_rest": {"allocated": 2e8}, "growths": {"allocated": 8 * 2.0**20}}
     made = with_figures(
         report(settings="channels_last"),
         memory=memory,
@@ -179,8 +195,12 @@ def test_memory_and_conditions_have_tables() -> None:
     found = cells(text, "MiB")
     assert found["peak, PyTorch's on the GPU"] == "381"
     assert (found["peak, host"], found["in text"], found["in VAE"]) == ("477", "95", "381")
-    assert found["left by a picture"] == "+32.0"
-    assert cells(text, "MiB", "diffusers")["left by a picture"] == "+0.0"
+    assert (found["at rest"], found["left by a picture"], found["left on the host"]) == (
+        "191",
+        "+8.0",
+        "+32.0",
+    )
+    assert cells(text, "MiB", "diffusers")["left on the host"] == "+0.0"
     found = cells(text, "side | set up")
     assert (found["set up"], found["others kept busy, cores"]) == ("channels_last", "1.40")
     assert found["GPU's MHz"] == "1500 to 1980"
@@ -189,7 +209,20 @@ def test_memory_and_conditions_have_tables() -> None:
     assert "Memory during one call (PyTorch's on the GPU)" in reports.html(made, {})
 
 
-def test_a_planted_leak_shows_in_the_report_and_in_a_comparison(tmp_path: Path) -> None:
+class OnAGpu(Worker):
+    """A stand-in for one, on which the side keeps what it keeps on the host."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        made = super().run(*args, **kwargs)
+        allocated = {"allocated": made.memory["resident"]}
+        trace = made.trace and replace(made.trace, peaks={**made.trace.peaks, **allocated})
+        return replace(made, memory={"resident": 1e9, **allocated}, trace=trace)
+
+
+@pytest.mark.parametrize(("kind", "host"), [("resident", Worker), ("allocated", OnAGpu)])
+def test_a_planted_leak_shows_in_the_report_and_in_a_comparison(
+    kind: str, host: type[Worker], tmp_path: Path
+) -> None:
     case = Case("planted", "nothing real", "none", steps=1)
 
     def measured(leak_bytes: int) -> Report:
@@ -200,7 +233,7 @@ def test_a_planted_leak_shows_in_the_report_and_in_a_comparison(tmp_path: Path) 
             steps={"base": 1},
             device="cpu",
             folder=tmp_path,
-            open_host=Worker,
+            open_host=host,
         )
         run.measure()
         return Report("", MACHINE, 0, [run.result()])
@@ -210,7 +243,7 @@ def test_a_planted_leak_shows_in_the_report_and_in_a_comparison(tmp_path: Path) 
     assert abs(left[0]) < 4
     assert left[1] == pytest.approx(32, rel=0.25)
     worse = {c.what for c in compare(tight, leaky) if c.verdict == "worse"}
-    assert "batch 1, left by a picture" in worse
+    assert f"batch 1, {kind} memory left by a picture" in worse
 
 
 def test_results_beside_say_what_is_not_the_same() -> None:

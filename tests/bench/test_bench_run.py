@@ -112,6 +112,20 @@ def test_wrong_pictures_withhold_the_speed(measure: Callable[..., CaseResult]) -
     assert found["right"].status == "measured"
 
 
+@pytest.mark.parametrize("many", [1, 256])
+def test_pictures_that_are_not_finite_are_no_reference(
+    many: int, measure: Callable[..., CaseResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentrt.bench.run._MANY", many)  # of which bytes are kept
+    result = measure(planted("nan", nan=True), planted("sound"), planted("wrong", wrong_from=0), rounds=1)
+    assert result.reference == "sound"
+    status, reason = ("failed", "a picture is not") if many == 1 else ("invalid", "PSNR -inf dB")
+    assert [row.status for row in result.rows] == [status, "measured", "invalid"]
+    assert result.rows[0].reason.startswith(reason)
+    alone = measure(planted("alone", nan=True))
+    assert (alone.rows[0].status, alone.reference) == (status, None)
+
+
 def test_pictures_that_go_wrong_while_timed_withhold_the_speed_too(
     measure: Callable[..., CaseResult],
 ) -> None:
@@ -148,10 +162,12 @@ def test_trying_settings_out_is_no_part_of_the_first_picture(
     assert row.first_image_seconds < 1
 
 
-@pytest.mark.parametrize("at", [0, 3, 5])
+@pytest.mark.parametrize("at", [0, 1, 3, 5])
 def test_a_side_that_fails_is_told_and_the_rest_goes_on(at: int, measure: Callable[..., CaseResult]) -> None:
-    found = rows(measure(planted("failing", fails_at=at), planted("sound"), rounds=3))
-    where = "" if at == 0 else "batch 1: "
+    result = measure(planted("failing", fails_at=at), planted("sound"), rounds=3)
+    found = rows(result)
+    where = "batch 1: " if at >= 2 else ""
+    assert result.reference == ("failing" if at >= 2 else "sound")  # half of its pictures are none
     assert (found["failing"].status, found["failing"].reason) == ("failed", f"{where}planted [96mfailure")
     assert found["failing"].batches == []
     assert len(found["sound"].batches[0].seconds) == 3

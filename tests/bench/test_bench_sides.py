@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from latentrt.bench import onnxruntime_side
 from latentrt.bench.cases import Case, sides_named
 from latentrt.bench.diffusers_side import DiffusersSide, load_pipelines, open_side
 from latentrt.bench.gates import GATES, likeness
@@ -19,6 +22,7 @@ from latentrt.bench.random_checkpoint import PUBLISHED, write_checkpoint
 from latentrt.bench.results import CaseResult
 from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.side import factory
+from latentrt.errors import RequestError
 from latentrt.runtime.latents import NoiseSource
 from planted_sides import planted
 
@@ -75,6 +79,7 @@ def test_diffusers_does_latentrts_work_where_one_expert_takes_all(
     made = []
     for spec in sides_named(["diffusers", "latentrt-eager"]):
         side = factory(spec)(case, torch.device("cpu"), torch.float32, tmp_path, **spec.options)
+        assert side.settings.endswith(", VAE in float32")
         made.append(side(prompts, seeds))
     assert {span.name for span in made[0].spans} == {*stages, "decode"}
     assert likeness(made[0].images, made[1].images)[0] > 100
@@ -88,8 +93,16 @@ def test_a_vae_that_float16_would_overflow_stays_in_float32(case: Case) -> None:
     latents = torch.zeros((1, base.vae.config.latent_channels, 8, 8), dtype=torch.float16)
     with torch.no_grad():
         assert base.vae.decode(latents, return_dict=False)[0].dtype == torch.float32
+    side = DiffusersSide(case, torch.device("cpu"), base, refiner, "eager")
+    assert side.settings == "eager, VAE in float32"
     # What the pipelines ask before they move it for a picture.
     assert not (base.vae.dtype == torch.float16 and base.vae.config.force_upcast)
+
+
+def test_plain_onnx_runtime_says_that_it_takes_no_bfloat16(case: Case, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="takes no bfloat16; measure it in float32 or float16"):
+        onnxruntime_side.open_side(case, torch.device("cpu"), torch.bfloat16, tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 class StandIn:
@@ -108,7 +121,7 @@ class StandIn:
             compile=self.compiled.update,
             fuse_qkv_projections=self.fuse_qkv_projections,
         )
-        self.vae = SimpleNamespace(to=self._to, decode=lambda latents: latents)
+        self.vae = SimpleNamespace(dtype=dtype, to=self._to, decode=lambda latents: latents)
         self.scheduler = SimpleNamespace(scale_model_input=None)
         self.encode_prompt = lambda: None
         self.vae_scale_factor, self.default_sample_size = 8, 16
@@ -181,6 +194,34 @@ def test_torch_compile_is_set_up_as_its_guides_say(
     assert ("cudnn.benchmark" in side.settings) is (place == "cuda")
 
 
+def test_freed_weights_are_no_memory_of_a_side(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where sessions took their place, or another layout: PyTorch would keep them, and what an exporter left too."""
+    held: list[weakref.ref[torch.nn.Module]] = []
+    given_back: list[bool] = []
+
+    def leave() -> None:
+        module = torch.nn.Module()
+        module.__dict__["itself"] = module  # as an exporter's graphs hold theirs
+        held.append(weakref.ref(module))
+
+    def loaded(*_: Any) -> tuple[StandIn, None]:
+        leave()
+        return StandIn(), None
+
+    monkeypatch.setattr("latentrt.bench.diffusers_side.load_pipelines", loaded)
+    monkeypatch.setattr("latentrt.bench.diffusers_side.now", lambda device: time.perf_counter())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(held[-1]() is None))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    side = open_side(replace(case, refiner=None), torch.device("cuda"), torch.float16, tmp_path)
+    assert given_back == [True]
+    monkeypatch.setattr(side, "_drawn", lambda generators: None)
+    leave()
+    side.tune()
+    assert given_back == [True, True]
+
+
 @pytest.fixture
 def tf32() -> Iterator[None]:
     """Allowed, as far as PyTorch allows it by itself or a user may have."""
@@ -194,7 +235,7 @@ def tf32() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("tf32")
-def test_float32_is_no_tf32_in_a_sides_process(tmp_path: Path) -> None:
+def test_float32_is_no_tf32_in_a_sides_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("planted", "", "none", steps=1)
     half, exact = (
         Worker(Job(case, planted("a").at(dtype), "cpu", tmp_path)) for dtype in ("float16", "float32")
@@ -204,6 +245,13 @@ def test_float32_is_no_tf32_in_a_sides_process(tmp_path: Path) -> None:
     assert exact.open() == "planted"
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
+    asked = []
+    session = SimpleNamespace(get_inputs=list, get_outputs=list)
+    monkeypatch.setattr(onnxruntime_side, "open_session", lambda *_, tf32: asked.append(tf32) or session)
+    for allowed in (False, True):
+        torch.backends.cudnn.allow_tf32 = allowed
+        onnxruntime_side._Exported(tmp_path, torch.device("cpu"))
+    assert asked == [False, True]  # plain ONNX Runtime has what diffusers has
     half._device = exact._device = torch.device("cuda")
     assert (half.tune(), exact.tune()) == ("planted and tuned", "planted and tuned, no TF32")
 
@@ -216,7 +264,8 @@ def test_float32_is_no_tf32_in_a_sides_process(tmp_path: Path) -> None:
 def test_every_side_makes_the_same_pictures(name: str, case: Case, tmp_path: Path) -> None:
     result = measured(case, ["diffusers", name], tmp_path)
     check(result, {"text", "base", "refiner", "base_step", "refiner_step", "decode"})
-    assert result.rows[0].settings in ("eager, SDPA, contiguous", "eager, SDPA, channels_last")
+    begins = "eager, SDPA, VAE in float32, "
+    assert result.rows[0].settings in (f"{begins}contiguous", f"{begins}channels_last")
 
 
 @pytest.mark.full

@@ -287,6 +287,8 @@ def test_providers_and_their_settings() -> None:
         if "tensorrt" in options:
             wanted.insert(0, ("TensorrtExecutionProvider", {**where, "trt_cuda_graph_enable": graph}))
         assert ort_engine._providers(device, stream, options) == wanted  # type: ignore[arg-type]
+    (_, settings), _ = ort_engine._providers(torch.device("cuda", 1), None, (), tf32=True)
+    assert settings == {"device_id": "1", "use_tf32": "1", "enable_cuda_graph": "0"}
 
 
 @pytest.mark.parametrize(
