@@ -101,7 +101,7 @@ def resident() -> int:
 
 @pytest.mark.parametrize(
     "seconds",
-    [5, pytest.param(300, marks=[pytest.mark.full, pytest.mark.timeout(1200)])],
+    [3, pytest.param(300, marks=[pytest.mark.full, pytest.mark.timeout(1200)])],
 )
 def test_whatever_comes_is_answered_and_nothing_stays_behind(
     seconds: int, caplog: pytest.LogCaptureFixture
