@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def rig(tiny: Callable[..., Path], exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Rig:
     """Both sides' pipelines."""
-    from parity import Rig, save_lcm
+    from parity import Rig
+    from tiny_checkpoints import save_lcm
 
     def folder(kind: str) -> Path:
         if kind != "lcm":

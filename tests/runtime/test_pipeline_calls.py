@@ -18,7 +18,8 @@ from fake_queue import FakeQueue
 from latentrt.errors import RequestError
 from latentrt.runtime.previews import Previewer
 from latentrt.runtime.vae import VAE
-from parity import SEEDS, Case, Rig
+from parity import Rig
+from parity_cases import SEEDS, Case
 from tolerances import PIPELINE_EAGER
 
 CALL: dict[str, Any] = {

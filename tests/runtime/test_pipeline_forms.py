@@ -17,7 +17,9 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
-from parity import Case, Rig, save_beside
+from parity import Rig
+from parity_cases import Case
+from tiny_checkpoints import save_beside
 from tolerances import PIPELINE_EAGER, PIPELINE_ONNXRUNTIME
 
 SIZE = {"height": 64, "width": 48}
