@@ -29,6 +29,18 @@ def rig(tiny: Callable[..., Path], exports: Path, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="session")
+def pipe(rig: Rig) -> Pipeline:
+    """The rig's SDXL base alone."""
+    return rig.pipeline("sdxl", "eager")
+
+
+@pytest.fixture(scope="session")
+def both(rig: Rig) -> Pipeline:
+    """The rig's base and refiner."""
+    return rig.pipeline("ensemble", "eager")
+
+
+@pytest.fixture(scope="session")
 def load(tiny: Callable[..., Path]) -> Callable[..., Pipeline]:
     """The tiny SDXL base and refiner on the CPU, over the project's operators; options are `from_pretrained`'s."""
     import latentrt

@@ -52,11 +52,6 @@ def refiner(rig: Rig) -> latentrt.Pipeline:
     return rig.pipeline("refiner", "eager")
 
 
-@pytest.fixture(scope="module")
-def both(rig: Rig) -> latentrt.Pipeline:
-    return rig.pipeline("ensemble", "eager")
-
-
 def test_at_a_split_of_one_the_refiner_does_nothing(
     rig: Rig, base: latentrt.Pipeline, refiner: latentrt.Pipeline, both: latentrt.Pipeline
 ) -> None:
