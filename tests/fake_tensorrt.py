@@ -15,12 +15,23 @@ from latentrt.runtime.engines import trt
 from latentrt.runtime.engines.base import Component, TensorSpec
 from torch import Tensor, nn
 
-__all__ = ["AddOne", "FakeContext", "FakeCuda", "FakeEngine", "FakeStream", "FakeTensorRT", "install"]
+__all__ = ["ADD_ONE", "FakeContext", "FakeCuda", "FakeEngine", "FakeStream", "FakeTensorRT", "install"]
 
 
 class AddOne(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + 1
+
+
+ADD_ONE = Component(
+    "unet",
+    AddOne,
+    torch.float32,
+    (TensorSpec("x", ("batch", 4), torch.float32),),
+    (TensorSpec("y", ("batch", 4), torch.float32),),
+    "0",
+    {"batch": 2},
+)
 
 
 class FakeContext:

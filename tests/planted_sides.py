@@ -16,6 +16,7 @@ from latentrt.bench.cases import Case, SideSpec
 from latentrt.bench.latentrt_side import LatentrtSide
 from latentrt.bench.latentrt_side import open_side as open_latentrt
 from latentrt.bench.monitor import Span
+from latentrt.bench.results import CaseResult, Row
 from latentrt.bench.side import Made, Side
 from latentrt.runtime.engines.base import Component
 from latentrt.runtime.engines.eager import EagerBackend, EagerEngine
@@ -23,6 +24,8 @@ from latentrt.runtime.pipeline import Pipeline
 from torch import Tensor
 
 SIZE = 32
+STEPS = 5
+CASE = Case("planted", "nothing real", "none", steps=STEPS)
 
 
 class PlantedSide(Side):
@@ -114,6 +117,11 @@ def open_planted(
 def planted(name: str, **options: Any) -> SideSpec:
     """`planted("slow", step_seconds=0.02)`."""
     return SideSpec(name, "planted", "planted_sides:open_planted", options)
+
+
+def rows(result: CaseResult) -> dict[str, Row]:
+    """By the name of their side."""
+    return {row.side: row for row in result.rows}
 
 
 class WrongSampler:

@@ -1,17 +1,24 @@
-"""A request of two steps, one of the base and one of the refiner, that tests of memory make."""
+"""Small requests that tests of whole pipelines make."""
 
 from __future__ import annotations
 
 from typing import Any
 
-CALL: dict[str, Any] = {
+PLAIN: dict[str, Any] = {
     "prompt": "a red cat on the hill",
     "negative_prompt": "blurry",
     "height": 64,
     "width": 48,
+    "num_inference_steps": 4,
+    "output_type": "np",
+}
+"""What is tested of a call is added."""
+
+CALL: dict[str, Any] = {
+    **PLAIN,
     "num_inference_steps": 2,  # one of the base and one of the refiner
     "high_noise_frac": 0.5,
     "sampler": "euler-a",
     "seed": 3,
-    "output_type": "np",
 }
+"""Of tests of memory."""

@@ -79,6 +79,26 @@ SCHEDULERS: dict[str, Config] = {
 }
 """`scheduler_config.json` of each published checkpoint, word for word."""
 
+_LCM_SCHEDULER: Config = {
+    "_class_name": "LCMScheduler",
+    "_diffusers_version": "0.22.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "clip_sample_range": 1.0,
+    "num_train_timesteps": 1000,
+    "original_inference_steps": 50,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    "set_alpha_to_one": True,
+    "steps_offset": 1,
+    "thresholding": False,
+    "timestep_scaling": 10.0,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+}
+
 # Widths differ on purpose, so that no two dimensions can be mixed up unnoticed.
 ENCODER_1 = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "projection_dim": 32}
 ENCODER_2 = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 3, "projection_dim": 40}
@@ -207,6 +227,25 @@ def save_tiny(
     index["scheduler"] = ["diffusers", SCHEDULERS[kind]["_class_name"]]
     write_json(path / "scheduler" / "scheduler_config.json", SCHEDULERS[kind])
     write_json(path / "model_index.json", index)
+    return path
+
+
+def save_lcm(path: Path, sdxl: Path) -> Path:
+    """A checkpoint like LCM-SDXL: a UNet that is told the guidance scale, and its scheduler."""
+    return save_beside(path, sdxl, {"time_cond_proj_dim": 20}, _LCM_SCHEDULER)
+
+
+def save_beside(path: Path, sdxl: Path, fields: Config, scheduler: Config) -> Path:
+    """A checkpoint with SDXL's text encoders and VAE, and a UNet (`fields` differ) and scheduler of its own."""
+    path.mkdir(parents=True, exist_ok=True)
+    for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"):
+        (path / part).symlink_to(sdxl / part, target_is_directory=True)
+    unet = UNet2DConditionModel(**{**UNETS["sdxl"], **fields})
+    randomize(unet, 77)
+    unet.save_pretrained(path / "unet", safe_serialization=True)
+    write_json(path / "scheduler" / "scheduler_config.json", scheduler)
+    index = json.loads((sdxl / "model_index.json").read_text("utf-8"))
+    write_json(path / "model_index.json", {**index, "scheduler": ["diffusers", scheduler["_class_name"]]})
     return path
 
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def rig(tiny: Callable[..., Path], exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Rig:
     """Both sides' pipelines."""
-    from parity import Rig, save_lcm
+    from parity import Rig
+    from tiny_checkpoints import save_lcm
 
     def folder(kind: str) -> Path:
         if kind != "lcm":
@@ -25,6 +26,18 @@ def rig(tiny: Callable[..., Path], exports: Path, tmp_path_factory: pytest.TempP
         return path if path.exists() else save_lcm(path, tiny("sdxl"))
 
     return Rig(folder, exports)
+
+
+@pytest.fixture(scope="session")
+def pipe(rig: Rig) -> Pipeline:
+    """The rig's SDXL base alone."""
+    return rig.pipeline("sdxl", "eager")
+
+
+@pytest.fixture(scope="session")
+def both(rig: Rig) -> Pipeline:
+    """The rig's base and refiner."""
+    return rig.pipeline("ensemble", "eager")
 
 
 @pytest.fixture(scope="session")

@@ -20,9 +20,10 @@ from latentrt.export import build_process, plugin_kernels
 from latentrt.export.tensorrt import EngineRequest
 from latentrt.runtime import prepare
 from latentrt.runtime.engine_store import EngineTarget, mismatches
-from latentrt.runtime.engines import trt
+from latentrt.runtime.engines import plugins, trt
 from latentrt.runtime.engines.base import Component
 from latentrt.runtime.engines.sizes import SizePolicy
+from latentrt.runtime.engines.tensorrt import TensorRTRTXBackend
 from latentrt.runtime.prepare import engine
 
 RTX = EngineTarget("tensorrt-rtx", (89,))
@@ -296,6 +297,20 @@ def test_plugins_have_kernels_for_named_architectures() -> None:
         RequestError, match=r"'ampere-plus', and plugins have kernels for this GPU only; leave"
     ):
         EngineTarget("tensorrt", (90,), hardware_compatibility="ampere-plus", **with_plugins)
+
+
+def test_which_plugins_a_back_end_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    device = torch.device("cuda")
+    assert TensorRTRTXBackend()._target(device).plugins == {}
+    monkeypatch.setenv("LATENTRT_PLUGINS", "GroupNorm")
+    assert TensorRTRTXBackend()._target(device).plugins == plugins.versions(["GroupNorm"])
+    assert TensorRTRTXBackend(with_plugins=())._target(device).plugins == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LATENTRT_PLUGINS", "Geglu")
+    found = TensorRTRTXBackend().availability(device, torch.float16)
+    assert not found.ok
+    assert found.reason == "there is no plugin 'Geglu'"
 
 
 def test_an_engine_there_is_not() -> None:

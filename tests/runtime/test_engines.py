@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from importlib import util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,6 +179,14 @@ def test_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendUnavailableError, match="sees no CUDA device; install a CUDA build of PyTorch"):
         choose("eager", CUDA)
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_without_a_gpu_it_says_so(name: str, cache_dir: Path) -> None:
+    with pytest.raises(
+        BackendUnavailableError, match=rf"{name}'.*runs on NVIDIA GPUs only; use device 'cuda'"
+    ):
+        get_backend(name).load(tiny.affine(), device=CPU, cache_dir=cache_dir)
 
 
 def test_a_device_without_a_provider() -> None:

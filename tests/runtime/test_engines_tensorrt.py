@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import tensorrt_rtx_bindings as rtx
 import torch
-from fake_tensorrt import AddOne, FakeContext, FakeCuda, FakeEngine, FakeStream, FakeTensorRT, install
-from latentrt.errors import BackendError, BackendUnavailableError, RequestError
+from fake_tensorrt import ADD_ONE, FakeContext, FakeCuda, FakeEngine, FakeStream, FakeTensorRT, install
+from latentrt.errors import BackendError, RequestError
 from latentrt.runtime.engine_store import StoredEngine
 from latentrt.runtime.engines import plugins, trt
 from latentrt.runtime.engines import tensorrt as engines
-from latentrt.runtime.engines.base import Component, TensorSpec
 from latentrt.runtime.engines.scratch import Scratch
 from latentrt.runtime.engines.sizes import Axis, Profile
 from latentrt.runtime.engines.tensorrt import TensorRTEngine
@@ -26,20 +25,9 @@ CPU = torch.device("cpu")
 NARROW, WIDE = Profile({"batch": Axis(2, 2, 3)}), Profile({"batch": Axis(1, 2, 32)})
 
 
-COMPONENT = Component(
-    "unet",
-    AddOne,
-    torch.float32,
-    (TensorSpec("x", ("batch", 4), torch.float32),),
-    (TensorSpec("y", ("batch", 4), torch.float32),),
-    "0",
-    {"batch": 2},
-)
-
-
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeTensorRT, FakeCuda]:
-    return install(monkeypatch, {b"an engine": COMPONENT})
+    return install(monkeypatch, {b"an engine": ADD_ONE})
 
 
 @pytest.fixture
@@ -65,7 +53,7 @@ def load(fake: FakeTensorRT, cuda: FakeCuda, tmp_path: Path) -> Load:
     ) -> TensorRTEngine:
         (tmp_path / "model.plan").write_bytes(plan)
         stored = StoredEngine("0", tmp_path / "model.plan", (WIDE, NARROW), {}, with_plugins or {}, False)
-        return TensorRTEngine(COMPONENT, stored, trt.product(product), CPU, scratch or Scratch(CPU))
+        return TensorRTEngine(ADD_ONE, stored, trt.product(product), CPU, scratch or Scratch(CPU))
 
     return load
 
@@ -331,7 +319,7 @@ def test_an_engine_that_is_pruned_before_it_is_read(load: Load, tmp_path: Path) 
     with pytest.raises(
         BackendError, match=r"unet: \S*gone/model.plan was removed from the cache .*; try again"
     ):
-        TensorRTEngine(COMPONENT, stored, trt.product("tensorrt"), CPU, Scratch(CPU))
+        TensorRTEngine(ADD_ONE, stored, trt.product("tensorrt"), CPU, Scratch(CPU))
 
 
 def test_weights_are_streamed_where_the_engine_can(load: Load, fake: FakeTensorRT) -> None:
@@ -378,20 +366,6 @@ def test_what_a_plugin_refused_is_told(
         engine(x_of(2))
 
 
-def test_which_plugins_a_back_end_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    device = torch.device("cuda")
-    assert engines.TensorRTRTXBackend()._target(device).plugins == {}
-    monkeypatch.setenv("LATENTRT_PLUGINS", "GroupNorm")
-    assert engines.TensorRTRTXBackend()._target(device).plugins == plugins.versions(["GroupNorm"])
-    assert engines.TensorRTRTXBackend(with_plugins=())._target(device).plugins == {}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("LATENTRT_PLUGINS", "Geglu")
-    found = engines.TensorRTRTXBackend().availability(device, torch.float16)
-    assert not found.ok
-    assert found.reason == "there is no plugin 'Geglu'"
-
-
 def test_an_engine_is_closed_when_it_has_run(load: Load, cuda: FakeCuda) -> None:
     """On whatever stream that was: TensorRT forbids to destroy a context that is running."""
     engine = load()
@@ -413,15 +387,3 @@ def test_a_closed_engine_says_so(load: Load) -> None:
     engine.close()
     with pytest.raises(BackendError, match="unet was closed; load it again"):
         engine(x_of(1))
-
-
-@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
-def test_without_a_gpu_it_says_so(name: str, cache_dir: Path, load: Load) -> None:
-    from latentrt.runtime.engines.registry import get_backend
-
-    backend = get_backend(name)
-    component = load().component
-    with pytest.raises(
-        BackendUnavailableError, match=rf"{name}'.*runs on NVIDIA GPUs only; use device 'cuda'"
-    ):
-        backend.load(component, device=CPU, cache_dir=cache_dir)

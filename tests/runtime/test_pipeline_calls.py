@@ -1,10 +1,10 @@
-"""What a call promises besides the right image: seeds, threads, interruption, forms of output, what it tells."""
+"""What a call promises besides the right image: seeds, threads, forms of output, what it tells."""
 
 from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,31 +14,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from fake_queue import FakeQueue
 from latentrt.errors import RequestError
-from latentrt.runtime.previews import Previewer
-from latentrt.runtime.vae import VAE
-from parity import SEEDS, Case, Rig
+from parity import Rig
+from parity_cases import SEEDS, Case
+from small_request import PLAIN
 from tolerances import PIPELINE_EAGER
-
-CALL: dict[str, Any] = {
-    "prompt": "a red cat on the hill",
-    "negative_prompt": "blurry",
-    "height": 64,
-    "width": 48,
-    "num_inference_steps": 4,
-    "output_type": "np",
-}
-
-
-@pytest.fixture(scope="module")
-def pipe(rig: Rig) -> latentrt.Pipeline:
-    return rig.pipeline("sdxl", "eager")
-
-
-@pytest.fixture(scope="module")
-def both(rig: Rig) -> latentrt.Pipeline:
-    return rig.pipeline("ensemble", "eager")
 
 
 def alone_and_together(rig: Rig, backend: str) -> tuple[list[Any], list[Any]]:
@@ -71,61 +51,61 @@ def test_a_seed_gives_the_same_image_alone_and_in_a_batch_on_eager(rig: Rig) -> 
 def test_each_image_has_its_own_guidance_scale(kind: str, scales: tuple[float, ...], rig: Rig) -> None:
     """LCM's UNet is told the scale, the others are guided by it."""
     pipe = rig.pipeline(kind, "eager")
-    together = pipe(**CALL, num_images_per_prompt=2, seed=3, guidance_scale=list(scales))
+    together = pipe(**PLAIN, num_images_per_prompt=2, seed=3, guidance_scale=list(scales))
     for k, scale in enumerate(scales):
-        alone = pipe(**CALL, seed=3 + k, guidance_scale=scale)
+        alone = pipe(**PLAIN, seed=3 + k, guidance_scale=scale)
         assert np.abs(together.images[k] - alone.images[0]).max() <= PIPELINE_EAGER
         assert together.parameters[k] == alone.parameters[0]
-    other = pipe(**CALL, seed=4, guidance_scale=scales[0])
+    other = pipe(**PLAIN, seed=4, guidance_scale=scales[0])
     differs = np.abs(together.images[1] - other.images[0]).max() > 10 * PIPELINE_EAGER
     assert differs == (scales[0] > 1)  # below, guidance is off whatever the scale
 
 
 def test_a_call_is_checked_without_being_made(both: latentrt.Pipeline) -> None:
-    request, steps = both.check(**CALL, seed=5, high_noise_frac=0.5, sampler="pndm")
+    request, steps = both.check(**PLAIN, seed=5, high_noise_frac=0.5, sampler="pndm")
     assert (request.height, request.width, request.seeds) == (64, 48, [5])
     seen: list[int] = []
     both(
-        **CALL,
+        **PLAIN,
         seed=5,
         high_noise_frac=0.5,
         sampler="pndm",
         callback_on_step_end=lambda _, k, *__: seen.append(k),
     )
-    assert steps == len(seen) > CALL["num_inference_steps"]
+    assert steps == len(seen) > PLAIN["num_inference_steps"]
     for arguments, message in (({"seed": -1}, "seed is -1"), ({"sampler": "heun"}, "no sampler 'heun'")):
         with pytest.raises(RequestError, match=message):
-            both.check(**CALL, **arguments)
+            both.check(**PLAIN, **arguments)
 
 
 def test_seeds_count_up_from_the_first(pipe: latentrt.Pipeline) -> None:
-    four = pipe(**CALL, num_images_per_prompt=4, seed=41)
+    four = pipe(**PLAIN, num_images_per_prompt=4, seed=41)
     assert [p["seed"] for p in four.parameters] == [41, 42, 43, 44]
-    third = pipe(**CALL, seed=43).images[0]
+    third = pipe(**PLAIN, seed=43).images[0]
     assert np.abs(four.images[2] - third).max() <= PIPELINE_EAGER
 
 
 def test_seed_zero_is_a_seed(pipe: latentrt.Pipeline) -> None:
-    zero = pipe(**CALL, seed=0)
+    zero = pipe(**PLAIN, seed=0)
     assert zero.parameters[0]["seed"] == 0
-    again = pipe(**CALL, generator=torch.Generator().manual_seed(0))
+    again = pipe(**PLAIN, generator=torch.Generator().manual_seed(0))
     assert np.array_equal(zero.images, again.images)
     assert again.parameters[0]["seed"] == 0
 
 
 def test_without_a_seed_one_is_drawn_and_told(pipe: latentrt.Pipeline) -> None:
-    first, second = pipe(**CALL), pipe(**CALL)
+    first, second = pipe(**PLAIN), pipe(**PLAIN)
     assert first.parameters[0]["seed"] != second.parameters[0]["seed"]
     assert not np.array_equal(first.images, second.images)
-    assert np.array_equal(first.images, pipe(**CALL, seed=first.parameters[0]["seed"]).images)
+    assert np.array_equal(first.images, pipe(**PLAIN, seed=first.parameters[0]["seed"]).images)
 
 
 def test_a_used_generator_has_no_seed_to_tell(pipe: latentrt.Pipeline) -> None:
     generator = torch.Generator().manual_seed(5)
-    first = pipe(**CALL, generator=generator)
-    second = pipe(**CALL, generator=generator)
+    first = pipe(**PLAIN, generator=generator)
+    second = pipe(**PLAIN, generator=generator)
     assert [p.parameters[0]["seed"] for p in (first, second)] == [5, None]
-    twice = {**CALL, "prompt": ["storm", "storm"], "negative_prompt": "blurry"}
+    twice = {**PLAIN, "prompt": ["storm", "storm"], "negative_prompt": "blurry"}
     fresh = torch.Generator().manual_seed(5)
     assert [p["seed"] for p in pipe(**twice, generator=[fresh, fresh]).parameters] == [5, None]
 
@@ -139,10 +119,10 @@ def test_threads_each_get_their_own_image(backend: str, tiny: Callable[..., Path
     )
     pipe.set_progress_bar_config(disable=True)
     calls = [
-        {**CALL, "seed": 1, "sampler": "euler-a"},
-        {**CALL, "seed": 2, "num_inference_steps": 6, "sampler": "dpm++2m"},
-        {**CALL, "seed": 3, "height": 48, "width": 64, "guidance_scale": 1.0},
-        {**CALL, "seed": 4, "prompt": ["storm", "green"], "high_noise_frac": 0.5},
+        {**PLAIN, "seed": 1, "sampler": "euler-a"},
+        {**PLAIN, "seed": 2, "num_inference_steps": 6, "sampler": "dpm++2m"},
+        {**PLAIN, "seed": 3, "height": 48, "width": 64, "guidance_scale": 1.0},
+        {**PLAIN, "seed": 4, "prompt": ["storm", "green"], "high_noise_frac": 0.5},
     ]
     start = threading.Barrier(len(calls))
 
@@ -156,40 +136,6 @@ def test_threads_each_get_their_own_image(backend: str, tiny: Callable[..., Path
         assert np.array_equal(images, pipe(**call).images)
 
 
-@pytest.mark.parametrize("at", [0, 2, 3])
-def test_a_callback_can_interrupt(at: int, both: latentrt.Pipeline) -> None:
-    """Three steps are the base's and one the refiner's; the latents are those of the step it was told at."""
-    call = {**CALL, "seed": 6, "high_noise_frac": 0.75}
-    whole = both(**call).images
-    seen: list[torch.Tensor] = []
-
-    def stop(_: Any, step: int, timestep: float, values: dict[str, Any]) -> dict[str, Any]:
-        seen.append(values["latents"])
-        return {"interrupt": step == at}
-
-    result = both(**{**call, "output_type": "latent"}, callback_on_step_end=stop)
-    assert result.interrupted
-    assert len(seen) == at + 1
-    assert torch.equal(result.images, seen[-1])
-    again = both(**call)
-    assert not again.interrupted
-    assert np.array_equal(again.images, whole)
-
-
-def test_diffusers_way_to_interrupt(both: latentrt.Pipeline) -> None:
-    seen: list[int] = []
-
-    def callback(pipe: Any, step: int, timestep: float, tensors: Any) -> dict[str, Any]:
-        seen.append(step)
-        if step == 1:
-            pipe._interrupt = True
-        return {}
-
-    assert both(**CALL, seed=6, callback_on_step_end=callback).interrupted
-    assert seen == [0, 1]
-    assert not both(**CALL, seed=6).interrupted
-
-
 def test_a_pipeline_does_not_move_under_a_call(
     both: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,103 +147,14 @@ def test_a_pipeline_does_not_move_under_a_call(
             pipe.to("meta")
         said.append(str(error.value))
 
-    assert not both(**CALL, seed=6, callback_on_step_end=callback).interrupted
+    assert not both(**PLAIN, seed=6, callback_on_step_end=callback).interrupted
     assert len(said) == 4
     assert both.device.type == "cpu"
 
 
-def test_interrupt_from_another_thread(both: latentrt.Pipeline) -> None:
-    steps = []
-
-    def wait_for_it(pipe: latentrt.Pipeline, step: int, *_: Any) -> None:
-        steps.append(step)
-        if step == 1:
-            thread = threading.Thread(target=pipe.interrupt)
-            thread.start()
-            thread.join()
-
-    result = both(**CALL, seed=6, callback_on_step_end=wait_for_it)
-    assert result.interrupted
-    assert steps == [0, 1]
-    assert result.images.shape == (1, 64, 48, 3)
-    assert np.isfinite(result.images).all()
-    both.interrupt()  # nothing runs: nothing happens, to later calls neither
-    assert not both(**CALL, seed=6).interrupted
-
-
-def test_a_callback_that_fails_leaves_the_pipeline_usable(pipe: latentrt.Pipeline) -> None:
-    def fail(*_: Any) -> None:
-        raise ZeroDivisionError("mine")
-
-    with pytest.raises(ZeroDivisionError, match="mine"):
-        pipe(**CALL, callback_on_step_end=fail)
-    assert not pipe(**CALL).interrupted
-
-
-def test_a_callback_sees_and_replaces_what_it_does_in_diffusers(rig: Rig, pipe: latentrt.Pipeline) -> None:
-    def halve(log: list[tuple[int, float]]) -> Callable[..., dict[str, Any]]:
-        def callback(_: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-            log.append((step, float(timestep)))
-            return {"latents": values["latents"] * 0.5} if step == 1 else {}
-
-        return callback
-
-    ours: list[tuple[int, float]] = []
-    theirs: list[tuple[int, float]] = []
-    image = pipe(**CALL, generator=torch.Generator().manual_seed(1), callback_on_step_end=halve(ours)).images
-    oracle = rig.diffusers("sdxl")(
-        **CALL, generator=torch.Generator().manual_seed(1), callback_on_step_end=halve(theirs)
-    ).images
-    assert ours == theirs
-    assert np.abs(image - oracle).max() <= PIPELINE_EAGER
-
-
-def test_a_callback_can_differentiate(pipe: latentrt.Pipeline) -> None:
-    """As guidance by a gradient does, with diffusers' pipelines as here."""
-
-    def guide(_: Any, __: int, ___: float, values: dict[str, Any]) -> dict[str, Any]:
-        with torch.enable_grad():
-            latents = values["latents"].requires_grad_()
-            (gradient,) = torch.autograd.grad(latents.square().sum(), latents)
-        return {"latents": latents - 0.5 * gradient}
-
-    call = {**CALL, "num_inference_steps": 1, "output_type": "latent"}
-    assert not pipe(**call, callback_on_step_end=guide).images.any()
-
-
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (3, "callback_on_step_end returned 3; it can return"),
-        ({"latent": 1}, "'latent': 1.*'latents' or 'interrupt'"),
-        (
-            {"latents": torch.zeros(1, 4, 8, 8)},
-            r"returned latents \[1, 4, 8, 8\]; they are a tensor \[1, 4, 8, 6\]",
-        ),
-        ({"latents": np.zeros((1, 4, 8, 6))}, r"returned latents as a ndarray; they are a tensor"),
-        (torch.zeros(1, 4, 8, 6), r"callback_on_step_end returned tensor.* can return a mapping"),
-        ("", "callback_on_step_end returned ''; it can return"),
-    ],
-)
-def test_what_a_callback_may_not_return(answer: Any, message: str, pipe: latentrt.Pipeline) -> None:
-    with pytest.raises(RequestError, match=message):
-        pipe(**CALL, callback_on_step_end=lambda *_: answer)
-
-
-def test_changing_the_latents_in_place_changes_nothing(pipe: latentrt.Pipeline) -> None:
-    """They are a copy: whoever keeps them for a preview need not fear the next step."""
-
-    def spoil(_: Any, __: int, ___: float, values: Mapping[str, Any]) -> None:
-        values["latents"].zero_()
-
-    assert np.array_equal(
-        pipe(**CALL, seed=2, callback_on_step_end=spoil).images, pipe(**CALL, seed=2).images
-    )
-
-
 def test_forms_of_output(pipe: latentrt.Pipeline) -> None:
     made = {
-        kind: pipe(**{**CALL, "output_type": kind}, seed=8).images for kind in ("pil", "np", "pt", "latent")
+        kind: pipe(**{**PLAIN, "output_type": kind}, seed=8).images for kind in ("pil", "np", "pt", "latent")
     }
     array = made["np"]
     assert (array.shape, array.dtype) == ((1, 64, 48, 3), np.float32)
@@ -316,7 +173,7 @@ def test_forms_of_output(pipe: latentrt.Pipeline) -> None:
 
 
 def test_parameters_tell_how_to_make_it_again(both: latentrt.Pipeline) -> None:
-    call = {**CALL, "prompt": ["storm", "green"], "negative_prompt": ["blurry", ""], "seed": [9, 4]}
+    call = {**PLAIN, "prompt": ["storm", "green"], "negative_prompt": ["blurry", ""], "seed": [9, 4]}
     first, second = both(
         **call, num_images_per_prompt=1, guidance_scale=3, sampler="ddim", clip_skip=1, high_noise_frac=0.5
     ).parameters
@@ -356,7 +213,7 @@ def test_whatever_was_asked_for_is_told(both: latentrt.Pipeline) -> None:
         "negative_target_size": (24, 32),
     }
     crops = {"crops_coords_top_left": (3, 5), "negative_crops_coords_top_left": (0, 0)}
-    (told,) = both(**CALL, seed=1, sampler="ddim", **asked, **sizes, **crops).parameters
+    (told,) = both(**PLAIN, seed=1, sampler="ddim", **asked, **sizes, **crops).parameters
     assert {name: told[name] for name in asked} == asked
     assert {name: told[name] for name in sizes} == {name: f"{w}x{h}" for name, (h, w) in sizes.items()}
     assert {name: told[name] for name in crops} == {
@@ -364,70 +221,11 @@ def test_whatever_was_asked_for_is_told(both: latentrt.Pipeline) -> None:
     }
 
 
-def test_progress_is_told_with_pictures(both: latentrt.Pipeline) -> None:
-    previewer = Previewer.fit(both.vae, 64, 48, both.device)
-    told: list[Any] = []
-    made = both(
-        **CALL,
-        seed=6,
-        callback_on_progress=lambda _, done, values: told.append((done, values["preview"].shape)),
-        previewer=previewer,
-    )
-    assert told == [(k, (1, 8, 6, 3)) for k in range(1, 5)]
-    assert np.array_equal(made.images, both(**CALL, seed=6).images)
-
-
-def test_progress_can_interrupt(both: latentrt.Pipeline) -> None:
-    told: list[Any] = []
-
-    def callback(pipe: Any, done: int, values: Any) -> dict[str, Any]:
-        told.append((done, values["preview"]))
-        return {"interrupt": done == 2}
-
-    assert both(**CALL, seed=6, callback_on_progress=callback).interrupted
-    assert told == [(1, None), (2, None)]
-    with pytest.raises(RequestError, match=r"callback_on_progress returned 3; it can return"):
-        both(**CALL, seed=6, callback_on_progress=lambda *_: 3)
-
-
-@pytest.mark.parametrize("last", [2, 4])  # midway, and when nothing but the pixels is left
-def test_what_nobody_wants_any_more_is_not_decoded(
-    last: int, both: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def decode(*_: Any, **__: Any) -> Any:
-        raise AssertionError("it was decoded")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(VAE, "decode", decode)
-        dropped = both(**CALL, seed=6, callback_on_progress=lambda _, done, __: {"discard": done == last})
-    assert dropped.images is None
-    assert dropped.interrupted
-    assert set(dropped.timings) >= {"base", "total"}
-    assert both(**CALL, seed=6, callback_on_progress=lambda *_: {"discard": False}).images is not None
-
-
-def test_the_host_waits_for_the_device_between_steps_and_at_the_end_alone(
-    both: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not between base and refiner, nor for a stage's time, nor for progress."""
-    queue = FakeQueue()
-    monkeypatch.setattr("latentrt.runtime.progress.queue_of", lambda device: queue)
-    timings = both(**CALL, seed=6, callback_on_progress=lambda *_: queue.log.append("told")).timings
-    waits = [k for k, line in enumerate(queue.log) if line.startswith("wait")]
-    told = [k for k, line in enumerate(queue.log) if line == "told"]
-    assert len(told) == 4
-    assert (
-        sum(k < told[0] for k in waits) == 4 - 2
-    )  # before the third and the fourth step; then the first is told of
-    assert len(waits) <= 2 + 4  # the other steps, and the end
-    assert timings["refiner"] > 0
-
-
 def test_the_vae_decodes_in_tiles_where_asked(
     pipe: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("latentrt.runtime.budget.TILE", 8)
-    call = {**CALL, "seed": 2, "width": 96}
+    call = {**PLAIN, "seed": 2, "width": 96}
     tiled = pipe(**{**call, "output_type": "pt"}, tiled_vae=True).images
     latents = pipe(**{**call, "output_type": "latent"}, tiled_vae=True).images
     with torch.no_grad():
@@ -436,7 +234,7 @@ def test_the_vae_decodes_in_tiles_where_asked(
 
 
 def test_the_ends_and_the_latents_given_are_told(pipe: latentrt.Pipeline) -> None:
-    call = {**CALL, "output_type": "latent", "seed": 1}
+    call = {**PLAIN, "output_type": "latent", "seed": 1}
     first = pipe(**call, denoising_end=0.5, latents=torch.zeros(1, 4, 8, 6))
     assert first.parameters[0]["denoising_end"] == 0.5
     assert first.parameters[0]["latents"] == "given"
@@ -446,17 +244,17 @@ def test_the_ends_and_the_latents_given_are_told(pipe: latentrt.Pipeline) -> Non
 
 
 def test_stages_are_timed(both: latentrt.Pipeline) -> None:
-    timings = both(**CALL).timings
+    timings = both(**PLAIN).timings
     assert list(timings) == ["prepare", "text", "start", "base", "refiner", "decode", "total"]
     assert all(seconds >= 0 for seconds in timings.values())
     assert timings["total"] == pytest.approx(sum(timings.values()) / 2)
-    assert "decode" not in both(**{**CALL, "output_type": "latent"}).timings
+    assert "decode" not in both(**{**PLAIN, "output_type": "latent"}).timings
 
 
 def test_two_checkpoints_of_a_kind_are_timed_apart(tiny: Callable[..., Path]) -> None:
     """A second base in the refiner's place, as communities use them."""
     pipe = latentrt.Pipeline.from_pretrained(tiny("sdxl"), tiny("sdxl"), backend="eager")
-    assert list(pipe(**CALL).timings) == ["prepare", "text", "start", "base", "refiner", "decode", "total"]
+    assert list(pipe(**PLAIN).timings) == ["prepare", "text", "start", "base", "refiner", "decode", "total"]
 
 
 def test_progress_shows_only_where_it_is_wanted(
@@ -464,18 +262,18 @@ def test_progress_shows_only_where_it_is_wanted(
 ) -> None:
     try:
         both.set_progress_bar_config()
-        both(**CALL)
+        both(**PLAIN)
         assert capsys.readouterr() == ("", "")  # not a terminal
         shown = io.StringIO()
         both.set_progress_bar_config(disable=False, file=shown, leave=True)
-        both(**CALL)
+        both(**PLAIN)
         assert "4/4" in shown.getvalue()
     finally:
         both.set_progress_bar_config(disable=True)
 
 
 def test_moving_where_it_is_already_keeps_what_is_loaded(pipe: latentrt.Pipeline) -> None:
-    pipe(**CALL)
+    pipe(**PLAIN)
     engine = pipe._base.unet.load()
     assert pipe.to("cpu") is pipe
     assert pipe.to(torch.device("cpu")) is pipe

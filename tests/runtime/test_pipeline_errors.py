@@ -37,11 +37,6 @@ from tolerances import PIPELINE_ONNXRUNTIME
 SMALL: dict[str, Any] = {"height": 64, "width": 48, "num_inference_steps": 2, "output_type": "np"}
 
 
-@pytest.fixture(scope="module")
-def pipe(rig: Rig) -> latentrt.Pipeline:
-    return rig.pipeline("sdxl", "eager")
-
-
 def linked(source: Path, target: Path, *, without: str) -> Path:
     """A copy of a checkpoint whose folders are links, but for one that is to be spoilt."""
     target.mkdir()

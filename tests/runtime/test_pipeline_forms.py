@@ -17,7 +17,9 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
-from parity import Case, Rig, save_beside
+from parity import Rig
+from parity_cases import Case
+from tiny_checkpoints import save_beside
 from tolerances import PIPELINE_EAGER, PIPELINE_ONNXRUNTIME
 
 SIZE = {"height": 64, "width": 48}
@@ -48,11 +50,6 @@ def base(rig: Rig) -> latentrt.Pipeline:
 @pytest.fixture(scope="module")
 def refiner(rig: Rig) -> latentrt.Pipeline:
     return rig.pipeline("refiner", "eager")
-
-
-@pytest.fixture(scope="module")
-def both(rig: Rig) -> latentrt.Pipeline:
-    return rig.pipeline("ensemble", "eager")
 
 
 def test_at_a_split_of_one_the_refiner_does_nothing(

@@ -1,4 +1,4 @@
-"""Whole pipelines against diffusers on the same weights, prompt by prompt. The case table is tests/parity.py."""
+"""Whole pipelines against diffusers on the same weights, prompt by prompt. The cases are in tests/parity_cases.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from itertools import combinations, product
 from typing import Any
 
 import pytest
-from parity import (
+from parity import Rig
+from parity_cases import (
     BACKENDS,
     KINDS,
     NATIVE,
@@ -14,7 +15,6 @@ from parity import (
     OWN_PREDICTION,
     STEPS,
     Case,
-    Rig,
     cover,
     coverable,
     families,

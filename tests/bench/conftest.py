@@ -1,0 +1,41 @@
+"""Planted sides, measured in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from latentrt.bench.cases import Case, SideSpec
+from latentrt.bench.gates import GATES
+from latentrt.bench.host import Host, Job, Worker
+from latentrt.bench.results import CaseResult
+from latentrt.bench.run import CaseRun, Plan
+from planted_sides import CASE
+
+
+@pytest.fixture
+def measure(tmp_path: Path) -> Callable[..., CaseResult]:
+    """Measure sides in this process."""
+
+    def call(
+        *sides: SideSpec,
+        case: Case = CASE,
+        rounds: int = 5,
+        open_host: Callable[[Job], Host] = Worker,
+        **plan: Any,
+    ) -> CaseResult:
+        run = CaseRun(
+            case,
+            sides,
+            Plan(["a", "b"], GATES["eager"], rounds=rounds, **{"pictures": 2, **plan}),
+            steps={"base": case.steps},
+            device="cpu",
+            folder=tmp_path,
+            open_host=open_host,
+        )
+        run.measure()
+        return run.result()
+
+    return call

@@ -1,0 +1,109 @@
+"""What a replica hosts: how it is configured, and that it frees what nobody waits for any more. No Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import weakref
+from collections.abc import Callable
+from importlib import resources
+from typing import Any
+
+import pytest
+import ray_runner
+import yaml
+from fake_runner import FakeRunner, in_loop
+from latentrt.errors import RequestError
+from latentrt.runtime.serve.hosted import Deployed, Forwarded, HostedModel
+from ray_runner import HELD
+from replicas import DEPLOYED, IMAGES, body
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def forwarded() -> Forwarded:
+    """A request as the ingress sends it on."""
+    content = json.dumps(body()).encode()
+    headers = ((b"content-type", b"application/json"), (b"content-length", b"%d" % len(content)))
+    return Forwarded("POST", IMAGES, "", headers, content)
+
+
+def test_the_shipped_configuration_is_one() -> None:
+    shipped = yaml.safe_load(resources.files("latentrt.runtime.serve").joinpath("ray.yaml").read_text())
+    (application,) = shipped["applications"]
+    deployed = Deployed.of(application["args"])
+    assert deployed.ids == ["sdxl", "demo"]
+    assert application["import_path"] == "latentrt.runtime.serve.ray_app:application"
+
+
+def test_a_client_that_leaves_frees_the_replica() -> None:
+    async def run() -> None:
+        settings = Deployed.of({"models": [{"id": "cat", "source": "ray_runner:held"}]})
+        hosted = HostedModel(settings.models[0], settings, ())
+        await hosted.start()
+        try:
+            parts = hosted.answer(forwarded())
+            waiting = asyncio.ensure_future(anext(parts))
+            await asyncio.to_thread(HELD.reached)
+            assert hosted.service.running == 1
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            assert hosted.service.running == 0
+        finally:
+            HELD.release()
+            await hosted.stop()
+
+    HELD.hold()
+    in_loop(run())
+
+
+def test_a_model_that_left_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though nothing but the replica's own references to it goes: FastAPI's caches keep its application."""
+    runners = []
+
+    def tracked() -> FakeRunner:
+        runner = FakeRunner()
+        runner.itself = runner  # type: ignore[attr-defined]  # as a pipeline is referred to by its parts
+        runners.append(weakref.ref(runner))
+        return runner
+
+    monkeypatch.setattr(ray_runner, "quick", tracked)
+
+    async def run() -> None:
+        hosted = HostedModel(DEPLOYED.models[0], DEPLOYED, ())
+        await hosted.start()
+        assert [part async for part in hosted.answer(forwarded())]
+        assert runners[0]() is not None
+        await hosted.stop()
+        assert runners[0]() is None
+
+    in_loop(run())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "models: Field required"),
+        ({"models": []}, "models: Tuple should have at least 1 item"),
+        ({"models": [{"id": "a"}, {"id": "a"}]}, "models: Value error, ids must differ; these are a, a"),
+        ({"models": [{"id": "a", "weights": 1}]}, "models.0.weights: Extra inputs are not permitted"),
+        ({"models": [{"id": "a"}], "gpus": -1}, "gpus: Input should be greater than or equal to 0"),
+        ({"models": [{"id": "a"}], "min_replicas": 3}, "max_replicas is 1, fewer than min_replicas, 3"),
+    ],
+)
+def test_a_wrong_configuration_names_the_field(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message.replace("(", r"\(")):
+        Deployed.of(values)
+
+
+def test_without_ray_the_extra_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for name in ("ray_app", "ray_local"):
+        monkeypatch.delitem(sys.modules, f"latentrt.runtime.serve.{name}", raising=False)
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+        monkeypatch.setenv(name, "0")  # the import sets it: put back after the test
+    code, out, err = run("serve", "--ray")
+    assert (code, out) == (1, "")
+    assert '--ray needs ray, which is not installed; pip install "latentrt[ray]"' in err
+    assert run("serve", "--ray", "--replicas", "4..1")[0] == 2

@@ -1,0 +1,303 @@
+"""The ingress where replicas are lost, full or at fault: no request is lost, and no stream tells anything twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from itertools import chain, repeat
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from latentrt.errors import QueueFullError
+from latentrt.runtime.serve.engine import AsyncEngine
+from latentrt.runtime.serve.hosted import Deployed, Forwarded, Head, HostedModel
+from latentrt.runtime.serve.ingress import ReplicaLostError
+from latentrt.runtime.serve.schema import Limits
+from replicas import IMAGES, Replicas, asked, body
+from served import events_of
+
+BROKEN = Deployed.of({"models": [{"id": "cat", "source": "ray_runner:broken"}]})
+FULL = QueueFullError("all replicas are busy; try again in 2 s", 2.0)
+REFUSED = Head(429, ((b"content-type", b"application/json"), (b"retry-after", b"2")))
+LOST = ReplicaLostError("the replica was lost")
+STREAM = Head(200, ((b"content-type", b"text/event-stream"),))
+EVENT = b'event: x\ndata: {"type": "image_generation.partial_image", "image": 0, "step": 1}\n\n'
+
+
+def told(answer: httpx.Response) -> list[dict[str, Any]]:
+    """The data of a stream's events, which ends once at most."""
+    assert answer.text.splitlines().count("data: [DONE]") <= 1
+    return events_of(answer)
+
+
+def test_a_lost_replica_loses_no_request_and_the_seed_stays() -> None:
+    replicas = Replicas(0, 1, None)  # before the head, after it, not at all
+
+    async def test(client: httpx.AsyncClient) -> None:
+        answer = await client.post(IMAGES, json=body(n=2))
+        assert answer.status_code == 200
+        seeds = [sent["seed"] for sent in replicas.bodies()]
+        assert len(seeds) == 3
+        assert len(set(seeds)) == 1
+        assert [image["seed"] for image in answer.json()["data"]] == [seeds[0], seeds[0] + 1]
+        ids = {dict(request.headers)[b"x-request-id"].decode() for _, request in replicas.sent}
+        assert ids == {answer.headers["x-request-id"]}
+        other = await client.post(IMAGES, json=body())
+        assert other.json()["data"][0]["seed"] != seeds[0]
+
+    asked(replicas, test)
+
+
+def test_a_request_is_let_in_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replica that makes it after another was lost does not ask again whether there is time enough."""
+    seen = []
+    submit = AsyncEngine.submit
+
+    def watched(engine: AsyncEngine, *requests: Any, **options: Any) -> Any:
+        seen.append(options["again"])
+        return submit(engine, *requests, **options)
+
+    monkeypatch.setattr(AsyncEngine, "submit", watched)
+
+    async def test(client: httpx.AsyncClient) -> None:
+        answer = await client.post(IMAGES, json=body(), headers={"latentrt.taken_before": "1"})
+        assert answer.status_code == 200
+
+    asked(Replicas(0, 1), test)
+    assert seen == [False, True, True]
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_seed_that_was_given_is_kept(seed: int) -> None:
+    async def test(client: httpx.AsyncClient) -> None:
+        assert (await client.post(IMAGES, json=body(seed=seed))).json()["data"][0]["seed"] == seed
+
+    asked(Replicas(0), test)
+
+
+def test_what_kills_every_replica_is_given_up() -> None:
+    replicas = Replicas(*[0] * 9)
+
+    async def test(client: httpx.AsyncClient) -> None:
+        answer = await client.post(IMAGES, json=body())
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert answer.json()["error"]["code"] == "replica_lost"
+        assert len(replicas.sent) == 4
+
+    asked(replicas, test, tries=4)
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 4])
+def test_a_stream_goes_on_at_another_replica_and_tells_nothing_twice(after: int) -> None:
+    """It is lost after so many pieces: its head, and events."""
+    replicas = Replicas(after)
+
+    async def test(client: httpx.AsyncClient) -> None:
+        answer = await client.post(IMAGES, json=body(n=2, stream=True, steps=8))
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        events = told(answer)
+        made = [event["image"] for event in events if event["type"] == "image_generation.completed"]
+        assert sorted(made) == [0, 1]
+        for image in (0, 1):
+            steps = [event["step"] for event in events if event["image"] == image and "step" in event]
+            assert steps == sorted(set(steps))
+        assert answer.text.endswith("data: [DONE]\n\n")
+        assert len({sent["seed"] for sent in replicas.bodies()}) == 1
+        assert len(replicas.sent) == 2
+
+    asked(replicas, test)
+
+
+def test_a_stream_that_no_replica_ends_says_so() -> None:
+    async def test(client: httpx.AsyncClient) -> None:
+        events = told(await client.post(IMAGES, json=body(stream=True)))
+        assert events[-1]["error"]["code"] == "replica_lost"
+
+    asked(Replicas(*[2] * 9), test, tries=3)
+
+
+def test_half_an_event_is_not_told() -> None:
+    async def send(model: str, request: Forwarded) -> AsyncIterator[Head | bytes]:
+        yield STREAM
+        if not tried:
+            tried.append(1)
+            yield EVENT[:20]
+            raise LOST
+        yield EVENT + b"data: [DO"
+        yield b"NE]\n\n"
+
+    tried: list[int] = []
+    replicas = Replicas()
+    replicas.send = send  # type: ignore[method-assign]
+
+    async def test(client: httpx.AsyncClient) -> None:
+        assert (await client.post(IMAGES, json=body(stream=True))).content == EVENT + b"data: [DONE]\n\n"
+
+    asked(replicas, test)
+
+
+def test_a_replica_that_is_not_ready_sends_on_to_the_next() -> None:
+    replicas = Replicas()
+    well = replicas.send
+
+    async def send(model: str, request: Forwarded) -> AsyncIterator[Head | bytes]:
+        if not replicas.sent:
+            replicas.sent.append((model, request))
+            unwell = HostedModel(BROKEN.models[0], BROKEN, ())
+            await unwell.start()
+            assert unwell.fault is None  # it never was well: another process would be no better
+            assert unwell.service.reason == "the model does not load: 'no-model' is no folder or file"
+            async for part in unwell.answer(request):
+                yield part
+            await unwell.stop()
+        else:
+            async for part in well(model, request):
+                yield part
+
+    replicas.send = send  # type: ignore[method-assign]
+
+    async def test(client: httpx.AsyncClient) -> None:
+        assert (await client.post(IMAGES, json=body())).status_code == 200
+        assert len(replicas.sent) == 2
+
+    asked(replicas, test)
+
+
+def test_the_deadline_counts_from_acceptance() -> None:
+    replicas = Replicas(0, 0, None)
+
+    async def test(client: httpx.AsyncClient) -> None:
+        assert (await client.post(IMAGES, json=body(timeout=500))).status_code == 200
+        times = [sent["timeout"] for sent in replicas.bodies()]
+        assert 500 >= times[0] > times[1] > times[2] > 300
+        replicas.losses = [0]
+        late = await client.post(IMAGES, json=body(timeout=1e-9))
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+
+    asked(replicas, test)
+
+
+def ending(replicas: Replicas, ends: Iterable[Exception | Head | None]) -> None:
+    """What tries come to before they reach a replica; None is an answer with nothing in it."""
+    well, to_come = replicas.send, iter(ends)
+
+    async def send(model: str, request: Forwarded) -> AsyncIterator[Head | bytes]:
+        try:
+            end = next(to_come)
+        except StopIteration:
+            async for part in well(model, request):
+                yield part
+            return
+        replicas.sent.append((model, request))
+        if isinstance(end, Exception):
+            raise end
+        if end is not None:
+            yield end
+            yield b"{}"
+
+    replicas.send = send  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("full", [FULL, REFUSED])
+def test_what_was_taken_waits_where_the_others_are_full(full: Exception | Head) -> None:
+    """However often: only replicas that are lost are counted."""
+    replicas = Replicas()
+    ending(replicas, [LOST, full, full, full, LOST, full])
+
+    async def test(client: httpx.AsyncClient) -> None:
+        answer = await client.post(IMAGES, json=body(seed=9))
+        assert answer.status_code == 200
+        assert answer.json()["data"][0]["seed"] == 9
+        assert len(replicas.sent) == 7
+
+    asked(replicas, test, tries=3)
+
+
+@pytest.mark.parametrize("given", [{"timeout": 0.2}, {}])
+def test_it_waits_no_longer_than_it_has_time(given: dict[str, float]) -> None:
+    """Its own, or the server's."""
+    replicas = Replicas()
+    ending(replicas, chain([LOST], repeat(REFUSED)))
+
+    async def test(client: httpx.AsyncClient) -> None:
+        answer = await client.post(IMAGES, json=body(**given))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert len(replicas.sent) > 2
+
+    asked(replicas, test, limits=Limits(timeout=600.0 if given else 0.2))
+
+
+@pytest.mark.parametrize("full", [FULL, REFUSED])
+def test_full_replicas_are_told_at_once(full: Exception | Head) -> None:
+    replicas = Replicas()
+    ending(replicas, repeat(full))
+
+    async def test(client: httpx.AsyncClient) -> None:
+        answer = await client.post(IMAGES, json=body())
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "2")
+        assert len(replicas.sent) == 1
+
+    asked(replicas, test)
+
+
+def streamed_then(*, limits: Limits, after: Callable[[], Awaitable[None]]) -> list[dict[str, Any]]:
+    """The events of a stream whose replica is lost after the first of them, and what its other tries come to."""
+    replicas = Replicas()
+
+    async def send(model: str, request: Forwarded) -> AsyncIterator[Head | bytes]:
+        replicas.sent.append((model, request))
+        if len(replicas.sent) > 1:
+            await after()
+        yield STREAM
+        yield EVENT
+        raise LOST
+
+    replicas.send = send  # type: ignore[method-assign]
+    events = []
+
+    async def test(client: httpx.AsyncClient) -> None:
+        events.extend(told(await client.post(IMAGES, json=body(stream=True))))
+
+    asked(replicas, test, limits=limits)
+    return events
+
+
+def test_a_stream_whose_time_ends_at_another_replica_says_so() -> None:
+    async def late() -> None:
+        await asyncio.sleep(60)
+
+    async def full() -> None:
+        raise FULL
+
+    for after in (late, full):  # in the replica; at the ingress
+        first, last = streamed_then(limits=Limits(timeout=0.3), after=after)
+        assert first["step"] == 1
+        assert last["error"]["code"] == "deadline_exceeded"
+
+
+def test_a_fault_of_a_replica_is_told_as_one(caplog: pytest.LogCaptureFixture) -> None:
+    """And nothing of what it says, which is for the log. It is tried once: it would be the same again."""
+
+    async def fault() -> None:
+        raise RuntimeError("the secret")
+
+    last = streamed_then(limits=Limits(), after=fault)[-1]
+    assert last["error"]["code"] == "internal"
+    assert "secret" not in last["error"]["message"]
+
+    replicas = Replicas()
+    ending(replicas, [RuntimeError("the secret"), None])
+
+    async def test(client: httpx.AsyncClient) -> None:
+        for k in (1, 2):
+            caplog.clear()
+            answer = await client.post(IMAGES, json=body(), headers={"x-request-id": f"mine-{k}"})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal")
+            assert "secret" not in answer.text
+            assert answer.headers["x-request-id"] == f"mine-{k}"
+            (record,) = (record for record in caplog.records if record.exc_info)
+            assert record.fields["request_id"] == f"mine-{k}"  # type: ignore[attr-defined]
+        assert len(replicas.sent) == 2
+
+    asked(replicas, test)
