@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 
 from ..errors import ExportError, RequestError
-from ..runtime.cache import no_room
+from ..runtime.cache import locked, no_room
 from ..runtime.engines.base import Component
 from ..runtime.engines.split import in_parts
 from ..runtime.loading import load_components
@@ -111,7 +111,7 @@ def export_model(
     for component in wanted:
         _refuse_others(folder / component.name)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".latentrt.lock"):
+    with locked(FileLock(folder / ".latentrt.lock"), f"exporting to {folder}"):
         for component in wanted:
             _restore(folder / component.name)
         for component in wanted:

@@ -48,6 +48,7 @@ __all__ = [
     "damage_of",
     "digest_of",
     "explained",
+    "locked",
     "no_room",
     "read_beside",
     "read_manifest",
@@ -147,7 +148,7 @@ class Store:
             for folder in ("entries", "partial", "locks"):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
             name = str(description.get("name", key[:12]))
-            with self._locked(key, name):
+            with locked(self._lock(key), f"building {name}"):
                 damage = damage_of(entry)
                 if damage is None and not again:
                     return entry
@@ -202,19 +203,6 @@ class Store:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
-    @contextmanager
-    def _locked(self, key: str, name: str) -> Iterator[None]:
-        lock = self._lock(key)
-        try:
-            lock.acquire(timeout=1)
-        except Timeout:
-            _log.info("waiting for another process, which is building %s", name)
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
-
     def _lock(self, key: str) -> FileLock:
         return FileLock(self.root / "locks" / f"{key}.lock")
 
@@ -245,6 +233,20 @@ class Store:
                 shutil.rmtree(leftover, ignore_errors=True)
             finally:
                 lock.release()
+
+
+@contextmanager
+def locked(lock: FileLock, what: str) -> Iterator[None]:
+    """Hold a lock. Where others hold it, it is said that they are `what`, such as "building unet"."""
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        _log.warning("waiting for another process, which is %s", what)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
+from filelock import FileLock
 from latentrt import cli
 from latentrt.errors import ExportError
 from latentrt.export import folder
 from latentrt.export.passes import DEFAULT
+from latentrt.runtime import cache
 
 TEXT = "text_encoder"
 
@@ -137,6 +140,23 @@ def test_an_export_that_was_hidden_when_it_was_killed_comes_back(
     monkeypatch.setattr(folder, "_export", fail)
     assert run(capsys, tiny("sd15"), "-o", tmp_path, "--component", TEXT)[0] == 1
     assert content(tmp_path) == {".latentrt.lock": b"", f"{TEXT}/model.onnx": b"of before"}
+
+
+def test_waiting_for_another_export_is_said(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = FileLock(tmp_path / ".latentrt.lock")
+    held.acquire()
+    told: list[str] = []
+
+    def warning(text: str, *values: object) -> None:
+        told.append(text % values)
+        held.release()
+
+    monkeypatch.setattr(cache._log, "warning", warning)
+    monkeypatch.setattr(folder, "_export", lambda *_: (Path("model.onnx"), [], {}))
+    list(folder.export_model(str(tiny("sd15")), tmp_path, dtype=torch.float32, components=[TEXT]))
+    assert told == [f"waiting for another process, which is exporting to {tmp_path}"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from latentrt.errors import CacheError
 from latentrt.runtime import cache
 from latentrt.runtime.cache import Store, cache_root, damage_of, digest_of, write_beside
@@ -326,6 +327,20 @@ def test_threads_build_once(store: Store) -> None:
     for thread in threads:
         thread.join()
     assert len(built) == 1
+
+
+def test_waiting_for_another_is_said(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = FileLock(store.root / "locks" / f"{KEY}.lock")
+    held.acquire()
+    told: list[str] = []
+
+    def warning(text: str, *values: object) -> None:
+        told.append(text % values)
+        held.release()
+
+    monkeypatch.setattr(cache._log, "warning", warning)
+    store.get_or_build(KEY, DESCRIPTION, writes())
+    assert told == ["waiting for another process, which is building unet"]
 
 
 BUILDER = textwrap.dedent("""
