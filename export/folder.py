@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 
 from ..errors import ExportError, RequestError
-from ..runtime.cache import no_room
+from ..runtime.cache import locked, no_room
 from ..runtime.engines.base import Component
 from ..runtime.engines.split import in_parts
 from ..runtime.loading import load_components
@@ -25,8 +25,8 @@ from .passes import DEFAULT, Report, check_names
 
 __all__ = ["Exported", "export_model"]
 
-_SUFFIX = ".partial"
-_LISTED = 3  # outputs whose errors are told
+_FILES = {"model.onnx", "model.onnx.data"}  # of a component
+_LISTED = 3  # outputs whose errors are told, and files that are in the way
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def export_model(
 ) -> Iterator[Exported]:
     """Write `folder/NAME/model.onnx` for each component, telling of each as it is there.
 
-    A component's folder is written aside and renamed once its check has passed, in place of one that was there.
+    A component's folder is written aside and renamed once its check has passed, in place of an earlier export.
 
     Args:
         model: as `Pipeline.from_pretrained` takes it.
@@ -97,7 +97,7 @@ def export_model(
         variant: of the weight files.
 
     Raises:
-        RequestError: there is no such component or pass.
+        RequestError: there is no such component or pass, or a component's folder holds what no export wrote.
         CheckpointError, ExportError: what each says, a full disk included.
         OSError: the folder cannot be written.
     """
@@ -106,13 +106,18 @@ def export_model(
     unknown = [name for name in components if name not in found]
     if unknown:
         raise RequestError(f"{model} has no component {', '.join(unknown)}; it has {', '.join(found)}")
+    named = [found[name] for name in dict.fromkeys(components or found)]
+    wanted = [part for whole in named for part in (in_parts(whole) if split else (whole,))]
+    for component in wanted:
+        _refuse_others(folder / component.name)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".latentrt.lock"):
-        wanted = [found[name] for name in dict.fromkeys(components or found)]
-        for component in [part for whole in wanted for part in (in_parts(whole) if split else (whole,))]:
+    with locked(FileLock(folder / ".latentrt.lock"), f"exporting to {folder}"):
+        for component in wanted:
+            _restore(folder / component.name)
+        for component in wanted:
             name = component.name
             begun = time.perf_counter()
-            aside = folder / f".{name}{_SUFFIX}"
+            aside = folder / f".{name}.partial"
             shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
             aside.mkdir()
             try:
@@ -149,11 +154,34 @@ def _export(
     return file, reports, check_export(component, file, expected)
 
 
+def _refuse_others(target: Path) -> None:
+    """Only an earlier export is replaced: a checkpoint has folders of the components' names too."""
+    if not target.exists():
+        return
+    found = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
+    if others := sorted(found - _FILES):
+        more = f" and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
+        raise RequestError(
+            f"{target} is no earlier export: it holds {', '.join(others[:_LISTED])}{more}; write to another folder"
+        )
+
+
 def _replace(aside: Path, target: Path) -> None:
     """Rename a whole folder, which may take the place of another; that one is seen whole until then."""
-    old = aside.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _aside(target)
     if target.exists():
         target.rename(old)
     aside.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _restore(target: Path) -> None:
+    """Undo what a run that was killed did of `_replace`."""
+    old = _aside(target)
+    if old.exists() and not target.exists():
+        old.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")

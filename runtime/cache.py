@@ -2,7 +2,7 @@
 
     <root>/entries/<key>/manifest.json    what it is, size and SHA-256 of each file, and the manifest's own digest
     <root>/entries/<key>/...              the files
-    <root>/entries/<key>/verdict.json     what `latentrt verify` found, where it ran
+    <root>/entries/<key>/verdict.json     what `latentrt verify` found, where it ran, and the digest of that
     <root>/partial/<key>.<random>/        being written
     <root>/locks/<key>.lock               held while an entry is written or replaced
 
@@ -30,6 +30,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,16 @@ from ..errors import CacheError
 __all__ = [
     "MANIFEST",
     "VERDICT",
+    "Manifest",
     "Store",
     "cache_root",
     "damage_of",
     "digest_of",
     "explained",
+    "locked",
     "no_room",
+    "read_beside",
+    "read_manifest",
     "write_beside",
 ]
 
@@ -61,6 +66,8 @@ _REMEMBER_FROM = 256 << 20  # bytes
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NOT_A_FOLDER = {errno.ENOTDIR, errno.EEXIST}
+# What reading a file as JSON of a known form may raise, whatever is in it.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -141,7 +148,7 @@ class Store:
             for folder in ("entries", "partial", "locks"):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
             name = str(description.get("name", key[:12]))
-            with self._locked(key, name):
+            with locked(self._lock(key), f"building {name}"):
                 damage = damage_of(entry)
                 if damage is None and not again:
                     return entry
@@ -186,27 +193,15 @@ class Store:
                 },
             }
             (partial / MANIFEST).write_text(_signed(manifest), encoding="utf-8")
-            large = [path for path in paths if path.stat().st_size >= _REMEMBER_FROM]
-            _write_verified(partial, {p.relative_to(partial).as_posix(): _identity(p) for p in large})
+            if large := [path for path in paths if path.stat().st_size >= _REMEMBER_FROM]:
+                identities = {path.relative_to(partial).as_posix(): _identity(path) for path in large}
+                write_beside(partial, _VERIFIED, identities)
             if entry.exists():
                 self.discard(entry)
             partial.rename(entry)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-
-    @contextmanager
-    def _locked(self, key: str, name: str) -> Iterator[None]:
-        lock = self._lock(key)
-        try:
-            lock.acquire(timeout=1)
-        except Timeout:
-            _log.info("waiting for another process, which is building %s", name)
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _lock(self, key: str) -> FileLock:
         return FileLock(self.root / "locks" / f"{key}.lock")
@@ -217,6 +212,7 @@ class Store:
     def discard(self, entry: Path) -> None:
         """Remove an entry, seen whole or not at all. Its lock must be held."""
         aside = self._partial(entry.name)
+        aside.parent.mkdir(exist_ok=True)  # a cache may have been copied without it
         entry.rename(aside)
         shutil.rmtree(aside)
 
@@ -239,6 +235,59 @@ class Store:
                 lock.release()
 
 
+@contextmanager
+def locked(lock: FileLock, what: str) -> Iterator[None]:
+    """Hold a lock. Where others hold it, it is said that they are `what`, such as "building unet"."""
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        _log.warning("waiting for another process, which is %s", what)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an entry's manifest says.
+
+    Attributes:
+        description: what the entry was made of.
+        figures: what its build measured.
+        created: when it was written, in UTC.
+        files: size and SHA-256 of each.
+    """
+
+    description: dict[str, Any]
+    figures: dict[str, Any]
+    created: str
+    files: dict[str, tuple[int, str]]
+
+
+def read_manifest(entry: Path) -> Manifest:
+    """An entry's manifest, as it was written.
+
+    Raises:
+        CacheError: what is wrong with it, without the entry's name.
+    """
+    content = read_beside(entry, MANIFEST)
+    if content is None:
+        raise CacheError(f"{MANIFEST} is missing")
+    try:
+        if content["key"] != entry.name:
+            raise CacheError(f"{MANIFEST} is of another entry")
+        return Manifest(
+            dict(content["description"]),
+            dict(content["figures"]),
+            str(content["created"]),
+            {str(name): (int(f["size"]), str(f["sha256"])) for name, f in content["files"].items()},
+        )
+    except _UNREADABLE as error:
+        raise CacheError(f"{MANIFEST} cannot be read: {error!r}") from error
+
+
 def damage_of(entry: Path, *, trust: bool = True) -> str | None:
     """What is wrong with an entry, naming the file; None when it is as it was written.
 
@@ -246,44 +295,35 @@ def damage_of(entry: Path, *, trust: bool = True) -> str | None:
         trust: take large files whose digest was right, and which were not written to since, for unchanged.
     """
     try:
-        text = (entry / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        found = manifest["format"]
-        if found != _FORMAT:
-            return f"{MANIFEST} has format {found}, and this version of latentrt writes {_FORMAT}"
-        manifest.pop("sha256")
-        if text != _signed(manifest):
-            return f"{MANIFEST} has another SHA-256 than when it was written"
-        if manifest["key"] != entry.name:
-            return f"{MANIFEST} is of another entry"
-        files = {str(name): (int(f["size"]), str(f["sha256"])) for name, f in manifest["files"].items()}
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read: {error!r}"
+        files = read_manifest(entry).files
+        read_beside(entry, VERDICT)  # damaged, it may have been the word that the rest is not to be used
+    except CacheError as error:
+        return str(error)
     remembered = _read_verified(entry)
     verified: dict[str, list[int]] = {}
     for name, (size, sha256) in files.items():
         path = entry / name
         try:
+            if not path.is_file():
+                return f"{name} is missing"
             identity = _identity(path)
             if identity[0] != size:
                 return f"{name} has {identity[0]} bytes, should have {size}"
             known = trust and remembered.get(name) == identity
             if not known and _sha256(path) != sha256:
                 return f"{name} has another SHA-256 than when it was written"
-        except FileNotFoundError:
-            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error!r}"
         if size >= _REMEMBER_FROM:
             verified[name] = identity
     if verified != remembered:
-        _write_verified(entry, verified)
+        write_beside(entry, _VERIFIED, verified)
     return None
 
 
-def _signed(manifest: Mapping[str, Any]) -> str:
-    """The text of a manifest, with the digest of the rest of it at its end."""
-    return json.dumps({**manifest, "sha256": digest_of(manifest)}, indent=2) + "\n"
+def _signed(content: Mapping[str, Any]) -> str:
+    """The text of a file of the store's own, with the digest of the rest of it at its end."""
+    return json.dumps({**content, "sha256": digest_of(content)}, indent=2) + "\n"
 
 
 def _identity(path: Path) -> list[int]:
@@ -299,22 +339,38 @@ def _mark_used(entry: Path) -> None:
 
 def _read_verified(entry: Path) -> dict[str, Any]:
     try:
-        known = json.loads((entry / _VERIFIED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_beside(entry, _VERIFIED) or {}
+    except CacheError:
         return {}
-    return known if isinstance(known, dict) else {}
 
 
-def _write_verified(entry: Path, verified: dict[str, list[int]]) -> None:
-    if verified or (entry / _VERIFIED).exists():
-        write_beside(entry, _VERIFIED, verified)
+def read_beside(entry: Path, name: str) -> dict[str, Any] | None:
+    """What `write_beside` kept of an entry, or its manifest; None where there is no such file.
+
+    Raises:
+        CacheError: it is damaged; how, without the entry's name.
+    """
+    try:
+        text = (entry / name).read_text(encoding="utf-8")
+        content: dict[str, Any] = json.loads(text)
+        found = content.get("format", _FORMAT)
+        if found != _FORMAT:
+            raise CacheError(f"{name} has format {found}, and this version of latentrt writes {_FORMAT}")
+        content.pop("sha256")
+        if text != _signed(content):
+            raise CacheError(f"{name} has another SHA-256 than when it was written")
+    except FileNotFoundError:
+        return None
+    except _UNREADABLE as error:
+        raise CacheError(f"{name} cannot be read: {error!r}") from error
+    return content
 
 
 def write_beside(entry: Path, name: str, content: Mapping[str, Any]) -> None:
     """Keep what was found out about an entry since it was written, whole or not at all; if it cannot be, do without."""
     aside = entry / f"{name}.{secrets.token_hex(8)}"
     try:
-        aside.write_text(json.dumps(content), encoding="utf-8")
+        aside.write_text(_signed(content), encoding="utf-8")
         aside.replace(entry / name)
     except OSError as error:  # it is found out again when it is needed
         aside.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError
-from .cache import MANIFEST, VERDICT, Store, damage_of, explained
+from ..errors import CacheError, RequestError
+from .cache import MANIFEST, VERDICT, Store, damage_of, explained, read_beside, read_manifest
 from .engines.sizes import Profile
 
 __all__ = ["Entry", "contents", "parse_bytes", "prune", "verify"]
@@ -22,15 +22,16 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry, as its manifest has it; nothing is verified.
+    """One entry, as its manifest has it; of the files nothing is verified.
 
     Attributes:
         key: its digest.
-        description: what it was made of; empty where the manifest cannot be read.
+        description: what it was made of; empty where the manifest is damaged.
         figures: what its build measured.
         created, used: when it was written and last asked for, in UTC; empty where unknown.
         bytes: on the disk, all of it.
         verdict: what `latentrt verify` found last; None where it did not run.
+        damage: what is wrong with the manifest.
     """
 
     key: str
@@ -40,6 +41,7 @@ class Entry:
     used: str
     bytes: int
     verdict: Mapping[str, Any] | None = None
+    damage: str | None = None
 
     @property
     def failed(self) -> bool:
@@ -52,9 +54,9 @@ class Entry:
         d = self.description
         parts = [d.get("kind", "unknown"), d.get("name", ""), d.get("dtype", "")]
         if d.get("kind") == "engine":
-            archs = ",".join(f"sm_{arch}" for arch in d["archs"])
-            sizes = "; ".join(str(Profile.from_json(axes)) for axes in d["profiles"])
-            parts += [f"{d['product']} {d['version']}", archs, f"({sizes})"]
+            archs = ",".join(f"sm_{arch}" for arch in d.get("archs", ()))
+            sizes = "; ".join(str(Profile.from_json(axes)) for axes in d.get("profiles", ()))
+            parts += [d.get("product", ""), d.get("version", ""), archs, f"({sizes})"]
         if self.verdict is not None:
             found = "FAILED" if self.failed else "passed"
             parts.append(f"[{found} on {self.verdict.get('backend')}, {self.verdict.get('device')}]")
@@ -68,8 +70,8 @@ def contents(store: Store) -> list[Entry]:
         CacheError: the cache cannot be read.
     """
     with explained(store.root):
-        folders = list(store.entries.iterdir()) if store.entries.exists() else []
-        entries = [entry for folder in folders if (entry := _entry(folder)) is not None]
+        found = list(store.entries.iterdir()) if store.entries.exists() else []
+        entries = [entry for path in found if path.is_dir() and (entry := _entry(path)) is not None]
     return sorted(entries, key=lambda entry: (entry.used, entry.key), reverse=True)
 
 
@@ -118,28 +120,38 @@ def parse_bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
     if found is None:
         raise RequestError(f"{text!r} is no amount of memory; write such as 20GB or 500MB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    amount = float(found[1]) * _UNITS[found[2].upper()]
+    if not math.isfinite(amount):
+        raise RequestError(f"{text!r} is more memory than there is; write such as 20GB or 500MB")
+    return int(amount)
 
 
 def _entry(folder: Path) -> Entry | None:
     """None for one that was removed while it was read."""
     try:
+        manifest = read_manifest(folder)
         stat = (folder / MANIFEST).stat()
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        description, figures = dict(manifest["description"]), dict(manifest["figures"])
-        created = str(manifest["created"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return Entry(folder.name, {}, {}, "", "", _bytes(folder)) if folder.exists() else None
+    except (CacheError, FileNotFoundError) as error:
+        if not folder.exists():
+            return None
+        return Entry(folder.name, {}, {}, "", "", _bytes(folder), damage=str(error))
     used = datetime.fromtimestamp(stat.st_mtime, UTC).isoformat(timespec="milliseconds")
-    return Entry(folder.name, description, figures, created, used, _bytes(folder), _verdict(folder))
+    return Entry(
+        folder.name,
+        manifest.description,
+        manifest.figures,
+        manifest.created,
+        used,
+        _bytes(folder),
+        _verdict(folder),
+    )
 
 
 def _verdict(folder: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads((folder / VERDICT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+    """None too where it is damaged: such an entry is not loaded."""
+    with suppress(CacheError):
+        return read_beside(folder, VERDICT)
+    return None
 
 
 def _bytes(folder: Path) -> int:

@@ -182,7 +182,7 @@ def cache(args: argparse.Namespace) -> Iterator[str]:
         kept, entries = [entry for entry in entries if entry not in removed], removed
         last = f"removed {len(removed)}, kept {len(kept)} entries"
     if args.json:
-        yield json.dumps([{**asdict(e), "damage": damage.get(e.key)} for e in entries], indent=2)
+        yield json.dumps([{**asdict(e), "damage": damage.get(e.key, e.damage)} for e in entries], indent=2)
     else:
         for entry in entries:
             state = f"  DAMAGED: {damage[entry.key]}" if entry.key in damage else ""

@@ -141,9 +141,10 @@ def find_engine(store: Store, wanted: Mapping[str, Any], title: str) -> Entry | 
 
     One that failed its verification is taken where there is no other, and one with weight streaming, where that is not
     wanted, where there is none without. If none runs here, those of the same component and product are named in
-    warnings, with the reason why not.
+    warnings, with the reason why not, and so is what is too damaged to say what it is.
     """
-    of_component = [entry for entry in contents(store) if _same(entry.description, wanted)]
+    entries = contents(store)
+    of_component = [entry for entry in entries if _same(entry.description, wanted)]
     fitting = [entry for entry in of_component if not mismatches(entry.description, wanted)]
     if not fitting:
         for entry in of_component:
@@ -151,6 +152,9 @@ def find_engine(store: Store, wanted: Mapping[str, Any], title: str) -> Entry | 
             _log.warning(
                 "not the engine %s of %s, built on %s: %s", entry.key[:12], title, entry.created, why
             )
+        for entry in entries:
+            if entry.damage is not None:
+                _log.warning("not the entry %s, which is damaged: %s", entry.key[:12], entry.damage)
 
     def rank(entry: Entry) -> tuple[bool, bool, str]:
         as_wanted = entry.description["weight_streaming"] == wanted["weight_streaming"]

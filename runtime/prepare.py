@@ -125,12 +125,12 @@ def engine(
     if found is None:
         profiles = profiles_for(component, sizes or SizePolicy.around(component))
         description = {**wanted, "profiles": [profile.to_json() for profile in profiles]}
+        key = digest_of(description)
     else:
         if found.failed:
             _refuse_or_warn(found, title, rebuild)
-        description = dict(found.description)
+        description, key = dict(found.description), found.key
         profiles = tuple(map(Profile.from_json, description["profiles"]))
-    key = digest_of(description)
     if rebuild == "never":
         folder = store.get(key)
         if folder is None:

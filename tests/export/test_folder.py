@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import pytest
+import torch
+from filelock import FileLock
 from latentrt import cli
 from latentrt.errors import ExportError
 from latentrt.export import folder
 from latentrt.export.passes import DEFAULT
+from latentrt.runtime import cache
 
 TEXT = "text_encoder"
 
@@ -101,6 +105,58 @@ def test_what_is_refused(
     assert err.startswith("latentrt: ")
     assert why in err
     assert not (tmp_path / "out").exists()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+@pytest.mark.parametrize("options", [["--component", TEXT], []], ids=["one", "all"])
+def test_a_checkpoint_is_not_exported_over_itself(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    model = Path(shutil.copytree(tiny("sd15"), tmp_path / "model"))
+    before = content(model)
+    code, out, err = run(capsys, model, "-o", model, *options)
+    assert (code, out) == (1, "")
+    found = "config.json, model.safetensors"
+    assert f"{model / TEXT} is no earlier export: it holds {found}; write to another folder" in err
+    assert content(model) == before
+
+
+def test_an_export_that_was_hidden_when_it_was_killed_comes_back(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / f".{TEXT}.old").mkdir()
+    (tmp_path / f".{TEXT}.old" / "model.onnx").write_text("of before")
+
+    def fail(*_: object) -> None:
+        raise ExportError("it is wrong")
+
+    monkeypatch.setattr(folder, "_export", fail)
+    assert run(capsys, tiny("sd15"), "-o", tmp_path, "--component", TEXT)[0] == 1
+    assert content(tmp_path) == {".latentrt.lock": b"", f"{TEXT}/model.onnx": b"of before"}
+
+
+def test_waiting_for_another_export_is_said(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = FileLock(tmp_path / ".latentrt.lock")
+    held.acquire()
+    told: list[str] = []
+
+    def warning(text: str, *values: object) -> None:
+        told.append(text % values)
+        held.release()
+
+    monkeypatch.setattr(cache._log, "warning", warning)
+    monkeypatch.setattr(folder, "_export", lambda *_: (Path("model.onnx"), [], {}))
+    list(folder.export_model(str(tiny("sd15")), tmp_path, dtype=torch.float32, components=[TEXT]))
+    assert told == [f"waiting for another process, which is exporting to {tmp_path}"]
 
 
 @pytest.mark.parametrize(

@@ -61,13 +61,13 @@ def verdict_of(
     )
 
 
-def test_onnxruntime_passes_and_that_is_kept(cache_dir: Path) -> None:
-    verdict = verdict_of(OnnxRuntimeBackend(), cache_dir=cache_dir)
+def test_onnxruntime_passes_and_that_is_kept(tmp_path: Path) -> None:
+    verdict = verdict_of(OnnxRuntimeBackend(), cache_dir=tmp_path)
     assert verdict.failures == []
     assert 0 < verdict.relative_error < 1e-4
     assert verdict.psnr > 100
     assert verdict.ssim == pytest.approx(1, abs=1e-6)
-    store = Store(cache_dir)
+    store = Store(tmp_path)
     (entry,) = [entry for entry in contents(store) if entry.verdict is not None]
     assert entry.description["fingerprint"] == tiny.vae_decoder().fingerprint
     assert entry.verdict["passed"] is True

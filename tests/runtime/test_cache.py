@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from latentrt.errors import CacheError
 from latentrt.runtime import cache
-from latentrt.runtime.cache import Store, cache_root, damage_of, digest_of
+from latentrt.runtime.cache import Store, cache_root, damage_of, digest_of, write_beside
 
 KEY = "ab" * 32
 OTHER = "cd" * 32
@@ -142,15 +144,45 @@ def test_a_damaged_entry_is_built_again_with_a_warning(
     assert store.get_or_build(KEY, DESCRIPTION, never) == entry
 
 
-def test_a_flipped_bit_anywhere_in_a_manifest_is_seen(store: Store) -> None:
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ({"model\0": {"size": 0, "sha256": ""}}, "is missing"),
+        ({".": {"size": 0, "sha256": ""}}, ". is missing"),
+        ({"/dev/zero": {"size": 0, "sha256": ""}}, "/dev/zero is missing"),
+        ({"m" * 5000: {"size": 0, "sha256": ""}}, "File name too long"),
+        ({"model.onnx": {"size": math.inf, "sha256": ""}}, "manifest.json cannot be read: OverflowError"),
+        ({"model.onnx": 7}, "manifest.json cannot be read: TypeError"),
+    ],
+)
+def test_a_whole_manifest_of_nonsense_is_damage(store: Store, file: dict[str, Any], named: str) -> None:
     entry = store.get_or_build(KEY, DESCRIPTION, writes())
-    path = entry / "manifest.json"
+    manifest = json.loads((entry / "manifest.json").read_text())
+    del manifest["sha256"]
+    write_beside(entry, "manifest.json", {**manifest, "files": file})
+    assert named in str(damage_of(entry))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "verdict.json"])
+def test_a_flipped_bit_anywhere_is_seen(store: Store, name: str) -> None:
+    entry = store.get_or_build(KEY, DESCRIPTION, writes())
+    write_beside(entry, "verdict.json", {"passed": False, "psnr": 3.5})
+    path = entry / name
     whole = path.read_bytes()
     for k in range(len(whole)):
         path.write_bytes(whole[:k] + bytes([whole[k] ^ 1]) + whole[k + 1 :])
         assert damage_of(entry) is not None, whole[max(0, k - 20) : k + 20]
     path.write_bytes(whole)
     assert damage_of(entry) is None
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "verdict.json"])
+def test_json_that_is_too_deep_is_damage(store: Store, name: str) -> None:
+    entry = store.get_or_build(KEY, DESCRIPTION, writes())
+    (entry / "verified.json").write_text("[" * 100_000)
+    assert damage_of(entry) is None  # what was remembered is no part of the entry
+    (entry / name).write_text("[" * 100_000)
+    assert str(damage_of(entry)).startswith(f"{name} cannot be read: RecursionError")
 
 
 def test_get_reads_and_never_builds(store: Store) -> None:
@@ -295,6 +327,20 @@ def test_threads_build_once(store: Store) -> None:
     for thread in threads:
         thread.join()
     assert len(built) == 1
+
+
+def test_waiting_for_another_is_said(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = FileLock(store.root / "locks" / f"{KEY}.lock")
+    held.acquire()
+    told: list[str] = []
+
+    def warning(text: str, *values: object) -> None:
+        told.append(text % values)
+        held.release()
+
+    monkeypatch.setattr(cache._log, "warning", warning)
+    store.get_or_build(KEY, DESCRIPTION, writes())
+    assert told == ["waiting for another process, which is building unet"]
 
 
 BUILDER = textwrap.dedent("""

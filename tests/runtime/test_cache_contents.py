@@ -99,6 +99,35 @@ def test_an_entry_without_a_readable_manifest_is_listed(store: Store, text: str 
     assert last.summary == "unknown"
 
 
+def test_what_no_entry_is_does_not_stop_the_rest(store: Store) -> None:
+    (store.entries / ".DS_Store").write_text("")
+    (store.entries / ("a" * 64) / "manifest.json").write_text("[" * 100_000)
+    (store.entries / ("b" * 64) / "manifest.json").unlink()
+    (store.entries / ("b" * 64) / "manifest.json").mkdir()
+    add(store, "d", 10, 4000, kind="engine", name="unet")  # by a version with other fields
+    assert sorted(keys(contents(store))) == ["a", "b", "c", "d"]
+    assert contents(store)[0].summary == "engine unet ()"
+    assert set(verify(store)) == {"a" * 64, "b" * 64}
+    assert sorted(keys(prune(store, None))) == ["a", "b"]
+    assert keys(contents(store)) == "dc"
+
+
+def test_a_manifest_that_was_changed_is_not_believed(store: Store) -> None:
+    path = store.entries / ("a" * 64) / "manifest.json"
+    path.write_text(path.read_text().replace('"onnx"', '"onny"'))
+    last = contents(store)[-1]
+    assert (last.key, last.description, last.summary) == ("a" * 64, {}, "unknown")
+    assert last.damage == "manifest.json has another SHA-256 than when it was written"
+
+
+def test_a_cache_copied_without_its_folders_for_work(store: Store, tmp_path: Path) -> None:
+    copy = Store(tmp_path / "copy")
+    shutil.copytree(store.entries, copy.entries)
+    (copy.entries / ("a" * 64) / "model.onnx").unlink()
+    assert keys(prune(copy, None)) == "a"
+    assert keys(contents(copy)) == "bc"
+
+
 def test_verify_names_what_is_damaged(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     assert verify(store) == {}
     (store.entries / ("b" * 64) / "model.onnx").write_bytes(bytes(999) + b"1")
@@ -163,6 +192,12 @@ def test_amounts_of_memory(text: str, count: int) -> None:
 @pytest.mark.parametrize("text", ["", "much", "GB", "-1", "1.2.3G", "20GiB"])
 def test_what_is_no_amount(text: str) -> None:
     with pytest.raises(RequestError, match=r"is no amount of memory; write such as 20GB or 500MB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["1e999", "9" * 400, "1e308T"])
+def test_more_memory_than_there_is(text: str) -> None:
+    with pytest.raises(RequestError, match=r"is more memory than there is; write such as 20GB"):
         parse_bytes(text)
 
 

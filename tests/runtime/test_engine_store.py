@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from latentrt.errors import BackendError, BackendUnavailableError, CacheError, R
 from latentrt.export import build_process, plugin_kernels
 from latentrt.export.tensorrt import EngineRequest
 from latentrt.runtime import prepare
+from latentrt.runtime.cache import write_beside
 from latentrt.runtime.engine_store import EngineTarget, mismatches
 from latentrt.runtime.engines import plugins, trt
 from latentrt.runtime.engines.base import Component
@@ -61,10 +63,10 @@ def component() -> Component:
 
 def manifest(folder: Path, **changes: Any) -> None:
     """Write an entry of the store as if it had been made otherwise."""
-    path = folder / "manifest.json"
-    found = json.loads(path.read_text())
+    found = json.loads((folder / "manifest.json").read_text())
+    del found["sha256"]
     found["description"].update(changes)
-    path.write_text(json.dumps(found))
+    write_beside(folder, "manifest.json", found)
 
 
 def test_built_once_then_found(builder: Builder, component: Component, tmp_path: Path) -> None:
@@ -142,7 +144,7 @@ def test_one_that_failed_its_verification_is_not_taken_silently(
 ) -> None:
     passed, failed = (engine(component, RTX, sizes, cache_dir=tmp_path) for sizes in (ONE, MORE))
     for stored, verdict in ((passed, True), (failed, False)):
-        (stored.plan.parent / "verdict.json").write_text(json.dumps({"passed": verdict}))
+        write_beside(stored.plan.parent, "verdict.json", {"passed": verdict})
     assert engine(component, RTX, cache_dir=tmp_path).key == passed.key
     assert caplog.messages == []
     shutil.rmtree(passed.plan.parent)
@@ -239,6 +241,45 @@ def test_a_damaged_engine_is_named_and_not_loaded(
     assert engine(component, RTX, cache_dir=tmp_path).built
     assert "cached vae_decoder is damaged (model.plan has another SHA-256" in caplog.text
     assert stored.plan.read_bytes() == b"an engine"
+
+
+def test_a_flipped_byte_in_a_manifest_is_named_and_nothing_of_it_loaded(
+    builder: Builder, component: Component, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = engine(component, RTX, ONE, cache_dir=tmp_path)
+    path = old.plan.parent / "manifest.json"
+    whole = path.read_bytes()
+    tokens = [found.start() for found in re.finditer(rb"\w+|\W+", whole)]
+    assert len(tokens) > 100
+    profile = whole.index(b"8,", whole.index(b'"profiles"'))
+    for at in (*tokens, profile):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        caplog.clear()
+        with pytest.raises(BackendError, match="has no tensorrt-rtx engine"):
+            engine(component, RTX, cache_dir=tmp_path, rebuild="never")
+        assert f"not the entry {old.key[:12]}, which is damaged: manifest.json" in caplog.text
+        with pytest.raises(CacheError, match=r"is damaged \(manifest.json .*; build it again"):
+            engine(component, RTX, ONE, cache_dir=tmp_path, rebuild="never")
+    caplog.clear()
+    built = engine(component, RTX, cache_dir=tmp_path)
+    assert str(built.profiles[0]) == "batch 1..4, height 32..80 step 4, width 32..80 step 4"  # the default
+    assert f"not the entry {old.key[:12]}, which is damaged: manifest.json" in caplog.text
+    assert engine(component, RTX, ONE, cache_dir=tmp_path) == old
+    assert "cached vae_decoder is damaged (manifest.json" in caplog.text
+
+
+def test_a_damaged_verdict_is_not_taken_for_none(
+    builder: Builder, component: Component, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored = engine(component, RTX, ONE, cache_dir=tmp_path)
+    path = stored.plan.parent / "verdict.json"
+    write_beside(path.parent, path.name, {"passed": False})
+    path.write_text(path.read_text().replace("passed", "pasted"))
+    with pytest.raises(CacheError, match=r"is damaged \(verdict.json has another SHA-256"):
+        engine(component, RTX, cache_dir=tmp_path, rebuild="never")
+    assert engine(component, RTX, cache_dir=tmp_path).built
+    assert "cached vae_decoder is damaged (verdict.json has another SHA-256" in caplog.text
+    assert not path.exists()
 
 
 def test_a_build_that_fails_leaves_nothing(
