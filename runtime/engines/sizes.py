@@ -109,10 +109,13 @@ class SizePolicy:
 
     @staticmethod
     def around(component: Component) -> SizePolicy:
-        """From half to five quarters of the model's own size, up to four images: what is built unasked."""
-        size = component.native_size
-        step = max(size // 16, component.latent_scale)
-        side = Axis(size // 2, size, size * 5 // 4 // step * step, step)
+        """From half to five quarters of the model's own size, up to four images: what is built unasked.
+
+        In steps of whole latents from that size, so that it is one of them.
+        """
+        size, scale = component.native_size, component.latent_scale
+        step = max(size // 16 // scale, 1) * scale
+        side = Axis(size - size // 2 // step * step, size, size + size // 4 // step * step, step)
         return SizePolicy(((side, side),), Axis(1, 1, 4))
 
 
