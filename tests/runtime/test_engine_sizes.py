@@ -153,6 +153,10 @@ def test_what_cannot_be_read_says_how_to_write_it(text: str) -> None:
         (["64"], "4..1", "goes from 4 to 1"),
         (["0"], "1", "goes from 0 to 0; .* at least 1"),
         (["512..1000 step 64"], "1", "does not reach 1000 from 512 in steps of 64"),
+        (["512..1024 step 0"], "1", "has a step of 0; leave it out"),
+        (["64"], "9" * 20, "'9{20}' has a number of more than 5 digits"),
+        (["64x" + "1" * 5000], "1", "'64x1{77}' has a number of more than 5 digits"),
+        (["64..128 step 100000"], "1", "has a number of more than 5 digits"),
     ],
 )
 def test_what_makes_no_sense_is_refused(sizes: list[str], batch: str, why: str) -> None:
