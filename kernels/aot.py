@@ -199,7 +199,7 @@ def compile_jobs(
 
 def cache_folder() -> Path:
     """Where reports are kept: in LATENTRT_CACHE, or ~/.cache/latentrt."""
-    return Path(os.environ.get("LATENTRT_CACHE") or Path.home() / ".cache" / "latentrt") / "aot"
+    return Path(os.environ.get("LATENTRT_CACHE") or "~/.cache/latentrt").expanduser() / "aot"
 
 
 def _launches(r: Request) -> list[Launch]:

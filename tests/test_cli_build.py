@@ -31,7 +31,7 @@ def requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[EngineRequ
 
     monkeypatch.setattr(build_process, "build_in_child", build)
     monkeypatch.setattr(prepare, "onnx_model", lambda component, cache_dir: Path("model.onnx"))
-    monkeypatch.setattr(plugin_kernels, "plugin_kernels", lambda *asked: {"of": {"asked": str(asked)}})
+    monkeypatch.setattr(plugin_kernels, "plugin_kernels", lambda *asked, cache: {"of": {"asked": str(asked)}})
     monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path / "cache"))
     return asked
 
