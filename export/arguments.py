@@ -90,6 +90,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     v.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     v.add_argument("--size", type=size, metavar="WxH", help="in pixels (default: the model's own)")
     v.add_argument(
+        "--batch", type=int, default=1, help="images at once (default 1); for engines that take no fewer"
+    )
+    v.add_argument(
         "--component", action="append", default=[], metavar="NAME", help="only this one; may be repeated"
     )
     v.add_argument("--json", action="store_true", help="print what was found as JSON")

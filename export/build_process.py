@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -64,8 +64,12 @@ def build_in_child(
         child = stack.enter_context(_child(stderr, environment))
         assert child.stdin is not None
         assert child.stdout is not None
-        child.stdin.write(json.dumps(asdict(request)).encode() + b"\n")
-        child.stdin.flush()
+        try:
+            child.stdin.write(json.dumps(asdict(request)).encode() + b"\n")
+            child.stdin.flush()
+        except BrokenPipeError:  # it has died already, and is told of below
+            with suppress(BrokenPipeError):
+                child.stdin.close()
         answer = _watch(child, request.component, expected_seconds, show)
         code = child.wait()
         if answer is None:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from ..errors import BackendError
-
-if TYPE_CHECKING:
-    from .verify import Verdict
 
 __all__ = ["build", "export", "verify"]
 
@@ -42,11 +38,11 @@ def build(args: argparse.Namespace) -> Iterator[str]:
     """Build engines, or find them; what they took, and the verdict where they run here."""
     from ..runtime.engine_store import EngineTarget
     from ..runtime.engines.plugins import chosen, versions
-    from .engines import build_engines, local_archs
+    from .engines import build_engines, target_archs
 
     target = EngineTarget(
         args.engine,
-        args.arch or local_archs(args.engine),
+        target_archs(args.engine, args.arch),
         weight_streaming=args.weight_streaming,
         hardware_compatibility=args.hardware_compatibility,
         plugins=versions(chosen(args.plugins)),
@@ -65,9 +61,9 @@ def build(args: argparse.Namespace) -> Iterator[str]:
     if args.json:
         built = list(rows)
         yield json.dumps([row.to_json() for row in built], indent=2)
-        _require_passed([row.verdict for row in built if row.verdict is not None])
+        _require_passed(args.engine, {row.component: row.failures for row in built})
         return
-    verdicts = []
+    failures = {}
     for row in rows:
         how = "built" if row.engine.built else "found"
         size = row.engine.figures["engine_bytes"] / 1e6
@@ -76,10 +72,10 @@ def build(args: argparse.Namespace) -> Iterator[str]:
         )
         for profile in row.engine.profiles:
             yield f"{'':16}{profile}"
-        if row.verdict is not None:
-            yield f"{'':16}{row.verdict}"
-            verdicts.append(row.verdict)
-    _require_passed(verdicts)
+        if row.judged is not None:
+            yield f"{'':16}{row.judged}"
+        failures[row.component] = row.failures
+    _require_passed(args.engine, failures)
 
 
 def verify(args: argparse.Namespace) -> Iterator[str]:
@@ -96,6 +92,7 @@ def verify(args: argparse.Namespace) -> Iterator[str]:
         components=args.component,
         variant=args.variant,
         size=args.size,
+        batch=args.batch,
     )
     if args.json:
         found = list(rows)
@@ -105,13 +102,13 @@ def verify(args: argparse.Namespace) -> Iterator[str]:
         for row in rows:
             yield str(row)
             found.append(row)
-    _require_passed(found)
+    _require_passed(found[0].backend, {verdict.part: verdict.failures for verdict in found})
 
 
-def _require_passed(verdicts: Sequence[Verdict]) -> None:
-    failed = [f"{v.part}: {', '.join(v.failures)}" for v in verdicts if v.failures]
+def _require_passed(backend: str, failures: Mapping[str, Sequence[str]]) -> None:
+    """By part, what speaks against it."""
+    failed = [f"{part}: {', '.join(found)}" for part, found in failures.items() if found]
     if failed:
         raise BackendError(
-            f"{verdicts[0].backend} computes something else than PyTorch; {'; '.join(failed)}; use another back end or "
-            "dtype"
+            f"{backend} computes something else than PyTorch; {'; '.join(failed)}; use another back end or dtype"
         )

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import RequestError
+from ..errors import BackendUnavailableError, RequestError
+from ..runtime.cache import Store, cache_root
+from ..runtime.cache_contents import contents
 from ..runtime.engine_store import EngineTarget, StoredEngine
 from ..runtime.engines import trt
-from ..runtime.engines.base import Backend
 from ..runtime.engines.sizes import SizePolicy, profiles_for
 from ..runtime.engines.split import in_parts
 from ..runtime.engines.tensorrt import TensorRTBackend, TensorRTRTXBackend
@@ -22,7 +24,7 @@ from ..runtime.prepare import Rebuild, engine
 from ..runtime.weights import open_checkpoint
 from .verify import Verdict, verify_component
 
-__all__ = ["Built", "build_engines", "local_archs"]
+__all__ = ["Built", "build_engines", "local_archs", "target_archs"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Built:
     Attributes:
         seconds: what it took to have it: to export and build it, or to find it.
         verdict: what it computes beside PyTorch; None where it was found, or cannot run here.
+        earlier: what `latentrt verify` kept with it, where it was found; None where it never ran.
     """
 
     component: str
@@ -39,6 +42,27 @@ class Built:
     engine: StoredEngine
     seconds: float
     verdict: Verdict | None = None
+    earlier: Mapping[str, Any] | None = None
+
+    @property
+    def judged(self) -> str | None:
+        """What is known of what it computes, in a line."""
+        if self.verdict is not None:
+            return str(self.verdict)
+        if self.earlier is None:
+            return None
+        state = "passed" if self.earlier.get("passed") else "FAILED"
+        return (
+            f"{state}  when it was verified, on {self.earlier.get('backend')}, {self.earlier.get('device')}"
+        )
+
+    @property
+    def failures(self) -> list[str]:
+        """What that has against it."""
+        if self.verdict is not None:
+            return self.verdict.failures
+        failed = self.earlier is not None and not self.earlier.get("passed")
+        return ["it failed when it was verified; `latentrt verify` says by how much"] if failed else []
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -50,7 +74,7 @@ class Built:
             "key": self.engine.key,
             "file": str(self.engine.plan),
             "figures": dict(self.engine.figures),
-            "verdict": None if self.verdict is None else self.verdict.to_json(),
+            "verdict": self.earlier if self.verdict is None else self.verdict.to_json(),
         }
 
 
@@ -97,15 +121,16 @@ def build_engines(
     exact = load_components(checkpoint, torch.float32)
     for component, policy in zip(wanted, policies, strict=True):
         parts = in_parts(component) if split else (component,)
-        built = False
+        stored: list[StoredEngine] = []
         for part in parts:
             begun = time.perf_counter()
             made = engine(part, target, policy, cache_dir=cache_dir, rebuild=rebuild)
             dtype_name = str(part.dtype).removeprefix("torch.")
             seconds = time.perf_counter() - begun
-            built = built or made.built
+            stored.append(made)
             verdict = None
-            if part is parts[-1] and built and backend is not None:  # the whole runs now
+            if part is parts[-1] and backend is not None and any(one.built for one in stored):
+                # The whole runs now: these engines, not what the cache would give for other sizes or options.
                 verdict = verify_component(
                     component,
                     exact[component.name],
@@ -113,17 +138,43 @@ def build_engines(
                     device=torch.device("cuda"),
                     sizes={name: axis.best for name, axis in profiles_for(component, policy)[0].axes.items()},
                     cache_dir=cache_dir,
+                    load=partial(backend.load_stored, component, stored, torch.device("cuda")),
                 )
-            yield Built(part.name, dtype_name, made, seconds, verdict)
+            earlier = None if made.built or verdict is not None else _kept_verdict(made, cache_dir)
+            yield Built(part.name, dtype_name, made, seconds, verdict, earlier)
 
 
-def _backend_here(target: EngineTarget, dtype: torch.dtype, *, split: bool) -> Backend | None:
+def _kept_verdict(made: StoredEngine, cache_dir: Path | None) -> Mapping[str, Any] | None:
+    entries = contents(Store(cache_root(cache_dir)))
+    return next((entry.verdict for entry in entries if entry.key == made.key), None)
+
+
+def _backend_here(target: EngineTarget, dtype: torch.dtype, *, split: bool) -> TensorRTBackend | None:
     """What runs such engines, if this machine can."""
     kind = TensorRTBackend if target.product == "tensorrt" else TensorRTRTXBackend
     backend, device = kind(with_plugins=tuple(target.plugins), split=split), torch.device("cuda")
     if not backend.availability(device, dtype).ok:
         return None
     return backend if set(local_archs(target.product)) <= set(target.archs) else None
+
+
+def target_archs(product: str, asked: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The architectures to build for: those asked for, or that of this machine's GPU.
+
+    Raises:
+        RequestError: there is no GPU, or the product builds for it alone and others are asked for.
+    """
+    kind = trt.product(product)
+    if asked and not kind.needs_gpu:
+        return asked
+    here = local_archs(product)
+    if asked and asked != here:
+        wanted, found = (", ".join(f"sm_{arch}" for arch in archs) for archs in (asked, here))
+        raise RequestError(
+            f"{kind.title} builds for the GPU it runs on, which is {found} here, not for {wanted}; leave --arch out, "
+            "build on such a GPU, or build with tensorrt-rtx"
+        )
+    return here
 
 
 def local_archs(product: str) -> tuple[int, ...]:
@@ -133,10 +184,14 @@ def local_archs(product: str) -> tuple[int, ...]:
         RequestError: there is none.
     """
     if not torch.cuda.is_available():
-        known = ", ".join(f"sm_{arch}" for arch in trt.architectures(trt.load(trt.product("tensorrt-rtx"))))
+        other = trt.product("tensorrt-rtx")
+        try:
+            known = ", ".join(f"sm_{arch}" for arch in trt.architectures(trt.load(other)))
+            remedy = f"--engine tensorrt-rtx --arch with one or several of {known}"
+        except BackendUnavailableError:
+            remedy = f"{other.install}, and see `latentrt build --help`"
         raise RequestError(
-            f"there is no GPU here to build {product} engines for; tensorrt-rtx builds for others: --engine "
-            f"tensorrt-rtx --arch with one or several of {known}"
+            f"there is no GPU here to build {product} engines for; tensorrt-rtx builds for others: {remedy}"
         )
     major, minor = torch.cuda.get_device_capability()
     return (10 * major + minor,)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..runtime.cache import VERDICT, write_beside
-from ..runtime.engines.base import Backend, Component, example_inputs
+from ..runtime.engines.base import Backend, Component, Engine, example_inputs
 from ..runtime.engines.eager import EagerBackend
 from ..runtime.engines.registry import choose
+from ..runtime.engines.sizes import SizePolicy, profiles_for
 from ..runtime.loading import load_components
 from ..runtime.pipeline import Pipeline
 from ..runtime.weights import open_checkpoint
@@ -133,6 +135,7 @@ def verify_model(
     components: Sequence[str] = (),
     variant: str | None = None,
     size: tuple[int, int] | None = None,
+    batch: int = 1,
     cache_dir: Path | None = None,
 ) -> Iterator[Verdict]:
     """Compare every component and then whole pictures with eager PyTorch in float32, telling of each as it is there.
@@ -144,9 +147,10 @@ def verify_model(
         backend: a name that `latentrt backends` lists, or "auto".
         components: only these, and no pictures; all by default.
         size: (height, width) in pixels; the model's own by default.
+        batch: images at once, with guidance.
 
     Raises:
-        RequestError: a component there is not.
+        RequestError: a size or component there is not.
         BackendUnavailableError: it cannot run here.
         CheckpointError, BackendError, ExportError, BuildError, CacheError: what each says.
     """
@@ -166,20 +170,30 @@ def verify_model(
     unknown = [name for name in components if name not in found]
     if unknown:
         raise RequestError(f"{model} has no component {', '.join(unknown)}; it has {', '.join(found)}")
-    for part in dict.fromkeys(components or found):
+    wanted = dict.fromkeys(components or found)
+    sizes = {part: _sizes(found[part][0], size, batch) for part in wanted}
+    for part in wanted:
         component, exact_component = found[part]
         yield verify_component(
             component,
             exact_component,
             choice.backend,
             device=device,
-            sizes=_sizes(component, size),
+            sizes=sizes[part],
             part=part,
             cache_dir=cache_dir,
         )
     if not components:
         yield _verify_pipeline(
-            model, refiner, choice.backend, device, dtype, variant=variant, size=size, cache_dir=cache_dir
+            model,
+            refiner,
+            choice.backend,
+            device,
+            dtype,
+            variant=variant,
+            size=size,
+            batch=batch,
+            cache_dir=cache_dir,
         )
 
 
@@ -192,6 +206,7 @@ def verify_component(
     sizes: Mapping[str, int],
     cache_dir: Path | None,
     part: str | None = None,
+    load: Callable[[], Engine] | None = None,
 ) -> Verdict:
     """Compare one component with itself in float32, and keep the verdict beside what the back end loaded.
 
@@ -200,14 +215,17 @@ def verify_component(
         exact: the same in float32.
         sizes: of the named dimensions of its inputs.
         part: what to call it; its name by default.
+        load: gives the engine to judge; by default it is the one that the back end takes unasked.
     """
     inputs = {
         spec.name: x.to(device)
         for spec, x in zip(component.inputs, example_inputs(component, sizes), strict=True)
     }
     with _float32_is_float32():
-        wanted = _run_once(EagerBackend(), exact, inputs, device, cache_dir)[0]
-    got, entry = _run_once(backend, component, inputs, device, cache_dir)
+        eager = partial(EagerBackend().load, exact, device=device, cache_dir=cache_dir)
+        wanted = _run_once(eager, inputs, device)[0]
+    load = load or partial(backend.load, component, device=device, cache_dir=cache_dir)
+    got, entry = _run_once(load, inputs, device)
     pictures = component.name == "vae_decoder"
     verdict = Verdict(
         part=part or component.name,
@@ -228,14 +246,10 @@ def verify_component(
 
 
 def _run_once(
-    backend: Backend,
-    component: Component,
-    inputs: Mapping[str, Tensor],
-    device: torch.device,
-    cache_dir: Path | None,
+    load: Callable[[], Engine], inputs: Mapping[str, Tensor], device: torch.device
 ) -> tuple[dict[str, Tensor], Path | None]:
     """Its outputs and the store's entry it came from; nothing stays in memory: two full-size UNets may not fit."""
-    engine = backend.load(component, device=device, cache_dir=cache_dir)
+    engine = load()
     try:
         with torch.inference_mode():
             return engine(inputs), engine.entry
@@ -254,6 +268,7 @@ def _verify_pipeline(
     *,
     variant: str | None,
     size: tuple[int, int] | None,
+    batch: int,
     cache_dir: Path | None,
 ) -> Verdict:
     def picture(name: str, precision: torch.dtype) -> Tensor:
@@ -269,7 +284,13 @@ def _verify_pipeline(
         pipe.set_progress_bar_config(disable=True)
         height, width = size or (None, None)
         result = pipe(
-            _PROMPT, height=height, width=width, num_inference_steps=_STEPS, seed=0, output_type="pt"
+            _PROMPT,
+            height=height,
+            width=width,
+            num_inference_steps=_STEPS,
+            num_images_per_prompt=batch,
+            seed=0,
+            output_type="pt",
         )
         images: Tensor = result.images
         return images.cpu()
@@ -291,21 +312,11 @@ def _verify_pipeline(
     )
 
 
-def _sizes(component: Component, size: tuple[int, int] | None) -> dict[str, int]:
-    """Two rows at the model's own size, or at another one."""
+def _sizes(component: Component, size: tuple[int, int] | None, batch: int) -> dict[str, int]:
+    """What a picture of the model's own size, or of another one, makes of the inputs' named dimensions."""
     height, width = size or (component.native_size, component.native_size)
-    scale = component.latent_scale
-    if height % scale or width % scale:
-        raise RequestError(f"the size {width}x{height} is no whole number of latents of {scale} pixels")
-    sides = {
-        "batch": 2,
-        "height": height // scale,
-        "width": width // scale,
-        "image_height": height,
-        "image_width": width,
-    }
-    names = dict.fromkeys(d for spec in component.inputs for d in spec.dims if isinstance(d, str))
-    return {name: sides[name] for name in names}
+    (profile,) = profiles_for(component, SizePolicy.parse([f"{width}x{height}"], str(batch)))
+    return {name: axis.best for name, axis in profile.axes.items()}
 
 
 def _worst(errors: Sequence[float]) -> float:

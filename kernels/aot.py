@@ -16,14 +16,16 @@ import json
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -174,23 +176,30 @@ def attempts(
 def compile_jobs(
     wanted: Mapping[Path, Job], processes: int = 1, seconds: float = TIME_LIMIT
 ) -> dict[Path, str]:
-    """Write the files that are not there yet, each whole or not at all; the compiler's messages for those that fail."""
+    """Write the files that are not there yet, each whole or not at all; the compiler's messages for those that fail.
+
+    Whatever ends this call, Ctrl-C included, ends what compiles.
+    """
     missing = [(path, job) for path, job in wanted.items() if not path.exists()]
     for folder in {path.parent for path, _ in missing}:
         folder.mkdir(parents=True, exist_ok=True)
     processes = min(processes, len(missing))
     failed: dict[Path, str] = {}
     if missing:
+        shares, until = [missing[i::processes] for i in range(processes)], time.monotonic() + seconds
+        stop = threading.Event()
         with ThreadPoolExecutor(processes) as pool:
-            shares = [missing[i::processes] for i in range(processes)]
-            for errors in pool.map(_compile_in_child, shares, [time.monotonic() + seconds] * processes):
-                failed |= errors
+            try:
+                for errors in pool.map(lambda share: _compile_in_children(share, until, stop), shares):
+                    failed |= errors
+            finally:
+                stop.set()
     return failed
 
 
 def cache_folder() -> Path:
     """Where reports are kept: in LATENTRT_CACHE, or ~/.cache/latentrt."""
-    return Path(os.environ.get("LATENTRT_CACHE") or Path.home() / ".cache" / "latentrt") / "aot"
+    return Path(os.environ.get("LATENTRT_CACHE") or "~/.cache/latentrt").expanduser() / "aot"
 
 
 def _launches(r: Request) -> list[Launch]:
@@ -257,23 +266,13 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
     return types, values, aligned
 
 
-def _compile_in_child(jobs: Sequence[tuple[Path, Job]], until: float) -> dict[Path, str]:
-    """Write the reports; returns what went wrong, by path."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def _compile_in_children(
+    jobs: Sequence[tuple[Path, Job]], until: float, stop: threading.Event
+) -> dict[Path, str]:
+    """Write the reports, one child after another; returns what went wrong, by path."""
     errors: dict[Path, str] = {}
     while left := [(path, r) for path, r in jobs if not (path in errors or path.exists())]:
-        try:
-            child = subprocess.run(
-                [sys.executable, "-m", __name__],
-                input=pickle.dumps(left),
-                capture_output=True,
-                env=environment,
-                timeout=max(until - time.monotonic(), 0.0),
-                check=False,
-            )
-            end = f"status {child.returncode}:\n{child.stderr.decode(errors='replace').strip()[-2000:]}"
-        except subprocess.TimeoutExpired:
-            end = ""
+        end = _compile_in_child(left, until, stop)
         for path, _ in left:
             message = path.with_suffix(".error")
             if message.exists():
@@ -285,6 +284,37 @@ def _compile_in_child(jobs: Sequence[tuple[Path, Job]], until: float) -> dict[Pa
         # The first that is neither done nor told of is what the child ended at; the others get another child.
         errors |= dict.fromkeys(undone[:1], end)
     return errors
+
+
+def _compile_in_child(jobs: Sequence[tuple[Path, Job]], until: float, stop: threading.Event) -> str:
+    """How the child ended, and what it said; empty where it was ended, for want of time or told to stop."""
+    with (
+        tempfile.TemporaryFile() as said,
+        subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=said,
+            stderr=said,
+            env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+            start_new_session=True,  # a terminal's Ctrl-C is the caller's to handle
+        ) as child,
+    ):
+        assert child.stdin is not None
+        try:
+            try:
+                child.stdin.write(pickle.dumps(jobs))
+                child.stdin.flush()  # and it stays open: its end is the child's
+            except BrokenPipeError:  # the child says why
+                with suppress(BrokenPipeError):
+                    child.stdin.close()
+            while child.poll() is None:
+                if time.monotonic() >= until or stop.wait(0.05):
+                    return ""
+        finally:
+            if child.returncode is None:
+                os.killpg(child.pid, signal.SIGKILL)  # the assembler with it
+        said.seek(0)
+        return f"status {child.returncode}:\n{said.read().decode(errors='replace').strip()[-2000:]}"
 
 
 def compiled(launch: Launch, arch: int) -> Any:
@@ -354,7 +384,14 @@ def _child(jobs: Iterable[tuple[Path, Job]]) -> None:
             partial.replace(path)
 
 
+def _end_with_parent() -> None:
+    os.read(0, 1)  # returns when the parent's end of the pipe is closed, by whatever
+    os.killpg(0, signal.SIGKILL)  # the assembler with it
+
+
 if __name__ == "__main__":
     from latentrt.kernels import aot  # the module by its own name, so that pickled requests are of its class
 
-    aot._child(pickle.load(sys.stdin.buffer))
+    wanted = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=aot._end_with_parent, daemon=True).start()
+    aot._child(wanted)

@@ -137,11 +137,12 @@ def describe_engine(component: Component, target: EngineTarget, *, onnx: str, bu
 
 
 def find_engine(store: Store, wanted: Mapping[str, Any], title: str) -> Entry | None:
-    """The newest engine of this component that runs here, whatever its sizes.
+    """The engine of this component that runs here and was asked for last, whatever its sizes.
 
-    One that failed its verification is taken where there is no other, and one with weight streaming, where that is not
-    wanted, where there is none without. If none runs here, those of the same component and product are named in
-    warnings, with the reason why not, and so is what is too damaged to say what it is.
+    A build that finds it asks for it: so `latentrt build --sizes` decides which sizes run. One that failed its
+    verification is taken where there is no other, and one with weight streaming, where that is not wanted, where there
+    is none without. If none runs here, those of the same component and product are named in warnings, with the reason
+    why not, and so is what is too damaged to say what it is.
     """
     entries = contents(store)
     of_component = [entry for entry in entries if _same(entry.description, wanted)]
@@ -158,7 +159,7 @@ def find_engine(store: Store, wanted: Mapping[str, Any], title: str) -> Entry | 
 
     def rank(entry: Entry) -> tuple[bool, bool, str]:
         as_wanted = entry.description["weight_streaming"] == wanted["weight_streaming"]
-        return not entry.failed, as_wanted, entry.created
+        return not entry.failed, as_wanted, entry.used
 
     return max(fitting, key=rank, default=None)
 

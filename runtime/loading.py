@@ -247,7 +247,7 @@ def unet_component(
         inputs=tuple(inputs),
         outputs=(TensorSpec("prediction", ("batch", config.out_channels, "height", "width"), dtype),),
         example_sizes={"batch": 2, "height": side, "width": side + 2},
-        native_size=scale * max(config.sample_size or (64, 64)),
+        native_size=_native_size(config, scale),
         latent_scale=scale,
     )
     return replace(whole, parts=lambda: unet_parts(whole, config, build))
@@ -259,7 +259,9 @@ def load_vae(checkpoint: Checkpoint, loader: EngineLoader) -> VAE:
     config = VAEConfig.from_dict(raw)
     dtype = loader.backend.upcast if config.force_upcast and loader.dtype == torch.float16 else loader.dtype
     scale = config.scale
-    sizes = {"native_size": max(config.sample_size or (512, 512)), "latent_scale": scale}
+    unet = UNetConfig.from_dict(checkpoint.config("unet"))
+    # Not what it was trained at itself, which may be less: engines of one default have to make one picture.
+    sizes = {"native_size": _native_size(unet, scale), "latent_scale": scale}
 
     def half(name: str, make: Callable[[], nn.Module]) -> _Weights:
         wanted = ("decoder.", "post_quant_conv.") if name == "vae_decoder" else ("encoder.", "quant_conv.")
@@ -294,3 +296,8 @@ def load_vae(checkpoint: Checkpoint, loader: EngineLoader) -> VAE:
         channels=config.latent_channels,
         scale=scale,
     )
+
+
+def _native_size(unet: UNetConfig, scale: int) -> int:
+    """The side, in pixels, of the images that a UNet was trained for; of 128 latents where it does not say."""
+    return scale * max(unet.sample_size or (128, 128))

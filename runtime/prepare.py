@@ -103,8 +103,8 @@ def engine(
 
     Args:
         target: product, architectures and options.
-        sizes: what it takes. Without them the newest engine that runs here is taken, whatever it takes, and one for
-            sizes around the model's own is built where there is none.
+        sizes: what it takes. Without them that engine which runs here and was asked for last is taken, whatever it
+            takes, and one for sizes around the model's own is built where there is none.
         rebuild: "auto" builds what is absent, damaged or stale; "never" names it and raises; "always" builds.
 
     Raises:
@@ -155,7 +155,7 @@ def engine(
             from ..export.plugin_kernels import plugin_kernels
 
             _log.info("compiling the kernels of %s for the plugins %s", title, ", ".join(names))
-            kernels = plugin_kernels(model, names, archs)
+            kernels = plugin_kernels(model, names, archs, cache=store.root / "aot")
         _log.info("building the %s engine of %s%s", target.product, title, last)
         request = EngineRequest(
             component=component.name,

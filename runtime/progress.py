@@ -172,4 +172,5 @@ def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()
-    return any(words in text for words in ("out of memory", "outofmemory", "allocate memory", "bad_alloc"))
+    known = ("out of memory", "outofmemory", "allocate memory", "bad_alloc", "enough free memory")
+    return any(words in text for words in known)

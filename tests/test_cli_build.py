@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from latentrt.errors import BuildError
+from latentrt.errors import BackendUnavailableError, BuildError
 from latentrt.export import build_process, engines, plugin_kernels
 from latentrt.export.tensorrt import EngineRequest
 from latentrt.export.verify import LIMITS, Verdict
 from latentrt.runtime import prepare
+from latentrt.runtime.cache import VERDICT, write_beside
+from latentrt.runtime.engine_store import StoredEngine
+from latentrt.runtime.engines import trt
 from latentrt.runtime.engines.base import Availability, Component
 
 Run = Callable[..., tuple[int, str, str]]
@@ -31,7 +34,7 @@ def requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[EngineRequ
 
     monkeypatch.setattr(build_process, "build_in_child", build)
     monkeypatch.setattr(prepare, "onnx_model", lambda component, cache_dir: Path("model.onnx"))
-    monkeypatch.setattr(plugin_kernels, "plugin_kernels", lambda *asked: {"of": {"asked": str(asked)}})
+    monkeypatch.setattr(plugin_kernels, "plugin_kernels", lambda *asked, cache: {"of": {"asked": str(asked)}})
     monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path / "cache"))
     return asked
 
@@ -164,12 +167,44 @@ def test_without_a_gpu_the_architecture_must_be_named(
     engine: str, run: Run, requests: list[EngineRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    code, _, err = run("build", "demo", "--engine", engine)
+    # TensorRT takes none but its GPU's, so that naming one does not help.
+    named = ("--arch", "sm_80") if engine == "tensorrt" else ()
+    code, _, err = run("build", "demo", "--engine", engine, *named)
     assert code == 1
     assert (
         f"there is no GPU here to build {engine} engines for; tensorrt-rtx builds for others: --engine" in err
     )
     assert "--arch with one or several of sm_75, sm_80, sm_86, sm_89, sm_120, sm_121" in err
+
+
+def test_without_a_gpu_nor_what_builds_without_one(
+    run: Run, requests: list[EngineRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(product: trt.Product) -> None:
+        raise BackendUnavailableError(f"{product.title} is not installed; {product.install}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(trt, "load", absent)
+    code, _, err = run("build", "demo", "--engine", "tensorrt")
+    assert code == 1
+    assert err.startswith(
+        "latentrt: there is no GPU here to build tensorrt engines for; tensorrt-rtx builds for "
+    )
+    assert 'pip install "latentrt[rtx]"' in err
+
+
+def test_tensorrt_builds_for_no_gpu_but_its_own(
+    run: Run, requests: list[EngineRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "local_archs", lambda name: (90,))
+    code, _, err = run("build", "demo", "--engine", "tensorrt", "--arch", "sm_80")
+    assert code == 1
+    assert (
+        "TensorRT builds for the GPU it runs on, which is sm_90 here, not for sm_80; leave --arch out" in err
+    )
+    assert engines.target_archs("tensorrt", (90,)) == (90,)
+    assert engines.target_archs("tensorrt", None) == (90,)
+    assert engines.target_archs("tensorrt-rtx", (80, 89)) == (80, 89)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +256,7 @@ def test_where_engines_run_they_are_verified(
     error: float, build: Run, requests: list[EngineRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a machine with a GPU of sm_89; what verifying does is in tests/export/test_verify.py."""
-    here, asked = [89], []
+    here, asked, loaded = [89], [], []
 
     class Backend:
         def __init__(self, with_plugins: Sequence[str], split: bool) -> None:
@@ -233,8 +268,14 @@ def test_where_engines_run_they_are_verified(
         def availability(self, device: torch.device, dtype: torch.dtype) -> Availability:
             return Availability(device.type == "cuda")
 
+        def load_stored(
+            self, component: Component, stored: Sequence[StoredEngine], device: torch.device
+        ) -> list[str]:
+            return [str(profile) for one in stored for profile in one.profiles]
+
     def verify(component: Component, exact: Component, backend: Backend, **options: Any) -> Verdict:
         asked.append((component.dtype, exact.dtype, component.name == exact.name, options["sizes"]))
+        loaded.append(options["load"]())
         limits = LIMITS["unet"][torch.float16]
         return Verdict("unet", "b", "GPU", "float16", options["sizes"], error, 60.0, None, limits)
 
@@ -250,9 +291,35 @@ def test_where_engines_run_they_are_verified(
     else:
         assert code == 1
         assert (
-            "b computes something else than PyTorch; unet: relative error 0.5, limit 0.01; use another" in err
+            "tensorrt-rtx computes something else than PyTorch; unet: relative error 0.5, limit 0.01; use another"
+            in err
         )
+    # That very engine, whatever else the cache has.
+    assert loaded == [["batch 1..8, height 8..20, width 8..20"]]
+    build(*options, "--sizes", "64x64", "--weight-streaming")
+    assert loaded[1:] == [["batch 1..8, height 8, width 8"]]
     assert build(*options)[0] == 0  # found, and not verified again
     here[:] = [86]
     assert build(*options, "--rebuild")[0] == 0  # does not run here
-    assert len(asked) == 1
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_what_was_verified_earlier_is_told_of_again(
+    passed: bool, build: Run, requests: list[EngineRequest]
+) -> None:
+    (row,) = json.loads(build("--component", "unet", "--json")[1])
+    assert row["verdict"] is None
+    kept = {"passed": passed, "backend": "b", "device": "GPU"}
+    write_beside(Path(row["file"]).parent, VERDICT, kept)
+    for more in ((), ("--json",)):
+        code, out, err = build("--component", "unet", *more)
+        assert code == (0 if passed else 1)
+        assert ("tensorrt-rtx computes something else than PyTorch; unet: it failed when" in err) != passed
+        if more:
+            assert json.loads(out)[0]["verdict"] == kept
+        else:
+            state = "passed" if passed else "FAILED"
+            assert out.splitlines()[-1].strip() == f"{state}  when it was verified, on b, GPU"
+    assert len(requests) == 1
+    assert build("--component", "unet", "--rebuild")[0] == 0  # a new one, of which nothing is known

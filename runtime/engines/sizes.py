@@ -25,6 +25,7 @@ __all__ = ["Axis", "Profile", "SizePolicy", "profile_index", "profiles_for"]
 _AXIS = r"(\d+)(?:\.\.(\d+))?"
 _SIZE = re.compile(rf"{_AXIS}(?:x{_AXIS})?(?:\s+step\s+(\d+))?")
 _BATCH = re.compile(_AXIS)
+_DIGITS = 5  # of a side or a batch; what is beyond has no engine, and may not fit into TensorRT's own numbers
 
 # Which side of an image a named dimension is, and whether it counts latents.
 _SIDES = {
@@ -105,14 +106,17 @@ class SizePolicy:
         rows = _BATCH.fullmatch(batch.strip())
         if rows is None:
             raise RequestError(f"the batch {batch!r} cannot be read; write such as 1 or 1..4")
-        return SizePolicy(tuple(_size(text) for text in texts), _axis(batch, rows[1], rows[2], 1))
+        return SizePolicy(tuple(_size(text) for text in texts), _axis(batch, rows[1], rows[2], "1"))
 
     @staticmethod
     def around(component: Component) -> SizePolicy:
-        """From half to five quarters of the model's own size, up to four images: what is built unasked."""
-        size = component.native_size
-        step = max(size // 16, component.latent_scale)
-        side = Axis(size // 2, size, size * 5 // 4 // step * step, step)
+        """From half to five quarters of the model's own size, up to four images: what is built unasked.
+
+        In steps of whole latents from that size, so that it is one of them.
+        """
+        size, scale = component.native_size, component.latent_scale
+        step = max(size // 16 // scale, 1) * scale
+        side = Axis(size - size // 2 // step * step, size, size + size // 4 // step * step, step)
         return SizePolicy(((side, side),), Axis(1, 1, 4))
 
 
@@ -170,12 +174,17 @@ def _size(text: str) -> tuple[Axis, Axis]:
             f"the size {text!r} cannot be read; write such as 1024x1024, 1024 or '512..1280 step 64'"
         )
     low, high, low2, high2, step = found.groups()
-    width = _axis(text, low, high, int(step or 0))
-    return width, (width if low2 is None else _axis(text, low2, high2, int(step or 0)))
+    width = _axis(text, low, high, step)
+    return width, (width if low2 is None else _axis(text, low2, high2, step))
 
 
-def _axis(text: str, low: str, high: str | None, step: int) -> Axis:
-    first, last = int(low), int(high or low)
+def _axis(text: str, low: str, high: str | None, of: str | None) -> Axis:
+    """`of`: the step, if it is told."""
+    if max(len(number) for number in (low, high or "", of or "")) > _DIGITS:
+        raise RequestError(f"{text[:80]!r} has a number of more than {_DIGITS} digits; write smaller ones")
+    first, last, step = int(low), int(high or low), int(of or 0)
+    if of is not None and step < 1:
+        raise RequestError(f"{text!r} has a step of {step}; leave it out, or write at least 1")
     if not 1 <= first <= last:
         raise RequestError(f"{text!r} goes from {first} to {last}; write the smaller first, and at least 1")
     if step and (last - first) % step:

@@ -332,6 +332,13 @@ class TensorRTBackend:
         split = _switch("LATENTRT_SPLIT") if self._split is None else self._split
         parts = in_parts(component) if split else (component,)
         stored = [engine(part, target, cache_dir=cache_dir, rebuild=rebuild) for part in parts]
+        return self.load_stored(component, stored, device)
+
+    def load_stored(
+        self, component: Component, stored: Sequence[StoredEngine], device: torch.device
+    ) -> Engine:
+        """These engines, whatever else the cache has: the component's one, or those of its parts in their order."""
+        parts = (component,) if len(stored) == 1 else in_parts(component)
         scratch = self._scratch.setdefault(device, Scratch(device))
         product = products.product(self.name)
         with torch.cuda.device(device):
@@ -339,7 +346,7 @@ class TensorRTBackend:
                 TensorRTEngine(part, made, product, device, scratch)
                 for part, made in zip(parts, stored, strict=True)
             ]
-        return engines[0] if parts == (component,) else SplitUNet(component, engines)
+        return engines[0] if len(engines) == 1 else SplitUNet(component, engines)
 
     def _target(self, device: torch.device) -> EngineTarget:
         major, minor = torch.cuda.get_device_capability(device)

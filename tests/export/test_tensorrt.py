@@ -11,7 +11,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +214,16 @@ def test_a_child_that_dies_is_told_of(request_: EngineRequest) -> None:
     thread.join()
 
 
-def test_what_a_broken_child_said_is_told(request_: EngineRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("early", [False, True], ids=["later", "before it was asked"])
+def test_what_a_broken_child_said_is_told(
+    early: bool, request_: EngineRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def once_it_died(request: EngineRequest) -> dict[str, Any]:
+        if early:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+        return asdict(request)
+
+    monkeypatch.setattr(build_process, "asdict", once_it_died)
     monkeypatch.setattr(build_process, "__name__", "latentrt.no_such_module")
     with pytest.raises(
         BuildError, match=r"ended with status 1 \(.*No module named latentrt.no_such_module\); this is"

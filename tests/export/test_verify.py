@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_components as tiny
 import torch
+from fake_tensorrt import install
 from latentrt.errors import BackendUnavailableError, RequestError
 from latentrt.export.verify import LIMITS, Verdict, verify_component, verify_model
 from latentrt.runtime.cache import Store, damage_of
 from latentrt.runtime.cache_contents import contents
+from latentrt.runtime.engine_store import StoredEngine
 from latentrt.runtime.engines import registry
 from latentrt.runtime.engines.base import Availability, Backend, Component
 from latentrt.runtime.engines.eager import EagerBackend, EagerEngine
 from latentrt.runtime.engines.onnxruntime import OnnxRuntimeBackend
+from latentrt.runtime.engines.sizes import SizePolicy, profiles_for
+from latentrt.runtime.engines.tensorrt import TensorRTRTXBackend
 from torch import Tensor
 
 Run = Callable[..., tuple[int, str, str]]
@@ -74,6 +79,27 @@ def test_onnxruntime_passes_and_that_is_kept(tmp_path: Path) -> None:
     assert entry.verdict["psnr"] == verdict.psnr
     assert entry.summary.endswith(f"[passed on {verdict.backend}, cpu]")
     assert damage_of(store.entries / entry.key, trust=False) is None
+
+
+def test_what_is_judged_can_be_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the engine just built, of which a cache may have several; TensorRT is a stand-in that runs PyTorch."""
+    component, backend = tiny.text_encoder(), TensorRTRTXBackend()
+    install(monkeypatch, {b"an engine": component})
+    (tmp_path / "model.plan").write_bytes(b"an engine")
+    (profile,) = profiles_for(component, SizePolicy.parse(["64"]))
+    stored = StoredEngine("0", tmp_path / "model.plan", (profile,), {}, {}, built=True)
+    verdict = verify_component(
+        component,
+        component,
+        backend,
+        device=CPU,
+        sizes={"batch": 2},
+        cache_dir=tmp_path / "cache",
+        load=partial(backend.load_stored, component, [stored], CPU),
+    )
+    assert verdict.failures == []
+    assert json.loads((tmp_path / "verdict.json").read_text())["passed"] is True
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_reference_against_itself() -> None:
@@ -135,12 +161,19 @@ def test_the_command_tells_of_each_part(verify: Run) -> None:
 
 
 def test_a_faulty_back_end_ends_the_command_with_1(verify: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong(monkeypatch, lambda x: x * 1.05, "unet")
-    code, out, err = verify("--backend", "wrong", "--json")
+    def fault(x: Tensor) -> Tensor:
+        rows.add(len(x))
+        return x * 1.05
+
+    rows: set[int] = set()
+    wrong(monkeypatch, fault, "unet")
+    code, out, err = verify("--backend", "wrong", "--json", "--batch", "2")
     assert code == 1
     told = json.loads(out)
     assert [row["part"] for row in told] == PARTS
     assert [row["part"] for row in told if not row["passed"]] == ["unet", "pipeline"]
+    assert rows == {4}  # two images with guidance, in the picture as well
+    assert [row["sizes"].get("batch") for row in told] == [4, 4, 4, 1, 1, None]
     assert told[2]["limits"] == {"relative_error": 1e-4, "psnr": 80, "ssim": None}
     assert err.startswith(
         "latentrt: wrong (made for a test) computes something else than PyTorch; unet: relative error 0.05, limit "
@@ -162,8 +195,10 @@ def test_refusals(tiny: Callable[..., Path]) -> None:
 
     with pytest.raises(RequestError, match=r"has no component vae; it has text_encoder, .*vae_encoder"):
         verify(components=["vae"])
-    with pytest.raises(RequestError, match="the size 60x64 is no whole number of latents of "):
-        verify(components=["unet"], size=(64, 60))
+    with pytest.raises(RequestError, match="60 pixels are no whole number of latents; unet takes multiples"):
+        verify(size=(64, 60))
+    with pytest.raises(RequestError, match=r"'0' goes from 0 to 0; .* at least 1"):
+        verify(batch=0)
     with pytest.raises(BackendUnavailableError, match="'tensorrt' cannot run here"):
         verify("tensorrt")
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
+import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,19 +165,80 @@ def test_a_compiler_that_dies_takes_one_request_along(
     """Each child reports its first request and dies at the second: that one is told of, the rest get another."""
     children: list[list[Path]] = []
 
-    def child(*_: Any, input: bytes, **__: Any) -> subprocess.CompletedProcess[bytes]:
-        paths = [path for path, _ in pickle.loads(input)]
+    def child(jobs: Sequence[tuple[Path, aot.Job]], until: float, stop: threading.Event) -> str:
+        paths = [path for path, _ in jobs]
         children.append(paths)
         paths[0].write_text("[]")
-        return subprocess.CompletedProcess([], -6, b"", b"UNREACHABLE executed")
+        return "status -6:\nUNREACHABLE executed"
 
-    monkeypatch.setattr(aot.subprocess, "run", child)
-    jobs = [(tmp_path / f"{i}.json", attention(64, 90)) for i in range(5)]
-    errors = aot._compile_in_child(jobs, time.monotonic() + 9)
+    monkeypatch.setattr(aot, "_compile_in_child", child)
+    errors = aot.compile_jobs({tmp_path / f"{i}.json": attention(64, 90) for i in range(5)})
     assert [len(paths) for paths in children] == [5, 3, 1]
     assert {path.stem: text for path, text in errors.items()} == dict.fromkeys(
         ("1", "3"), "status -6:\nUNREACHABLE executed"
     )
+
+
+def assembling(folder: Path) -> Any:
+    """A job that runs a program for long, as a compiler does, which writes its number into a file first."""
+    script = f"echo $$ > {folder / 'written'} && mv {folder / 'written'} {folder / 'pid'} && exec sleep 20"
+    return SimpleNamespace(content=partial(subprocess.run, ["sh", "-c", script]))
+
+
+def number(folder: Path) -> int:
+    while not (folder / "pid").exists():
+        time.sleep(0.02)
+    return int((folder / "pid").read_text())
+
+
+def ends(pid: int) -> bool:
+    for _ in range(200):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_a_child_that_dies_says_how(tmp_path: Path) -> None:
+    (told,) = aot.compile_jobs({tmp_path / "0": SimpleNamespace(content=os.abort)}).values()
+    assert told.startswith("status -6:")
+
+
+def test_ctrl_c_ends_what_compiles(tmp_path: Path) -> None:
+    """The compiler does not get the terminal's: it is no answer of the compiler's, to be followed by another try."""
+
+    def interrupt() -> None:
+        seen.append(os.getsid(number(tmp_path)))
+        signal.pthread_kill(main, signal.SIGINT)
+
+    seen: list[int] = []
+    main, thread = threading.get_ident(), threading.Thread(target=interrupt)
+    # In the background of a shell it is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            aot.compile_jobs({tmp_path / name: assembling(tmp_path) for name in "ab"})
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+    assert ends(number(tmp_path))
+    assert seen != [os.getsid(0)]
+    assert [path.name for path in tmp_path.iterdir()] == ["pid"]
+
+
+def test_what_compiles_ends_with_its_parent(tmp_path: Path) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-m", aot.__name__], stdin=subprocess.PIPE, start_new_session=True
+    )
+    assert child.stdin is not None
+    child.stdin.write(pickle.dumps([(tmp_path / "0", assembling(tmp_path))]))
+    child.stdin.flush()
+    pid = number(tmp_path)
+    child.stdin.close()  # as a parent's death does
+    assert child.wait(10) == -signal.SIGKILL
+    assert ends(pid)
 
 
 def test_no_time_to_compile(tmp_path: Path) -> None:

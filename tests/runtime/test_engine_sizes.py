@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from latentrt.errors import BackendError, RequestError
 from latentrt.runtime.engines.base import Component, TensorSpec
 from latentrt.runtime.engines.sizes import Axis, Profile, SizePolicy, profile_index, profiles_for
+from latentrt.runtime.loading import load_components
+from latentrt.runtime.weights import open_checkpoint
 from torch import nn
 
 
@@ -87,6 +94,43 @@ def test_the_default_is_around_the_models_own_size() -> None:
     assert str(profile) == "batch 1..8, height 8..20, width 8..20"
 
 
+@pytest.mark.parametrize(
+    ("native", "sides"),
+    [
+        (8, "1"),
+        (320, "20..50 step 2"),
+        (576, "36..88 step 4"),
+        (704, "48..108 step 5"),
+        (832, "56..128 step 6"),
+    ],
+)
+def test_the_default_has_every_native_size(native: int, sides: str) -> None:
+    unet = component("unet", "batch", 4, "height", "width", native=native)
+    (profile,) = profiles_for(unet, SizePolicy.around(unet))
+    assert str(profile) == f"batch 1..8, height {sides}, width {sides}"
+    assert profile.takes({"batch": 2, "height": native // 8, "width": native // 8})
+
+
+@pytest.mark.parametrize(("unet", "latents"), [(24, 24), (None, 128)], ids=["told", "untold"])
+def test_a_vae_s_default_is_that_of_its_unet(
+    unet: int | None, latents: int, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Whatever it was trained at itself: together they make a picture of the default size."""
+    folder = shutil.copytree(tiny("sdxl"), tmp_path / "model")
+    for name, side in (("unet", unet), ("vae", 16)):
+        file = folder / name / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "sample_size": side}))
+    found = load_components(open_checkpoint(folder), torch.float32)
+    for name in ("unet", "vae_decoder", "vae_encoder"):
+        pixels = latents * found[name].latent_scale
+        assert found[name].native_size == pixels
+    sides = [
+        profiles_for(found[name], SizePolicy.around(found[name]))[0].axes["height"]
+        for name in ("unet", "vae_decoder")
+    ]
+    assert sides[0] == sides[1]
+
+
 def test_profiles_survive_json() -> None:
     profile = only(UNET, "512..1280 step 64")
     assert Profile.from_json(profile.to_json()) == profile
@@ -109,6 +153,10 @@ def test_what_cannot_be_read_says_how_to_write_it(text: str) -> None:
         (["64"], "4..1", "goes from 4 to 1"),
         (["0"], "1", "goes from 0 to 0; .* at least 1"),
         (["512..1000 step 64"], "1", "does not reach 1000 from 512 in steps of 64"),
+        (["512..1024 step 0"], "1", "has a step of 0; leave it out"),
+        (["64"], "9" * 20, "'9{20}' has a number of more than 5 digits"),
+        (["64x" + "1" * 5000], "1", "'64x1{77}' has a number of more than 5 digits"),
+        (["64..128 step 100000"], "1", "has a number of more than 5 digits"),
     ],
 )
 def test_what_makes_no_sense_is_refused(sizes: list[str], batch: str, why: str) -> None:

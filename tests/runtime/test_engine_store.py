@@ -52,7 +52,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
     builder = Builder()
     monkeypatch.setattr(build_process, "build_in_child", builder)
     monkeypatch.setattr(prepare, "onnx_model", lambda component, cache_dir: Path("model.onnx"))
-    monkeypatch.setattr(plugin_kernels, "plugin_kernels", lambda *asked: {})
+    monkeypatch.setattr(plugin_kernels, "plugin_kernels", lambda *asked, cache: {"of": {"89": str(cache)}})
     return builder
 
 
@@ -92,6 +92,13 @@ def test_what_the_builder_is_asked_for(builder: Builder, component: Component, t
     json.dumps(request.__dict__)  # it travels as JSON
 
 
+def test_kernels_of_plugins_are_compiled_into_the_same_cache(
+    builder: Builder, component: Component, tmp_path: Path
+) -> None:
+    engine(component, replace(RTX, plugins={"GroupNorm": "1"}), ONE, cache_dir=tmp_path)
+    assert builder.requests[0].kernels == {"of": {"89": str(tmp_path / "aot")}}
+
+
 def test_everything_that_decides_an_engine_makes_another(
     builder: Builder, component: Component, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,11 +127,17 @@ def test_everything_that_decides_an_engine_makes_another(
     assert len(builder.requests) == len(others) + 3
 
 
-def test_without_sizes_the_newest_is_taken(builder: Builder, component: Component, tmp_path: Path) -> None:
+def test_without_sizes_the_one_last_asked_for_is_taken(
+    builder: Builder, component: Component, tmp_path: Path
+) -> None:
     default = engine(component, RTX, cache_dir=tmp_path)
     assert str(default.profiles[0]) == "batch 1..4, height 32..80 step 4, width 32..80 step 4"
     newest = engine(component, replace(RTX, archs=(86, 89)), ONE, cache_dir=tmp_path)
     assert engine(component, RTX, cache_dir=tmp_path).key == newest.key  # it serves sm_89 among others
+    # What a build finds counts as well: it is how a user asks for its sizes.
+    sizes = SizePolicy.around(component)
+    assert engine(component, RTX, sizes, cache_dir=tmp_path).key == default.key
+    assert engine(component, RTX, cache_dir=tmp_path).key == default.key
 
 
 def test_one_with_weight_streaming_is_taken_where_there_is_no_other(

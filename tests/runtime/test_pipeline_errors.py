@@ -359,6 +359,9 @@ def test_a_damaged_export_is_made_again(
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
         BackendError("ONNX Runtime failed on unet: Failed to allocate memory for requested buffer of size 8"),
         BackendError("TensorRT 11, unet: failed (Error Code 2: OutOfMemory)"),
+        BackendError(
+            "TensorRT 11, unet: failed (There may not be enough free memory for allocation to succeed.)"
+        ),
         MemoryError(),
     ],
     ids=lambda e: type(e).__name__,
