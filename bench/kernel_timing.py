@@ -56,7 +56,8 @@ CACHE_BYTES = 256 << 20
 CALLS = 16
 """At most, in one recorded graph."""
 HANG = 90.0
-"""Seconds after which one row, or one candidate, is given up, and the process with it: a kernel may never return."""
+"""Seconds after which one part of a row, or one candidate, is given up, and the process with it: a kernel may never
+return."""
 LOST = "never came back"
 """What the file says of a row from when it begins; it stays where the process ended in it."""
 
