@@ -26,6 +26,7 @@ import torch
 
 from ..errors import BenchmarkError
 from .cases import DTYPES, Case, SideSpec
+from .endings import end_with_parent
 from .machine import commit, installed_versions
 from .models import weights_on_disk
 from .monitor import BusyElsewhere, MemorySampler, Series, memory_now
@@ -325,6 +326,7 @@ class OwnProcess:
 def _serve(job: Job, threads: int, pipe: Connection) -> None:
     """The process: answers until the pipe is closed. Ctrl-C is the parent's to handle."""
     os.setsid()
+    end_with_parent()  # one that is killed closes nothing, and this would go on with what the next run measures
     os.dup2(sys.stderr.fileno(), 1)  # what libraries print is no part of a result on standard output
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("TQDM_DISABLE", "1")

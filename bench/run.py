@@ -91,6 +91,7 @@ class CaseRun:
         open_host: Callable[[Job], Host],
         judges: Judges | None = None,
         tell: Tell = lambda side, state: None,
+        note: Callable[[], None] = lambda: None,
         arrangement: Arrangement | None = None,
         keep: bool = True,
     ) -> None:
@@ -100,6 +101,7 @@ class CaseRun:
             steps: that base and refiner take.
             folder: for what sides build; what an earlier run built there is taken as it is, and no time is told for it.
             open_host: where a side is to run.
+            note: called whenever `result` has more to tell, between measurements.
             arrangement: who is loaded beside whom; all at once where None.
             keep: what sides built; otherwise it makes room for the next group.
         """
@@ -110,6 +112,7 @@ class CaseRun:
         self._judges = judges or Judges()
         self._count = max(plan.pictures, *case.batches)
         self._tell = tell
+        self._note = note
         self._keep = keep
         self._seconds: float | None = None
         self._reference: Lane | None = None
@@ -171,14 +174,17 @@ class CaseRun:
         self._choose_reference(eager)
         for lane in eager:
             self._attempt(lane, self._judge)
+        self._note()
         self._build_all([lane for lane in group if lane not in eager])
         for lane in group:
             if lane not in eager:
                 self._attempt(lane, self._begin)
                 self._choose_reference([lane])
                 self._attempt(lane, self._judge)
+                self._note()
         for batch in self._case.batches:
             self._measure_batch([lane for lane in group if batch in lane.batches], batch)
+            self._note()
 
     def _attempt(self, lane: Lane, work: Callable[[Lane], None], where: str = "") -> None:
         """A side's failure is its own, and one that is out is not asked again."""
