@@ -27,7 +27,7 @@ import torch
 from ..errors import BenchmarkError
 from .cases import DTYPES, Case, SideSpec
 from .endings import end_with_parent
-from .machine import commit, installed_versions
+from .machine import commit, installed_versions, is_commit, tuned
 from .models import weights_on_disk
 from .monitor import BusyElsewhere, MemorySampler, Series, memory_now
 from .nvml import GpuShare, open_nvml
@@ -65,7 +65,7 @@ class Job:
         """Whether an earlier run was through with building here. What one left that was not is removed, since with it
         building would look short; and what sources made that are not those of a commit, since nobody knows whether
         they are the same as now."""
-        if (self.folder / _BUILT).exists() and not commit().endswith("+"):
+        if (self.folder / _BUILT).exists() and is_commit(commit()):
             return True
         shutil.rmtree(self.folder, ignore_errors=True)
         return False
@@ -83,6 +83,7 @@ def job_for(case: Case, side: SideSpec, device: str, folder: Path) -> Job:
         "side": [side.factory, dict(side.options), side.dtype or case.dtype, device],
         "versions": installed_versions(),
         "commit": commit(),
+        "tuned": tuned(),
     }
     digest = hashlib.sha256(json.dumps(built_from, sort_keys=True).encode()).hexdigest()
     return Job(case, side, device, folder / f"{side.name.replace('@', '-')}-{digest[:12]}")

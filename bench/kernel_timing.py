@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import BackendUnavailableError
 from ..kernels import aot, tuning
 from ..kernels.registry import Case, OpSpec
-from .machine import describe_machine
+from .machine import describe_machine, tuned
 
 __all__ = [
     "LOST",
@@ -213,7 +213,7 @@ def here(bench: Bench) -> dict[str, Any]:
         **describe_machine(),
         **gpu_state(bench),
         "sources": _digest(KERNELS.glob("*.py"), Path(__file__).parent.glob("kernel*.py")),
-        "tuned": _digest(tuning.FOLDER.glob("*.json")),
+        "tuned": tuned(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 

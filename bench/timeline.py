@@ -30,7 +30,7 @@ import torch
 from ..errors import BenchmarkError
 from ..runtime.pipeline import Pipeline
 from .cases import CASES, DTYPES, Case, case_named
-from .machine import describe_machine
+from .machine import describe_machine, is_commit
 from .models import located
 
 __all__ = ["Launch", "Run", "launches_of", "profile", "runs_of", "table"]
@@ -241,7 +241,7 @@ def measure(case: Case, folder: Path, backend: str, out: Path) -> str:
     path, machine = out / f"{case.name}.json", describe_machine()
     if path.is_file():
         found = json.loads(path.read_text("utf-8"))
-        if (found["machine"], found["backend"]) == (machine, backend) and not machine["commit"].endswith("+"):
+        if (found["machine"], found["backend"]) == (machine, backend) and is_commit(machine["commit"]):
             _log.info("%s has been profiled at this commit", case.name)
             return table(Run(**run) for run in found["runs"])
     launches = launches_of(profile(case, folder, backend))
