@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BenchmarkError
-from .cases import Case, SideSpec
+from .cases import Case, SideSpec, eager_sides
 from .features import Judges, as_bytes
 from .gates import Gate, Quality, likeness, measure_quality, unit
 from .host import Host, Job, Trace, job_for
@@ -116,7 +116,8 @@ class CaseRun:
         self._keep = keep
         self._seconds: float | None = None
         self._reference: Lane | None = None
-        self._eager: dict[str, Quality] = {}  # what eager diffusers reaches, by dtype
+        self._eager_sides = eager_sides(sides)
+        self._eager: dict[str, Quality] = {}  # what eager PyTorch reaches, by dtype
         arrangement = arrangement or Arrangement.together(case, sides)
         self._lanes = [
             Lane(spec, job_for(case, spec, device, folder), arrangement.batches.get(spec.name, ()))
@@ -167,8 +168,8 @@ class CaseRun:
         )
 
     def _measure_group(self, group: Sequence[Lane]) -> None:
-        """Eager diffusers goes first: the others are held against it, and need not be kept once they are judged."""
-        eager = [lane for lane in group if lane.spec.is_eager_diffusers]
+        """Eager PyTorch goes first: the others are held against it, and need not be kept once they are judged."""
+        eager = [lane for lane in group if lane.spec.name in self._eager_sides]
         for lane in eager:
             self._attempt(lane, self._begin)
         self._choose_reference(eager)
@@ -253,15 +254,15 @@ class CaseRun:
         return np.stack(as_bytes(images))
 
     def _choose_reference(self, lanes: Sequence[Lane]) -> None:
-        """Eager diffusers in float32 where it ran, else eager diffusers, else the first side that did; never one
-        whose pictures are not finite."""
+        """Eager PyTorch in float32 where it ran, else eager PyTorch, else the first side that did; never one whose
+        pictures are not finite."""
         # One that was judged in an earlier group may have few of its pictures left.
         asked = [lane for lane in lanes if lane.status == "measured" and lane.quality is None]
         alive = [lane for lane in asked if lane.images is not None and np.isfinite(lane.images).all()]
         exact = [lane for lane in alive if lane.job.dtype == "float32"]
         self._reference = self._reference or next(iter([*exact, *alive]), None)
         for lane in alive:
-            if lane.spec.is_eager_diffusers and lane.images is not None:
+            if lane.spec.name in self._eager_sides and lane.images is not None:
                 found = likeness(lane.images, self._of_reference())
                 self._eager[lane.job.dtype] = Quality(len(lane.images), *found)
 
