@@ -147,7 +147,7 @@ class Suite:
                 empty = CaseResult(asdict(case), {}, settings.plan.gate.name, None, [], reason)
                 self._results.append(empty)
                 return
-            here = located(case, folder)
+            here = located(case, folder, settings.device)
             device, keep = str(settings.device), settings.work is not None
             jobs = [job_for(here, side, device, folder / case.name) for side in sides if side.builds]
             built = {job.side.name for job in jobs if job.is_built()}
