@@ -230,7 +230,7 @@ def bench_sweep(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _command() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join(["latentrt", *sys.argv[1:]])
 
 
 def kernels(args: argparse.Namespace) -> Iterator[str]:
