@@ -98,7 +98,7 @@ def steps(
     many = [bench.step("sdxl", n, side) for n in (2, 4, 8) for side in (_FIRST, "latentrt-tensorrt")]
     return [
         Step(_tests("graph-tests", files["graph"])),
-        Step(_tests("kernel-tests", files["kernel"], workers=4)),
+        Step(_tests("kernel-tests", files["kernel"], "--timeout=150", workers=4)),
         Step(_timeline("sdxl", results, work)),
         first["sdxl"],
         first["sdxl-refiner"],
@@ -119,7 +119,7 @@ def _part(name: str, *command: str, limit: float = _LIMIT) -> Part:
     return Part(name, limit, command=command, memory=math.inf, apart=("results", "tuned"))
 
 
-def _tests(name: str, files: Sequence[str], workers: int = 0) -> Part:
+def _tests(name: str, files: Sequence[str], *options: str, workers: int = 0) -> Part:
     """A test that waits for a kernel that never returns is ended with its process, which no signal would do; what
     passed before is not run again."""
     return replace(
@@ -127,7 +127,7 @@ def _tests(name: str, files: Sequence[str], workers: int = 0) -> Part:
         tests=tuple(files),
         workers=workers,
         marked="gpu",
-        options=("-p", "no:randomly", "--timeout=150", "--timeout-method=thread"),
+        options=("-p", "no:randomly", "--timeout-method=thread", *options),
     )
 
 
