@@ -13,19 +13,6 @@ TEST := $(VENV)/.test-$(EXTRA)
 CONSTRAINTS := $(if $(filter cpu,$(EXTRA)),-c constraints.txt)
 PYTEST := $(BIN)/python -m pytest
 
-# The parts of gpu-bench: a side beside diffusers, at one batch size.
-COMMIT = $(or $(shell git rev-parse --short=12 HEAD 2>/dev/null),unknown)
-CHANGED = $(shell git status --porcelain -- . ':!bench/results' 2>/dev/null | head -n 1)
-# Sources that are not those of a commit may be others the next time.
-DONE := build/gpu-bench/$(COMMIT)$(if $(CHANGED),-$(shell date +%s))
-WORK := build/gpu-bench/kept
-SIDES := latentrt-triton latentrt-tensorrt latentrt-onnxruntime latentrt-eager latentrt-triton-plain \
-  latentrt-tensorrt-rtx onnxruntime diffusers-compile
-PARTS_1 := $(foreach case,sdxl sdxl-refiner,$(SIDES:%=$(DONE)/$(case)/%))
-# Stopped while it compiles it begins anew, and no part comes after it.
-PARTS_LAST := $(foreach case,sdxl sdxl-refiner,$(DONE)/$(case)/diffusers-max-autotune)
-PARTS_N := $(foreach batch,2 4 8,$(DONE)/batch-$(batch)/latentrt-triton $(DONE)/batch-$(batch)/latentrt-tensorrt)
-
 # As they were typed: a prompt's `$` is not make's.
 override PROMPT := $(value PROMPT)
 override SEED := $(value SEED)
@@ -34,14 +21,14 @@ export PROMPT SEED IMAGE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help generate bench test test-full gpu gpu-tests gpu-kernels gpu-bench gpu-timeline check format clean
+.PHONY: help generate bench test test-full gpu check format clean
 
 help:
 	@echo 'make generate [PROMPT="..."] [SEED=2] [IMAGE=image.png]   a picture from the shipped demo model'
 	@echo 'make bench       speed, memory and quality beside diffusers into out/bench, under ten minutes'
 	@echo 'make test        the tests, a few minutes'
 	@echo 'make test-full [PARTS="..."]   the slow ones as well, hours: every sampler, demo quality, full-size engines'
-	@echo 'make gpu         what needs a CUDA GPU'
+	@echo 'make gpu [PARTS="..."]         what needs a CUDA GPU: tests, kernels, the benchmark at full size'
 	@echo 'make check       ruff and mypy'
 	@echo 'make clean       remove what these made'
 
@@ -84,35 +71,10 @@ test: $(TEST)
 test-full: $(VENV)/.ray
 	$(BIN)/python -m latentrt.bench.full $(PARTS)
 
-# Parts of a few minutes each, but where max-autotune compiles; one that was done at this commit is not done again.
+# Part after part, what is worth most first; one that fails does not end it, and what passed is not run again.
 # Results are written to bench/results as they come.
-gpu: gpu-tests gpu-kernels gpu-bench gpu-timeline
-
-gpu-tests: $(TEST)
-	$(PYTEST) -m gpu
-
-gpu-kernels: $(TEST)
-	$(BIN)/latentrt kernels --measure
-	$(BIN)/latentrt kernels --tune
-	$(BIN)/latentrt kernels --measure  # by the new block sizes
-
-gpu-bench: $(PARTS_1) $(PARTS_N) $(PARTS_LAST)
-
-# Random weights are kept; what a side built goes when its part is done, since the disk does not hold that of all.
-define gpu_part
-	$(BIN)/latentrt bench --device cuda --case $(1) --batch $(2) --work $(WORK) --side diffusers $(3) --side $(@F) --out bench/results/gpu-$(1)-$(2)/$(@F)
-	@rm -rf $(WORK)/$(1)/$(@F)-* && mkdir -p $(@D) && touch $@
-endef
-
-$(PARTS_1) $(PARTS_LAST): $(DONE)/%: | $(TEST)
-	$(call gpu_part,$(*D),1,--side diffusers@float32 --pictures 2)
-
-# Throughput.
-$(PARTS_N): $(DONE)/batch-%: | $(TEST)
-	$(call gpu_part,sdxl,$(*D),--rounds 3)
-
-gpu-timeline: $(TEST)
-	$(BIN)/python -m latentrt.bench.timeline --case sdxl-refiner --out bench/results/gpu-timeline
+gpu: $(TEST)
+	$(BIN)/python -m latentrt.bench.gpu $(PARTS)
 
 check: $(TEST)
 	$(BIN)/ruff check .

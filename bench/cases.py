@@ -27,6 +27,7 @@ __all__ = [
     "SideSpec",
     "case_named",
     "default_sides",
+    "eager_sides",
     "sides_named",
 ]
 
@@ -212,6 +213,14 @@ def sides_named(names: Sequence[str]) -> list[SideSpec]:
     if len({side.name for side in found}) < len(found):
         raise RequestError(f"a side is named twice in {', '.join(names)}; name each once")
     return found
+
+
+def eager_sides(sides: Sequence[SideSpec]) -> set[str]:
+    """Names of those that quality is measured against: eager diffusers, or, where that is not among them, eager PyTorch
+    of latentrt's own modules."""
+    theirs = {side.name for side in sides if side.is_eager_diffusers}
+    ours = {side.name for side in sides if side.options == {"backend": "eager"}}
+    return theirs or ours
 
 
 def default_sides(case: Case, device: torch.device) -> list[str]:

@@ -20,6 +20,7 @@ from ..kernels import aot, roofline
 from ..kernels.registry import specs
 from ..runtime.place import device_named
 from .cases import Case, SideSpec
+from .endings import sigterm_as_ctrl_c
 
 __all__ = ["bench", "bench_compare", "bench_list", "bench_loadgen", "bench_sweep", "kernels"]
 
@@ -71,7 +72,8 @@ def bench(args: argparse.Namespace) -> Iterator[str]:
         beside=args.beside,
         patience=args.patience,
     )
-    found = Suite(work, settings).run()
+    with sigterm_as_ctrl_c():
+        found = Suite(work, settings).run()
     if args.json:
         yield (args.out / "bench.json").read_text("utf-8").rstrip()
     else:
@@ -228,7 +230,7 @@ def bench_sweep(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _command() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join(["latentrt", *sys.argv[1:]])
 
 
 def kernels(args: argparse.Namespace) -> Iterator[str]:
@@ -290,10 +292,7 @@ def _kernels_on_gpu(args: argparse.Namespace) -> Iterator[str]:
     here = timing.Bench(
         timing.require_gpu(), timing.cuda_microseconds, args.seconds, args.out or timing.RESULTS
     )
-    if args.tune:
-        result = kernel_tuning.tune(here, operators)
-        lines = kernel_tuning.lines(result)
-    else:
-        result = bench.measure(here, operators, dtypes)
-        lines = bench.lines(result)
+    with sigterm_as_ctrl_c():
+        result = kernel_tuning.tune(here, operators) if args.tune else bench.measure(here, operators, dtypes)
+    lines = kernel_tuning.lines(result) if args.tune else bench.lines(result)
     yield json.dumps(result, indent=2) if args.json else "\n".join(lines)

@@ -21,7 +21,7 @@ import torch._inductor
 from .cases import Case
 from .models import checkpoint_folder
 from .monitor import Span
-from .side import Made, Side, now, vae_in
+from .side import Made, Side, now, try_convolutions, vae_in
 
 __all__ = ["DiffusersSide", "compile_options", "load_pipelines", "open_side"]
 
@@ -214,10 +214,7 @@ def open_side(
 ) -> DiffusersSide:
     """diffusers eager, or compiled in a mode of `torch.compile`; its process says where compiled code is kept."""
     base, refiner = load_pipelines(case, device, dtype)
-    also = ""
-    if device.type == "cuda":  # the sizes are always the same, so it pays to try cuDNN's ways to convolve
-        torch.backends.cudnn.benchmark = True
-        also = ", cudnn.benchmark"
+    also = try_convolutions(device)
     if mode is None:
         return _Eager(case, device, base, refiner, "eager, SDPA" + also)
     if device.type == "cuda" and mode == "max-autotune":

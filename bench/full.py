@@ -27,11 +27,12 @@ from pathlib import Path
 from ..export.memory import available_bytes
 from . import passed
 
-__all__ = ["PARTS", "Part", "Result", "main", "run_part"]
+__all__ = ["FAREWELL", "PARTS", "Part", "Result", "line", "main", "read_result", "run_part"]
 
 _ROOT = Path(__file__).resolve().parents[1]
-_MEMORY = 24e9  # what a part may take
 _NOTHING_LEFT = 5  # pytest's exit status where every test was left out
+FAREWELL = 45.0
+"""Seconds in which a part that is stopped may write down what it has."""
 # What any part depends on, besides its own tests.
 _SOURCES = ("bench", "export", "kernels", "runtime")
 _KINDS = {".py", ".json", ".safetensors", ".txt", ".html"}
@@ -48,6 +49,10 @@ class Part:
         command: what is run in place of tests: arguments of Python's.
         workers: processes that share the tests; 0 runs them in one, as what measures time has to.
         figures: what its tests print is shown in the end.
+        marked: which tests of the files are run.
+        options: more of pytest's.
+        memory: bytes that it may take.
+        apart: folders of which no part's result is said to depend on the content.
     """
 
     name: str
@@ -56,6 +61,10 @@ class Part:
     command: tuple[str, ...] = ()
     workers: int = 0
     figures: bool = False
+    marked: str = "full and not gpu"
+    options: tuple[str, ...] = ()
+    memory: float = 24e9
+    apart: tuple[str, ...] = ("results",)
 
 
 _SCRIPT = "latentrt.bench.full_size_engines"
@@ -122,7 +131,7 @@ def run_part(part: Part, folder: Path, *, again: bool = False) -> Result:
     """Run what of a part has not passed yet, and note how it went in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     digest = _digest(part)
-    known = _read(folder, part)
+    known = read_result(folder, part)
     if known is not None and known.digest == digest and known.passed and not again:
         return known
     begun = time.monotonic()
@@ -135,7 +144,7 @@ def run_part(part: Part, folder: Path, *, again: bool = False) -> Result:
             env={**os.environ, **threads},
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,  # in the session still: what ends that ends the part
         )
         try:
             ended, memory = _watch(process, begun + part.limit)
@@ -146,8 +155,8 @@ def run_part(part: Part, folder: Path, *, again: bool = False) -> Result:
         why = f"ended after {part.limit:,.0f} s"
     elif process.returncode not in (0, *((_NOTHING_LEFT,) if part.tests else ())):
         why = f"exit status {process.returncode}"
-    elif memory > _MEMORY:
-        why = f"took {memory / 1e9:.1f} GB, the limit is {_MEMORY / 1e9:.0f} GB"
+    elif memory > part.memory:
+        why = f"took {memory / 1e9:.1f} GB, the limit is {part.memory / 1e9:.0f} GB"
     result = Result(digest, not why, why, round(time.monotonic() - begun, 1), memory)
     aside = folder / f"{part.name}.json.partial"
     aside.write_text(json.dumps(asdict(result), indent=2) + "\n", "utf-8")
@@ -171,8 +180,8 @@ def _tests(part: Part, folder: Path, digest: str, *, again: bool) -> list[str]:
     if part.figures:
         files += ["-rP", "--note-printed", str(printed)]
     return [
-        *("-m", "pytest", "-p", "latentrt.bench.passed", "-m", "full and not gpu", "-v", "--durations=0"),
-        *("-n", str(part.workers), *files, *part.tests),
+        *("-m", "pytest", "-p", "latentrt.bench.passed", "-m", part.marked, "-v", "--durations=0"),
+        *("-n", str(part.workers), *part.options, *files, *part.tests),
     ]
 
 
@@ -191,13 +200,18 @@ def _watch(process: subprocess.Popen[bytes], until: float) -> tuple[bool, int]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """It and all it started."""
+    """It and all it started; by Ctrl-C first, so that it writes down what it has."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(FAREWELL)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def _read(folder: Path, part: Part) -> Result | None:
+def read_result(folder: Path, part: Part) -> Result | None:
+    """How a part went, as `run_part` noted it."""
     try:
         return Result(**json.loads((folder / f"{part.name}.json").read_text("utf-8")))
     except (OSError, ValueError, TypeError):
@@ -209,16 +223,20 @@ def _digest(part: Part) -> str:
     own = [_ROOT / file for file in part.tests]
     if not part.tests and "pytest" in part.command:
         own = sorted((_ROOT / "tests").rglob("*.py"))
-    digest = hashlib.sha256(_package_digest().encode())
+    digest = hashlib.sha256(_package_digest(part.apart).encode())
     for file in own:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
 
 @cache
-def _package_digest() -> str:
+def _package_digest(apart: tuple[str, ...]) -> str:
     files = [path for folder in _SOURCES for path in sorted((_ROOT / folder).rglob("*"))]
-    files = [path for path in files if path.suffix in _KINDS and "results" not in path.parts]
+    files = [
+        path
+        for path in files
+        if path.suffix in _KINDS and not set(apart) & set(path.relative_to(_ROOT).parts)
+    ]
     files += [*sorted(_ROOT.glob("*.py")), *sorted((_ROOT / "tests").glob("*.py")), _ROOT / "pyproject.toml"]
     digest = hashlib.sha256()
     for path in files:
@@ -227,13 +245,14 @@ def _package_digest() -> str:
     return digest.hexdigest()
 
 
-def _line(part: Part, result: Result | None, folder: Path) -> str:
+def line(part: Part, result: Result | None, folder: Path) -> str:
+    """How a part stands, in one line."""
     if result is None or result.digest != _digest(part):
         done = sum(len(passed.read(file)) for file in folder.glob(f"{part.name}.{_digest(part)[:12]}.passed"))
-        return f"{part.name:<20}not run" + (f", {done} of its tests passed" if done else "")
+        return f"{part.name:<36}not run" + (f", {done} of its tests passed" if done else "")
     state = "passed" if result.passed else "FAILED"
     seconds, memory = f"{result.seconds:,.0f} s", f"{result.memory / 1e9:.1f} GB"
-    return f"{part.name:<20}{state:<8}{seconds:>10}{memory:>10}" + (f"   {result.why}" if result.why else "")
+    return f"{part.name:<36}{state:<8}{seconds:>10}{memory:>10}" + (f"   {result.why}" if result.why else "")
 
 
 def _figures(part: Part, folder: Path) -> str:
@@ -261,11 +280,11 @@ def main(
     if not args.list:
         for part in chosen:
             print(f"{part.name}: at most {part.limit / 60:.0f} minutes; {folder / part.name}.log", flush=True)
-            print(_line(part, run_part(part, folder, again=args.again), folder), flush=True)
+            print(line(part, run_part(part, folder, again=args.again), folder), flush=True)
         print()
-    results = [_read(folder, part) for part in chosen]
+    results = [read_result(folder, part) for part in chosen]
     for part, result in zip(chosen, results, strict=True):
-        print(_line(part, result, folder))
+        print(line(part, result, folder))
     print("".join(_figures(part, folder) for part in chosen), end="")
     good = [
         r is not None and r.passed and r.digest == _digest(p) for p, r in zip(chosen, results, strict=True)

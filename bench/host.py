@@ -26,7 +26,8 @@ import torch
 
 from ..errors import BenchmarkError
 from .cases import DTYPES, Case, SideSpec
-from .machine import commit, installed_versions
+from .endings import end_with_parent
+from .machine import commit, installed_versions, is_commit, tuned
 from .models import weights_on_disk
 from .monitor import BusyElsewhere, MemorySampler, Series, memory_now
 from .nvml import GpuShare, open_nvml
@@ -64,7 +65,7 @@ class Job:
         """Whether an earlier run was through with building here. What one left that was not is removed, since with it
         building would look short; and what sources made that are not those of a commit, since nobody knows whether
         they are the same as now."""
-        if (self.folder / _BUILT).exists() and not commit().endswith("+"):
+        if (self.folder / _BUILT).exists() and is_commit(commit()):
             return True
         shutil.rmtree(self.folder, ignore_errors=True)
         return False
@@ -82,6 +83,7 @@ def job_for(case: Case, side: SideSpec, device: str, folder: Path) -> Job:
         "side": [side.factory, dict(side.options), side.dtype or case.dtype, device],
         "versions": installed_versions(),
         "commit": commit(),
+        "tuned": tuned(),
     }
     digest = hashlib.sha256(json.dumps(built_from, sort_keys=True).encode()).hexdigest()
     return Job(case, side, device, folder / f"{side.name.replace('@', '-')}-{digest[:12]}")
@@ -325,6 +327,7 @@ class OwnProcess:
 def _serve(job: Job, threads: int, pipe: Connection) -> None:
     """The process: answers until the pipe is closed. Ctrl-C is the parent's to handle."""
     os.setsid()
+    end_with_parent()  # one that is killed closes nothing, and this would go on with what the next run measures
     os.dup2(sys.stderr.fileno(), 1)  # what libraries print is no part of a result on standard output
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import BackendUnavailableError
 from ..kernels import aot, tuning
 from ..kernels.registry import Case, OpSpec
-from .machine import describe_machine
+from .machine import describe_machine, tuned
 
 __all__ = [
     "LOST",
@@ -56,7 +56,8 @@ CACHE_BYTES = 256 << 20
 CALLS = 16
 """At most, in one recorded graph."""
 HANG = 90.0
-"""Seconds after which one row, or one candidate, is given up, and the process with it: a kernel may never return."""
+"""Seconds after which one part of a row, or one candidate, is given up, and the process with it: a kernel may never
+return."""
 LOST = "never came back"
 """What the file says of a row from when it begins; it stays where the process ended in it."""
 
@@ -212,7 +213,7 @@ def here(bench: Bench) -> dict[str, Any]:
         **describe_machine(),
         **gpu_state(bench),
         "sources": _digest(KERNELS.glob("*.py"), Path(__file__).parent.glob("kernel*.py")),
-        "tuned": _digest(tuning.FOLDER.glob("*.json")),
+        "tuned": tuned(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 

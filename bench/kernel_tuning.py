@@ -150,8 +150,13 @@ def _try(bench: Bench, use: _Use, table: str, trials: Trials, save: Callable[[],
             gate = Gate(use.spec, inputs[0])
         row[use.name] = LOST
         save()
-        with watched(bench), tuning.trying(table, candidate):
-            row[use.name] = _time(bench, use, gate, inputs)
+        try:
+            with watched(bench), tuning.trying(table, candidate):
+                row[use.name] = _time(bench, use, gate, inputs)
+        except KeyboardInterrupt:  # it would have come back
+            del row[use.name]
+            save()
+            raise
         log.info("%s %s %s: %s", table, candidate, use.name, row[use.name])
         save()
         if isinstance(row[use.name], str) and not answers(bench):

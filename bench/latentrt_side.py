@@ -10,7 +10,7 @@ import torch
 from ..runtime.pipeline import Pipeline
 from .cases import Case
 from .monitor import Span
-from .side import Made, Side, now, vae_in
+from .side import Made, Side, now, try_convolutions, vae_in
 
 __all__ = ["open_side"]
 
@@ -21,7 +21,8 @@ class LatentrtSide(Side):
     def __init__(self, case: Case, pipe: Pipeline) -> None:
         self._case = case
         self._pipe = pipe
-        self.settings = f"back end {pipe.backend}, {vae_in(pipe.vae.dtype)}"
+        also = try_convolutions(pipe.device) if pipe.backend in ("eager", "triton") else ""
+        self.settings = f"back end {pipe.backend}, {vae_in(pipe.vae.dtype)}{also}"
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
         case = self._case

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import platform
 import subprocess
@@ -12,7 +13,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["commit", "describe_machine", "installed_versions"]
+from ..kernels import tuning
+
+__all__ = ["commit", "describe_machine", "installed_versions", "is_commit", "tuned"]
 
 _PACKAGES = (
     "torch",
@@ -51,6 +54,7 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
     if device is not None:
         machine["device"] = str(device)
     if torch.cuda.is_available() and (device is None or device.type == "cuda"):
+        machine["tuned"] = tuned()
         machine["gpu"] = torch.cuda.get_device_name(device)
         machine["cuda"] = torch.version.cuda
     return machine
@@ -78,9 +82,18 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
+def tuned() -> str:
+    """Digest of the kernels' block sizes, which `latentrt kernels --tune` writes; the commit does not tell of them."""
+    files = sorted(tuning.FOLDER.glob("*.json"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
 @functools.cache
 def commit() -> str:
-    """Of this project; it ends in `+` where files differ from it, results apart."""
+    """Of this project; it ends in `+` where files differ from it, results and tuned block sizes apart.
+
+    Without a repository it is what LATENTRT_COMMIT says, or `unknown`.
+    """
     root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
@@ -90,7 +103,12 @@ def commit() -> str:
         return done.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", ".", ":!bench/results")
+        changed = git("status", "--porcelain", "--", ".", ":!bench/results", ":!kernels/tuned")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("LATENTRT_COMMIT", "").strip() or "unknown"
+
+
+def is_commit(name: str) -> bool:
+    """Whether sources that `commit` calls so are always the same."""
+    return name != "unknown" and not name.endswith("+")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from .cases import Case
 from .random_checkpoint import PUBLISHED, write_checkpoint
 
@@ -20,9 +22,12 @@ def checkpoint_folder(model: str) -> Path:
     return {"demo": demo, "demo-refiner": demo / "refiner"}.get(model, Path(model))
 
 
-def located(case: Case, folder: Path) -> Case:
+def located(case: Case, folder: Path, device: torch.device) -> Case:
     """The case with folders in the place of random models' names; their weights are written to `folder`, 7 GB for the
     base and 6 for the refiner, unless they are there.
+
+    Args:
+        device: on which they are drawn.
 
     Raises:
         OSError: the disk is full, or cannot be written.
@@ -31,7 +36,7 @@ def located(case: Case, folder: Path) -> Case:
     def place(model: str | None) -> str | None:
         if model not in RANDOM:
             return model
-        return str(write_checkpoint(folder / model, PUBLISHED / RANDOM[model]))
+        return str(write_checkpoint(folder / model, PUBLISHED / RANDOM[model], device=device))
 
     return replace(case, model=place(case.model) or "", refiner=place(case.refiner))
 

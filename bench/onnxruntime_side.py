@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import RequestError
 from ..runtime.engines.onnxruntime import open_session
+from ..runtime.engines.registry import choose
 from .cases import Case
 from .diffusers_side import DiffusersSide, load_pipelines
 
@@ -97,10 +98,12 @@ def open_side(case: Case, device: torch.device, dtype: torch.dtype, folder: Path
 
     Raises:
         RequestError: ONNX Runtime does not take the dtype.
+        BackendUnavailableError: it is not there, or not for the device.
     """
     if dtype not in _NUMPY:
         name = str(dtype).removeprefix("torch.")
         raise RequestError(f"plain ONNX Runtime takes no {name}; measure it in float32 or float16")
+    choose("onnxruntime", device, dtype)  # or minutes of exports would end in there being no provider
     base, refiner = load_pipelines(case, device, dtype)
 
     def exported(

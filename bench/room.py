@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from ..runtime.weight_set import read_header
-from .cases import DTYPES, Case, SideSpec
+from .cases import DTYPES, Case, SideSpec, eager_sides
 from .models import RANDOM, checkpoint_folder
 from .random_checkpoint import PUBLISHED, component_bytes
 
@@ -124,7 +124,8 @@ def arrange(case: Case, sides: Sequence[SideSpec], found: Room, built: Container
     lost = {first.name: {b: f"about {_gib(size(first, b))} GiB" for b in case.batches if b not in mine}}
     groups = [[first.name]]
     memory_here, disk_here = left, disk
-    for side in sorted(others, key=lambda side: not side.is_eager_diffusers):
+    eager = eager_sides(sides)
+    for side in sorted(others, key=lambda side: side.name not in eager):
         written = 0 if side.name in built else written_bytes(case, side)
         fits = tuple(b for b in mine if size(side, b) <= left)
         lost[side.name] = {b: f"about {_gib(size(side, b))} GiB" for b in case.batches if b not in fits}

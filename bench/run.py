@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BenchmarkError
-from .cases import Case, SideSpec
+from .cases import Case, SideSpec, eager_sides
 from .features import Judges, as_bytes
 from .gates import Gate, Quality, likeness, measure_quality, unit
 from .host import Host, Job, Trace, job_for
@@ -91,6 +91,7 @@ class CaseRun:
         open_host: Callable[[Job], Host],
         judges: Judges | None = None,
         tell: Tell = lambda side, state: None,
+        note: Callable[[], None] = lambda: None,
         arrangement: Arrangement | None = None,
         keep: bool = True,
     ) -> None:
@@ -100,6 +101,7 @@ class CaseRun:
             steps: that base and refiner take.
             folder: for what sides build; what an earlier run built there is taken as it is, and no time is told for it.
             open_host: where a side is to run.
+            note: called whenever `result` has more to tell, between measurements.
             arrangement: who is loaded beside whom; all at once where None.
             keep: what sides built; otherwise it makes room for the next group.
         """
@@ -110,10 +112,12 @@ class CaseRun:
         self._judges = judges or Judges()
         self._count = max(plan.pictures, *case.batches)
         self._tell = tell
+        self._note = note
         self._keep = keep
         self._seconds: float | None = None
         self._reference: Lane | None = None
-        self._eager: dict[str, Quality] = {}  # what eager diffusers reaches, by dtype
+        self._eager_sides = eager_sides(sides)
+        self._eager: dict[str, Quality] = {}  # what eager PyTorch reaches, by dtype
         arrangement = arrangement or Arrangement.together(case, sides)
         self._lanes = [
             Lane(spec, job_for(case, spec, device, folder), arrangement.batches.get(spec.name, ()))
@@ -164,21 +168,24 @@ class CaseRun:
         )
 
     def _measure_group(self, group: Sequence[Lane]) -> None:
-        """Eager diffusers goes first: the others are held against it, and need not be kept once they are judged."""
-        eager = [lane for lane in group if lane.spec.is_eager_diffusers]
+        """Eager PyTorch goes first: the others are held against it, and need not be kept once they are judged."""
+        eager = [lane for lane in group if lane.spec.name in self._eager_sides]
         for lane in eager:
             self._attempt(lane, self._begin)
         self._choose_reference(eager)
         for lane in eager:
             self._attempt(lane, self._judge)
+        self._note()
         self._build_all([lane for lane in group if lane not in eager])
         for lane in group:
             if lane not in eager:
                 self._attempt(lane, self._begin)
                 self._choose_reference([lane])
                 self._attempt(lane, self._judge)
+                self._note()
         for batch in self._case.batches:
             self._measure_batch([lane for lane in group if batch in lane.batches], batch)
+            self._note()
 
     def _attempt(self, lane: Lane, work: Callable[[Lane], None], where: str = "") -> None:
         """A side's failure is its own, and one that is out is not asked again."""
@@ -247,15 +254,15 @@ class CaseRun:
         return np.stack(as_bytes(images))
 
     def _choose_reference(self, lanes: Sequence[Lane]) -> None:
-        """Eager diffusers in float32 where it ran, else eager diffusers, else the first side that did; never one
-        whose pictures are not finite."""
+        """Eager PyTorch in float32 where it ran, else eager PyTorch, else the first side that did; never one whose
+        pictures are not finite."""
         # One that was judged in an earlier group may have few of its pictures left.
         asked = [lane for lane in lanes if lane.status == "measured" and lane.quality is None]
         alive = [lane for lane in asked if lane.images is not None and np.isfinite(lane.images).all()]
         exact = [lane for lane in alive if lane.job.dtype == "float32"]
         self._reference = self._reference or next(iter([*exact, *alive]), None)
         for lane in alive:
-            if lane.spec.is_eager_diffusers and lane.images is not None:
+            if lane.spec.name in self._eager_sides and lane.images is not None:
                 found = likeness(lane.images, self._of_reference())
                 self._eager[lane.job.dtype] = Quality(len(lane.images), *found)
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .cases import SideSpec
 from .monitor import Span
 
-__all__ = ["Images", "Made", "Pictures", "Side", "factory", "now", "vae_in"]
+__all__ = ["Images", "Made", "Pictures", "Side", "factory", "now", "try_convolutions", "vae_in"]
 
 Images = NDArray[np.float32]
 """[B, H, W, 3] in [0, 1]."""
@@ -65,6 +65,15 @@ def factory(spec: SideSpec) -> Factory:
 def vae_in(dtype: torch.dtype) -> str:
     """Of a side's settings: in a float16 case the VAE may run in something wider, and not in the same everywhere."""
     return f"VAE in {str(dtype).removeprefix('torch.')}"
+
+
+def try_convolutions(device: torch.device) -> str:
+    """Let cuDNN try its ways to convolve a size when it first meets it, which pays where sizes stay the same: for every
+    side whose convolutions are PyTorch's, or their times would not compare. How this is told of in `settings`."""
+    if device.type != "cuda":
+        return ""
+    torch.backends.cudnn.benchmark = True
+    return ", cudnn.benchmark"
 
 
 def now(device: torch.device) -> float:

@@ -147,7 +147,7 @@ class Suite:
                 empty = CaseResult(asdict(case), {}, settings.plan.gate.name, None, [], reason)
                 self._results.append(empty)
                 return
-            here = located(case, folder)
+            here = located(case, folder, settings.device)
             device, keep = str(settings.device), settings.work is not None
             jobs = [job_for(here, side, device, folder / case.name) for side in sides if side.builds]
             built = {job.side.name for job in jobs if job.is_built()}
@@ -162,6 +162,7 @@ class Suite:
                     open_host=self._open_host,
                     judges=judges,
                     tell=live.tell,
+                    note=lambda: self._note(replace(run.result(), case=asdict(case))),
                     arrangement=arrange(here, sides, room(settings.device, folder, keeps=keep), built),
                     keep=keep,
                 )
@@ -172,6 +173,11 @@ class Suite:
                     pictures = settings.out / "pictures" / case.name
                     self._pictures[case.name] = report.save_pictures(pictures, run.pictures)
         self._write(self._report(complete=False))
+
+    def _note(self, so_far: CaseResult) -> None:
+        """What a case has come to until now, for whoever is ended without a warning; pictures come with its end."""
+        made = replace(self._report(complete=False), cases=[*self._results, so_far])
+        write_report(self._settings.out / "bench.json", made)
 
     @staticmethod
     def _require(settings: Settings) -> None:

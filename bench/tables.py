@@ -54,9 +54,15 @@ def settings(case: CaseResult) -> str:
     steps = " + ".join(str(count) for count in case.steps.values())
     return (
         f"{size}, {c['steps']} steps ({steps}), guidance {c['guidance']:g}, {c['dtype']}; pictures held against "
-        f"{case.reference}, gate {case.gate!r}. Seconds are medians (p10, p90); the speedup is of paired rounds, with "
-        f"the interval of its median{_cover(case)}. {_judged(case)}"
+        f"{case.reference}{_own(case)}, gate {case.gate!r}. Seconds are medians (p10, p90); the speedup is of paired "
+        f"rounds, with the interval of its median{_cover(case)}. {_judged(case)}"
     ).rstrip()
+
+
+def _own(case: CaseResult) -> str:
+    """Said of a reference that shares latentrt's mistakes, or is the side itself that is judged."""
+    own = (case.reference or "").startswith("latentrt-")
+    return " (latentrt's own: there is no diffusers beside it to tell whether that is right)" if own else ""
 
 
 def _cover(case: CaseResult) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -107,6 +107,7 @@ class Graphs:
                     work()
             except BaseException as error:
                 # What a capture that failed leaves behind in its pool cannot be told: the next one gets another.
+                _abandon(self._pool)
                 self._pool = self._stream = None
                 torch.cuda.set_stream(current)
                 first = error.__context__ or error  # ending the capture fails too, for no other reason
@@ -115,6 +116,25 @@ class Graphs:
                 raise _failed(what, watch.name, " ".join(str(first).split())[:300]) from error
             current.wait_stream(stream)
             return graph
+
+
+def _abandon(pool: Any) -> None:
+    """A capture into the pool failed, on the current device.
+
+    Before PyTorch 2.12 (pytorch/pytorch#180395) one whose end fails leaves the allocator believing that it goes on:
+    cached memory is never given back again, not even where there is no other. Later ones have ended it by then, refuse
+    to do so again, and keep the pool's books themselves.
+    """
+    end, release = (getattr(torch._C, f"_cuda_{name}", None) for name in ("endAllocateToPool", "releasePool"))
+    if end is None or release is None:
+        return
+    device = torch.cuda.current_device()
+    try:
+        end(device, pool)
+    except RuntimeError:
+        return
+    with suppress(RuntimeError):
+        release(device, pool)
 
 
 def _failed(what: str, operation: str, why: str) -> CaptureError:

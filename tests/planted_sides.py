@@ -43,6 +43,7 @@ class PlantedSide(Side):
         fails_at: int | None = None,
         tuning_seconds: float = 0.0,
         hangs_at: int | None = None,
+        busy_at: int | None = None,
         child: str | None = None,
         reverses: bool = False,
         nan: bool = False,
@@ -60,6 +61,7 @@ class PlantedSide(Side):
         self._fails_at = fails_at
         self._tuning_seconds = tuning_seconds
         self._hangs_at = hangs_at
+        self._busy_at = busy_at
         self._child = child
         self._reverses = reverses
         self._nan = nan
@@ -78,6 +80,10 @@ class PlantedSide(Side):
         if call == self._hangs_at:
             with subprocess.Popen(["sleep", "1000"]) as child:
                 Path(self._child or "").write_text(str(child.pid))
+        if call == self._busy_at:
+            Path(self._note or "").write_text("b")
+            while True:  # not waiting for anything, as on a GPU
+                torch.ones(1 << 16).sum()
         begun = time.perf_counter()
         for _ in range(self._case.steps):
             time.sleep(self._step_seconds)
@@ -122,6 +128,11 @@ def planted(name: str, **options: Any) -> SideSpec:
 def rows(result: CaseResult) -> dict[str, Row]:
     """By the name of their side."""
     return {row.side: row for row in result.rows}
+
+
+def open_backend(case: Case, *place: Any, backend: str) -> PlantedSide:
+    """As a back end of latentrt is asked for."""
+    return PlantedSide(case)
 
 
 class WrongSampler:

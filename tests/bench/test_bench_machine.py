@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from latentrt.bench import host, machine
 from latentrt.bench.cases import CASES, DTYPES, SIDES, default_sides, sides_named
 from latentrt.bench.machine import describe_machine, installed_versions
 from latentrt.bench.monitor import BusyElsewhere, MemorySampler, Span, memory_now, peak_within
@@ -112,6 +113,32 @@ def test_the_machine_is_told_of_the_device_that_was_measured(monkeypatch: pytest
     assert describe_machine(torch.device("cuda:1"))["gpu"] == "GPU at cuda:1"
     on_cpu = describe_machine(CPU)
     assert (on_cpu["device"], "gpu" in on_cpu) == ("cpu", False)
+    assert describe_machine(torch.device("cuda:1"))["tuned"] == machine.tuned()
+
+
+@pytest.mark.parametrize("said", ["0123abc", ""])
+def test_without_a_repository_the_commit_is_what_is_said(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_git(*args: Any, **kwargs: Any) -> Any:
+        raise FileNotFoundError("git")
+
+    monkeypatch.setenv("LATENTRT_COMMIT", said)
+    assert machine.commit.__wrapped__() != said  # the repository knows better
+    monkeypatch.setattr(machine.subprocess, "run", no_git)
+    assert machine.commit.__wrapped__() == (said or "unknown")
+
+
+@pytest.mark.parametrize(("name", "kept"), [("0123abc", True), ("0123abc+", False), ("unknown", False)])
+def test_what_was_built_is_used_again_only_by_the_same_sources(
+    name: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "commit", lambda: name)
+    job = host.job_for(CASES["demo"], SIDES["latentrt-triton"], "cpu", tmp_path)
+    job.folder.mkdir()
+    job.note_built()
+    monkeypatch.setattr(host, "tuned", lambda: "other block sizes")
+    assert not host.job_for(CASES["demo"], SIDES["latentrt-triton"], "cpu", tmp_path).is_built()
+    assert job.is_built() is kept
+    assert job.folder.exists() is kept
 
 
 def test_gpu_memory_is_sampled_where_there_is_nvml() -> None:

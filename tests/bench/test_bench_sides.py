@@ -18,11 +18,12 @@ from latentrt.bench.cases import Case, sides_named
 from latentrt.bench.diffusers_side import DiffusersSide, load_pipelines, open_side
 from latentrt.bench.gates import GATES, likeness
 from latentrt.bench.host import Job, Worker
-from latentrt.bench.random_checkpoint import PUBLISHED, write_checkpoint
+from latentrt.bench.latentrt_side import LatentrtSide
+from latentrt.bench.random_checkpoint import PUBLISHED, write_checkpoint, write_weights
 from latentrt.bench.results import CaseResult
 from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.side import factory
-from latentrt.errors import RequestError
+from latentrt.errors import BackendUnavailableError, RequestError
 from latentrt.runtime.latents import NoiseSource
 from planted_sides import planted
 
@@ -103,6 +104,55 @@ def test_plain_onnx_runtime_says_that_it_takes_no_bfloat16(case: Case, tmp_path:
     with pytest.raises(RequestError, match="takes no bfloat16; measure it in float32 or float16"):
         onnxruntime_side.open_side(case, torch.device("cpu"), torch.bfloat16, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_plain_onnx_runtime_exports_nothing_that_it_could_not_run(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime_side, "load_pipelines", lambda *_: pytest.fail("minutes are spent"))
+    with pytest.raises(BackendUnavailableError, match="this onnxruntime is built without CUDA"):
+        onnxruntime_side.open_side(case, torch.device("cuda"), torch.float16, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("backend", "place", "tries"),
+    [
+        ("triton", "cuda", True),
+        ("eager", "cuda", True),
+        ("tensorrt", "cuda", False),
+        ("triton", "cpu", False),
+    ],
+)
+def test_convolutions_of_pytorch_are_set_up_alike_on_both_sides(
+    backend: str, place: str, tries: bool, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    vae = SimpleNamespace(dtype=torch.float16)
+    pipe: Any = SimpleNamespace(backend=backend, device=torch.device(place), vae=vae)
+    side = LatentrtSide(case, pipe)
+    assert torch.backends.cudnn.benchmark is tries
+    assert ("cudnn.benchmark" in side.settings) is tries
+
+
+def test_random_weights_are_drawn_where_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's stand-in: its numbers are the CPU's, and its memory is given back."""
+    shapes = {"a.weight": torch.Size([8, 4]), "a.bias": torch.Size([8])}
+    write_weights(tmp_path / "cpu", shapes)
+    drawn: list[Any] = []
+    plain, generator = torch.randn, torch.Generator
+
+    def randn(shape: torch.Size, *, generator: Any, device: torch.device) -> torch.Tensor:
+        drawn.append(device)
+        return plain(shape, generator=generator)
+
+    monkeypatch.setattr(torch, "Generator", lambda device: drawn.append(device) or generator())
+    monkeypatch.setattr(torch, "randn", randn)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: drawn.append("given back"))
+    cuda = torch.device("cuda")
+    write_weights(tmp_path / "cuda", shapes, cuda)
+    assert drawn == [cuda, cuda, "given back"]
+    assert (tmp_path / "cuda").read_bytes() == (tmp_path / "cpu").read_bytes()
 
 
 class StandIn:

@@ -110,16 +110,23 @@ def test_measuring(here: Bench) -> None:
 
 
 def test_measuring_goes_on_where_it_stopped(here: Bench) -> None:
-    """A row that failed is run again, one that took the process along is not."""
+    """A row that failed or was interrupted is run again, one that took the process along is not."""
     path = here.folder / "kernels-a-fake.json"
     calls: list[object] = []
 
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
     def died(*args: Any) -> None:
         calls.append(args)
-        raise KeyboardInterrupt
+        raise SystemExit
 
     with forced(), tuning.trying("attention", SMALL[1]):
         with pytest.raises(KeyboardInterrupt):
+            bench.measure(here, [small_attention(op=interrupted)], BF16)
+        left = json.loads(path.read_text())
+        assert (left["rows"], [case for _, case, _ in left["left"]]) == ([], ["two", "one"])
+        with pytest.raises(SystemExit):
             bench.measure(here, [small_attention(op=died)], BF16)
         assert [row["error"] for row in json.loads(path.read_text())["rows"]] == [LOST]
         fallen = bench.measure(here, [small_attention(op=ATTENTION.reference)], BF16)
@@ -140,6 +147,31 @@ def test_a_wrong_kernel_is_not_timed(here: Bench) -> None:
         result = bench.measure(here, [small_attention(op=wrong)], BF16)
     assert [row["error"] for row in result["rows"]] == ["wrong result"] * 2
     assert not any("us" in row for row in result["rows"])
+
+
+def test_each_part_of_a_row_has_its_own_time(here: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled for a rival is no reason to think that a kernel hangs."""
+    begun: list[str] = []
+
+    @contextmanager
+    def watched(_: Bench) -> Iterator[None]:
+        begun.append("")
+        yield
+
+    def noted(name: str) -> Callable[..., Any]:
+        def call(*args: torch.Tensor) -> torch.Tensor:
+            begun[-1] += name
+            out: torch.Tensor = ATTENTION.op(*args)
+            return out
+
+        return call
+
+    monkeypatch.setattr(bench, "watched", watched)
+    with forced(), tuning.trying("attention", SMALL[1]):
+        spec = small_attention(op=noted("o"), rivals={"a": noted("a"), "b": noted("b")})
+        result = bench.measure(here, [spec], BF16)
+    assert all("us" in row for row in result["rows"])
+    assert begun == ["o", "", "a", "b", "oab"] * 2
 
 
 def test_a_lost_gpu_ends_the_run(here: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,23 +198,27 @@ def test_tuning(here: Bench) -> None:
 
 
 def test_tuning_goes_on_where_it_stopped(here: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Past the candidate that hung; nothing is written down before all cases were timed."""
+    """Past the candidate that hung, not past one that was interrupted; nothing is written down before all cases were
+    timed."""
     saved: list[Any] = []
     monkeypatch.setattr(tuning, "save", lambda *args: saved.append(args))
     timed: list[int] = []
 
     def stops(*args: Any) -> dict[str, float | str]:
         timed.append(tuning._trials[-1][1]["BLOCK_N"])
-        if timed == [16, 32]:
-            raise KeyboardInterrupt  # as if the process had been ended
+        if timed == [16, 16, 32]:
+            raise SystemExit  # as if the process had been ended
+        if timed == [16]:
+            raise KeyboardInterrupt
         return fake_timer(*args)
 
     with forced():
-        with pytest.raises(KeyboardInterrupt):
-            kernel_tuning.tune(Bench(here.device, stops, folder=here.folder), [small_attention()])
+        for ended in (KeyboardInterrupt, SystemExit):
+            with pytest.raises(ended):
+                kernel_tuning.tune(Bench(here.device, stops, folder=here.folder), [small_attention()])
         assert not saved
         result = kernel_tuning.tune(Bench(here.device, stops, folder=here.folder), [small_attention()])
-    assert timed == [16, 32, 16]  # the other case of the one that is left
+    assert timed == [16, 16, 32, 16]  # the other case of the one that is left
     times = result["times"]["attention"]["16/d64-short"]
     assert times[json.dumps(SMALL[2])] == {FIRST: LOST}
     arch, table, best, measured_on = saved[0]

@@ -114,10 +114,11 @@ def test_a_part_that_was_done_at_this_commit_is_kept(tmp_path: Path, monkeypatch
     timeline.measure(case_named("sdxl"), tmp_path, "tensorrt", tmp_path / "out")
     machine["commit"] = "4567def"
     timeline.measure(case_named("sdxl"), tmp_path, "tensorrt", tmp_path / "out")
-    machine["commit"] = "4567def+"
-    for _ in range(2):  # changed since the commit: who knows how
-        timeline.measure(case_named("sdxl"), tmp_path, "tensorrt", tmp_path / "out")
-    assert len(done) == 5
+    for name in ("4567def+", "unknown"):  # changed since the commit, or of none: who knows how
+        machine["commit"] = name
+        for _ in range(2):
+            timeline.measure(case_named("sdxl"), tmp_path, "tensorrt", tmp_path / "out")
+    assert len(done) == 7
     report = json.loads((tmp_path / "out" / "sdxl.json").read_text("utf-8"))
     assert [run["launches"] for run in report["runs"]] == [24, 6, 1]
     assert report["machine"] == machine

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from latentrt.errors import CaptureError
-from latentrt.runtime.graph import Graph, Graphs
+from latentrt.runtime.graph import Graph, Graphs, _abandon
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -35,6 +35,29 @@ def test_what_a_replay_leaves_in_tensors_of_its_own_is_lost() -> None:
     loop.replay()
     loop.replay()
     assert y.isnan().all()
+
+
+@pytest.mark.parametrize("ended", [False, True, None])
+def test_the_allocator_is_told_of_a_capture_that_failed(
+    ended: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless PyTorch has told it, or does not know of such things; releasing a pool twice would free what other graphs
+    hold."""
+    asked: list[tuple[object, ...]] = []
+
+    def end(*what: object) -> None:
+        if ended:
+            raise RuntimeError("not currently recording to mempool_id")
+        asked.append(("end", *what))
+
+    for name, call in (
+        ("endAllocateToPool", end),
+        ("releasePool", lambda *what: asked.append(("release", *what))),
+    ):
+        monkeypatch.setattr(torch._C, f"_cuda_{name}", None if ended is None else call, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    _abandon((0, 7))
+    assert asked == ([] if ended in (True, None) else [("end", 1, (0, 7)), ("release", 1, (0, 7))])
 
 
 def _loop(x: Tensor, y: Tensor) -> Graph:

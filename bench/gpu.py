@@ -1,0 +1,273 @@
+"""What needs a CUDA GPU, part after part: what `make gpu` runs.
+
+    python -m latentrt.bench.gpu [--list] [--again] [--out FOLDER] [--seconds N] [PART ...]
+
+What is worth most comes first: whether graphs and kernels are right, where the time of a picture goes, what it takes
+beside the reference, the kernels one by one, then everything else. A part that fails or takes too long does not keep
+the others from their turn, and what it had found until then is written. A part that passed is not run again with the
+same sources; the block sizes that a part finds count as a result, so that `--again` is for figures with new ones. What
+is not installed is left out and said to be.
+
+Where diffusers is not installed, latentrt's own modules in eager PyTorch are what others are held against.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from ..kernels import tuning
+from ..runtime.engines.registry import get_backend
+from .cases import SIDES
+from .endings import sigterm_as_ctrl_c
+from .full import FAREWELL, Part, line, read_result, run_part
+
+__all__ = ["Step", "lacking", "main", "steps"]
+
+_ROOT = Path(__file__).resolve().parents[1]
+_BUILD = _ROOT / "build" / "gpu"
+_LIMIT = 600.0
+_COMPILES = 3600.0  # the limit of torch.compile's slowest mode
+_PATIENCE = {"diffusers-compile": _LIMIT, "diffusers-max-autotune": _COMPILES}
+_PATIENCE_ELSE = 240.0  # seconds of one answer of a side
+_SHOWN = 40  # lines of a log
+_LEAST = 60.0  # seconds below which nothing is begun
+_FIRST = "latentrt-triton"
+_LAST = "diffusers-max-autotune"
+_REST = (
+    *(
+        "latentrt-triton-plain",
+        "latentrt-eager",
+        "diffusers-compile",
+        "latentrt-tensorrt",
+        "latentrt-onnxruntime",
+    ),
+    *("latentrt-tensorrt-rtx", "onnxruntime"),
+)
+_CASES = ("sdxl", "sdxl-refiner")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part, and the sides of the benchmark without which it has nothing to do.
+
+    Attributes:
+        kept: what its side builds, by glob; removed when it passed, since a disk does not hold that of all sides.
+        resumes: it goes on by itself, and passes when its time is over: it is always run.
+    """
+
+    part: Part
+    sides: tuple[str, ...] = ()
+    kept: str = ""
+    resumes: bool = False
+
+
+def steps(
+    results: Path,
+    work: Path,
+    *,
+    out: Path | None = None,
+    kernel_seconds: float = 400.0,
+    tuned: Sequence[str] = (),
+) -> list[Step]:
+    """Everything, in its order.
+
+    Args:
+        results: folder of what the benchmark and the timeline find.
+        work: folder of random weights and of what sides build.
+        out: folder of what the kernels' times and tuning come to; bench/results where None.
+        kernel_seconds: after which these begin nothing new.
+        tuned: the operators that are tuned; all where empty.
+    """
+    reference = "latentrt-eager" if find_spec("diffusers") is None else "diffusers"
+    bench = _Bench(results, work, reference)
+    files = _files()
+    first = {name: bench.step(name, 1, _FIRST) for name in _CASES}
+    kernels: tuple[str, ...] = ("-m", "latentrt.cli", "kernels", "--seconds", f"{kernel_seconds:g}")
+    kernels += () if out is None else ("--out", str(out))
+    rest = [bench.step(case, 1, side) for case in _CASES for side in _REST if side != reference]
+    many = [bench.step("sdxl", n, side) for n in (2, 4, 8) for side in (_FIRST, "latentrt-tensorrt")]
+    return [
+        Step(_tests("graph-tests", files["graph"])),
+        Step(_tests("kernel-tests", files["kernel"], "--timeout=150", workers=4)),
+        Step(_timeline("sdxl", results, work)),
+        first["sdxl"],
+        first["sdxl-refiner"],
+        Step(_timeline("sdxl-refiner", results, work)),
+        Step(
+            _part("tune", *kernels, "--tune", *(word for op in tuned for word in ("--op", op))), resumes=True
+        ),
+        Step(_part("kernels", *kernels, "--measure"), resumes=True),
+        Step(_tests("engine-tests", files["engine"]), ("latentrt-tensorrt", "latentrt-tensorrt-rtx")),
+        *rest,
+        *many,
+        # What compiles for longest is last, and begins anew where it was stopped.
+        *(bench.step(case, 1, _LAST) for case in _CASES),
+    ]
+
+
+def _part(name: str, *command: str, limit: float = _LIMIT) -> Part:
+    return Part(name, limit, command=command, memory=math.inf, apart=("results", "tuned"))
+
+
+def _tests(name: str, files: Sequence[str], *options: str, workers: int = 0) -> Part:
+    """A test that waits for a kernel that never returns is ended with its process, which no signal would do; what
+    passed before is not run again."""
+    return replace(
+        _part(name),
+        tests=tuple(files),
+        workers=workers,
+        marked="gpu",
+        options=("-p", "no:randomly", "--timeout-method=thread", *options),
+    )
+
+
+def _files() -> dict[str, list[str]]:
+    """Files that hold tests for a GPU: of graphs, of kernels, with the riskiest last, and of engines. No other is
+    imported: it may need what is not installed."""
+    found: dict[str, list[str]] = {"graph": [], "kernel": [], "engine": []}
+    for path in sorted(
+        (_ROOT / "tests").rglob("test_*.py"), key=lambda path: ("attention" in path.name, path)
+    ):
+        if "pytest.mark.gpu" in path.read_text("utf-8"):
+            kind = {"test_graphs_gpu": "graph"}.get(
+                path.stem, "kernel" if path.parent.name == "kernels" else "engine"
+            )
+            found[kind].append(path.relative_to(_ROOT).as_posix())
+    return found
+
+
+def _timeline(case: str, results: Path, work: Path) -> Part:
+    folders = ("--work", str(work), "--out", str(results / "gpu-timeline"))
+    return _part(f"timeline-{case}", "-m", "latentrt.bench.timeline", "--case", case, *folders)
+
+
+@dataclass(frozen=True)
+class _Bench:
+    results: Path
+    work: Path
+    reference: str
+
+    def step(self, case: str, batch: int, side: str) -> Step:
+        """A side beside the reference; alone, beside that in float32 as well, and in a batch for its throughput."""
+        exact = (
+            ("--side", f"{self.reference}@float32", "--pictures", "2") if batch == 1 else ("--rounds", "3")
+        )
+        command = (
+            *("-m", "latentrt.cli", "bench", "--device", "cuda", "--case", case, "--batch", str(batch)),
+            *("--work", str(self.work), "--patience", f"{_PATIENCE.get(side, _PATIENCE_ELSE):g}"),
+            *("--side", self.reference, *exact, "--side", side),
+            *("--out", str(self.results / f"gpu-{case}-{batch}" / side)),
+        )
+        name = "-".join([case, *([f"batch-{batch}"] if batch > 1 else []), side])
+        part = _part(name, *command, limit=_COMPILES if side == _LAST else _LIMIT)
+        return Step(part, (self.reference, side), f"{case}/{side}-*")
+
+
+def lacking(side: str) -> str:
+    """Why a side cannot run on this machine's GPU; empty where it can."""
+    own = SIDES[side].options.get("backend")
+    if own is None and find_spec("diffusers") is None:
+        return "diffusers is not installed"
+    backend = "onnxruntime" if side == "onnxruntime" else own
+    if backend is None:
+        return ""
+    found = get_backend(backend).availability(torch.device("cuda"), torch.float16)
+    return "" if found.ok else f"{found.reason}; {found.remedy}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; 1 where a part did not pass or had no time, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(description="What needs a GPU, part after part.")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="see --list; all by default")
+    parser.add_argument("--list", action="store_true", help="show what passed, and run nothing")
+    parser.add_argument("--again", action="store_true", help="run what passed, too")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of everything that is found (default bench/results, logs in build/gpu)",
+    )
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end before this much has passed")
+    parser.add_argument(
+        "--kernel-seconds",
+        type=float,
+        default=400.0,
+        help="tuning and timing kernels begin nothing new after",
+    )
+    parser.add_argument(
+        "--tune", action="append", default=[], metavar="OP", help="tune this operator only; may be repeated"
+    )
+    args = parser.parse_args(argv)
+    end = time.monotonic() + args.seconds
+    out = None if args.out is None else args.out.absolute()
+    folder = _BUILD if out is None else out / "parts"
+    results = _ROOT / "bench" / "results" if out is None else out
+    work = _BUILD / "kept"
+    made = steps(results, work, out=out, kernel_seconds=args.kernel_seconds, tuned=args.tune)
+    known = {step.part.name: step for step in made}
+    unknown = [name for name in args.parts if name not in known]
+    if unknown:
+        parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(known)}")
+    chosen = [known[name] for name in dict.fromkeys(args.parts or known)]
+    if args.list:
+        for step in chosen:
+            print(line(step.part, read_result(folder, step.part), folder))
+        return 0
+    if not torch.cuda.is_available():
+        print(f"these parts are for a CUDA GPU, and PyTorch {torch.__version__} sees none")
+        return 1
+    # Parts inherit it, and a shell lets what runs in its background ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with sigterm_as_ctrl_c():
+        try:
+            lines = list(_run(chosen, folder, work, end, again=args.again))
+        except KeyboardInterrupt:
+            print("interrupted; what was found is written, and the same command goes on")
+            return 130
+    print("\n" + "\n".join(text for text, _ in lines))
+    return int(not all(good for _, good in lines))
+
+
+def _run(
+    chosen: Sequence[Step], folder: Path, work: Path, end: float, *, again: bool
+) -> Iterator[tuple[str, bool]]:
+    """A line for each part, and whether there is nothing left to do in it."""
+    for step in chosen:
+        name = step.part.name
+        missing = dict.fromkeys(why for side in step.sides if (why := lacking(side)))
+        left = end - time.monotonic() - FAREWELL
+        if missing:
+            yield _told(f"{name:<36}left out: {', '.join(missing)}"), True
+            continue
+        if left < _LEAST:
+            yield _told(f"{name:<36}not run: no time is left"), False
+            continue
+        part = replace(step.part, limit=min(step.part.limit, left))
+        _told(f"{name}: at most {part.limit:.0f} s; {folder / name}.log")
+        result = run_part(part, folder, again=again or step.resumes)
+        log = (folder / f"{name}.log").read_text("utf-8", errors="replace").splitlines()
+        _told("\n".join(log[-_SHOWN:]))
+        if name == "tune" and folder != _BUILD:  # they are written where the kernels read them
+            shutil.copytree(tuning.FOLDER, folder.parent / "tuned", dirs_exist_ok=True)
+        if result.passed and step.kept:
+            for built in work.glob(step.kept):
+                shutil.rmtree(built, ignore_errors=True)
+        yield _told(line(part, result, folder)), result.passed
+
+
+def _told(text: str) -> str:
+    print(text, flush=True)
+    return text
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,278 @@
+"""What `make gpu` runs, in which order, and what becomes of parts that fail, hang or have nothing to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from latentrt.bench import full, gpu
+from latentrt.bench.cases import CASES, default_sides
+from latentrt.bench.full import Part, run_part
+from latentrt.bench.gpu import Step
+from latentrt.cli import _parser
+from latentrt.runtime.engines.base import Availability
+
+ROOT = Path(__file__).parents[2]
+MARK = "pytest.mark" + ".gpu"  # or this file would hold it
+
+
+def steps() -> list[Step]:
+    return gpu.steps(Path("results"), Path("work"))
+
+
+def test_what_is_worth_most_comes_first() -> None:
+    names = [step.part.name for step in steps()]
+    assert len(set(names)) == len(names)
+    assert names[:8] == [
+        *(
+            "graph-tests",
+            "kernel-tests",
+            "timeline-sdxl",
+            "sdxl-latentrt-triton",
+            "sdxl-refiner-latentrt-triton",
+        ),
+        *("timeline-sdxl-refiner", "tune", "kernels"),
+    ]
+    # What compiles for longest is last, since everything after it would wait.
+    assert ["max-autotune" in name for name in names] == [False] * (len(names) - 2) + [True] * 2
+    assert all(step.part.limit <= 600 for step in steps()[:-2])
+    sides = {side for step in steps() for side in step.sides}
+    assert sides == set(default_sides(CASES["sdxl"], torch.device("cuda"))) - {"diffusers@float32"}
+
+
+def test_every_test_for_a_gpu_is_in_one_part() -> None:
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if MARK in path.read_text("utf-8")
+    }
+    listed = [file for step in steps() for file in step.part.tests]
+    assert sorted(listed) == sorted(files)
+    assert steps()[0].part.tests == ("tests/runtime/test_graphs_gpu.py",)
+    assert steps()[1].part.tests[-1] == "tests/kernels/test_attention_triton.py"
+
+
+@pytest.mark.timeout(120)
+def test_tests_for_a_gpu_are_collected_without_what_they_do_not_need(tmp_path: Path) -> None:
+    """Where somebody else has set up PyTorch: of the extra `test` there is pytest and little more."""
+    absent = (
+        *(
+            "diffusers",
+            "transformers",
+            "accelerate",
+            "openai",
+            "schemathesis",
+            "playwright",
+            "httpx2",
+            "fastapi",
+        ),
+        *(
+            "uvicorn",
+            "tensorrt",
+            "tensorrt_rtx",
+            "ray",
+            "mlperf_loadgen",
+            "scipy",
+            "torchmetrics",
+            "hypothesis",
+        ),
+    )
+    (tmp_path / "without.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\n")
+    parts = [step.part for step in steps() if step.part.tests]
+    files = [file for part in parts for file in part.tests]
+    options = [*parts[0].options, "-m", parts[0].marked, "--collect-only", "-q", *files]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "without", "-p", "pytest_timeout", *options],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # some of theirs import what they are for
+            "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert found == set(files)
+
+
+def test_kernels_are_tuned_and_timed_as_it_is_asked(tmp_path: Path) -> None:
+    plain = {step.part.name: step.part.command for step in steps()}
+    assert plain["tune"] == ("-m", "latentrt.cli", "kernels", "--seconds", "400", "--tune")
+    asked = gpu.steps(Path("r"), Path("w"), out=Path("o"), kernel_seconds=90, tuned=["attention", "geglu"])
+    found = {step.part.name: step.part.command[3:] for step in asked}
+    assert found["tune"] == ("--seconds", "90", "--out", "o", "--tune", "--op", "attention", "--op", "geglu")
+    assert found["kernels"] == ("--seconds", "90", "--out", "o", "--measure")
+    commands = [step.part.command[1:] for step in asked if step.part.command]
+    for module, *arguments in commands:  # which take what they are given
+        if module == "latentrt.cli":
+            assert _parser().parse_args(arguments).out
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_side_is_held_against_eager_pytorch(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "find_spec", lambda name: object() if there else None)
+    reference = "diffusers" if there else "latentrt-eager"
+    found = {step.part.name: step for step in steps()}
+    step = found["sdxl-latentrt-triton"]
+    assert step.part.command == (
+        *(
+            "-m",
+            "latentrt.cli",
+            "bench",
+            "--device",
+            "cuda",
+            "--case",
+            "sdxl",
+            "--batch",
+            "1",
+            "--work",
+            "work",
+        ),
+        *("--patience", "240", "--side", reference, "--side", f"{reference}@float32", "--pictures", "2"),
+        *("--side", "latentrt-triton", "--out", "results/gpu-sdxl-1/latentrt-triton"),
+    )
+    assert step.sides == (reference, "latentrt-triton")
+    assert ("sdxl-latentrt-eager" in found) is there  # nothing is held against itself
+    assert "--rounds" in found["sdxl-batch-8-latentrt-triton"].part.command
+
+
+def test_what_is_not_installed_is_known_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Backend:
+        def availability(self, *place: Any) -> Availability:
+            asked.append(place)
+            return Availability(len(asked) < 3, "it is not installed", "install it")
+
+    monkeypatch.setattr(gpu, "get_backend", lambda name: asked.append(name) or Backend())
+    assert gpu.lacking("latentrt-triton-plain") == ""
+    assert gpu.lacking("latentrt-tensorrt") == "it is not installed; install it"
+    assert asked == ["triton", (torch.device("cuda"), torch.float16), "tensorrt", asked[1]]
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    for side in ("diffusers", "diffusers-max-autotune", "onnxruntime"):
+        assert gpu.lacking(side) == "diffusers is not installed"
+
+
+@pytest.fixture
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Three parts: one that fails, one whose side is not there, and one that goes on by itself."""
+
+    def part(name: str, code: str) -> Part:
+        return Part(name, 60, command=("-c", f"open({str(tmp_path / name)!r}, 'a').write('x'); {code}"))
+
+    made = [
+        Step(part("broken", "print('it broke'); raise SystemExit(3)"), ("latentrt-eager",), "sdxl/broken-*"),
+        Step(part("absent", ""), ("diffusers",)),
+        Step(part("good", ""), (), "sdxl/good-*"),
+        Step(part("tune", ""), resumes=True),
+    ]
+    monkeypatch.setattr(gpu, "steps", lambda *args, **kwargs: made)
+    monkeypatch.setattr(gpu, "lacking", lambda side: "it is not installed" * (side == "diffusers"))
+    monkeypatch.setattr(gpu, "_BUILD", tmp_path / "build")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(full, "_digest", lambda part: "the same")
+    before = signal.getsignal(signal.SIGINT)
+    yield tmp_path
+    signal.signal(signal.SIGINT, before)
+
+
+def ran(folder: Path) -> dict[str, int]:
+    names = ("broken", "absent", "good", "tune")
+    return {name: len(file.read_text()) for name in names if (file := folder / name).exists()}
+
+
+def test_a_part_that_fails_is_not_the_end(planted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("broken-1", "good-1"):
+        (planted / "build" / "kept" / "sdxl" / name).mkdir(parents=True)
+    out = planted / "out"
+    assert gpu.main(["--out", str(out)]) == 1
+    assert ran(planted) == {"broken": 1, "good": 1, "tune": 1}
+    told = capsys.readouterr().out
+    assert "it broke" in told
+    assert re.search(r"^absent +left out: it is not installed$", told, re.MULTILINE)
+    assert re.search(r"^broken +FAILED .*exit status 3$", told, re.MULTILINE)
+    # What a side built stays where its part is to be run again.
+    assert [path.name for path in (planted / "build" / "kept" / "sdxl").iterdir()] == ["broken-1"]
+    assert list((out / "tuned").glob("sm_*.json"))
+    assert json.loads((out / "parts" / "good.json").read_text())["passed"]
+    assert gpu.main(["--out", str(out)]) == 1
+    assert ran(planted) == {"broken": 2, "good": 1, "tune": 2}
+    assert gpu.main(["--out", str(out), "good", "absent"]) == 0
+    assert gpu.main(["--out", str(out), "--again", "good"]) == 0
+    assert ran(planted) == {"broken": 2, "good": 2, "tune": 2}
+    capsys.readouterr()
+    assert gpu.main(["--list", "--out", str(out), "good"]) == 0
+    assert capsys.readouterr().out.split()[:2] == ["good", "passed"]
+    with pytest.raises(SystemExit):
+        gpu.main(["great"])
+    assert "there is no part great; there are broken, absent, good, tune" in capsys.readouterr().err
+
+
+def test_nothing_is_begun_that_has_no_time(planted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--seconds", "100", "good"]) == 1
+    assert ran(planted) == {}
+    assert "no time is left" in capsys.readouterr().out
+    assert gpu.main(["--seconds", "140", "good"]) == 0
+    assert int(re.search(r"good: at most (\d+) s", capsys.readouterr().out)[1]) < 60 + 36
+
+
+def test_without_a_gpu_it_says_so(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 1
+    assert ran(planted) == {}
+
+
+def test_a_part_whose_time_is_over_may_write_down_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(full, "_digest", lambda part: "")
+    note = tmp_path / "note"
+    code = f"import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: open({str(note)!r}, 'w').write('7 of 9')"
+    part = Part("slow", 1.5, command=("-c", code))
+    result = run_part(part, tmp_path)
+    assert (result.passed, result.why) == (False, "ended after 2 s")
+    assert note.read_text() == "7 of 9"
+    monkeypatch.setattr(full, "FAREWELL", 0.2)
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
+    assert run_part(replace(part, command=("-c", deaf)), tmp_path, again=True).seconds < 60
+
+
+def test_block_sizes_make_no_other_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are what a part finds: it would never be done."""
+    tuned = tmp_path / "kernels" / "tuned"
+    tuned.mkdir(parents=True)
+    (tmp_path / "tests").mkdir()
+    for file in (tmp_path / "pyproject.toml", tmp_path / "kernels" / "attention.py", tuned / "sm_90.json"):
+        file.write_text("1")
+    monkeypatch.setattr(full, "_ROOT", tmp_path)
+
+    def digest(part: Part) -> str:
+        full._package_digest.cache_clear()
+        return full._digest(part)
+
+    theirs, mine = Part("other", 60, command=("-c", "")), steps_part()
+    before = [digest(part) for part in (theirs, mine)]
+    (tuned / "sm_90.json").write_text("2")
+    after = [digest(part) for part in (theirs, mine)]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False, True]
+    (tmp_path / "kernels" / "attention.py").write_text("2")
+    assert digest(mine) != after[1]
+    full._package_digest.cache_clear()
+
+
+def steps_part() -> Part:
+    return replace(steps()[3].part, tests=())
