@@ -23,10 +23,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 gc.disable()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtestloop() -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtestloop() -> Generator[None, object, object]:
     gc.freeze()
     gc.enable()
+    try:
+        return (yield)
+    finally:
+        gc.unfreeze()  # libraries tell at the end what was not collected
 
 
 # Triton reads this once, when it is first imported, and other libraries may import it: so it is set before any
