@@ -20,7 +20,7 @@ from ..kernels import aot, roofline
 from ..kernels.registry import specs
 from ..runtime.place import device_named
 from .cases import Case, SideSpec
-from .endings import sigterm_as_ctrl_c
+from .endings import signals_as_ctrl_c
 
 __all__ = ["bench", "bench_compare", "bench_list", "bench_loadgen", "bench_sweep", "kernels"]
 
@@ -72,7 +72,7 @@ def bench(args: argparse.Namespace) -> Iterator[str]:
         beside=args.beside,
         patience=args.patience,
     )
-    with sigterm_as_ctrl_c():
+    with signals_as_ctrl_c():
         found = Suite(work, settings).run()
     if args.json:
         yield (args.out / "bench.json").read_text("utf-8").rstrip()
@@ -292,7 +292,7 @@ def _kernels_on_gpu(args: argparse.Namespace) -> Iterator[str]:
     here = timing.Bench(
         timing.require_gpu(), timing.cuda_microseconds, args.seconds, args.out or timing.RESULTS
     )
-    with sigterm_as_ctrl_c():
+    with signals_as_ctrl_c():
         result = kernel_tuning.tune(here, operators) if args.tune else bench.measure(here, operators, dtypes)
     lines = kernel_tuning.lines(result) if args.tune else bench.lines(result)
     yield json.dumps(result, indent=2) if args.json else "\n".join(lines)

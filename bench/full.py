@@ -26,6 +26,7 @@ from pathlib import Path
 
 from ..export.memory import available_bytes
 from . import passed
+from .endings import signals_as_ctrl_c
 
 __all__ = ["FAREWELL", "PARTS", "Part", "Result", "line", "main", "read_result", "run_part"]
 
@@ -144,12 +145,12 @@ def run_part(part: Part, folder: Path, *, again: bool = False) -> Result:
             env={**os.environ, **threads},
             stdout=log,
             stderr=subprocess.STDOUT,
-            process_group=0,  # in the session still: what ends that ends the part
+            process_group=0,  # so that all it starts can be ended; no terminal's signals reach it
         )
         try:
             ended, memory = _watch(process, begun + part.limit)
         finally:
-            _end(process)
+            _end(process, part.name)
     why = ""
     if not ended:
         why = f"ended after {part.limit:,.0f} s"
@@ -199,15 +200,21 @@ def _watch(process: subprocess.Popen[bytes], until: float) -> tuple[bool, int]:
     return False, first - least
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """It and all it started; by Ctrl-C first, so that it writes down what it has."""
-    if process.poll() is None:
-        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait(FAREWELL)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def _end(process: subprocess.Popen[bytes], name: str) -> None:
+    """It and all it started; by Ctrl-C first, so that it writes down what it has, unless nobody waits for that."""
+    try:
+        if process.poll() is None:
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, signal.SIGINT)
+                with suppress(OSError):  # of a terminal that is gone
+                    print(
+                        f"ending {name}, which has {FAREWELL:.0f} s to write down what it found", flush=True
+                    )
+                process.wait(FAREWELL)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def read_result(folder: Path, part: Part) -> Result | None:
@@ -278,9 +285,13 @@ def main(
     folder = folder or _ROOT / "build" / "full"
     chosen = [known[name] for name in dict.fromkeys(args.parts or known)]
     if not args.list:
-        for part in chosen:
-            print(f"{part.name}: at most {part.limit / 60:.0f} minutes; {folder / part.name}.log", flush=True)
-            print(line(part, run_part(part, folder, again=args.again), folder), flush=True)
+        with signals_as_ctrl_c():
+            for part in chosen:
+                print(
+                    f"{part.name}: at most {part.limit / 60:.0f} minutes; {folder / part.name}.log",
+                    flush=True,
+                )
+                print(line(part, run_part(part, folder, again=args.again), folder), flush=True)
         print()
     results = [read_result(folder, part) for part in chosen]
     for part, result in zip(chosen, results, strict=True):

@@ -28,7 +28,7 @@ import torch
 from ..kernels import tuning
 from ..runtime.engines.registry import get_backend
 from .cases import SIDES
-from .endings import sigterm_as_ctrl_c
+from .endings import signals_as_ctrl_c
 from .full import FAREWELL, Part, line, read_result, run_part
 
 __all__ = ["Step", "lacking", "main", "steps"]
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     # Parts inherit it, and a shell lets what runs in its background ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with sigterm_as_ctrl_c():
+    with signals_as_ctrl_c():
         try:
             lines = list(_run(chosen, folder, work, end, again=args.again))
         except KeyboardInterrupt:
