@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -21,6 +19,7 @@ from ..kernels.registry import specs
 from ..runtime.place import device_named
 from .cases import Case, SideSpec
 from .endings import signals_as_ctrl_c
+from .machine import command, describe_machine
 
 __all__ = ["bench", "bench_compare", "bench_list", "bench_loadgen", "bench_sweep", "kernels"]
 
@@ -62,7 +61,7 @@ def bench(args: argparse.Namespace) -> Iterator[str]:
         plan,
         device,
         args.out,
-        _command(),
+        command(),
         metrics=args.metric,
         clip=args.clip,
         inception=args.inception,
@@ -196,7 +195,6 @@ def bench_sweep(args: argparse.Namespace) -> Iterator[str]:
     from ..runtime.pipeline import Pipeline
     from .features import demo_judges, demo_prompts
     from .live import LiveTable
-    from .machine import describe_machine
     from .sweep import sweep, table, write_sweep
 
     pipe = Pipeline.from_pretrained("demo", "demo", backend=args.backend)
@@ -208,7 +206,7 @@ def bench_sweep(args: argparse.Namespace) -> Iterator[str]:
         ).images
 
     machine = describe_machine()
-    about = {"command": _command(), "machine": machine, "seed": args.seed, "backend": pipe.backend}
+    about = {"command": command(), "machine": machine, "seed": args.seed, "backend": pipe.backend}
     write = partial(
         write_sweep, args.out, about=about, title=f"The demo on {machine['processor']}, {pipe.backend}"
     )
@@ -227,10 +225,6 @@ def bench_sweep(args: argparse.Namespace) -> Iterator[str]:
     write(points)
     yield from table(points)
     yield f"{args.out / 'sweep.html'} shows it"
-
-
-def _command() -> str:
-    return shlex.join(["latentrt", *sys.argv[1:]])
 
 
 def kernels(args: argparse.Namespace) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,9 +74,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 BF16 = [torch.bfloat16]
 
 
-def test_measuring(here: Bench) -> None:
+def test_measuring(here: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gate, launches counted, rivals that fail; what takes the most first."""
     path = here.folder / "kernels-a-fake.json"
+    monkeypatch.setattr(sys, "argv", ["cli.py", "kernels", "--measure", "--out", "a folder"])
     with forced(), tuning.trying("attention", SMALL[1]):
         none = bench.measure(Bench(here.device, fake_timer, -1.0, here.folder), [small_attention()], BF16)
         assert none["rows"] == []
@@ -87,6 +89,7 @@ def test_measuring(here: Bench) -> None:
     assert [row["case"] for row in result["rows"]] == ["two", "one"]
     assert result["left"] == []
     assert {"gpu", "commit", "versions", "sources", "tuned", "command"} <= result["machine"].keys()
+    assert result["machine"]["command"] == "latentrt kernels --measure --out 'a folder'"
     row = result["rows"][0]
     assert row["correct"]
     assert row["launches"] == {"_attention": 1}
