@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -20,7 +18,8 @@ from ..kernels import aot, roofline
 from ..kernels.registry import specs
 from ..runtime.place import device_named
 from .cases import Case, SideSpec
-from .endings import sigterm_as_ctrl_c
+from .endings import signals_as_ctrl_c
+from .machine import command, describe_machine
 
 __all__ = ["bench", "bench_compare", "bench_list", "bench_loadgen", "bench_sweep", "kernels"]
 
@@ -62,7 +61,7 @@ def bench(args: argparse.Namespace) -> Iterator[str]:
         plan,
         device,
         args.out,
-        _command(),
+        command(),
         metrics=args.metric,
         clip=args.clip,
         inception=args.inception,
@@ -72,7 +71,7 @@ def bench(args: argparse.Namespace) -> Iterator[str]:
         beside=args.beside,
         patience=args.patience,
     )
-    with sigterm_as_ctrl_c():
+    with signals_as_ctrl_c():
         found = Suite(work, settings).run()
     if args.json:
         yield (args.out / "bench.json").read_text("utf-8").rstrip()
@@ -196,7 +195,6 @@ def bench_sweep(args: argparse.Namespace) -> Iterator[str]:
     from ..runtime.pipeline import Pipeline
     from .features import demo_judges, demo_prompts
     from .live import LiveTable
-    from .machine import describe_machine
     from .sweep import sweep, table, write_sweep
 
     pipe = Pipeline.from_pretrained("demo", "demo", backend=args.backend)
@@ -208,7 +206,7 @@ def bench_sweep(args: argparse.Namespace) -> Iterator[str]:
         ).images
 
     machine = describe_machine()
-    about = {"command": _command(), "machine": machine, "seed": args.seed, "backend": pipe.backend}
+    about = {"command": command(), "machine": machine, "seed": args.seed, "backend": pipe.backend}
     write = partial(
         write_sweep, args.out, about=about, title=f"The demo on {machine['processor']}, {pipe.backend}"
     )
@@ -227,10 +225,6 @@ def bench_sweep(args: argparse.Namespace) -> Iterator[str]:
     write(points)
     yield from table(points)
     yield f"{args.out / 'sweep.html'} shows it"
-
-
-def _command() -> str:
-    return shlex.join(["latentrt", *sys.argv[1:]])
 
 
 def kernels(args: argparse.Namespace) -> Iterator[str]:
@@ -292,7 +286,7 @@ def _kernels_on_gpu(args: argparse.Namespace) -> Iterator[str]:
     here = timing.Bench(
         timing.require_gpu(), timing.cuda_microseconds, args.seconds, args.out or timing.RESULTS
     )
-    with sigterm_as_ctrl_c():
+    with signals_as_ctrl_c():
         result = kernel_tuning.tune(here, operators) if args.tune else bench.measure(here, operators, dtypes)
     lines = kernel_tuning.lines(result) if args.tune else bench.lines(result)
     yield json.dumps(result, indent=2) if args.json else "\n".join(lines)

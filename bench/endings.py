@@ -1,4 +1,4 @@
-"""How processes of the benchmarks end: by SIGTERM as by Ctrl-C, and with the one that began them."""
+"""How processes of the benchmarks end: by SIGTERM and SIGHUP as by Ctrl-C, and with the one that began them."""
 
 from __future__ import annotations
 
@@ -10,26 +10,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["end_with_parent", "sigterm_as_ctrl_c"]
+__all__ = ["end_with_parent", "signals_as_ctrl_c"]
 
 
 @contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """SIGTERM, which `timeout` sends, raises KeyboardInterrupt too, once; no other signal of its kind disturbs what is
-    written down then. In the main thread, which alone is told of signals."""
-
-    def interrupt(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
+def signals_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM, which `timeout` sends, and SIGHUP, which comes when a terminal is gone, raise KeyboardInterrupt too, one
+    of them and once; no other disturbs what is written down then. What is ignored, as `nohup` has it, stays so. In the
+    main thread, which alone is told of signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    asked = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: was for number in asked if (was := signal.getsignal(number)) is not signal.SIG_IGN}
+
+    def interrupt(*_: Any) -> None:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in before:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, was in before.items():
+            signal.signal(number, was)
 
 
 def end_with_parent() -> None:

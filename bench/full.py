@@ -18,16 +18,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from ..export.memory import available_bytes
 from . import passed
+from .endings import signals_as_ctrl_c
 
-__all__ = ["FAREWELL", "PARTS", "Part", "Result", "line", "main", "read_result", "run_part"]
+__all__ = ["FAREWELL", "PARTS", "Part", "Result", "Verdict", "line", "main", "read_result", "run_part"]
 
 _ROOT = Path(__file__).resolve().parents[1]
 _NOTHING_LEFT = 5  # pytest's exit status where every test was left out
@@ -36,6 +38,13 @@ FAREWELL = 45.0
 # What any part depends on, besides its own tests.
 _SOURCES = ("bench", "export", "kernels", "runtime")
 _KINDS = {".py", ".json", ".safetensors", ".txt", ".html"}
+
+
+class Verdict(NamedTuple):
+    """Whether a part did what it is for, and why not, or what is left of it."""
+
+    passed: bool
+    why: str
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,8 @@ class Part:
         options: more of pytest's.
         memory: bytes that it may take.
         apart: folders of which no part's result is said to depend on the content.
+        beside: what it is held against, on which its result depends as on the sources.
+        verdict: asked about what a part has written that ended well by its exit status.
     """
 
     name: str
@@ -65,6 +76,8 @@ class Part:
     options: tuple[str, ...] = ()
     memory: float = 24e9
     apart: tuple[str, ...] = ("results",)
+    beside: str = ""
+    verdict: Callable[[], Verdict] | None = None
 
 
 _SCRIPT = "latentrt.bench.full_size_engines"
@@ -115,7 +128,7 @@ class Result:
     Attributes:
         digest: of the sources it depends on.
         passed: whether all of it did.
-        why: where it did not.
+        why: where it did not; where it did, what is left to say.
         seconds: that run's; tests that had passed before are not in it.
         memory: by how many bytes the machine's available memory fell meanwhile, other programs included.
     """
@@ -144,12 +157,12 @@ def run_part(part: Part, folder: Path, *, again: bool = False) -> Result:
             env={**os.environ, **threads},
             stdout=log,
             stderr=subprocess.STDOUT,
-            process_group=0,  # in the session still: what ends that ends the part
+            process_group=0,  # so that all it starts can be ended; no terminal's signals reach it
         )
         try:
             ended, memory = _watch(process, begun + part.limit)
         finally:
-            _end(process)
+            _end(process, part.name)
     why = ""
     if not ended:
         why = f"ended after {part.limit:,.0f} s"
@@ -157,7 +170,10 @@ def run_part(part: Part, folder: Path, *, again: bool = False) -> Result:
         why = f"exit status {process.returncode}"
     elif memory > part.memory:
         why = f"took {memory / 1e9:.1f} GB, the limit is {part.memory / 1e9:.0f} GB"
-    result = Result(digest, not why, why, round(time.monotonic() - begun, 1), memory)
+    good = not why
+    if good and part.verdict is not None:
+        good, why = part.verdict()
+    result = Result(digest, good, why, round(time.monotonic() - begun, 1), memory)
     aside = folder / f"{part.name}.json.partial"
     aside.write_text(json.dumps(asdict(result), indent=2) + "\n", "utf-8")
     aside.replace(folder / f"{part.name}.json")
@@ -199,15 +215,21 @@ def _watch(process: subprocess.Popen[bytes], until: float) -> tuple[bool, int]:
     return False, first - least
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """It and all it started; by Ctrl-C first, so that it writes down what it has."""
-    if process.poll() is None:
-        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait(FAREWELL)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def _end(process: subprocess.Popen[bytes], name: str) -> None:
+    """It and all it started; by Ctrl-C first, so that it writes down what it has, unless nobody waits for that."""
+    try:
+        if process.poll() is None:
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, signal.SIGINT)
+                with suppress(OSError):  # of a terminal that is gone
+                    print(
+                        f"ending {name}, which has {FAREWELL:.0f} s to write down what it found", flush=True
+                    )
+                process.wait(FAREWELL)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def read_result(folder: Path, part: Part) -> Result | None:
@@ -223,7 +245,7 @@ def _digest(part: Part) -> str:
     own = [_ROOT / file for file in part.tests]
     if not part.tests and "pytest" in part.command:
         own = sorted((_ROOT / "tests").rglob("*.py"))
-    digest = hashlib.sha256(_package_digest(part.apart).encode())
+    digest = hashlib.sha256(f"{_package_digest(part.apart)}{part.beside}".encode())
     for file in own:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
@@ -278,9 +300,13 @@ def main(
     folder = folder or _ROOT / "build" / "full"
     chosen = [known[name] for name in dict.fromkeys(args.parts or known)]
     if not args.list:
-        for part in chosen:
-            print(f"{part.name}: at most {part.limit / 60:.0f} minutes; {folder / part.name}.log", flush=True)
-            print(line(part, run_part(part, folder, again=args.again), folder), flush=True)
+        with signals_as_ctrl_c():
+            for part in chosen:
+                print(
+                    f"{part.name}: at most {part.limit / 60:.0f} minutes; {folder / part.name}.log",
+                    flush=True,
+                )
+                print(line(part, run_part(part, folder, again=args.again), folder), flush=True)
         print()
     results = [read_result(folder, part) for part in chosen]
     for part, result in zip(chosen, results, strict=True):

@@ -21,7 +21,7 @@ from .side import Images, Pictures
 
 __all__ = ["FID_LEAST", "GATES", "Gate", "Quality", "gate_named", "likeness", "measure_quality", "unit"]
 
-_LEAST_DB = 20.0  # of eager diffusers in half precision; below it there is something wrong with itself
+_LEAST_DB = 20.0  # of eager PyTorch in half precision; below it there is something wrong with itself
 _WORSE_DB = 3.0
 """Twice the squared error of eager PyTorch in the same dtype: what rounding in another order may cost."""
 _WORSE_SSIM = 0.02
@@ -120,7 +120,7 @@ class Gate:
         least_pictures: that it judges.
         asked: what a case has to ask for.
         networks: metric -> how the name of the network begins that has to judge it.
-        judge: (a side's quality, its dtype, the quality of eager diffusers in that dtype where it ran) -> what is
+        judge: (a side's quality, its dtype, the quality of eager PyTorch in that dtype where it ran) -> what is
             beyond its limit, empty where it passes.
     """
 
@@ -148,7 +148,7 @@ class Gate:
 
 
 def _like_eager(quality: Quality, dtype: str, eager: Quality | None) -> list[str]:
-    """The limits of `latentrt verify`; in half precision, or what eager diffusers in that dtype reaches itself."""
+    """The limits of `latentrt verify`; in half precision, or what eager PyTorch in that dtype reaches itself."""
     limits = LIMITS["pipeline"][DTYPES[dtype]]
     least, similar = limits.psnr, limits.ssim or 0.0
     if (
@@ -187,7 +187,12 @@ def _mlperf(quality: Quality, dtype: str, eager: Quality | None) -> list[str]:
 
 
 _ROWS = (
-    Gate("eager", "the same picture as eager diffusers, by PSNR and SSIM", True, _like_eager),
+    Gate(
+        "eager",
+        "the same picture as eager PyTorch (diffusers' where it is), by PSNR and SSIM",
+        True,
+        _like_eager,
+    ),
     Gate(
         "mlperf",
         "MLPerf's CLIP score and FID over 5,000 captions; needs --clip, --inception and --truth",

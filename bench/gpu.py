@@ -4,9 +4,9 @@
 
 What is worth most comes first: whether graphs and kernels are right, where the time of a picture goes, what it takes
 beside the reference, the kernels one by one, then everything else. A part that fails or takes too long does not keep
-the others from their turn, and what it had found until then is written. A part that passed is not run again with the
-same sources; the block sizes that a part finds count as a result, so that `--again` is for figures with new ones. What
-is not installed is left out and said to be.
+the others from their turn, and what it had found until then is written. A part that passed, by what it found and not
+only by how it ended, is not run again with the same sources; the block sizes that a part finds count as a result, but
+for tests, so that `--again` is for figures with new ones. What is not installed is left out and said to be.
 
 Where diffusers is not installed, latentrt's own modules in eager PyTorch are what others are held against.
 """
@@ -19,7 +19,9 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,8 +30,10 @@ import torch
 from ..kernels import tuning
 from ..runtime.engines.registry import get_backend
 from .cases import SIDES
-from .endings import sigterm_as_ctrl_c
+from .endings import signals_as_ctrl_c
 from .full import FAREWELL, Part, line, read_result, run_part
+from .kernel_timing import RESULTS
+from .verdicts import of_kernels, of_side, of_tuning
 
 __all__ = ["Step", "lacking", "main", "steps"]
 
@@ -61,14 +65,21 @@ class Step:
     """A part, and the sides of the benchmark without which it has nothing to do.
 
     Attributes:
+        choosing: one of the sides is enough: it takes those that there are.
         kept: what its side builds, by glob; removed when it passed, since a disk does not hold that of all sides.
         resumes: it goes on by itself, and passes when its time is over: it is always run.
     """
 
     part: Part
     sides: tuple[str, ...] = ()
+    choosing: bool = False
     kept: str = ""
     resumes: bool = False
+
+    def missing(self) -> list[str]:
+        """Why it has nothing to do on this machine; empty where it has."""
+        why = [reason for side in self.sides if (reason := lacking(side))]
+        return [] if self.choosing and len(why) < len(self.sides) else list(dict.fromkeys(why))
 
 
 def steps(
@@ -94,6 +105,9 @@ def steps(
     first = {name: bench.step(name, 1, _FIRST) for name in _CASES}
     kernels: tuple[str, ...] = ("-m", "latentrt.cli", "kernels", "--seconds", f"{kernel_seconds:g}")
     kernels += () if out is None else ("--out", str(out))
+    found = RESULTS if out is None else out
+    tune = _part("tune", *kernels, "--tune", *(word for op in tuned for word in ("--op", op)))
+    time_them = _part("kernels", *kernels, "--measure")
     rest = [bench.step(case, 1, side) for case in _CASES for side in _REST if side != reference]
     many = [bench.step("sdxl", n, side) for n in (2, 4, 8) for side in (_FIRST, "latentrt-tensorrt")]
     return [
@@ -103,11 +117,13 @@ def steps(
         first["sdxl"],
         first["sdxl-refiner"],
         Step(_timeline("sdxl-refiner", results, work)),
+        Step(replace(tune, verdict=partial(of_tuning, found)), resumes=True),
+        Step(replace(time_them, verdict=partial(of_kernels, found)), resumes=True),
         Step(
-            _part("tune", *kernels, "--tune", *(word for op in tuned for word in ("--op", op))), resumes=True
+            _tests("engine-tests", files["engine"]),
+            ("latentrt-tensorrt", "latentrt-tensorrt-rtx"),
+            choosing=True,
         ),
-        Step(_part("kernels", *kernels, "--measure"), resumes=True),
-        Step(_tests("engine-tests", files["engine"]), ("latentrt-tensorrt", "latentrt-tensorrt-rtx")),
         *rest,
         *many,
         # What compiles for longest is last, and begins anew where it was stopped.
@@ -121,10 +137,11 @@ def _part(name: str, *command: str, limit: float = _LIMIT) -> Part:
 
 def _tests(name: str, files: Sequence[str], *options: str, workers: int = 0) -> Part:
     """A test that waits for a kernel that never returns is ended with its process, which no signal would do; what
-    passed before is not run again."""
+    passed before is not run again, unless with other block sizes, which make other kernels."""
     return replace(
         _part(name),
         tests=tuple(files),
+        apart=("results",),
         workers=workers,
         marked="gpu",
         options=("-p", "no:randomly", "--timeout-method=thread", *options),
@@ -162,15 +179,17 @@ class _Bench:
         exact = (
             ("--side", f"{self.reference}@float32", "--pictures", "2") if batch == 1 else ("--rounds", "3")
         )
+        out = self.results / f"gpu-{case}-{batch}" / side
         command = (
             *("-m", "latentrt.cli", "bench", "--device", "cuda", "--case", case, "--batch", str(batch)),
             *("--work", str(self.work), "--patience", f"{_PATIENCE.get(side, _PATIENCE_ELSE):g}"),
             *("--side", self.reference, *exact, "--side", side),
-            *("--out", str(self.results / f"gpu-{case}-{batch}" / side)),
+            *("--out", str(out)),
         )
         name = "-".join([case, *([f"batch-{batch}"] if batch > 1 else []), side])
         part = _part(name, *command, limit=_COMPILES if side == _LAST else _LIMIT)
-        return Step(part, (self.reference, side), f"{case}/{side}-*")
+        part = replace(part, beside=self.reference, verdict=partial(of_side, out, side))
+        return Step(part, (self.reference, side), kept=f"{case}/{side}-{'[0-9a-f]' * 12}")
 
 
 def lacking(side: str) -> str:
@@ -227,13 +246,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     # Parts inherit it, and a shell lets what runs in its background ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with sigterm_as_ctrl_c():
+    lines: list[tuple[str, bool]] = []
+    interrupted = False
+    with signals_as_ctrl_c():
         try:
-            lines = list(_run(chosen, folder, work, end, again=args.again))
+            for told in _run(chosen, folder, work, end, again=args.again):
+                lines.append(told)
         except KeyboardInterrupt:
-            print("interrupted; what was found is written, and the same command goes on")
-            return 130
+            interrupted = True
     print("\n" + "\n".join(text for text, _ in lines))
+    if interrupted:
+        print("interrupted; what was found is written, and the same command goes on")
+        return 130
     return int(not all(good for _, good in lines))
 
 
@@ -243,7 +267,7 @@ def _run(
     """A line for each part, and whether there is nothing left to do in it."""
     for step in chosen:
         name = step.part.name
-        missing = dict.fromkeys(why for side in step.sides if (why := lacking(side)))
+        missing = step.missing()
         left = end - time.monotonic() - FAREWELL
         if missing:
             yield _told(f"{name:<36}left out: {', '.join(missing)}"), True
@@ -253,11 +277,14 @@ def _run(
             continue
         part = replace(step.part, limit=min(step.part.limit, left))
         _told(f"{name}: at most {part.limit:.0f} s; {folder / name}.log")
-        result = run_part(part, folder, again=again or step.resumes)
-        log = (folder / f"{name}.log").read_text("utf-8", errors="replace").splitlines()
-        _told("\n".join(log[-_SHOWN:]))
-        if name == "tune" and folder != _BUILD:  # they are written where the kernels read them
-            shutil.copytree(tuning.FOLDER, folder.parent / "tuned", dirs_exist_ok=True)
+        try:
+            result = run_part(part, folder, again=again or step.resumes)
+        finally:
+            if name == "tune" and folder != _BUILD:  # they are written where the kernels read them
+                shutil.copytree(tuning.FOLDER, folder.parent / "tuned", dirs_exist_ok=True)
+        with suppress(FileNotFoundError):  # one that passed before may have left its result only
+            log = (folder / f"{name}.log").read_text("utf-8", errors="replace").splitlines()
+            _told("\n".join(log[-_SHOWN:]))
         if result.passed and step.kept:
             for built in work.glob(step.kept):
                 shutil.rmtree(built, ignore_errors=True)

@@ -11,7 +11,6 @@ import os
 import re
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from torch import Tensor
 from ..errors import BackendUnavailableError
 from ..kernels import aot, tuning
 from ..kernels.registry import Case, OpSpec
-from .machine import describe_machine, tuned
+from .machine import command, describe_machine, tuned
 
 __all__ = [
     "LOST",
@@ -214,7 +213,7 @@ def here(bench: Bench) -> dict[str, Any]:
         **gpu_state(bench),
         "sources": _digest(KERNELS.glob("*.py"), Path(__file__).parent.glob("kernel*.py")),
         "tuned": tuned(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
     }
 
 

@@ -6,7 +6,9 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 
 from ..kernels import tuning
 
-__all__ = ["commit", "describe_machine", "installed_versions", "is_commit", "tuned"]
+__all__ = ["command", "commit", "describe_machine", "installed_versions", "is_commit", "tuned"]
 
 _PACKAGES = (
     "torch",
@@ -107,6 +109,11 @@ def commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("LATENTRT_COMMIT", "").strip() or "unknown"
+
+
+def command() -> str:
+    """What was typed, as it can be typed again."""
+    return shlex.join(["latentrt", *sys.argv[1:]])
 
 
 def is_commit(name: str) -> bool:

@@ -152,6 +152,8 @@ def _about(report: Report) -> list[str]:
         + ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items()),
         f"Commit {machine.get('commit', 'unknown')}, seed {report.seed}, `{report.command}`",
     ]
+    if tuned := machine.get("tuned"):
+        lines_.append(f"Block sizes of kernels: {tuned}, by the digest of `kernels/tuned`")
     load = report.conditions.get("load")
     if load:
         lines_.append(

@@ -30,6 +30,7 @@ from .run import CaseRun, Plan
 __all__ = ["METRICS", "Settings", "Suite"]
 
 METRICS = ("psnr", "ssim", "lpips", "clip", "fid")
+_SO_FAR = "bench.partial.json"
 _WEIGHTS = {
     "lpips": "AlexNet's weights: --lpips FILE",
     "clip": "a CLIP model: --clip DIR",
@@ -175,9 +176,10 @@ class Suite:
         self._write(self._report(complete=False))
 
     def _note(self, so_far: CaseResult) -> None:
-        """What a case has come to until now, for whoever is ended without a warning; pictures come with its end."""
+        """What a case has come to until now, for whoever is ended without a warning; pictures come with its end. In a
+        file of its own: an earlier run's report stays whole until this one has its own."""
         made = replace(self._report(complete=False), cases=[*self._results, so_far])
-        write_report(self._settings.out / "bench.json", made)
+        write_report(self._settings.out / _SO_FAR, made)
 
     @staticmethod
     def _require(settings: Settings) -> None:
@@ -240,6 +242,7 @@ class Suite:
         write_report(out / "bench.json", made)
         (out / "bench.md").write_text(report.markdown(made, self._beside), "utf-8")
         (out / "bench.html").write_text(report.html(made, self._pictures, self._beside), "utf-8")
+        (out / _SO_FAR).unlink(missing_ok=True)
 
 
 def _wants_a_judge(metrics: Sequence[str]) -> bool:

@@ -123,6 +123,13 @@ def test_the_page_is_whole_and_needs_nothing_beside_it() -> None:
     assert "http" not in re.sub(r"http://www.w3.org/\S+", "", page)
 
 
+def test_figures_are_told_with_their_block_sizes() -> None:
+    """Of a GPU: the commit does not tell of them."""
+    tuned = report(machine={**MACHINE, "gpu": "H200", "tuned": "0123abcd"})
+    assert "Block sizes of kernels: 0123abcd, by the digest of `kernels/tuned`\n" in reports.markdown(tuned)
+    assert "Block sizes" not in reports.markdown(report())
+
+
 def test_few_pictures_are_kept_and_the_page_has_them_reduced(tmp_path: Path) -> None:
     """Noise, as random weights make it, which no format packs."""
     noise = np.random.default_rng(0).random((6, 512, 768, 3), np.float32)

@@ -19,10 +19,11 @@ from latentrt.bench.cases import CASES, Case
 from latentrt.bench.features import Judges
 from latentrt.bench.gates import GATES
 from latentrt.bench.host import Worker
-from latentrt.bench.results import read_report
+from latentrt.bench.results import read_report, write_report
 from latentrt.bench.run import Plan
 from latentrt.bench.suite import Settings, Suite
 from latentrt.errors import BackendUnavailableError, RequestError
+from planted_reports import report
 from planted_sides import planted
 
 CASE = Case("planted", "nothing real", "none", steps=5)
@@ -77,6 +78,30 @@ def test_a_whole_run_leaves_its_report(interrupted: bool, tmp_path: Path) -> Non
     assert ("Interrupted" in (tmp_path / "out" / "bench.md").read_text()) is interrupted
     assert (tmp_path / "out" / "bench.html").read_text().count("data:image/jpeg") == 4
     assert (tmp_path / "out" / "pictures" / "demo" / "b-1.png").is_file()
+
+
+def test_an_earlier_report_stays_whole_until_there_is_another(tmp_path: Path) -> None:
+    write_report(tmp_path / "bench.json", report())
+    noted: list[int] = []
+
+    class Host(Worker):
+        def run(self, *args: Any, **kwargs: Any) -> Any:
+            assert read_report(tmp_path / "bench.json").command == "latentrt bench"
+            if (tmp_path / "bench.partial.json").exists():
+                found = read_report(tmp_path / "bench.partial.json")
+                assert (found.command, found.complete) == ("as typed", False)
+                noted.append(len(found.cases))
+            return super().run(*args, **kwargs)
+
+    settings = Settings(
+        Plan([], GATES["eager"], rounds=1), torch.device("cpu"), tmp_path, "as typed", metrics=("psnr",)
+    )
+    made = Suite([(replace(CASE, model="demo"), [planted("a")])], settings, open_host=Host).run()
+    assert [row.status for row in made.cases[0].rows] == ["measured"]
+    assert set(noted) == {1}
+    found = read_report(tmp_path / "bench.json")
+    assert (found.command, found.complete) == ("as typed", True)
+    assert not (tmp_path / "bench.partial.json").exists()
 
 
 def test_a_case_that_its_gate_cannot_judge_is_refused_before_anything_is_measured(

@@ -1,4 +1,4 @@
-"""How a run ends that somebody else ends: by SIGTERM, which can be caught, and by SIGKILL, which cannot."""
+"""How a run ends that somebody else ends: by SIGTERM and SIGHUP, which can be caught, and by SIGKILL."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from latentrt.bench import kernel_timing, kernels
-from latentrt.bench.endings import sigterm_as_ctrl_c
+from latentrt.bench import full, kernel_timing, kernels
+from latentrt.bench.endings import signals_as_ctrl_c
+from latentrt.bench.full import Part, run_part
 from latentrt.bench.results import read_report
 from latentrt.bench.suite import Suite
 
@@ -34,17 +35,51 @@ if __name__ == '__main__':
 """
 
 
-def test_sigterm_is_ctrl_c_and_comes_once() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with sigterm_as_ctrl_c():
+@pytest.fixture
+def handlers() -> Iterator[Callable[[signal.Signals, Any], None]]:
+    """Sets what a signal does, for one test."""
+    before: dict[signal.Signals, Any] = {}
+
+    def handle(number: signal.Signals, how: Any) -> None:
+        before.setdefault(number, signal.signal(number, how))
+
+    yield handle
+    for number, was in before.items():
+        signal.signal(number, was)
+
+
+ASKED = (signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.mark.parametrize("number", ASKED)
+def test_a_signal_is_ctrl_c_and_comes_once(
+    number: signal.Signals, handlers: Callable[[signal.Signals, Any], None]
+) -> None:
+    handlers(signal.SIGHUP, signal.SIG_DFL)  # whatever began the tests
+    before = [signal.getsignal(each) for each in ASKED]
+    with signals_as_ctrl_c():
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+        for each in ASKED:
+            os.kill(os.getpid(), each)  # while what was measured is being written
+    assert [signal.getsignal(each) for each in ASKED] == before
+
+
+def test_what_is_to_outlive_its_terminal_does(handlers: Callable[[signal.Signals, Any], None]) -> None:
+    handlers(signal.SIGHUP, signal.SIG_IGN)
+    with signals_as_ctrl_c():
+        os.kill(os.getpid(), signal.SIGHUP)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # while what was measured is being written
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_commands_elsewhere_than_in_the_main_thread_are_let_be() -> None:
+    before = signal.getsignal(signal.SIGTERM)
     ended: list[bool] = []
 
     def elsewhere() -> None:
-        with sigterm_as_ctrl_c():
+        with signals_as_ctrl_c():
             ended.append(signal.getsignal(signal.SIGTERM) is before)
 
     thread = threading.Thread(target=elsewhere)
@@ -87,7 +122,8 @@ def test_what_was_measured_is_there_and_no_side_goes_on(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
-    found = read_report(out / "bench.json")
+    assert not (out / "bench.json").exists()  # or an earlier one would be lost
+    found = read_report(out / "bench.partial.json")
     assert not found.complete
     (row,) = found.cases[0].rows
     assert row.status == "measured"
@@ -100,3 +136,84 @@ def test_what_was_measured_is_there_and_no_side_goes_on(tmp_path: Path) -> None:
     else:
         side.kill()
         pytest.fail("the side computes on, beside whatever is measured next")
+
+
+def wait_for(file: Path) -> None:
+    for _ in range(600):
+        if file.exists():
+            return
+        time.sleep(0.05)
+    pytest.fail(f"nobody wrote {file.name}")
+
+
+def is_gone(pid: int) -> bool:
+    for _ in range(200):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    return False
+
+
+DEAF = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+open(sys.argv[1] + '.new', 'w').write(str(os.getpid()))
+os.rename(sys.argv[1] + '.new', sys.argv[1])
+time.sleep(600)
+"""
+
+
+def test_who_does_not_wait_for_a_part_to_end_ends_it_all_the_same(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    handlers: Callable[[signal.Signals, Any], None],
+) -> None:
+    """By a second Ctrl-C, while it may still write down what it has."""
+    monkeypatch.setattr(full, "_digest", lambda part: "")
+    handlers(signal.SIGINT, signal.default_int_handler)
+    note = tmp_path / "pid"
+
+    def impatient() -> None:
+        wait_for(note)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1.0)
+
+    thread = threading.Thread(target=impatient)
+    thread.start()
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_part(Part("deaf", 300, command=("-c", DEAF, str(note))), tmp_path)
+    assert time.monotonic() - begun < full.FAREWELL
+    thread.join()
+    assert is_gone(int(note.read_text()))
+    assert "ending deaf, which has 45 s to write down what it found" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("number", ASKED)
+def test_a_part_ends_with_who_runs_it(number: signal.Signals, tmp_path: Path) -> None:
+    script, note = tmp_path / "script.py", tmp_path / "pid"
+    script.write_text(
+        "import signal, sys; from pathlib import Path; from latentrt.bench import full\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        "full.FAREWELL = 0.2\n"
+        f"part = full.Part('deaf', 300, command=('-c', {DEAF!r}, sys.argv[1]))\n"
+        "full.main([], parts=(part,), folder=Path(sys.argv[2]))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(note), str(tmp_path / "build")],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(note)
+        process.send_signal(number)
+        process.wait(60)
+    finally:
+        process.kill()
+        process.wait()
+    assert is_gone(int(note.read_text()))

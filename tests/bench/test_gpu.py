@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 from latentrt.bench import full, gpu
-from latentrt.bench.cases import CASES, default_sides
-from latentrt.bench.full import Part, run_part
+from latentrt.bench.cases import CASES, SIDES, default_sides
+from latentrt.bench.full import Part, Verdict, run_part
 from latentrt.bench.gpu import Step
+from latentrt.bench.host import job_for
 from latentrt.cli import _parser
 from latentrt.runtime.engines.base import Availability
 
@@ -175,9 +176,13 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         return Part(name, 60, command=("-c", f"open({str(tmp_path / name)!r}, 'a').write('x'); {code}"))
 
     made = [
-        Step(part("broken", "print('it broke'); raise SystemExit(3)"), ("latentrt-eager",), "sdxl/broken-*"),
+        Step(
+            part("broken", "print('it broke'); raise SystemExit(3)"),
+            ("latentrt-eager",),
+            kept="sdxl/broken-*",
+        ),
         Step(part("absent", ""), ("diffusers",)),
-        Step(part("good", ""), (), "sdxl/good-*"),
+        Step(part("good", ""), kept="sdxl/good-*"),
         Step(part("tune", ""), resumes=True),
     ]
     monkeypatch.setattr(gpu, "steps", lambda *args, **kwargs: made)
@@ -222,12 +227,18 @@ def test_a_part_that_fails_is_not_the_end(planted: Path, capsys: pytest.CaptureF
     assert "there is no part great; there are broken, absent, good, tune" in capsys.readouterr().err
 
 
-def test_nothing_is_begun_that_has_no_time(planted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_begun_that_has_no_time(
+    planted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert gpu.main(["--seconds", "100", "good"]) == 1
     assert ran(planted) == {}
     assert "no time is left" in capsys.readouterr().out
+    (good,) = (step for step in gpu.steps(planted, planted) if step.part.name == "good")
+    monkeypatch.setattr(
+        gpu, "steps", lambda *args, **kwargs: [replace(good, part=replace(good.part, limit=600))]
+    )
     assert gpu.main(["--seconds", "140", "good"]) == 0
-    assert int(re.search(r"good: at most (\d+) s", capsys.readouterr().out)[1]) < 60 + 36
+    assert 60 <= int(re.search(r"good: at most (\d+) s", capsys.readouterr().out)[1]) <= 95
 
 
 def test_without_a_gpu_it_says_so(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,8 +262,88 @@ def test_a_part_whose_time_is_over_may_write_down_what_it_has(
     assert run_part(replace(part, command=("-c", deaf)), tmp_path, again=True).seconds < 60
 
 
+def test_tests_of_some_back_ends_are_run_where_one_of_them_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = next(step for step in steps() if step.part.name == "engine-tests")
+    lacking = {"latentrt-tensorrt": "not installed"}
+    monkeypatch.setattr(gpu, "lacking", lambda side: lacking.get(side, ""))
+    assert engines.missing() == []
+    assert Step(engines.part, engines.sides).missing() == ["not installed"]
+    lacking["latentrt-tensorrt-rtx"] = "too old"
+    assert engines.missing() == ["not installed", "too old"]
+
+
+def test_only_what_its_own_side_built_is_removed(tmp_path: Path) -> None:
+    sides = ("latentrt-triton", "latentrt-triton-plain", "latentrt-tensorrt", "latentrt-tensorrt-rtx")
+    for side in sides:
+        job_for(CASES["sdxl"], SIDES[side], "cpu", tmp_path / "sdxl").folder.mkdir(parents=True)
+    found = {step.part.name: step.kept for step in steps()}
+    for side in sides:
+        (built,) = tmp_path.glob(found[f"sdxl-{side}"])
+        assert built.name.rpartition("-")[0] == side
+
+
+def test_what_passed_beside_another_reference_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = []
+    for there in (None, object()):
+        monkeypatch.setattr(gpu, "find_spec", lambda name, there=there: there)
+        known = {step.part.name: step.part for step in steps()}
+        digests.append([full._digest(known[name]) for name in ("sdxl-latentrt-triton", "kernels")])
+    (alone, kernels), (beside, same) = digests
+    assert alone != beside
+    assert kernels == same
+
+
+def test_what_an_interrupted_run_found_is_kept_and_told(
+    planted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(part: Part, *args: Any, **kwargs: Any) -> Any:
+        if part.name == "tune":
+            raise KeyboardInterrupt
+        return run_part(part, *args, **kwargs)
+
+    monkeypatch.setattr(gpu, "run_part", interrupted)
+    assert gpu.main(["--out", str(planted / "out")]) == 130
+    assert list((planted / "out" / "tuned").glob("sm_*.json"))
+    *_, broken, absent, good, last = capsys.readouterr().out.strip().splitlines()
+    assert [text.split()[0] for text in (broken, absent, good, last)] == [
+        "broken",
+        "absent",
+        "good",
+        "interrupted;",
+    ]
+
+
+def test_a_part_that_passed_needs_no_log(planted: Path) -> None:
+    for _ in range(2):
+        assert gpu.main(["good"]) == 0
+        (planted / "build" / "good.log").unlink(missing_ok=True)
+    assert ran(planted) == {"good": 1}
+
+
+def test_a_part_passes_by_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(full, "_digest", lambda part: "")
+    asked: list[str] = []
+
+    def verdict() -> Verdict:
+        asked.append("")
+        return Verdict(len(asked) > 1, ("it is wrong", "2 left")[len(asked) - 1])
+
+    part = Part("side", 60, command=("-c", "raise SystemExit(3)"), verdict=verdict)
+    assert run_part(part, tmp_path).why == "exit status 3"
+    assert asked == []
+    part = replace(part, command=("-c", ""))
+    for passed, why in ((False, "it is wrong"), (True, "2 left"), (True, "2 left")):
+        result = run_part(part, tmp_path)
+        assert (result.passed, result.why) == (passed, why)
+        assert full.line(part, result, tmp_path).endswith(why)
+    verdicts = [
+        step.part.verdict for step in steps() if not step.part.tests and "timeline" not in step.part.name
+    ]
+    assert all(verdicts)
+
+
 def test_block_sizes_make_no_other_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are what a part finds: it would never be done."""
+    """They are what a part finds: it would never be done. Tests are of the kernels that they make."""
     tuned = tmp_path / "kernels" / "tuned"
     tuned.mkdir(parents=True)
     (tmp_path / "tests").mkdir()
@@ -264,15 +355,14 @@ def test_block_sizes_make_no_other_sources(tmp_path: Path, monkeypatch: pytest.M
         full._package_digest.cache_clear()
         return full._digest(part)
 
-    theirs, mine = Part("other", 60, command=("-c", "")), steps_part()
-    before = [digest(part) for part in (theirs, mine)]
+    tests, mine = steps()[1].part, steps()[3].part
+    assert tests.tests
+    assert not mine.tests
+    tests = replace(tests, tests=("pyproject.toml",))  # in place of those that are not here
+    before = [digest(part) for part in (tests, mine)]
     (tuned / "sm_90.json").write_text("2")
-    after = [digest(part) for part in (theirs, mine)]
+    after = [digest(part) for part in (tests, mine)]
     assert [a == b for a, b in zip(before, after, strict=True)] == [False, True]
     (tmp_path / "kernels" / "attention.py").write_text("2")
     assert digest(mine) != after[1]
     full._package_digest.cache_clear()
-
-
-def steps_part() -> Part:
-    return replace(steps()[3].part, tests=())

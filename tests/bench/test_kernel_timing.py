@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from latentrt import cli
-from latentrt.bench import kernel_timing, kernel_tuning
+from latentrt.bench import kernel_timing, kernel_tuning, verdicts
 from latentrt.bench import kernels as bench
 from latentrt.bench.kernel_timing import LOST, Bench
 from latentrt.errors import BackendUnavailableError
@@ -65,25 +66,30 @@ def fake_timer(
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     machine = {"gpu": "A Fake", "commit": "c", "versions": {}}
-    monkeypatch.setattr(kernel_timing, "describe_machine", lambda: machine)
+    for module in (kernel_timing, verdicts):
+        monkeypatch.setattr(module, "describe_machine", lambda: machine)
     return Bench(torch.device("cpu"), fake_timer, folder=tmp_path / "results")
 
 
 BF16 = [torch.bfloat16]
 
 
-def test_measuring(here: Bench) -> None:
+def test_measuring(here: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gate, launches counted, rivals that fail; what takes the most first."""
     path = here.folder / "kernels-a-fake.json"
+    monkeypatch.setattr(sys, "argv", ["cli.py", "kernels", "--measure", "--out", "a folder"])
     with forced(), tuning.trying("attention", SMALL[1]):
         none = bench.measure(Bench(here.device, fake_timer, -1.0, here.folder), [small_attention()], BF16)
         assert none["rows"] == []
         assert none["left"] == [["attention", "two", "bfloat16"], ["attention", "one", "bfloat16"]]
+        assert verdicts.of_kernels(here.folder) == (True, "2 left")
         result = bench.measure(here, [small_attention()], BF16)
     assert json.loads(path.read_text()) == result
+    assert verdicts.of_kernels(here.folder) == (True, "")
     assert [row["case"] for row in result["rows"]] == ["two", "one"]
     assert result["left"] == []
     assert {"gpu", "commit", "versions", "sources", "tuned", "command"} <= result["machine"].keys()
+    assert result["machine"]["command"] == "latentrt kernels --measure --out 'a folder'"
     row = result["rows"][0]
     assert row["correct"]
     assert row["launches"] == {"_attention": 1}
@@ -146,6 +152,9 @@ def test_a_wrong_kernel_is_not_timed(here: Bench) -> None:
     with forced(), tuning.trying("attention", SMALL[1]):
         result = bench.measure(here, [small_attention(op=wrong)], BF16)
     assert [row["error"] for row in result["rows"]] == ["wrong result"] * 2
+    found = verdicts.of_kernels(here.folder)
+    assert not found.passed
+    assert found.why.startswith("2 of 2 without a time: attention, two, bfloat16: wrong result; ")
     assert not any("us" in row for row in result["rows"])
 
 
@@ -179,6 +188,7 @@ def test_a_lost_gpu_ends_the_run(here: Bench, monkeypatch: pytest.MonkeyPatch) -
     result = bench.measure(here, [small_attention()], BF16)  # not forced: no kernel of ours runs
     assert len(result["rows"]) == 1
     assert result["left"] == [["attention", "one", "bfloat16"]]
+    assert verdicts.of_kernels(here.folder).why.endswith("no kernel of ours ran; 1 left")
 
 
 def test_tuning(here: Bench) -> None:
@@ -217,6 +227,7 @@ def test_tuning_goes_on_where_it_stopped(here: Bench, monkeypatch: pytest.Monkey
             with pytest.raises(ended):
                 kernel_tuning.tune(Bench(here.device, stops, folder=here.folder), [small_attention()])
         assert not saved
+        assert verdicts.of_tuning(here.folder) == (True, "left: attention")
         result = kernel_tuning.tune(Bench(here.device, stops, folder=here.folder), [small_attention()])
     assert timed == [16, 16, 32, 16]  # the other case of the one that is left
     times = result["times"]["attention"]["16/d64-short"]
@@ -224,6 +235,7 @@ def test_tuning_goes_on_where_it_stopped(here: Bench, monkeypatch: pytest.Monkey
     arch, table, best, measured_on = saved[0]
     assert (arch, table, best) == (80, "attention", {"16/d64-short": SMALL[1]})
     assert measured_on["gpu"] == "A Fake"
+    assert verdicts.of_tuning(here.folder) == (True, "")
 
 
 def test_operators_that_share_a_table_are_tuned_together() -> None:

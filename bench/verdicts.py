@@ -1,0 +1,84 @@
+"""Whether what a part of `make gpu` has written says that it did its work.
+
+`latentrt bench` and `latentrt kernels` end well where anything was measured; a part is for one side, or for every
+kernel.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import BenchmarkError
+from .full import Verdict
+from .kernel_timing import slug
+from .machine import describe_machine
+from .results import read_report
+
+__all__ = ["of_kernels", "of_side", "of_tuning"]
+
+_TOLD = 3  # of what is wrong; the log has all
+
+
+def of_side(out: Path, side: str) -> Verdict:
+    """Of `latentrt bench`: whether it was through, and the side was measured; of the others what became of them.
+
+    Args:
+        out: folder of its report.
+        side: that is judged.
+    """
+    try:
+        found = read_report(out / "bench.json")
+    except (OSError, BenchmarkError) as error:
+        return Verdict(False, str(error))
+    rows = [row for case in found.cases for row in case.rows]
+    good = [row.side for row in rows if row.status == "measured" and row.batches]
+    why = [f"{row.side} {row.status}: {row.reason}" for row in rows if row.side not in good]
+    why += [f"skipped: {case.skipped}" for case in found.cases if case.skipped]
+    why += [] if found.complete else ["it was interrupted"]
+    return Verdict(found.complete and side in good, "; ".join(why))
+
+
+def of_kernels(out: Path) -> Verdict:
+    """Of `latentrt kernels --measure`: each has a time, or its turn is still to come.
+
+    Args:
+        out: folder of its results.
+    """
+    found = _read(out / f"kernels-{slug(describe_machine())}.json")
+    if isinstance(found, Verdict):
+        return found
+    wrong = [
+        f"{row['op']}, {row['case']}, {row['dtype']}: {row['error']}"
+        for row in found["rows"]
+        if "us" not in row
+    ]
+    why = [f"{len(wrong)} of {len(found['rows'])} without a time: {_some(wrong)}"] if wrong else []
+    why += [f"{len(found['left'])} left"] if found["left"] else []
+    return Verdict(not wrong, "; ".join(why))
+
+
+def of_tuning(out: Path) -> Verdict:
+    """Of `latentrt kernels --tune`, which goes on in another run, and which no candidate that is wrong can spoil.
+
+    Args:
+        out: folder of its results.
+    """
+    found = _read(out / f"tuning-{slug(describe_machine())}.json")
+    if isinstance(found, Verdict):
+        return found
+    return Verdict(True, f"left: {', '.join(found['left'])}" if found["left"] else "")
+
+
+def _read(path: Path) -> dict[str, Any] | Verdict:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        return Verdict(False, str(error))
+    return found
+
+
+def _some(what: list[str]) -> str:
+    more = f"; and {len(what) - _TOLD} more" if len(what) > _TOLD else ""
+    return "; ".join(what[:_TOLD]) + more
