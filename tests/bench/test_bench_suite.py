@@ -147,6 +147,7 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path: Path, monkeypatch: 
     assert (found.complete, [case.case["name"] for case in found.cases]) == (False, ["one"])
 
 
+@pytest.mark.full
 @pytest.mark.timeout(120)
 def test_a_whole_run_in_processes_ends_by_ctrl_c_with_its_report(tmp_path: Path) -> None:
     """As `latentrt bench` runs: sides in processes of their own, and a real signal to the whole group."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 import signal
 import subprocess
 import sys
@@ -250,16 +251,25 @@ def test_without_a_gpu_it_says_so(planted: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_part_whose_time_is_over_may_write_down_what_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(full, "_digest", lambda part: "")
     note = tmp_path / "note"
-    code = f"import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: open({str(note)!r}, 'w').write('7 of 9')"
-    part = Part("slow", 1.5, command=("-c", code))
+
+    def over_once_it_works(*_: object) -> tuple[bool, int]:
+        while not note.exists():
+            time.sleep(0.01)
+        return False, 0
+
+    monkeypatch.setattr(full, "_digest", lambda part: "")
+    monkeypatch.setattr(full, "_watch", over_once_it_works)
+    works = f"import signal, time; from pathlib import Path; note = Path({str(note)!r})\n"
+    willing = "try: note.touch(); time.sleep(600)\nexcept KeyboardInterrupt: note.write_text('7 of 9')"
+    part = Part("slow", 2, command=("-c", works + willing))
     result = run_part(part, tmp_path)
     assert (result.passed, result.why) == (False, "ended after 2 s")
     assert note.read_text() == "7 of 9"
+    note.unlink()
     monkeypatch.setattr(full, "FAREWELL", 0.2)
-    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
-    assert run_part(replace(part, command=("-c", deaf)), tmp_path, again=True).seconds < 60
+    deaf = "signal.signal(signal.SIGINT, signal.SIG_IGN); note.touch(); time.sleep(600)"
+    assert run_part(replace(part, command=("-c", works + deaf)), tmp_path, again=True).seconds < 60
 
 
 def test_tests_of_some_back_ends_are_run_where_one_of_them_is(monkeypatch: pytest.MonkeyPatch) -> None:
