@@ -158,6 +158,7 @@ def run_part(part: Part, folder: Path, *, again: bool = False) -> Result:
             stdout=log,
             stderr=subprocess.STDOUT,
             process_group=0,  # so that all it starts can be ended; no terminal's signals reach it
+            preexec_fn=_heed_ctrl_c,  # noqa: PLW1509, there is one thread
         )
         try:
             ended, memory = _watch(process, begun + part.limit)
@@ -213,6 +214,11 @@ def _watch(process: subprocess.Popen[bytes], until: float) -> tuple[bool, int]:
             continue
         return True, first - least
     return False, first - least
+
+
+def _heed_ctrl_c() -> None:
+    """What a shell begins in its background ignores Ctrl-C, and so would all that it begins itself."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end(process: subprocess.Popen[bytes], name: str) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -244,8 +243,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(f"these parts are for a CUDA GPU, and PyTorch {torch.__version__} sees none")
         return 1
-    # Parts inherit it, and a shell lets what runs in its background ignore it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     lines: list[tuple[str, bool]] = []
     interrupted = False
     with signals_as_ctrl_c():
