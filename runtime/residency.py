@@ -22,6 +22,8 @@ __all__ = ["Residency", "Resident", "Staging", "Weights", "turns"]
 
 _ALIGNMENT = 512
 """Bytes; that of PyTorch's own allocations on a GPU."""
+_HOST_ALIGNMENT = 64
+"""And on the host."""
 
 
 class Staging:
@@ -102,7 +104,7 @@ class Weights:
         whole = self._home if self._home is not None else self._there
         if whole is not None:
             return [(whole, 0)], len(whole)
-        self._places, parts, nbytes = _places(self._tensors)
+        self._places, parts, nbytes = _places(self._tensors, as_they_lie=self._device.type == "cpu")
         return parts, nbytes
 
     def _point_into(self, piece: Tensor) -> None:
@@ -118,10 +120,16 @@ def _room(nbytes: int, device: torch.device) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
-def _places(tensors: Sequence[Tensor]) -> tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]], int]:
+def _places(
+    tensors: Sequence[Tensor], *, as_they_lie: bool
+) -> tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]], int]:
     """Where in one piece each tensor begins, in bytes; the parts of memory that go there, and where; the bytes of all.
 
     A part is what the tensors over one storage span of it: they stay views of each other.
+
+    Args:
+        as_they_lie: a part that did not begin at a multiple of `_HOST_ALIGNMENT`, as in a mapped file, does not in the
+            piece either. By that some processors' matrix products are rounded, so that the same bits come out.
     """
     shared: dict[int, list[Tensor]] = {}
     for tensor in tensors:
@@ -131,10 +139,12 @@ def _places(tensors: Sequence[Tensor]) -> tuple[list[tuple[Tensor, int]], list[t
     parts: list[tuple[Tensor, int]] = []
     end = 0
     for group in shared.values():
-        begin = -(-end // _ALIGNMENT) * _ALIGNMENT
         spans = [_span(tensor) for tensor in group]
         low, high = min(first for first, _ in spans), max(last for _, last in spans)
         storage = group[0].untyped_storage()
+        begin = -(-end // _ALIGNMENT) * _ALIGNMENT
+        if as_they_lie:
+            begin += (storage.data_ptr() + low) % _HOST_ALIGNMENT
         memory = torch.empty(0, dtype=torch.uint8, device=group[0].device).set_(storage)
         parts.append((memory[low:high], begin))
         places += [(tensor, begin + first - low) for tensor, (first, _) in zip(group, spans, strict=True)]

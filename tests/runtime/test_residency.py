@@ -154,3 +154,15 @@ def test_a_caller_s_inference_mode_does_not_mark_the_weights() -> None:
         weights.leave()
         weights.arrive()
     assert not any(t.is_inference() for t in tensors)
+
+
+def test_on_the_host_weights_keep_where_they_begin_in_a_cache_line() -> None:
+    """A mapped file's lie anywhere; some processors round matrix products by that."""
+    tensors = [torch.zeros(120, dtype=torch.uint8)[start:] for start in (0, 8, 40, 0)]
+    before = [x.data_ptr() % 64 for x in tensors]
+    assert before == [0, 8, 40, 0]
+    weights = Weights(tensors, CPU)
+    for _ in range(2):
+        weights.leave()
+        weights.arrive()
+        assert [x.data_ptr() % 64 for x in tensors] == before
