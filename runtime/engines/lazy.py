@@ -17,6 +17,7 @@ from ..graph import Graphs
 from ..kept import Kept
 from ..memory import Policy
 from ..residency import Residency
+from ..streams import queue_of
 from .base import Component, Engine, Movable, arguments
 from .registry import choose
 
@@ -168,7 +169,7 @@ class LazyEngine:
         with self.graphs.turn():
             kind, call = self._taken(engine, inputs, self.graphs)
             result = call(inputs)
-            self.kept.put(self, kind, call, call.nbytes)
+            self.kept.put(self, kind, call, call.nbytes, queue_of(self.device).record())
             return result
 
     def record(self, inputs: Mapping[str, Tensor]) -> None:
@@ -178,7 +179,7 @@ class LazyEngine:
         engine = self.load()
         with self.graphs.turn():
             kind, call = self._taken(engine, inputs, self.graphs)
-            self.kept.put(self, kind, call, call.nbytes)
+            self.kept.put(self, kind, call, call.nbytes, queue_of(self.device).record())
 
     def _taken(self, engine: Engine, inputs: Mapping[str, Tensor], graphs: Graphs) -> tuple[Hashable, _Call]:
         """A call for such inputs that nobody else has, and its kind."""
