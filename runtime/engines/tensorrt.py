@@ -32,7 +32,17 @@ from ..engine_store import EngineTarget, StoredEngine
 from ..prepare import Rebuild, engine
 from . import plugins
 from . import trt as products
-from .base import Availability, Component, Engine, Program, Timesteps, arguments, check_bound, still_open
+from .base import (
+    Availability,
+    Component,
+    Engine,
+    Program,
+    Timesteps,
+    arguments,
+    check_bound,
+    sizes_of,
+    still_open,
+)
 from .scratch import Scratch
 from .sizes import profile_index
 from .split import SplitUNet, in_parts
@@ -170,7 +180,7 @@ class TensorRTEngine:
         tensors = arguments(self.component, inputs)
         with torch.cuda.device(self.device), self._scratch.lock:
             still_open(self.component, self._engine)
-            context = self._context(tensors)
+            context = self._context(sizes_of(self.component, inputs))
             with self._turn(context) as run:
                 for static, x in zip(context.inputs.values(), tensors, strict=True):
                     static.copy_(x, non_blocking=True)
@@ -187,7 +197,7 @@ class TensorRTEngine:
         check_bound(self.component, inputs, outputs)
         with torch.cuda.device(self.device), self._scratch.lock:
             still_open(self.component, self._engine)
-            sizes = _sizes(self.component, [inputs[spec.name] for spec in self.component.inputs])
+            sizes = sizes_of(self.component, inputs)
             profile = profile_index(self.component, self._profiles, sizes)
             stream = torch.cuda.current_stream(self.device)
             context = _Context(self, inputs, outputs, profile, stream)
@@ -249,9 +259,8 @@ class TensorRTEngine:
         self._log.clear()
         return BackendError(f"{title}, {self.component.name}: {what} ({why})")
 
-    def _context(self, tensors: Sequence[Tensor]) -> _Context:
-        """That of a call with such tensors, over tensors of the engine's own."""
-        sizes = _sizes(self.component, tensors)
+    def _context(self, sizes: Mapping[str, int]) -> _Context:
+        """That of a call with such sizes, over tensors of the engine's own."""
         key = tuple(sizes.items())
         stream = torch.cuda.current_stream(self.device)
         capturing = torch.cuda.is_current_stream_capturing()
@@ -272,16 +281,6 @@ class TensorRTEngine:
                 del self._contexts[idle[0]]
         self._contexts.move_to_end(key)
         return self._contexts[key]
-
-
-def _sizes(component: Component, tensors: Sequence[Tensor]) -> dict[str, int]:
-    """The named dimensions of a call's tensors."""
-    return {
-        name: size
-        for spec, x in zip(component.inputs, tensors, strict=True)
-        for name, size in zip(spec.dims, x.shape, strict=True)
-        if isinstance(name, str)
-    }
 
 
 class TensorRTBackend:
