@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +40,8 @@ class Queue(Protocol):
         ...
 
     def beside(self, work: Callable[[], None]) -> Event:
-        """Give `work` to a stream of its own, to begin after everything given so far. The place where it ends."""
+        """Give `work` to a stream beside the current one, to begin after everything given so far. The place where it
+        ends."""
         ...
 
 
@@ -95,7 +97,6 @@ class _HostQueue:
 class _CudaQueue:
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._side: torch.cuda.Stream | None = None
 
     def record(self, *, timed: bool = False) -> Event:
         # A thread that waits for a blocking event leaves its core to others.
@@ -104,12 +105,17 @@ class _CudaQueue:
         return event
 
     def beside(self, work: Callable[[], None]) -> Event:
-        if self._side is None:
-            self._side = torch.cuda.Stream(self._device)
-        self._side.wait_event(torch.cuda.current_stream(self._device).record_event())
-        with torch.cuda.stream(self._side):
+        side = _side(self._device)
+        side.wait_event(torch.cuda.current_stream(self._device).record_event())
+        with torch.cuda.stream(side):
             work()
             return self.record()
+
+
+@cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """The one stream beside the others, as what libraries and PyTorch's allocator keep for a stream is kept for good."""
+    return torch.cuda.Stream(device)
 
 
 def queue_of(device: torch.device) -> Queue:
