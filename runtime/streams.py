@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Protocol
 
 import torch
 
-__all__ = ["Event", "Pace", "Queue", "queue_of"]
+__all__ = ["Event", "Pace", "Queue", "between", "queue_of"]
 
 
 class Event(Protocol):
@@ -116,6 +117,19 @@ class _CudaQueue:
 def _side(device: torch.device) -> torch.cuda.Stream:
     """The one stream beside the others, as what libraries and PyTorch's allocator keep for a stream is kept for good."""
     return torch.cuda.Stream(device)
+
+
+@contextmanager
+def between(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """What happens on `stream` comes after what was put on PyTorch's current one, and before what is put there next.
+    None where there are no streams."""
+    if stream is None:
+        yield
+        return
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    yield
+    current.wait_stream(stream)
 
 
 def queue_of(device: torch.device) -> Queue:
