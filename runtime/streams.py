@@ -115,7 +115,7 @@ class _CudaQueue:
 
 @cache
 def _side(device: torch.device) -> torch.cuda.Stream:
-    """The one stream beside the others, as what libraries and PyTorch's allocator keep for a stream is kept for good."""
+    """The one stream beside the others: what libraries and PyTorch's allocator keep for a stream is kept for good."""
     return torch.cuda.Stream(device)
 
 
