@@ -164,7 +164,7 @@ class Denoiser:
         except BaseException:  # it is dropped, once what it has put on the device is done
             queue_of(unet.device).record().synchronize()
             raise
-        unet.kept.put(unet, key, loop, loop.nbytes)
+        unet.kept.put(unet, key, loop, loop.nbytes, queue_of(unet.device).record())
 
     def _turn(self) -> AbstractContextManager[None]:
         graphs = self._unet.graphs

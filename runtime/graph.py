@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ class Graphs:
         self.device = device
         self._lock = threading.RLock()
         self._pool: Any = None
+        self._in_pool: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
         self._stream: Any = None
         self._last: Any = None
 
@@ -90,32 +92,58 @@ class Graphs:
     def _capture_cuda(self, work: Callable[[], object], what: str) -> Graph:
         # One at a time on all devices: capturing begins by waiting for the device, which another capture does not bear.
         with _CAPTURING, torch.cuda.device(self.device):
-            if self._pool is None:
-                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+            others = list(self._in_pool)  # of which none goes meanwhile
+            if not others:  # a pool that no graph has any more cannot be used again
+                self._pool = torch.cuda.graph_pool_handle()
+            if self._stream is None:
+                self._stream = torch.cuda.Stream(self.device)
             stream, current = self._stream, torch.cuda.current_stream(self.device)
             stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                work()  # kernels are compiled and libraries choose their algorithms here, not in the graph
-            stream.synchronize()
             graph, watch = torch.cuda.CUDAGraph(), _LastOperation()
-            try:
-                # Other threads may use the device meanwhile, so only what this one does counts.
-                captured: AbstractContextManager[None] = torch.cuda.graph(
-                    graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
-                )
-                with torch.cuda.stream(current), captured, watch:
-                    work()
-            except BaseException as error:
-                # What a capture that failed leaves behind in its pool cannot be told: the next one gets another.
-                _abandon(self._pool)
-                self._pool = self._stream = None
-                torch.cuda.set_stream(current)
-                first = error.__context__ or error  # ending the capture fails too, for no other reason
-                if not isinstance(first, RuntimeError) or isinstance(first, LatentRTError):
-                    raise
-                raise _failed(what, watch.name, " ".join(str(first).split())[:300]) from error
+            with _run_in_pool(self._pool, stream, work):
+                try:
+                    # Other threads may use the device meanwhile, so only what this one does counts.
+                    captured: AbstractContextManager[None] = torch.cuda.graph(
+                        graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+                    )
+                    with torch.cuda.stream(current), captured, watch:
+                        work()
+                except BaseException as error:
+                    # What a capture that failed leaves behind in its pool cannot be told: the next one gets another.
+                    _abandon(self._pool)
+                    self._in_pool, self._stream = WeakSet(), None
+                    torch.cuda.set_stream(current)
+                    first = error.__context__ or error  # ending the capture fails too, for no other reason
+                    if not isinstance(first, RuntimeError) or isinstance(first, LatentRTError):
+                        raise
+                    raise _failed(what, watch.name, " ".join(str(first).split())[:300]) from error
+            self._in_pool.add(graph)
             current.wait_stream(stream)
             return graph
+
+
+@contextmanager
+def _run_in_pool(pool: Any, stream: torch.cuda.Stream, work: Callable[[], object]) -> Iterator[None]:
+    """Run `work` before it is captured, so that kernels are compiled and libraries choose their algorithms outside of
+    the graph; and hold the pool until that is done.
+
+    It runs in the memory that the graphs share. Elsewhere it would take as much again, which no plan counts; and what
+    cuBLAS keeps as its workspace for the stream would be outside of the pool, where PyTorch frees it with the first
+    graph that goes, while others still write there.
+    """
+    device = torch.cuda.current_device()
+    torch.cuda.empty_cache()  # an allocation does not do so by itself, for want of memory, while one goes into a pool
+    torch._C._cuda_beginAllocateCurrentThreadToPool(device, pool)
+    try:
+        try:
+            with torch.cuda.stream(stream):
+                work()
+        finally:
+            torch._C._cuda_endAllocateToPool(device, pool)
+            stream.synchronize()
+        yield
+    finally:
+        torch._C._cuda_releasePool(device, pool)
 
 
 def _abandon(pool: Any) -> None:

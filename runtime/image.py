@@ -59,16 +59,19 @@ def from_tensor(images: Tensor, output_type: str) -> Any:
     """
     if output_type == "pt":
         return images
-    array = images.detach().float().permute(0, 2, 3, 1).cpu().numpy()
+    images = images.detach().float()
     if output_type == "np":
-        return array
-    broken = [k for k, row in enumerate(array) if np.isnan(row).any()]
-    if broken:
+        return images.permute(0, 2, 3, 1).cpu().numpy()
+    # Made whole where they are: a quarter of the bytes come to the host, which has nothing left to compute.
+    broken = images.isnan().flatten(1).any(dim=1)
+    eight_bit = images.nan_to_num().mul_(255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    pixels = eight_bit.cpu().numpy()
+    if any(flags := broken.tolist()):
         _log.warning(
             "images %s hold NaN and are black there; does the model overflow in half precision? try float32",
-            ", ".join(str(k) for k in broken),
+            ", ".join(str(k) for k, flag in enumerate(flags) if flag),
         )
-    return [PIL.Image.fromarray(row) for row in (np.nan_to_num(array) * 255).round().astype(np.uint8)]
+    return [PIL.Image.fromarray(row) for row in pixels]
 
 
 def to_tensor(image: Any) -> Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from .memory import readable
+from .streams import Event
 
 __all__ = ["DEFAULT_LIMIT", "Kept"]
 
@@ -19,14 +19,20 @@ DEFAULT_LIMIT = 1 << 30
 """Bytes of what is kept where no plan says how much there is room for. Chosen, not measured."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Item:
+    owner: Hashable
+    kind: Hashable
     value: Any
     nbytes: int
+    used: Event
 
 
 class Kept:
-    """What was not used for longest goes first. For several threads.
+    """What was not used for longest goes first. For several threads, who may keep several of one kind.
+
+    The device may still be at work on what is put here, so whatever is let go is waited for: its memory would be given
+    to others too early, and TensorRT forbids to destroy a context that is running.
 
     Attributes:
         limit: bytes that all of it may take.
@@ -36,7 +42,7 @@ class Kept:
     def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
         self.limit = limit
         self.evicted = 0
-        self._items: OrderedDict[tuple[Hashable, Hashable], _Item] = OrderedDict()
+        self._items: list[_Item] = []  # the one used last at the end
         self._lock = threading.Lock()
         self._told = False
 
@@ -50,16 +56,22 @@ class Kept:
             return self._nbytes()
 
     def take(self, owner: Hashable, kind: Hashable) -> Any | None:
-        """What its owner put here of this kind, which nobody else gets then; None where there is none."""
+        """What its owner put here last of this kind, which nobody else gets then; None where there is none."""
         with self._lock:
-            item = self._items.pop((owner, kind), None)
-        return None if item is None else item.value
+            for k in reversed(range(len(self._items))):
+                if (self._items[k].owner, self._items[k].kind) == (owner, kind):
+                    return self._items.pop(k).value
+        return None
 
-    def put(self, owner: Hashable, kind: Hashable, value: Any, nbytes: int) -> None:
-        """Keep it as the one used last; where there is no room, others go, or it does itself."""
+    def put(self, owner: Hashable, kind: Hashable, value: Any, nbytes: int, used: Event) -> None:
+        """Keep it as the one used last; where there is no room others go, or, where it is too large by itself, it does.
+
+        Args:
+            used: the place in the device's work after its last use.
+        """
         with self._lock:
-            self._items[owner, kind] = _Item(value, nbytes)
-            self._items.move_to_end((owner, kind))
+            last = len(self._items) if nbytes <= self.limit else 0
+            self._items.insert(last, _Item(owner, kind, value, nbytes, used))
         self.shrink(self.limit)
 
     def shrink(self, limit: int) -> None:
@@ -67,7 +79,7 @@ class Kept:
         with self._lock:
             gone: list[_Item] = []
             while self._items and self._nbytes() > limit:
-                gone.append(self._items.popitem(last=False)[1])
+                gone.append(self._items.pop(0))
             self.evicted += len(gone)
             tell, self._told = bool(gone) and not self._told, self._told or bool(gone)
             left = self._nbytes()
@@ -79,12 +91,21 @@ class Kept:
                 readable(limit),
                 readable(left),
             )
+        _wait_for(gone)
 
     def drop(self, owner: Hashable = None) -> int:
         """Let go all there is of an owner, or of all; returns how many bytes that were."""
         with self._lock:
-            keys = [key for key in self._items if owner is None or key[0] == owner]
-            return sum(self._items.pop(key).nbytes for key in keys)
+            gone = [item for item in self._items if owner is None or item.owner == owner]
+            self._items = [item for item in self._items if item not in gone]
+        _wait_for(gone)
+        return sum(item.nbytes for item in gone)
 
     def _nbytes(self) -> int:
-        return sum(item.nbytes for item in self._items.values())
+        return sum(item.nbytes for item in self._items)
+
+
+def _wait_for(items: Iterable[_Item]) -> None:
+    """Until the device has done what uses them."""
+    for item in items:
+        item.used.synchronize()

@@ -113,7 +113,8 @@ class Pipeline:
             memory_limit: (*) bytes of the device that it may take, or such as "8GB"; all that is free on a GPU, and no
                 bound on the CPU, by default. What takes more by plan (`latentrt plan`) is refused.
             loop_memory: (*) bytes of recorded work that may be kept for later requests; by default what the plan of a
-                request leaves, and 1 GiB where there is no bound.
+                request leaves, and 1 GiB where there is no bound. Of what cannot be kept only denoising loops are
+                recorded, each for its own steps.
             use_safetensors: accepted for diffusers' sake; latentrt reads nothing else.
             text_encoder, text_encoder_2, vae: parts of another pipeline to share instead of loading.
 

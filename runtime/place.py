@@ -25,14 +25,15 @@ def dtype_named(value: torch.dtype | str) -> torch.dtype:
 
 
 def device_named(value: torch.device | str | None) -> torch.device:
-    """A device from itself or its name; by default the GPU where there is one.
+    """A device from itself or its name; by default the GPU where there is one. "cuda" is the calling thread's current
+    one, and said by its number: another thread's may be another.
 
     Raises:
         RequestError: the project does not run on such a device.
         BackendUnavailableError: there is none here.
     """
     if value is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        value = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(value)
     except (RuntimeError, TypeError) as error:
@@ -43,6 +44,8 @@ def device_named(value: torch.device | str | None) -> torch.device:
         raise BackendUnavailableError(
             f"device is {str(value)!r}, and PyTorch {torch.__version__} sees no CUDA device: {_why_no_cuda()}"
         )
+    if str(device) == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

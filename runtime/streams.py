@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 
-__all__ = ["Event", "Pace", "Queue", "queue_of"]
+__all__ = ["Event", "Pace", "Queue", "between", "queue_of"]
 
 
 class Event(Protocol):
@@ -39,7 +41,8 @@ class Queue(Protocol):
         ...
 
     def beside(self, work: Callable[[], None]) -> Event:
-        """Give `work` to a stream of its own, to begin after everything given so far. The place where it ends."""
+        """Give `work` to a stream beside the current one, to begin after everything given so far. The place where it
+        ends."""
         ...
 
 
@@ -95,7 +98,6 @@ class _HostQueue:
 class _CudaQueue:
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._side: torch.cuda.Stream | None = None
 
     def record(self, *, timed: bool = False) -> Event:
         # A thread that waits for a blocking event leaves its core to others.
@@ -104,12 +106,30 @@ class _CudaQueue:
         return event
 
     def beside(self, work: Callable[[], None]) -> Event:
-        if self._side is None:
-            self._side = torch.cuda.Stream(self._device)
-        self._side.wait_event(torch.cuda.current_stream(self._device).record_event())
-        with torch.cuda.stream(self._side):
+        side = _side(self._device)
+        side.wait_event(torch.cuda.current_stream(self._device).record_event())
+        with torch.cuda.stream(side):
             work()
             return self.record()
+
+
+@cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """The one stream beside the others: what libraries and PyTorch's allocator keep for a stream is kept for good."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def between(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """What happens on `stream` comes after what was put on PyTorch's current one, and before what is put there next.
+    None where there are no streams."""
+    if stream is None:
+        yield
+        return
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    yield
+    current.wait_stream(stream)
 
 
 def queue_of(device: torch.device) -> Queue:

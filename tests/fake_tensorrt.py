@@ -164,6 +164,8 @@ class FakeTensorRT:
 
 
 class FakeStream:
+    device = torch.device("cpu")
+
     def __init__(self, number: int) -> None:
         self.cuda_stream = number
         self.waited: list[str] = []
@@ -173,6 +175,9 @@ class FakeStream:
 
     def wait_event(self, event: str) -> None:
         self.waited.append(event)
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.waited.append(f"stream {other.cuda_stream}")
 
     def synchronize(self) -> None:
         self.waited.append("all")

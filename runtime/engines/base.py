@@ -31,6 +31,8 @@ __all__ = [
     "arguments",
     "check_bound",
     "example_inputs",
+    "output_shapes",
+    "sizes_of",
     "still_open",
 ]
 
@@ -305,6 +307,27 @@ def still_open(component: Component, held: Held | None) -> Held:
     if held is None:
         raise BackendError(f"{component.name} was closed; load it again")
     return held
+
+
+def sizes_of(component: Component, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+    """The named dimensions of inputs that fit the component."""
+    return {
+        name: size
+        for spec in component.inputs
+        for name, size in zip(spec.dims, inputs[spec.name].shape, strict=True)
+        if isinstance(name, str)
+    }
+
+
+def output_shapes(component: Component, inputs: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Of the outputs for inputs that fit, by name."""
+    sizes = sizes_of(component, inputs)
+    for side in ("height", "width"):
+        if side in sizes:
+            sizes[f"image_{side}"] = sizes[side] * component.latent_scale
+        elif f"image_{side}" in sizes:
+            sizes[side] = sizes[f"image_{side}"] // component.latent_scale
+    return {spec.name: spec.shape(sizes) for spec in component.outputs}
 
 
 def example_inputs(component: Component, sizes: Mapping[str, int], seed: int = 0) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from math import prod
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from ..graph import Graphs
 from ..kept import Kept
 from ..memory import Policy
 from ..residency import Residency
-from .base import Component, Engine, Movable, arguments
+from ..streams import queue_of
+from .base import Component, Engine, Movable, arguments, output_shapes
 from .registry import choose
 
 __all__ = ["EngineLoader", "LazyEngine"]
@@ -79,13 +81,24 @@ class EngineLoader:
 class _Call:
     """An engine over static tensors of one set of shapes, its run recorded where the engine bears it."""
 
+    @staticmethod
+    def size(component: Component, inputs: Mapping[str, Tensor]) -> int:
+        """Bytes of the static tensors."""
+        shapes = output_shapes(component, inputs)
+        written = sum(prod(shapes[spec.name]) * spec.dtype.itemsize for spec in component.outputs)
+        return written + sum(x.nbytes for x in inputs.values())
+
     def __init__(
         self, component: Component, engine: Engine, inputs: Mapping[str, Tensor], graphs: Graphs
     ) -> None:
         self.engine = engine
         self._inputs = {name: x.to(graphs.device, copy=True) for name, x in inputs.items()}
-        self._outputs = {name: x.clone() for name, x in engine(self._inputs).items()}
-        self.nbytes = sum(x.nbytes for x in (*self._inputs.values(), *self._outputs.values()))
+        shapes = output_shapes(component, inputs)
+        self._outputs = {
+            spec.name: torch.empty(shapes[spec.name], dtype=spec.dtype, device=graphs.device)
+            for spec in component.outputs
+        }
+        self.nbytes = self.size(component, inputs)
         program = engine.bind(self._inputs, self._outputs)
         self._run: Callable[[], None] = program.run
         if program.capturable:
@@ -167,25 +180,32 @@ class LazyEngine:
             return engine(inputs)
         with self.graphs.turn():
             kind, call = self._taken(engine, inputs, self.graphs)
+            if call is None:
+                return engine(inputs)
             result = call(inputs)
-            self.kept.put(self, kind, call, call.nbytes)
+            self.kept.put(self, kind, call, call.nbytes, queue_of(self.device).record())
             return result
 
     def record(self, inputs: Mapping[str, Tensor]) -> None:
-        """Load the engine and record its call for inputs of these shapes, where work is recorded."""
+        """Load the engine and record its call for inputs of these shapes, where work is recorded and can be kept."""
         if self.graphs is None or self.residency is not None:
             return
         engine = self.load()
         with self.graphs.turn():
             kind, call = self._taken(engine, inputs, self.graphs)
-            self.kept.put(self, kind, call, call.nbytes)
+            if call is not None:
+                self.kept.put(self, kind, call, call.nbytes, queue_of(self.device).record())
 
-    def _taken(self, engine: Engine, inputs: Mapping[str, Tensor], graphs: Graphs) -> tuple[Hashable, _Call]:
-        """A call for such inputs that nobody else has, and its kind."""
+    def _taken(
+        self, engine: Engine, inputs: Mapping[str, Tensor], graphs: Graphs
+    ) -> tuple[Hashable, _Call | None]:
+        """A call for such inputs that nobody else has, and its kind; None where it could not be kept."""
         kind = tuple((name, tuple(x.shape), x.dtype) for name, x in inputs.items())
         call: _Call | None = self.kept.take(self, kind)
         if call is None or call.engine is not engine:
             arguments(self.component, inputs)  # told of a wrong shape before anything is made of it
+            if _Call.size(self.component, inputs) > self.kept.limit:
+                return kind, None
             with torch.inference_mode(False):  # a caller's own would mark the static tensors
                 call = _Call(self.component, engine, inputs, graphs)
         return kind, call

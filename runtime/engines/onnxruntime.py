@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from ...errors import BackendError, BackendUnavailableError
 from ..prepare import onnx_model
+from ..streams import between
 from .base import Availability, Component, Engine, Program, Timesteps, arguments, check_bound, still_open
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class _Program:
 
     def run(self) -> None:
         try:
-            with _beside(self._stream):
+            with between(self._stream):
                 self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # ONNX Runtime's errors have no base of their own
             raise BackendError(f"ONNX Runtime failed on {self._component.name}: {error}") from error
@@ -249,18 +249,6 @@ def _run_options(stream: torch.cuda.Stream | None, graph: int | None) -> onnxrun
     return options
 
 
-@contextmanager
-def _beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """What happens on `stream` comes after what was put on PyTorch's current one, and before what is put there next."""
-    if stream is None:
-        yield
-        return
-    current = torch.cuda.current_stream(stream.device)
-    stream.wait_stream(current)
-    yield
-    current.wait_stream(stream)
-
-
 def run_session(
     component: Component,
     session: onnxruntime.InferenceSession,
@@ -281,7 +269,7 @@ def run_session(
         binding.bind_input(spec.name, device.type, index, _NUMPY[x.dtype], list(x.shape), x.data_ptr())
     for spec in component.outputs:
         binding.bind_output(spec.name, device.type, index)
-    with _beside(stream):
+    with between(stream):
         session.run_with_iobinding(binding, _run_options(stream, None))
     if stream is not None:
         for x in held:

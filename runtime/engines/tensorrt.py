@@ -1,4 +1,8 @@
-"""TensorRT and TensorRT for RTX: compiled engines on torch's current stream. Never run yet: written without a GPU.
+"""TensorRT and TensorRT for RTX: compiled engines, between what torch's current stream has been given and what it is
+given next. Never run yet: written without a GPU.
+
+An execution runs on a stream of its engine, as on the default one TensorRT adds synchronisations of its own; in a
+capture on the one that is captured.
 
 A context is over static tensors: shapes set, addresses bound, once. A caller that has such tensors binds the engine to
 them; for each size a call comes in there is a context over the engine's own, inputs are copied in and outputs copied
@@ -30,9 +34,20 @@ from torch import Tensor
 from ...errors import BackendError, BackendUnavailableError, RequestError
 from ..engine_store import EngineTarget, StoredEngine
 from ..prepare import Rebuild, engine
+from ..streams import between
 from . import plugins
 from . import trt as products
-from .base import Availability, Component, Engine, Program, Timesteps, arguments, check_bound, still_open
+from .base import (
+    Availability,
+    Component,
+    Engine,
+    Program,
+    Timesteps,
+    arguments,
+    check_bound,
+    sizes_of,
+    still_open,
+)
 from .scratch import Scratch
 from .sizes import profile_index
 from .split import SplitUNet, in_parts
@@ -55,7 +70,6 @@ class _Context:
         inputs: Mapping[str, Tensor],
         outputs: Mapping[str, Tensor] | None,
         profile: int,
-        stream: torch.cuda.Stream,
     ) -> None:
         """`outputs` None: new ones."""
         component = owner.component
@@ -63,7 +77,7 @@ class _Context:
         self._owner = owner
         self._context = owner.new_context()
         try:
-            taken = self._context.set_optimization_profile_async(profile, stream.cuda_stream)
+            taken = self._context.set_optimization_profile_async(profile, owner.stream.cuda_stream)
         except RuntimeError:  # the binding's way to say no
             taken = False
         if not taken:
@@ -92,11 +106,18 @@ class _Context:
             self._bind(spec.name, y)
         self.scratch_bytes = int(self._context.update_device_memory_size_for_shapes())
 
-    def run(self, stream: torch.cuda.Stream, scratch: Tensor) -> None:
-        """Put one execution on the stream."""
-        if torch.cuda.is_current_stream_capturing() and not any(kept is scratch for kept in self.captured):
-            self.captured.append(scratch)
+    def run(self, scratch: Tensor) -> None:
+        """Put one execution between what the current stream has and what it is given next."""
         self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
+        if torch.cuda.is_current_stream_capturing():
+            if not any(kept is scratch for kept in self.captured):
+                self.captured.append(scratch)
+            self._execute(torch.cuda.current_stream(self._owner.device))
+        else:
+            with between(self._owner.stream):
+                self._execute(self._owner.stream)
+
+    def _execute(self, stream: torch.cuda.Stream) -> None:
         if not self._context.execute_async_v3(stream.cuda_stream):
             raise self._owner.error("failed")
 
@@ -127,7 +148,11 @@ class _Program:
 
 
 class TensorRTEngine:
-    """One deserialised engine on one device."""
+    """One deserialised engine on one device.
+
+    Attributes:
+        stream: where it executes outside of a capture.
+    """
 
     def __init__(
         self,
@@ -139,6 +164,7 @@ class TensorRTEngine:
     ) -> None:
         self.component = component
         self.device = device
+        self.stream = torch.cuda.Stream(device)
         self.entry: Path | None = stored.plan.parent
         self._product = product
         self._profiles = stored.profiles
@@ -170,7 +196,7 @@ class TensorRTEngine:
         tensors = arguments(self.component, inputs)
         with torch.cuda.device(self.device), self._scratch.lock:
             still_open(self.component, self._engine)
-            context = self._context(tensors)
+            context = self._context(sizes_of(self.component, inputs))
             with self._turn(context) as run:
                 for static, x in zip(context.inputs.values(), tensors, strict=True):
                     static.copy_(x, non_blocking=True)
@@ -187,10 +213,9 @@ class TensorRTEngine:
         check_bound(self.component, inputs, outputs)
         with torch.cuda.device(self.device), self._scratch.lock:
             still_open(self.component, self._engine)
-            sizes = _sizes(self.component, [inputs[spec.name] for spec in self.component.inputs])
+            sizes = sizes_of(self.component, inputs)
             profile = profile_index(self.component, self._profiles, sizes)
-            stream = torch.cuda.current_stream(self.device)
-            context = _Context(self, inputs, outputs, profile, stream)
+            context = _Context(self, inputs, outputs, profile)
             return _Program(self, context, capturable=self._capturable(context))
 
     def _capturable(self, context: _Context) -> bool:
@@ -198,8 +223,8 @@ class TensorRTEngine:
             return True
         streamed = bool(self._engine.streamable_weights_size)
         # Asked of a stream such as graphs are captured on: the default one never is.
-        stream = torch.cuda.Stream(self.device)
-        if not streamed and context.capturable(stream, self._scratch.begin(stream, context.scratch_bytes)):
+        scratch = self._scratch.begin(self.stream, context.scratch_bytes)
+        if not streamed and context.capturable(self.stream, scratch):
             return True
         why = "it was built with weight streaming" if streamed else f"{self._product.title} says so"
         _log.warning("the engine of %s runs without a CUDA graph: %s", self.component.name, why)
@@ -215,7 +240,7 @@ class TensorRTEngine:
         """After what ran in the scratch buffer before; what is called to run puts the execution on the stream."""
         stream = torch.cuda.current_stream(self.device)
         scratch = self._scratch.begin(stream, context.scratch_bytes)
-        yield partial(context.run, stream, scratch)
+        yield partial(context.run, scratch)
         self._scratch.end(stream)
 
     def close(self) -> None:
@@ -249,11 +274,9 @@ class TensorRTEngine:
         self._log.clear()
         return BackendError(f"{title}, {self.component.name}: {what} ({why})")
 
-    def _context(self, tensors: Sequence[Tensor]) -> _Context:
-        """That of a call with such tensors, over tensors of the engine's own."""
-        sizes = _sizes(self.component, tensors)
+    def _context(self, sizes: Mapping[str, int]) -> _Context:
+        """That of a call with such sizes, over tensors of the engine's own."""
         key = tuple(sizes.items())
-        stream = torch.cuda.current_stream(self.device)
         capturing = torch.cuda.is_current_stream_capturing()
         if key not in self._contexts:
             profile = profile_index(self.component, self._profiles, sizes)
@@ -265,23 +288,13 @@ class TensorRTEngine:
                 spec.name: torch.empty(spec.shape(sizes), dtype=spec.dtype, device=self.device)
                 for spec in self.component.inputs
             }
-            self._contexts[key] = _Context(self, own, None, profile, stream)
+            self._contexts[key] = _Context(self, own, None, profile)
             idle = [k for k, context in self._contexts.items() if not context.captured]
             if len(idle) > _CONTEXTS:
                 self._scratch.wait()  # it may still be running
                 del self._contexts[idle[0]]
         self._contexts.move_to_end(key)
         return self._contexts[key]
-
-
-def _sizes(component: Component, tensors: Sequence[Tensor]) -> dict[str, int]:
-    """The named dimensions of a call's tensors."""
-    return {
-        name: size
-        for spec, x in zip(component.inputs, tensors, strict=True)
-        for name, size in zip(spec.dims, x.shape, strict=True)
-        if isinstance(name, str)
-    }
 
 
 class TensorRTBackend:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import random
+import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -186,8 +188,6 @@ def test_a_step_that_reads_a_value_back_cannot_be_recorded(component: Component)
 
 
 def test_threads_take_loops_of_their_own(component: Component) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     lazy = engine(component, "eager", graphs=False)
     loop = Denoiser(lazy)
     requests = [Request(component, seed, "euler-a", batch=1) for seed in range(6)]
@@ -195,6 +195,29 @@ def test_threads_take_loops_of_their_own(component: Component) -> None:
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda request: request.run(loop), requests))
     assert all(a.equal(b) for a, b in zip(alone, together, strict=True))
+
+
+def test_threads_record_no_more_loops_than_run_at_once(component: Component, captures: list[str]) -> None:
+    """Two requests at a time, six times: both have a loop before either sets its own free, and both have done so before
+    the next."""
+    loop = Denoiser(engine(component, "eager", graphs=True))
+    request = Request(component, 3, "euler-a", batch=1)
+    wanted = request.run(Denoiser(engine(component, "eager", graphs=False)))
+    both = threading.Barrier(2, timeout=60)
+
+    def run_some() -> list[Tensor]:
+        made = []
+        for _ in range(6):
+            with loop.ready(request.asked()) as run:
+                both.wait()
+                made.append(run(request.latents, Host(Pace(queue_of(CPU)))))
+            both.wait()
+        return made
+
+    with ThreadPoolExecutor(2) as pool:
+        found = [future.result() for future in [pool.submit(run_some) for _ in range(2)]]
+    assert len(captures) == 2
+    assert all(x.equal(wanted) for made in found for x in made)
 
 
 def test_few_loops_are_kept(component: Component) -> None:

@@ -11,7 +11,7 @@ import pytest
 import tiny_components as tiny
 import torch
 from latentrt.errors import BackendError, BackendUnavailableError, UnknownBackendError
-from latentrt.runtime.engines.base import Component, TensorSpec, arguments, example_inputs
+from latentrt.runtime.engines.base import Component, TensorSpec, arguments, example_inputs, output_shapes
 from latentrt.runtime.engines.eager import EagerBackend
 from latentrt.runtime.engines.registry import (
     available_backends,
@@ -20,6 +20,8 @@ from latentrt.runtime.engines.registry import (
     describe,
     get_backend,
 )
+from latentrt.runtime.loading import load_components
+from latentrt.runtime.weights import open_checkpoint
 from torch import nn
 
 CPU = torch.device("cpu")
@@ -65,6 +67,17 @@ def test_float_examples() -> None:
     assert timestep.dtype == torch.float32
     assert 0 <= timestep.min() < 100
     assert 900 < timestep.max() < 1000
+
+
+def test_outputs_have_the_shapes_that_their_inputs_say() -> None:
+    components = load_components(open_checkpoint("demo"), torch.float32).values()
+    assert len(components) == 5
+    for component in components:
+        drawn = example_inputs(component, {**component.example_sizes, "batch": 1})
+        inputs = {spec.name: x for spec, x in zip(component.inputs, drawn, strict=True)}
+        found = load(component)(inputs)
+        assert output_shapes(component, inputs) == {name: tuple(x.shape) for name, x in found.items()}
+        assert {spec.name: spec.dtype for spec in component.outputs} == {n: x.dtype for n, x in found.items()}
 
 
 def test_integers_without_values_cannot_be_drawn() -> None:

@@ -207,8 +207,26 @@ def test_another_stream_waits_for_the_scratch(load: Load, cuda: FakeCuda, fake: 
     engine(x_of(1))
     cuda.stream = second
     engine(x_of(1))
-    assert (first.waited, second.waited) == ([], ["event of 1"])
-    assert [call[2] for call in fake.named("execute_async_v3")] == [1, 1, 2]
+    assert (first.waited, second.waited) == (["stream 99"] * 2, ["event of 1", "stream 99"])
+    assert engine.stream.waited == ["stream 1", "stream 1", "stream 2"]  # type: ignore[attr-defined]
+    assert [call[2] for call in fake.named("execute_async_v3")] == [99, 99, 99]
+
+
+def test_an_execution_is_never_on_the_default_stream(
+    load: Load, cuda: FakeCuda, fake: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On which TensorRT synchronises. What is captured is on the stream of the capture, which is another."""
+    monkeypatch.setattr(
+        FakeStream, "wait_stream", lambda *two: fake.calls.append((*(s.cuda_stream for s in two), "waits"))
+    )
+    program = load().bind(x_of(1), {"y": torch.empty(1, 4)})
+    fake.calls.clear()
+    program.run()
+    assert fake.calls[1:] == [(99, 1, "waits"), (1, "execute_async_v3", 99), (1, 99, "waits")]
+    fake.calls.clear()
+    cuda.stream, cuda.capturing = FakeStream(7), True
+    program.run()
+    assert fake.calls[1:] == [(1, "execute_async_v3", 7)]
 
 
 def test_a_capture_before_a_first_run_is_refused(load: Load, cuda: FakeCuda, fake: FakeTensorRT) -> None:
@@ -268,13 +286,15 @@ def test_the_context_used_longest_ago_goes(load: Load, cuda: FakeCuda, fake: Fak
     cuda.capturing = False
     for batch in range(2, 2 + engines._CONTEXTS):
         engine(x_of(batch))
-    assert cuda.stream.waited == []
+    calls = 1 + engines._CONTEXTS
+    assert cuda.stream.waited == ["stream 99"] * calls  # the engine's own
     engine(x_of(2))  # now 3 is the one used longest ago
     first, second = cuda.stream, FakeStream(2)
     cuda.stream = second
     engine(x_of(30))
     # What ran on the first stream is waited for as well.
-    assert (first.waited, second.waited) == ([], ["event of 1", "all", "event of 1"])
+    assert first.waited == ["stream 99"] * (calls + 1)
+    assert second.waited == ["event of 1", "all", "event of 1", "stream 99"]
     before = fake.contexts
     for batch in (1, 2, 4, 30):
         engine(x_of(batch))
@@ -376,7 +396,7 @@ def test_an_engine_is_closed_when_it_has_run(load: Load, cuda: FakeCuda) -> None
     here = []
     second.synchronize = lambda: here.append(len(contexts))  # type: ignore[method-assign]
     engine.close()
-    assert (first.waited, second.waited, here) == ([], ["event of 1"], [1])
+    assert (first.waited, second.waited, here) == (["stream 99"], ["event of 1"], [1])
     assert len(contexts) == 0
 
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
 import pytest
 import torch
 from latentrt.errors import CaptureError
@@ -58,6 +64,143 @@ def test_the_allocator_is_told_of_a_capture_that_failed(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     _abandon((0, 7))
     assert asked == ([] if ended in (True, None) else [("end", 1, (0, 7)), ("release", 1, (0, 7))])
+
+
+class FakeAllocator:
+    """PyTorch's CUDA calls around a capture, in order, and who holds which pool of memory.
+
+    Attributes:
+        holders: of pools that were used, by their handles.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.holders: dict[tuple[int, int], int] = {}
+        self.into: tuple[int, int] | None = None
+        handles = ((0, k) for k in itertools.count(1))
+        patch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr(torch.cuda, "current_stream", lambda device: FakeStream("current", self.log))
+        patch.setattr(torch.cuda, "Stream", lambda device: FakeStream("side", self.log))
+        patch.setattr(torch.cuda, "set_stream", lambda stream: None)
+        patch.setattr(torch.cuda, "empty_cache", lambda: self.log.append("empty the cache"))
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(self))
+        patch.setattr(torch.cuda, "graph", self._capture)
+        patch.setattr(
+            torch._C, "_cuda_beginAllocateCurrentThreadToPool", lambda device, pool: self.begin(pool)
+        )
+        patch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: self.end(pool))
+        patch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: self.release(pool))
+
+    def begin(self, pool: tuple[int, int]) -> None:
+        assert self.into is None
+        assert self.holders.get(pool) != 0, "PyTorch: INTERNAL ASSERT FAILED use_count > 0"
+        self.holders[pool] = self.holders.get(pool, 0) + 1
+        self.into = pool
+
+    def end(self, pool: tuple[int, int]) -> None:
+        if self.into != pool:
+            raise RuntimeError("not currently recording to mempool_id")
+        self.into = None
+
+    def release(self, pool: tuple[int, int]) -> None:
+        self.holders[pool] -= 1
+        assert self.holders[pool] >= 0
+
+    @contextmanager
+    def _capture(self, graph: FakeGraph, *, pool: tuple[int, int], **_: object) -> Iterator[None]:
+        self.log.append("capture")
+        self.begin(pool)
+        graph.pool = pool
+        try:
+            yield
+        finally:
+            self.end(pool)
+
+    def work(self) -> None:
+        self.log.append(f"work in {self.into}")
+
+
+class FakeGraph:
+    def __init__(self, owner: FakeAllocator) -> None:
+        self._owner = owner
+        self.pool: tuple[int, int] | None = None
+
+    def __del__(self) -> None:
+        if self.pool is not None:
+            self._owner.release(self.pool)
+
+
+@dataclass
+class FakeStream:
+    name: str
+    log: list[str]
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def synchronize(self) -> None:
+        self.log.append(f"synchronize {self.name}")
+
+
+def test_work_runs_first_in_the_pool_that_it_is_captured_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would take as much memory again."""
+    cuda = FakeAllocator(monkeypatch)
+    graph = Graphs(torch.device("cuda:0")).capture(cuda.work, "work")
+    assert cuda.log == [
+        "side waits for current",
+        *("empty the cache", "work in (0, 1)", "synchronize side"),
+        *("capture", "work in (0, 1)"),
+        "current waits for side",
+    ]
+    assert cuda.holders == {(0, 1): 1}
+    del graph
+    assert cuda.holders == {(0, 1): 0}
+
+
+def test_graphs_share_a_pool_while_one_of_them_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch refuses one that all have left."""
+    cuda, graphs = FakeAllocator(monkeypatch), Graphs(torch.device("cuda:0"))
+    made = [graphs.capture(cuda.work, "work") for _ in range(2)]
+    assert cuda.holders == {(0, 1): 2}
+    made.pop(0)
+    made.append(graphs.capture(cuda.work, "work"))
+    assert cuda.holders == {(0, 1): 2}
+    made.clear()
+    made.append(graphs.capture(cuda.work, "work"))
+    assert cuda.holders == {(0, 1): 0, (0, 2): 1}
+
+
+def test_work_that_fails_leaves_the_next_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether before it is captured or while it is."""
+    cuda, graphs = FakeAllocator(monkeypatch), Graphs(torch.device("cuda:0"))
+
+    def fail(after: int) -> Callable[[], None]:
+        runs = itertools.count()
+
+        def work() -> None:
+            if next(runs) == after:
+                raise RuntimeError("out of luck")
+
+        return work
+
+    with pytest.raises(RuntimeError, match=r"^out of luck$"):
+        graphs.capture(fail(0), "work")
+    with pytest.raises(CaptureError, match="the work cannot be recorded"):
+        graphs.capture(fail(1), "the work")
+    gc.collect()  # frames of errors hold graphs
+    assert cuda.into is None
+    assert set(cuda.holders.values()) == {0}
+    kept = graphs.capture(cuda.work, "work")
+    with pytest.raises(CaptureError):
+        graphs.capture(fail(1), "the work")
+    gc.collect()
+    assert sorted(cuda.holders.values()) == [0, 0, 1]
+    also = graphs.capture(cuda.work, "work")
+    assert sorted(cuda.holders.values()) == [0, 0, 1, 1]
+    del kept, also
 
 
 def _loop(x: Tensor, y: Tensor) -> Graph:

@@ -73,6 +73,25 @@ def test_what_cannot_be_recorded_is_named() -> None:
     assert torch.cuda.memory_reserved() <= held - (1 << 28)
 
 
+def test_graphs_take_the_memory_of_one_run_however_many_are_recorded() -> None:
+    """While they are recorded, too; and when all of them have gone others are."""
+    size = 1 << 30
+    x, y = torch.zeros(size, dtype=torch.uint8, device="cuda"), torch.zeros(1, device="cuda")
+    graphs = Graphs(x.device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    for _ in range(2):
+        made = [graphs.capture(lambda: y.copy_((x + 1).max()), "work") for _ in range(3)]
+        assert torch.cuda.max_memory_reserved() - before < 1.5 * size
+        x.fill_(6)
+        made[-1].replay()
+        assert float(y) == 7
+        del made
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() - before < 0.5 * size
+
+
 def test_the_images_are_those_of_the_cpu(graphed: latentrt.Pipeline) -> None:
     cpu = load(backend="eager", device="cpu")
     for seed in range(3):

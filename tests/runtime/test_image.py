@@ -25,6 +25,7 @@ from latentrt.runtime.image import (
     save_png,
     to_tensor,
 )
+from torch import Tensor
 
 PICTURE = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
 RECORD: dict[str, Any] = {
@@ -298,6 +299,25 @@ def test_pixels_round_to_the_nearest() -> None:
     values = torch.tensor([0.0, 0.4999 / 255, 0.5001 / 255, 1.0]).reshape(1, 1, 2, 2).expand(1, 3, 2, 2)
     (image,) = from_tensor(values, "pil")
     assert np.asarray(image)[..., 0].tolist() == [[0, 0], [1, 255]]
+
+
+def test_pictures_are_numpy_s_to_the_bit_and_come_to_the_host_as_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images = torch.rand(2, 3, 200, 300, generator=torch.Generator().manual_seed(0))
+    halves = torch.arange(256) + 0.5  # round to even
+    images[0, 0, 0, :256] = halves / 255
+    wanted = (images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+    came: list[torch.dtype] = []
+    cpu = Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda self: came.append(self.dtype) or cpu(self))
+    pictures = from_tensor(images.clone(), "pil")
+    assert came == [torch.uint8]
+    for picture, pixels in zip(pictures, wanted, strict=True):
+        assert np.array_equal(np.asarray(picture), pixels)
+    given = images.clone()
+    from_tensor(given, "pil")
+    assert given.equal(images)  # left as they are
 
 
 @pytest.mark.filterwarnings("error")

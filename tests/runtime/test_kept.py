@@ -5,12 +5,17 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
+from fake_queue import FakeQueue
 from latentrt.runtime.kept import Kept
+from latentrt.runtime.streams import queue_of
+
+DONE = queue_of(torch.device("cpu")).record()
 
 
 def test_what_is_taken_is_nobody_else_s() -> None:
     kept = Kept(100)
-    kept.put("unet", "a", 1, 10)
+    kept.put("unet", "a", 1, 10, DONE)
     assert kept.take("vae", "a") is None
     assert kept.take("unet", "a") == 1
     assert kept.take("unet", "a") is None
@@ -22,11 +27,11 @@ def test_what_was_not_used_for_longest_goes_first(caplog: pytest.LogCaptureFixtu
     kept = Kept(100_000)
     with caplog.at_level(logging.WARNING, "latentrt"):
         for kind in "abc":
-            kept.put("unet", kind, kind, 30_000)
-        kept.put("unet", "a", kept.take("unet", "a"), 30_000)  # used again
+            kept.put("unet", kind, kind, 30_000, DONE)
+        kept.put("unet", "a", kept.take("unet", "a"), 30_000, DONE)  # used again
         assert not caplog.messages
-        kept.put("unet", "d", "d", 40_000)
-        kept.put("unet", "e", "e", 40_000)
+        kept.put("unet", "d", "d", 40_000, DONE)
+        kept.put("unet", "e", "e", 40_000, DONE)
     assert [kept.take("unet", kind) for kind in "abcde"] == [None, None, None, "d", "e"]
     assert kept.evicted == 3
     (message,) = [text for text in caplog.messages if "recorded work" in text]
@@ -36,16 +41,44 @@ def test_what_was_not_used_for_longest_goes_first(caplog: pytest.LogCaptureFixtu
 
 def test_what_is_too_large_by_itself_is_not_kept() -> None:
     kept = Kept(100)
-    kept.put("unet", "a", 1, 101)
-    assert kept.nbytes == 0
+    kept.put("unet", "b", 2, 50, DONE)
+    kept.put("unet", "a", 1, 101, DONE)
+    assert kept.take("unet", "a") is None
+    assert kept.take("unet", "b") == 2  # no other went for it
+    assert kept.evicted == 1
+
+
+def test_several_of_a_kind_are_kept_within_the_same_room() -> None:
+    kept = Kept(100)
+    for value in range(4):
+        kept.put("unet", "a", value, 30, DONE)
+    assert (len(kept), kept.nbytes, kept.evicted) == (3, 90, 1)
+    assert [kept.take("unet", "a") for _ in range(4)] == [3, 2, 1, None]
+
+
+def test_what_the_device_may_still_use_is_waited_for_before_it_goes() -> None:
+    """Over the limit at once, by a smaller limit, with its owner, and with all."""
+    kept, queue = Kept(100), FakeQueue()
+    for kind in "abcd":
+        kept.put("unet", kind, kind, 40, queue.record())
+    kept.put("vae", "e", "e", 101, queue.record())
+    assert (queue.log[-4:], queue.done) == (["record 4", "wait 2", "record 5", "wait 5"], 5)
+    kept.put("unet", "f", "f", 20, queue.record())
+    kept.shrink(60)
+    assert queue.log[-1] == "wait 3"
+    kept.put("vae", "g", "g", 20, queue.record())
+    kept.drop("unet")
+    assert queue.log[-2:] == ["wait 4", "wait 6"]
+    kept.drop()
+    assert queue.log[-1] == "wait 7"
 
 
 def test_an_owner_s_own_go_with_it() -> None:
     kept = Kept(100)
-    kept.put("unet", "a", 1, 10)
-    kept.put("unet", "b", 1, 20)
-    kept.put("vae", "a", 2, 40)
+    kept.put("unet", "a", 1, 10, DONE)
+    kept.put("unet", "b", 1, 20, DONE)
+    kept.put("vae", "a", 2, 40, DONE)
     assert kept.drop("unet") == 30
     assert kept.take("vae", "a") == 2
-    kept.put("vae", "a", 2, 40)
+    kept.put("vae", "a", 2, 40, DONE)
     assert kept.drop() == 40

@@ -363,6 +363,23 @@ def test_more_than_eight_kinds_are_kept_where_there_is_room(
     assert made == []
 
 
+def test_what_cannot_be_kept_is_not_recorded_but_for_the_steps_of_a_loop(
+    load: Load, image: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text and pictures would be recorded anew at each call."""
+    made: list[str] = []
+    capture = Graphs.capture
+    monkeypatch.setattr(
+        Graphs, "capture", lambda self, work, what: made.append(what) or capture(self, work, what)
+    )
+    pipe = load(graphs=True, loop_memory=0)
+    for _ in range(2):
+        assert np.array_equal(pipe(**CALL).images, image)
+        assert made == ["a denoising step of unet"] * 2  # the base's and the refiner's
+        assert len(pipe._loader.kept) == 0
+        made.clear()
+
+
 def test_a_plan_says_how_much_may_be_kept(load: Load, between: int) -> None:
     pipe = load(memory_limit=between, graphs=True)
     pipe(**CALL)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
+from functools import cache
+from types import SimpleNamespace
 
+import pytest
 import torch
 from fake_queue import FakeQueue
+from latentrt.runtime import streams
 from latentrt.runtime.denoise import Host, walk
 from latentrt.runtime.sampler import SamplerTable, build_table
 from latentrt.runtime.streams import Pace, queue_of
@@ -90,3 +95,23 @@ def test_on_the_cpu_work_is_done_when_it_was_given() -> None:
     assert done == [1]
     assert ended.query()
     assert begun.elapsed_time(ended) >= 2
+
+
+def test_all_work_beside_a_device_s_own_shares_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries keep memory for each stream they ever saw."""
+    made: list[torch.device] = []
+    waited: list[str] = []
+    current = SimpleNamespace(record_event=lambda: "now")
+    here, there = (torch.device("cuda", k) for k in range(2))
+    monkeypatch.setattr(streams, "_side", cache(streams._side.__wrapped__))  # forgets the stand-ins
+    monkeypatch.setattr(
+        torch.cuda, "Stream", lambda device: made.append(device) or SimpleNamespace(wait_event=waited.append)
+    )
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: SimpleNamespace(record=lambda stream: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    done: list[int] = []
+    for k in range(3):
+        queue_of(here).beside(lambda k=k: done.append(k))  # type: ignore[misc]
+    queue_of(there).beside(lambda: done.append(3))
+    assert (made, waited, done) == ([here, there], ["now"] * 4, [0, 1, 2, 3])
