@@ -1,13 +1,18 @@
-"""The PyTorch modules as they are, on any device and in any dtype of PyTorch: the reference back end."""
+"""The PyTorch modules as they are, on any device and in any dtype of PyTorch: the reference back end.
+
+Their operators are PyTorch too, on a GPU as well: what is held against this back end is not held against itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ...kernels import by_reference
 from ..residency import Weights
 from .base import Availability, CallProgram, Component, Engine, Program, Timesteps, arguments, still_open
 
@@ -16,6 +21,8 @@ __all__ = ["EagerBackend", "EagerEngine"]
 
 class EagerEngine:
     """One module on one device. Its outputs are inference tensors: not to be written in place elsewhere."""
+
+    _operators: Callable[[], AbstractContextManager[None]] = staticmethod(by_reference)
 
     def __init__(self, component: Component, device: torch.device) -> None:
         self.entry: Path | None = None
@@ -36,7 +43,7 @@ class EagerEngine:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         module = still_open(self._component, self._module)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._operators():
             result = module(*(x.to(self._device) for x in arguments(self._component, inputs)))
         outputs = (result,) if isinstance(result, Tensor) else tuple(result)
         return {spec.name: x for spec, x in zip(self._component.outputs, outputs, strict=True)}
