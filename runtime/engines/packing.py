@@ -23,7 +23,7 @@ from ..models.unet import UNet
 from ..models.unet_blocks import TransformerBlock
 from ..models.vae import VAEDecoder, VAEEncoder
 
-__all__ = ["defer_biases", "doubling_weight", "pack", "pack_attention"]
+__all__ = ["Doubling", "defer_biases", "defer_in_resnet", "doubling_weight", "pack", "pack_attention"]
 
 _ROWS = 16  # of a batch, up to which a constant shift is there for each row
 
@@ -129,8 +129,8 @@ class _Halving(nn.Module):
         return out
 
 
-class _Doubling(nn.Module):
-    """A doubling of x + offset."""
+class Doubling(nn.Module):
+    """A doubling of x + offset, [B, C, H, W]; `offset`: float32 [C]."""
 
     def __init__(self, doubling: Upsample, offset: Tensor) -> None:
         super().__init__()
@@ -161,7 +161,16 @@ def _take(conv: nn.Conv2d) -> Tensor:
 # Layers are put in the place of others, which types do not allow: hence Any.
 
 
-def _resnet(block: Any, offset: Tensor) -> Tensor:
+def defer_in_resnet(block: Any, offset: Tensor) -> Tensor:
+    """What `defer_biases` does in one residual block.
+
+    Args:
+        block: a `ResnetBlock`.
+        offset: float32 [Cin], which its images lack.
+
+    Returns:
+        float32 [Cout], which its results lack.
+    """
     block.norm1 = _Shifted(block.norm1, offset)
     inner = _take(block.conv1)
     if block.time_emb_proj is None:
@@ -193,7 +202,7 @@ def _halve(halvings: Any, offset: Tensor) -> Tensor:
 
 def _double(doublings: Any, offset: Tensor) -> Tensor:
     for i, doubling in enumerate(doublings):
-        doublings[i], offset = _Doubling(doubling, offset), _take(doubling.conv)
+        doublings[i], offset = Doubling(doubling, offset), _take(doubling.conv)
     return offset
 
 
@@ -202,7 +211,7 @@ def _defer_in_unet(unet: Any) -> None:
     skips = [offset]
     for down in unet.down_blocks:
         for i, resnet in enumerate(down.resnets):
-            offset = _resnet(resnet, offset)
+            offset = defer_in_resnet(resnet, offset)
             if down.attentions:
                 offset = _transformer(down.attentions[i], offset)
             skips.append(offset)
@@ -210,11 +219,11 @@ def _defer_in_unet(unet: Any) -> None:
             offset = _halve(down.downsamplers, offset)
             skips.append(offset)
     middle = unet.mid_block
-    offset = _transformer(middle.attentions[0], _resnet(middle.resnets[0], offset))
-    offset = _resnet(middle.resnets[1], offset)
+    offset = _transformer(middle.attentions[0], defer_in_resnet(middle.resnets[0], offset))
+    offset = defer_in_resnet(middle.resnets[1], offset)
     for up in unet.up_blocks:
         for i, resnet in enumerate(up.resnets):
-            offset = _resnet(resnet, torch.cat([offset, skips.pop()]))
+            offset = defer_in_resnet(resnet, torch.cat([offset, skips.pop()]))
             if up.attentions:
                 offset = _transformer(up.attentions[i], offset)
         offset = _double(up.upsamplers, offset)
@@ -236,13 +245,13 @@ def _defer_in_encoder(net: Any) -> None:
 def _defer_in_levels(levels: Any, offset: Tensor) -> Tensor:
     for level in levels:
         for resnet in level.resnets:
-            offset = _resnet(resnet, offset)
+            offset = defer_in_resnet(resnet, offset)
         offset = _double(level.upsamplers, _halve(level.downsamplers, offset))
     return offset
 
 
 def _defer_in_middle(middle: Any, offset: Tensor) -> Tensor:
-    offset = _resnet(middle.resnets[0], offset)
+    offset = defer_in_resnet(middle.resnets[0], offset)
     for attention in middle.attentions:
         attention.group_norm = _Shifted(attention.group_norm, offset)
-    return _resnet(middle.resnets[1], offset)
+    return defer_in_resnet(middle.resnets[1], offset)
