@@ -20,7 +20,11 @@ __all__ = ["EagerBackend", "EagerEngine"]
 
 
 class EagerEngine:
-    """One module on one device. Its outputs are inference tensors: not to be written in place elsewhere."""
+    """One module on one device. Its outputs are inference tensors: not to be written in place elsewhere.
+
+    Attributes:
+        weight_bytes: of its weights as they are laid out.
+    """
 
     _operators: Callable[[], AbstractContextManager[None]] = staticmethod(by_reference)
 
@@ -31,7 +35,9 @@ class EagerEngine:
         module = component.build().eval().requires_grad_(False)
         packed = self._lay_out(module)
         self._module: nn.Module | None = module
-        self._weights: Weights | None = Weights([*module.parameters(), *module.buffers(), *packed], device)
+        weights = [*module.parameters(), *module.buffers()]
+        self.weight_bytes = sum(x.nbytes for x in weights)
+        self._weights: Weights | None = Weights([*weights, *packed], device)
 
     def _lay_out(self, module: nn.Module) -> Sequence[Tensor]:
         """Change how the weights lie in memory, while they are on the host.
