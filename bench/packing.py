@@ -130,11 +130,12 @@ def _packed(module: ResnetBlock | Upsample) -> tuple[nn.Module, Tensor]:
     """A copy laid out anew, and what its results lack: float32 [Cout]."""
     other = copy.deepcopy(module)
     if isinstance(other, ResnetBlock):
-        return other, defer_in_resnet(other, torch.zeros(other.conv1.in_channels))
+        lacking = defer_in_resnet(other, None)
+        return other, torch.zeros(other.conv2.out_channels) if lacking is None else lacking
     bias = other.conv.bias
     assert bias is not None
     other.conv.bias = None
-    return Doubling(other, torch.zeros(other.conv.in_channels)), bias.float()
+    return Doubling(other, None), bias.float()
 
 
 def _call(module: nn.Module, time_: Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -130,16 +130,17 @@ class _Halving(nn.Module):
 
 
 class Doubling(nn.Module):
-    """A doubling of x + offset, [B, C, H, W]; `offset`: float32 [C]."""
+    """A doubling of x + offset, [B, C, H, W]; `offset`: float32 [C], or None."""
 
-    def __init__(self, doubling: Upsample, offset: Tensor) -> None:
+    def __init__(self, doubling: Upsample, offset: Tensor | None) -> None:
         super().__init__()
         self.doubling = doubling
-        self.offset = _constant(offset[:, None, None], doubling.conv.weight)
+        self.offset = None if offset is None else _constant(offset[:, None, None], doubling.conv.weight)
         self.weight = nn.Parameter(doubling_weight(doubling.conv.weight), requires_grad=False)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        x = x + self.offset
+        if self.offset is not None:
+            x = x + self.offset
         if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):
             return F.conv_transpose2d(x, self.weight, stride=2, padding=1)
         out: Tensor = self.doubling(x, size)
@@ -157,57 +158,69 @@ def _take(conv: nn.Conv2d) -> Tensor:
     return bias.float()
 
 
-# What follows takes float32 [C], which images lack where they come in, and returns what they lack where they come out.
+# What follows takes float32 [C], which images lack where they come in, and returns what they lack where they come out;
+# None where that is nothing.
 # Layers are put in the place of others, which types do not allow: hence Any.
 
 
-def defer_in_resnet(block: Any, offset: Tensor) -> Tensor:
+def defer_in_resnet(block: Any, offset: Tensor | None) -> Tensor | None:
     """What `defer_biases` does in one residual block.
 
     Args:
         block: a `ResnetBlock`.
-        offset: float32 [Cin], which its images lack.
+        offset: float32 [Cin], which its images lack, or None.
 
     Returns:
-        float32 [Cout], which its results lack.
+        float32 [Cout], which its results lack; None where that is nothing.
     """
-    block.norm1 = _Shifted(block.norm1, offset)
+    block.norm1 = _shifted(block.norm1, offset)
     inner = _take(block.conv1)
     if block.time_emb_proj is None:
-        block.norm2 = _Shifted(block.norm2, inner)
+        block.norm2 = _shifted(block.norm2, inner)
     else:  # the norm is shifted by this one's result
         block.time_emb_proj.bias = _constant(block.time_emb_proj.bias + inner, block.time_emb_proj.weight)
     lacking = _take(block.conv2)
     shortcut = block.conv_shortcut
     if shortcut is None:
-        return offset + lacking
-    own = _take(shortcut) + shortcut.weight.flatten(1).float() @ offset
-    block.conv_shortcut = _Pointwise(shortcut, own + lacking)
-    return torch.zeros_like(lacking)
+        return lacking if offset is None else offset + lacking
+    bias = _take(shortcut) + lacking
+    if offset is not None:
+        bias = bias + shortcut.weight.flatten(1).float() @ offset
+    block.conv_shortcut = _Pointwise(shortcut, bias)
+    return None
 
 
-def _transformer(block: Any, offset: Tensor) -> Tensor:
-    block.norm = _Shifted(block.norm, offset)
+def _shifted(norm: Any, offset: Tensor | None) -> nn.Module:
+    return norm if offset is None else _Shifted(norm, offset)
+
+
+def _transformer(block: Any, offset: Tensor | None) -> Tensor | None:
+    block.norm = _shifted(block.norm, offset)
     if not block.linear:
         block.proj_in = _Pointwise(block.proj_in, _take(block.proj_in))
         block.proj_out = _Pointwise(block.proj_out, _take(block.proj_out))
     return offset
 
 
-def _halve(halvings: Any, offset: Tensor) -> Tensor:
+def _halve(halvings: Any, offset: Tensor | None) -> Tensor | None:
     for i, halving in enumerate(halvings):
-        halvings[i], offset = _Halving(halving, offset), _take(halving.conv)
+        bias = _take(halving.conv)
+        if offset is not None:
+            halvings[i] = _Halving(halving, offset)
+        offset = bias
     return offset
 
 
-def _double(doublings: Any, offset: Tensor) -> Tensor:
+def _double(doublings: Any, offset: Tensor | None) -> Tensor | None:
     for i, doubling in enumerate(doublings):
-        doublings[i], offset = Doubling(doubling, offset), _take(doubling.conv)
+        bias = _take(doubling.conv)
+        doublings[i] = Doubling(doubling, offset)
+        offset = bias
     return offset
 
 
 def _defer_in_unet(unet: Any) -> None:
-    offset = _take(unet.conv_in)
+    offset: Tensor | None = _take(unet.conv_in)
     skips = [offset]
     for down in unet.down_blocks:
         for i, resnet in enumerate(down.resnets):
@@ -223,26 +236,35 @@ def _defer_in_unet(unet: Any) -> None:
     offset = defer_in_resnet(middle.resnets[1], offset)
     for up in unet.up_blocks:
         for i, resnet in enumerate(up.resnets):
-            offset = defer_in_resnet(resnet, torch.cat([offset, skips.pop()]))
+            offset = defer_in_resnet(resnet, _joined(offset, skips.pop(), resnet.conv1.in_channels))
             if up.attentions:
                 offset = _transformer(up.attentions[i], offset)
         offset = _double(up.upsamplers, offset)
-    unet.conv_norm_out = _Shifted(unet.conv_norm_out, offset)
+    unet.conv_norm_out = _shifted(unet.conv_norm_out, offset)
+
+
+def _joined(first: Tensor | None, second: Tensor | None, channels: int) -> Tensor | None:
+    """What two images lack that are joined, of so many channels together."""
+    given = second if first is None else first
+    if given is None:
+        return None
+    nothing = given.new_zeros(channels - len(given))
+    return torch.cat([nothing if x is None else x for x in (first, second)])
 
 
 def _defer_in_decoder(net: Any) -> None:
     offset = _defer_in_middle(net.mid_block, _take(net.conv_in))
     offset = _defer_in_levels(net.up_blocks, offset)
-    net.conv_norm_out = _Shifted(net.conv_norm_out, offset)
+    net.conv_norm_out = _shifted(net.conv_norm_out, offset)
 
 
 def _defer_in_encoder(net: Any) -> None:
     offset = _defer_in_levels(net.down_blocks, _take(net.conv_in))
     offset = _defer_in_middle(net.mid_block, offset)
-    net.conv_norm_out = _Shifted(net.conv_norm_out, offset)
+    net.conv_norm_out = _shifted(net.conv_norm_out, offset)
 
 
-def _defer_in_levels(levels: Any, offset: Tensor) -> Tensor:
+def _defer_in_levels(levels: Any, offset: Tensor | None) -> Tensor | None:
     for level in levels:
         for resnet in level.resnets:
             offset = defer_in_resnet(resnet, offset)
@@ -250,8 +272,8 @@ def _defer_in_levels(levels: Any, offset: Tensor) -> Tensor:
     return offset
 
 
-def _defer_in_middle(middle: Any, offset: Tensor) -> Tensor:
+def _defer_in_middle(middle: Any, offset: Tensor | None) -> Tensor | None:
     offset = defer_in_resnet(middle.resnets[0], offset)
     for attention in middle.attentions:
-        attention.group_norm = _Shifted(attention.group_norm, offset)
+        attention.group_norm = _shifted(attention.group_norm, offset)
     return defer_in_resnet(middle.resnets[1], offset)
