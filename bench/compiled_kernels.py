@@ -126,6 +126,7 @@ def _group_norm(dtype: torch.dtype) -> list[_Row]:
         shift = torch.empty(shape[:2], dtype=dtype, device=_META)
         size = f"{' x '.join(str(n) for n in shape[1:])}, {layout}"
         rows.append(("group_norm", size, (x, one, one, 32, 1e-5), None))
+        rows.append(("group_norm", f"{size}, shifted", (x, one, one, 32, 1e-5, shift), None))
         rows.append(("group_norm_silu", size, (x, one, one, 32, 1e-5), None))
         rows.append(("group_norm_silu", f"{size}, shifted", (x, one, one, 32, 1e-5, shift), None))
 

@@ -116,6 +116,7 @@ def steps(
         first["sdxl"],
         first["sdxl-refiner"],
         Step(_timeline("sdxl-refiner", results, work)),
+        Step(_part("packing", "-m", "latentrt.bench.packing", "--device", "cuda", "--out", str(found))),
         Step(replace(tune, verdict=partial(of_tuning, found)), resumes=True),
         Step(replace(time_them, verdict=partial(of_kernels, found)), resumes=True),
         Step(

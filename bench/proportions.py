@@ -149,7 +149,8 @@ class _OurTransformer(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         """[B, S, C] and [B, 77, T] -> [B, S, C]."""
-        out: Tensor = self.block(x, self.block.attn2.keys_values(text))
+        x, branch = self.block(x, None, self.block.attn2.keys_values(text))
+        out: Tensor = x + branch
         return out
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "Launch",
     "arch_of",
     "as_nodes",
+    "by_reference",
     "counted",
     "forced",
     "kernel",
@@ -236,11 +237,27 @@ def as_nodes() -> Iterator[None]:
         _as_nodes.reset(token)
 
 
+_by_reference = ContextVar("by_reference", default=False)
+
+
+@contextmanager
+def by_reference() -> Iterator[None]:
+    """In this thread, operators are their PyTorch references on every device: nothing of the project's kernels runs."""
+    token = _by_reference.set(True)
+    try:
+        yield
+    finally:
+        _by_reference.reset(token)
+
+
 def takes(x: Tensor) -> bool:
-    """Whether an operator on `x` goes through its custom op: on CUDA always, elsewhere if `forced` or `as_nodes`.
+    """Whether an operator on `x` goes through its custom op: on CUDA always, elsewhere if `forced` or `as_nodes`; never
+    in `by_reference`.
 
     On the CPU the references are called directly, which is quicker. Says so once.
     """
+    if _by_reference.get():
+        return False
     if x.is_cuda or _forced[-1] or _as_nodes.get():
         return True
     if not torch.compiler.is_compiling():

@@ -27,14 +27,17 @@ from .registry import Case, OpSpec, register
 __all__ = ["group_norm", "group_norm_silu"]
 
 
-def group_norm(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
-    """Group normalisation.
+def group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, shift: Tensor | None = None
+) -> Tensor:
+    """Group normalisation of x + shift.
 
     Args:
         x: [B, C, ...], any strides.
         weight, bias: [C], of x's dtype and device.
         num_groups: divides C.
         eps: added to the variance.
+        shift: [B, C], added to every position of x before the norm; nothing where None.
 
     Returns:
         x's shape and dtype. Statistics of half types are taken in float32.
@@ -42,11 +45,11 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: fl
     Raises:
         KernelArgumentError: naming the argument and what it got.
     """
-    _check("group_norm", x, weight, bias, num_groups, eps, None)
+    _check("group_norm", x, weight, bias, num_groups, eps, shift)
     if takes(x):
-        out: Tensor = torch.ops.latentrt.group_norm(x, weight, bias, num_groups, eps)
+        out: Tensor = torch.ops.latentrt.group_norm(x, weight, bias, num_groups, eps, shift)
         return out
-    return reference.group_norm(x, weight, bias, num_groups, eps)
+    return reference.group_norm(x, weight, bias, num_groups, eps, shift)
 
 
 def group_norm_silu(
@@ -93,9 +96,16 @@ def _check(
 
 
 def _plan_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, *, arch: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    shift: Tensor | None = None,
+    *,
+    arch: int,
 ) -> tuple[Tensor, list[Launch]]:
-    return plan(x, weight, bias, num_groups, eps, silu=False, arch=arch)
+    return plan(x, weight, bias, num_groups, eps, shift, silu=False, arch=arch)
 
 
 def _plan_silu(
@@ -112,16 +122,20 @@ def _plan_silu(
 
 
 @torch.library.custom_op("latentrt::group_norm", mutates_args=())
-def _norm_op(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
+def _norm_op(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, shift: Tensor | None = None
+) -> Tensor:
     if not usable(x):
-        return _like(reference.group_norm(x, weight, bias, num_groups, eps), x)
-    y, launches = _plan_norm(x, weight, bias, num_groups, eps, arch=arch_of(x.device))
+        return _like(reference.group_norm(x, weight, bias, num_groups, eps, shift), x)
+    y, launches = _plan_norm(x, weight, bias, num_groups, eps, shift, arch=arch_of(x.device))
     run(launches)
     return y
 
 
 @_norm_op.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, shift: Tensor | None = None
+) -> Tensor:
     return torch.empty_like(dense(x))
 
 
@@ -148,36 +162,45 @@ def _like(y: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(dense(x)).copy_(y)
 
 
-_SHIFTED = ((320, 128, 5), (640, 64, 5), (1280, 32, 7))
-_UNSHIFTED = (
-    *((320, 128, 3), (640, 128, 2), (960, 128, 1)),
-    *((320, 64, 1), (640, 64, 1), (960, 64, 1), (1280, 64, 1), (1920, 64, 1)),
-    *((640, 32, 1), (1280, 32, 3), (1920, 32, 1), (2560, 32, 2)),
+_UNET = (
+    *((320, 128, 7, 1), (640, 128, 2, 0), (960, 128, 1, 0)),
+    *((320, 64, 1, 0), (640, 64, 5, 1), (960, 64, 1, 0), (1280, 64, 0, 1), (1920, 64, 1, 0)),
+    *((640, 32, 1, 0), (1280, 32, 9, 1), (1920, 32, 1, 0), (2560, 32, 1, 1)),
 )
-_VAE = ((128, 1024, 6), (256, 1024, 1), (256, 512, 5), (512, 512, 1), (512, 256, 6), (512, 128, 10))
-"""Channels, height and width, calls: the second norm of every residual block of the UNet, its other norms, the VAE."""
+_VAE = (
+    *((128, 1024, 5, 1), (256, 1024, 1, 0), (256, 512, 4, 1)),
+    *((512, 512, 1, 0), (512, 256, 6, 0), (512, 128, 10, 0)),
+)
+"""Channels, height and width, calls with a shift and without: as `engines/packing.py` lays SDXL out."""
 
 
-def _case(channels: int, side: int, calls: int, *, images: int = 2, shift: bool = False) -> Case:
+def _cases(channels: int, side: int, shifted: int, plain: int, *, images: int = 2) -> list[Case]:
     """Channels_last, as convolutions want it on a GPU; two images with guidance, one in the VAE."""
     shape = (images, channels, side, side)
 
     def draw(dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
         x = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last).normal_()
         weight, bias = (torch.randn(channels, dtype=dtype, device=device) for _ in range(2))
-        added = (torch.randn(shape[:2], dtype=dtype, device=device),) if shift else ()
-        return (x, weight, bias, 32, 1e-5, *added)
+        return (x, weight, bias, 32, 1e-5)
 
-    name = f"{'VAE ' if images == 1 else ''}{channels} x {side} x {side}{', shifted' if shift else ''}"
-    return Case(name, draw, flops=0, elements=2 * math.prod(shape), calls=calls)
+    def draw_shifted(dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+        return (*draw(dtype, device), torch.randn(shape[:2], dtype=dtype, device=device))
+
+    name = f"{'VAE ' if images == 1 else ''}{channels} x {side} x {side}"
+    elements = 2 * math.prod(shape)
+    found = [
+        Case(f"{name}, shifted", draw_shifted, flops=0, elements=elements, calls=shifted),
+        Case(name, draw, flops=0, elements=elements, calls=plain),
+    ]
+    return [case for case in found if case.calls]
 
 
-def _torch_norm_silu(
+def _torch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, shift: Tensor | None = None
 ) -> Tensor:
     if shift is not None:
         x = x + shift[:, :, None, None]
-    return F.silu(F.group_norm(x, num_groups, weight, bias, eps))
+    return F.group_norm(x, num_groups, weight, bias, eps)
 
 
 _CANDIDATES = {
@@ -196,13 +219,13 @@ register(
         reference=reference.group_norm,
         plan=_plan_norm,
         cases=[
-            _case(640, 64, 5),
-            _case(1280, 32, 6),
-            _case(512, 128, 1, images=1),
+            *_cases(640, 64, 1, 4),
+            *_cases(1280, 32, 2, 4),
+            *_cases(512, 128, 1, 0, images=1),
         ],
         limit="copy",
         candidates=_CANDIDATES,
-        rivals={"F.group_norm": lambda x, w, b, groups, eps: F.group_norm(x, groups, w, b, eps)},
+        rivals={"F.group_norm": _torch_norm},
     )
 )
 register(
@@ -212,12 +235,11 @@ register(
         reference=reference.group_norm_silu,
         plan=_plan_silu,
         cases=[
-            *(_case(channels, side, calls, shift=True) for channels, side, calls in _SHIFTED),
-            *(_case(channels, side, calls) for channels, side, calls in _UNSHIFTED),
-            *(_case(channels, side, calls, images=1) for channels, side, calls in _VAE),
+            *(case for row in _UNET for case in _cases(*row)),
+            *(case for row in _VAE for case in _cases(*row, images=1)),
         ],
         limit="copy",
         candidates=_CANDIDATES,
-        rivals={"F.group_norm, F.silu": _torch_norm_silu},
+        rivals={"F.group_norm, F.silu": lambda *args: F.silu(_torch_norm(*args))},
     )
 )

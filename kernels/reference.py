@@ -45,19 +45,23 @@ def _apart(t: Tensor) -> Tensor:
     return t
 
 
-def group_norm(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
-    """Group normalisation. See `latentrt.kernels.group_norm`."""
-    return _group_norm(_up(x), num_groups, _up(weight), _up(bias), eps).to(x.dtype)
+def group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, shift: Tensor | None = None
+) -> Tensor:
+    """Group normalisation of x + shift. See `latentrt.kernels.group_norm`."""
+    return _group_norm(_shifted(_up(x), shift), num_groups, _up(weight), _up(bias), eps).to(x.dtype)
 
 
 def group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, shift: Tensor | None = None
 ) -> Tensor:
     """silu(group_norm(x + shift)). See `latentrt.kernels.group_norm_silu`."""
-    y = _up(x)
-    if shift is not None:
-        y = y + _up(shift)[(...,) + (None,) * (x.ndim - 2)]
-    return F.silu(_group_norm(y, num_groups, _up(weight), _up(bias), eps)).to(x.dtype)
+    y = _group_norm(_shifted(_up(x), shift), num_groups, _up(weight), _up(bias), eps)
+    return F.silu(y).to(x.dtype)
+
+
+def _shifted(x: Tensor, shift: Tensor | None) -> Tensor:
+    return x if shift is None else x + _up(shift)[(...,) + (None,) * (x.ndim - 2)]
 
 
 def _group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

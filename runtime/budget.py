@@ -100,7 +100,7 @@ class Budget:
     def held(self) -> dict[str, int]:
         """Bytes that the pipeline holds on its device between requests: weights by network, and `recorded`."""
         planner = self.planner
-        held = {name: planner.weight_bytes(name) for name, x in planner.engines().items() if x.present}
+        held = {name: planner.held_bytes(name) for name, x in planner.engines().items() if x.present}
         return {**held, "recorded": self._loader.kept.nbytes}
 
     def available(self, *, idle: bool = True) -> int | None:

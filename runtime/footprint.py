@@ -34,6 +34,7 @@ class Footprint:
     Attributes:
         parameters: how many numbers its weights are.
         weight_bytes: of its weights, in their dtype.
+        held_bytes: of its weights as they lie on the device: laid out anew they may be more.
         flops: of matrix products, convolutions and attention, two for a multiply and add.
         activation_bytes: the most that is live at once of what the forward makes; weights and inputs are not.
         scratch_bytes: the largest workspace that one of the project's kernels takes beside its results.
@@ -43,6 +44,7 @@ class Footprint:
 
     parameters: int
     weight_bytes: int
+    held_bytes: int
     flops: int
     activation_bytes: int
     scratch_bytes: int
@@ -84,6 +86,9 @@ class Tracker(TorchDispatchMode):
             out, workspace = _planned(self._specs[_operator(func)], self._arch, args, kwargs)
         else:
             out = func(*args, **kwargs)
+        if func is torch.ops.aten.convolution.default and out.is_meta:
+            # It forgets the layout there, and what follows would copy.
+            out = out.to(memory_format=_layout(*args[:2]))
         for storage in _storages(out):
             self._follow(storage, storage.nbytes())
         self.peak = max(self.peak, self.live)
@@ -126,11 +131,13 @@ def measure(module: nn.Module, inputs: Sequence[Tensor], arch: int) -> Footprint
         arch: as in `follow`.
     """
     parameters = list(module.parameters())
+    weight_bytes = sum(p.nbytes for p in parameters)
     outputs: list[Tensor] = []
     tracker = follow(lambda: outputs.extend(_tensors(module(*inputs))), arch)
     return Footprint(
         parameters=sum(p.numel() for p in parameters),
-        weight_bytes=sum(p.nbytes for p in parameters),
+        weight_bytes=weight_bytes,
+        held_bytes=weight_bytes,
         flops=tracker.flops,
         activation_bytes=tracker.peak,
         scratch_bytes=tracker.scratch,
@@ -138,6 +145,13 @@ def measure(module: nn.Module, inputs: Sequence[Tensor], arch: int) -> Footprint
         input_bytes=sum(t.nbytes for t in inputs),
         output_bytes=sum(t.nbytes for t in outputs),
     )
+
+
+def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """Of what a convolution gives: channels last where its image or its weight are."""
+    last = torch.channels_last
+    either = x.is_contiguous(memory_format=last) or weight.is_contiguous(memory_format=last)
+    return last if either and x.ndim == 4 else torch.contiguous_format
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

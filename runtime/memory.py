@@ -104,9 +104,9 @@ class Plan:
         """Of all buffers."""
         return sum(self.buffers.values())
 
-    def weight_bytes(self, *kinds: str) -> int:
-        """Of the networks that run in stages of these kinds, or in any."""
-        return sum(self.networks[name].footprint.weight_bytes for name in self._used(kinds))
+    def held_bytes(self, *kinds: str) -> int:
+        """Of the weights on the device, of the networks that run in stages of these kinds, or in any."""
+        return sum(self.networks[name].footprint.held_bytes for name in self._used(kinds))
 
     def pool_bytes(self, *kinds: str) -> int:
         """What a pool needs that stages of these kinds, or all, share one after the other."""
@@ -128,13 +128,13 @@ class Plan:
     def _need(self, policy: str, stage: Stage) -> int:
         always = RESERVE + self.buffer_bytes + stage.image_bytes
         if policy == "resident":
-            return always + self.weight_bytes() + self.pool_bytes()
+            return always + self.held_bytes() + self.pool_bytes()
         if policy == "balanced":
-            weights = self.weight_bytes() if stage.kind == "text" else self.weight_bytes("denoise", "pixels")
+            weights = self.held_bytes() if stage.kind == "text" else self.held_bytes("denoise", "pixels")
             given_back = 0 if stage.kind == "denoise" else self.pool_bytes(stage.kind)
             return always + weights + self.pool_bytes("denoise") + given_back
         footprints = (self.networks[name].footprint for name in stage.calls)
-        return always + max(f.weight_bytes + f.pool_bytes for f in footprints)
+        return always + max(f.held_bytes + f.pool_bytes for f in footprints)
 
     def peak(self, policy: str) -> int:
         """Device bytes that the hungriest stage needs."""
@@ -173,8 +173,8 @@ class Plan:
             smaller = ", or a smaller size or batch" if self.pool_bytes() else ""
             return f"take policy {' or '.join(fitting)}{smaller}"
         least = min(POLICIES, key=self.peak)
-        name = max(self._used(()), key=lambda name: self.networks[name].footprint.weight_bytes)
-        weights = self.networks[name].footprint.weight_bytes
+        name = max(self._used(()), key=lambda name: self.networks[name].footprint.held_bytes)
+        weights = self.networks[name].footprint.held_bytes
         if weights + RESERVE > available:
             return (
                 f"the weights of {name} alone are {readable(weights)}, and {readable(RESERVE)} are kept free for "

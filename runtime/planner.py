@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import RequestError
 from .denoise import DenoiseState, LoopKind
 from .engines.base import Component, Engine, Program
+from .engines.eager import EagerEngine
 from .engines.lazy import EngineLoader, LazyEngine
 from .engines.registry import get_backend
 from .expert import Expert, check_fit
@@ -60,10 +61,9 @@ class Planner:
         self._backend = get_backend(backend)
         self._arch = arch
         self._modules: dict[str, nn.Module] = {}
-        self._engines: dict[str, Engine] = {}
+        self._engines: dict[str, EagerEngine] = {}
         self._footprints: dict[tuple[str, int, int, int], Footprint] = {}
         self._plans: dict[Hashable, Plan] = {}
-        self._weights: dict[str, int] = {}
         self._lock = threading.RLock()
 
     @classmethod
@@ -246,20 +246,18 @@ class Planner:
         found = {self._key(expert, x.component): x for expert in experts for x in expert.engines()}
         return found | {half.component.name: half for half in (self._vae.encoder, self._vae.decoder)}
 
-    def weight_bytes(self, name: str) -> int:
-        """Of a network of that name."""
-        with self._lock:
-            if name not in self._weights:
-                with torch.inference_mode(False):
-                    module = self._module(name, self.engines()[name].component)
-                self._weights[name] = sum(p.nbytes for p in module.parameters())
-            return self._weights[name]
+    def held_bytes(self, name: str) -> int:
+        """Of the weights of a network of that name, as they lie on the device."""
+        with self._lock, torch.inference_mode(False):
+            return self._engine(name, self.engines()[name].component).weight_bytes
 
     def _weighed(self, networks: dict[str, Network], expert: Expert, component: Component) -> str:
         """The name of a network that is added to `networks` with its weights only."""
         key = self._key(expert, component)
-        numbers = sum(p.numel() for p in self._module(key, component).parameters())
-        footprint = Footprint(numbers, self.weight_bytes(key), 0, 0, 0, 0, 0, 0)
+        parameters = list(self._module(key, component).parameters())
+        numbers, nbytes = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
+        held = self._engine(key, component).weight_bytes
+        footprint = Footprint(numbers, nbytes, held, 0, 0, 0, 0, 0, 0)
         networks[key] = Network(str(component.dtype).removeprefix("torch."), 1, footprint)
         return key
 
@@ -289,32 +287,38 @@ class Planner:
         width: int,
         loop: _Loop | None = None,
     ) -> Network:
-        """One forward; for a UNet its memory is that of a step of the loop, which has more in its buffers."""
+        """One forward: its work is that of the model, its memory that of the back end, whose weights and operations are
+        laid out anew. A UNet's is that of a step of the loop, which has more in its buffers."""
         found = self._footprints.get((key, rows, height, width))
         if found is None:
-            inputs = list(_inputs(component, rows, height, width).values())
-            found = measure(self._module(key, component), inputs, self._arch)
-            if loop is not None:
-                step = follow(loop.step, self._arch)
-                found = replace(
-                    found, activation_bytes=step.peak, scratch_bytes=step.scratch, pool_bytes=step.pool
-                )
+            inputs = _inputs(component, rows, height, width)
+            engine = self._engine(key, component)
+            found = measure(self._module(key, component), list(inputs.values()), self._arch)
+            call = follow((lambda: engine(inputs)) if loop is None else loop.step, self._arch)
+            found = replace(
+                found,
+                held_bytes=engine.weight_bytes,
+                activation_bytes=call.peak,
+                scratch_bytes=call.scratch,
+                pool_bytes=call.pool,
+            )
             self._footprints[key, rows, height, width] = found
         return Network(str(component.dtype).removeprefix("torch."), rows, found)
 
     def _module(self, key: str, component: Component) -> nn.Module:
-        """On the meta device, laid out as on a GPU."""
+        """On the meta device, its channels last."""
         if key not in self._modules:
             module = component.on_meta()
             self._modules[key] = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self._modules[key]
 
-    def _engine(self, key: str, component: Component) -> Engine:
-        """The back end's own, over the same module."""
+    def _engine(self, key: str, component: Component) -> EagerEngine:
+        """The back end's own on the meta device, which lays the weights out."""
         if key not in self._engines:
-            module = self._module(key, component)
-            outline = replace(component, build=lambda: module)
-            self._engines[key] = self._backend.load(outline, device=_META, cache_dir=None)
+            outline = replace(component, build=component.on_meta)
+            engine = self._backend.load(outline, device=_META, cache_dir=None)
+            assert isinstance(engine, EagerEngine)
+            self._engines[key] = engine
         return self._engines[key]
 
 

@@ -123,8 +123,8 @@ def unet(dtype: torch.dtype = torch.float32, config: Mapping[str, Any] = UNET, s
     return replace(whole, parts=lambda: unet_parts(whole, c, lambda name: PARTS[name](whole.build())))
 
 
-def vae_decoder(dtype: torch.dtype = torch.float32) -> Component:
-    c = VAEConfig.from_dict(VAE)
+def vae_decoder(dtype: torch.dtype = torch.float32, config: Mapping[str, Any] = VAE) -> Component:
+    c = VAEConfig.from_dict(config)
     return component(
         "vae_decoder",
         partial(VAEDecoder, c),
@@ -135,8 +135,8 @@ def vae_decoder(dtype: torch.dtype = torch.float32) -> Component:
     )
 
 
-def vae_encoder(dtype: torch.dtype = torch.float32) -> Component:
-    c = VAEConfig.from_dict(VAE)
+def vae_encoder(dtype: torch.dtype = torch.float32, config: Mapping[str, Any] = VAE) -> Component:
+    c = VAEConfig.from_dict(config)
     return component(
         "vae_encoder",
         partial(VAEEncoder, c),

@@ -1,13 +1,18 @@
-"""The PyTorch modules as they are, on any device and in any dtype of PyTorch: the reference back end."""
+"""The PyTorch modules as they are, on any device and in any dtype of PyTorch: the reference back end.
+
+Their operators are PyTorch too, on a GPU as well: what is held against this back end is not held against itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ...kernels import by_reference
 from ..residency import Weights
 from .base import Availability, CallProgram, Component, Engine, Program, Timesteps, arguments, still_open
 
@@ -15,7 +20,13 @@ __all__ = ["EagerBackend", "EagerEngine"]
 
 
 class EagerEngine:
-    """One module on one device. Its outputs are inference tensors: not to be written in place elsewhere."""
+    """One module on one device. Its outputs are inference tensors: not to be written in place elsewhere.
+
+    Attributes:
+        weight_bytes: of its weights as they are laid out.
+    """
+
+    _operators: Callable[[], AbstractContextManager[None]] = staticmethod(by_reference)
 
     def __init__(self, component: Component, device: torch.device) -> None:
         self.entry: Path | None = None
@@ -24,7 +35,9 @@ class EagerEngine:
         module = component.build().eval().requires_grad_(False)
         packed = self._lay_out(module)
         self._module: nn.Module | None = module
-        self._weights: Weights | None = Weights([*module.parameters(), *module.buffers(), *packed], device)
+        weights = [*module.parameters(), *module.buffers()]
+        self.weight_bytes = sum(x.nbytes for x in weights)
+        self._weights: Weights | None = Weights([*weights, *packed], device)
 
     def _lay_out(self, module: nn.Module) -> Sequence[Tensor]:
         """Change how the weights lie in memory, while they are on the host.
@@ -36,7 +49,7 @@ class EagerEngine:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         module = still_open(self._component, self._module)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._operators():
             result = module(*(x.to(self._device) for x in arguments(self._component, inputs)))
         outputs = (result,) if isinstance(result, Tensor) else tuple(result)
         return {spec.name: x for spec, x in zip(self._component.outputs, outputs, strict=True)}

@@ -38,10 +38,10 @@ _BACKENDS = {
 }
 
 # What `auto` tries, best first. On the CPU ONNX Runtime is faster and gives an image the same bits at any batch
-# size. Elsewhere PyTorch first: it needs no export, and the others have not been measured there. TensorRT has
-# never been run: who wants it asks for it.
+# size. Elsewhere the project's own kernels, which need no export, then PyTorch's. TensorRT has never been run: who
+# wants it asks for it.
 _PREFERENCE = {"cpu": ("onnxruntime", "eager")}
-_PREFERENCE_ELSEWHERE = ("eager", "onnxruntime")
+_PREFERENCE_ELSEWHERE = ("triton", "eager", "onnxruntime")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The PyTorch modules over the project's Triton kernels, laid out for them.
 
-Weights are packed once, at load: images have their channels last; a self-attention's three projections are one
-product, and so are the projections of all cross-attentions, once for a prompt, and those of all residual blocks'
-time embeddings, once for all steps of a loop. What is left in a step is the part that depends on the latents.
+Weights are packed once, at load (`packing.py`): images have their channels last, and fewer kernels compute what the
+modules say. The projections of all cross-attentions are one product, once for a prompt, and those of all residual
+blocks' time embeddings another, once for all steps of a loop. What is left in a step depends on the latents.
 
 On the CPU the operators are their PyTorch references: the same program, slowly.
 """
@@ -10,6 +10,7 @@ On the CPU the operators are their PyTorch references: the same program, slowly.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 
 from ...kernels import unavailable
 from ..models.unet import UNet
-from ..models.unet_blocks import TransformerBlock
 from .base import Availability, Component, Engine, Program, Timesteps
 from .eager import EagerBackend, EagerEngine
+from .packing import defer_biases, pack, pack_attention
 
 __all__ = ["TritonBackend", "TritonEngine"]
 
@@ -28,10 +29,12 @@ __all__ = ["TritonBackend", "TritonEngine"]
 class TritonEngine(EagerEngine):
     """One packed module on one device."""
 
+    _operators = nullcontext
     _unet: _PackedUNet | None = None
 
     def _lay_out(self, module: nn.Module) -> Sequence[Tensor]:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        defer_biases(module)
         packed = pack_attention(module)
         self._unet = _PackedUNet(module) if isinstance(module, UNet) else None
         return packed if self._unet is None else [*packed, *self._unet.tensors]
@@ -71,35 +74,6 @@ class TritonBackend:
 
     def load(self, component: Component, *, device: torch.device, cache_dir: Path | None) -> Engine:
         return TritonEngine(component, device)
-
-
-def pack(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """The weights and biases of linear layers over one input as one layer's, of which theirs become views.
-
-    Returns:
-        Weight [sum of outputs, inputs] and bias [sum of outputs], None where they have none.
-    """
-    weight = torch.cat([linear.weight for linear in linears])
-    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
-    begin = 0
-    for linear in linears:
-        end = begin + linear.out_features
-        linear.weight.data = weight[begin:end]
-        if bias is not None:
-            linear.bias.data = bias[begin:end]
-        begin = end
-    return weight, bias
-
-
-def pack_attention(module: nn.Module) -> list[Tensor]:
-    """Make the three projections of each self-attention one product; returns their weights."""
-    packed = []
-    for block in module.modules():
-        if isinstance(block, TransformerBlock):
-            own = block.attn1
-            own.to_qkv, _ = pack([own.to_q, own.to_k, own.to_v])
-            packed.append(own.to_qkv)
-    return packed
 
 
 class _PackedUNet:

@@ -29,8 +29,8 @@ __all__ = [
 class GroupNorm(nn.GroupNorm):
     """`kernels.group_norm` with its parameters."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return group_norm(x, self.weight, self.bias, self.num_groups, self.eps)
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, shift)
 
 
 class GroupNormSiLU(nn.GroupNorm):

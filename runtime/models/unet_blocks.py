@@ -85,12 +85,20 @@ class TransformerBlock(nn.Module):
         self.norm3 = LayerNorm(dim, eps=1e-5)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, text: KeysValues) -> Tensor:
-        """x: [B, S, C]; text: what attn2 attends to. Returns [B, S, C]."""
-        h, x = self.norm2.add(self.attn1(self.norm1(x)), x)
+    def forward(self, x: Tensor, branch: Tensor | None, text: KeysValues) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            x: [B, S, C], the residual stream.
+            branch: [B, S, C], what the block before adds to it; None before the first.
+            text: what attn2 attends to.
+
+        Returns:
+            Stream and branch of this block: their sum is its output, left to the norm that follows.
+        """
+        h, x = (self.norm1(x), x) if branch is None else self.norm1.add(branch, x)
+        h, x = self.norm2.add(self.attn1(h), x)
         h, x = self.norm3.add(self.attn2(h, text), x)
-        out: Tensor = self.ff(h) + x
-        return out
+        return x, self.ff(h)
 
 
 class Transformer(nn.Module):
@@ -115,8 +123,10 @@ class Transformer(nn.Module):
         h = h.flatten(2).transpose(1, 2)  # [B, HW, C]
         if self.linear:
             h = self.proj_in(h)
+        branch = None
         for block in self.transformer_blocks:
-            h = block(h, next(texts))
+            h, branch = block(h, branch, next(texts))
+        h = h if branch is None else h + branch
         if self.linear:
             h = self.proj_out(h)
         h = h.transpose(1, 2).unflatten(2, (height, width))  # [B, C, H, W]

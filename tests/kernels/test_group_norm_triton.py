@@ -29,23 +29,14 @@ def draw(
     return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
 
-def exact(x: Tensor, w: Tensor, b: Tensor, groups: int, shift: Tensor | None, silu: bool) -> Tensor:
-    x, w, b = (t.double().contiguous() for t in (x, w, b))
-    if not silu:
-        return reference.group_norm(x, w, b, groups, 1e-5)
-    return reference.group_norm_silu(x, w, b, groups, 1e-5, None if shift is None else shift.double())
-
-
 def check(x: Tensor, groups: int, shift: Tensor | None = None, silu: bool = True) -> Tensor:
     w, b = (draw(x.shape[1], dtype=x.dtype, device=x.device) for _ in range(2))
-    if silu:
-        out = group_norm_silu(x, w, b, groups, 1e-5, shift)
-        # Contiguous: PyTorch's channels_last kernel on the CPU loses the variance of large means.
-        usual = reference.group_norm_silu(x.contiguous(), w, b, groups, 1e-5, shift)
-    else:
-        out = group_norm(x, w, b, groups, 1e-5)
-        usual = reference.group_norm(x.contiguous(), w, b, groups, 1e-5)
-    assert_as_good(out, usual, exact(x, w, b, groups, shift, silu))
+    ours, usual = (group_norm_silu, reference.group_norm_silu) if silu else (group_norm, reference.group_norm)
+    out = ours(x, w, b, groups, 1e-5, shift)
+    double = None if shift is None else shift.double()
+    exact = usual(x.double().contiguous(), w.double(), b.double(), groups, 1e-5, double)
+    # Contiguous: PyTorch's channels_last kernel on the CPU loses the variance of large means.
+    assert_as_good(out, usual(x.contiguous(), w, b, groups, 1e-5, shift), exact)
     return out
 
 
@@ -78,11 +69,15 @@ def test_numerics(
     assert launches == BOTH
 
 
+@pytest.mark.parametrize("shifted", [False, True], ids=["", "shifted"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-def test_without_silu(channels_last: bool, device: torch.device, launches: Counter[str]) -> None:
+def test_without_silu(
+    channels_last: bool, shifted: bool, device: torch.device, launches: Counter[str]
+) -> None:
     x = draw(2, 12, 5, 7, dtype=torch.float16, device=device, channels_last=channels_last)
+    shift = draw(2, 12, dtype=torch.float16, device=device) if shifted else None
     with tuning.trying("group_norm", SMALL):
-        check(x, 3, silu=False)
+        check(x, 3, shift, silu=False)
     assert launches == BOTH
 
 

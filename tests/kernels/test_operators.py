@@ -235,6 +235,7 @@ def test_the_public_names() -> None:
         "add_layer_norm",
         "as_nodes",
         "attention",
+        "by_reference",
         "geglu",
         "group_norm",
         "group_norm_silu",

@@ -15,6 +15,7 @@ from latentrt import cli
 from latentrt.errors import RequestError
 from latentrt.kernels import aot, as_nodes, roofline, tuning
 from latentrt.kernels.registry import Case, OpSpec, specs
+from latentrt.runtime.engines.packing import defer_biases
 from latentrt.runtime.models.unet import UNet, UNetConfig
 from latentrt.runtime.models.vae import VAEConfig, VAEDecoder
 from published_configs import sdxl
@@ -88,12 +89,16 @@ def shapes(args: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
 
 
 def test_the_cases_are_what_sdxl_calls() -> None:
-    """At 1024x1024: one forward of the base UNet with guidance, and one of the VAE's decoder."""
+    """At 1024x1024: one forward of the base UNet with guidance, and one of the VAE's decoder, as the back end triton
+    lays them out."""
     with META, torch.no_grad(), as_nodes(), Calls() as calls:
         unet = UNet(UNetConfig.from_dict(sdxl("base", "unet")))
+        decoder = VAEDecoder(VAEConfig.from_dict(sdxl("base", "vae")))
+        defer_biases(unet)
+        defer_biases(decoder)
         sizes = {"text_embeds": torch.empty(2, 1280), "time_ids": torch.empty(2, 6)}
         unet(torch.empty(2, 4, 128, 128), torch.empty(2), torch.empty(2, 77, 2048), **sizes)
-        VAEDecoder(VAEConfig.from_dict(sdxl("base", "vae")))(torch.empty(1, 4, 128, 128))
+        decoder(torch.empty(1, 4, 128, 128))
     known = {
         (spec.name, shapes(case.inputs(HALF, META))): case.calls
         for spec in specs()

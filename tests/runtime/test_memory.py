@@ -19,6 +19,7 @@ def network(weights: int, pool: int, flops: int = 0) -> Network:
     footprint = Footprint(
         parameters=weights // 2,
         weight_bytes=weights,
+        held_bytes=weights,
         flops=flops,
         activation_bytes=pool,
         scratch_bytes=0,
@@ -73,13 +74,24 @@ def test_balanced_has_encoders_for_the_text_only() -> None:
     }
 
 
+def test_what_the_device_holds_counts_not_what_the_checkpoint_has() -> None:
+    more = {
+        name: replace(n, footprint=replace(n.footprint, held_bytes=n.footprint.held_bytes + 1))
+        for name, n in PLAN.networks.items()
+    }
+    laid_out = replace(PLAN, networks=more)
+    for policy, networks in (("resident", 5), ("balanced", 3), ("low", 1)):
+        assert laid_out.need(policy)["base"] == PLAN.need(policy)["base"] + networks
+    assert laid_out.floor_ms(PLAN.stages[1], GPU) == PLAN.floor_ms(PLAN.stages[1], GPU)
+
+
 def test_low_has_one_network_at_a_time() -> None:
     assert need("low") == {"text": 4 + 8, "base": 16 + 32, "refiner": 64 + 128, "decode": 1024 + 2048 + 4096}
 
 
 def test_a_network_that_does_not_run_is_not_loaded() -> None:
     stages = (Stage("encode", "pixels", {"vae_encoder": 1}), *PLAN.stages)
-    assert replace(PLAN, stages=stages).weight_bytes() - PLAN.weight_bytes() == 256 * MB
+    assert replace(PLAN, stages=stages).held_bytes() - PLAN.held_bytes() == 256 * MB
 
 
 def test_what_moves_weights_is_pinned() -> None:

@@ -1,0 +1,207 @@
+"""What the layout of the back end `triton` gains: SDXL's blocks as they are, and as `engines/packing.py` lays them out.
+
+    python -m latentrt.bench.packing [--device cuda --dtype float16 --seconds 0.5 --out FOLDER]
+
+Both have their channels last and run the project's norms, so what differs is where biases are added and how an image
+is doubled. They take turns; what computes something else has no time. On a GPU calls are recorded as CUDA graphs over
+inputs that exceed its cache, as kernels are timed; on the CPU they are called as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..runtime.engines.packing import Doubling, defer_in_resnet
+from ..runtime.models.layers import ResnetBlock, Upsample
+from .kernel_timing import CACHE_BYTES, CALLS, RESULTS, Calls, cuda_microseconds, name_of, slug, write
+from .machine import command, describe_machine
+
+__all__ = ["BLOCKS", "Block", "main", "measure"]
+
+_EMBEDDING = 1280  # of the time, in SDXL
+_MOST_OFF = 2.0
+"""Times the plain block's error: what the packed one's may be, both beside float32,"""
+_ROUNDING = 1e-5
+"""or this much of the largest value, where the dtype is float32 itself."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One of SDXL's, at 1024x1024.
+
+    Attributes:
+        of, calls: how often it runs in a "step" with guidance or in a "decoding".
+        kind: "residual" or "doubling".
+        widths: channels of what comes in and goes out.
+        side: of what comes in.
+    """
+
+    of: str
+    calls: int
+    kind: str
+    widths: tuple[int, int]
+    side: int
+
+    @property
+    def name(self) -> str:
+        channels = " to ".join(str(n) for n in dict.fromkeys(self.widths))
+        return f"{self.of}: {self.kind}, {channels} x {self.side} x {self.side}"
+
+    def make(self) -> ResnetBlock | Upsample:
+        """With random weights, in float32."""
+        if self.kind == "doubling":
+            return Upsample(self.widths[0])
+        return ResnetBlock(*self.widths, 32, 1e-6, _EMBEDDING if self.of == "step" else None)
+
+
+BLOCKS = (
+    # In a step the most frequent of each level, and with a shortcut; in a decoding all of them.
+    Block("step", 5, "residual", (320, 320), 128),
+    Block("step", 5, "residual", (640, 640), 64),
+    Block("step", 7, "residual", (1280, 1280), 32),
+    Block("step", 1, "residual", (960, 320), 128),
+    Block("step", 2, "residual", (2560, 1280), 32),
+    Block("step", 1, "doubling", (1280, 1280), 32),
+    Block("step", 1, "doubling", (640, 640), 64),
+    Block("decoding", 5, "residual", (512, 512), 128),
+    Block("decoding", 3, "residual", (512, 512), 256),
+    Block("decoding", 1, "residual", (512, 256), 512),
+    Block("decoding", 2, "residual", (256, 256), 512),
+    Block("decoding", 1, "residual", (256, 128), 1024),
+    Block("decoding", 2, "residual", (128, 128), 1024),
+    Block("decoding", 1, "doubling", (512, 512), 128),
+    Block("decoding", 1, "doubling", (512, 512), 256),
+    Block("decoding", 1, "doubling", (256, 256), 512),
+)
+
+
+@torch.inference_mode()
+def measure(block: Block, dtype: torch.dtype, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Time a block as it is and packed.
+
+    Args:
+        seconds: for the rounds of each.
+
+    Returns:
+        A row: largest errors beside float32, relative to its largest value; microseconds of "plain" and "packed", and
+        how many times as fast that is, or an "error".
+    """
+    torch.manual_seed(0)
+    module = block.make().to(dtype)
+    packed, lacking = _packed(module)
+    rows = 2 if block.of == "step" else 1
+    time_ = F.silu(torch.randn(rows, _EMBEDDING).to(dtype))
+    sides: dict[str, Callable[[Tensor], Tensor]] = {
+        "plain": _call(module, time_, device),
+        "packed": _call(packed, time_, device),
+    }
+    shape = (rows, block.widths[0], block.side, block.side)
+    nbytes = rows * block.widths[0] * block.side**2 * dtype.itemsize
+    count = min(CALLS, max(2, CACHE_BYTES // nbytes)) if device.type == "cuda" else 1
+    inputs = [(_image(shape, dtype, device),) for _ in range(count)]
+    exact = _call(copy.deepcopy(module).float(), time_.float(), device)(inputs[0][0].float())
+    lacking = lacking.to(device)[:, None, None]
+    row: dict[str, Any] = {"block": block.name, "calls": block.calls}
+    for name, side in sides.items():
+        result = side(inputs[0][0]).float() + (lacking if name == "packed" else 0)
+        row[f"{name}_error"] = float((result - exact).abs().max() / exact.abs().max())
+    if not row["packed_error"] <= max(_MOST_OFF * row["plain_error"], _ROUNDING):
+        return row | {"error": "it computes something else"}
+    timer = cuda_microseconds if device.type == "cuda" else _microseconds
+    found = timer(sides, inputs, seconds)
+    plain, quicker = found["plain"], found["packed"]
+    if isinstance(plain, str) or isinstance(quicker, str):
+        return row | {"error": f"{plain}; {quicker}"}
+    return row | found | {"speedup": plain / quicker}
+
+
+def _packed(module: ResnetBlock | Upsample) -> tuple[nn.Module, Tensor]:
+    """A copy laid out anew, and what its results lack: float32 [Cout]."""
+    other = copy.deepcopy(module)
+    if isinstance(other, ResnetBlock):
+        lacking = defer_in_resnet(other, None)
+        return other, torch.zeros(other.conv2.out_channels) if lacking is None else lacking
+    bias = other.conv.bias
+    assert bias is not None
+    other.conv.bias = None
+    return Doubling(other, None), bias.float()
+
+
+def _call(module: nn.Module, time_: Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The module on the device, its channels last, with what a time's embedding makes of its shift."""
+    module = module.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if not isinstance(module, ResnetBlock) or module.time_emb_proj is None:
+        return module
+    shift = module.time_emb_proj(time_.to(device))
+    return lambda x: module(x, shift)
+
+
+def _image(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last).normal_()
+
+
+def _microseconds(calls: Calls, inputs: Sequence[tuple[Any, ...]], seconds: float) -> dict[str, float | str]:
+    """Medians on the CPU, in turns, after a warm-up of each."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.monotonic() + seconds * len(calls)
+    while len(next(iter(times.values()))) < 4 or time.monotonic() < end:
+        for name, call in calls.items():
+            begun = time.perf_counter()
+            call(*inputs[0])
+            times[name].append(1e6 * (time.perf_counter() - begun))
+    return {name: statistics.median(all_[1:]) for name, all_ in times.items()}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each block, and what a step and a decoding save by them."""
+    lines = [f"{'block':<48}{'plain us':>10}{'packed us':>11}{'faster':>9}"]
+    saved: dict[str, float] = {}
+    for row in rows:
+        if "error" in row:
+            lines.append(f"{row['block']:<48}{row['error']}")
+            continue
+        lines.append(f"{row['block']:<48}{row['plain']:>10.1f}{row['packed']:>11.1f}{row['speedup']:>8.2f}x")
+        of = row["block"].partition(":")[0]
+        saved[of] = saved.get(of, 0.0) + row["calls"] * (row["plain"] - row["packed"])
+    return [*lines, *(f"a {of}'s blocks above save {us / 1e3:.2f} ms" for of, us in saved.items())]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; 1 where a block computes something else or cannot run."""
+    parser = argparse.ArgumentParser(description="What packing gains, block by block.")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"])
+    parser.add_argument("--seconds", type=float, default=0.5, help="for the rounds of each block")
+    parser.add_argument("--only", metavar="TEXT", default="", help="blocks with this in their name")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    dtype = getattr(torch, args.dtype or ("float16" if args.device == "cuda" else "float32"))
+    rows = []
+    for block in BLOCKS:
+        if args.only in block.name:
+            rows.append(measure(block, dtype, device, args.seconds))
+            print("\n".join(table(rows[-1:])[1:2]), flush=True)
+    machine = describe_machine(device)
+    result = {"machine": machine, "command": command(), "dtype": name_of(dtype), "rows": rows}
+    where = slug(machine) if args.device == "cuda" else "cpu"
+    write(args.out / f"packing-{where}.json", result)
+    print("\n" + "\n".join(table(rows)))
+    return int(any("error" in row for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

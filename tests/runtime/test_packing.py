@@ -1,0 +1,104 @@
+"""What `packing` makes of networks: the same function, with fewer additions and products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny_components
+import torch
+import torch.nn.functional as F
+from latentrt.kernels._triton import counted, forced
+from latentrt.runtime.engines.base import Component
+from latentrt.runtime.engines.eager import EagerBackend
+from latentrt.runtime.engines.packing import defer_biases, doubling_weight, pack_attention
+from latentrt.runtime.engines.triton import TritonBackend
+from latentrt.runtime.models.unet_blocks import Attention
+from tolerances import MODEL, MODEL_HALF_VERSUS_THEIRS, OPERATOR
+from torch import Tensor, nn
+
+CPU = torch.device("cpu")
+CONVOLVED = {**tiny_components.UNET, "use_linear_projection": False}  # projections of SD 1.x
+SIX = {**tiny_components.UNET, "transformer_layers_per_block": [1, 3], "layers_per_block": 2}
+PLAIN = {**tiny_components.VAE, "mid_block_add_attention": False, "use_post_quant_conv": False}
+NETWORKS: dict[str, Callable[..., Component]] = {
+    "unet": tiny_components.unet,
+    "unet with 1x1 convolutions": lambda *a: tiny_components.unet(*a, config=CONVOLVED),
+    "deeper unet": lambda *a: tiny_components.unet(*a, config=SIX),
+    "decoder": tiny_components.vae_decoder,
+    "decoder without attention": lambda *a: tiny_components.vae_decoder(*a, config=PLAIN),
+    "encoder": tiny_components.vae_encoder,
+}
+
+
+def outputs(component: Component, backend: Any, **sizes: int) -> Tensor:
+    engine = backend.load(component, device=CPU, cache_dir=None)
+    (result,) = engine(tiny_components.named_inputs(component, **sizes)).values()
+    return result
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 1, 5), (1, 4, 7, 6)], ids=str)
+def test_a_doubling_is_one_transposed_convolution(shape: tuple[int, ...]) -> None:
+    """At the borders too, where one pads with zeros what the other does not have."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator)
+    weight = torch.randn(5, shape[1], 3, 3, generator=generator)
+    wanted = F.conv2d(F.interpolate(x.double(), scale_factor=2.0), weight.double(), padding=1)
+    found = F.conv_transpose2d(x.double(), doubling_weight(weight).double(), stride=2, padding=1)
+    assert (found - wanted).abs().max() < OPERATOR["float32"] * wanted.abs().max()
+
+
+@pytest.mark.parametrize("sizes", [{}, {"height": 7, "width": 5}, {"batch": 17}], ids=["", "odd", "17 rows"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_packed_network_computes_the_same(name: str, sizes: dict[str, int]) -> None:
+    if "height" in sizes and name == "encoder":  # whose images are multiples of its scale
+        sizes = {"image_height": 6, "image_width": 10}
+    component = NETWORKS[name]()
+    wanted = outputs(component, EagerBackend(), **sizes)
+    found = outputs(component, TritonBackend(), **sizes)
+    assert (found - wanted).abs().max() < MODEL * wanted.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_packed_network_rounds_no_worse(name: str, dtype: torch.dtype) -> None:
+    component = NETWORKS[name](dtype)
+    inputs = tiny_components.named_inputs(component)
+    with torch.inference_mode():
+        exact = component.build().double()(*(x.double() for x in inputs.values()))
+    theirs, ours = (outputs(component, b).double() for b in (EagerBackend(), TritonBackend()))
+    error, allowed = ((x - exact).square().mean().sqrt() for x in (ours, theirs))
+    assert error < MODEL_HALF_VERSUS_THEIRS * allowed
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_biases_are_added_by_norms_and_products(name: str) -> None:
+    """Of convolutions only those at the ends of a network, of few channels, have one left."""
+    module = NETWORKS[name]().build()
+    defer_biases(module)
+    left = {key for key, m in module.named_modules() if isinstance(m, nn.Conv2d) and m.bias is not None}
+    assert {key.rpartition(".")[2] for key in left} <= {"conv_out", "quant_conv", "post_quant_conv"}
+    assert any(key.endswith("conv_out") for key in left)
+
+
+def test_attention_keeps_half_inputs_whatever_the_configuration_asks_for() -> None:
+    config = {**tiny_components.UNET, "upcast_attention": True}
+    module = tiny_components.unet(config=config).build()
+    attentions = [m for m in module.modules() if isinstance(m, Attention)]
+    assert {m.upcast for m in attentions} == {True}
+    pack_attention(module)
+    assert {m.upcast for m in attentions} == {False}
+
+
+@pytest.mark.parametrize("name", ["unet", "decoder"])
+def test_eager_runs_none_of_our_kernels(name: str) -> None:
+    """It is what they are held against, on a GPU too: here where CPU tensors are sent to them."""
+    component = NETWORKS[name]()
+    wanted = outputs(component, EagerBackend())
+    with forced(), counted() as counts:
+        found = outputs(component, EagerBackend())
+        assert not counts
+        outputs(component, TritonBackend())
+        assert counts
+    assert found.equal(wanted)
