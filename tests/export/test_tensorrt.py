@@ -255,7 +255,7 @@ PARENT = textwrap.dedent("""
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
 def test_whatever_ends_the_parent_ends_the_child(tmp_path: Path, how: signal.Signals) -> None:
-    model = tiny_onnx.chain(tmp_path / "model.onnx", 60)
+    model = tiny_onnx.chain(tmp_path / "model.onnx", 300)  # which takes longer than the test gives it
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(tmp_path / "cache"), model, repr(tiny_onnx.CHAIN_SHAPES)]
     )
