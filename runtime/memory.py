@@ -48,7 +48,8 @@ RESERVE = 256 << 20
 not measured. The CUDA context is not in it: free memory is asked for once that is there."""
 
 STAGING = 2 * (64 << 20)
-"""Bytes of pinned host memory through which weights stream: two buffers that take turns."""
+"""Bytes of pinned host memory through which weights stream to a GPU, by any policy when they are loaded: two buffers
+that take turns."""
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,7 @@ class Plan:
         """Device bytes that the hungriest stage needs."""
         return max(self.need(policy).values())
 
-    def pinned_bytes(self, policy: str) -> int:
-        """Pinned host bytes that moving weights takes."""
-        return 0 if policy == "resident" else STAGING
-
-    def require_fit(self, available: int, policy: str) -> None:
+    def require_fit(self, available: int, policy: str, remedy: str = "take a GPU with more memory") -> None:
         """Refuse what cannot fit.
 
         Args:
@@ -208,7 +205,7 @@ class Plan:
             policy: {
                 "need_bytes": self.need(policy),
                 "peak_bytes": self.peak(policy),
-                "pinned_host_bytes": self.pinned_bytes(policy),
+                "pinned_host_bytes": STAGING,
             }
             for policy in POLICIES
         }

@@ -20,7 +20,7 @@ from .expert import Expert, check_fit
 from .footprint import Footprint, Tracker, follow, measure
 from .loading import load_expert, load_vae
 from .memory import Network, Plan, Stage
-from .request import check_side
+from .request import check_number, check_side
 from .stages import Stage as ExpertStage
 from .stages import stages_of
 from .vae import VAE, Tiles
@@ -126,6 +126,8 @@ class Planner:
         width = check_side("width", side[1] * scale if width is None else width, scale)
         if not 1 <= batch <= 1024:
             raise RequestError(f"batch is {batch}; it must be 1 to 1024")
+        guidance_scale = check_number("guidance_scale", guidance_scale, -1e4, 1e4)
+        high_noise_frac = check_number("high_noise_frac", high_noise_frac, 0, 1)
         stages = stages_of(self._base, self._refiner, sampler, steps=steps, high_noise_frac=high_noise_frac)
         return self.of_stages(
             stages, height=height, width=width, batch=batch, guided=guidance_scale > 1, encoded=from_image
