@@ -75,22 +75,27 @@ class Weights:
 
     @torch.inference_mode(False)
     def arrive(self) -> None:
-        """Move to the device."""
+        """Move to the device. Broken off midway, they are where they were."""
+        if self._home is not None and self._there is not None:  # nobody heard of its end: not there twice
+            self._point_into(self._home)
+            self._there = None
         sources, nbytes = self._sources()
-        self._there = _room(nbytes, self._device)
+        there = _room(nbytes, self._device)
         staging = Staging(self._device, min(self._staging_bytes, 2 * max(nbytes, 1)))
         for source, begin in sources:
-            staging.copy(source, self._there[begin : begin + len(source)])
-        self._point_into(self._there)
+            staging.copy(source, there[begin : begin + len(source)])
+        self._there = there
+        self._point_into(there)
 
     @torch.inference_mode(False)
     def leave(self) -> None:
-        """Move to the host, and give the device's memory back."""
+        """Move to the host, and give the device's memory back. Broken off midway, they can be told to leave again."""
         if self._home is None:
             sources, nbytes = self._sources()
-            self._home = _room(nbytes, torch.device("cpu"))
+            home = _room(nbytes, torch.device("cpu"))
             for source, begin in sources:
-                self._home[begin : begin + len(source)].copy_(source)
+                home[begin : begin + len(source)].copy_(source)
+            self._home = home  # only once it is whole: weights come back from it
         self._point_into(self._home)
         self._there = None
         if self._device.type == "cuda":
