@@ -75,13 +75,14 @@ class Stage:
         name: text, encode, base, refiner or decode, in the order in which they run.
         kind: of the networks.
         calls: how often each network runs, by its name.
-        image_bytes: of the images that it holds beside the network's own memory.
+        extra_bytes: of what it holds for a time beside the network's own memory: images, or what a loop makes as it
+            takes up a request.
     """
 
     name: str
     kind: Kind
     calls: Mapping[str, int]
-    image_bytes: int = 0
+    extra_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Plan:
         return {stage.name: self._need(policy, stage) for stage in self.stages}
 
     def _need(self, policy: str, stage: Stage) -> int:
-        always = RESERVE + self.buffer_bytes + stage.image_bytes
+        always = RESERVE + self.buffer_bytes + stage.extra_bytes
         if policy == "resident":
             return always + self.weight_bytes() + self.pool_bytes()
         if policy == "balanced":

@@ -204,7 +204,7 @@ class Planner:
             loop = _Loop(self._engine(key, component), kind, _inputs(component, rows, height, width))
             buffers |= {f"{name} {part}": nbytes for part, nbytes in loop.buffers.items()}
             networks[key] = self._network(key, component, rows, height, width, loop)
-            stages.append(Stage(name, "denoise", {key: 1}))
+            stages.append(Stage(name, "denoise", {key: 1}, follow(loop.prepare, self._arch).pool))
         # A picture in float32, once by itself and once in the batch.
         image_bytes = 2 * 4 * batch * 3 * height * width
         scale = self._vae.scale
@@ -340,7 +340,7 @@ def _inputs(component: Component, rows: int, height: int, width: int) -> dict[st
 
 
 class _Loop:
-    """The denoising loop's static tensors on the meta device, and one step over them.
+    """The denoising loop's static tensors on the meta device, and the work over them.
 
     Attributes:
         buffers: bytes by what they are for.
@@ -359,6 +359,10 @@ class _Loop:
                 timesteps=state.timesteps,
             )
         self.buffers["keys, values, times"] = tracker.live
+
+    def prepare(self) -> None:
+        """Take up a request, which is not recorded: what it makes is not in the memory that a step has."""
+        self._program.prepare()
 
     def step(self) -> None:
         """Take one."""

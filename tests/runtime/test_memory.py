@@ -45,7 +45,7 @@ PLAN = Plan(
         Stage("text", "text", {"te1": 1, "te2": 3}),
         Stage("base", "denoise", {"unet": 24}),
         Stage("refiner", "denoise", {"refiner unet": 6}),
-        Stage("decode", "pixels", {"vae_decoder": 1}, image_bytes=4096 * MB),
+        Stage("decode", "pixels", {"vae_decoder": 1}, extra_bytes=4096 * MB),
     ),
     buffers={"latents": 8000 * MB, "noise": 192 * MB},
 )

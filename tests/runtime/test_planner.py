@@ -126,12 +126,25 @@ def test_a_planned_step_is_live_as_a_real_one(pair: Planner, tiny: Tiny) -> None
         state = DenoiseState(kind, cpu)
         inputs = {"sample": state.sample, "timestep": state.timestep, **told}
         program = engine.bind(inputs, {"prediction": state.prediction}, timesteps=state.timesteps)
-    program.prepare()
+    with torch.no_grad(), as_nodes(), Tracker() as prepared:
+        program.prepare()
     with torch.no_grad(), as_nodes(), Tracker() as tracker:
         state.step(program.run)
     buffers = {part: n for part, n in plan.buffers.items() if part.startswith("base ")}
     assert bound.live == buffers["base loop"] + buffers["base keys, values, times"]
     assert tracker.peak == plan.networks["unet"].footprint.activation_bytes
+    (stage,) = (stage for stage in plan.stages if stage.name == "base")
+    assert stage.extra_bytes == prepared.peak > 0
+
+
+def test_what_a_loop_prepares_is_not_there_twice(full: Planner) -> None:
+    """Keys and values of the text, and the shifts of a thousand steps, are made where they stay."""
+    for steps in (30, 900):
+        plan = full.plan(batch=8, steps=steps)
+        made = {stage.name: stage.extra_bytes for stage in plan.stages}
+        for name, least in (("base", 430e6), ("refiner", 140e6)):
+            assert plan.buffers[f"{name} keys, values, times"] > least
+            assert 0 < made[name] < 60e6
 
 
 def stored_numbers(folder: Path) -> int:
