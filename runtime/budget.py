@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
@@ -173,21 +174,28 @@ class Budget:
             )
 
     def retried(
-        self, make: Callable[[], _Result], begin_again: Callable[[], None], told: Callable[[], Plan]
+        self,
+        make: Callable[[], _Result],
+        begin_again: Callable[[], None],
+        told: Callable[[], Plan],
+        asking: Callable[[], bool],
     ) -> _Result:
         """What `make` makes. Where memory runs out, what is kept of earlier requests goes and it is made anew, once.
 
         Args:
             begin_again: undoes what `make` did before it failed.
             told: the plan, for the message.
+            asking: whether it is a callback of the caller's that failed.
 
         Raises:
-            OutOfMemoryError: with what the plan says.
+            OutOfMemoryError: with what the plan says; as it is where it comes from a callback.
         """
         failure: OutOfMemoryError | None = None
         try:
             return make()
         except OutOfMemoryError as error:
+            if asking():
+                raise
             failure = without_frames(error)
         # Only now are the frames that failed gone, and what they held.
         freed = self._freed()
@@ -197,6 +205,8 @@ class Budget:
             try:
                 return make()
             except OutOfMemoryError as error:
+                if asking():
+                    raise
                 failure = without_frames(error)
         raise OutOfMemoryError(f"{failure}. By plan, {told().told(self._policy)}") from failure.__cause__
 
@@ -204,6 +214,7 @@ class Budget:
         """Let go of what no call uses; returns its bytes."""
         device = self._loader.device
         freed = self._loader.kept.drop()
+        gc.collect()
         if device.type == "cuda":
             reserved = torch.cuda.memory_reserved(device)
             with torch.cuda.device(device):

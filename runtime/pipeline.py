@@ -348,6 +348,7 @@ class Pipeline:
                 lambda: make_images(self._parts, request, stages, noise, watch, tile),
                 begin_again=_rewind(noise, watch),
                 told=lambda: self._budget.plan(request, stages, tile),
+                asking=lambda: watch.asking,
             )
         made = records(request, self._base, self._refiner, sampler, self.backend)
         return PipelineOutput(images, made, watch.timings, watch.stop.is_set())
