@@ -13,6 +13,7 @@ from ..errors import OutOfMemoryError
 from ..kernels._triton import arch_of
 from .engines.lazy import EngineLoader
 from .expert import Expert
+from .kept import DEFAULT_LIMIT
 from .memory import Plan, Policy, readable
 from .place import free_memory
 from .planner import Planner
@@ -71,7 +72,10 @@ class Budget:
             loader.kept.limit = loop_memory
         available = self.available()
         if available is not None:
-            self.planner.of_weights().require_fit(available, policy)
+            weights = self.planner.of_weights()
+            if weights.peak(policy) > available:
+                available = self._collected(available)
+            weights.require_fit(available, policy, self._remedy(available))
 
     @property
     def planner(self) -> Planner:
@@ -120,6 +124,20 @@ class Budget:
             self._seen = (device, free)
         return min((n for n in (self._limit, free) if n is not None), default=None)
 
+    def _collected(self, available: int) -> int:
+        """Once more what is `available`, without what waits for the garbage collector: a pipeline that was dropped may
+        be among it, if what dropped it refers to itself."""
+        if available == self._limit:
+            return available
+        gc.collect()
+        return self.available() or 0
+
+    def _remedy(self, available: int) -> str:
+        """Where that is too little for any request."""
+        if available == self._limit:
+            return "give a larger memory_limit"
+        return "end what else is on the GPU, or take one with more memory"
+
     def require(
         self, request: GenerationRequest, stages: Sequence[Stage], *, idle: bool, tiled: bool
     ) -> tuple[int | None, int | None]:
@@ -135,16 +153,27 @@ class Budget:
         Raises:
             MemoryPlanError: what each stage needs, what there is, and what would fit.
         """
-        available, tile = self.available(idle=idle), TILE if tiled else None
+        available = self.available(idle=idle)
         if available is None:
-            return None, tile
+            return None, TILE if tiled else None
+        plan, tile = self._best(request, stages, tiled, available)
+        if plan.peak(self._policy) > available and idle:
+            available = self._collected(available)
+            plan, tile = self._best(request, stages, tiled, available)
+        plan.require_fit(available, self._policy, self._remedy(available))
+        return available - plan.peak(self._policy) + plan.buffer_bytes, tile
+
+    def _best(
+        self, request: GenerationRequest, stages: Sequence[Stage], tiled: bool, available: int
+    ) -> tuple[Plan, int | None]:
+        """The plan with its tile: of whole pictures, unless tiles are asked for or only they fit."""
+        tile = TILE if tiled else None
         plan = self.plan(request, stages, tile)
         if plan.peak(self._policy) > available and not tiled:
             in_tiles = self.plan(request, stages, TILE)
             if in_tiles.peak(self._policy) <= available:
-                plan, tile = in_tiles, TILE
-        plan.require_fit(available, self._policy)
-        return available - plan.peak(self._policy) + plan.buffer_bytes, tile
+                return in_tiles, TILE
+        return plan, tile
 
     def admit(
         self, request: GenerationRequest, stages: Sequence[Stage], *, idle: bool, tiled: bool
@@ -155,8 +184,8 @@ class Budget:
             _log.warning(
                 "the VAE decodes in tiles, a little off the whole picture, which by plan would not fit"
             )
-        if room is not None and self._loop_memory is None:
-            self._loader.kept.limit = room
+        if self._loop_memory is None:
+            self._loader.kept.limit = DEFAULT_LIMIT if room is None else room
         if room is not None:
             self._loader.kept.shrink(min(room, self._loader.kept.limit))
         return tile

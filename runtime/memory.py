@@ -147,6 +147,7 @@ class Plan:
 
         Args:
             available: device bytes that are free, or held by what this plan counts.
+            remedy: where no request at all would fit.
 
         Raises:
             MemoryPlanError: the need of every stage, and what would fit.
@@ -156,7 +157,7 @@ class Plan:
         if max(need.values()) <= available:
             return
         raise MemoryPlanError(
-            f"{self.told(policy)}, and there are {readable(available)}; {self._remedy(available)}"
+            f"{self.told(policy)}, and there are {readable(available)}; {self._remedy(available, remedy)}"
         )
 
     def told(self, policy: str) -> str:
@@ -165,7 +166,7 @@ class Plan:
         stages = ", ".join(f"{name} {readable(nbytes)}" for name, nbytes in need.items())
         return f"{self.subject} needs {readable(max(need.values()))} of device memory by policy {policy!r} ({stages})"
 
-    def _remedy(self, available: int) -> str:
+    def _remedy(self, available: int, otherwise: str) -> str:
         fitting = [f"{p!r} ({readable(self.peak(p))})" for p in POLICIES if self.peak(p) <= available]
         if fitting:
             smaller = ", or a smaller size or batch" if self.pool_bytes() else ""
@@ -176,7 +177,7 @@ class Plan:
         if weights + RESERVE > available:
             return (
                 f"the weights of {name} alone are {readable(weights)}, and {readable(RESERVE)} are kept free for "
-                "libraries: take a GPU with more memory"
+                f"libraries: {otherwise}"
             )
         return f"no policy fits, {least!r} needs {readable(self.peak(least))}: take a smaller size or batch"
 
