@@ -86,5 +86,12 @@ class Kept:
             keys = [key for key in self._items if owner is None or key[0] == owner]
             return sum(self._items.pop(key).nbytes for key in keys)
 
+    def forget(self, owner: Hashable) -> None:
+        """`drop` of an owner that is no more. A garbage collector tells of it anywhere, in the midst of this class too;
+        then its things stay until there is no room for them."""
+        if self._lock.acquire(timeout=1):
+            self._lock.release()
+            self.drop(owner)
+
     def _nbytes(self) -> int:
         return sum(item.nbytes for item in self._items.values())

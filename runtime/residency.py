@@ -8,6 +8,7 @@ they were, and stream in through pinned memory. They come back to another addres
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Protocol
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .engines.base import Component
+from .kept import Kept
 from .memory import STAGING, Kind, Policy, kind_of, stays
 
 __all__ = ["Residency", "Resident", "Staging", "Weights", "turns"]
@@ -163,6 +165,21 @@ class Resident(Protocol):
         ...
 
     @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        ...
+
+    @property
+    def present(self) -> bool:
+        """Whether its weights are on the device."""
+        ...
+
+    @property
+    def kept(self) -> Kept:
+        """What is recorded of it, among others, and goes when it leaves."""
+        ...
+
+    @property
     def residency(self) -> Residency | None:
         """What may make it leave, if anything does."""
         ...
@@ -173,34 +190,41 @@ class Resident(Protocol):
 
 
 class Residency:
-    """Keeps on the device what a policy allows there.
+    """Keeps on each device what a policy allows there: of one pipeline's engines, or of several that share parts.
 
     Attributes:
+        policy: by which they leave.
         turn: held by who uses any of the engines, from the first to the last: two at once would send each other's away.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.turn = threading.RLock()
-        self._policy = policy
-        self._present: list[Resident] = []
+        self.policy = policy
+        self._present: list[weakref.ref[Resident]] = []  # it is their owners that let go of them
+
+    @property
+    def present(self) -> list[Resident]:
+        """Those on a device, in the order in which they came."""
+        return [engine for there in self._present if (engine := there()) is not None]
 
     def together(self, kind: Kind) -> bool:
         """Whether networks of this kind may be on the device at the same time."""
-        return stays(self._policy, kind, kind)
+        return stays(self.policy, kind, kind)
 
     def enter(self, engine: Resident) -> None:
         """Before it is loaded or brought back: what may not stay with it leaves."""
         running = kind_of(engine.component.name)
-        for other in [other for other in self._present if other is not engine]:
-            if not stays(self._policy, kind_of(other.component.name), running):
+        for other in self.present:
+            if other is engine or other.device != engine.device:
+                continue
+            if not stays(self.policy, kind_of(other.component.name), running):
                 other.leave()
-        if engine not in self._present:
-            self._present.append(engine)
+        self._present = [weakref.ref(other) for other in self.present if other is not engine]
+        self._present.append(weakref.ref(engine))
 
     def left(self, engine: Resident) -> None:
         """It is not on the device any more, whatever the reason."""
-        if engine in self._present:
-            self._present.remove(engine)
+        self._present = [weakref.ref(other) for other in self.present if other is not engine]
 
 
 @contextmanager

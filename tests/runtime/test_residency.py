@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from latentrt.runtime import residency
+from latentrt.runtime.kept import Kept
 from latentrt.runtime.memory import POLICIES, Policy, check_policy, stays
 from latentrt.runtime.residency import Residency, Weights
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ class Resident:
 
     def __init__(self, name: str, there: Residency, gone: list[str]) -> None:
         self.component: Any = SimpleNamespace(name="unet" if name == "refiner" else name)
+        self.device, self.present, self.kept = CPU, True, Kept()
         self.residency = there
         self._name, self._gone = name, gone
 
@@ -39,7 +41,7 @@ def walk(policy: Policy, requests: int = 2) -> tuple[list[set[str]], list[str]]:
     for name in REQUEST * requests:
         held.enter(engines[name])
         held.enter(engines[name])  # is there already
-        there.append({n for n, engine in engines.items() if engine in held._present})
+        there.append({n for n, engine in engines.items() if engine in held.present})
     return there, gone
 
 
