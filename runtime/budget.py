@@ -103,10 +103,16 @@ class Budget:
         )
 
     def held(self) -> dict[str, int]:
-        """Bytes that the pipeline holds on its device between requests: weights by network, and `recorded`."""
-        planner = self.planner
-        held = {name: planner.weight_bytes(name) for name, x in planner.engines().items() if x.present}
-        return {**held, "recorded": self._loader.kept.nbytes}
+        """Bytes that the pipeline holds on its device between requests, or will be given: weights by network, and
+        `recorded`. Given by a network of another pipeline, which leaves for this one's: policy "low"."""
+        own, residency = self.planner.engines(), self._loader.residency
+        held = {name: x.component.weight_bytes for name, x in own.items() if x.present}
+        held["recorded"] = self._loader.kept.nbytes
+        if residency is not None and residency.policy == "low":
+            for x in residency.present:
+                if x.present and x.device == self._loader.device and x not in own.values():
+                    held[f"another {x.component.name}"] = x.component.weight_bytes + x.kept.nbytes
+        return held
 
     def available(self, *, idle: bool = True) -> int | None:
         """Bytes of the device that are free or held by this pipeline; None where nothing bounds them.

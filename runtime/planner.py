@@ -63,7 +63,6 @@ class Planner:
         self._engines: dict[str, Engine] = {}
         self._footprints: dict[tuple[str, int, int, int], Footprint] = {}
         self._plans: dict[Hashable, Plan] = {}
-        self._weights: dict[str, int] = {}
         self._lock = threading.RLock()
 
     @classmethod
@@ -248,20 +247,11 @@ class Planner:
         found = {self._key(expert, x.component): x for expert in experts for x in expert.engines()}
         return found | {half.component.name: half for half in (self._vae.encoder, self._vae.decoder)}
 
-    def weight_bytes(self, name: str) -> int:
-        """Of a network of that name."""
-        with self._lock:
-            if name not in self._weights:
-                with torch.inference_mode(False):
-                    module = self._module(name, self.engines()[name].component)
-                self._weights[name] = sum(p.nbytes for p in module.parameters())
-            return self._weights[name]
-
     def _weighed(self, networks: dict[str, Network], expert: Expert, component: Component) -> str:
         """The name of a network that is added to `networks` with its weights only."""
         key = self._key(expert, component)
         numbers = sum(p.numel() for p in self._module(key, component).parameters())
-        footprint = Footprint(numbers, self.weight_bytes(key), 0, 0, 0, 0, 0, 0)
+        footprint = Footprint(numbers, component.weight_bytes, 0, 0, 0, 0, 0, 0)
         networks[key] = Network(str(component.dtype).removeprefix("torch."), 1, footprint)
         return key
 

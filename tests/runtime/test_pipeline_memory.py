@@ -223,7 +223,7 @@ def test_what_leaves_and_comes_back_makes_the_same_image(
         assert (pipe._loader.kept.nbytes == 0) == (policy == "low")
     assert there[2:] == list(WHILE[policy])
     # What came back is on the device once, and what may leave has a copy on the host.
-    weights = {name: pipe._budget.planner.weight_bytes(name) for name in pipe._budget.planner.engines()}
+    weights = {name: x.component.weight_bytes for name, x in pipe._budget.planner.engines().items()}
     movers = {"resident": set(), "balanced": TEXT, "low": AFTER["resident"]}[policy]
     copies = sum(weights[name] for name in movers) + sum(sizes[name] for name in movers & set(sizes))
     padding = 512 * 400 * len(movers)
