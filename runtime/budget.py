@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
@@ -12,6 +13,7 @@ from ..errors import OutOfMemoryError
 from ..kernels._triton import arch_of
 from .engines.lazy import EngineLoader
 from .expert import Expert
+from .kept import DEFAULT_LIMIT
 from .memory import Plan, Policy, readable
 from .place import free_memory
 from .planner import Planner
@@ -70,7 +72,10 @@ class Budget:
             loader.kept.limit = loop_memory
         available = self.available()
         if available is not None:
-            self.planner.of_weights().require_fit(available, policy)
+            weights = self.planner.of_weights()
+            if weights.peak(policy) > available:
+                available = self._collected(available)
+            weights.require_fit(available, policy, self._remedy(available))
 
     @property
     def planner(self) -> Planner:
@@ -98,10 +103,16 @@ class Budget:
         )
 
     def held(self) -> dict[str, int]:
-        """Bytes that the pipeline holds on its device between requests: weights by network, and `recorded`."""
-        planner = self.planner
-        held = {name: planner.held_bytes(name) for name, x in planner.engines().items() if x.present}
-        return {**held, "recorded": self._loader.kept.nbytes}
+        """Bytes that the pipeline holds on its device between requests, or will be given: weights by network, and
+        `recorded`. Given by a network of another pipeline, which leaves for this one's: policy "low"."""
+        own, residency = self.planner.engines(), self._loader.residency
+        held = {name: x.held_bytes for name, x in own.items() if x.present}
+        held["recorded"] = self._loader.kept.nbytes
+        if residency is not None and residency.policy == "low":
+            for x in residency.present:
+                if x.present and x.device == self._loader.device and x not in own.values():
+                    held[f"another {x.component.name}"] = x.held_bytes + x.kept.nbytes
+        return held
 
     def available(self, *, idle: bool = True) -> int | None:
         """Bytes of the device that are free or held by this pipeline; None where nothing bounds them.
@@ -119,6 +130,20 @@ class Budget:
             self._seen = (device, free)
         return min((n for n in (self._limit, free) if n is not None), default=None)
 
+    def _collected(self, available: int) -> int:
+        """Once more what is `available`, without what waits for the garbage collector: a pipeline that was dropped may
+        be among it, if what dropped it refers to itself."""
+        if available == self._limit:
+            return available
+        gc.collect()
+        return self.available() or 0
+
+    def _remedy(self, available: int) -> str:
+        """Where that is too little for any request."""
+        if available == self._limit:
+            return "give a larger memory_limit"
+        return "end what else is on the GPU, or take one with more memory"
+
     def require(
         self, request: GenerationRequest, stages: Sequence[Stage], *, idle: bool, tiled: bool
     ) -> tuple[int | None, int | None]:
@@ -134,16 +159,27 @@ class Budget:
         Raises:
             MemoryPlanError: what each stage needs, what there is, and what would fit.
         """
-        available, tile = self.available(idle=idle), TILE if tiled else None
+        available = self.available(idle=idle)
         if available is None:
-            return None, tile
+            return None, TILE if tiled else None
+        plan, tile = self._best(request, stages, tiled, available)
+        if plan.peak(self._policy) > available and idle:
+            available = self._collected(available)
+            plan, tile = self._best(request, stages, tiled, available)
+        plan.require_fit(available, self._policy, self._remedy(available))
+        return available - plan.peak(self._policy) + plan.buffer_bytes, tile
+
+    def _best(
+        self, request: GenerationRequest, stages: Sequence[Stage], tiled: bool, available: int
+    ) -> tuple[Plan, int | None]:
+        """The plan with its tile: of whole pictures, unless tiles are asked for or only they fit."""
+        tile = TILE if tiled else None
         plan = self.plan(request, stages, tile)
         if plan.peak(self._policy) > available and not tiled:
             in_tiles = self.plan(request, stages, TILE)
             if in_tiles.peak(self._policy) <= available:
-                plan, tile = in_tiles, TILE
-        plan.require_fit(available, self._policy)
-        return available - plan.peak(self._policy) + plan.buffer_bytes, tile
+                return in_tiles, TILE
+        return plan, tile
 
     def admit(
         self, request: GenerationRequest, stages: Sequence[Stage], *, idle: bool, tiled: bool
@@ -154,8 +190,8 @@ class Budget:
             _log.warning(
                 "the VAE decodes in tiles, a little off the whole picture, which by plan would not fit"
             )
-        if room is not None and self._loop_memory is None:
-            self._loader.kept.limit = room
+        if self._loop_memory is None:
+            self._loader.kept.limit = DEFAULT_LIMIT if room is None else room
         if room is not None:
             self._loader.kept.shrink(min(room, self._loader.kept.limit))
         return tile
@@ -173,21 +209,28 @@ class Budget:
             )
 
     def retried(
-        self, make: Callable[[], _Result], begin_again: Callable[[], None], told: Callable[[], Plan]
+        self,
+        make: Callable[[], _Result],
+        begin_again: Callable[[], None],
+        told: Callable[[], Plan],
+        asking: Callable[[], bool],
     ) -> _Result:
         """What `make` makes. Where memory runs out, what is kept of earlier requests goes and it is made anew, once.
 
         Args:
             begin_again: undoes what `make` did before it failed.
             told: the plan, for the message.
+            asking: whether it is a callback of the caller's that failed.
 
         Raises:
-            OutOfMemoryError: with what the plan says.
+            OutOfMemoryError: with what the plan says; as it is where it comes from a callback.
         """
         failure: OutOfMemoryError | None = None
         try:
             return make()
         except OutOfMemoryError as error:
+            if asking():
+                raise
             failure = without_frames(error)
         # Only now are the frames that failed gone, and what they held.
         freed = self._freed()
@@ -197,6 +240,8 @@ class Budget:
             try:
                 return make()
             except OutOfMemoryError as error:
+                if asking():
+                    raise
                 failure = without_frames(error)
         raise OutOfMemoryError(f"{failure}. By plan, {told().told(self._policy)}") from failure.__cause__
 
@@ -204,6 +249,7 @@ class Budget:
         """Let go of what no call uses; returns its bytes."""
         device = self._loader.device
         freed = self._loader.kept.drop()
+        gc.collect()
         if device.type == "cuda":
             reserved = torch.cuda.memory_reserved(device)
             with torch.cuda.device(device):

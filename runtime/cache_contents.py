@@ -17,7 +17,7 @@ from .engines.sizes import Profile
 
 __all__ = ["Entry", "contents", "parse_bytes", "prune", "verify"]
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS = {"": 1} | {x + i: base**k for i, base in (("", 1000), ("I", 1024)) for k, x in enumerate("KMGT", 1)}
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,12 @@ def prune(store: Store, max_bytes: int | None) -> list[Entry]:
 
 
 def parse_bytes(text: str) -> int:
-    """`20GB`, `500M` or `1e9` -> bytes; units of a thousand.
+    """`20GB`, `500M`, `8GiB` or `1e9` -> bytes; units of a thousand, but KiB and so on of 1024.
 
     Raises:
         RequestError: it is no such thing.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*((?:[KMGT]i?)?)B?", text.strip(), re.IGNORECASE)
     if found is None:
         raise RequestError(f"{text!r} is no amount of memory; write such as 20GB or 500MB")
     amount = float(found[1]) * _UNITS[found[2].upper()]

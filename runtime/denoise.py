@@ -213,7 +213,7 @@ def denoise(
         latents: [B, C, h, w] at the noise level of the table's first step; left as they are.
         guidance_scale: a number or float32 [B]; None runs the model without its unconditional half.
         guidance_rescale: see `sampler_step`.
-        noise: from `NoiseSource.draw_steps`, on the latents' device.
+        noise: from `NoiseSource.draw_steps`, on any device.
         dtype: of the sample given to the model. The latents stay float32.
         on_step: called after each step.
         should_stop: asked before each step; true ends the loop with the latents as they are.

@@ -153,7 +153,7 @@ class Denoiser:
         )  # vary with the model
         key = kind, tokens
         engine = unet.load()
-        loop: _Loop | None = unet.kept.take(unet, key)
+        loop: _Loop | None = unet.kept.take(unet.token, key)
         try:
             with self._turn():
                 if loop is None or loop.engine is not engine:  # loaded anew, or moved to another device
@@ -164,7 +164,7 @@ class Denoiser:
         except BaseException:  # it is dropped, once what it has put on the device is done
             queue_of(unet.device).record().synchronize()
             raise
-        unet.kept.put(unet, key, loop, loop.nbytes, queue_of(unet.device).record())
+        unet.kept.put(unet.token, key, loop, loop.nbytes, queue_of(unet.device).record())
 
     def _turn(self) -> AbstractContextManager[None]:
         graphs = self._unet.graphs

@@ -107,7 +107,7 @@ def _loops(
 ) -> list[tuple[Denoiser, LoopRequest]]:
     """The denoising loops, over latents such as these; their noise is drawn in the order in which they run."""
     B, C, h, w = latents.shape
-    device = latents.device
+    device, host = latents.device, torch.device("cpu")  # the loops' own tensors have room for the noise
     scales = torch.tensor(request.guidance_scales, dtype=torch.float32, device=device)
     return [
         (
@@ -118,7 +118,7 @@ def _loops(
                 conditioning.named(),
                 scales if stage.expert.guided(request) else None,
                 request.guidance_rescale,
-                noise.draw_steps(stage.table, (C, h, w), device),
+                noise.draw_steps(stage.table, (C, h, w), host),
             ),
         )
         for stage, conditioning in zip(stages, conditionings, strict=True)

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from ..kernels import as_nodes
 from ..kernels._triton import Descriptor
 from ..kernels.registry import OpSpec, specs
+from .dispatch import expect_modes
 
 __all__ = ["Footprint", "Tracker", "follow", "measure"]
 
@@ -66,6 +67,7 @@ class Tracker(TorchDispatchMode):
 
     def __init__(self, arch: int | None = None) -> None:
         """`arch`, such as 90: operators of `latentrt.kernels` are planned for it, not run; run where None."""
+        expect_modes()
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = self.live = self.peak = self.scratch = self.pool = 0
         self._arch = arch

@@ -101,6 +101,13 @@ class Kept:
         _wait_for(gone)
         return sum(item.nbytes for item in gone)
 
+    def forget(self, owner: Hashable) -> None:
+        """`drop` of an owner that is no more. A garbage collector tells of it anywhere, in the midst of this class too;
+        then its things stay until there is no room for them."""
+        if self._lock.acquire(timeout=1):
+            self._lock.release()
+            self.drop(owner)
+
     def _nbytes(self) -> int:
         return sum(item.nbytes for item in self._items)
 

@@ -48,7 +48,8 @@ RESERVE = 256 << 20
 not measured. The CUDA context is not in it: free memory is asked for once that is there."""
 
 STAGING = 2 * (64 << 20)
-"""Bytes of pinned host memory through which weights stream: two buffers that take turns."""
+"""Bytes of pinned host memory through which weights stream to a GPU, by any policy when they are loaded: two buffers
+that take turns."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,14 @@ class Stage:
         name: text, encode, base, refiner or decode, in the order in which they run.
         kind: of the networks.
         calls: how often each network runs, by its name.
-        image_bytes: of the images that it holds beside the network's own memory.
+        extra_bytes: of what it holds for a time beside the network's own memory: images, or what a loop makes as it
+            takes up a request.
     """
 
     name: str
     kind: Kind
     calls: Mapping[str, int]
-    image_bytes: int = 0
+    extra_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Plan:
         return {stage.name: self._need(policy, stage) for stage in self.stages}
 
     def _need(self, policy: str, stage: Stage) -> int:
-        always = RESERVE + self.buffer_bytes + stage.image_bytes
+        always = RESERVE + self.buffer_bytes + stage.extra_bytes
         if policy == "resident":
             return always + self.held_bytes() + self.pool_bytes()
         if policy == "balanced":
@@ -140,15 +142,12 @@ class Plan:
         """Device bytes that the hungriest stage needs."""
         return max(self.need(policy).values())
 
-    def pinned_bytes(self, policy: str) -> int:
-        """Pinned host bytes that moving weights takes."""
-        return 0 if policy == "resident" else STAGING
-
-    def require_fit(self, available: int, policy: str) -> None:
+    def require_fit(self, available: int, policy: str, remedy: str = "take a GPU with more memory") -> None:
         """Refuse what cannot fit.
 
         Args:
             available: device bytes that are free, or held by what this plan counts.
+            remedy: where no request at all would fit.
 
         Raises:
             MemoryPlanError: the need of every stage, and what would fit.
@@ -158,7 +157,7 @@ class Plan:
         if max(need.values()) <= available:
             return
         raise MemoryPlanError(
-            f"{self.told(policy)}, and there are {readable(available)}; {self._remedy(available)}"
+            f"{self.told(policy)}, and there are {readable(available)}; {self._remedy(available, remedy)}"
         )
 
     def told(self, policy: str) -> str:
@@ -167,7 +166,7 @@ class Plan:
         stages = ", ".join(f"{name} {readable(nbytes)}" for name, nbytes in need.items())
         return f"{self.subject} needs {readable(max(need.values()))} of device memory by policy {policy!r} ({stages})"
 
-    def _remedy(self, available: int) -> str:
+    def _remedy(self, available: int, otherwise: str) -> str:
         fitting = [f"{p!r} ({readable(self.peak(p))})" for p in POLICIES if self.peak(p) <= available]
         if fitting:
             smaller = ", or a smaller size or batch" if self.pool_bytes() else ""
@@ -178,7 +177,7 @@ class Plan:
         if weights + RESERVE > available:
             return (
                 f"the weights of {name} alone are {readable(weights)}, and {readable(RESERVE)} are kept free for "
-                "libraries: take a GPU with more memory"
+                f"libraries: {otherwise}"
             )
         return f"no policy fits, {least!r} needs {readable(self.peak(least))}: take a smaller size or batch"
 
@@ -208,7 +207,7 @@ class Plan:
             policy: {
                 "need_bytes": self.need(policy),
                 "peak_bytes": self.peak(policy),
-                "pinned_host_bytes": self.pinned_bytes(policy),
+                "pinned_host_bytes": STAGING,
             }
             for policy in POLICIES
         }

@@ -68,7 +68,9 @@ def load_parts(
     policy = check_policy(memory)
     limit, loops = bytes_named("memory_limit", memory_limit), bytes_named("loop_memory", loop_memory)
     cache = None if cache_dir is None else Path(cache_dir)
-    loader = EngineLoader(backend, place, precision, cache, graphs, policy)
+    encoders = [encoder.engine for encoder in (text_encoder, text_encoder_2) if encoder is not None]
+    lent = encoders if vae is None else [*encoders, vae.encoder, vae.decoder]
+    loader = EngineLoader(backend, place, precision, cache, graphs, policy, shared=lent)
     checkpoint = open_checkpoint(model, variant=variant, revision=revision, cache_dir=cache_dir)
     base = load_expert(checkpoint, loader, text_encoder, text_encoder_2)
     vae = vae or load_vae(checkpoint, loader)

@@ -109,7 +109,7 @@ class Pipeline:
             memory: (*) which weights are on the device when: "resident", all of them always; "balanced", text encoders
                 for the text only; "low", one network at a time. What leaves goes to the host and comes back through
                 pinned memory, and under ONNX Runtime and TensorRT is closed and loaded again; calls of several
-                threads then take turns. The images are the same.
+                threads then take turns, and so do pipelines that share parts. The images are the same.
             memory_limit: (*) bytes of the device that it may take, or such as "8GB"; all that is free on a GPU, and no
                 bound on the CPU, by default. What takes more by plan (`latentrt plan`) is refused.
             loop_memory: (*) bytes of recorded work that may be kept for later requests; by default what the plan of a
@@ -349,6 +349,7 @@ class Pipeline:
                 lambda: make_images(self._parts, request, stages, noise, watch, tile),
                 begin_again=_rewind(noise, watch),
                 told=lambda: self._budget.plan(request, stages, tile),
+                asking=lambda: watch.asking,
             )
         made = records(request, self._base, self._refiner, sampler, self.backend)
         return PipelineOutput(images, made, watch.timings, watch.stop.is_set())

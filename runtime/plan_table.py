@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..kernels.roofline import Gpu
-from .memory import POLICIES, RESERVE, Plan, readable
+from .memory import POLICIES, RESERVE, STAGING, Plan, readable
 
 __all__ = ["lines"]
 
@@ -37,7 +37,7 @@ def lines(plan: Plan, gpu: Gpu) -> Iterator[str]:
     for policy in POLICIES:
         need = plan.need(policy).values()
         stages = "".join(f"{readable(nbytes):>11}" for nbytes in need)
-        yield f"{policy:<14}{stages}{readable(max(need)):>11}{readable(plan.pinned_bytes(policy)):>14}"
+        yield f"{policy:<14}{stages}{readable(max(need)):>11}{readable(STAGING):>14}"
     yield (
         f"of it {readable(plan.buffer_bytes)} of buffers and {readable(RESERVE)} kept free for libraries; "
         "the CUDA context comes on top"

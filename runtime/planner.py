@@ -21,7 +21,7 @@ from .expert import Expert, check_fit
 from .footprint import Footprint, Tracker, follow, measure
 from .loading import load_expert, load_vae
 from .memory import Network, Plan, Stage
-from .request import check_side
+from .request import check_number, check_side
 from .stages import Stage as ExpertStage
 from .stages import stages_of
 from .vae import VAE, Tiles
@@ -126,6 +126,8 @@ class Planner:
         width = check_side("width", side[1] * scale if width is None else width, scale)
         if not 1 <= batch <= 1024:
             raise RequestError(f"batch is {batch}; it must be 1 to 1024")
+        guidance_scale = check_number("guidance_scale", guidance_scale, -1e4, 1e4)
+        high_noise_frac = check_number("high_noise_frac", high_noise_frac, 0, 1)
         stages = stages_of(self._base, self._refiner, sampler, steps=steps, high_noise_frac=high_noise_frac)
         return self.of_stages(
             stages, height=height, width=width, batch=batch, guided=guidance_scale > 1, encoded=from_image
@@ -202,7 +204,7 @@ class Planner:
             loop = _Loop(self._engine(key, component), kind, _inputs(component, rows, height, width))
             buffers |= {f"{name} {part}": nbytes for part, nbytes in loop.buffers.items()}
             networks[key] = self._network(key, component, rows, height, width, loop)
-            stages.append(Stage(name, "denoise", {key: 1}))
+            stages.append(Stage(name, "denoise", {key: 1}, follow(loop.prepare, self._arch).pool))
         # A picture in float32, once by itself and once in the batch.
         image_bytes = 2 * 4 * batch * 3 * height * width
         scale = self._vae.scale
@@ -245,11 +247,6 @@ class Planner:
         experts = self._experts.values()
         found = {self._key(expert, x.component): x for expert in experts for x in expert.engines()}
         return found | {half.component.name: half for half in (self._vae.encoder, self._vae.decoder)}
-
-    def held_bytes(self, name: str) -> int:
-        """Of the weights of a network of that name, as they lie on the device."""
-        with self._lock, torch.inference_mode(False):
-            return self._engine(name, self.engines()[name].component).weight_bytes
 
     def _weighed(self, networks: dict[str, Network], expert: Expert, component: Component) -> str:
         """The name of a network that is added to `networks` with its weights only."""
@@ -342,7 +339,7 @@ def _inputs(component: Component, rows: int, height: int, width: int) -> dict[st
 
 
 class _Loop:
-    """The denoising loop's static tensors on the meta device, and one step over them.
+    """The denoising loop's static tensors on the meta device, and the work over them.
 
     Attributes:
         buffers: bytes by what they are for.
@@ -361,6 +358,10 @@ class _Loop:
                 timesteps=state.timesteps,
             )
         self.buffers["keys, values, times"] = tracker.live
+
+    def prepare(self) -> None:
+        """Take up a request, which is not recorded: what it makes is not in the memory that a step has."""
+        self._program.prepare()
 
     def step(self) -> None:
         """Take one."""

@@ -33,6 +33,7 @@ class Watch:
     Attributes:
         stop: set to end the call after the step it is at.
         discarded: whether nobody wants what it makes.
+        asking: a callback runs, or has raised something.
         timings: seconds of each stage, once the call has ended, and `total`.
         host: what the loops are to do between their steps.
     """
@@ -50,6 +51,7 @@ class Watch:
         """A bar over `steps`; `options` are tqdm's, and by default it shows on a terminal only."""
         self.stop = threading.Event()
         self.discarded = False
+        self.asking = False
         self.timings: dict[str, float] = {}
         self._bar = tqdm(total=steps, **{"disable": None, "leave": False, "unit": "step", **options})
         self._on_step, self._on_progress = on_step, on_progress
@@ -72,14 +74,15 @@ class Watch:
         The host does not wait for that.
 
         Raises:
-            OutOfMemoryError: in place of what PyTorch or a back end says of that.
+            OutOfMemoryError: in place of what PyTorch or a back end says of that. What a callback raises is left as
+                it is.
         """
         self._bar.set_description(name)
         begun = self._queue.record(timed=True)
         try:
             yield
         except (RuntimeError, MemoryError, BackendError) as error:
-            if not _is_out_of_memory(error):
+            if self.asking or not _is_out_of_memory(error):
                 raise
             why = next(iter(str(error).splitlines()), "")
             raise OutOfMemoryError(
@@ -104,8 +107,10 @@ class Watch:
         self.timings["total"] = sum(self.timings.values())
 
     def close(self) -> None:
-        """Remove the bar."""
+        """Remove the bar, and let go of callbacks: they hold the pipeline, and what calls them holds this."""
         self._bar.close()
+        self._on_step = self._on_progress = self._reports = None
+        del self.host
 
     def begin_again(self) -> None:
         """Forget the steps and stages so far."""
@@ -120,6 +125,13 @@ class Watch:
         self._step += 1
         self._bar.update()
 
+    @contextmanager
+    def _caller(self) -> Iterator[None]:
+        """While a callback runs, and once it has raised something."""
+        self.asking = True
+        yield
+        self.asking = False
+
     def _report(self, steps: int, preview: Tensor | None) -> None:
         """Tell the caller of steps that are done.
 
@@ -127,7 +139,8 @@ class Watch:
             RequestError: the callback returned something else than it may.
         """
         assert self._on_progress is not None
-        answer = self._on_progress(steps, {"preview": preview})
+        with self._caller():
+            answer = self._on_progress(steps, {"preview": preview})
         if answer is None:
             return
         if not isinstance(answer, Mapping) or not set(answer) <= {"interrupt", "discard"}:
@@ -146,7 +159,8 @@ class Watch:
             RequestError: the callback returned something else than it may.
         """
         assert self._on_step is not None
-        answer = self._on_step(self._step - 1, timestep, {"latents": latents})
+        with self._caller():
+            answer = self._on_step(self._step - 1, timestep, {"latents": latents})
         if answer is None:
             return None
         if not isinstance(answer, Mapping) or not set(answer) <= {"latents", "interrupt"}:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import RequestError
 from .image import to_tensor
 
-__all__ = ["MAX_SIDE", "GenerationRequest", "OutputType", "Size", "check_side"]
+__all__ = ["MAX_SIDE", "GenerationRequest", "OutputType", "Size", "check_number", "check_side"]
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Size = tuple[int, int]
@@ -114,8 +114,8 @@ class GenerationRequest:
             )
         height, width = _size_of(a, image, latents, default_size, latent_scale, latent_channels)
         start, end = a["denoising_start"], a["denoising_end"]
-        start = None if start is None else _number("denoising_start", start, 0, 1)
-        end = None if end is None else _number("denoising_end", end, 0, 1)
+        start = None if start is None else check_number("denoising_start", start, 0, 1)
+        end = None if end is None else check_number("denoising_end", end, 0, 1)
         if start is not None and end is not None and start >= end:
             raise RequestError(
                 f"denoising_start is {start} and denoising_end {end}; the start must come before the end"
@@ -150,25 +150,25 @@ class GenerationRequest:
             width=width,
             steps=_integer("num_inference_steps", a["num_inference_steps"], 1, None),
             guidance_scales=_scales(a["guidance_scale"], batch),
-            guidance_rescale=_number("guidance_rescale", a["guidance_rescale"], 0, 1),
-            eta=_number("eta", a["eta"], 0, 1),
+            guidance_rescale=check_number("guidance_rescale", a["guidance_rescale"], 0, 1),
+            eta=check_number("eta", a["eta"], 0, 1),
             clip_skip=None if clip_skip is None else _integer("clip_skip", clip_skip, 0, None),
             generators=generators,
             seeds=seeds,
             image=image,
             latents=latents,
-            strength=_number("strength", a["strength"], 0, 1),
+            strength=check_number("strength", a["strength"], 0, 1),
             denoising_start=start,
             denoising_end=end,
-            high_noise_frac=_number("high_noise_frac", a["high_noise_frac"], 0, 1),
+            high_noise_frac=check_number("high_noise_frac", a["high_noise_frac"], 0, 1),
             original_sizes=original,
             crops=crops,
             target_sizes=target,
             negative_original_sizes=pairs("negative_original_size", None),
             negative_crops=pairs("negative_crops_coords_top_left", None),
             negative_target_sizes=pairs("negative_target_size", None),
-            aesthetic_score=_number("aesthetic_score", a["aesthetic_score"], -100, 100),
-            negative_aesthetic_score=_number(
+            aesthetic_score=check_number("aesthetic_score", a["aesthetic_score"], -100, 100),
+            negative_aesthetic_score=check_number(
                 "negative_aesthetic_score", a["negative_aesthetic_score"], -100, 100
             ),
             output_type=a["output_type"],
@@ -222,7 +222,12 @@ def check_side(name: str, value: Any, latent_scale: int) -> int:
     return side
 
 
-def _number(name: str, value: Any, low: float, high: float) -> float:
+def check_number(name: str, value: Any, low: float, high: float) -> float:
+    """A number in bounds.
+
+    Raises:
+        RequestError: it is none, or out of them.
+    """
     # Integers may be too large for a float, but not for a comparison.
     number = (
         int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else math.nan
@@ -237,12 +242,12 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
 def _scales(value: Any, batch: int) -> list[float]:
     """A guidance scale for every image, from a number or one for each."""
     if not isinstance(value, (list, tuple)):
-        return [_number("guidance_scale", value, -1e4, 1e4)] * batch
+        return [check_number("guidance_scale", value, -1e4, 1e4)] * batch
     if len(value) != batch:
         raise RequestError(
             f"guidance_scale has {len(value)} entries for {batch} images; give one for each, or one number"
         )
-    scales = [_number("guidance_scale", scale, -1e4, 1e4) for scale in value]
+    scales = [check_number("guidance_scale", scale, -1e4, 1e4) for scale in value]
     if len({scale > 1 for scale in scales}) > 1:
         raise RequestError(
             f"guidance_scale is {reprlib.repr(scales)}: 1 or less turns guidance off, and the images of one call "

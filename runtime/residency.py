@@ -8,6 +8,7 @@ they were, and stream in through pinned memory. They come back to another addres
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Protocol
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .engines.base import Component
+from .kept import Kept
 from .memory import STAGING, Kind, Policy, kind_of, stays
 
 __all__ = ["Residency", "Resident", "Staging", "Weights", "turns"]
@@ -77,22 +79,27 @@ class Weights:
 
     @torch.inference_mode(False)
     def arrive(self) -> None:
-        """Move to the device."""
+        """Move to the device. Broken off midway, they are where they were."""
+        if self._home is not None and self._there is not None:  # nobody heard of its end: not there twice
+            self._point_into(self._home)
+            self._there = None
         sources, nbytes = self._sources()
-        self._there = _room(nbytes, self._device)
+        there = _room(nbytes, self._device)
         staging = Staging(self._device, min(self._staging_bytes, 2 * max(nbytes, 1)))
         for source, begin in sources:
-            staging.copy(source, self._there[begin : begin + len(source)])
-        self._point_into(self._there)
+            staging.copy(source, there[begin : begin + len(source)])
+        self._there = there
+        self._point_into(there)
 
     @torch.inference_mode(False)
     def leave(self) -> None:
-        """Move to the host, and give the device's memory back."""
+        """Move to the host, and give the device's memory back. Broken off midway, they can be told to leave again."""
         if self._home is None:
             sources, nbytes = self._sources()
-            self._home = _room(nbytes, torch.device("cpu"))
+            home = _room(nbytes, torch.device("cpu"))
             for source, begin in sources:
-                self._home[begin : begin + len(source)].copy_(source)
+                home[begin : begin + len(source)].copy_(source)
+            self._home = home  # only once it is whole: weights come back from it
         self._point_into(self._home)
         self._there = None
         if self._device.type == "cuda":
@@ -168,6 +175,26 @@ class Resident(Protocol):
         ...
 
     @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        ...
+
+    @property
+    def present(self) -> bool:
+        """Whether its weights are on the device."""
+        ...
+
+    @property
+    def held_bytes(self) -> int:
+        """Of its weights there."""
+        ...
+
+    @property
+    def kept(self) -> Kept:
+        """What is recorded of it, among others, and goes when it leaves."""
+        ...
+
+    @property
     def residency(self) -> Residency | None:
         """What may make it leave, if anything does."""
         ...
@@ -178,34 +205,41 @@ class Resident(Protocol):
 
 
 class Residency:
-    """Keeps on the device what a policy allows there.
+    """Keeps on each device what a policy allows there: of one pipeline's engines, or of several that share parts.
 
     Attributes:
+        policy: by which they leave.
         turn: held by who uses any of the engines, from the first to the last: two at once would send each other's away.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.turn = threading.RLock()
-        self._policy = policy
-        self._present: list[Resident] = []
+        self.policy = policy
+        self._present: list[weakref.ref[Resident]] = []  # it is their owners that let go of them
+
+    @property
+    def present(self) -> list[Resident]:
+        """Those on a device, in the order in which they came."""
+        return [engine for there in self._present if (engine := there()) is not None]
 
     def together(self, kind: Kind) -> bool:
         """Whether networks of this kind may be on the device at the same time."""
-        return stays(self._policy, kind, kind)
+        return stays(self.policy, kind, kind)
 
     def enter(self, engine: Resident) -> None:
         """Before it is loaded or brought back: what may not stay with it leaves."""
         running = kind_of(engine.component.name)
-        for other in [other for other in self._present if other is not engine]:
-            if not stays(self._policy, kind_of(other.component.name), running):
+        for other in self.present:
+            if other is engine or other.device != engine.device:
+                continue
+            if not stays(self.policy, kind_of(other.component.name), running):
                 other.leave()
-        if engine not in self._present:
-            self._present.append(engine)
+        self._present = [weakref.ref(other) for other in self.present if other is not engine]
+        self._present.append(weakref.ref(engine))
 
     def left(self, engine: Resident) -> None:
         """It is not on the device any more, whatever the reason."""
-        if engine in self._present:
-            self._present.remove(engine)
+        self._present = [weakref.ref(other) for other in self.present if other is not engine]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -109,6 +110,12 @@ class Component:
     def on_meta(self) -> nn.Module:
         """The module with its shapes and dtypes only."""
         return self.build().to("meta") if self.outline is None else self.outline()
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Of its parameters."""
+        with torch.inference_mode(False):
+            return sum(p.nbytes for p in self.on_meta().parameters())
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ A pipeline that never starts from an image never exports the VAE's encoder.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from math import prod
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..dispatch import expect_modes
 from ..graph import Graphs
 from ..kept import Kept
 from ..memory import Policy
@@ -42,19 +44,24 @@ class EngineLoader:
         cache_dir: Path | None,
         graphs: bool | None = None,
         memory: Policy = "resident",
+        shared: Iterable[LazyEngine] = (),
     ) -> None:
         """
         Args:
             graphs: whether to record work; by default where the device is a GPU.
             memory: the policy by which weights leave the device.
+            shared: engines of other pipelines that run beside its own; by one policy they make room for each other.
         """
         self._name = backend
         self._graphs = graphs
         self.dtype = dtype
         self.cache_dir = cache_dir
         self.kept = Kept()
-        self.residency = None if memory == "resident" else Residency(memory)
-        self._engines: list[LazyEngine] = []
+        self.residency: Residency | None = None
+        if memory != "resident":
+            found = [x.residency for x in shared if x.residency is not None and x.residency.policy == memory]
+            self.residency = found[0] if found else Residency(memory)
+        self._engines: weakref.WeakSet[LazyEngine] = weakref.WeakSet()  # they belong to the networks' owners
         self.move(device)
 
     def move(self, device: torch.device) -> None:
@@ -67,6 +74,8 @@ class EngineLoader:
         self.device = device
         self.backend = choice.backend
         wanted = device.type == "cuda" if self._graphs is None else self._graphs
+        if wanted:
+            expect_modes()
         self.graphs = Graphs(device) if wanted else None
         for engine in self._engines:
             engine.close()
@@ -74,7 +83,7 @@ class EngineLoader:
     def engine(self, component: Component) -> LazyEngine:
         """An engine of a component, not loaded yet."""
         lazy = LazyEngine(component, self)
-        self._engines.append(lazy)
+        self._engines.add(lazy)
         return lazy
 
 
@@ -112,7 +121,13 @@ class _Call:
 
 
 class LazyEngine:
-    """An engine that is loaded when first called, once however many threads call it."""
+    """An engine that is loaded when first called, once however many threads call it.
+
+    Whoever owns it owns what it loaded: nothing that it refers to refers to it.
+
+    Attributes:
+        token: stands for it where what was recorded of it is kept.
+    """
 
     def __init__(self, component: Component, loader: EngineLoader) -> None:
         self.component = component
@@ -120,6 +135,9 @@ class LazyEngine:
         self._lock = threading.Lock()
         self._engine: Engine | None = None
         self._away = False
+        self.token = object()
+        # Its loader may outlive it, by an engine that another pipeline shares.
+        weakref.finalize(self, loader.kept.forget, self.token).atexit = False
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +151,7 @@ class LazyEngine:
 
     @property
     def kept(self) -> Kept:
-        """Where what was recorded of it waits, by the engine and its kind; it goes with the engine."""
+        """Where what was recorded of it waits, by its token and its kind; it goes with the engine."""
         return self._loader.kept
 
     @property
@@ -145,6 +163,14 @@ class LazyEngine:
     def present(self) -> bool:
         """Whether its weights are on the device."""
         return self._engine is not None and not self._away
+
+    @property
+    def held_bytes(self) -> int:
+        """Of its weights on the device, as its engine lays them out where it says so."""
+        if not self.present:
+            return 0
+        laid_out: int | None = getattr(self._engine, "weight_bytes", None)
+        return self.component.weight_bytes if laid_out is None else laid_out
 
     def load(self) -> Engine:
         """The engine itself, its weights on the device; exports or compiles the component when its cache lacks it.
@@ -183,7 +209,7 @@ class LazyEngine:
             if call is None:
                 return engine(inputs)
             result = call(inputs)
-            self.kept.put(self, kind, call, call.nbytes, queue_of(self.device).record())
+            self.kept.put(self.token, kind, call, call.nbytes, queue_of(self.device).record())
             return result
 
     def record(self, inputs: Mapping[str, Tensor]) -> None:
@@ -194,14 +220,14 @@ class LazyEngine:
         with self.graphs.turn():
             kind, call = self._taken(engine, inputs, self.graphs)
             if call is not None:
-                self.kept.put(self, kind, call, call.nbytes, queue_of(self.device).record())
+                self.kept.put(self.token, kind, call, call.nbytes, queue_of(self.device).record())
 
     def _taken(
         self, engine: Engine, inputs: Mapping[str, Tensor], graphs: Graphs
     ) -> tuple[Hashable, _Call | None]:
         """A call for such inputs that nobody else has, and its kind; None where it could not be kept."""
         kind = tuple((name, tuple(x.shape), x.dtype) for name, x in inputs.items())
-        call: _Call | None = self.kept.take(self, kind)
+        call: _Call | None = self.kept.take(self.token, kind)
         if call is None or call.engine is not engine:
             arguments(self.component, inputs)  # told of a wrong shape before anything is made of it
             if _Call.size(self.component, inputs) > self.kept.limit:
@@ -236,14 +262,12 @@ class LazyEngine:
         with ExitStack() as stack:
             for turn in turns:
                 stack.enter_context(turn)
-            if self.residency is not None:
-                self.residency.left(self)
             try:
                 yield
-            finally:
-                self.kept.drop(
-                    self
-                )  # last: an engine that must not lose what is running waits for it as it closes
+            finally:  # last: an engine that must not lose what is running waits for it as it closes
+                self.kept.drop(self.token)
+            if self.residency is not None:
+                self.residency.left(self)
 
     def _end(self) -> None:
         if self._engine is not None:

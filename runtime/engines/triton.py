@@ -94,13 +94,13 @@ class _PackedUNet:
         self.text_widths = [attention.to_k.out_features for attention in crossed for _ in range(2)]
         self.shift_widths = [linear.out_features for linear in shifted]
 
-    def text(self, encoder_hidden_states: Tensor) -> Tensor:
-        """[R, S, D] -> keys and values of all blocks, [R, S, sum of text_widths]."""
-        return F.linear(encoder_hidden_states, self._text)
+    def text(self, encoder_hidden_states: Tensor, out: Tensor) -> None:
+        """[R, S, D] -> keys and values of all blocks, into [R, S, sum of text_widths]: too large to be there twice."""
+        torch.mm(encoder_hidden_states.flatten(0, 1), self._text.t(), out=out.flatten(0, 1))
 
-    def shifts(self, timesteps: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
-        """[N] timesteps -> the shifts of all blocks, [N, R * sum of shift_widths]: block by block, each [R, width], so
-        that a step's are one row, and each block's in it are contiguous, as kernels want them."""
+    def shifts(self, timesteps: Tensor, constants: Mapping[str, Tensor], out: Tensor) -> None:
+        """[N] timesteps -> the shifts of all blocks, into [N, R * sum of shift_widths]: block by block, each
+        [R, width], so that a step's are one row, and each block's in it are contiguous, as kernels want them."""
         unet, text = self.unet, constants["encoder_hidden_states"]
         rows, steps, cond = len(text), len(timesteps), constants.get("timestep_cond")
         times = timesteps if cond is None else timesteps.repeat_interleave(rows)
@@ -109,8 +109,14 @@ class _PackedUNet:
         if unet.add_embedding is not None:
             emb = emb + unet.embed_sizes(constants["text_embeds"], constants["time_ids"])
         weight, bias = self._time
-        shifts = F.linear(F.silu(emb.expand(steps, rows, -1)), weight, bias)
-        return torch.cat([block.flatten(1) for block in shifts.split(self.shift_widths, dim=-1)], dim=1)
+        shifts = F.linear(F.silu(emb.expand(steps, rows, -1)), weight, bias).split(self.shift_widths, dim=-1)
+        rooms = out.split([rows * width for width in self.shift_widths], dim=1)
+        for block, room in zip(shifts, rooms, strict=True):
+            room.view(block.shape).copy_(block)
+
+
+_STEPS = 64
+"""Whose shifts are made at once: all of a usual loop's. A thousand steps' would take as much memory again."""
 
 
 class _UNetProgram:
@@ -128,8 +134,10 @@ class _UNetProgram:
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        self._text.copy_(self._packed.text(self._inputs["encoder_hidden_states"]))
-        self._shifts.copy_(self._packed.shifts(self._timesteps.values, self._inputs))
+        self._packed.text(self._inputs["encoder_hidden_states"], self._text)
+        steps = self._timesteps.values.split(_STEPS)
+        for values, shifts in zip(steps, self._shifts.split(_STEPS), strict=True):
+            self._packed.shifts(values, self._inputs, shifts)
 
     @torch.inference_mode()
     def run(self) -> None:

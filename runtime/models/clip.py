@@ -174,11 +174,17 @@ class _TextModel(nn.Module):
         return states
 
 
+def _embedding(count: int, width: int) -> nn.Embedding:
+    """Normal numbers, as PyTorch has it; but its own way to them imports its compiler where that is on the meta device:
+    half a second, and a cycle of the frames it was imported from, which hold the pipeline."""
+    return nn.Embedding(count, width, _weight=torch.randn(count, width))
+
+
 class _Embeddings(nn.Module):
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = _embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = _embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         out: Tensor = self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]

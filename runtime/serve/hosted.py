@@ -206,7 +206,7 @@ class _Held:
 
     def free(self) -> None:
         self._runner = None
-        gc.collect()  # a pipeline refers to itself
+        gc.collect()  # an error's frames may hold it
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 

@@ -183,13 +183,16 @@ def test_pruning_leaves_what_is_being_written(store: Store) -> None:
         ("7kb", 7000),
         ("1e9", 10**9),
         ("2T", 2 * 10**12),
+        ("8GiB", 8 * 2**30),
+        ("1.5 mib", 3 * 2**19),
+        ("4Ki", 4096),
     ],
 )
 def test_amounts_of_memory(text: str, count: int) -> None:
     assert parse_bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "much", "GB", "-1", "1.2.3G", "20GiB"])
+@pytest.mark.parametrize("text", ["", "much", "GB", "-1", "1.2.3G", "20iB", "20GGB"])
 def test_what_is_no_amount(text: str) -> None:
     with pytest.raises(RequestError, match=r"is no amount of memory; write such as 20GB or 500MB"):
         parse_bytes(text)

@@ -309,7 +309,7 @@ def test_loops_whose_unets_are_not_there_together_are_made_ready_one_by_one(
         found.append(latents)
         captures.clear()
         for loop in loops:
-            loop._unet.kept.drop(loop._unet)
+            loop._unet.kept.drop(loop._unet.token)
     assert found[0].equal(found[1])
     with ready(asked, together=False) as runs:
         assert captures == []

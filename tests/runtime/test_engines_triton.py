@@ -90,6 +90,21 @@ def test_a_bound_unet_is_eager_pytorch_at_every_timestep_and_for_another_prompt(
             assert relative(outputs[name], reference(now)[name]) < MODEL
 
 
+def test_shifts_of_many_steps_are_those_of_a_few() -> None:
+    """They are made some at a time, as all at once would take their memory twice."""
+    component = tiny_components.unet()
+    engine, inputs = load(component, TritonBackend()), inputs_of(component)
+    values, index = torch.linspace(999, 0, 150), torch.zeros(1, dtype=torch.int64)
+    outputs = {component.outputs[0].name: torch.zeros_like(inputs["sample"])}
+
+    def shifts(some: Tensor) -> Tensor:
+        program = engine.bind(inputs, outputs, timesteps=Timesteps(some, index))
+        program.prepare()
+        return program._shifts  # type: ignore[no-any-return]
+
+    assert torch.equal(shifts(values), torch.cat([shifts(part) for part in values.split(64)]))
+
+
 def test_what_a_step_does_beside_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """The text's products and the time's are not in it, and of all blocks' shifts it is one copy."""
     component = tiny_components.unet()

@@ -104,7 +104,7 @@ def test_previews_are_fitted_in_the_tiles_in_which_a_picture_fits(
 def test_weights_that_cannot_fit_are_refused_when_they_are_loaded(load: Load) -> None:
     message = (
         r"^the weights of .* \+ .*, float32, needs .* by policy 'resident' .* there are 268\.5 MB; the weights of "
-        r"text_encoder.* alone are .*, and 268\.4 MB are kept free for libraries: take a GPU with more memory$"
+        r"text_encoder.* alone are .*, and 268\.4 MB are kept free for libraries: give a larger memory_limit$"
     )
     with pytest.raises(MemoryPlanError, match=message.replace("text_encoder", "")):
         load(memory_limit=RESERVE + 100_000)
@@ -223,7 +223,8 @@ def test_what_leaves_and_comes_back_makes_the_same_image(
         assert (pipe._loader.kept.nbytes == 0) == (policy == "low")
     assert there[2:] == list(WHILE[policy])
     # What came back is on the device once, and what may leave has a copy on the host.
-    weights = {name: pipe._budget.planner.held_bytes(name) for name in pipe._budget.planner.engines()}
+    planner = pipe._budget.planner
+    weights = {name: planner._engine(name, x.component).weight_bytes for name, x in planner.engines().items()}
     movers = {"resident": set(), "balanced": TEXT, "low": AFTER["resident"]}[policy]
     copies = sum(weights[name] for name in movers) + sum(sizes[name] for name in movers & set(sizes))
     padding = 512 * 400 * len(movers)
@@ -324,7 +325,7 @@ def test_moving_to_another_device_forgets_who_is_there(load: Load, image: Any) -
 
 
 def test_a_warm_up_of_more_than_may_be_kept_says_so(load: Load, caplog: pytest.LogCaptureFixture) -> None:
-    pipe = load(graphs=True)
+    pipe = load(graphs=True, loop_memory="1GB")
     with caplog.at_level(logging.WARNING, "latentrt"):
         pipe.warmup([(32, 32)], sampler="euler-a")
         assert not caplog.messages
@@ -387,3 +388,23 @@ def test_a_plan_says_how_much_may_be_kept(load: Load, between: int) -> None:
     room = between - planned.peak("resident") + planned.buffer_bytes
     assert pipe._loader.kept.limit == room
     assert 0 < pipe._loader.kept.nbytes <= room
+
+
+def test_what_bounded_the_memory_before_does_not_bound_what_is_kept(
+    load: Load, between: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a pipeline that moved to the CPU."""
+    free: list[int | None] = [between]
+    monkeypatch.setattr(budget, "free_memory", lambda _: free[0])
+    pipe = load()
+    pipe(**CALL)
+    assert pipe._loader.kept.limit < between
+    free[0] = None
+    pipe(**CALL)
+    assert pipe._loader.kept.limit == DEFAULT_LIMIT
+
+
+def test_where_the_gpu_is_too_small_that_is_said(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "free_memory", lambda _: RESERVE + 100_000)
+    with pytest.raises(MemoryPlanError, match=r"end what else is on the GPU, or take one with more memory$"):
+        load()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +48,9 @@ def fail(patch: pytest.MonkeyPatch, where: tuple[type, str], times: int, *, afte
     method, calls = getattr(kind, name), [0]
 
     def failing(self: Any, *args: Any, **options: Any) -> Any:
-        if any(isinstance(x, torch.device) and x.type == "meta" for x in args):
+        if any(isinstance(x, torch.device) and x.type == "meta" for x in args) or any(
+            isinstance(x, torch.Tensor) and x.is_meta for x in vars(self).values()
+        ):
             return method(self, *args, **options)  # the planner's, which takes no memory
         calls[0] += 1
         if after < calls[0] <= after + times:
@@ -110,12 +114,60 @@ def test_a_retry_draws_the_same_noise_from_given_generators_and_reports_its_step
 
     def note(pipe: Any, step: int, *_: Any) -> None:
         steps.append(step)
-        if steps == [0, 1]:
-            raise MemoryError
 
-    output = used(**call, generator=torch.Generator().manual_seed(3), callback_on_step_end=note)
+    with pytest.MonkeyPatch.context() as patch:
+        fail(patch, place("decode"), 1)
+        output = used(**call, generator=torch.Generator().manual_seed(3), callback_on_step_end=note)
     assert steps == [0, 1, 0, 1]
     assert np.array_equal(output.images, image)
+
+
+@pytest.mark.parametrize("callback", ["callback_on_step_end", "callback_on_progress"])
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("my uploader: cannot allocate memory"), MemoryError(), OutOfMemoryError("of another")],
+)
+def test_what_a_callback_raises_is_the_caller_s(
+    error: Exception, callback: str, used: latentrt.Pipeline, image: Any
+) -> None:
+    used(**OTHER)
+    calls = []
+
+    def upload(*_: Any) -> None:
+        calls.append(1)
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        used(**CALL, **{callback: upload})
+    assert caught.value is error
+    assert calls == [1]
+    assert np.array_equal(used(**CALL).images, image)
+
+
+def test_garbage_goes_before_it_is_made_anew(
+    used: latentrt.Pipeline, image: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipeline that was dropped may be among it."""
+
+    class Holder:
+        def __init__(self) -> None:
+            self.itself = self
+
+    draw, waiting = NoiseSource.draw_steps, list[weakref.ref[Holder]]()
+
+    def drawn(*args: Any) -> Any:
+        if any(there() for there in waiting):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return draw(*args)
+
+    monkeypatch.setattr(NoiseSource, "draw_steps", drawn)
+    used(**OTHER)
+    gc.disable()
+    try:
+        waiting.append(weakref.ref(Holder()))
+        assert np.array_equal(used(**CALL).images, image)
+    finally:
+        gc.enable()
 
 
 def test_where_nothing_can_be_let_go_it_is_not_made_twice(load: Load) -> None:

@@ -126,12 +126,25 @@ def test_a_planned_step_is_live_as_a_real_one(pair: Planner, tiny: Tiny) -> None
         state = DenoiseState(kind, cpu)
         inputs = {"sample": state.sample, "timestep": state.timestep, **told}
         program = engine.bind(inputs, {"prediction": state.prediction}, timesteps=state.timesteps)
-    program.prepare()
+    with torch.no_grad(), as_nodes(), Tracker() as prepared:
+        program.prepare()
     with torch.no_grad(), as_nodes(), Tracker() as tracker:
         state.step(program.run)
     buffers = {part: n for part, n in plan.buffers.items() if part.startswith("base ")}
     assert bound.live == buffers["base loop"] + buffers["base keys, values, times"]
     assert tracker.peak == plan.networks["unet"].footprint.activation_bytes
+    (stage,) = (stage for stage in plan.stages if stage.name == "base")
+    assert stage.extra_bytes == prepared.peak > 0
+
+
+def test_what_a_loop_prepares_is_not_there_twice(full: Planner) -> None:
+    """Keys and values of the text, and the shifts of a thousand steps, are made where they stay."""
+    for steps in (30, 900):
+        plan = full.plan(batch=8, steps=steps)
+        made = {stage.name: stage.extra_bytes for stage in plan.stages}
+        for name, least in (("base", 430e6), ("refiner", 140e6)):
+            assert plan.buffers[f"{name} keys, values, times"] > least
+            assert 0 < made[name] < 60e6
 
 
 def stored_numbers(folder: Path) -> int:
@@ -282,7 +295,8 @@ def test_what_is_on_disk_comes_before_a_name(
         ({"batch": 0}, "batch is 0; it must be 1 to 1024"),
         ({"steps": 0}, "0 steps were asked for"),
         ({"sampler": "heun"}, "there is no sampler 'heun'"),
-        ({"high_noise_frac": 1.5}, r"denoising_end is 1\.5; it must be from 0 to 1"),
+        ({"high_noise_frac": 1.5}, r"^high_noise_frac is 1\.5; it must be between 0 and 1$"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number; got nan"),
     ],
 )
 def test_requests_that_cannot_be_met(arguments: dict[str, Any], message: str, pair: Planner) -> None:
@@ -320,6 +334,8 @@ def test_the_command_refuses_what_does_not_fit_and_says_all_there_is(run: Run, t
     [
         (("--size", "60x64"), "width is 60; it must be a multiple of 8, such as 64"),
         (("--gpu", "Voodoo"), "no ceilings are known for the GPU 'Voodoo'; there are H200"),
+        (("--high-noise-frac", "nan"), "high_noise_frac must be a finite number; got nan"),
+        (("--high-noise-frac", "2"), "high_noise_frac is 2.0; it must be between 0 and 1"),
         (("--memory-limit", "much"), "'much' is no amount of memory; write such as 20GB or 500MB"),
         (("--refiner", "/no/refiner"), "'/no/refiner' is no folder or file"),
     ],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from latentrt.runtime import residency
+from latentrt.runtime.kept import Kept
 from latentrt.runtime.memory import POLICIES, Policy, check_policy, stays
 from latentrt.runtime.residency import Residency, Weights
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ class Resident:
 
     def __init__(self, name: str, there: Residency, gone: list[str]) -> None:
         self.component: Any = SimpleNamespace(name="unet" if name == "refiner" else name)
+        self.device, self.present, self.held_bytes, self.kept = CPU, True, 0, Kept()
         self.residency = there
         self._name, self._gone = name, gone
 
@@ -38,7 +41,7 @@ def walk(policy: Policy, requests: int = 2) -> tuple[list[set[str]], list[str]]:
     for name in REQUEST * requests:
         held.enter(engines[name])
         held.enter(engines[name])  # is there already
-        there.append({n for n, engine in engines.items() if engine in held._present})
+        there.append({n for n, engine in engines.items() if engine in held.present})
     return there, gone
 
 
@@ -145,6 +148,65 @@ def test_only_what_is_used_of_a_larger_memory_is_moved(live: dict[int, int]) -> 
     weights = Weights([fused[1]], CPU, 64)
     weights.arrive()
     assert list(live.values()) == [100 * 100 * 4]
+
+
+class Broken(BaseException):
+    """As KeyboardInterrupt."""
+
+
+def breaking(*_: Any) -> None:
+    raise Broken
+
+
+@pytest.mark.parametrize("where", ["__init__", "copy"])
+def test_an_arrival_that_is_broken_off_leaves_nothing_there(
+    where: str, live: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where host memory is pinned, or as bytes are on their way."""
+    net, tensors = module()
+    x = torch.randn(2, 3, 6, 6)
+    expected = net(x)
+    weights = Weights(tensors, CPU, 64)
+    weights.leave()
+    (home,) = live.values()
+    with monkeypatch.context() as patch:
+        patch.setattr(residency.Staging, where, breaking)
+        with pytest.raises(Broken):
+            weights.arrive()
+    assert list(live.values()) == [home]
+    weights.arrive()
+    assert list(live.values()) == [home, home]
+    assert torch.equal(net(x), expected)
+
+
+def test_an_arrival_whose_end_nobody_heard_of_is_not_there_twice(
+    live: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, tensors = module()
+    weights = Weights(tensors, CPU, 64)
+    weights.leave()
+    weights.arrive()
+    most: list[int] = []
+    room = residency._room
+    monkeypatch.setattr(residency, "_room", lambda *a: (most.append(len(live)), room(*a))[1])
+    weights.arrive()
+    assert most == [1]  # the copy at home
+    assert len(live) == 2
+
+
+def test_what_left_half_way_comes_back_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, tensors = module()
+    x = torch.randn(2, 3, 6, 6)
+    expected = net(x)
+    weights = Weights(tensors, CPU, 64)
+    with monkeypatch.context() as patch:
+        nan = partial(torch.full, fill_value=255, dtype=torch.uint8)
+        patch.setattr(residency, "_room", lambda nbytes, _: nan((nbytes,)))
+        patch.setattr(Tensor, "copy_", breaking)
+        with pytest.raises(Broken):
+            weights.leave()
+    weights.arrive()
+    assert torch.equal(net(x), expected)
 
 
 def test_a_caller_s_inference_mode_does_not_mark_the_weights() -> None:

@@ -64,7 +64,7 @@ def test_a_model_that_left_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def tracked() -> FakeRunner:
         runner = FakeRunner()
-        runner.itself = runner  # type: ignore[attr-defined]  # as a pipeline is referred to by its parts
+        runner.itself = runner  # type: ignore[attr-defined]  # as by the frames of an error
         runners.append(weakref.ref(runner))
         return runner
 
