@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ..export.memory import available_bytes
+from ..runtime.host_memory import available_bytes
 from . import passed
 from .endings import signals_as_ctrl_c
 

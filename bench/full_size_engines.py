@@ -35,12 +35,13 @@ from typing import Any
 import torch
 
 from ..errors import CacheError, LatentRTError
-from ..export.memory import available_bytes, build_bytes, peak_bytes
+from ..export.build_process import build_bytes
 from ..runtime.cache import Store
 from ..runtime.engine_store import EngineTarget
 from ..runtime.engines.base import Component
 from ..runtime.engines.sizes import SizePolicy
 from ..runtime.engines.split import in_parts
+from ..runtime.host_memory import available_bytes, peak_bytes
 from ..runtime.loading import load_components
 from ..runtime.models.unet_parts import PARTS
 from ..runtime.prepare import engine, onnx_model

@@ -51,7 +51,7 @@ _SOURCE_FILES = (
     *("runtime/loading.py", "runtime/single_file.py", "runtime/weight_set.py"),
 )
 # What makes engines of exported graphs: no part of the graphs.
-_BUILDER = ("export/tensorrt.py", "export/build_process.py", "export/memory.py")
+_BUILDER = ("export/tensorrt.py", "export/build_process.py")
 # What neither writes nor checks a graph.
 _OTHERS = (
     *(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import torch
@@ -29,6 +32,26 @@ def test_a_written_checkpoint_loads_and_runs(dtype: torch.dtype, tmp_path: Path)
     assert result.weight_bytes == result.parameters * dtype.itemsize
     assert result.finite
     assert 0.1 < result.output_std < 10
+
+
+def test_the_peak_before_is_in_no_ratio(tmp_path: Path) -> None:
+    """A peak that was higher than loading's, as of writing the weights, once made loading look free."""
+    full_size.write_unet(tmp_path, SMALL)
+    code = """
+    import sys, torch
+    from pathlib import Path
+    from latentrt.bench.full_size import measure
+
+    before = torch.ones(1 << 27)  # 512 MB
+    del before
+    result = measure(Path(sys.argv[1]), torch.float32, 64)
+    print(result.load_ratio, result.forward_ratio)
+    """
+    command = [sys.executable, "-c", dedent(code), str(tmp_path)]
+    told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    load, forward = map(float, told.split())
+    assert load > 0.9
+    assert forward > 0.9
 
 
 def test_main_keeps_a_named_folder_and_writes_its_result(

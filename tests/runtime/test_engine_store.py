@@ -119,7 +119,7 @@ def test_everything_that_decides_an_engine_makes_another(
         patch.setattr(trt.load(trt.product("tensorrt-rtx")), "__version__", "1.99.0")
         engine(component, RTX, ONE, cache_dir=tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_BUILDER", ("export/memory.py",))
+        patch.setattr(prepare, "_BUILDER", ("export/build_process.py",))
         engine(component, RTX, ONE, cache_dir=tmp_path)
     assert len(builder.requests) == len(others) + 3
     for other in [(component, RTX, ONE), *others]:
