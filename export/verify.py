@@ -26,7 +26,7 @@ from ..runtime.engines.registry import choose
 from ..runtime.engines.sizes import SizePolicy, profiles_for
 from ..runtime.loading import load_components
 from ..runtime.pipeline import Pipeline
-from ..runtime.weights import open_checkpoint
+from ..runtime.weights import open_checkpoint, refiner_source
 from .check import relative_error
 from .measures import psnr, ssim
 
@@ -155,10 +155,10 @@ def verify_model(
         CheckpointError, BackendError, ExportError, BuildError, CacheError: what each says.
     """
     choice = choose(backend, device, dtype)
-    refiner = "demo-refiner" if refiner == "demo" else refiner
+    second = None if refiner is None else refiner_source(refiner)
     found: dict[str, tuple[Component, Component]] = {}
     known: set[str] = set()
-    for prefix, source in (("", model), ("refiner ", refiner)):
+    for prefix, source in (("", model), ("refiner ", second)):
         if source is None:
             continue
         checkpoint = open_checkpoint(source, variant=variant, cache_dir=cache_dir)

@@ -24,7 +24,7 @@ from .request import check_side
 from .stages import Stage as ExpertStage
 from .stages import stages_of
 from .vae import VAE, Tiles
-from .weights import open_outline
+from .weights import open_outline, refiner_source
 
 __all__ = ["Planner"]
 
@@ -92,7 +92,7 @@ class Planner:
         base, vae = load_expert(checkpoint, loader), load_vae(checkpoint, loader)
         second: Expert | None = None
         if refiner is not None:
-            name = {"demo": "demo-refiner", "sdxl": "sdxl-refiner"}.get(os.fspath(refiner), refiner)
+            name = "sdxl-refiner" if os.fspath(refiner) == "sdxl" else refiner_source(refiner)
             second = load_expert(open_outline(name, variant=variant), loader).sharing(base)
         check_fit(base, second, vae.channels)
         return cls(base, second, vae, dtype=dtype, backend=backend, arch=arch)

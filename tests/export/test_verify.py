@@ -189,6 +189,19 @@ def test_one_component_and_no_pictures(verify: Run) -> None:
     assert [row["part"] for row in json.loads(out)] == ["text_encoder"]
 
 
+def test_the_arguments_are_read_as_generate_reads_them(run: Run) -> None:
+    """A device there is not is one line; the demo brings its refiner, which "none" sends away."""
+    code, _, err = run("verify", "demo", "--backend", "eager", "--component", "vae_decoder", "--device", "foo")
+    assert code == 1
+    assert err == "latentrt: device is 'foo'; it can be 'cpu', 'cuda' or 'cuda:1' and so on\n"
+    parts = ("verify", "demo", "--backend", "eager", "--component", "none such")
+    every = ", ".join(PARTS[:-1])
+    code, _, err = run(*parts)
+    assert err == f"latentrt: demo has no component none such; it has {every}, refiner unet\n"
+    code, _, err = run(*parts, "--refiner", "none")
+    assert err == f"latentrt: demo has no component none such; it has {every}\n"
+
+
 def test_refusals(tiny: Callable[..., Path]) -> None:
     def verify(backend: str = "eager", **options: Any) -> None:
         list(verify_model(str(tiny("sdxl")), None, backend, device=CPU, dtype=torch.float32, **options))
