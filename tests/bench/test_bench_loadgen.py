@@ -86,7 +86,12 @@ def test_what_cannot_be_run_is_told_before_anything_is_loaded(
 
 @pytest.mark.parametrize(
     ("arguments", "refiner"),
-    [((), "demo"), (("--refiner", "none"), None), (("--model", "other"), None), (("--refiner", "mine"), "mine")],
+    [
+        ((), "demo"),
+        (("--refiner", "none"), None),
+        (("--model", "other"), None),
+        (("--refiner", "mine"), "mine"),
+    ],
 )
 def test_the_refiner_is_that_of_generate(
     arguments: tuple[str, ...],

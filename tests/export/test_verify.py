@@ -191,7 +191,9 @@ def test_one_component_and_no_pictures(verify: Run) -> None:
 
 def test_the_arguments_are_read_as_generate_reads_them(run: Run) -> None:
     """A device there is not is one line; the demo brings its refiner, which "none" sends away."""
-    code, _, err = run("verify", "demo", "--backend", "eager", "--component", "vae_decoder", "--device", "foo")
+    code, _, err = run(
+        "verify", "demo", "--backend", "eager", "--component", "vae_decoder", "--device", "foo"
+    )
     assert code == 1
     assert err == "latentrt: device is 'foo'; it can be 'cpu', 'cuda' or 'cuda:1' and so on\n"
     parts = ("verify", "demo", "--backend", "eager", "--component", "none such")

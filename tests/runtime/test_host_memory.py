@@ -39,7 +39,9 @@ def test_nobody_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_peak_is_this_process_s_own() -> None:
     """Not that of its parent, whose memory a process has until its program begins."""
     told = "from latentrt.runtime.host_memory import peak_bytes; print(peak_bytes())"
-    parent = "import subprocess, sys; held = bytearray(b'1') * (1 << 29); subprocess.run(sys.argv[1:], check=True)"
+    parent = (
+        "import subprocess, sys; held = bytearray(b'1') * (1 << 29); subprocess.run(sys.argv[1:], check=True)"
+    )
     command = [sys.executable, "-c", parent, sys.executable, "-c", told]
     found = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
     assert 1e6 < int(found) < 2**28
