@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import BackendError
 from ..kernels import aot, roofline
 from ..kernels.registry import specs
+from ..kernels.whole_file import write_whole
 from .kernel_timing import RESULTS, name_of
 from .machine import describe_machine
 
@@ -273,8 +274,7 @@ def _write(path: Path, result: Mapping[str, Any]) -> None:
         if isinstance(value, list):
             text = "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]"
         parts.append(f" {json.dumps(name)}: {text}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    write_whole(path, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def _title(entry: Entry) -> str:

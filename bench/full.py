@@ -25,6 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from ..kernels.whole_file import write_json
 from ..runtime.host_memory import available_bytes
 from . import passed
 from .endings import signals_as_ctrl_c
@@ -175,9 +176,7 @@ def run_part(part: Part, folder: Path, *, again: bool = False) -> Result:
     if good and part.verdict is not None:
         good, why = part.verdict()
     result = Result(digest, good, why, round(time.monotonic() - begun, 1), memory)
-    aside = folder / f"{part.name}.json.partial"
-    aside.write_text(json.dumps(asdict(result), indent=2) + "\n", "utf-8")
-    aside.replace(folder / f"{part.name}.json")
+    write_json(folder / f"{part.name}.json", asdict(result), indent=2)
     return result
 
 

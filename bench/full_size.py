@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kernels.whole_file import write_json
 from ..runtime.host_memory import forget_peak, peak_bytes
 from ..runtime.models.unet import UNet, UNetConfig, input_names
 from ..runtime.weights import open_checkpoint
@@ -177,9 +178,8 @@ def main(argv: list[str] | None = None) -> int:
         f"output   standard deviation {result.output_std:.3f}, {'finite' if result.finite else 'NOT FINITE'}"
     )
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         report = {"schema": 1, "benchmark": "full-size UNet, CPU", "machine": describe_machine()}
-        args.out.write_text(json.dumps({**report, "result": asdict(result)}, indent=2) + "\n")
+        write_json(args.out, {**report, "result": asdict(result)}, indent=2)
     if result.load_ratio >= MAX_LOAD_RATIO:
         print(f"loading took {result.load_ratio:.2f} x the weights; the limit is {MAX_LOAD_RATIO}")
     return int(result.load_ratio >= MAX_LOAD_RATIO or not result.finite)

@@ -36,6 +36,7 @@ import torch
 
 from ..errors import CacheError, LatentRTError
 from ..export.build_process import build_bytes
+from ..kernels.whole_file import write_json
 from ..runtime.cache import Store
 from ..runtime.engine_store import EngineTarget
 from ..runtime.engines.base import Component
@@ -264,10 +265,7 @@ def _write(out: Path, rows: Sequence[Row], command: str) -> None:
         "arch": [f"sm_{arch}" for arch in _TARGET.archs],
         "rows": [asdict(row) for row in rows],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f"{out.name}.partial")
-    aside.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    aside.replace(out)
+    write_json(out, report, indent=2)
 
 
 def _shortage(configs: Path, folder: Path) -> str | None:

@@ -43,7 +43,6 @@ __all__ = [
     "require_gpu",
     "slug",
     "watched",
-    "write",
 ]
 
 log = logging.getLogger(__name__)
@@ -249,14 +248,6 @@ def read_if_same(path: Path, machine: Mapping[str, Any], *keys: str) -> dict[str
         return {}
     earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return earlier if all(earlier["machine"].get(key) == machine.get(key) for key in keys) else {}
-
-
-def write(path: Path, result: Mapping[str, Any]) -> None:
-    """Whole or not at all: the process may be ended at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    partial.replace(path)
 
 
 def name_of(dtype: torch.dtype) -> str:

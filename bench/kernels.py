@@ -25,6 +25,7 @@ from ..errors import BackendUnavailableError
 from ..kernels import aot
 from ..kernels._triton import arch_of, counted
 from ..kernels.registry import Case, OpSpec, specs
+from ..kernels.whole_file import write_json
 from .kernel_timing import (
     LOST,
     Bench,
@@ -39,7 +40,6 @@ from .kernel_timing import (
     read_if_same,
     slug,
     watched,
-    write,
 )
 
 __all__ = ["ceilings", "dry_run", "lines", "measure", "measured_requests"]
@@ -113,20 +113,20 @@ def measure(
         row = {"op": spec.name, "case": case.name, "dtype": name_of(dtype), "calls": case.calls}
         rows.append({**row, "error": LOST})
         del left[0]
-        write(path, result)
+        write_json(path, result)
         try:
             rows[-1] = _row(bench, spec, case, dtype, row, limits)
         except KeyboardInterrupt:  # it would have come back
             left.insert(0, [spec.name, case.name, name_of(dtype)])
-            write(path, {**result, "rows": rows[:-1]})
+            write_json(path, {**result, "rows": rows[:-1]})
             raise
         log.info("%s", rows[-1])
-        write(path, result)
+        write_json(path, result)
         if "error" in rows[-1] and not answers(bench):
             log.error("the GPU answers no more; run this again to go on")
             return result
     result["ceilings_after"], result["machine_after"] = ceilings(bench), gpu_state(bench)
-    write(path, result)
+    write_json(path, result)
     return result
 
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import BenchmarkError
+from ..kernels.whole_file import write_json
 from ..runtime.engines.base import Component, Engine, TensorSpec
 from ..runtime.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine
 from ..runtime.models.layers import ResnetBlock
@@ -366,8 +367,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     print("\n".join(table(content["blocks"], content["forward"])))
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        write_json(args.out, content)
     return 0
 
 

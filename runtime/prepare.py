@@ -62,7 +62,8 @@ _OTHERS = (
         "export/measures.py",
         "export/verify.py",
     ),
-    *("export/plugin_kernels.py", "export/quick_plugins.py", "kernels/binaries.py", "kernels/aot.py"),
+    *("export/plugin_kernels.py", "export/quick_plugins.py"),
+    *("kernels/binaries.py", "kernels/aot.py", "kernels/whole_file.py"),
 )
 _MAKERS = ("torch", "onnx", "onnx-ir", "onnxscript")
 _CHECKERS = ("onnxruntime", "onnxruntime-gpu")
