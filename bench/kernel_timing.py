@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import hashlib
 import json
 import logging
 import math
@@ -12,7 +11,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 from ..errors import BackendUnavailableError
 from ..kernels import aot, tuning
 from ..kernels.registry import Case, OpSpec, allowed_error
+from ..runtime.sha256 import digest_of_files
 from .machine import command, describe_machine, tuned
 
 __all__ = [
@@ -209,7 +209,7 @@ def here(bench: Bench) -> dict[str, Any]:
     return {
         **describe_machine(),
         **gpu_state(bench),
-        "sources": _digest(KERNELS.glob("*.py"), Path(__file__).parent.glob("kernel*.py")),
+        "sources": _sources(),
         "tuned": tuned(),
         "command": command(),
     }
@@ -233,12 +233,10 @@ def gpu_state(bench: Bench) -> dict[str, str]:
     return dict(zip(fields.split(","), (value.strip() for value in values.split(",")), strict=False))
 
 
-def _digest(*files: Iterable[Path]) -> str:
-    """Of their content, for where there is no repository to ask."""
-    digest = hashlib.sha256()
-    for path in sorted(path for some in files for path in some):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+def _sources() -> str:
+    """Digest of what is timed and how, for where there is no repository to ask."""
+    files = [*KERNELS.glob("*.py"), *Path(__file__).parent.glob("kernel*.py")]
+    return digest_of_files(sorted(files), KERNELS.parent)[:16]
 
 
 def read_if_same(path: Path, machine: Mapping[str, Any], *keys: str) -> dict[str, Any]:

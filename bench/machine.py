@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import platform
 import shlex
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from ..kernels import tuning
+from ..runtime.sha256 import digest_of_files
 
 __all__ = ["command", "commit", "describe_machine", "installed_versions", "is_commit", "tuned"]
 
@@ -86,8 +86,7 @@ def installed_versions() -> dict[str, str]:
 
 def tuned() -> str:
     """Digest of the kernels' block sizes, which `latentrt kernels --tune` writes; the commit does not tell of them."""
-    files = sorted(tuning.FOLDER.glob("*.json"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    return digest_of_files(sorted(tuning.FOLDER.glob("*.json")), tuning.FOLDER)[:16]
 
 
 @functools.cache

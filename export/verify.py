@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from ..runtime.cache import VERDICT, write_beside
 from ..runtime.engines.base import Backend, Component, Engine, example_inputs
 from ..runtime.engines.eager import EagerBackend
 from ..runtime.engines.registry import choose
 from ..runtime.engines.sizes import SizePolicy, profiles_for
 from ..runtime.loading import load_components
+from ..runtime.manifests import VERDICT, write_beside
 from ..runtime.pipeline import Pipeline
 from ..runtime.weights import open_checkpoint, refiner_source
 from .check import relative_error

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from .cache import MANIFEST, Store
+from .cache import Store
 from .cache_contents import Entry, contents
 from .engines import plugins, trt
 from .engines.base import Component
 from .engines.sizes import Profile
+from .manifests import MANIFEST
 
 __all__ = [
     "PLAN_FILE",

@@ -6,7 +6,6 @@ has needs neither torch.export nor onnx, nor TensorRT's builder.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import BackendError
-from .cache import Store, cache_root, digest_of
+from .cache import Store, cache_root
 from .cache_contents import Entry
 from .engine_store import (
     PLAN_FILE,
@@ -30,6 +29,7 @@ from .engine_store import (
 from .engines.base import Component, TensorSpec
 from .engines.sizes import Profile, SizePolicy, profiles_for
 from .engines.trt import product
+from .sha256 import digest_of, digest_of_files
 
 __all__ = ["Rebuild", "engine", "exporter_digest", "onnx_model"]
 
@@ -119,7 +119,7 @@ def engine(
         component,
         target,
         onnx=digest_of(_describe_model(component, _MAKERS)),
-        builder=_digest_of_files([_PACKAGE / file for file in _BUILDER]),
+        builder=digest_of_files([_PACKAGE / file for file in _BUILDER], _PACKAGE),
     )
     title = f"{component.name} in {wanted['dtype']}"
     found = find_engine(store, wanted, title) if sizes is None else None
@@ -200,15 +200,8 @@ def exporter_digest() -> str:
     """SHA-256, in hex, over the sources that decide what an export contains."""
     files = [path for folder in _SOURCES for path in sorted((_PACKAGE / folder).rglob("*.py"))]
     files += [_PACKAGE / file for file in _SOURCE_FILES]
-    return _digest_of_files([path for path in files if not path.as_posix().endswith((*_BUILDER, *_OTHERS))])
-
-
-def _digest_of_files(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.relative_to(_PACKAGE).as_posix()}\0".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
+    deciding = [path for path in files if not path.as_posix().endswith((*_BUILDER, *_OTHERS))]
+    return digest_of_files(deciding, _PACKAGE)
 
 
 def _describe_model(component: Component, distributions: Iterable[str]) -> dict[str, Any]:

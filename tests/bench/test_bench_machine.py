@@ -333,6 +333,19 @@ def test_what_is_kept_on_disk_adds_up() -> None:
     assert again.lost == {}
 
 
+def test_the_digest_of_block_sizes_is_over_names_and_contents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentrt.kernels.tuning.FOLDER", tmp_path)
+    (tmp_path / "sm_80.json").write_text("{}")
+    found = {machine.tuned()}
+    (tmp_path / "sm_80.json").rename(tmp_path / "sm_90.json")
+    found.add(machine.tuned())
+    (tmp_path / "sm_90.json").write_text("{ }")
+    found.add(machine.tuned())
+    assert len(found) == 3
+
+
 def test_a_container_s_limit_bounds_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("latentrt.runtime.host_memory._CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("300000000\n")

@@ -15,7 +15,7 @@ import torch
 from fake_tensorrt import install
 from latentrt.errors import BackendUnavailableError, RequestError
 from latentrt.export.verify import LIMITS, Verdict, verify_component, verify_model
-from latentrt.runtime.cache import Store, damage_of
+from latentrt.runtime.cache import Store
 from latentrt.runtime.cache_contents import contents
 from latentrt.runtime.engine_store import StoredEngine
 from latentrt.runtime.engines import registry
@@ -24,6 +24,7 @@ from latentrt.runtime.engines.eager import EagerBackend, EagerEngine
 from latentrt.runtime.engines.onnxruntime import OnnxRuntimeBackend
 from latentrt.runtime.engines.sizes import SizePolicy, profiles_for
 from latentrt.runtime.engines.tensorrt import TensorRTRTXBackend
+from latentrt.runtime.manifests import damage_of
 from torch import Tensor
 
 Run = Callable[..., tuple[int, str, str]]
