@@ -25,7 +25,8 @@ from ..errors import BackendError
 from ..kernels import aot, roofline
 from ..kernels.registry import specs
 from ..kernels.whole_file import write_whole
-from .kernel_timing import RESULTS, name_of
+from ..runtime.place import dtype_name
+from .kernel_timing import RESULTS
 from .machine import describe_machine
 
 __all__ = [
@@ -245,7 +246,7 @@ def compiled_matrix(
         for report in found:
             named = {
                 **{"op": entry.request.op, "case": entry.case, "arch": entry.request.arch},
-                **{"dtype": name_of(entry.dtype), "tuned": entry.request.trial is None},
+                **{"dtype": dtype_name(entry.dtype), "tuned": entry.request.trial is None},
             }
             rows.append({**named, **asdict(report), "faults": list(faults(entry, report))})
     if failed:
@@ -278,7 +279,7 @@ def _write(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def _title(entry: Entry) -> str:
-    return f"{entry.request.op}, {entry.case}, sm_{entry.request.arch}, {name_of(entry.dtype)}"
+    return f"{entry.request.op}, {entry.case}, sm_{entry.request.arch}, {dtype_name(entry.dtype)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

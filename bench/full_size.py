@@ -25,6 +25,7 @@ from torch import nn
 from ..kernels.whole_file import write_json
 from ..runtime.host_memory import forget_peak, peak_bytes
 from ..runtime.models.unet import UNet, UNetConfig, input_names
+from ..runtime.place import dtype_name
 from ..runtime.weights import open_checkpoint
 from .machine import describe_machine
 from .random_checkpoint import PUBLISHED, write_weights
@@ -114,7 +115,7 @@ def measure(folder: Path, dtype: torch.dtype, size: int) -> Result:
     forward_seconds = time.perf_counter() - begun
     return Result(
         parameters=parameters,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         size=size,
         weight_bytes=weight_bytes,
         load_seconds=load_seconds,

@@ -45,6 +45,7 @@ from ..runtime.engines.split import in_parts
 from ..runtime.host_memory import available_bytes, peak_bytes
 from ..runtime.loading import load_components
 from ..runtime.models.unet_parts import PARTS
+from ..runtime.place import dtype_name
 from ..runtime.prepare import engine, onnx_model
 from ..runtime.weights import open_checkpoint
 from .machine import describe_machine
@@ -202,7 +203,7 @@ def _export(checkpoint: Path, name: str, cache_dir: Path, sizes: Sequence[str]) 
     manifest = json.loads((model.parent / "manifest.json").read_text("utf-8"))
     errors = manifest["figures"]["relative_error"]
     return {
-        "dtype": str(component.dtype).removeprefix("torch."),
+        "dtype": dtype_name(component.dtype),
         "export_seconds": seconds,
         "export_bytes": peak_bytes(),
         "weight_bytes": model.with_name(f"{model.name}.data").stat().st_size,

@@ -38,7 +38,6 @@ __all__ = [
     "fresh",
     "gpu_state",
     "here",
-    "name_of",
     "read_if_same",
     "require_gpu",
     "slug",
@@ -245,10 +244,6 @@ def read_if_same(path: Path, machine: Mapping[str, Any], *keys: str) -> dict[str
         return {}
     earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return earlier if all(earlier["machine"].get(key) == machine.get(key) for key in keys) else {}
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def slug(machine: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from ..runtime.engines.sizes import SizePolicy, profiles_for
 from ..runtime.engines.split import in_parts
 from ..runtime.engines.tensorrt import TensorRTBackend, TensorRTRTXBackend
 from ..runtime.loading import load_components
+from ..runtime.place import dtype_name
 from ..runtime.prepare import Rebuild, engine
 from ..runtime.weights import open_checkpoint
 from .verify import Verdict, verify_component
@@ -123,7 +124,6 @@ def build_engines(
         for part in parts:
             begun = time.perf_counter()
             made = engine(part, target, policy, cache_dir=None, rebuild=rebuild)
-            dtype_name = str(part.dtype).removeprefix("torch.")
             seconds = time.perf_counter() - begun
             stored.append(made)
             verdict = None
@@ -139,7 +139,7 @@ def build_engines(
                     load=partial(backend.load_stored, component, stored, torch.device("cuda")),
                 )
             earlier = None if made.built or verdict is not None else _kept_verdict(made)
-            yield Built(part.name, dtype_name, made, seconds, verdict, earlier)
+            yield Built(part.name, dtype_name(part.dtype), made, seconds, verdict, earlier)
 
 
 def _kept_verdict(made: StoredEngine) -> Mapping[str, Any] | None:

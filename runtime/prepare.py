@@ -29,6 +29,7 @@ from .engine_store import (
 from .engines.base import Component, TensorSpec
 from .engines.sizes import Profile, SizePolicy, profiles_for
 from .engines.trt import product
+from .place import dtype_name
 from .sha256 import digest_of, digest_of_files
 
 __all__ = ["Rebuild", "engine", "exporter_digest", "onnx_model"]
@@ -210,7 +211,7 @@ def _describe_model(component: Component, distributions: Iterable[str]) -> dict[
         "name": component.name,
         "kind": "onnx",
         "fingerprint": component.fingerprint,
-        "dtype": str(component.dtype).removeprefix("torch."),
+        "dtype": dtype_name(component.dtype),
         "inputs": [_interface(spec) for spec in component.inputs],
         "outputs": [_interface(spec) for spec in component.outputs],
         "exporter": exporter_digest(),
