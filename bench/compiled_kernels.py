@@ -27,7 +27,7 @@ from ..kernels.registry import specs
 from ..kernels.whole_file import write_whole
 from ..runtime.place import dtype_name
 from .kernel_timing import RESULTS
-from .machine import describe_machine
+from .machine import describe_machine, module_command
 
 __all__ = [
     "CACHE",
@@ -300,6 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faulty = [row for row in rows if row["faults"]]
     gpus = [asdict(g) for g in roofline.GPUS]
     result = {
+        "command": module_command("latentrt.bench.compiled_kernels", arguments),
         "machine": describe_machine(torch.device("cpu")),
         "gpus": gpus,
         "floors": floors(),

@@ -27,7 +27,7 @@ from ..runtime.host_memory import forget_peak, peak_bytes
 from ..runtime.models.unet import UNet, UNetConfig, input_names
 from ..runtime.place import dtype_name
 from ..runtime.weights import open_checkpoint
-from .machine import describe_machine
+from .machine import describe_machine, module_command
 from .random_checkpoint import PUBLISHED, write_weights
 
 __all__ = ["Result", "main", "measure", "write_unet"]
@@ -179,8 +179,14 @@ def main(argv: list[str] | None = None) -> int:
         f"output   standard deviation {result.output_std:.3f}, {'finite' if result.finite else 'NOT FINITE'}"
     )
     if args.out is not None:
-        report = {"schema": 1, "benchmark": "full-size UNet, CPU", "machine": describe_machine()}
-        write_json(args.out, {**report, "result": asdict(result)}, indent=2)
+        report = {
+            "schema": 1,
+            "benchmark": "full-size UNet, CPU",
+            "command": module_command("latentrt.bench.full_size", argv),
+            "machine": describe_machine(),
+            "result": asdict(result),
+        }
+        write_json(args.out, report, indent=2)
     if result.load_ratio >= MAX_LOAD_RATIO:
         print(f"loading took {result.load_ratio:.2f} x the weights; the limit is {MAX_LOAD_RATIO}")
     return int(result.load_ratio >= MAX_LOAD_RATIO or not result.finite)

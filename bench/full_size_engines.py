@@ -48,7 +48,7 @@ from ..runtime.models.unet_parts import PARTS
 from ..runtime.place import dtype_name
 from ..runtime.prepare import engine, onnx_model
 from ..runtime.weights import open_checkpoint
-from .machine import describe_machine
+from .machine import describe_machine, module_command
 from .random_checkpoint import PUBLISHED, component_bytes, write_checkpoint
 
 __all__ = ["Limits", "Row", "broken", "disk_needed", "main", "measure"]
@@ -308,9 +308,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=_ROOT / "build" / "full_size", help="for all files")
     parser.add_argument("--out", type=Path, default=_ROOT / "bench" / "results" / "full_size_engines.json")
     args = parser.parse_args(argv)
-    command = " ".join(
-        ["python -m latentrt.bench.full_size_engines", *(argv if argv is not None else sys.argv[1:])]
-    )
+    command = module_command("latentrt.bench.full_size_engines", argv)
     machine, rows = describe_machine(), _read(args.out)
     args.folder.mkdir(parents=True, exist_ok=True)
     asked: list[tuple[str, str]] = []

@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,15 @@ import torch
 from ..kernels import tuning
 from ..runtime.sha256 import digest_of_files
 
-__all__ = ["command", "commit", "describe_machine", "installed_versions", "is_commit", "tuned"]
+__all__ = [
+    "command",
+    "commit",
+    "describe_machine",
+    "installed_versions",
+    "is_commit",
+    "module_command",
+    "tuned",
+]
 
 _PACKAGES = (
     "torch",
@@ -113,6 +122,15 @@ def commit() -> str:
 def command() -> str:
     """What was typed, as it can be typed again."""
     return shlex.join(["latentrt", *sys.argv[1:]])
+
+
+def module_command(module: str, arguments: Sequence[str] | None) -> str:
+    """The same of a module that is run by itself, by its full name.
+
+    Args:
+        arguments: what `main` was given; those of this process where that is None.
+    """
+    return shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def is_commit(name: str) -> bool:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import shlex
 import sys
 import tempfile
 import time
@@ -38,7 +37,7 @@ from ..runtime.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine
 from ..runtime.models.layers import ResnetBlock
 from ..runtime.models.unet_blocks import TransformerBlock
 from ..runtime.models.unet_config import UNetConfig
-from .machine import describe_machine
+from .machine import describe_machine, module_command
 from .stats import Interval, ratio
 
 __all__ = [
@@ -359,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
     content = {
         "schema": SCHEMA,
         "benchmark": BENCHMARK,
-        "command": shlex.join(["python", "-m", "latentrt.bench.proportions", *(argv or sys.argv[1:])]),
+        "command": module_command("latentrt.bench.proportions", argv),
         "machine": describe_machine(_CPU),
         "rounds": args.rounds,
         "blocks": [asdict(m) for m in found],

@@ -61,7 +61,9 @@ def test_main_keeps_a_named_folder_and_writes_its_result(
     full_size.write_unet(folder, SMALL)
     full_size.main(["--folder", str(folder), "--size", "64", "--out", str(out)])
     printed = capsys.readouterr().out
-    result = json.loads(out.read_text())["result"]
+    report = json.loads(out.read_text())
+    result = report["result"]
+    assert report["command"].startswith(f"python -m latentrt.bench.full_size --folder {folder} --size 64")
     assert f"{result['parameters'] / 1e6:,.2f} M parameters in bfloat16" in printed
     assert "writing" not in printed
     assert (folder / "model_index.json").is_file()
