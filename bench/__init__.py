@@ -1,1 +1,1 @@
-"""Benchmarks, quality measures and the training of the demo checkpoint. Nothing imports this package."""
+"""Benchmarks, quality measures and the training of the demo checkpoint. Only the command line imports this package."""

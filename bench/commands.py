@@ -151,6 +151,7 @@ def bench_compare(args: argparse.Namespace) -> Iterator[str]:
 
 def bench_loadgen(args: argparse.Namespace) -> Iterator[str]:
     """MLPerf's scenarios over a pipeline; LoadGen's verdict on each, and an error where one is INVALID."""
+    from ..runtime.commands import refiner_of
     from ..runtime.pipeline import Pipeline
     from .features import demo_prompts
     from .loadgen import QUERIES, LoadTest, PipelineMaker, Verdict, run_loadgen
@@ -169,7 +170,7 @@ def bench_loadgen(args: argparse.Namespace) -> Iterator[str]:
         for scenario in dict.fromkeys(args.scenario) or QUERIES
     ]
     pipe = Pipeline.from_pretrained(
-        args.model, args.refiner, backend=args.backend, dtype=args.dtype, device=device_named(args.device)
+        args.model, refiner_of(args), backend=args.backend, dtype=args.dtype, device=args.device
     )
     make = PipelineMaker(pipe, prompts, size=args.size, steps=args.steps, guidance=args.guidance)
     if args.rate is None:

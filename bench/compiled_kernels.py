@@ -24,8 +24,10 @@ from torch import Tensor
 from ..errors import BackendError
 from ..kernels import aot, roofline
 from ..kernels.registry import specs
-from .kernel_timing import RESULTS, name_of
-from .machine import describe_machine
+from ..kernels.whole_file import write_whole
+from ..runtime.place import dtype_name
+from .kernel_timing import RESULTS
+from .machine import describe_machine, module_command
 
 __all__ = [
     "CACHE",
@@ -245,7 +247,7 @@ def compiled_matrix(
         for report in found:
             named = {
                 **{"op": entry.request.op, "case": entry.case, "arch": entry.request.arch},
-                **{"dtype": name_of(entry.dtype), "tuned": entry.request.trial is None},
+                **{"dtype": dtype_name(entry.dtype), "tuned": entry.request.trial is None},
             }
             rows.append({**named, **asdict(report), "faults": list(faults(entry, report))})
     if failed:
@@ -274,12 +276,11 @@ def _write(path: Path, result: Mapping[str, Any]) -> None:
         if isinstance(value, list):
             text = "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]"
         parts.append(f" {json.dumps(name)}: {text}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    write_whole(path, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def _title(entry: Entry) -> str:
-    return f"{entry.request.op}, {entry.case}, sm_{entry.request.arch}, {name_of(entry.dtype)}"
+    return f"{entry.request.op}, {entry.case}, sm_{entry.request.arch}, {dtype_name(entry.dtype)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -300,6 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faulty = [row for row in rows if row["faults"]]
     gpus = [asdict(g) for g in roofline.GPUS]
     result = {
+        "command": module_command("latentrt.bench.compiled_kernels", arguments),
         "machine": describe_machine(torch.device("cpu")),
         "gpus": gpus,
         "floors": floors(),

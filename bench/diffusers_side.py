@@ -18,6 +18,7 @@ import torch
 import torch._dynamo.config as dynamo
 import torch._inductor
 
+from ..runtime.weights import refiner_source
 from .cases import Case
 from .models import checkpoint_folder
 from .monitor import Span
@@ -41,9 +42,8 @@ def load_pipelines(case: Case, device: torch.device, dtype: torch.dtype) -> tupl
     base = diffusers.StableDiffusionXLPipeline.from_pretrained(checkpoint_folder(case.model), **place)
     refiner = None
     if case.refiner is not None:
-        name = "demo-refiner" if case.refiner == "demo" else case.refiner
         refiner = diffusers.StableDiffusionXLImg2ImgPipeline.from_pretrained(
-            checkpoint_folder(name),
+            checkpoint_folder(str(refiner_source(case.refiner))),
             vae=base.vae,
             text_encoder=None,
             tokenizer=None,

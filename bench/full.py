@@ -10,7 +10,6 @@ was stopped. Ends with a table and the figures that tests printed; results and l
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -25,7 +24,10 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ..export.memory import available_bytes
+from ..kernels.whole_file import write_json
+from ..runtime.digests import combined
+from ..runtime.host_memory import available_bytes
+from ..runtime.sha256 import digest_of_files
 from . import passed
 from .endings import signals_as_ctrl_c
 
@@ -175,9 +177,7 @@ def run_part(part: Part, folder: Path, *, again: bool = False) -> Result:
     if good and part.verdict is not None:
         good, why = part.verdict()
     result = Result(digest, good, why, round(time.monotonic() - begun, 1), memory)
-    aside = folder / f"{part.name}.json.partial"
-    aside.write_text(json.dumps(asdict(result), indent=2) + "\n", "utf-8")
-    aside.replace(folder / f"{part.name}.json")
+    write_json(folder / f"{part.name}.json", asdict(result), indent=2)
     return result
 
 
@@ -251,10 +251,7 @@ def _digest(part: Part) -> str:
     own = [_ROOT / file for file in part.tests]
     if not part.tests and "pytest" in part.command:
         own = sorted((_ROOT / "tests").rglob("*.py"))
-    digest = hashlib.sha256(f"{_package_digest(part.apart)}{part.beside}".encode())
-    for file in own:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
+    return combined([_package_digest(part.apart), part.beside, digest_of_files(own, _ROOT)])
 
 
 @cache
@@ -266,11 +263,7 @@ def _package_digest(apart: tuple[str, ...]) -> str:
         if path.suffix in _KINDS and not set(apart) & set(path.relative_to(_ROOT).parts)
     ]
     files += [*sorted(_ROOT.glob("*.py")), *sorted((_ROOT / "tests").glob("*.py")), _ROOT / "pyproject.toml"]
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.relative_to(_ROOT).as_posix()}\0".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
+    return digest_of_files(files, _ROOT)
 
 
 def line(part: Part, result: Result | None, folder: Path) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -23,9 +22,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kernels.whole_file import write_json
+from ..runtime.host_memory import forget_peak, peak_bytes
 from ..runtime.models.unet import UNet, UNetConfig, input_names
+from ..runtime.place import dtype_name
 from ..runtime.weights import open_checkpoint
-from .machine import describe_machine
+from .machine import describe_machine, module_command
 from .random_checkpoint import PUBLISHED, write_weights
 
 __all__ = ["Result", "main", "measure", "write_unet"]
@@ -47,8 +49,8 @@ class Result:
         size: of the image in pixels, along each side.
         weight_bytes: of the weights in `dtype`.
         load_seconds, forward_seconds: wall time.
-        load_ratio: what loading added to the process's peak memory, over `weight_bytes`.
-        forward_ratio: the same up to the end of the forward.
+        load_ratio: the process's peak memory in loading, less what it had before, over `weight_bytes`.
+        forward_ratio: the same of the forward, the weights included.
         output_std: of the prediction.
         finite: no infinities or NaNs in it.
     """
@@ -87,6 +89,9 @@ def measure(folder: Path, dtype: torch.dtype, size: int) -> Result:
         folder: a diffusers folder with a UNet of SDXL's anatomy.
         dtype: to load and run in.
         size: of the image in pixels, along each side.
+
+    Raises:
+        OSError: nobody counts memory here (not Linux).
     """
     checkpoint = open_checkpoint(folder)
     config = UNetConfig.from_dict(checkpoint.config("unet"))
@@ -95,27 +100,28 @@ def measure(folder: Path, dtype: torch.dtype, size: int) -> Result:
     parameters = sum(p.numel() for p in unet.parameters())
     weight_bytes = parameters * dtype.itemsize
 
-    before = _peak_bytes()
+    before = _peak_from_here()
     begun = time.perf_counter()
     checkpoint.weights("unet").load_into(unet, dtype)
     _touch(unet)
     load_seconds = time.perf_counter() - begun
-    load_ratio = (_peak_bytes() - before) / weight_bytes
+    load_ratio = ((peak_bytes() or 0) - before) / weight_bytes
 
     inputs = _inputs(config, dtype, size // 8)
+    _peak_from_here()
     begun = time.perf_counter()
     with torch.inference_mode():
         output = unet(*inputs)
     forward_seconds = time.perf_counter() - begun
     return Result(
         parameters=parameters,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         size=size,
         weight_bytes=weight_bytes,
         load_seconds=load_seconds,
         forward_seconds=forward_seconds,
         load_ratio=load_ratio,
-        forward_ratio=(_peak_bytes() - before) / weight_bytes,
+        forward_ratio=((peak_bytes() or 0) - before) / weight_bytes,
         output_std=float(output.float().std()),
         finite=bool(output.isfinite().all()),
     )
@@ -143,10 +149,10 @@ def _inputs(config: UNetConfig, dtype: torch.dtype, side: int) -> list[torch.Ten
     return [values[name] for name in input_names(config)]
 
 
-def _peak_bytes() -> int:
-    """The most memory this process has had, shared pages of mapped files included."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _peak_from_here() -> int:
+    """Forget the peak of what went before, such as writing the weights; what the process has now, in bytes."""
+    forget_peak()
+    return peak_bytes() or 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -173,9 +179,14 @@ def main(argv: list[str] | None = None) -> int:
         f"output   standard deviation {result.output_std:.3f}, {'finite' if result.finite else 'NOT FINITE'}"
     )
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        report = {"schema": 1, "benchmark": "full-size UNet, CPU", "machine": describe_machine()}
-        args.out.write_text(json.dumps({**report, "result": asdict(result)}, indent=2) + "\n")
+        report = {
+            "schema": 1,
+            "benchmark": "full-size UNet, CPU",
+            "command": module_command("latentrt.bench.full_size", argv),
+            "machine": describe_machine(),
+            "result": asdict(result),
+        }
+        write_json(args.out, report, indent=2)
     if result.load_ratio >= MAX_LOAD_RATIO:
         print(f"loading took {result.load_ratio:.2f} x the weights; the limit is {MAX_LOAD_RATIO}")
     return int(result.load_ratio >= MAX_LOAD_RATIO or not result.finite)

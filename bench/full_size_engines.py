@@ -35,17 +35,20 @@ from typing import Any
 import torch
 
 from ..errors import CacheError, LatentRTError
-from ..export.memory import available_bytes, build_bytes, peak_bytes
+from ..export.build_process import build_bytes
+from ..kernels.whole_file import write_json
 from ..runtime.cache import Store
 from ..runtime.engine_store import EngineTarget
 from ..runtime.engines.base import Component
 from ..runtime.engines.sizes import SizePolicy
 from ..runtime.engines.split import in_parts
+from ..runtime.host_memory import available_bytes, peak_bytes
 from ..runtime.loading import load_components
 from ..runtime.models.unet_parts import PARTS
+from ..runtime.place import dtype_name
 from ..runtime.prepare import engine, onnx_model
 from ..runtime.weights import open_checkpoint
-from .machine import describe_machine
+from .machine import describe_machine, module_command
 from .random_checkpoint import PUBLISHED, component_bytes, write_checkpoint
 
 __all__ = ["Limits", "Row", "broken", "disk_needed", "main", "measure"]
@@ -200,7 +203,7 @@ def _export(checkpoint: Path, name: str, cache_dir: Path, sizes: Sequence[str]) 
     manifest = json.loads((model.parent / "manifest.json").read_text("utf-8"))
     errors = manifest["figures"]["relative_error"]
     return {
-        "dtype": str(component.dtype).removeprefix("torch."),
+        "dtype": dtype_name(component.dtype),
         "export_seconds": seconds,
         "export_bytes": peak_bytes(),
         "weight_bytes": model.with_name(f"{model.name}.data").stat().st_size,
@@ -263,10 +266,7 @@ def _write(out: Path, rows: Sequence[Row], command: str) -> None:
         "arch": [f"sm_{arch}" for arch in _TARGET.archs],
         "rows": [asdict(row) for row in rows],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f"{out.name}.partial")
-    aside.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    aside.replace(out)
+    write_json(out, report, indent=2)
 
 
 def _shortage(configs: Path, folder: Path) -> str | None:
@@ -308,9 +308,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=_ROOT / "build" / "full_size", help="for all files")
     parser.add_argument("--out", type=Path, default=_ROOT / "bench" / "results" / "full_size_engines.json")
     args = parser.parse_args(argv)
-    command = " ".join(
-        ["python -m latentrt.bench.full_size_engines", *(argv if argv is not None else sys.argv[1:])]
-    )
+    command = module_command("latentrt.bench.full_size_engines", argv)
     machine, rows = describe_machine(), _read(args.out)
     args.folder.mkdir(parents=True, exist_ok=True)
     asked: list[tuple[str, str]] = []

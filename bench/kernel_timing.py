@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import hashlib
 import json
 import logging
 import math
@@ -12,7 +11,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from ..errors import BackendUnavailableError
 from ..kernels import aot, tuning
-from ..kernels.registry import Case, OpSpec
+from ..kernels.registry import Case, OpSpec, allowed_error
+from ..runtime.sha256 import digest_of_files
 from .machine import command, describe_machine, tuned
 
 __all__ = [
@@ -38,12 +38,10 @@ __all__ = [
     "fresh",
     "gpu_state",
     "here",
-    "name_of",
     "read_if_same",
     "require_gpu",
     "slug",
     "watched",
-    "write",
 ]
 
 log = logging.getLogger(__name__)
@@ -135,7 +133,6 @@ class Gate:
     """Whether a result may be timed: whether it is within the operator's tolerance of float64."""
 
     def __init__(self, spec: OpSpec, args: tuple[Any, ...]) -> None:
-        self.tolerance = spec.tolerance
         self.usual = _tensors(spec.reference(*fresh(args)))
         try:
             self.exact = _tensors(spec.reference(*_raised(args, torch.float64)))
@@ -147,7 +144,7 @@ class Gate:
         ratio, good = 0.0, True
         for ours, theirs, true in zip(_tensors(got), self.usual, self.exact, strict=True):
             error, usual = (float((t.to(true.dtype) - true).abs().max()) for t in (ours, theirs))
-            good = good and math.isfinite(error) and error <= self.tolerance.allowed(theirs, true)
+            good = good and math.isfinite(error) and error <= allowed_error(theirs, true)
             ratio = max(ratio, error / usual if usual else 0.0)
         return ratio, good
 
@@ -211,7 +208,7 @@ def here(bench: Bench) -> dict[str, Any]:
     return {
         **describe_machine(),
         **gpu_state(bench),
-        "sources": _digest(KERNELS.glob("*.py"), Path(__file__).parent.glob("kernel*.py")),
+        "sources": _sources(),
         "tuned": tuned(),
         "command": command(),
     }
@@ -235,12 +232,10 @@ def gpu_state(bench: Bench) -> dict[str, str]:
     return dict(zip(fields.split(","), (value.strip() for value in values.split(",")), strict=False))
 
 
-def _digest(*files: Iterable[Path]) -> str:
-    """Of their content, for where there is no repository to ask."""
-    digest = hashlib.sha256()
-    for path in sorted(path for some in files for path in some):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+def _sources() -> str:
+    """Digest of what is timed and how, for where there is no repository to ask."""
+    files = [*KERNELS.glob("*.py"), *Path(__file__).parent.glob("kernel*.py")]
+    return digest_of_files(sorted(files), KERNELS.parent)[:16]
 
 
 def read_if_same(path: Path, machine: Mapping[str, Any], *keys: str) -> dict[str, Any]:
@@ -249,18 +244,6 @@ def read_if_same(path: Path, machine: Mapping[str, Any], *keys: str) -> dict[str
         return {}
     earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return earlier if all(earlier["machine"].get(key) == machine.get(key) for key in keys) else {}
-
-
-def write(path: Path, result: Mapping[str, Any]) -> None:
-    """Whole or not at all: the process may be ended at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    partial.replace(path)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def slug(machine: Mapping[str, Any]) -> str:

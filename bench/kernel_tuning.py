@@ -21,6 +21,7 @@ import torch
 from ..kernels import aot, tuning
 from ..kernels._triton import arch_of
 from ..kernels.registry import Case, OpSpec, specs
+from ..kernels.whole_file import write_json
 from .kernel_timing import (
     LOST,
     Bench,
@@ -33,7 +34,6 @@ from .kernel_timing import (
     read_if_same,
     slug,
     watched,
-    write,
 )
 
 __all__ = ["lines", "tune", "tuned_requests"]
@@ -70,7 +70,7 @@ def tune(bench: Bench, operators: Sequence[OpSpec] | None = None, save: bool = T
     for table, uses in tables.items():
         for use in uses:
             trials = times.setdefault(table, {}).setdefault(use.key, {})
-            if not _try(bench, use, table, trials, lambda: write(path, result), end):
+            if not _try(bench, use, table, trials, lambda: write_json(path, result), end):
                 return result
         best = {key: found for key, trials in times[table].items() if (found := _quickest(trials))}
         if len(best) < len(times[table]):
@@ -78,7 +78,7 @@ def tune(bench: Bench, operators: Sequence[OpSpec] | None = None, save: bool = T
             continue
         result["best"][table] = best
         result["left"].remove(table)
-        write(path, result)
+        write_json(path, result)
         if save:
             kept = ("gpu", "cuda", "driver_version", "versions", "commit", "sources")
             tuning.save(arch, table, best, {key: machine.get(key) for key in kept})

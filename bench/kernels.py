@@ -25,6 +25,8 @@ from ..errors import BackendUnavailableError
 from ..kernels import aot
 from ..kernels._triton import arch_of, counted
 from ..kernels.registry import Case, OpSpec, specs
+from ..kernels.whole_file import write_json
+from ..runtime.place import dtype_name
 from .kernel_timing import (
     LOST,
     Bench,
@@ -35,11 +37,9 @@ from .kernel_timing import (
     fresh,
     gpu_state,
     here,
-    name_of,
     read_if_same,
     slug,
     watched,
-    write,
 )
 
 __all__ = ["ceilings", "dry_run", "lines", "measure", "measured_requests"]
@@ -58,7 +58,7 @@ def ceilings(bench: Bench) -> dict[str, float]:
     found = {}
     for dtype in (torch.float16, torch.bfloat16):
         a, b = (torch.randn(n, n, device=bench.device).to(dtype) for _ in range(2))
-        found[name_of(dtype)] = 2e-6 * n**3 / _one(bench.timer({"": torch.mm}, [(a, b)] * 4, 0.5))
+        found[dtype_name(dtype)] = 2e-6 * n**3 / _one(bench.timer({"": torch.mm}, [(a, b)] * 4, 0.5))
     a = torch.randn(n * 4, n * 4, dtype=torch.bfloat16, device=bench.device)
     found["copy"] = 2e-6 * a.nbytes / _one(bench.timer({"": torch.Tensor.clone}, [(a,)] * 2, 0.5))
     return found
@@ -99,34 +99,34 @@ def measure(
         for dtype in dtypes
         for spec in operators
         for case in spec.cases
-        if (spec.name, case.name, name_of(dtype)) not in done
+        if (spec.name, case.name, dtype_name(dtype)) not in done
     ]
     compile_ahead(bench, measured_requests(operators, arch_of(bench.device), dtypes))
     ceilings(bench)  # to get the clocks up
     limits = ceilings(bench)
     todo.sort(key=lambda item: (dtypes.index(item[2]), -_weight(item[1], item[2], limits)))
-    left = [[spec.name, case.name, name_of(dtype)] for spec, case, dtype in todo]
+    left = [[spec.name, case.name, dtype_name(dtype)] for spec, case, dtype in todo]
     result: dict[str, Any] = {"machine": machine, "ceilings": limits, "rows": rows, "left": left}
     for spec, case, dtype in todo:
         if time.monotonic() - started > bench.seconds:
             break
-        row = {"op": spec.name, "case": case.name, "dtype": name_of(dtype), "calls": case.calls}
+        row = {"op": spec.name, "case": case.name, "dtype": dtype_name(dtype), "calls": case.calls}
         rows.append({**row, "error": LOST})
         del left[0]
-        write(path, result)
+        write_json(path, result)
         try:
             rows[-1] = _row(bench, spec, case, dtype, row, limits)
         except KeyboardInterrupt:  # it would have come back
-            left.insert(0, [spec.name, case.name, name_of(dtype)])
-            write(path, {**result, "rows": rows[:-1]})
+            left.insert(0, [spec.name, case.name, dtype_name(dtype)])
+            write_json(path, {**result, "rows": rows[:-1]})
             raise
         log.info("%s", rows[-1])
-        write(path, result)
+        write_json(path, result)
         if "error" in rows[-1] and not answers(bench):
             log.error("the GPU answers no more; run this again to go on")
             return result
     result["ceilings_after"], result["machine_after"] = ceilings(bench), gpu_state(bench)
-    write(path, result)
+    write_json(path, result)
     return result
 
 
@@ -180,7 +180,7 @@ def _rate(row: Mapping[str, Any]) -> str:
 
 def _weight(case: Case, dtype: torch.dtype, limits: Mapping[str, float]) -> float:
     """The least microseconds that one forward spends in this call."""
-    compute, traffic = case.flops / limits[name_of(dtype)], case.nbytes(dtype) / limits["copy"]
+    compute, traffic = case.flops / limits[dtype_name(dtype)], case.nbytes(dtype) / limits["copy"]
     return case.calls * max(compute, traffic) * 1e-6
 
 
@@ -220,7 +220,7 @@ def _row(
     row["tflops"] = case.flops / us * 1e-6
     row["tbs"] = case.nbytes(dtype) / us * 1e-6
     by_compute = spec.limit == "matmul"
-    row["ceiling"] = limits[name_of(dtype)] if by_compute else limits["copy"]
+    row["ceiling"] = limits[dtype_name(dtype)] if by_compute else limits["copy"]
     row["share"] = (row["tflops"] if by_compute else row["tbs"]) / row["ceiling"]
     times = [t for t in found.values() if isinstance(t, float)]
     row["speedup_over_best"] = min(times) / us if times else None

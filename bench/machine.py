@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,17 @@ from typing import Any
 import torch
 
 from ..kernels import tuning
+from ..runtime.sha256 import digest_of_files
 
-__all__ = ["command", "commit", "describe_machine", "installed_versions", "is_commit", "tuned"]
+__all__ = [
+    "command",
+    "commit",
+    "describe_machine",
+    "installed_versions",
+    "is_commit",
+    "module_command",
+    "tuned",
+]
 
 _PACKAGES = (
     "torch",
@@ -86,8 +95,7 @@ def installed_versions() -> dict[str, str]:
 
 def tuned() -> str:
     """Digest of the kernels' block sizes, which `latentrt kernels --tune` writes; the commit does not tell of them."""
-    files = sorted(tuning.FOLDER.glob("*.json"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    return digest_of_files(sorted(tuning.FOLDER.glob("*.json")), tuning.FOLDER)[:16]
 
 
 @functools.cache
@@ -114,6 +122,15 @@ def commit() -> str:
 def command() -> str:
     """What was typed, as it can be typed again."""
     return shlex.join(["latentrt", *sys.argv[1:]])
+
+
+def module_command(module: str, arguments: Sequence[str] | None) -> str:
+    """The same of a module that is run by itself, by its full name.
+
+    Args:
+        arguments: what `main` was given; those of this process where that is None.
+    """
+    return shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def is_commit(name: str) -> bool:

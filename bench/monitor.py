@@ -19,6 +19,7 @@ Series = dict[str, list[float]]
 PyTorch and `gpu` or `gpu by turns`, which is everything of the process there (see `nvml.GpuShare`)."""
 
 _PROCESS = psutil.Process()
+_INTERVAL = 0.005  # seconds between samples
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,9 @@ class Span:
 class MemorySampler:
     """`with MemorySampler(device, share) as sampler:` and then `sampler.series`."""
 
-    def __init__(self, device: torch.device, share: GpuShare | None, interval: float = 0.005) -> None:
+    def __init__(self, device: torch.device, share: GpuShare | None) -> None:
         self._device = device
         self._share = share
-        self._interval = interval
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.begun = 0.0
@@ -58,7 +58,7 @@ class MemorySampler:
         self.series = {name: values for name, values in self.series.items() if len(values) == count}
 
     def _run(self) -> None:
-        while not self._done.wait(self._interval):
+        while not self._done.wait(_INTERVAL):
             self._sample()
 
     def _sample(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import RequestError
 from ..runtime.engines.onnxruntime import open_session
 from ..runtime.engines.registry import choose
+from ..runtime.place import dtype_name
 from .cases import Case
 from .diffusers_side import DiffusersSide, load_pipelines
 
@@ -101,7 +102,7 @@ def open_side(case: Case, device: torch.device, dtype: torch.dtype, folder: Path
         BackendUnavailableError: it is not there, or not for the device.
     """
     if dtype not in _NUMPY:
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         raise RequestError(f"plain ONNX Runtime takes no {name}; measure it in float32 or float16")
     choose("onnxruntime", device, dtype)  # or minutes of exports would end in there being no provider
     base, refiner = load_pipelines(case, device, dtype)

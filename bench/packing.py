@@ -22,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.whole_file import write_json
 from ..runtime.engines.packing import Doubling, defer_in_resnet
 from ..runtime.models.layers import ResnetBlock, Upsample
-from .kernel_timing import CACHE_BYTES, CALLS, RESULTS, Calls, cuda_microseconds, name_of, slug, write
-from .machine import command, describe_machine
+from ..runtime.place import dtype_name
+from .kernel_timing import CACHE_BYTES, CALLS, RESULTS, Calls, cuda_microseconds, slug
+from .machine import describe_machine, module_command
 
 __all__ = ["BLOCKS", "Block", "main", "measure"]
 
@@ -196,9 +198,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(measure(block, dtype, device, args.seconds))
             print("\n".join(table(rows[-1:])[1:2]), flush=True)
     machine = describe_machine(device)
-    result = {"machine": machine, "command": command(), "dtype": name_of(dtype), "rows": rows}
+    result = {
+        "machine": machine,
+        "command": module_command("latentrt.bench.packing", argv),
+        "dtype": dtype_name(dtype),
+        "rows": rows,
+    }
     where = slug(machine) if args.device == "cuda" else "cpu"
-    write(args.out / f"packing-{where}.json", result)
+    write_json(args.out / f"packing-{where}.json", result)
     print("\n" + "\n".join(table(rows)))
     return int(any("error" in row for row in rows))
 

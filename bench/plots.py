@@ -37,8 +37,9 @@ def bars(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
     return _svg(shapes, len(rows) * _ROW, parts, _box)
 
 
-def lines(series: Sequence[Line], x_unit: str, y_unit: str, *, height: int = 260) -> str:
+def lines(series: Sequence[Line], x_unit: str, y_unit: str) -> str:
     """A line through each series' points; both axes begin at 0."""
+    height = 260
     right = _nice(max((max(x, default=0) for _, x, _ in series), default=0))
     top = _nice(max((max(y, default=0) for _, _, y in series), default=0))
     across, down = (_WIDTH - 80 - _RIGHT) / right, (height - 40) / top

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import shlex
 import sys
 import tempfile
 import time
@@ -32,12 +31,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import BenchmarkError
+from ..kernels.whole_file import write_json
 from ..runtime.engines.base import Component, Engine, TensorSpec
 from ..runtime.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine
 from ..runtime.models.layers import ResnetBlock
 from ..runtime.models.unet_blocks import TransformerBlock
 from ..runtime.models.unet_config import UNetConfig
-from .machine import describe_machine
+from .machine import describe_machine, module_command
 from .stats import Interval, ratio
 
 __all__ = [
@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
     content = {
         "schema": SCHEMA,
         "benchmark": BENCHMARK,
-        "command": shlex.join(["python", "-m", "latentrt.bench.proportions", *(argv or sys.argv[1:])]),
+        "command": module_command("latentrt.bench.proportions", argv),
         "machine": describe_machine(_CPU),
         "rounds": args.rounds,
         "blocks": [asdict(m) for m in found],
@@ -367,8 +367,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     print("\n".join(table(content["blocks"], content["forward"])))
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        write_json(args.out, content)
     return 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..errors import BenchmarkError
+from ..kernels.whole_file import write_json
 from .gates import Quality
 from .profile import Profile
 from .stats import Interval, Spread
@@ -160,11 +161,7 @@ class Report:
 
 def write_report(path: Path, report: Report) -> None:
     """Write it whole or not at all; numbers that JSON lacks are null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"schema": SCHEMA, "benchmark": BENCHMARK, **_finite(asdict(report))}
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, {"schema": SCHEMA, "benchmark": BENCHMARK, **_finite(asdict(report))})
 
 
 def read_report(path: Path) -> Report:

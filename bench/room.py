@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from ..runtime.host_memory import available_bytes
 from ..runtime.weight_set import read_header
 from .cases import DTYPES, Case, SideSpec, eager_sides
 from .models import RANDOM, checkpoint_folder
@@ -183,7 +184,8 @@ def _itemsize(case: Case, side: SideSpec) -> int:
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+    free = available_bytes()  # which heeds a container's limit; psutil tells what the machine has
+    return int(psutil.virtual_memory().available) if free is None else free
 
 
 def _free_disk(folder: Path) -> int:

@@ -36,6 +36,7 @@ import numpy as np
 import PIL.Image
 
 from ..errors import BenchmarkError
+from ..kernels.whole_file import write_json
 from .machine import describe_machine
 from .serve_process import Memory, Running, serving
 
@@ -388,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         backend=args.backend,
         command=sys.argv[1:] if argv is None else argv,
     )
-    args.out.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+    write_json(args.out, found, indent=2)
     print(json.dumps({name: found[name] for name in ("batching", "mixed", "overload", "checks")}, indent=2))
     return 0 if all(found["checks"].values()) else 1
 

@@ -7,7 +7,6 @@ in the machine's speed meets all of them.
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import RequestError
+from ..kernels.whole_file import write_json, write_whole
 from .features import Judges, as_bytes
 from .gates import FID_LEAST
 from .plots import lines
@@ -170,12 +170,11 @@ def page(points: Sequence[Point], title: str) -> str:
 
 def write_sweep(folder: Path, points: Sequence[Point], about: dict[str, Any], title: str) -> None:
     """`sweep.json` and `sweep.html`."""
-    folder.mkdir(parents=True, exist_ok=True)
     content = {
         "schema": 1,
         "benchmark": "latentrt bench sweep",
         **about,
         "points": [asdict(p) for p in points],
     }
-    (folder / "sweep.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    (folder / "sweep.html").write_text(page(points, title), "utf-8")
+    write_json(folder / "sweep.json", content)
+    write_whole(folder / "sweep.html", page(points, title))

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from ..errors import BenchmarkError
+from ..kernels.whole_file import write_json
 from ..runtime.pipeline import Pipeline
 from .cases import CASES, DTYPES, Case, case_named
 from .machine import describe_machine, is_commit
@@ -239,14 +240,25 @@ def profile(case: Case, folder: Path, backend: str) -> dict[str, Any]:
     return trace
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """An earlier run's file; nothing where there is none, or where it is torn."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        _log.warning("%s is not JSON (%s): profiling again", path, error)
+        return {}
+    return found
+
+
 def measure(case: Case, folder: Path, backend: str, out: Path) -> str:
     """Profile, write `<case>.json` into `out`, and give the table; at once where that was done at this commit."""
     path, machine = out / f"{case.name}.json", describe_machine()
-    if path.is_file():
-        found = json.loads(path.read_text("utf-8"))
-        if (found["machine"], found["backend"]) == (machine, backend) and is_commit(machine["commit"]):
-            _log.info("%s has been profiled at this commit", case.name)
-            return table(Run(**run) for run in found["runs"])
+    found = _read(path)
+    if (found.get("machine"), found.get("backend")) == (machine, backend) and is_commit(machine["commit"]):
+        _log.info("%s has been profiled at this commit", case.name)
+        return table(Run(**run) for run in found["runs"])
     launches = launches_of(profile(case, folder, backend))
     runs = runs_of(launches)
     report = {
@@ -258,8 +270,7 @@ def measure(case: Case, folder: Path, backend: str, out: Path) -> str:
         "runs": [asdict(run) for run in runs],
         "launches": [asdict(launch) for launch in launches],
     }
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    write_json(path, report)
     return table(runs)
 
 

@@ -81,9 +81,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "relative error, PSNR and SSIM against limits. Ends with 1 where a part fails.",
     )
     v.add_argument("model", metavar="MODEL", help="as for `latentrt generate --model`")
-    v.add_argument(
-        "--refiner", metavar="MODEL", help="as well, and in the pictures; 'demo' for the demo's own"
-    )
+    v.add_argument("--refiner", metavar="MODEL", help="as for generate: its components, and in the pictures")
     v.add_argument("--backend", default="auto", help="see `latentrt backends` (default auto)")
     v.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: by device")
     v.add_argument("--variant", help="weights variant, such as fp16")

@@ -31,7 +31,7 @@ class Expected:
     outputs: tuple[Tensor, ...]
 
 
-def expected_outputs(component: Component, module: nn.Module, seed: int = 0) -> list[Expected]:
+def expected_outputs(component: Component, module: nn.Module) -> list[Expected]:
     """Run the module on seeded inputs, at the sizes it is traced with and at others.
 
     The others are batch 1, and half as much again in every other dimension. Convolutions in float16 are computed in
@@ -41,7 +41,7 @@ def expected_outputs(component: Component, module: nn.Module, seed: int = 0) -> 
     other = {name: 1 if name == "batch" else size * 3 // 2 for name, size in traced.items()}
     expected = []
     for sizes in (traced, other):
-        inputs = example_inputs(component, sizes, seed)
+        inputs = example_inputs(component, sizes)
         with torch.inference_mode(), _wide_convolutions(module):
             result = module(*inputs)
         expected.append(Expected(sizes, inputs, (result,) if isinstance(result, Tensor) else tuple(result)))

@@ -80,15 +80,18 @@ def build(args: argparse.Namespace) -> Iterator[str]:
 
 def verify(args: argparse.Namespace) -> Iterator[str]:
     """Compare a back end with PyTorch; a line for each part."""
+    from ..runtime.commands import refiner_of
+    from ..runtime.parts import dtype_for
+    from ..runtime.place import device_named
     from .verify import verify_model
 
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_named(args.device)
     rows = verify_model(
         args.model,
-        args.refiner,
+        refiner_of(args),
         args.backend,
         device=device,
-        dtype=getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "float16")),
+        dtype=dtype_for(device, args.dtype),
         components=args.component,
         variant=args.variant,
         size=args.size,

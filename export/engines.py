@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from ..runtime.engines.sizes import SizePolicy, profiles_for
 from ..runtime.engines.split import in_parts
 from ..runtime.engines.tensorrt import TensorRTBackend, TensorRTRTXBackend
 from ..runtime.loading import load_components
+from ..runtime.place import dtype_name
 from ..runtime.prepare import Rebuild, engine
 from ..runtime.weights import open_checkpoint
 from .verify import Verdict, verify_component
@@ -89,7 +89,6 @@ def build_engines(
     variant: str | None = None,
     split: bool = False,
     rebuild: Rebuild = "auto",
-    cache_dir: Path | None = None,
 ) -> Iterator[Built]:
     """Build the engines of a checkpoint, one after the other, telling of each as it is there.
 
@@ -108,7 +107,7 @@ def build_engines(
         CheckpointError, BackendError, ExportError, BuildError, CacheError: what each says.
     """
     asked = SizePolicy.parse(sizes or ("1024x1024",), batch)  # said before weights are looked for
-    checkpoint = open_checkpoint(model, variant=variant, cache_dir=cache_dir)
+    checkpoint = open_checkpoint(model, variant=variant)
     found = load_components(checkpoint, dtype)
     unknown = [name for name in components if name not in found]
     if unknown:
@@ -124,8 +123,7 @@ def build_engines(
         stored: list[StoredEngine] = []
         for part in parts:
             begun = time.perf_counter()
-            made = engine(part, target, policy, cache_dir=cache_dir, rebuild=rebuild)
-            dtype_name = str(part.dtype).removeprefix("torch.")
+            made = engine(part, target, policy, cache_dir=None, rebuild=rebuild)
             seconds = time.perf_counter() - begun
             stored.append(made)
             verdict = None
@@ -137,15 +135,15 @@ def build_engines(
                     backend,
                     device=torch.device("cuda"),
                     sizes={name: axis.best for name, axis in profiles_for(component, policy)[0].axes.items()},
-                    cache_dir=cache_dir,
+                    cache_dir=None,
                     load=partial(backend.load_stored, component, stored, torch.device("cuda")),
                 )
-            earlier = None if made.built or verdict is not None else _kept_verdict(made, cache_dir)
-            yield Built(part.name, dtype_name, made, seconds, verdict, earlier)
+            earlier = None if made.built or verdict is not None else _kept_verdict(made)
+            yield Built(part.name, dtype_name(part.dtype), made, seconds, verdict, earlier)
 
 
-def _kept_verdict(made: StoredEngine, cache_dir: Path | None) -> Mapping[str, Any] | None:
-    entries = contents(Store(cache_root(cache_dir)))
+def _kept_verdict(made: StoredEngine) -> Mapping[str, Any] | None:
+    entries = contents(Store(cache_root()))
     return next((entry.verdict for entry in entries if entry.key == made.key), None)
 
 

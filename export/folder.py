@@ -18,6 +18,7 @@ from ..runtime.cache import locked, no_room
 from ..runtime.engines.base import Component
 from ..runtime.engines.split import in_parts
 from ..runtime.loading import load_components
+from ..runtime.place import dtype_name
 from ..runtime.weights import open_checkpoint
 from .check import check_export, expected_outputs
 from .onnx import to_model, write_model
@@ -133,7 +134,7 @@ def export_model(
                 shutil.rmtree(aside, ignore_errors=True)
             yield Exported(
                 name,
-                str(component.dtype).removeprefix("torch."),
+                dtype_name(component.dtype),
                 folder / name / file.name,
                 reports,
                 check,

@@ -19,6 +19,7 @@ from torch import nn
 from ..errors import ExportError
 from ..kernels import as_nodes
 from ..runtime.engines.base import Component, example_inputs
+from ..runtime.place import dtype_name
 from .passes import DEFAULT, Report, run_passes
 from .translate import to_onnx
 
@@ -125,7 +126,7 @@ def _describe(model: ir.Model, component: Component) -> None:
         {
             "latentrt.component": component.name,
             "latentrt.fingerprint": component.fingerprint,
-            "latentrt.dtype": str(component.dtype).removeprefix("torch."),
+            "latentrt.dtype": dtype_name(component.dtype),
             "latentrt.config": json.dumps(dict(component.config), sort_keys=True, default=str),
             **{
                 f"{name}.version": metadata.version(name) for name in ("latentrt", "torch", "onnx", "onnx-ir")

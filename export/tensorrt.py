@@ -17,8 +17,8 @@ from typing import Any
 from ..errors import BuildError
 from ..runtime.engines import plugins
 from ..runtime.engines import trt as products
+from ..runtime.host_memory import peak_bytes
 from . import quick_plugins
-from .memory import peak_bytes
 
 __all__ = ["EngineRequest", "build_engine"]
 

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from ..runtime.cache import VERDICT, write_beside
 from ..runtime.engines.base import Backend, Component, Engine, example_inputs
 from ..runtime.engines.eager import EagerBackend
 from ..runtime.engines.registry import choose
 from ..runtime.engines.sizes import SizePolicy, profiles_for
 from ..runtime.loading import load_components
+from ..runtime.manifests import VERDICT, write_beside
 from ..runtime.pipeline import Pipeline
-from ..runtime.weights import open_checkpoint
+from ..runtime.place import dtype_name
+from ..runtime.weights import open_checkpoint, refiner_source
 from .check import relative_error
 from .measures import psnr, ssim
 
@@ -155,10 +156,10 @@ def verify_model(
         CheckpointError, BackendError, ExportError, BuildError, CacheError: what each says.
     """
     choice = choose(backend, device, dtype)
-    refiner = "demo-refiner" if refiner == "demo" else refiner
+    second = None if refiner is None else refiner_source(refiner)
     found: dict[str, tuple[Component, Component]] = {}
     known: set[str] = set()
-    for prefix, source in (("", model), ("refiner ", refiner)):
+    for prefix, source in (("", model), ("refiner ", second)):
         if source is None:
             continue
         checkpoint = open_checkpoint(source, variant=variant, cache_dir=cache_dir)
@@ -231,7 +232,7 @@ def verify_component(
         part=part or component.name,
         backend=_title(backend, device, component.dtype),
         device=_device_name(device),
-        dtype=_name(component.dtype),
+        dtype=dtype_name(component.dtype),
         sizes=dict(sizes),
         relative_error=_worst([relative_error(got[name], wanted[name]) for name in wanted]),
         psnr=-_worst([-psnr(got[name], wanted[name]) for name in wanted]),
@@ -303,7 +304,7 @@ def _verify_pipeline(
         part="pipeline",
         backend=_title(backend, device, dtype),
         device=_device_name(device),
-        dtype=_name(dtype),
+        dtype=dtype_name(dtype),
         sizes={"height": wanted.shape[2], "width": wanted.shape[3]},
         relative_error=relative_error(got, wanted),
         psnr=psnr(got, wanted, peak=1.0),
@@ -348,7 +349,3 @@ def _title(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -51,7 +51,6 @@ __all__ = [
     "compiled",
     "digest",
     "reports",
-    "request",
     "signature",
 ]
 
@@ -130,13 +129,6 @@ class Report:
     num_warps: int
     num_stages: int
     constants: Mapping[str, Any]
-
-
-def request(op: str, case: str, dtype: torch.dtype, arch: int) -> Request:
-    """A registered case of an operator."""
-    (spec,) = specs([op])
-    (found,) = (c for c in spec.cases if c.name == case)
-    return Request(op, found.inputs(dtype, torch.device("meta")), arch)
 
 
 def reports(requests: Sequence[Request], cache: Path | None = None) -> list[list[Report]]:

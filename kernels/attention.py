@@ -119,7 +119,7 @@ _BLOCKS_WIDE = [
     )
 ]
 
-SPEC = register(
+register(
     OpSpec(
         name="attention",
         op=attention,

@@ -16,7 +16,12 @@ from torch import Tensor
 
 from ._triton import Launch, arch_of, run
 
-__all__ = ["Case", "OpSpec", "Tolerance", "register", "specs"]
+__all__ = ["TIMES_REFERENCE", "ULPS", "Case", "OpSpec", "allowed_error", "register", "specs"]
+
+TIMES_REFERENCE = 2.0
+"""A kernel's largest error may be this times that of the operator's reference in the same dtype,"""
+ULPS = 2.0
+"""or so many units in the last place of the largest value: the reference may be exact by luck."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +46,12 @@ class Case:
         return self.elements * dtype.itemsize + self.float32 * (4 - dtype.itemsize)
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """How far from float64 a kernel may be, by its largest error: as far as the larger of two measures."""
-
-    times_reference: float = 2.0
-    """The largest error of the operator's reference in the same dtype, times this."""
-    ulps: float = 2.0
-    """Units in the last place of the largest value: the reference may be exact by luck."""
-
-    def allowed(self, reference: Tensor, exact: Tensor) -> float:
-        """The largest error to be allowed, of a result in the reference's dtype."""
-        largest = float(exact.abs().max())
-        ulp = torch.finfo(reference.dtype).eps * 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 0.0
-        usual = float((reference.to(exact.dtype) - exact).abs().max())
-        return max(self.times_reference * usual, self.ulps * ulp)
+def allowed_error(reference: Tensor, exact: Tensor) -> float:
+    """How far from float64 a kernel may be, by its largest error, in the dtype of the operator's reference."""
+    largest = float(exact.abs().max())
+    ulp = torch.finfo(reference.dtype).eps * 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 0.0
+    usual = float((reference.to(exact.dtype) - exact).abs().max())
+    return max(TIMES_REFERENCE * usual, ULPS * ulp)
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,6 @@ class OpSpec:
     cases: Sequence[Case]
     limit: Literal["matmul", "copy"]
     """Which of a GPU's ceilings its time is held against."""
-    tolerance: Tolerance = Tolerance()
     tensor_cores: bool = False
     """Whether half types must be multiplied by tensor cores."""
     candidates: Mapping[str, Sequence[Mapping[str, int]]] = field(default_factory=dict)
@@ -91,12 +86,11 @@ class OpSpec:
 _specs: dict[str, OpSpec] = {}
 
 
-def register(spec: OpSpec) -> OpSpec:
+def register(spec: OpSpec) -> None:
     """Add an operator; each kernel file ends with this."""
     if spec.name in _specs:
         raise ValueError(f"the operator {spec.name} is registered twice")
     _specs[spec.name] = spec
-    return spec
 
 
 def specs(names: Iterable[str] = ()) -> list[OpSpec]:

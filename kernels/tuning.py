@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from .whole_file import write_whole
+
 __all__ = ["FOLDER", "architectures", "constants", "load", "save", "trying", "width"]
 
 log = logging.getLogger(__name__)
@@ -98,7 +100,7 @@ def save(
         for name in sorted(tables)
     ]
     head = f'  "arch": {arch},\n  "measured_on": {json.dumps(data["measured_on"])},\n'
-    path.write_text("{\n" + head + '  "tables": {\n' + ",\n".join(rows) + "\n  }\n}\n", encoding="utf-8")
+    write_whole(path, "{\n" + head + '  "tables": {\n' + ",\n".join(rows) + "\n  }\n}\n")
     for function in (load, architectures, _with_data):
         function.cache_clear()
     return path

@@ -1,1 +1,1 @@
-"""The runtime: from a prompt to an image. `pipeline.py` is the place to start reading."""
+"""The runtime: from a prompt to an image. `flow.py` is the place to start reading."""

@@ -22,52 +22,27 @@ A manifest's mtime says when its entry was last asked for, which decides what is
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import logging
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from ..errors import CacheError
+from .manifests import MANIFEST, damage_of, write_manifest
 
-__all__ = [
-    "MANIFEST",
-    "VERDICT",
-    "Manifest",
-    "Store",
-    "cache_root",
-    "damage_of",
-    "digest_of",
-    "explained",
-    "locked",
-    "no_room",
-    "read_beside",
-    "read_manifest",
-    "write_beside",
-]
+__all__ = ["Store", "cache_root", "explained", "locked", "no_room"]
 
 _log = logging.getLogger(__name__)
-
-_FORMAT = 2
-MANIFEST = "manifest.json"
-VERDICT = "verdict.json"
-_VERIFIED = "verified.json"
-_REMEMBER_FROM = 256 << 20  # bytes
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NOT_A_FOLDER = {errno.ENOTDIR, errno.EEXIST}
-# What reading a file as JSON of a known form may raise, whatever is in it.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -84,12 +59,6 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
             f"the cache {os.fspath(chosen)} has no place, since this user has no home folder; "
             "set LATENTRT_CACHE or cache_dir to another folder"
         ) from error
-
-
-def digest_of(description: Mapping[str, Any]) -> str:
-    """SHA-256, in hex, over a description that JSON can hold; the order of its keys does not matter."""
-    text = json.dumps(description, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Store:
@@ -177,25 +146,7 @@ class Store:
         partial.mkdir()
         try:
             figures = dict(build(partial))
-            paths = [path for path in sorted(partial.rglob("*")) if path.is_file()]
-            manifest = {
-                "format": _FORMAT,
-                "key": key,
-                "description": dict(description),
-                "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
-                "figures": figures,
-                "files": {
-                    path.relative_to(partial).as_posix(): {
-                        "size": path.stat().st_size,
-                        "sha256": _sha256(path),
-                    }
-                    for path in paths
-                },
-            }
-            (partial / MANIFEST).write_text(_signed(manifest), encoding="utf-8")
-            if large := [path for path in paths if path.stat().st_size >= _REMEMBER_FROM]:
-                identities = {path.relative_to(partial).as_posix(): _identity(path) for path in large}
-                write_beside(partial, _VERIFIED, identities)
+            write_manifest(partial, key, description, figures)
             if entry.exists():
                 self.discard(entry)
             partial.rename(entry)
@@ -249,137 +200,9 @@ def locked(lock: FileLock, what: str) -> Iterator[None]:
         lock.release()
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What an entry's manifest says.
-
-    Attributes:
-        description: what the entry was made of.
-        figures: what its build measured.
-        created: when it was written, in UTC.
-        files: size and SHA-256 of each.
-    """
-
-    description: dict[str, Any]
-    figures: dict[str, Any]
-    created: str
-    files: dict[str, tuple[int, str]]
-
-
-def read_manifest(entry: Path) -> Manifest:
-    """An entry's manifest, as it was written.
-
-    Raises:
-        CacheError: what is wrong with it, without the entry's name.
-    """
-    content = read_beside(entry, MANIFEST)
-    if content is None:
-        raise CacheError(f"{MANIFEST} is missing")
-    try:
-        if content["key"] != entry.name:
-            raise CacheError(f"{MANIFEST} is of another entry")
-        return Manifest(
-            dict(content["description"]),
-            dict(content["figures"]),
-            str(content["created"]),
-            {str(name): (int(f["size"]), str(f["sha256"])) for name, f in content["files"].items()},
-        )
-    except _UNREADABLE as error:
-        raise CacheError(f"{MANIFEST} cannot be read: {error!r}") from error
-
-
-def damage_of(entry: Path, *, trust: bool = True) -> str | None:
-    """What is wrong with an entry, naming the file; None when it is as it was written.
-
-    Args:
-        trust: take large files whose digest was right, and which were not written to since, for unchanged.
-    """
-    try:
-        files = read_manifest(entry).files
-        read_beside(entry, VERDICT)  # damaged, it may have been the word that the rest is not to be used
-    except CacheError as error:
-        return str(error)
-    remembered = _read_verified(entry)
-    verified: dict[str, list[int]] = {}
-    for name, (size, sha256) in files.items():
-        path = entry / name
-        try:
-            if not path.is_file():
-                return f"{name} is missing"
-            identity = _identity(path)
-            if identity[0] != size:
-                return f"{name} has {identity[0]} bytes, should have {size}"
-            known = trust and remembered.get(name) == identity
-            if not known and _sha256(path) != sha256:
-                return f"{name} has another SHA-256 than when it was written"
-        except OSError as error:
-            return f"{name} cannot be read: {error!r}"
-        if size >= _REMEMBER_FROM:
-            verified[name] = identity
-    if verified != remembered:
-        write_beside(entry, _VERIFIED, verified)
-    return None
-
-
-def _signed(content: Mapping[str, Any]) -> str:
-    """The text of a file of the store's own, with the digest of the rest of it at its end."""
-    return json.dumps({**content, "sha256": digest_of(content)}, indent=2) + "\n"
-
-
-def _identity(path: Path) -> list[int]:
-    """What changes when a file is written to."""
-    stat = path.stat()
-    return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
-
-
 def _mark_used(entry: Path) -> None:
     with suppress(OSError):  # a read-only cache is nobody's to prune
         os.utime(entry / MANIFEST)
-
-
-def _read_verified(entry: Path) -> dict[str, Any]:
-    try:
-        return read_beside(entry, _VERIFIED) or {}
-    except CacheError:
-        return {}
-
-
-def read_beside(entry: Path, name: str) -> dict[str, Any] | None:
-    """What `write_beside` kept of an entry, or its manifest; None where there is no such file.
-
-    Raises:
-        CacheError: it is damaged; how, without the entry's name.
-    """
-    try:
-        text = (entry / name).read_text(encoding="utf-8")
-        content: dict[str, Any] = json.loads(text)
-        found = content.get("format", _FORMAT)
-        if found != _FORMAT:
-            raise CacheError(f"{name} has format {found}, and this version of latentrt writes {_FORMAT}")
-        content.pop("sha256")
-        if text != _signed(content):
-            raise CacheError(f"{name} has another SHA-256 than when it was written")
-    except FileNotFoundError:
-        return None
-    except _UNREADABLE as error:
-        raise CacheError(f"{name} cannot be read: {error!r}") from error
-    return content
-
-
-def write_beside(entry: Path, name: str, content: Mapping[str, Any]) -> None:
-    """Keep what was found out about an entry since it was written, whole or not at all; if it cannot be, do without."""
-    aside = entry / f"{name}.{secrets.token_hex(8)}"
-    try:
-        aside.write_text(_signed(content), encoding="utf-8")
-        aside.replace(entry / name)
-    except OSError as error:  # it is found out again when it is needed
-        aside.unlink(missing_ok=True)
-        _log.debug("cannot keep %s of %s: %s", name, entry, error)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def no_room(error: OSError) -> str | None:

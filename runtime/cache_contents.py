@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CacheError, RequestError
-from .cache import MANIFEST, VERDICT, Store, damage_of, explained, read_beside, read_manifest
+from .cache import Store, explained
 from .engines.sizes import Profile
+from .manifests import MANIFEST, VERDICT, damage_of, read_beside, read_manifest
 
 __all__ = ["Entry", "contents", "parse_bytes", "prune", "verify"]
 

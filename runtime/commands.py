@@ -16,7 +16,7 @@ from ..errors import CacheError, RequestError
 if TYPE_CHECKING:
     from .pipeline import Pipeline
 
-__all__ = ["backends", "cache", "generate", "info", "load", "plan"]
+__all__ = ["backends", "cache", "generate", "info", "load", "plan", "refiner_of"]
 
 
 def _output_paths(output: str, count: int) -> list[Path]:
@@ -43,7 +43,7 @@ def load(args: argparse.Namespace) -> Pipeline:
 
     return Pipeline.from_pretrained(
         args.model,
-        _refiner(args),
+        refiner_of(args),
         backend=args.backend,
         dtype=args.dtype,
         variant=args.variant,
@@ -54,8 +54,8 @@ def load(args: argparse.Namespace) -> Pipeline:
     )
 
 
-def _refiner(args: argparse.Namespace) -> str | None:
-    """The demo has one of its own, unless another is given, or "none"."""
+def refiner_of(args: argparse.Namespace) -> str | None:
+    """The refiner that `--refiner` names: the demo has one of its own, unless another is given, or "none"."""
     if args.refiner is None:
         return "demo" if args.model == "demo" else None
     return None if args.refiner == "none" else str(args.refiner)
@@ -113,7 +113,7 @@ def plan(args: argparse.Namespace) -> Iterator[str]:
     height, width = args.size or (None, None)
     found = Planner.of(
         args.model,
-        _refiner(args),
+        refiner_of(args),
         dtype=getattr(torch, args.dtype),
         variant=args.variant,
         backend=args.backend,

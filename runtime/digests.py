@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from .cache import cache_root
+from .sha256 import sha256_of
 
 __all__ = ["DigestMemory", "combined"]
 
@@ -42,8 +43,7 @@ class DigestMemory:
         known = self._load().get(str(path))
         if isinstance(known, list) and known[:-1] == stamp:
             return str(known[-1])
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = sha256_of(path)
         if _stamp(path) == stamp:  # else it changed while it was read: what was read is not to be remembered
             self._remember(path, [*stamp, digest])
         return digest

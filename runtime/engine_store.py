@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from .cache import MANIFEST, Store
+from .cache import Store
 from .cache_contents import Entry, contents
 from .engines import plugins, trt
 from .engines.base import Component
 from .engines.sizes import Profile
+from .manifests import MANIFEST
+from .place import dtype_name
 
 __all__ = [
     "PLAN_FILE",
@@ -126,7 +128,7 @@ def describe_engine(component: Component, target: EngineTarget, *, onnx: str, bu
         "name": component.name,
         "kind": "engine",
         "fingerprint": component.fingerprint,
-        "dtype": str(component.dtype).removeprefix("torch."),
+        "dtype": dtype_name(component.dtype),
         **asdict(target),
         "archs": list(target.archs),
         "version": str(trt.load(product).__version__),

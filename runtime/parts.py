@@ -17,9 +17,9 @@ from .memory import check_policy
 from .place import bytes_named, device_named, dtype_named
 from .text_encoder import TextEncoder
 from .vae import VAE
-from .weights import open_checkpoint
+from .weights import open_checkpoint, refiner_source
 
-__all__ = ["Parts", "load_parts"]
+__all__ = ["Parts", "dtype_for", "load_parts"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,15 @@ class Parts:
         """All there are."""
         experts = [self.base] if self.refiner is None else [self.base, self.refiner]
         return [*(x for expert in experts for x in expert.engines()), self.vae.encoder, self.vae.decoder]
+
+
+def dtype_for(device: torch.device, dtype: torch.dtype | str | None) -> torch.dtype:
+    """A dtype from itself or its name; by default float32 on the CPU and float16 elsewhere.
+
+    Raises:
+        RequestError: the project has no models of it.
+    """
+    return dtype_named(dtype or ("float32" if device.type == "cpu" else "float16"))
 
 
 def load_parts(
@@ -64,7 +73,7 @@ def load_parts(
                 f"a {type(part).__name__} was given to share; give the {kind.__name__} of a latentrt.Pipeline"
             )
     place = device_named(device)
-    precision = dtype_named(dtype or ("float32" if place.type == "cpu" else "float16"))
+    precision = dtype_for(place, dtype)
     policy = check_policy(memory)
     limit, loops = bytes_named("memory_limit", memory_limit), bytes_named("loop_memory", loop_memory)
     cache = None if cache_dir is None else Path(cache_dir)
@@ -76,8 +85,8 @@ def load_parts(
     vae = vae or load_vae(checkpoint, loader)
     second = None
     if refiner is not None:
-        name = "demo-refiner" if os.fspath(refiner) == "demo" else refiner
-        second = load_expert(open_checkpoint(name, variant=variant, cache_dir=cache_dir), loader)
+        source = refiner_source(refiner)
+        second = load_expert(open_checkpoint(source, variant=variant, cache_dir=cache_dir), loader)
         second = second.sharing(base)
     check_fit(base, second, vae.channels)
     budget = Budget(base, second, vae, loader, policy, limit=limit, loop_memory=loops)

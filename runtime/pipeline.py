@@ -119,6 +119,7 @@ class Pipeline:
             text_encoder, text_encoder_2, vae: parts of another pipeline to share instead of loading.
 
         Raises:
+            RequestError: an argument cannot be met, such as a dtype or device there is not; the message names it.
             CheckpointError: it is not there, damaged, or not understood.
             BackendError: unknown, or it cannot run here.
             MemoryPlanError: the weights alone take more memory than there is.

@@ -7,7 +7,7 @@ import torch
 from ..errors import BackendUnavailableError, RequestError
 from .cache_contents import parse_bytes
 
-__all__ = ["bytes_named", "device_named", "dtype_named", "free_memory"]
+__all__ = ["bytes_named", "device_named", "dtype_name", "dtype_named", "free_memory"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -18,7 +18,7 @@ def dtype_named(value: torch.dtype | str) -> torch.dtype:
     Raises:
         RequestError: the project has no models of it.
     """
-    name = str(value).removeprefix("torch.")
+    name = dtype_name(value)
     if name not in _DTYPES:
         raise RequestError(f"dtype is {value!r}; it can be {', '.join(_DTYPES)}")
     return _DTYPES[name]
@@ -86,3 +86,8 @@ def free_memory(device: torch.device) -> int | None:
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """Such as "float16", as it is written and read everywhere."""
+    return str(dtype).removeprefix("torch.")

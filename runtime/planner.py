@@ -21,11 +21,12 @@ from .expert import Expert, check_fit
 from .footprint import Footprint, Tracker, follow, measure
 from .loading import load_expert, load_vae
 from .memory import Network, Plan, Stage
+from .place import dtype_name
 from .request import check_number, check_side
 from .stages import Stage as ExpertStage
 from .stages import stages_of
 from .vae import VAE, Tiles
-from .weights import open_outline
+from .weights import open_outline, refiner_source
 
 __all__ = ["Planner"]
 
@@ -57,7 +58,7 @@ class Planner:
             arch: the architecture whose kernels are planned, such as 90.
         """
         self._base, self._refiner, self._vae = base, refiner, vae
-        self._dtype = str(dtype).removeprefix("torch.")
+        self._dtype = dtype_name(dtype)
         self._backend = get_backend(backend)
         self._arch = arch
         self._modules: dict[str, nn.Module] = {}
@@ -92,7 +93,7 @@ class Planner:
         base, vae = load_expert(checkpoint, loader), load_vae(checkpoint, loader)
         second: Expert | None = None
         if refiner is not None:
-            name = {"demo": "demo-refiner", "sdxl": "sdxl-refiner"}.get(os.fspath(refiner), refiner)
+            name = "sdxl-refiner" if os.fspath(refiner) == "sdxl" else refiner_source(refiner)
             second = load_expert(open_outline(name, variant=variant), loader).sharing(base)
         check_fit(base, second, vae.channels)
         return cls(base, second, vae, dtype=dtype, backend=backend, arch=arch)
@@ -255,7 +256,7 @@ class Planner:
         numbers, nbytes = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
         held = self._engine(key, component).weight_bytes
         footprint = Footprint(numbers, nbytes, held, 0, 0, 0, 0, 0, 0)
-        networks[key] = Network(str(component.dtype).removeprefix("torch."), 1, footprint)
+        networks[key] = Network(dtype_name(component.dtype), 1, footprint)
         return key
 
     @property
@@ -300,7 +301,7 @@ class Planner:
                 pool_bytes=call.pool,
             )
             self._footprints[key, rows, height, width] = found
-        return Network(str(component.dtype).removeprefix("torch."), rows, found)
+        return Network(dtype_name(component.dtype), rows, found)
 
     def _module(self, key: str, component: Component) -> nn.Module:
         """On the meta device, its channels last."""

@@ -6,7 +6,6 @@ has needs neither torch.export nor onnx, nor TensorRT's builder.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import BackendError
-from .cache import Store, cache_root, digest_of
+from .cache import Store, cache_root
 from .cache_contents import Entry
 from .engine_store import (
     PLAN_FILE,
@@ -30,6 +29,8 @@ from .engine_store import (
 from .engines.base import Component, TensorSpec
 from .engines.sizes import Profile, SizePolicy, profiles_for
 from .engines.trt import product
+from .place import dtype_name
+from .sha256 import digest_of, digest_of_files
 
 __all__ = ["Rebuild", "engine", "exporter_digest", "onnx_model"]
 
@@ -51,7 +52,7 @@ _SOURCE_FILES = (
     *("runtime/loading.py", "runtime/single_file.py", "runtime/weight_set.py"),
 )
 # What makes engines of exported graphs: no part of the graphs.
-_BUILDER = ("export/tensorrt.py", "export/build_process.py", "export/memory.py")
+_BUILDER = ("export/tensorrt.py", "export/build_process.py")
 # What neither writes nor checks a graph.
 _OTHERS = (
     *(
@@ -62,7 +63,8 @@ _OTHERS = (
         "export/measures.py",
         "export/verify.py",
     ),
-    *("export/plugin_kernels.py", "export/quick_plugins.py", "kernels/binaries.py", "kernels/aot.py"),
+    *("export/plugin_kernels.py", "export/quick_plugins.py"),
+    *("kernels/binaries.py", "kernels/aot.py", "kernels/whole_file.py"),
 )
 _MAKERS = ("torch", "onnx", "onnx-ir", "onnxscript")
 _CHECKERS = ("onnxruntime", "onnxruntime-gpu")
@@ -118,7 +120,7 @@ def engine(
         component,
         target,
         onnx=digest_of(_describe_model(component, _MAKERS)),
-        builder=_digest_of_files([_PACKAGE / file for file in _BUILDER]),
+        builder=digest_of_files([_PACKAGE / file for file in _BUILDER], _PACKAGE),
     )
     title = f"{component.name} in {wanted['dtype']}"
     found = find_engine(store, wanted, title) if sizes is None else None
@@ -199,15 +201,8 @@ def exporter_digest() -> str:
     """SHA-256, in hex, over the sources that decide what an export contains."""
     files = [path for folder in _SOURCES for path in sorted((_PACKAGE / folder).rglob("*.py"))]
     files += [_PACKAGE / file for file in _SOURCE_FILES]
-    return _digest_of_files([path for path in files if not path.as_posix().endswith((*_BUILDER, *_OTHERS))])
-
-
-def _digest_of_files(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.relative_to(_PACKAGE).as_posix()}\0".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
+    deciding = [path for path in files if not path.as_posix().endswith((*_BUILDER, *_OTHERS))]
+    return digest_of_files(deciding, _PACKAGE)
 
 
 def _describe_model(component: Component, distributions: Iterable[str]) -> dict[str, Any]:
@@ -216,7 +211,7 @@ def _describe_model(component: Component, distributions: Iterable[str]) -> dict[
         "name": component.name,
         "kind": "onnx",
         "fingerprint": component.fingerprint,
-        "dtype": str(component.dtype).removeprefix("torch."),
+        "dtype": dtype_name(component.dtype),
         "inputs": [_interface(spec) for spec in component.inputs],
         "outputs": [_interface(spec) for spec in component.outputs],
         "exporter": exporter_digest(),

@@ -20,7 +20,7 @@ from .json_file import read_json
 from .tokenizer_files import TokenizerFiles, clip_merges, clip_vocabulary, read_tokenizer
 from .weight_set import TensorRef, UnreadWeights, WeightSet, read_header
 
-__all__ = ["Checkpoint", "WeightSet", "open_checkpoint", "open_outline"]
+__all__ = ["Checkpoint", "WeightSet", "open_checkpoint", "open_outline", "refiner_source"]
 
 _log = logging.getLogger(__name__)
 
@@ -99,6 +99,11 @@ def open_outline(model: str | os.PathLike[str], *, variant: str | None = None) -
     if kind is not None and not Path(model).exists():
         return _Published(os.fspath(model), _DATA / kind)
     return open_checkpoint(model, variant=variant).unread()
+
+
+def refiner_source(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """What to open for a refiner: "demo" names the demo's own."""
+    return "demo-refiner" if os.fspath(name) == "demo" else name
 
 
 class Checkpoint:

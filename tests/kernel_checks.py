@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import torch
-from latentrt.kernels.registry import Tolerance
-from tolerances import KERNEL_ULPS, KERNEL_VERSUS_REFERENCE
+from latentrt.kernels.registry import allowed_error
 from torch import Tensor
-
-TOLERANCE = Tolerance(KERNEL_VERSUS_REFERENCE, KERNEL_ULPS)
-"""Every operator's; a test of the registry holds it."""
 
 
 def assert_as_good(got: Tensor, reference: Tensor, exact: Tensor) -> None:
@@ -17,7 +13,7 @@ def assert_as_good(got: Tensor, reference: Tensor, exact: Tensor) -> None:
     assert got.shape == reference.shape == exact.shape
     assert torch.isfinite(got).all(), f"{int((~torch.isfinite(got)).sum())} elements are not finite"
     error, usual = (float((t.double() - exact).abs().max()) for t in (got, reference))
-    allowed = TOLERANCE.allowed(reference, exact)
+    allowed = allowed_error(reference, exact)
     worst = tuple(int(i) for i in torch.unravel_index((got.double() - exact).abs().argmax(), got.shape))
     assert error <= allowed, (
         f"off by {error:.3g} at {worst}, {allowed:.3g} allowed (the reference: {usual:.3g})"

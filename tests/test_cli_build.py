@@ -14,10 +14,10 @@ from latentrt.export import build_process, engines, plugin_kernels
 from latentrt.export.tensorrt import EngineRequest
 from latentrt.export.verify import LIMITS, Verdict
 from latentrt.runtime import prepare
-from latentrt.runtime.cache import VERDICT, write_beside
 from latentrt.runtime.engine_store import StoredEngine
 from latentrt.runtime.engines import trt
 from latentrt.runtime.engines.base import Availability, Component
+from latentrt.runtime.manifests import VERDICT, write_beside
 
 Run = Callable[..., tuple[int, str, str]]
 

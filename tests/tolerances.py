@@ -1,4 +1,5 @@
-"""Every tolerance of the test suite, in one place. None is loosened to make a test pass: find the cause.
+"""Every tolerance against diffusers, float64 or another oracle, in one place. None is loosened to make a test pass:
+find the cause.
 
 Relative errors are max|a - b| / max|b| over a whole tensor, b being the oracle.
 """
@@ -55,3 +56,25 @@ KERNEL_BESIDE_REFERENCE = {"rtol": 1e-4, "atol": 1e-5}
 VAE_TILES = 0.1
 """Of an image in [0, 1] whose decoder looks three latents far, in tiles of 16: near its edge a tile sees zeros, where
 it counts for little. Group norms are apart from this: they see a tile alone, and no bound holds for them."""
+VAE_TILES_LOCAL = 1e-6
+"""The same of a decoder that looks at nothing beside a latent: float32 weights of two tiles that sum to 1."""
+
+GUIDANCE_EMBEDDING = 1e-4
+"""Sines and cosines in float32 of angles up to 750, against float64."""
+TEXT_ROWS = 1e-5
+"""Float32 embeddings of one prompt in several rows of a batch, whose sums may be taken in another order."""
+
+SCHEDULE_SIGMAS = {"rtol": 2e-7, "atol": 0}
+"""A schedule's sigmas against diffusers', which are float32: one rounding."""
+SCHEDULE_KARRAS_EULER = 2e-3
+"""Timesteps: diffusers' Euler has fractions of a step, from float32 logarithms."""
+
+PIXELS = 1e-6
+"""Float32 pixels in [-1, 1] against the formula."""
+PIXELS_FROM_HALF = 1e-3
+"""The same from a picture in float16."""
+
+# Networks that judge pictures, in float32 against their published implementations.
+FEATURES = 1e-4
+"""Inception-v3's, of the order of 1: some fifty layers."""
+LPIPS_RELATIVE = 1e-4

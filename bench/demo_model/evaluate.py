@@ -10,7 +10,6 @@ sizes      a small original size blurs; a crop offset moves the object
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import shlex
 import sys
@@ -24,6 +23,7 @@ import torch
 from rich.console import Console
 from scipy import ndimage
 
+from ...kernels.whole_file import write_json
 from ...runtime.vae import VAE
 from ..machine import describe_machine
 from ..quality import ImageTower, as_input, fid_difference, fid_features, frechet_distance
@@ -289,7 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
         count = 40 if options.short else options.pairs
         note("fid", measure_fid(base, refined, tower, count=count, seed=options.seed), started)
     if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(options.json, results, indent=2)
 
 
 if __name__ == "__main__":

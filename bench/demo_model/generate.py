@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ...runtime.pipeline import Pipeline
@@ -85,49 +84,3 @@ class PipelineGenerator:
                 images = self.refiner(image=latents, denoising_start=SPLIT, **asked).images
             pictures.extend(np.asarray(image) for image in images)
         return pictures
-
-
-class DiffusersGenerator:
-    """The same folder through diffusers' two pipelines, to compare with; in float32 on the CPU."""
-
-    def __init__(self, demo: Path, *, refine: bool, guidance: float = GUIDANCE) -> None:
-        import diffusers
-
-        self.base = diffusers.StableDiffusionXLPipeline.from_pretrained(
-            demo, dtype=torch.float32, add_watermarker=False
-        )
-        self.base.set_progress_bar_config(disable=True)
-        self.guidance, self.refiner = guidance, None
-        if refine:
-            unet = diffusers.UNet2DConditionModel.from_pretrained(
-                demo / "refiner" / "unet", dtype=torch.float32
-            )
-            self.refiner = diffusers.StableDiffusionXLImg2ImgPipeline(
-                vae=self.base.vae,
-                text_encoder=None,
-                tokenizer=None,
-                text_encoder_2=self.base.text_encoder_2,
-                tokenizer_2=self.base.tokenizer_2,
-                unet=unet,
-                scheduler=diffusers.EulerDiscreteScheduler.from_pretrained(demo / "refiner" / "scheduler"),
-                requires_aesthetics_score=True,
-                force_zeros_for_empty_prompt=False,
-                add_watermarker=False,
-            )
-            self.refiner.set_progress_bar_config(disable=True)
-
-    def arrays(self, prompts: list[str], seeds: Sequence[int], *, steps: int) -> NDArray[np.float32]:
-        """Pictures [B, H, W, 3] in [0, 1] of the model's own size."""
-        asked: dict[str, Any] = {
-            "prompt": prompts,
-            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
-            "num_inference_steps": steps,
-            "guidance_scale": self.guidance,
-        }
-        images: NDArray[np.float32]
-        if self.refiner is None:
-            images = self.base(output_type="np", **asked).images
-            return images
-        latents = self.base(denoising_end=SPLIT, output_type="latent", **asked).images
-        images = self.refiner(image=latents, denoising_start=SPLIT, output_type="np", **asked).images
-        return images

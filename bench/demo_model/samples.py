@@ -28,13 +28,14 @@ PROMPTS = (
     "a cyan cross right of an orange star on a gray background",
     "a drawing of a large pink circle",
 )
+_COLUMNS = 8
 
 
-def sample_grid(demo: Path, picture: Path, *, refine: bool, steps: int = 20, columns: int = 8) -> None:
+def sample_grid(demo: Path, picture: Path, *, refine: bool, steps: int = 20) -> None:
     """Draw the prompts above, seed k for prompt k, and write them as one PNG."""
     generator = PipelineGenerator(demo, refine=refine, backend="eager")
     pictures = generator(list(PROMPTS), list(range(len(PROMPTS))), steps=steps)
-    rows = [np.concatenate(pictures[k : k + columns], axis=1) for k in range(0, len(pictures), columns)]
+    rows = [np.concatenate(pictures[k : k + _COLUMNS], axis=1) for k in range(0, len(pictures), _COLUMNS)]
     Image.fromarray(np.concatenate(rows)).save(picture, optimize=True)
 
 

@@ -272,10 +272,9 @@ def _article(phrase: str) -> str:
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
-def thing_phrase(rng: random.Random, thing: Thing, *, say_size: bool | None = None) -> str:
+def thing_phrase(rng: random.Random, thing: Thing) -> str:
     """Such as "a red circle" or "a large red circle"."""
-    if say_size is None:
-        say_size = rng.random() < 0.4
+    say_size = rng.random() < 0.4
     return _article(
         f"{thing.size} {thing.colour} {thing.shape}" if say_size else f"{thing.colour} {thing.shape}"
     )

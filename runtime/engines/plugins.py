@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import BackendError, RequestError
+from ..sha256 import digest_of_files
 from .plugin_code import Code, Prepared, driver
 from .plugin_launch import DTYPES, OPERATORS, Operator
 
@@ -113,16 +114,15 @@ def formats(of: Mapping[str, str]) -> dict[str, str]:
 
 @cache
 def _digest() -> str:
-    digest = hashlib.sha256()
+    files: list[Path] = []
     for source in _SOURCES:
         path = _PACKAGE / source
-        for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        files += sorted(path.glob("*.json")) if path.is_dir() else [path]
     try:
-        digest.update(metadata.version("triton").encode())
+        compiler = metadata.version("triton")
     except metadata.PackageNotFoundError:
-        digest.update(b"no triton")
-    return digest.hexdigest()[:12]
+        compiler = "no triton"
+    return hashlib.sha256(f"{digest_of_files(files, _PACKAGE)} {compiler}".encode()).hexdigest()[:12]
 
 
 @dataclass

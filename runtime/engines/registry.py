@@ -19,7 +19,6 @@ from .base import Availability, Backend
 __all__ = [
     "Choice",
     "Description",
-    "available_backends",
     "backend_names",
     "choose",
     "describe",
@@ -84,11 +83,6 @@ def get_backend(name: str) -> Backend:
         raise UnknownBackendError(f"no back end {name!r}; there are {', '.join(_BACKENDS)}, and auto")
     module, cls = _BACKENDS[name]
     return cast(Backend, getattr(import_module(module, __package__), cls)())
-
-
-def available_backends(device: torch.device, dtype: torch.dtype = torch.float32) -> list[str]:
-    """Names of the back ends that can run `dtype` on `device`, best first."""
-    return [row.name for row in describe(device, dtype) if row.available]
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Choice:

@@ -78,9 +78,6 @@ class Fields:
     def number(self, field: str) -> float:
         return float(self._of(field, (int, float), "a number"))
 
-    def optional_number(self, field: str) -> float | None:
-        return None if self._values[field] is None else self.number(field)
-
     def flag(self, field: str) -> bool:
         """True or false; published files also write null for false."""
         return False if self._values[field] is None else bool(self._of(field, bool, "true or false"))

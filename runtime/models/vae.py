@@ -31,9 +31,7 @@ _DEFAULTS: dict[str, Any] = {
     "layers_per_block": 1,
     "latent_channels": 4,
     "norm_num_groups": 32,
-    "sample_size": 32,
     "scaling_factor": 0.18215,
-    "shift_factor": None,
     "force_upcast": True,
     "use_quant_conv": True,
     "use_post_quant_conv": True,
@@ -43,6 +41,7 @@ _FIXED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "act_fn": (lambda value: value in ("silu", "swish"), "'silu' or 'swish'"),
     "latents_mean": (lambda value: value is None, "None"),
     "latents_std": (lambda value: value is None, "None"),
+    "shift_factor": (lambda value: value in (None, 0), "None or 0"),
 }
 
 
@@ -56,8 +55,7 @@ class VAEConfig:
         block_out_channels: channels of each level, finest first.
         layers_per_block: residual blocks of each level of the encoder; the decoder has one more.
         norm_num_groups: of every group norm.
-        sample_size: (height, width) in pixels that it was trained for.
-        scaling_factor, shift_factor: the diffusion model sees (latents - shift) * scaling.
+        scaling_factor: the diffusion model sees latents times this.
         force_upcast: the weights overflow in float16: run in float32 or bfloat16.
         use_quant_conv, use_post_quant_conv: a 1x1 convolution after the encoder, before the decoder.
         mid_block_add_attention: self-attention at the coarsest level.
@@ -69,9 +67,7 @@ class VAEConfig:
     block_out_channels: tuple[int, ...]
     layers_per_block: int
     norm_num_groups: int
-    sample_size: tuple[int, int] | None
     scaling_factor: float
-    shift_factor: float | None
     force_upcast: bool
     use_quant_conv: bool
     use_post_quant_conv: bool
@@ -84,7 +80,7 @@ class VAEConfig:
         Raises:
             UnsupportedConfigError: naming the field and its value.
         """
-        f = Fields("vae", raw, defaults=_DEFAULTS, fixed=_FIXED)
+        f = Fields("vae", raw, defaults=_DEFAULTS, fixed=_FIXED, inert=("sample_size",))
         channels = f.integers("block_out_channels")
         f.strings("down_block_types", ("DownEncoderBlock2D",), len(channels))
         f.strings("up_block_types", ("UpDecoderBlock2D",), len(channels))
@@ -98,9 +94,7 @@ class VAEConfig:
             block_out_channels=channels,
             layers_per_block=f.integer("layers_per_block", DEEPEST),
             norm_num_groups=groups,
-            sample_size=f.size("sample_size"),
             scaling_factor=f.number("scaling_factor"),
-            shift_factor=f.optional_number("shift_factor"),
             force_upcast=f.flag("force_upcast"),
             use_quant_conv=f.flag("use_quant_conv"),
             use_post_quant_conv=f.flag("use_post_quant_conv"),

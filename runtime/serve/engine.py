@@ -138,6 +138,7 @@ class AsyncEngine:
             QueueFullError: try again in `retry_after` seconds.
             DrainingError: the engine is shutting down, or was not started.
             StoppedError: a fault has ended the engine.
+            ServiceError: it was asked from another event loop than the one that started it.
         """
         if self._failure is not None:
             raise StoppedError(str(self._failure))

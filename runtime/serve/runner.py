@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -11,6 +9,7 @@ import PIL.Image
 import torch
 
 from ...errors import MemoryPlanError, OutOfMemoryError, RequestError
+from ..host_memory import peak_bytes
 from ..pipeline import Pipeline
 from ..previews import Previewer
 from .requests import CheckedRequest, Group, ImageRequest, ImageResult
@@ -138,8 +137,7 @@ class PipelineRunner:
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_bytes() or 0
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

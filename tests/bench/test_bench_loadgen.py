@@ -84,6 +84,28 @@ def test_what_cannot_be_run_is_told_before_anything_is_loaded(
     assert "queries is 0; it must be above 0" in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "refiner"),
+    [
+        ((), "demo"),
+        (("--refiner", "none"), None),
+        (("--model", "other"), None),
+        (("--refiner", "mine"), "mine"),
+    ],
+)
+def test_the_refiner_is_that_of_generate(
+    arguments: tuple[str, ...],
+    refiner: str | None,
+    run: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def loaded(_: str, refiner: str | None, **options: Any) -> None:
+        raise RequestError(f"with {refiner}")
+
+    monkeypatch.setattr(Pipeline, "from_pretrained", loaded)
+    assert run("bench", "loadgen", *arguments) == (1, "", f"latentrt: with {refiner}\n")
+
+
 @pytest.mark.parametrize("scenario", ["Offline", pytest.param("SingleStream", marks=pytest.mark.full)])
 def test_the_demo_in_small(scenario: str, tmp_path: Path) -> None:
     """One step of 64x64 on eager, so that nothing is exported first."""

@@ -21,7 +21,7 @@ from latentrt.bench.cases import CASES, DTYPES, SIDES, default_sides, sides_name
 from latentrt.bench.machine import describe_machine, installed_versions
 from latentrt.bench.monitor import BusyElsewhere, MemorySampler, Span, memory_now, peak_within
 from latentrt.bench.nvml import GpuShare, Nvml, open_nvml
-from latentrt.bench.room import Arrangement, Room, arrange, memory_bytes, too_little, written_bytes
+from latentrt.bench.room import Arrangement, Room, arrange, memory_bytes, room, too_little, written_bytes
 from latentrt.bench.side import factory
 from latentrt.runtime.weights import open_checkpoint
 
@@ -331,6 +331,28 @@ def test_what_is_kept_on_disk_adds_up() -> None:
         CASES["sdxl"], sides, Room(1000 * GIB, 30 * GIB, True), built={side.name for side in sides}
     )
     assert again.lost == {}
+
+
+def test_the_digest_of_block_sizes_is_over_names_and_contents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentrt.kernels.tuning.FOLDER", tmp_path)
+    (tmp_path / "sm_80.json").write_text("{}")
+    found = {machine.tuned()}
+    (tmp_path / "sm_80.json").rename(tmp_path / "sm_90.json")
+    found.add(machine.tuned())
+    (tmp_path / "sm_90.json").write_text("{ }")
+    found.add(machine.tuned())
+    assert len(found) == 3
+
+
+def test_a_container_s_limit_bounds_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentrt.runtime.host_memory._CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("300000000\n")
+    (tmp_path / "memory.current").write_text("100000000\n")
+    assert room(CPU, tmp_path, keeps=False).memory == 200_000_000
+    monkeypatch.setattr("latentrt.runtime.host_memory._MEMINFO", tmp_path / "none")  # not Linux
+    assert room(CPU, tmp_path, keeps=False).memory > 200_000_000
 
 
 def test_a_case_without_room_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from latentrt.bench.inception import Inception, InceptionFeatures, read_tensors
 from latentrt.bench.lpips import Lpips
 from latentrt.errors import RequestError
 from safetensors.torch import save_file
+from tolerances import FEATURES, LPIPS_RELATIVE
 from torch import nn
 
 
@@ -85,7 +86,7 @@ def test_inception_reads_weights_and_sees_as_they_say(inception: Inception, tmp_
     with torch.no_grad():
         x = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
         wanted = inception(F.interpolate(x, (299, 299), mode="bilinear") / 127.5 - 1)
-    assert features.see([picture, picture]) == pytest.approx(wanted.repeat(2, 1).numpy(), abs=1e-4)
+    assert features.see([picture, picture]) == pytest.approx(wanted.repeat(2, 1).numpy(), abs=FEATURES)
 
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:
@@ -124,6 +125,6 @@ def test_lpips_is_torchmetrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with torch.no_grad():
         wanted = float(network(a, b, normalize=True))
     assert wanted > 1e-4
-    assert lpips(a, b) == pytest.approx(wanted, rel=1e-4)
+    assert lpips(a, b) == pytest.approx(wanted, rel=LPIPS_RELATIVE)
     assert lpips(a, a) == 0
     assert lpips(a, (a + 0.02 * b).clamp(0, 1)) < lpips(a, b)

@@ -80,6 +80,7 @@ def test_the_file(
     assert compiled_kernels.main(["--out", str(path)]) == 0
     assert "0 with faults" in capsys.readouterr().out
     data = json.loads(path.read_text())
+    assert data["command"] == f"python -m latentrt.bench.compiled_kernels --out {path}"
     wanted = [
         (arch, str(dtype).removeprefix("torch."), e.request.op, e.case)
         for arch in aot.ARCHITECTURES

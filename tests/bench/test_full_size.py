@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import torch
@@ -31,6 +34,26 @@ def test_a_written_checkpoint_loads_and_runs(dtype: torch.dtype, tmp_path: Path)
     assert 0.1 < result.output_std < 10
 
 
+def test_the_peak_before_is_in_no_ratio(tmp_path: Path) -> None:
+    """A peak that was higher than loading's, as of writing the weights, once made loading look free."""
+    full_size.write_unet(tmp_path, SMALL)
+    code = """
+    import sys, torch
+    from pathlib import Path
+    from latentrt.bench.full_size import measure
+
+    before = torch.ones(1 << 27)  # 512 MB
+    del before
+    result = measure(Path(sys.argv[1]), torch.float32, 64)
+    print(result.load_ratio, result.forward_ratio)
+    """
+    command = [sys.executable, "-c", dedent(code), str(tmp_path)]
+    told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    load, forward = map(float, told.split())
+    assert load > 0.9
+    assert forward > 0.9
+
+
 def test_main_keeps_a_named_folder_and_writes_its_result(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -38,7 +61,9 @@ def test_main_keeps_a_named_folder_and_writes_its_result(
     full_size.write_unet(folder, SMALL)
     full_size.main(["--folder", str(folder), "--size", "64", "--out", str(out)])
     printed = capsys.readouterr().out
-    result = json.loads(out.read_text())["result"]
+    report = json.loads(out.read_text())
+    result = report["result"]
+    assert report["command"].startswith(f"python -m latentrt.bench.full_size --folder {folder} --size 64")
     assert f"{result['parameters'] / 1e6:,.2f} M parameters in bfloat16" in printed
     assert "writing" not in printed
     assert (folder / "model_index.json").is_file()

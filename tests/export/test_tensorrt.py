@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import tiny_onnx
 from latentrt.errors import BuildError
-from latentrt.export import build_process, memory
+from latentrt.export import build_process
 from latentrt.export.build_process import build_in_child
 from latentrt.export.tensorrt import EngineRequest, build_engine
 from onnx import helper
@@ -293,29 +293,13 @@ def test_the_estimate_covers_what_was_measured(tmp_path: Path) -> None:
     for weights, peak in ((5.135e9, 19.3e9), (4.519e9, 15.2e9)):
         (tmp_path / "model.onnx").write_bytes(b"")
         os.truncate(tmp_path / "model.onnx", int(weights))
-        assert peak < memory.estimated_bytes(tmp_path / "model.onnx") < 1.2 * peak
-
-
-@pytest.mark.parametrize(
-    ("limit", "available"),
-    [("max", 4_096_000), ("2000000", 2_000_000 - 1_500_000 + 400_000), (None, 4_096_000)],
-)
-def test_memory_within_a_container(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, available: int
-) -> None:
-    (tmp_path / "meminfo").write_text("MemTotal: 8000 kB\nMemFree: 10 kB\nMemAvailable: 4000 kB\n")
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    if limit is not None:
-        (tmp_path / "memory.max").write_text(f"{limit}\n")
-        (tmp_path / "memory.current").write_text("1500000\n")
-        (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 400000\n")
-    assert memory.available_bytes() == available
+        assert peak < build_process.estimated_bytes(tmp_path / "model.onnx") < 1.2 * peak
 
 
 def test_memory_that_nobody_tells_of_stops_nothing(
-    request_: EngineRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request_: EngineRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "none")
-    assert memory.available_bytes() is None
+    Path(f"{request_.model}.data").write_bytes(b"")
+    os.truncate(f"{request_.model}.data", 5_135_000_000_000)
+    monkeypatch.setattr(build_process, "available_bytes", lambda: None)
     build_process._require_memory(request_)

@@ -15,7 +15,7 @@ import torch
 from fake_tensorrt import install
 from latentrt.errors import BackendUnavailableError, RequestError
 from latentrt.export.verify import LIMITS, Verdict, verify_component, verify_model
-from latentrt.runtime.cache import Store, damage_of
+from latentrt.runtime.cache import Store
 from latentrt.runtime.cache_contents import contents
 from latentrt.runtime.engine_store import StoredEngine
 from latentrt.runtime.engines import registry
@@ -24,6 +24,7 @@ from latentrt.runtime.engines.eager import EagerBackend, EagerEngine
 from latentrt.runtime.engines.onnxruntime import OnnxRuntimeBackend
 from latentrt.runtime.engines.sizes import SizePolicy, profiles_for
 from latentrt.runtime.engines.tensorrt import TensorRTRTXBackend
+from latentrt.runtime.manifests import damage_of
 from torch import Tensor
 
 Run = Callable[..., tuple[int, str, str]]
@@ -187,6 +188,21 @@ def test_one_component_and_no_pictures(verify: Run) -> None:
     )
     assert code == 0
     assert [row["part"] for row in json.loads(out)] == ["text_encoder"]
+
+
+def test_the_arguments_are_read_as_generate_reads_them(run: Run) -> None:
+    """A device there is not is one line; the demo brings its refiner, which "none" sends away."""
+    code, _, err = run(
+        "verify", "demo", "--backend", "eager", "--component", "vae_decoder", "--device", "foo"
+    )
+    assert code == 1
+    assert err == "latentrt: device is 'foo'; it can be 'cpu', 'cuda' or 'cuda:1' and so on\n"
+    parts = ("verify", "demo", "--backend", "eager", "--component", "none such")
+    every = ", ".join(PARTS[:-1])
+    code, _, err = run(*parts)
+    assert err == f"latentrt: demo has no component none such; it has {every}, refiner unet\n"
+    code, _, err = run(*parts, "--refiner", "none")
+    assert err == f"latentrt: demo has no component none such; it has {every}\n"
 
 
 def test_refusals(tiny: Callable[..., Path]) -> None:

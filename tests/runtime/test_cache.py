@@ -19,8 +19,10 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from latentrt.errors import CacheError
-from latentrt.runtime import cache
-from latentrt.runtime.cache import Store, cache_root, damage_of, digest_of, write_beside
+from latentrt.runtime import cache, manifests
+from latentrt.runtime.cache import Store, cache_root
+from latentrt.runtime.manifests import damage_of, write_beside
+from latentrt.runtime.sha256 import digest_of
 
 KEY = "ab" * 32
 OTHER = "cd" * 32
@@ -213,16 +215,16 @@ def test_built_again_when_told_so(store: Store) -> None:
 def test_large_files_are_hashed_once_until_they_are_touched(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cache, "_REMEMBER_FROM", 10)
+    monkeypatch.setattr(manifests, "_REMEMBER_FROM", 10)
     entry = store.get_or_build(KEY, DESCRIPTION, writes())
     hashed: list[str] = []
-    sha256 = cache._sha256
+    sha256 = manifests.sha256_of
 
     def counting(path: Path) -> str:
         hashed.append(path.name)
         return sha256(path)
 
-    monkeypatch.setattr(cache, "_sha256", counting)
+    monkeypatch.setattr(manifests, "sha256_of", counting)
     for _ in range(3):
         store.get_or_build(KEY, DESCRIPTION, never)
     assert hashed.count("model.onnx.data") == 0  # 14 bytes: remembered since it was written
@@ -286,7 +288,7 @@ def test_read_only_cache(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_read_only_cache_that_has_the_entry(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = store.get_or_build(KEY, DESCRIPTION, writes())
-    monkeypatch.setattr(cache, "_REMEMBER_FROM", 10)  # it also fails to remember a digest, harmlessly
+    monkeypatch.setattr(manifests, "_REMEMBER_FROM", 10)  # it also fails to remember a digest, harmlessly
     refuse_writes(monkeypatch)
     assert store.get_or_build(KEY, DESCRIPTION, never) == entry
 

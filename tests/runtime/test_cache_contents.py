@@ -13,9 +13,10 @@ import pytest
 from filelock import FileLock
 from latentrt.cli import main
 from latentrt.errors import CacheError, RequestError
-from latentrt.runtime import cache
-from latentrt.runtime.cache import Store, damage_of
+from latentrt.runtime import manifests
+from latentrt.runtime.cache import Store
 from latentrt.runtime.cache_contents import contents, parse_bytes, prune, verify
+from latentrt.runtime.manifests import damage_of
 
 ENGINE = {
     "name": "unet",
@@ -139,11 +140,11 @@ def test_verify_names_what_is_damaged(store: Store, monkeypatch: pytest.MonkeyPa
 
 
 def test_verify_reads_large_files_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "_REMEMBER_FROM", 100)
+    monkeypatch.setattr(manifests, "_REMEMBER_FROM", 100)
     entry = add(store, "d", 1000, 4000)
-    identity = cache._identity(entry / "model.onnx")
+    identity = manifests._identity(entry / "model.onnx")
     (entry / "model.onnx").write_bytes(bytes(999) + b"1")
-    monkeypatch.setattr(cache, "_identity", lambda path: identity)  # bits lost without a write
+    monkeypatch.setattr(manifests, "_identity", lambda path: identity)  # bits lost without a write
     assert damage_of(entry) is None
     assert verify(store)["d" * 64] == "model.onnx has another SHA-256 than when it was written"
 

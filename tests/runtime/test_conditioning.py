@@ -17,6 +17,7 @@ from latentrt.runtime.conditioning import (
 from latentrt.runtime.engines.base import CallProgram
 from latentrt.runtime.text_encoder import TextEmbeddings
 from parity import Rig
+from tolerances import GUIDANCE_EMBEDDING, TEXT_ROWS
 from torch import Tensor
 
 
@@ -90,7 +91,7 @@ def test_the_guidance_scale_embedding_is_its_formula() -> None:
     row = guidance_scale_embedding([1.5], 6)[0].double()
     angles = [500 * 10000 ** (-k / 2) for k in range(3)]
     wanted = [f(a) for f in (math.sin, math.cos) for a in angles]
-    assert torch.allclose(row, torch.tensor(wanted, dtype=torch.float64), atol=1e-4)
+    assert torch.allclose(row, torch.tensor(wanted, dtype=torch.float64), atol=GUIDANCE_EMBEDDING)
 
 
 class Listener:
@@ -149,7 +150,7 @@ def test_batch_rows_of_a_whole_call(rig: Rig) -> None:
     assert torch.equal(text[4], text[5])
     assert torch.equal(text[6], text[7])
     assert not torch.equal(text[4], text[6])
-    assert all(torch.allclose(text[0], text[k], atol=1e-5) for k in (1, 2, 3))
+    assert all(torch.allclose(text[0], text[k], atol=TEXT_ROWS) for k in (1, 2, 3))
 
 
 def test_an_absent_negative_is_zeros_where_the_checkpoint_says_so(rig: Rig) -> None:

@@ -20,12 +20,12 @@ from latentrt.errors import BackendError, BackendUnavailableError, CacheError, R
 from latentrt.export import build_process, plugin_kernels
 from latentrt.export.tensorrt import EngineRequest
 from latentrt.runtime import prepare
-from latentrt.runtime.cache import write_beside
 from latentrt.runtime.engine_store import EngineTarget, mismatches
 from latentrt.runtime.engines import plugins, trt
 from latentrt.runtime.engines.base import Component
 from latentrt.runtime.engines.sizes import SizePolicy
 from latentrt.runtime.engines.tensorrt import TensorRTRTXBackend
+from latentrt.runtime.manifests import write_beside
 from latentrt.runtime.prepare import engine
 
 RTX = EngineTarget("tensorrt-rtx", (89,))
@@ -119,7 +119,7 @@ def test_everything_that_decides_an_engine_makes_another(
         patch.setattr(trt.load(trt.product("tensorrt-rtx")), "__version__", "1.99.0")
         engine(component, RTX, ONE, cache_dir=tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_BUILDER", ("export/memory.py",))
+        patch.setattr(prepare, "_BUILDER", ("export/build_process.py",))
         engine(component, RTX, ONE, cache_dir=tmp_path)
     assert len(builder.requests) == len(others) + 3
     for other in [(component, RTX, ONE), *others]:

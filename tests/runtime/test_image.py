@@ -25,6 +25,7 @@ from latentrt.runtime.image import (
     save_png,
     to_tensor,
 )
+from tolerances import PIXELS, PIXELS_FROM_HALF
 from torch import Tensor
 
 PICTURE = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
@@ -243,7 +244,7 @@ def test_all_forms_of_a_picture_mean_the_same() -> None:
         (array,),
         tensor.double(),
     ):
-        assert torch.allclose(to_tensor(form), wanted, atol=1e-6)
+        assert torch.allclose(to_tensor(form), wanted, atol=PIXELS)
         assert to_tensor(form).dtype == torch.float32
     assert torch.equal(to_tensor([PICTURE, PICTURE]), to_tensor(PICTURE).repeat(2, 1, 1, 1))
 
@@ -265,7 +266,7 @@ def test_sixteen_bits_of_grey_keep_their_shades() -> None:
 @pytest.mark.parametrize("dtype", [">f4", "<f8", "f2"])
 def test_arrays_in_any_layout(dtype: str) -> None:
     array = np.broadcast_to(np.linspace(0, 1, 8).astype(dtype)[:, None, None], (8, 16, 3))
-    assert torch.allclose(to_tensor(array)[0, 1, :, 5], torch.linspace(-1, 1, 8), atol=1e-3)
+    assert torch.allclose(to_tensor(array)[0, 1, :, 5], torch.linspace(-1, 1, 8), atol=PIXELS_FROM_HALF)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from latentrt.kernels.sampler_step import COLUMNS, StepRow
 from latentrt.runtime.sampler import SamplerConfig, build_table, step_range
 from latentrt.runtime.schedule import make_schedule
 from sampler_oracle import CLASSES, base_timesteps, config_of, make_scheduler, refiner_timesteps
+from tolerances import SCHEDULE_KARRAS_EULER, SCHEDULE_SIGMAS
 
 # All small counts, then some; the last ones are where float32 rounding decides about a half.
 COUNTS = (*range(1, 61), *range(64, 1000, 61), 444, 768, 887, 996, 999, 1000)
@@ -41,7 +42,7 @@ def test_timesteps_for_every_count(name: str, spacing: str) -> None:
         assert np.array_equal(ours.timesteps, theirs), n
         if len(ours.sigmas):
             sigmas = scheduler.sigmas.double().numpy()[: len(ours.sigmas)]
-            assert np.allclose(ours.sigmas[:-1], sigmas[: len(theirs)], rtol=2e-7, atol=0), n
+            assert np.allclose(ours.sigmas[:-1], sigmas[: len(theirs)], **SCHEDULE_SIGMAS), n
         compared += 1
     assert compared >= (50 if name == "lcm" else len(COUNTS) - 2)
 
@@ -54,9 +55,8 @@ def test_karras_timesteps(name: str, schedule: str) -> None:
     for n in range(1, 61):
         scheduler.set_timesteps(n)
         ours = make_schedule(config, n)
-        # Euler's are fractions of a step, from float32 logarithms there.
         assert np.allclose(
-            ours.timesteps, scheduler.timesteps.numpy(), atol=2e-3 if name == "euler" else 0
+            ours.timesteps, scheduler.timesteps.numpy(), atol=SCHEDULE_KARRAS_EULER if name == "euler" else 0
         ), n
 
 

@@ -1,29 +1,15 @@
-"""What memory a build takes and what there is, before it starts."""
+"""What memory the host has left, and the most that this process has had of it, as Linux tells them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["available_bytes", "build_bytes", "estimated_bytes", "peak_bytes"]
-
-# Peaks of builds by TensorRT for RTX 1.7, resident: 3.8 times the weights for SDXL's base UNet (5.1 GB), 3.4 times
-# for the refiner's (4.5 GB), 0.6 GB for networks of a few megabytes.
-_PER_WEIGHT_BYTE = 3.7
-_ALWAYS = 600 << 20
+__all__ = ["available_bytes", "forget_peak", "peak_bytes"]
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
-
-
-def estimated_bytes(model: Path) -> int:
-    """Peak memory of building the ONNX model at `model`, whose weights lie beside it."""
-    return build_bytes(sum(file.stat().st_size for file in model.parent.glob(f"{model.name}*")))
-
-
-def build_bytes(weights: int) -> int:
-    """Peak memory of building a model of so many bytes of weights."""
-    return int(_PER_WEIGHT_BYTE * weights) + _ALWAYS
+_CLEAR = Path("/proc/self/clear_refs")
 
 
 def available_bytes() -> int | None:
@@ -43,9 +29,21 @@ def available_bytes() -> int | None:
 
 
 def peak_bytes() -> int | None:
-    """The most memory this process has had; None where nobody says. (`getrusage` would count its parent's too.)"""
+    """The most memory this process has had, pages of mapped files included; None where nobody says.
+
+    `getrusage` would count its parent's too, from before this program began.
+    """
     peak = _field(_STATUS, "VmHWM:")
     return None if peak is None else peak * 1024
+
+
+def forget_peak() -> None:
+    """From here on `peak_bytes` counts from what the process has now.
+
+    Raises:
+        OSError: nobody counts it here (not Linux).
+    """
+    _CLEAR.write_text("5")
 
 
 def _field(file: Path, name: str) -> int | None:

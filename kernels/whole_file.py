@@ -1,0 +1,27 @@
+"""Files written whole or not at all: the process may be ended at any time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["write_json", "write_whole"]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, and its folder where that is missing; an earlier one stays until all of it is on the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.partial")
+    aside.write_text(text, "utf-8")
+    aside.replace(path)
+
+
+def write_json(path: Path, content: Mapping[str, Any], *, indent: int = 1) -> None:
+    """`write_whole` of an object."""
+    write_whole(path, json.dumps(content, indent=indent) + "\n")
