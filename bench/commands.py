@@ -291,3 +291,5 @@ def _kernels_on_gpu(args: argparse.Namespace) -> Iterator[str]:
         result = kernel_tuning.tune(here, operators) if args.tune else bench.measure(here, operators, dtypes)
     lines = kernel_tuning.lines(result) if args.tune else bench.lines(result)
     yield json.dumps(result, indent=2) if args.json else "\n".join(lines)
+    if args.measure and (wrong := bench.failures(result)):
+        raise BenchmarkError(wrong)

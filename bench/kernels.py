@@ -42,11 +42,12 @@ from .kernel_timing import (
     watched,
 )
 
-__all__ = ["ceilings", "dry_run", "lines", "measure", "measured_requests"]
+__all__ = ["ceilings", "dry_run", "failures", "lines", "measure", "measured_requests"]
 
 log = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16)
+_TOLD = 3  # cases of what is wrong; the file has all
 
 
 def ceilings(bench: Bench) -> dict[str, float]:
@@ -172,6 +173,16 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
     matmul = ", ".join(f"{limits[name]:.0f} TFLOP/s in {name}" for name in limits if name != "copy")
     yield f"shares of what this run measured: matrix products {matmul}; copies {limits['copy'] * 1e3:.0f} GB/s"
     yield f"{len(result['left'])} left"
+
+
+def failures(result: Mapping[str, Any]) -> str:
+    """Of what `measure` returns, which cases have no time and why; empty where all that were begun have one."""
+    rows = result["rows"]
+    wrong = [f"{row['op']}, {row['case']}, {row['dtype']}: {row['error']}" for row in rows if "us" not in row]
+    if not wrong:
+        return ""
+    more = [f"and {len(wrong) - _TOLD} more"] if len(wrong) > _TOLD else []
+    return f"{len(wrong)} of {len(rows)} without a time: {'; '.join([*wrong[:_TOLD], *more])}"
 
 
 def _rate(row: Mapping[str, Any]) -> str:

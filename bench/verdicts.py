@@ -1,7 +1,6 @@
 """Whether what a part of `make gpu` has written says that it did its work.
 
-`latentrt bench` and `latentrt kernels` end well where anything was measured; a part is for one side, or for every
-kernel.
+`latentrt bench` ends well where anything was measured; a part is for one side. What is left of kernels is told.
 """
 
 from __future__ import annotations
@@ -13,12 +12,11 @@ from typing import Any
 from ..errors import BenchmarkError
 from .full import Verdict
 from .kernel_timing import slug
+from .kernels import failures
 from .machine import describe_machine
 from .results import read_report
 
 __all__ = ["of_kernels", "of_side", "of_tuning"]
-
-_TOLD = 3  # of what is wrong; the log has all
 
 
 def of_side(out: Path, side: str) -> Verdict:
@@ -49,12 +47,8 @@ def of_kernels(out: Path) -> Verdict:
     found = _read(out / f"kernels-{slug(describe_machine())}.json")
     if isinstance(found, Verdict):
         return found
-    wrong = [
-        f"{row['op']}, {row['case']}, {row['dtype']}: {row['error']}"
-        for row in found["rows"]
-        if "us" not in row
-    ]
-    why = [f"{len(wrong)} of {len(found['rows'])} without a time: {_some(wrong)}"] if wrong else []
+    wrong = failures(found)
+    why = [wrong] if wrong else []
     why += [f"{len(found['left'])} left"] if found["left"] else []
     return Verdict(not wrong, "; ".join(why))
 
@@ -77,8 +71,3 @@ def _read(path: Path) -> dict[str, Any] | Verdict:
     except (OSError, ValueError) as error:
         return Verdict(False, str(error))
     return found
-
-
-def _some(what: list[str]) -> str:
-    more = f"; and {len(what) - _TOLD} more" if len(what) > _TOLD else ""
-    return "; ".join(what[:_TOLD]) + more

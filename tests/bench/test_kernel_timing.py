@@ -361,6 +361,24 @@ def test_timing_wants_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert "PyTorch sees none here" in capsys.readouterr().err
 
 
+def test_the_command_says_what_has_no_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = {"op": "geglu", "case": "one", "dtype": "bfloat16", "us": 1.0, "tflops": 0, "tbs": 1, "share": 0.5}
+    good |= {"rivals": {}}
+    bad = {"op": "geglu", "case": "two", "dtype": "bfloat16", "error": "wrong result"}
+    result: dict[str, Any] = {"rows": [good], "left": [], "ceilings": {"copy": 4.0}}
+    monkeypatch.setattr(kernel_timing, "require_gpu", lambda: torch.device("cpu"))
+    monkeypatch.setattr(bench, "measure", lambda *_: result)
+    assert cli.main(["kernels", "--measure"]) == 0
+    result["rows"].append(bad)
+    capsys.readouterr()
+    assert cli.main(["kernels", "--measure"]) == 1
+    out, err = capsys.readouterr()
+    assert "geglu, one" in out
+    assert "1 of 2 without a time: geglu, two, bfloat16: wrong result" in err
+
+
 def test_a_hang_is_given_up() -> None:
     """In a process of its own, because it ends it."""
     import subprocess
