@@ -193,10 +193,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype or ("float16" if args.device == "cuda" else "float32"))
     rows = []
-    for block in BLOCKS:
-        if args.only in block.name:
-            rows.append(measure(block, dtype, device, args.seconds))
-            print("\n".join(table(rows[-1:])[1:2]), flush=True)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+        for block in BLOCKS:
+            if args.only in block.name:
+                rows.append(measure(block, dtype, device, args.seconds))
+                print("\n".join(table(rows[-1:])[1:2]), flush=True)
     machine = describe_machine(device)
     result = {
         "machine": machine,

@@ -26,6 +26,7 @@ import logging
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -202,7 +203,9 @@ def locked(lock: FileLock, what: str) -> Iterator[None]:
 
 def _mark_used(entry: Path) -> None:
     with suppress(OSError):  # a read-only cache is nobody's to prune
-        os.utime(entry / MANIFEST)
+        os.utime(
+            entry / MANIFEST, ns=(time.time_ns(),) * 2
+        )  # the kernel's own clock has steps of milliseconds
 
 
 def no_room(error: OSError) -> str | None:

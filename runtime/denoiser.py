@@ -153,10 +153,11 @@ class Denoiser:
         )  # vary with the model
         key = kind, tokens
         engine = unet.load()
-        loop: _Loop | None = unet.kept.take(unet.token, key)
+        # Not if it was loaded anew, or moved to another device.
+        loop: _Loop | None = unet.kept.take(unet.token, key, lambda loop: loop.engine is engine)
         try:
             with self._turn():
-                if loop is None or loop.engine is not engine:  # loaded anew, or moved to another device
+                if loop is None:
                     with torch.inference_mode(False):  # a caller's own would mark the static tensors
                         loop = _Loop(unet, kind, asked.constants)
                 loop.start(asked)

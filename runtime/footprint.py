@@ -78,7 +78,8 @@ class Tracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
+        fused = func is torch.ops.aten.scaled_dot_product_attention.default and args[0].is_meta
+        if not fused and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
             with self:  # its parts are what runs; without gradients PyTorch leaves taking it apart to modes
                 return func._op_dk(_COMPOSITE, *args, **kwargs)
         for storage in _storages((args, kwargs)):
@@ -86,6 +87,8 @@ class Tracker(TorchDispatchMode):
         workspace = 0
         if self._arch is not None and func.namespace == "latentrt" and not func._schema.is_mutable:
             out, workspace = _planned(self._specs[_operator(func)], self._arch, args, kwargs)
+        elif fused:  # on a device it is; on meta PyTorch would make all scores
+            out = torch.empty_like(args[0])
         else:
             out = func(*args, **kwargs)
         if func is torch.ops.aten.convolution.default and out.is_meta:
@@ -202,5 +205,7 @@ def _flops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
     if func.namespace == "latentrt":
         count = _FLOPS.get(_operator(func))
         return 0 if count is None else count(*args)
+    if func is torch.ops.aten.scaled_dot_product_attention.default:
+        return _attention_flops(*(x.transpose(1, 2) for x in args[:2]))
     formula = flop_registry.get(func.overloadpacket)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))

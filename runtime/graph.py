@@ -110,7 +110,7 @@ class Graphs:
                         work()
                 except BaseException as error:
                     # What a capture that failed leaves behind in its pool cannot be told: the next one gets another.
-                    _abandon(self._pool)
+                    _abandon(self._pool, graph)
                     self._in_pool, self._stream = WeakSet(), None
                     torch.cuda.set_stream(current)
                     first = error.__context__ or error  # ending the capture fails too, for no other reason
@@ -129,13 +129,15 @@ def _run_in_pool(pool: Any, stream: torch.cuda.Stream, work: Callable[[], object
 
     It runs in the memory that the graphs share. Elsewhere it would take as much again, which no plan counts; and what
     cuBLAS keeps as its workspace for the stream would be outside of the pool, where PyTorch frees it with the first
-    graph that goes, while others still write there.
+    graph that goes, while others still write there. One that is there already, since PyTorch's streams are 32 that come
+    round again, is let go before; graphs that have it keep it with their pool.
     """
     device = torch.cuda.current_device()
     torch.cuda.empty_cache()  # an allocation does not do so by itself, for want of memory, while one goes into a pool
     torch._C._cuda_beginAllocateCurrentThreadToPool(device, pool)
     try:
         try:
+            torch._C._cuda_clearCublasWorkspaces()
             with torch.cuda.stream(stream):
                 work()
         finally:
@@ -146,12 +148,12 @@ def _run_in_pool(pool: Any, stream: torch.cuda.Stream, work: Callable[[], object
         torch._C._cuda_releasePool(device, pool)
 
 
-def _abandon(pool: Any) -> None:
-    """A capture into the pool failed, on the current device.
+def _abandon(pool: Any, graph: torch.cuda.CUDAGraph) -> None:
+    """A capture of the graph into the pool failed, on the current device.
 
     Before PyTorch 2.12 (pytorch/pytorch#180395) one whose end fails leaves the allocator believing that it goes on:
-    cached memory is never given back again, not even where there is no other. Later ones have ended it by then, refuse
-    to do so again, and keep the pool's books themselves.
+    cached memory is never given back again, not even where there is no other. Later ones have ended it by then, and
+    refuse to do so again; but a graph that was not captured never gives up its share of the pool (#190308).
     """
     end, release = (getattr(torch._C, f"_cuda_{name}", None) for name in ("endAllocateToPool", "releasePool"))
     if end is None or release is None:
@@ -160,7 +162,9 @@ def _abandon(pool: Any) -> None:
     try:
         end(device, pool)
     except RuntimeError:
-        return
+        with suppress(RuntimeError):
+            graph.pool()  # of one that was captured
+            return
     with suppress(RuntimeError):
         release(device, pool)
 

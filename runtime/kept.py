@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,13 +55,21 @@ class Kept:
         with self._lock:
             return self._nbytes()
 
-    def take(self, owner: Hashable, kind: Hashable) -> Any | None:
-        """What its owner put here last of this kind, which nobody else gets then; None where there is none."""
+    def take(
+        self, owner: Hashable, kind: Hashable, good: Callable[[Any], bool] = lambda _: True
+    ) -> Any | None:
+        """What its owner put here last of this kind, which nobody else gets then; None where there is none.
+
+        Args:
+            good: whether it can still be used; what cannot is let go.
+        """
         with self._lock:
-            for k in reversed(range(len(self._items))):
-                if (self._items[k].owner, self._items[k].kind) == (owner, kind):
-                    return self._items.pop(k).value
-        return None
+            alike = [item for item in self._items if (item.owner, item.kind) == (owner, kind)]
+            gone = [item for item in alike if not good(item.value)]
+            found = next((item for item in reversed(alike) if item not in gone), None)
+            self._items = [item for item in self._items if item is not found and item not in gone]
+        _wait_for(gone)
+        return None if found is None else found.value
 
     def put(self, owner: Hashable, kind: Hashable, value: Any, nbytes: int, used: Event) -> None:
         """Keep it as the one used last; where there is no room others go, or, where it is too large by itself, it does.

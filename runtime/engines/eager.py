@@ -1,6 +1,7 @@
 """The PyTorch modules as they are, on any device and in any dtype of PyTorch: the reference back end.
 
-Their operators are PyTorch too, on a GPU as well: what is held against this back end is not held against itself.
+Their operators are PyTorch too, on a GPU as well: what is held against this back end is not held against itself. The
+sampler's step is the loop's, whatever the back end, and has tests of its own.
 """
 
 from __future__ import annotations

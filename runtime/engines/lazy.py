@@ -227,8 +227,8 @@ class LazyEngine:
     ) -> tuple[Hashable, _Call | None]:
         """A call for such inputs that nobody else has, and its kind; None where it could not be kept."""
         kind = tuple((name, tuple(x.shape), x.dtype) for name, x in inputs.items())
-        call: _Call | None = self.kept.take(self.token, kind)
-        if call is None or call.engine is not engine:
+        call: _Call | None = self.kept.take(self.token, kind, lambda call: call.engine is engine)
+        if call is None:
             arguments(self.component, inputs)  # told of a wrong shape before anything is made of it
             if _Call.size(self.component, inputs) > self.kept.limit:
                 return kind, None

@@ -43,13 +43,26 @@ def test_what_a_replay_leaves_in_tensors_of_its_own_is_lost() -> None:
     assert y.isnan().all()
 
 
-@pytest.mark.parametrize("ended", [False, True, None])
+@pytest.mark.parametrize(
+    ("ended", "captured", "told"),
+    [
+        pytest.param(False, False, ["end", "release"], id="before PyTorch 2.12"),
+        pytest.param(True, False, ["release"], id="later, of a graph that was not captured"),
+        pytest.param(True, True, [], id="later, of one that was"),
+        pytest.param(None, False, [], id="without such functions"),
+    ],
+)
 def test_the_allocator_is_told_of_a_capture_that_failed(
-    ended: bool | None, monkeypatch: pytest.MonkeyPatch
+    ended: bool | None, captured: bool, told: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unless PyTorch has told it, or does not know of such things; releasing a pool twice would free what other graphs
-    hold."""
+    """Unless PyTorch does it; releasing a pool twice would free what other graphs hold."""
     asked: list[tuple[object, ...]] = []
+
+    class Graph:
+        def pool(self) -> tuple[int, int]:
+            if captured:
+                return (0, 7)
+            raise RuntimeError("called without a preceding successful capture")
 
     def end(*what: object) -> None:
         if ended:
@@ -62,8 +75,8 @@ def test_the_allocator_is_told_of_a_capture_that_failed(
     ):
         monkeypatch.setattr(torch._C, f"_cuda_{name}", None if ended is None else call, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    _abandon((0, 7))
-    assert asked == ([] if ended in (True, None) else [("end", 1, (0, 7)), ("release", 1, (0, 7))])
+    _abandon((0, 7), Graph())  # type: ignore[arg-type]
+    assert asked == [(what, 1, (0, 7)) for what in told]
 
 
 class FakeAllocator:
@@ -93,6 +106,7 @@ class FakeAllocator:
         )
         patch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: self.end(pool))
         patch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: self.release(pool))
+        patch.setattr(torch._C, "_cuda_clearCublasWorkspaces", self._clear, raising=False)
 
     def begin(self, pool: tuple[int, int]) -> None:
         assert self.into is None
@@ -105,6 +119,10 @@ class FakeAllocator:
             raise RuntimeError("not currently recording to mempool_id")
         self.into = None
 
+    def _clear(self) -> None:
+        assert self.into is not None  # or the next would be made outside of the pool
+        self.log.append("clear workspaces")
+
     def release(self, pool: tuple[int, int]) -> None:
         self.holders[pool] -= 1
         assert self.holders[pool] >= 0
@@ -113,9 +131,9 @@ class FakeAllocator:
     def _capture(self, graph: FakeGraph, *, pool: tuple[int, int], **_: object) -> Iterator[None]:
         self.log.append("capture")
         self.begin(pool)
-        graph.pool = pool
         try:
             yield
+            graph.held = pool
         finally:
             self.end(pool)
 
@@ -126,11 +144,16 @@ class FakeAllocator:
 class FakeGraph:
     def __init__(self, owner: FakeAllocator) -> None:
         self._owner = owner
-        self.pool: tuple[int, int] | None = None
+        self.held: tuple[int, int] | None = None  # once it was captured
+
+    def pool(self) -> tuple[int, int]:
+        if self.held is None:
+            raise RuntimeError("called without a preceding successful capture")
+        return self.held
 
     def __del__(self) -> None:
-        if self.pool is not None:
-            self._owner.release(self.pool)
+        if self.held is not None:
+            self._owner.release(self.held)
 
 
 @dataclass
@@ -151,7 +174,7 @@ def test_work_runs_first_in_the_pool_that_it_is_captured_into(monkeypatch: pytes
     graph = Graphs(torch.device("cuda:0")).capture(cuda.work, "work")
     assert cuda.log == [
         "side waits for current",
-        *("empty the cache", "work in (0, 1)", "synchronize side"),
+        *("empty the cache", "clear workspaces", "work in (0, 1)", "synchronize side"),
         *("capture", "work in (0, 1)"),
         "current waits for side",
     ]

@@ -357,3 +357,13 @@ def test_the_policies_of_the_command_line_are_those_there_are(run: Run) -> None:
 def test_an_unknown_model() -> None:
     with pytest.raises(CheckpointNotFoundError, match="'sdxxl' is no folder or file"):
         Planner.of("sdxxl")
+
+
+def test_attention_of_plain_pytorch_is_planned_as_fused() -> None:
+    """No scores of all tokens beside all: at 1024x1024 they would be ten times everything else."""
+    found = {}
+    for backend in ("triton", "eager"):
+        planner = Planner.of("sdxl", backend=backend)  # type: ignore[arg-type]
+        found[backend] = planner.plan().networks["unet"].footprint
+    assert found["eager"].pool_bytes < 3 * found["triton"].pool_bytes
+    assert found["eager"].flops == found["triton"].flops
