@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": rows,
     }
     where = slug(machine) if args.device == "cuda" else "cpu"
-    write_json(args.out / f"packing-{where}.json", result)
+    write_json(args.out / f"packing_{where}.json", result)
     print("\n" + "\n".join(table(rows)))
     return int(any("error" in row for row in rows))
 

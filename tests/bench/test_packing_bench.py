@@ -49,7 +49,7 @@ def test_the_command(
     monkeypatch.setattr(packing, "BLOCKS", tuple(SMALL))
     arguments = ["--device", "cpu", "--seconds", "0", "--out", str(tmp_path)]
     assert main([*arguments, "--only", "step"]) == 0
-    result = json.loads((tmp_path / "packing-cpu.json").read_text())
+    result = json.loads((tmp_path / "packing_cpu.json").read_text())
     assert [row["block"] for row in result["rows"]] == [SMALL[0].name, SMALL[1].name]
     assert result["dtype"] == "float32"
     assert {"commit", "versions", "processor"} <= set(result["machine"])
