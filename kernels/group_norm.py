@@ -12,6 +12,7 @@ Source: Wu and He, "Group Normalization" (2018), equations 1 to 4; SiLU from Elf
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from . import reference
 from ._check import fail, require_dtypes, require_eps, require_equal, require_multiple, require_rank
 from ._group_norm_triton import dense, plan
-from ._triton import Launch, arch_of, run, takes, usable
+from ._triton import arch_of, run, takes, usable
 from .registry import Case, OpSpec, register
 
 __all__ = ["group_norm", "group_norm_silu"]
@@ -95,30 +96,7 @@ def _check(
         require_equal(op, "shift", "have one value for each of x's channels,", shift.shape[1], channels)
 
 
-def _plan_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int,
-    eps: float,
-    shift: Tensor | None = None,
-    *,
-    arch: int,
-) -> tuple[Tensor, list[Launch]]:
-    return plan(x, weight, bias, num_groups, eps, shift, silu=False, arch=arch)
-
-
-def _plan_silu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int,
-    eps: float,
-    shift: Tensor | None = None,
-    *,
-    arch: int,
-) -> tuple[Tensor, list[Launch]]:
-    return plan(x, weight, bias, num_groups, eps, shift, silu=True, arch=arch)
+_plan_norm, _plan_silu = partial(plan, silu=False), partial(plan, silu=True)
 
 
 @torch.library.custom_op("latentrt::group_norm", mutates_args=())
