@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,19 @@ __all__ = ["write_json", "write_whole"]
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file, and its folder where that is missing; an earlier one stays until all of it is on the disk.
+    """Write a file, and its folder where that is missing; an earlier one stays until all of it is written.
 
     Raises:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.partial")
-    aside.write_text(text, "utf-8")
-    aside.replace(path)
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    try:
+        aside.write_text(text, "utf-8")
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, content: Mapping[str, Any], *, indent: int = 1) -> None:

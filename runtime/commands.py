@@ -133,7 +133,7 @@ def plan(args: argparse.Namespace) -> Iterator[str]:
     else:
         yield from lines(found, gpu)
     if available is not None:
-        found.require_fit(available, args.memory)
+        found.require_fit(available, args.memory, "give a larger --memory-limit")
 
 
 def backends(args: argparse.Namespace) -> Iterator[str]:

@@ -11,6 +11,7 @@ cannot see what passes PyTorch's dispatcher by (`tolist`, `numpy`), nor a static
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -106,7 +107,7 @@ class Graphs:
                     captured: AbstractContextManager[None] = torch.cuda.graph(
                         graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
                     )
-                    with torch.cuda.stream(current), captured, watch:
+                    with torch.cuda.stream(current), _uncollected(), captured, watch:
                         work()
                 except BaseException as error:
                     # What a capture that failed leaves behind in its pool cannot be told: the next one gets another.
@@ -120,6 +121,19 @@ class Graphs:
             self._in_pool.add(graph)
             current.wait_stream(stream)
             return graph
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's collector, which may come upon graphs and events of others, and wait for these: what a capture
+    does not bear."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

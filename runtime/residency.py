@@ -150,8 +150,10 @@ def _places(
         low, high = min(first for first, _ in spans), max(last for _, last in spans)
         storage = group[0].untyped_storage()
         begin = -(-end // _ALIGNMENT) * _ALIGNMENT
-        if as_they_lie:
-            begin += (storage.data_ptr() + low) % _HOST_ALIGNMENT
+        past = (storage.data_ptr() + low) % _HOST_ALIGNMENT
+        # But where an item begins at an odd address, at which no tensor can be made.
+        if as_they_lie and not any(past % tensor.itemsize for tensor in group):
+            begin += past
         memory = torch.empty(0, dtype=torch.uint8, device=group[0].device).set_(storage)
         parts.append((memory[low:high], begin))
         places += [(tensor, begin + first - low) for tensor, (first, _) in zip(group, spans, strict=True)]

@@ -7,6 +7,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from latentrt.runtime import residency
@@ -228,3 +229,21 @@ def test_on_the_host_weights_keep_where_they_begin_in_a_cache_line() -> None:
         weights.leave()
         weights.arrive()
         assert [x.data_ptr() % 64 for x in tensors] == before
+
+
+def test_what_lies_across_its_items_comes_back_as_it_was() -> None:
+    """Nothing keeps a file's numbers from beginning at odd addresses."""
+    stored = np.zeros(200, np.uint8)
+    base = -stored.ctypes.data % 64
+    tensors = []
+    for start in (base + 9, base + 50):
+        part = np.frombuffer(stored.data, np.float32, 8, start)
+        part[:] = np.arange(8) + start
+        tensors.append(torch.from_numpy(part))
+    assert tensors[0].data_ptr() % 4 == 1
+    wanted = [x.clone() for x in tensors]
+    weights = Weights(tensors, CPU)
+    for _ in range(2):
+        weights.leave()
+        weights.arrive()
+        assert all(x.equal(y) for x, y in zip(tensors, wanted, strict=True))
