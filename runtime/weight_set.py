@@ -242,7 +242,10 @@ def _read_one_mapping(
         while pending and converted < _REMAP_AFTER:
             key, ref = pending.pop()
             stored = handle.get_tensor(ref.key)
-            if stored.dtype != dtype:
+            askew = stored.data_ptr() % stored.itemsize != 0  # which no reader of numbers has to bear
+            if askew:
+                stored = stored.clone()
+            if askew or stored.dtype != dtype:
                 converted += stored.nbytes
             yield key, ref.take(stored).to(dtype)
             del stored

@@ -35,6 +35,23 @@ def shards(path: Path, variant: str | None = None, index: str | None = None) -> 
     return path
 
 
+@pytest.mark.parametrize("padding", range(4))
+def test_numbers_that_begin_anywhere_are_read_to_where_they_may_lie(tmp_path: Path, padding: int) -> None:
+    """Nothing makes a writer pad its header."""
+    folder = folder_with(tmp_path, {"diffusion_pytorch_model.safetensors": STATE})
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size].rstrip()
+    header += b" " * ((padding - len(header)) % 4)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+    module = on_meta()
+    open_checkpoint(folder).weights("unet").load_into(module, torch.float32)
+    for key, value in module.state_dict().items():
+        assert value.data_ptr() % 4 == 0
+        assert value.equal(STATE[key])
+
+
 @pytest.mark.parametrize(
     ("variant", "index"),
     [
