@@ -27,21 +27,26 @@ def _at(p, plane, CHANNELS, CHANNELS_LAST: tl.constexpr):
 def _ratio_kernel(
     out_ptr,  # [2B, channels, h, w], or [2B, h, w, channels] where CHANNELS_LAST
     scale_ptr,  # [B] or None
+    rescale_ptr,  # [B] or None
     ratio_ptr,  # [B]
     scale,
     B,
     P,  # elements of an image, all channels
     BLOCK: tl.constexpr,
 ):
-    """std(conditional) / std(guided) of each image: means, then deviations."""
+    """std(conditional) / std(guided) of each image: means, then deviations. Of an image that is not rescaled nothing
+    is read, and the ratio means nothing."""
     b = tl.program_id(0).to(tl.int64)
+    end = P
+    if rescale_ptr is not None:
+        end = tl.where(tl.load(rescale_ptr + b) == 0.0, 0, P)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + b)
     p_uncond = out_ptr + b * P
     p_cond = out_ptr + (b + B) * P
     sum_cond = tl.zeros((BLOCK,), tl.float32)
     sum_guided = tl.zeros((BLOCK,), tl.float32)
-    for p0 in range(0, P, BLOCK):
+    for p0 in range(0, end, BLOCK):
         p = p0 + tl.arange(0, BLOCK)
         uncond = tl.load(p_uncond + p, mask=p < P, other=0.0).to(tl.float32)
         cond = tl.load(p_cond + p, mask=p < P, other=0.0).to(tl.float32)
@@ -51,7 +56,7 @@ def _ratio_kernel(
     mean_guided = tl.sum(sum_guided, 0) / P
     sum_cond = tl.zeros((BLOCK,), tl.float32)
     sum_guided = tl.zeros((BLOCK,), tl.float32)
-    for p0 in range(0, P, BLOCK):
+    for p0 in range(0, end, BLOCK):
         p = p0 + tl.arange(0, BLOCK)
         uncond = tl.load(p_uncond + p, mask=p < P, other=0.0).to(tl.float32)
         cond = tl.load(p_cond + p, mask=p < P, other=0.0).to(tl.float32)
@@ -178,8 +183,8 @@ def plan(
     launches = []
     if guided and (rescales is not None or rescale > 0):
         ratio = torch.empty(B, dtype=x.dtype, device=x.device)
-        args = {"out_ptr": model_out, "scale_ptr": tensor, "ratio_ptr": ratio, "scale": number, "B": B}
-        args["P"] = model_out[0].numel()
+        args = {"out_ptr": model_out, "scale_ptr": tensor, "rescale_ptr": rescales, "ratio_ptr": ratio}
+        args |= {"scale": number, "B": B, "P": model_out[0].numel()}
         launches.append(Launch(_ratio_kernel, (B,), args, {"BLOCK": 4096}, num_warps=16))
     launches.append(
         Launch(

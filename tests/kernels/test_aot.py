@@ -108,6 +108,7 @@ def test_the_matrix_has_every_variant(arch: int, dtype: torch.dtype) -> None:
         *(f"_step_kernel.{name}" for name in ("scale_ptr", "ratio_ptr", "rescale_ptr")),
         *(
             "_ratio_kernel.scale_ptr",
+            "_ratio_kernel.rescale_ptr",
             "_stats_kernel.FULL",
             "_stats_kernel.CHANNELS_LAST",
             "_stats_kernel.shift_ptr",
