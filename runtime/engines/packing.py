@@ -194,12 +194,17 @@ def _shifted(norm: Any, offset: Tensor | None) -> nn.Module:
     return norm if offset is None else _Shifted(norm, offset)
 
 
-def _transformer(block: Any, offset: Tensor | None) -> Tensor | None:
+def _transformer(block: Any, offset: Tensor | None) -> None:
+    """Its last product adds what the image around it lacks, so that the sum lacks nothing."""
     block.norm = _shifted(block.norm, offset)
-    if not block.linear:
+    last = block.proj_out
+    if block.linear:
+        if offset is not None:
+            last.bias = _constant(last.bias + offset, last.weight)
+    else:
         block.proj_in = _Pointwise(block.proj_in, _take(block.proj_in))
-        block.proj_out = _Pointwise(block.proj_out, _take(block.proj_out))
-    return offset
+        bias = _take(last)
+        block.proj_out = _Pointwise(last, bias if offset is None else bias + offset)
 
 
 def _halve(halvings: Any, offset: Tensor | None) -> Tensor | None:
@@ -226,19 +231,21 @@ def _defer_in_unet(unet: Any) -> None:
         for i, resnet in enumerate(down.resnets):
             offset = defer_in_resnet(resnet, offset)
             if down.attentions:
-                offset = _transformer(down.attentions[i], offset)
+                _transformer(down.attentions[i], offset)
+                offset = None
             skips.append(offset)
         if down.downsamplers:
             offset = _halve(down.downsamplers, offset)
             skips.append(offset)
     middle = unet.mid_block
-    offset = _transformer(middle.attentions[0], defer_in_resnet(middle.resnets[0], offset))
-    offset = defer_in_resnet(middle.resnets[1], offset)
+    _transformer(middle.attentions[0], defer_in_resnet(middle.resnets[0], offset))
+    offset = defer_in_resnet(middle.resnets[1], None)
     for up in unet.up_blocks:
         for i, resnet in enumerate(up.resnets):
             offset = defer_in_resnet(resnet, _joined(offset, skips.pop(), resnet.conv1.in_channels))
             if up.attentions:
-                offset = _transformer(up.attentions[i], offset)
+                _transformer(up.attentions[i], offset)
+                offset = None
         offset = _double(up.upsamplers, offset)
     unet.conv_norm_out = _shifted(unet.conv_norm_out, offset)
 
