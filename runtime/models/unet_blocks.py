@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import attention, linear_geglu
-from .layers import Downsample, GroupNorm, LayerNorm, ResnetBlock, Upsample
+from .layers import Downsample, GroupNorm, LayerNorm, ResnetBlock, Upsample, join_channels
 from .unet_config import UNetConfig
 
 __all__ = ["Attention", "DownBlock", "KeysValues", "MidBlock", "TransformerBlock", "UpBlock"]
@@ -226,7 +225,7 @@ class UpBlock(nn.Module):
         grow to, which is odd where a halving was rounded up.
         """
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), next(shifts))
+            x = resnet(join_channels(x, skips.pop()), next(shifts))
             if self.attentions:
                 x = self.attentions[i](x, texts)
         for upsample in self.upsamplers:

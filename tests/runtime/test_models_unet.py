@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from latentrt.errors import UnsupportedConfigError
 from latentrt.runtime.models import unet_blocks
+from latentrt.runtime.models.layers import join_channels
 from latentrt.runtime.models.unet import UNet, UNetConfig, input_names
 from tiny_checkpoints import UNETS, randomize
 from tolerances import MODEL, MODEL_HALF_VERSUS_THEIRS
@@ -313,3 +314,15 @@ def test_null_means_off_where_published_files_write_it() -> None:
     flags = ("upcast_attention", "use_linear_projection", "dual_cross_attention", "only_cross_attention")
     config = full_config("sd15")
     assert UNetConfig.from_dict(config | dict.fromkeys(flags)) == UNetConfig.from_dict(config)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 4, 1, 1), (3, 1, 2, 2)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_channels_are_joined_as_by_cat(
+    shape: tuple[int, int, int, int], layout: torch.memory_format
+) -> None:
+    batch, channels, *size = shape
+    pair = [torch.randn(batch, c, *size).contiguous(memory_format=layout) for c in (channels, channels + 2)]
+    joined, wanted = join_channels(*pair), torch.cat(pair, dim=1)
+    assert joined.equal(wanted)
+    assert joined.stride() == wanted.stride()
