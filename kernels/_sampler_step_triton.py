@@ -183,8 +183,15 @@ def plan(
     launches = []
     if guided and (rescales is not None or rescale > 0):
         ratio = torch.empty(B, dtype=x.dtype, device=x.device)
-        args = {"out_ptr": model_out, "scale_ptr": tensor, "rescale_ptr": rescales, "ratio_ptr": ratio}
-        args |= {"scale": number, "B": B, "P": model_out[0].numel()}
+        args = {
+            "out_ptr": model_out,
+            "scale_ptr": tensor,
+            "rescale_ptr": rescales,
+            "ratio_ptr": ratio,
+            "scale": number,
+            "B": B,
+            "P": model_out[0].numel(),
+        }
         launches.append(Launch(_ratio_kernel, (B,), args, {"BLOCK": 4096}, num_warps=16))
     launches.append(
         Launch(

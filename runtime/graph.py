@@ -75,7 +75,7 @@ class Graphs:
                     self._last = torch.cuda.current_stream(self.device).record_event()
 
     def capture(self, work: Callable[[], object], what: str) -> Graph:
-        """Record `work`, which runs once or twice meanwhile: write the static tensors afterwards.
+        """Record `work`, which runs up to three times meanwhile: write the static tensors afterwards.
 
         Args:
             what: its name, for messages.
@@ -145,8 +145,16 @@ def _run_in_pool(pool: Any, stream: torch.cuda.Stream, work: Callable[[], object
     cuBLAS keeps as its workspace for the stream would be outside of the pool, where PyTorch frees it with the first
     graph that goes, while others still write there. One that is there already, since PyTorch's streams are 32 that come
     round again, is let go before; graphs that have it keep it with their pool.
+
+    cuDNN, where PyTorch was told to let it try its algorithms (`torch.backends.cudnn.benchmark`), takes the largest
+    workspace that any of them wants and gives it back to the allocator. To a pool that would be for as long as there
+    are graphs, so it tries them before, elsewhere; PyTorch remembers what it chose.
     """
     device = torch.cuda.current_device()
+    if torch.backends.cudnn.benchmark:
+        with torch.cuda.stream(stream):
+            work()
+        stream.synchronize()
     torch.cuda.empty_cache()  # an allocation does not do so by itself, for want of memory, while one goes into a pool
     torch._C._cuda_beginAllocateCurrentThreadToPool(device, pool)
     try:

@@ -183,6 +183,19 @@ def test_work_runs_first_in_the_pool_that_it_is_captured_into(monkeypatch: pytes
     assert cuda.holders == {(0, 1): 0}
 
 
+def test_cudnn_tries_its_algorithms_outside_of_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they take would stay there; then what it chose is known, and the work runs in the pool as ever."""
+    cuda = FakeAllocator(monkeypatch)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    Graphs(torch.device("cuda:0")).capture(cuda.work, "work")
+    assert cuda.log[1:] == [
+        *("work in None", "synchronize side", "empty the cache"),
+        *("clear workspaces", "work in (0, 1)", "synchronize side"),
+        *("capture", "work in (0, 1)"),
+        "current waits for side",
+    ]
+
+
 def test_graphs_share_a_pool_while_one_of_them_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch refuses one that all have left."""
     cuda, graphs = FakeAllocator(monkeypatch), Graphs(torch.device("cuda:0"))
