@@ -318,9 +318,7 @@ def test_null_means_off_where_published_files_write_it() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 4, 1, 1), (3, 1, 2, 2)], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_channels_are_joined_as_by_cat(
-    shape: tuple[int, int, int, int], layout: torch.memory_format
-) -> None:
+def test_channels_are_joined_as_by_cat(shape: tuple[int, int, int, int], layout: torch.memory_format) -> None:
     batch, channels, *size = shape
     pair = [torch.randn(batch, c, *size).contiguous(memory_format=layout) for c in (channels, channels + 2)]
     joined, wanted = join_channels(*pair), torch.cat(pair, dim=1)
