@@ -18,7 +18,7 @@ from ..errors import KernelArgumentError
 from ..kernels.sampler_step import COLUMNS, HISTORY, sampler_step, step_row
 from .engines.base import Timesteps
 from .sampler import SamplerTable
-from .streams import Pace, queue_of
+from .streams import Pace
 
 __all__ = [
     "DenoiseState",
@@ -26,15 +26,9 @@ __all__ = [
     "LoopKind",
     "OnStep",
     "Reports",
-    "UNetCall",
-    "denoise",
     "require_channels",
     "walk",
 ]
-
-UNetCall = Callable[[Tensor, Tensor], Tensor]
-"""(sample [R, C, h, w], timestep float32 [R]) -> output [R, C or 2C, h, w], with R = B, or 2B with guidance
-(the unconditional half first)."""
 
 OnStep = Callable[[int, float, Tensor], Tensor | None]
 """(step from 0, timestep, a copy of the latents after it) -> latents to go on with instead, or None. The device has
@@ -143,7 +137,7 @@ class DenoiseState:
 
     @property
     def nbytes(self) -> int:
-        """Of all of them."""
+        """Bytes of all static tensors."""
         return sum(x.nbytes for x in (*vars(self).values(), self.timesteps.values) if isinstance(x, Tensor))
 
     def start(
@@ -154,7 +148,16 @@ class DenoiseState:
         guidance_rescale: float = 0.0,
         noise: Tensor | None = None,
     ) -> None:
-        """Take up a run of this kind but for its latents; arguments are those of `denoise`."""
+        """Take up a run of this kind but for its latents.
+
+        Args:
+            guidance_scale: a number or float32 [B], where the kind is guided.
+            guidance_rescale: see `sampler_step`.
+            noise: from `NoiseSource.draw_steps`, on any device.
+
+        Raises:
+            KernelArgumentError: the sampler draws noise, and there is none.
+        """
         if self._noise is not None:
             if noise is None:
                 raise KernelArgumentError(
@@ -194,51 +197,6 @@ class DenoiseState:
         self._index += 1
 
 
-def denoise(
-    unet: UNetCall,
-    latents: Tensor,
-    table: SamplerTable,
-    *,
-    guidance_scale: float | Tensor | None = None,
-    guidance_rescale: float = 0.0,
-    noise: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    on_step: OnStep | None = None,
-    should_stop: Callable[[], bool] | None = None,
-) -> Tensor:
-    """Take every step of the table with any function for a UNet.
-
-    Args:
-        unet: the model; it is called once for each step, and must not keep its arguments.
-        latents: [B, C, h, w] at the noise level of the table's first step; left as they are.
-        guidance_scale: a number or float32 [B]; None runs the model without its unconditional half.
-        guidance_rescale: see `sampler_step`.
-        noise: from `NoiseSource.draw_steps`, on any device.
-        dtype: of the sample given to the model. The latents stay float32.
-        on_step: called after each step.
-        should_stop: asked before each step; true ends the loop with the latents as they are.
-
-    Returns:
-        float32 [B, C, h, w].
-
-    Raises:
-        KernelArgumentError: shapes that do not belong together.
-    """
-    B, C, h, w = latents.shape
-    state = DenoiseState(LoopKind.of((B, C, h, w), table, guidance_scale is not None, dtype), latents.device)
-    state.start(table, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, noise=noise)
-    state.latents.copy_(latents)
-
-    def predict() -> None:
-        out = unet(state.sample, state.timestep)
-        require_channels(out.shape[1], C, table)
-        state.prediction.copy_(out)
-
-    host = Host(Pace(queue_of(latents.device)), should_stop=should_stop, on_step=on_step)
-    walk(state.latents, lambda: state.step(predict), table, host)
-    return state.latents
-
-
 def walk(latents: Tensor, step: Callable[[], None], table: SamplerTable, host: Host) -> None:
     """Call `step`, which updates the latents, for every row of the table."""
     for index, timestep in enumerate(table.timesteps):
@@ -262,7 +220,7 @@ def walk(latents: Tensor, step: Callable[[], None], table: SamplerTable, host: H
 
 
 def require_channels(channels: int | str, latent_channels: int, table: SamplerTable) -> None:
-    """Whether a UNet's output is what the sampler reads.
+    """Refuse a UNet whose output is not what the sampler reads.
 
     Raises:
         KernelArgumentError: it is not.

@@ -14,12 +14,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .denoise import DenoiseState, Host, LoopKind, OnStep, require_channels, walk
+from .denoise import DenoiseState, Host, LoopKind, require_channels, walk
 from .engines.base import Program
 from .engines.lazy import LazyEngine
 from .graph import Graph
 from .sampler import SamplerTable
-from .streams import Pace, queue_of
+from .streams import queue_of
 
 __all__ = ["Denoiser", "LoopRequest", "Run", "ready"]
 
@@ -32,7 +32,9 @@ class LoopRequest:
         shape: of the latents, (B, C, h, w).
         table: of whose steps it takes every one.
         constants: the UNet's inputs that are the same in every step, by name.
-        guidance_scale, guidance_rescale, noise: as for `denoise`.
+        guidance_scale: a number or float32 [B]; None runs the UNet without its unconditional half.
+        guidance_rescale: see `sampler_step`.
+        noise: from `NoiseSource.draw_steps`, on any device; None where the sampler draws none.
     """
 
     shape: tuple[int, int, int, int]
@@ -113,28 +115,6 @@ class Denoiser:
         self._unet = unet
         self._width = width
 
-    def __call__(
-        self,
-        latents: Tensor,
-        table: SamplerTable,
-        constants: Mapping[str, Tensor],
-        *,
-        guidance_scale: float | Tensor | None = None,
-        guidance_rescale: float = 0.0,
-        noise: Tensor | None = None,
-        on_step: OnStep | None = None,
-        should_stop: Callable[[], bool] | None = None,
-        progress: Callable[[], None] | None = None,
-    ) -> Tensor:
-        """Take up a request, as `LoopRequest` has it, and run it, as `Host` says."""
-        B, C, h, w = latents.shape
-        asked = LoopRequest((B, C, h, w), table, constants, guidance_scale, guidance_rescale, noise)
-        host = Host(
-            Pace(queue_of(latents.device)), should_stop=should_stop, progress=progress, on_step=on_step
-        )
-        with self.ready(asked) as run:
-            return run(latents, host)
-
     def size(self, asked: LoopRequest) -> int:
         """How much memory a step takes, in proportion: a UNet's largest tensors are those of its full resolution."""
         B, _, h, w = asked.shape
@@ -148,10 +128,9 @@ class Denoiser:
         dtype = unet.component.dtype
         require_channels(unet.component.outputs[0].dims[1], asked.shape[1], asked.table)
         kind = LoopKind.of(asked.shape, asked.table, asked.guidance_scale is not None, dtype)
-        tokens = (
-            next(iter(asked.constants.values())).shape[1] if asked.constants else 0
-        )  # vary with the model
-        key = kind, tokens
+        # The only size of the constants that a kind does not have: the text's length, which varies with the model.
+        first = next(iter(asked.constants.values()), None)
+        key = kind, 0 if first is None else first.shape[1]
         engine = unet.load()
         # Not if it was loaded anew, or moved to another device.
         loop: _Loop | None = unet.kept.take(unet.token, key, lambda loop: loop.engine is engine)

@@ -14,9 +14,9 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
-from latentrt.runtime.denoise import denoise
 from latentrt.runtime.latents import NoiseSource, initial_latents, noised_latents
 from latentrt.runtime.sampler import SamplerConfig, build_table, step_range
+from loops import denoise
 from torch import Tensor
 
 Fields = dict[str, Any]

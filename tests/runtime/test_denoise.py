@@ -7,9 +7,10 @@ import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 from latentrt.errors import KernelArgumentError
 from latentrt.kernels.sampler_step import sampler_step
-from latentrt.runtime.denoise import DenoiseState, LoopKind, denoise
+from latentrt.runtime.denoise import DenoiseState, LoopKind
 from latentrt.runtime.latents import NoiseSource
 from latentrt.runtime.sampler import SamplerTable, build_table
+from loops import denoise
 from sampler_oracle import (
     CLASSES,
     config_of,

@@ -15,7 +15,7 @@ import pytest
 import tiny_components as tiny
 import torch
 from latentrt.errors import CaptureError
-from latentrt.runtime.denoise import Host, denoise
+from latentrt.runtime.denoise import Host
 from latentrt.runtime.denoiser import Denoiser, LoopRequest, ready
 from latentrt.runtime.engines.base import Component, example_inputs
 from latentrt.runtime.engines.lazy import EngineLoader, LazyEngine
@@ -23,6 +23,7 @@ from latentrt.runtime.graph import Graph, Graphs
 from latentrt.runtime.latents import NoiseSource
 from latentrt.runtime.sampler import SamplerTable, build_table
 from latentrt.runtime.streams import Pace, queue_of
+from loops import denoise, run_loop
 from sampler_oracle import CLASSES, config_of, generators, make_scheduler, noise_like
 from torch import Tensor
 
@@ -84,7 +85,7 @@ class Request:
         return LoopRequest((B, C, h, w), self.table, self.constants, **self.options)
 
     def run(self, loop: Denoiser, **options: Any) -> Tensor:
-        return loop(self.latents, self.table, self.constants, **self.options, **options)
+        return run_loop(loop, self.latents, self.table, self.constants, **self.options, **options)
 
 
 @pytest.mark.parametrize("sampler", CLASSES)
@@ -274,7 +275,7 @@ def test_loops_are_recorded_largest_first_and_all_before_the_first_step(
     assert captures == ["step"] * (first.steps + second.steps)
     plain = Denoiser(engine(component, graphs=False))
     between = first.run(plain)
-    assert latents.equal(plain(between, second.table, second.constants, **second.options))
+    assert latents.equal(run_loop(plain, between, second.table, second.constants, **second.options))
 
 
 class LazyEngineSpy:

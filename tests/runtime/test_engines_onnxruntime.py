@@ -20,7 +20,6 @@ from latentrt import export
 from latentrt.errors import BackendError, BackendUnavailableError, CacheError
 from latentrt.export.check import relative_error
 from latentrt.runtime import prepare
-from latentrt.runtime.denoise import denoise
 from latentrt.runtime.denoiser import Denoiser
 from latentrt.runtime.engines import onnxruntime as ort_engine
 from latentrt.runtime.engines.base import Component, Engine, example_inputs
@@ -28,6 +27,7 @@ from latentrt.runtime.engines.lazy import EngineLoader
 from latentrt.runtime.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine
 from latentrt.runtime.prepare import onnx_model
 from latentrt.runtime.sampler import build_table
+from loops import denoise, run_loop
 from sampler_oracle import config_of, make_scheduler, noise_like
 from tolerances import EXPORT_FLOAT32
 from torch import Tensor
@@ -190,7 +190,7 @@ def test_a_loop_over_a_bound_session_is_the_loop_over_calls_to_the_bit(cache_dir
     wanted = denoise(unet, x, table, guidance_scale=4.0)
     loop = Denoiser(lazy)
     for _ in range(2):
-        assert loop(x, table, constants, guidance_scale=4.0).equal(wanted)
+        assert run_loop(loop, x, table, constants, guidance_scale=4.0).equal(wanted)
 
 
 @pytest.mark.parametrize(

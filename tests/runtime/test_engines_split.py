@@ -27,6 +27,7 @@ from latentrt.runtime.loading import load_components
 from latentrt.runtime.sampler import build_table
 from latentrt.runtime.sampler_config import SamplerConfig
 from latentrt.runtime.weights import open_checkpoint
+from loops import run_loop
 from tolerances import MODEL
 from torch import Tensor
 
@@ -209,7 +210,9 @@ def test_the_denoiser_runs_the_parts() -> None:
         latents = torch.randn(1, 4, 8, 6, generator=torch.Generator().manual_seed(seed))
         constants = tiny.named_inputs(component, seed, batch=2)
         del constants["sample"], constants["timestep"]
-        found, wanted = (loop(latents, table, constants, guidance_scale=5.0) for loop in (parts, whole))
+        found, wanted = (
+            run_loop(loop, latents, table, constants, guidance_scale=5.0) for loop in (parts, whole)
+        )
         assert relative(found, wanted) < MODEL
 
 
