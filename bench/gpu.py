@@ -32,6 +32,7 @@ from .cases import SIDES
 from .endings import signals_as_ctrl_c
 from .full import FAREWELL, Part, line, read_result, run_part
 from .kernel_timing import RESULTS
+from .stats import LEAST_ROUNDS
 from .verdicts import of_kernels, of_side, of_tuning
 
 __all__ = ["Step", "lacking", "main", "steps"]
@@ -175,10 +176,11 @@ class _Bench:
     reference: str
 
     def step(self, case: str, batch: int, side: str) -> Step:
-        """A side beside the reference; alone, beside that in float32 as well, and in a batch for its throughput."""
-        exact = (
-            ("--side", f"{self.reference}@float32", "--pictures", "2") if batch == 1 else ("--rounds", "3")
-        )
+        """A side beside the reference; alone, held against pictures of that in float32 and in as few rounds as an
+        interval of 95 % takes, and in a batch for its throughput."""
+        exact: tuple[str, ...] = ("--rounds", "3")
+        if batch == 1:
+            exact = ("--side", f"{self.reference}@float32", "--pictures", "2", "--rounds", f"{LEAST_ROUNDS}")
         out = self.results / f"gpu-{case}-{batch}" / side
         command = (
             *("-m", "latentrt.cli", "bench", "--device", "cuda", "--case", case, "--batch", str(batch)),

@@ -1,7 +1,8 @@
 """How a case is measured: sides' pictures first, and then, in turns, the times of those that pass.
 
     each side alone     a process that builds, or just reads the files once -> cold process -> first picture -> its
-                        best setting; its process stays open
+                        best setting; its process stays open. A reference that is not in the case's dtype makes its
+                        pictures in one process, and no more
     pictures            the same prompts and seeds from each, one by one, held against the reference; the gate
     each batch size     a warm-up, a run with memory sampled, then rounds: A B C, B C A, C A B, ...; timed pictures are
                         held against what the reference made of the same seeds one by one
@@ -175,6 +176,8 @@ class CaseRun:
         self._choose_reference(eager)
         for lane in eager:
             self._attempt(lane, self._judge)
+            if self._gives_pictures_only(lane):
+                lane.end("reference", "only its pictures are taken")
         self._note()
         self._build_all([lane for lane in group if lane not in eager])
         for lane in group:
@@ -184,8 +187,20 @@ class CaseRun:
                 self._attempt(lane, self._judge)
                 self._note()
         for batch in self._case.batches:
-            self._measure_batch([lane for lane in group if batch in lane.batches], batch)
+            lanes = [lane for lane in group if lane.status == "measured" and batch in lane.batches]
+            self._measure_batch(lanes, batch)
             self._note()
+
+    def _gives_pictures_only(self, lane: Lane) -> bool:
+        """Whether it is there for others to be held against, and nobody asks how long it takes: eager PyTorch in
+        float32 where the case is not, unless it is what speed is compared with, or comes too late to be the
+        reference."""
+        return (
+            lane.spec.name in self._eager_sides
+            and lane.job.dtype == "float32" != self._case.dtype
+            and lane is not self._lanes[0]
+            and (self._reference is None or self._reference is lane)
+        )
 
     def _attempt(self, lane: Lane, work: Callable[[Lane], None], where: str = "") -> None:
         """A side's failure is its own, and one that is out is not asked again."""
@@ -222,14 +237,16 @@ class CaseRun:
         if lane.host is not None:  # the first side, in a later group
             return
         name = lane.spec.name
-        if lane.build_seconds is None:
+        timed = not self._gives_pictures_only(lane)
+        if timed and lane.build_seconds is None:
             self._tell(name, "its files")
             self._first_image(lane)
             lane.close()
         self._tell(name, "first image")
         lane.first_image_seconds, first = self._first_image(lane)
-        self._tell(name, "its best setting")
-        lane.settings = self._host(lane).tune()
+        if timed:
+            self._tell(name, "its best setting")
+            lane.settings = self._host(lane).tune()
         kept = self._kept(first)
         images = np.empty((self._count, *kept.shape[1:]), kept.dtype)
         images[:1] = kept

@@ -32,7 +32,8 @@ def of_side(out: Path, side: str) -> Verdict:
         return Verdict(False, str(error))
     rows = [row for case in found.cases for row in case.rows]
     good = [row.side for row in rows if row.status == "measured" and row.batches]
-    why = [f"{row.side} {row.status}: {row.reason}" for row in rows if row.side not in good]
+    bad = [row for row in rows if row.side not in good and row.status != "reference"]
+    why = [f"{row.side} {row.status}: {row.reason}" for row in bad]
     why += [f"skipped: {case.skipped}" for case in found.cases if case.skipped]
     why += [] if found.complete else ["it was interrupted"]
     return Verdict(found.complete and side in good, "; ".join(why))

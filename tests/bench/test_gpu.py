@@ -145,7 +145,7 @@ def test_a_side_is_held_against_eager_pytorch(there: bool, monkeypatch: pytest.M
             "work",
         ),
         *("--patience", "240", "--side", reference, "--side", f"{reference}@float32", "--pictures", "2"),
-        *("--side", "latentrt-triton", "--out", "results/gpu-sdxl-1/latentrt-triton"),
+        *("--rounds", "6", "--side", "latentrt-triton", "--out", "results/gpu-sdxl-1/latentrt-triton"),
     )
     assert step.sides == (reference, "latentrt-triton")
     assert ("sdxl-latentrt-eager" in found) is there  # nothing is held against itself

@@ -32,6 +32,11 @@ def test_one_that_was_not_fails_whatever_was_measured_beside_it(status: str, tmp
     assert verdicts.of_side(folder, "diffusers") == (True, f"{SIDE} {status}: it broke")
 
 
+def test_a_reference_is_not_told_of(tmp_path: Path) -> None:
+    folder = written(tmp_path, status="reference", reason="only its pictures are taken", batches=[])
+    assert verdicts.of_side(folder, "diffusers") == (True, "")
+
+
 def test_one_without_the_batch_that_was_asked_for_fails(tmp_path: Path) -> None:
     assert not verdicts.of_side(written(tmp_path, batches=[], reason="no memory"), SIDE).passed
     assert not verdicts.of_side(written(tmp_path), "latentrt-triton").passed
