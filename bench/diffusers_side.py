@@ -8,8 +8,6 @@ with max-autotune Inductor's options and fused projections.
 from __future__ import annotations
 
 import functools
-import gc
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,10 @@ from ..runtime.weights import refiner_source
 from .cases import Case
 from .models import checkpoint_folder
 from .monitor import Span
-from .side import Made, Side, now, try_convolutions, vae_in
+from .side import Made, Side, give_back, now, take_quicker_layout, try_convolutions, vae_in
 
 __all__ = ["DiffusersSide", "compile_options", "load_pipelines", "open_side"]
 
-_TRIAL_STEPS = 4
 _FROM_NOISE = 1e-6
 """Of the schedule, so that diffusers' refiner takes every step: at 0 it falls back to image to image."""
 
@@ -89,7 +86,7 @@ class DiffusersSide(Side):
                 pipe.encode_prompt = self._timed_text(pipe.encode_prompt)
                 pipe.scheduler.scale_model_input = self._marking("loop", pipe.scheduler.scale_model_input)
         base.vae.decode = self._marking("decode", base.vae.decode)
-        _give_back(device)  # what was moved, or replaced by sessions
+        give_back(device)  # what was moved, or replaced by sessions
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
         return self.make(prompts, seeds, self._case.steps)
@@ -183,30 +180,10 @@ class DiffusersSide(Side):
 
 
 class _Eager(DiffusersSide):
-    """Which layout convolutions like depends on the machine: `tune` takes a few steps in each and keeps the faster."""
+    """In the layout that is faster here."""
 
     def tune(self) -> None:
-        seconds = {}
-        formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-        for name, memory_format in formats.items():
-            self.set_memory_format(memory_format)
-            times = []
-            for _ in range(3):
-                begin = time.perf_counter()
-                self.make([""], [0], _TRIAL_STEPS)
-                times.append(now(self._device) - begin)
-            seconds[name] = min(times)
-        best = min(seconds, key=lambda name: seconds[name])
-        self.set_memory_format(formats[best])
-        _give_back(self._device)
-        self.settings += f", {best}"
-
-
-def _give_back(device: torch.device) -> None:
-    """Freed weights to the GPU: PyTorch would keep their memory, and NVML would count it as this side's."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
+        self.settings += take_quicker_layout(self.set_memory_format, self.make, self._device)
 
 
 def open_side(

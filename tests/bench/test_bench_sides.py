@@ -25,6 +25,7 @@ from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.side import factory
 from latentrt.errors import BackendUnavailableError, RequestError
 from latentrt.runtime.latents import NoiseSource
+from latentrt.runtime.pipeline import Pipeline
 from planted_sides import planted
 
 SMALL_UNET = {
@@ -133,6 +134,45 @@ def test_convolutions_of_pytorch_are_set_up_alike_on_both_sides(
     side = LatentrtSide(case, pipe)
     assert torch.backends.cudnn.benchmark is tries
     assert ("cudnn.benchmark" in side.settings) is tries
+
+
+def test_latentrts_eager_modules_run_as_diffusers_does(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they stand in for it: without CUDA graphs, which are the default on a GPU, and in the quicker layout, without
+    the other one's weights."""
+    asked: dict[str, Any] = {}
+    load = Pipeline.from_pretrained
+    monkeypatch.setattr(
+        Pipeline, "from_pretrained", lambda *args, **options: asked.update(options) or load(*args, **options)
+    )
+    (spec,) = sides_named(["latentrt-eager"])
+    side: Any = factory(spec)(case, torch.device("cpu"), torch.float32, tmp_path, **spec.options)
+    assert asked["graphs"] is False
+    vae = SimpleNamespace(dtype=torch.float16)
+    on_gpu: Any = SimpleNamespace(backend="eager", device=torch.device("cuda"), vae=vae)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    assert type(side)(case, on_gpu).settings.endswith(", no CUDA graphs")
+
+    before = side(["a cat"], [3]).images
+    seen: list[Any] = []
+
+    def weight() -> torch.Tensor:
+        engines = [lazy.load() for lazy in side._pipe._loader._engines if lazy.component.name == "unet"]
+        assert len(engines) == 2  # base and refiner
+        return engines[0]._module.conv_in.weight
+
+    def seconds(place: torch.device) -> float:
+        seen.append(weight().is_contiguous(memory_format=torch.channels_last))
+        return time.perf_counter() + 1000 * (not seen[-1])
+
+    monkeypatch.setattr("latentrt.bench.side.now", seconds)
+    side.tune()
+    assert seen == [False] * 3 + [True] * 3
+    assert weight().is_contiguous(memory_format=torch.channels_last)
+    assert side.settings.endswith(", channels_last")
+    assert side._pipe.backend == "eager"
+    assert likeness(side(["a cat"], [3]).images, before)[0] > 100
 
 
 def test_random_weights_are_drawn_where_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +301,8 @@ def test_freed_weights_are_no_memory_of_a_side(
         return StandIn(), None
 
     monkeypatch.setattr("latentrt.bench.diffusers_side.load_pipelines", loaded)
-    monkeypatch.setattr("latentrt.bench.diffusers_side.now", lambda device: time.perf_counter())
+    for module in ("side", "diffusers_side"):
+        monkeypatch.setattr(f"latentrt.bench.{module}.now", lambda device: time.perf_counter())
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(held[-1]() is None))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     side = open_side(replace(case, refiner=None), torch.device("cuda"), torch.float16, tmp_path)
