@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +60,20 @@ def test_the_command(
     monkeypatch.setattr(packing, "_MOST_OFF", -1.0)
     monkeypatch.setattr(packing, "_ROUNDING", 0.0)
     assert main([*arguments, "--only", "doubling"]) == 1
+
+
+def test_what_was_timed_is_kept_when_it_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(block: Block, *how: Any) -> dict[str, Any]:
+        if block is SMALL[2]:
+            raise KeyboardInterrupt
+        return measure(block, *how)
+
+    monkeypatch.setattr(packing, "BLOCKS", tuple(SMALL))
+    monkeypatch.setattr(packing, "measure", ended)
+    with pytest.raises(KeyboardInterrupt):
+        main(["--device", "cpu", "--seconds", "0", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "packing_cpu.json").read_text())["rows"]
+    assert [row["block"] for row in rows] == [block.name for block in SMALL[:2]]
 
 
 def test_the_blocks_are_those_of_a_decoding() -> None:
