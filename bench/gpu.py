@@ -17,7 +17,7 @@ import argparse
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +33,7 @@ from .endings import signals_as_ctrl_c
 from .full import FAREWELL, Part, line, read_result, run_part
 from .kernel_timing import RESULTS
 from .stats import LEAST_ROUNDS
-from .verdicts import of_kernels, of_side, of_tuning
+from .verdicts import is_left, of_kernels, of_side, of_tuning
 
 __all__ = ["Step", "lacking", "main", "steps"]
 
@@ -45,6 +45,8 @@ _PATIENCE = {"diffusers-compile": _LIMIT, "diffusers-max-autotune": _COMPILES}
 _PATIENCE_ELSE = 240.0  # seconds of one answer of a side
 _SHOWN = 40  # lines of a log
 _LEAST = 60.0  # seconds below which nothing is begun
+_RUNS = 4
+"""Of one that goes on by itself, at most: a kernel that never comes back ends it, and the next run passes over that."""
 _FIRST = "latentrt-triton"
 _LAST = "diffusers-max-autotune"
 _REST = (
@@ -67,14 +69,17 @@ class Step:
     Attributes:
         choosing: one of the sides is enough: it takes those that there are.
         kept: what its side builds, by glob; removed when it passed, since a disk does not hold that of all sides.
-        resumes: it goes on by itself, and passes when its time is over: it is always run.
+        left: whether it has anything left to do, of one that goes on by itself, and passes when its time is over: it
+            is always run.
+        seconds: that such a one is told to take.
     """
 
     part: Part
     sides: tuple[str, ...] = ()
     choosing: bool = False
     kept: str = ""
-    resumes: bool = False
+    left: Callable[[], bool] | None = None
+    seconds: float = 0.0
 
     def missing(self) -> list[str]:
         """Why it has nothing to do on this machine; empty where it has."""
@@ -103,7 +108,7 @@ def steps(
     bench = _Bench(results, work, reference)
     files = _files()
     first = {name: bench.step(name, 1, _FIRST) for name in _CASES}
-    kernels: tuple[str, ...] = ("-m", "latentrt.cli", "kernels", "--seconds", f"{kernel_seconds:g}")
+    kernels: tuple[str, ...] = ("-m", "latentrt.cli", "kernels")
     kernels += () if out is None else ("--out", str(out))
     found = RESULTS if out is None else out
     tune = _part("tune", *kernels, "--tune", *(word for op in tuned for word in ("--op", op)))
@@ -112,14 +117,23 @@ def steps(
     many = [bench.step("sdxl", n, side) for n in (2, 4, 8) for side in (_FIRST, "latentrt-tensorrt")]
     return [
         Step(_tests("graph-tests", files["graph"])),
-        Step(_tests("kernel-tests", files["kernel"], "--timeout=150", workers=4)),
+        # Of a test's first call most is compiling, at most 5 s on a slow core.
+        Step(_tests("kernel-tests", files["kernel"], "--timeout=45", workers=4)),
         Step(_timeline("sdxl", results, work)),
         first["sdxl"],
         first["sdxl-refiner"],
         Step(_timeline("sdxl-refiner", results, work)),
         Step(_part("packing", "-m", "latentrt.bench.packing", "--device", "cuda", "--out", str(found))),
-        Step(replace(tune, verdict=partial(of_tuning, found)), resumes=True),
-        Step(replace(time_them, verdict=partial(of_kernels, found)), resumes=True),
+        Step(
+            replace(tune, verdict=partial(of_tuning, found)),
+            left=partial(is_left, found, "tuning"),
+            seconds=kernel_seconds,
+        ),
+        Step(
+            replace(time_them, verdict=partial(of_kernels, found)),
+            left=partial(is_left, found, "kernels"),
+            seconds=kernel_seconds,
+        ),
         Step(
             _tests("engine-tests", files["engine"]),
             ("latentrt-tensorrt", "latentrt-tensorrt-rtx"),
@@ -268,27 +282,38 @@ def _run(
     for step in chosen:
         name = step.part.name
         missing = step.missing()
-        left = end - time.monotonic() - FAREWELL
         if missing:
             yield _told(f"{name:<36}left out: {', '.join(missing)}"), True
             continue
-        if left < _LEAST:
+        if _until(end) < _LEAST:
             yield _told(f"{name:<36}not run: no time is left"), False
             continue
-        part = replace(step.part, limit=min(step.part.limit, left))
-        _told(f"{name}: at most {part.limit:.0f} s; {folder / name}.log")
-        try:
-            result = run_part(part, folder, again=again or step.resumes)
-        finally:
-            if name == "tune" and folder != _BUILD:  # they are written where the kernels read them
-                shutil.copytree(tuning.FOLDER, folder.parent / "tuned", dirs_exist_ok=True)
-        with suppress(FileNotFoundError):  # one that passed before may have left its result only
-            log = (folder / f"{name}.log").read_text("utf-8", errors="replace").splitlines()
-            _told("\n".join(log[-_SHOWN:]))
+        begun = time.monotonic()
+        for _ in range(_RUNS):
+            part = replace(step.part, limit=min(step.part.limit, _until(end)))
+            if step.left is not None:
+                seconds = max(_LEAST, begun + step.seconds - time.monotonic())
+                part = replace(part, command=(*part.command, "--seconds", f"{seconds:.0f}"))
+            _told(f"{name}: at most {part.limit:.0f} s; {folder / name}.log")
+            try:
+                result = run_part(part, folder, again=again or step.left is not None)
+            finally:
+                if name == "tune" and folder != _BUILD:  # they are written where the kernels read them
+                    shutil.copytree(tuning.FOLDER, folder.parent / "tuned", dirs_exist_ok=True)
+            with suppress(FileNotFoundError):  # one that passed before may have left its result only
+                log = (folder / f"{name}.log").read_text("utf-8", errors="replace").splitlines()
+                _told("\n".join(log[-_SHOWN:]))
+            if result.passed or step.left is None or not step.left() or _until(end) < _LEAST:
+                break
         if result.passed and step.kept:
             for built in work.glob(step.kept):
                 shutil.rmtree(built, ignore_errors=True)
         yield _told(line(part, result, folder)), result.passed
+
+
+def _until(end: float) -> float:
+    """Seconds that a part may take, so that it may still write down what it found."""
+    return end - time.monotonic() - FAREWELL
 
 
 def _told(text: str) -> str:

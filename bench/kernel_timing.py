@@ -53,8 +53,7 @@ CACHE_BYTES = 256 << 20
 CALLS = 16
 """At most, in one recorded graph."""
 HANG = 90.0
-"""Seconds after which one part of a row, or one candidate, is given up, and the process with it: a kernel may never
-return."""
+"""Seconds after which one part of a row is given up, and the process with it: a kernel may never return."""
 LOST = "never came back"
 """What the file says of a row from when it begins; it stays where the process ended in it."""
 
@@ -183,10 +182,10 @@ def compile_ahead(bench: Bench, requests: Sequence[aot.Request]) -> None:
 
 
 @contextmanager
-def watched(bench: Bench) -> Iterator[None]:
+def watched(bench: Bench, seconds: float = HANG) -> Iterator[None]:
     """A kernel that hangs takes the process with it, and the next run goes on behind it."""
     if bench.device.type == "cuda":
-        faulthandler.dump_traceback_later(HANG, exit=True)
+        faulthandler.dump_traceback_later(seconds, exit=True)
     try:
         yield
     finally:

@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 DTYPE = torch.bfloat16
 SECONDS = 0.08
 """Of replays, for one candidate at one case."""
+HANG = 30.0
+"""Seconds after which a candidate is given up; what it compiles to is there by then."""
 
 Trials = dict[str, dict[str, float | str]]
 """Candidate -> case -> microseconds of its calls in one forward, or what went wrong."""
@@ -151,7 +153,7 @@ def _try(bench: Bench, use: _Use, table: str, trials: Trials, save: Callable[[],
         row[use.name] = LOST
         save()
         try:
-            with watched(bench), tuning.trying(table, candidate):
+            with watched(bench, HANG), tuning.trying(table, candidate):
                 row[use.name] = _time(bench, use, gate, inputs)
         except KeyboardInterrupt:  # it would have come back
             del row[use.name]

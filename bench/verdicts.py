@@ -16,7 +16,7 @@ from .kernels import failures
 from .machine import describe_machine
 from .results import read_report
 
-__all__ = ["of_kernels", "of_side", "of_tuning"]
+__all__ = ["is_left", "of_kernels", "of_side", "of_tuning"]
 
 
 def of_side(out: Path, side: str) -> Verdict:
@@ -64,6 +64,16 @@ def of_tuning(out: Path) -> Verdict:
     if isinstance(found, Verdict):
         return found
     return Verdict(True, f"left: {', '.join(found['left'])}" if found["left"] else "")
+
+
+def is_left(out: Path, what: str) -> bool:
+    """Whether anything is left of "kernels" (`--measure`) or "tuning" (`--tune`); all is where nothing was written.
+
+    Args:
+        out: folder of its results.
+    """
+    found = _read(out / f"{what}-{slug(describe_machine())}.json")
+    return isinstance(found, Verdict) or bool(found["left"])
 
 
 def _read(path: Path) -> dict[str, Any] | Verdict:

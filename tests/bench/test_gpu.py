@@ -113,11 +113,12 @@ def test_tests_for_a_gpu_are_collected_without_what_they_do_not_need(tmp_path: P
 
 def test_kernels_are_tuned_and_timed_as_it_is_asked(tmp_path: Path) -> None:
     plain = {step.part.name: step.part.command for step in steps()}
-    assert plain["tune"] == ("-m", "latentrt.cli", "kernels", "--seconds", "400", "--tune")
+    assert plain["tune"] == ("-m", "latentrt.cli", "kernels", "--tune")
     asked = gpu.steps(Path("r"), Path("w"), out=Path("o"), kernel_seconds=90, tuned=["attention", "geglu"])
     found = {step.part.name: step.part.command[3:] for step in asked}
-    assert found["tune"] == ("--seconds", "90", "--out", "o", "--tune", "--op", "attention", "--op", "geglu")
-    assert found["kernels"] == ("--seconds", "90", "--out", "o", "--measure")
+    assert found["tune"] == ("--out", "o", "--tune", "--op", "attention", "--op", "geglu")
+    assert found["kernels"] == ("--out", "o", "--measure")
+    assert {step.part.name: step.seconds for step in asked if step.left} == {"tune": 90, "kernels": 90}
     commands = [step.part.command[1:] for step in asked if step.part.command]
     for module, *arguments in commands:  # which take what they are given
         if module == "latentrt.cli":
@@ -184,7 +185,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ),
         Step(part("absent", ""), ("diffusers",)),
         Step(part("good", ""), kept="sdxl/good-*"),
-        Step(part("tune", ""), resumes=True),
+        Step(part("tune", ""), left=lambda: False, seconds=90),
     ]
     monkeypatch.setattr(gpu, "steps", lambda *args, **kwargs: made)
     monkeypatch.setattr(gpu, "lacking", lambda side: "it is not installed" * (side == "diffusers"))
@@ -301,6 +302,35 @@ def test_what_passed_beside_another_reference_is_run_again(monkeypatch: pytest.M
     (alone, kernels), (beside, same) = digests
     assert alone != beside
     assert kernels == same
+
+
+@pytest.mark.parametrize(
+    ("hangs", "lost", "runs"), [(2, 0, 3), (9, 0, 4), (9, 9, 1)], ids=["two", "all", "nothing left"]
+)
+def test_a_hang_does_not_end_tuning(
+    hangs: int, lost: int, runs: int, planted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on with what is left, in what is left of its time."""
+    told = planted / "told"
+    code = (
+        "import sys; from pathlib import Path; "
+        f"file = Path({str(told)!r}); file.open('a').write(sys.argv[-1] + ' '); "
+        f"sys.exit(len(file.read_text().split()) <= {hangs})"
+    )
+    part = Part("tune", 60, command=("-c", code))
+    step = Step(part, left=lambda: not lost, seconds=200)
+    begun, plain = time.monotonic(), time.monotonic
+    # As if each run took 30 s.
+    monkeypatch.setattr(
+        gpu.time, "monotonic", lambda: plain() + 30 * (len(told.read_text().split()) if told.exists() else 0)
+    )
+    monkeypatch.setattr(gpu, "steps", lambda *args, **kwargs: [step])
+    assert gpu.main(["--out", str(planted / "out")]) == int(hangs >= runs)
+    assert plain() - begun < 60
+    seconds = [int(word) for word in told.read_text().split()]
+    assert len(seconds) == runs
+    for k, given in enumerate(seconds):
+        assert given == pytest.approx(200 - 30 * k, abs=10)
 
 
 def test_what_an_interrupted_run_found_is_kept_and_told(

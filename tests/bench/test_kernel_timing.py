@@ -228,6 +228,7 @@ def test_tuning_goes_on_where_it_stopped(here: Bench, monkeypatch: pytest.Monkey
                 kernel_tuning.tune(Bench(here.device, stops, folder=here.folder), [small_attention()])
         assert not saved
         assert verdicts.of_tuning(here.folder) == (True, "left: attention")
+        assert verdicts.is_left(here.folder, "tuning")
         result = kernel_tuning.tune(Bench(here.device, stops, folder=here.folder), [small_attention()])
     assert timed == [16, 16, 32, 16]  # the other case of the one that is left
     times = result["times"]["attention"]["16/d64-short"]
@@ -236,6 +237,8 @@ def test_tuning_goes_on_where_it_stopped(here: Bench, monkeypatch: pytest.Monkey
     assert (arch, table, best) == (80, "attention", {"16/d64-short": SMALL[1]})
     assert measured_on["gpu"] == "A Fake"
     assert verdicts.of_tuning(here.folder) == (True, "")
+    assert not verdicts.is_left(here.folder, "tuning")
+    assert verdicts.is_left(here.folder, "kernels")  # which nobody has timed
 
 
 def test_operators_that_share_a_table_are_tuned_together() -> None:
@@ -387,8 +390,7 @@ def test_a_hang_is_given_up() -> None:
     program = (
         "import time, torch\n"
         "from latentrt.bench import kernel_timing as t\n"
-        "t.HANG = 0.2\n"
-        "with t.watched(t.Bench(torch.device('cuda'), None)): time.sleep(3600)\n"
+        "with t.watched(t.Bench(torch.device('cuda'), None), 0.2): time.sleep(3600)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 1
