@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import latentrt
@@ -39,9 +40,13 @@ def load(**options: Any) -> latentrt.Pipeline:
 
 
 @pytest.fixture(scope="module")
-def graphed() -> latentrt.Pipeline:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    return load(backend="triton")
+def graphed() -> Iterator[latentrt.Pipeline]:
+    """Where bits may be compared: cuDNN's transposed convolutions may add up by atomics, in any order."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        yield load(backend="triton")
+    torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def test_work_is_replayed_over_what_the_static_tensors_hold() -> None:
