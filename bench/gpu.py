@@ -6,7 +6,8 @@ What is worth most comes first: whether graphs and kernels are right, where the 
 beside the reference, the kernels one by one, then everything else. A part that fails or takes too long does not keep
 the others from their turn, and what it had found until then is written. A part that passed, by what it found and not
 only by how it ended, is not run again with the same sources; the block sizes that a part finds count as a result, but
-for tests, so that `--again` is for figures with new ones. What is not installed is left out and said to be.
+for tests, so that `--again` is for figures with new ones. Those that a run with the same `--out` found are taken before
+anything begins: sources that came anew lack them. What is not installed is left out and said to be.
 
 Where diffusers is not installed, latentrt's own modules in eager PyTorch are what others are held against.
 """
@@ -32,6 +33,7 @@ from .cases import SIDES
 from .endings import signals_as_ctrl_c
 from .full import FAREWELL, Part, line, read_result, run_part
 from .kernel_timing import RESULTS
+from .kernel_tuning import take_tuned
 from .stats import LEAST_ROUNDS
 from .verdicts import is_left, of_kernels, of_side, of_tuning
 
@@ -260,6 +262,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(f"these parts are for a CUDA GPU, and PyTorch {torch.__version__} sees none")
         return 1
+    if out is not None and (taken := take_tuned(out / "tuned")):
+        print(f"block sizes from {out / 'tuned'}: {', '.join(taken)}", flush=True)
     lines: list[tuple[str, bool]] = []
     interrupted = False
     with signals_as_ctrl_c():

@@ -41,6 +41,7 @@ __all__ = [
     "read_if_same",
     "require_gpu",
     "slug",
+    "sources",
     "watched",
 ]
 
@@ -207,7 +208,7 @@ def here(bench: Bench) -> dict[str, Any]:
     return {
         **describe_machine(),
         **gpu_state(bench),
-        "sources": _sources(),
+        "sources": sources(),
         "tuned": tuned(),
         "command": command(),
     }
@@ -231,7 +232,7 @@ def gpu_state(bench: Bench) -> dict[str, str]:
     return dict(zip(fields.split(","), (value.strip() for value in values.split(",")), strict=False))
 
 
-def _sources() -> str:
+def sources() -> str:
     """Digest of what is timed and how, for where there is no repository to ask."""
     files = [*KERNELS.glob("*.py"), *Path(__file__).parent.glob("kernel*.py")]
     return digest_of_files(sorted(files), KERNELS.parent)[:16]

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,10 +34,11 @@ from .kernel_timing import (
     here,
     read_if_same,
     slug,
+    sources,
     watched,
 )
 
-__all__ = ["lines", "tune", "tuned_requests"]
+__all__ = ["lines", "take_tuned", "tune", "tuned_requests"]
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +96,41 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
             row = result["times"][table][key][json.dumps(constants)]
             yield f"{table} {key}: {json.dumps(constants)}, {sum(row.values()):.1f} us in one forward"
     yield f"left: {', '.join(result['left']) or 'none'}"
+
+
+def take_tuned(folder: Path) -> list[str]:
+    """Put the block sizes that an earlier run measured where kernels read them, which may be as they were before it:
+    those that are still a candidate of a table, for a key that is still there. What other sources measured gives way to
+    what is measured here.
+
+    Args:
+        folder: of files such as kernels/tuned has; one that is not there or torn counts for nothing.
+
+    Returns:
+        The tables that were changed, each with its architecture.
+    """
+    candidates = {table: rows for spec in specs() for table, rows in spec.candidates.items()}
+    taken = []
+    for arch in tuning.architectures():
+        try:
+            theirs = json.loads((folder / f"sm_{arch}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        ours = tuning.load(arch)
+        for table, measured in theirs["measured_on"].items():
+            mine = ours["measured_on"].get(table)
+            if measured == mine or (mine is not None and measured["sources"] != sources()):
+                continue
+            rows = {key: theirs["tables"][table][key] for key in measured.pop("keys")}
+            known = {
+                key: row
+                for key, row in rows.items()
+                if key in ours["tables"].get(table, {}) and row in candidates.get(table, ())
+            }
+            if known:
+                tuning.save(arch, table, known, measured)
+                taken.append(f"{table} of sm_{arch}")
+    return taken
 
 
 @dataclass(frozen=True)

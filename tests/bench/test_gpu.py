@@ -353,6 +353,19 @@ def test_what_an_interrupted_run_found_is_kept_and_told(
     ]
 
 
+def test_block_sizes_that_an_earlier_run_found_are_taken_first(
+    planted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken: list[tuple[Path, dict[str, int]]] = []
+    monkeypatch.setattr(
+        gpu, "take_tuned", lambda folder: taken.append((folder, ran(planted))) or ["attention of sm_90"]
+    )
+    out = planted / "out"
+    assert gpu.main(["--out", str(out), "good"]) == 0
+    assert taken == [(out / "tuned", {})]
+    assert f"block sizes from {out / 'tuned'}: attention of sm_90" in capsys.readouterr().out
+
+
 def test_a_part_that_passed_needs_no_log(planted: Path) -> None:
     for _ in range(2):
         assert gpu.main(["good"]) == 0

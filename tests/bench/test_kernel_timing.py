@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -239,6 +240,77 @@ def test_tuning_goes_on_where_it_stopped(here: Bench, monkeypatch: pytest.Monkey
     assert verdicts.of_tuning(here.folder) == (True, "")
     assert not verdicts.is_left(here.folder, "tuning")
     assert verdicts.is_left(here.folder, "kernels")  # which nobody has timed
+
+
+@pytest.fixture
+def block_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Path]]:
+    """Copies of kernels/tuned: the one that kernels read, and the one that an earlier run left."""
+    folders = tmp_path / "read", tmp_path / "left"
+    for folder in folders:
+        shutil.copytree(tuning.FOLDER, folder)
+    caches = (tuning.load, tuning.architectures, tuning._with_data)
+    for function in caches:
+        function.cache_clear()
+    monkeypatch.setattr(tuning, "FOLDER", folders[0])
+    yield folders
+    monkeypatch.undo()
+    for function in caches:
+        function.cache_clear()
+
+
+def leave(folder: Path, table: str, rows: dict[str, Any], measured_on: dict[str, Any]) -> None:
+    """As a run leaves its block sizes of sm_90."""
+    file = folder / "sm_90.json"
+    content = json.loads(file.read_text())
+    content["tables"].setdefault(table, {}).update(rows)
+    content["measured_on"][table] = {**measured_on, "keys": sorted(rows)}
+    file.write_text(json.dumps(content))
+
+
+NEW = dict(ATTENTION.candidates["attention"][-1])
+KEY = "16/d64"
+
+
+def test_block_sizes_of_an_earlier_run_are_taken(block_sizes: tuple[Path, Path]) -> None:
+    """The sources came anew, and with them what is reasoned."""
+    read, left = block_sizes
+    before = {path.name: path.read_text() for path in read.iterdir()}
+    assert kernel_tuning.take_tuned(left.parent / "none") == []
+    assert kernel_tuning.take_tuned(left) == []  # nothing is measured there
+    assert {path.name: path.read_text() for path in read.iterdir()} == before
+    measured = {"gpu": "A", "sources": kernel_timing.sources()}
+    leave(left, "attention", {KEY: NEW}, measured)
+    assert kernel_tuning.take_tuned(left) == ["attention of sm_90"]
+    assert tuning.constants("attention", 90, torch.float16, "d64") == NEW
+    found = tuning.load(90)
+    assert found["measured_on"] == {"attention": {**measured, "keys": [KEY]}}
+    reasoned = json.loads(before["sm_90.json"])["tables"]
+    assert {**found["tables"]["attention"], KEY: None} == {**reasoned["attention"], KEY: None}
+    assert {k: v for k, v in found["tables"].items() if k != "attention"} == {
+        k: v for k, v in reasoned.items() if k != "attention"
+    }
+    assert kernel_tuning.take_tuned(left) == []
+
+
+def test_block_sizes_that_are_out_of_date_are_not_taken(block_sizes: tuple[Path, Path]) -> None:
+    read, left = block_sizes
+    old = {"gpu": "A", "sources": "others"}
+    gone = {"BLOCK": 7, "num_warps": 4, "num_stages": 1}  # no candidate any more
+    leave(left, "attention", {KEY: NEW, "16/d32": NEW, "16/d80": gone}, old)
+    leave(left, "another", {"16/any": gone}, old)
+    (left / "sm_80.json").write_text('{"arch": 80, "tab')
+    (left / "sm_70.json").write_text("{}")
+    before = tuning.load(90)["tables"]
+    assert kernel_tuning.take_tuned(left) == ["attention of sm_90"]
+    found = tuning.load(90)
+    assert found["tables"] == {**before, "attention": {**before["attention"], KEY: NEW}}
+    assert found["measured_on"] == {"attention": {**old, "keys": [KEY]}}
+    # What is measured here stays, unless these very sources measured another.
+    tuning.save(90, "attention", {KEY: before["attention"][KEY]}, {"gpu": "B", "sources": "later"})
+    assert kernel_tuning.take_tuned(left) == []
+    leave(left, "attention", {KEY: NEW}, {"gpu": "A", "sources": kernel_timing.sources()})
+    assert kernel_tuning.take_tuned(left) == ["attention of sm_90"]
+    assert {path.name for path in read.iterdir()} == {f"sm_{arch}.json" for arch in tuning.architectures()}
 
 
 def test_operators_that_share_a_table_are_tuned_together() -> None:
