@@ -65,8 +65,13 @@ def _tile(M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROU
 
 
 @kernel
-def _store_gated(value, gate, bias_ptr, y_ptr, rows, cols, M, N: tl.constexpr):
-    """What follows the products: biases, the gate, one rounding."""
+def _store_gated(
+    both, bias_ptr, y_ptr, tile_m, tile_n, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """What follows the products, values beside gates: biases, the gate, one rounding."""
+    value, gate = tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if bias_ptr is not None:
         m_n = cols < N
         value += tl.load(bias_ptr + cols, mask=m_n, other=0.0).to(tl.float32)[None, :]
@@ -79,7 +84,7 @@ def _store_gated(value, gate, bias_ptr, y_ptr, rows, cols, M, N: tl.constexpr):
 @kernel
 def _linear_geglu_kernel(
     x_ptr,  # [M, K]
-    weight_ptr,  # [2N, K]: the values' rows, then the gates'
+    weight_ptr,  # [2, N, K]: the values' rows, then the gates'
     bias_ptr,  # [2N] or None
     y_ptr,  # [M, N]
     M,
@@ -91,35 +96,36 @@ def _linear_geglu_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    """BLOCK_N values and their gates are one product: one accumulator, which a warp group's instructions fill whole.
+
+    A thread then holds values with their own gates, and the halves part without an exchange.
+    """
     tile_m, tile_n = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    both = tl.arange(0, 2 * BLOCK_N)
+    cols = tile_n * BLOCK_N + both % BLOCK_N
     k = tl.arange(0, BLOCK_K)
     # Beyond the edge the last row again: loads need no mask, and the store drops what comes of it.
     p_x = x_ptr + tl.minimum(rows, M - 1)[:, None] * K + k[None, :]
-    p_value = weight_ptr + tl.minimum(cols, N - 1).to(tl.int64)[None, :] * K + k[:, None]
-    p_gate = p_value + N * K
-    value = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    weight_rows = tl.minimum(cols, N - 1).to(tl.int64) + both // BLOCK_N * N
+    p_weight = weight_ptr + weight_rows[None, :] * K + k[:, None]
+    acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         if EVEN_K:
             b_x = tl.load(p_x + k0)
-            b_value = tl.load(p_value + k0)
-            b_gate = tl.load(p_gate + k0)
+            b_weight = tl.load(p_weight + k0)
         else:
             m_k = k0 + k < K
             b_x = tl.load(p_x + k0, mask=m_k[None, :], other=0.0)
-            b_value = tl.load(p_value + k0, mask=m_k[:, None], other=0.0)
-            b_gate = tl.load(p_gate + k0, mask=m_k[:, None], other=0.0)
-        value = tl.dot(b_x, b_value, value, input_precision="ieee")
-        gate = tl.dot(b_x, b_gate, gate, input_precision="ieee")
-    _store_gated(value, gate, bias_ptr, y_ptr, rows, cols, M, N)
+            b_weight = tl.load(p_weight + k0, mask=m_k[:, None], other=0.0)
+        acc = tl.dot(b_x, b_weight, acc, input_precision="ieee")
+    _store_gated(acc, bias_ptr, y_ptr, tile_m, tile_n, M, N, BLOCK_M, BLOCK_N)
 
 
 @kernel
 def _linear_geglu_tma_kernel(
     x,  # descriptor of [M, K]; the tensor's pointer where SPECIALIZE
-    weight_desc,  # descriptor of [2N, K]: the values' rows, then the gates'
+    weight_desc,  # descriptor of [2, N, K]: the values' rows, then the gates'
     bias_ptr,  # [2N] or None
     y_ptr,  # [M, N]
     M,
@@ -135,17 +141,12 @@ def _linear_geglu_tma_kernel(
     tile_m, tile_n = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     if SPECIALIZE:
         x = tl.make_tensor_descriptor(x, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
-    value = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
     for k0 in tl.range(0, K, BLOCK_K, warp_specialize=SPECIALIZE):
         b_x = x.load([tile_m * BLOCK_M, k0])
-        b_value = weight_desc.load([tile_n * BLOCK_N, k0])
-        b_gate = weight_desc.load([N + tile_n * BLOCK_N, k0])
-        value = tl.dot(b_x, tl.trans(b_value), value)
-        gate = tl.dot(b_x, tl.trans(b_gate), gate)
-    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    _store_gated(value, gate, bias_ptr, y_ptr, rows, cols, M, N)
+        b_weight = weight_desc.load([0, tile_n * BLOCK_N, k0]).reshape(2 * BLOCK_N, BLOCK_K)
+        acc = tl.dot(b_x, b_weight.T, acc)
+    _store_gated(acc, bias_ptr, y_ptr, tile_m, tile_n, M, N, BLOCK_M, BLOCK_N)
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -246,7 +247,7 @@ def _plan_linear(
         specialize = bool(sizes.get("SPECIALIZE"))
         x = x.view(M, K)
         described = Descriptor(x, (blocks["BLOCK_M"], blocks["BLOCK_K"]))
-        weights = Descriptor(weight, (blocks["BLOCK_N"], blocks["BLOCK_K"]))
+        weights = Descriptor(weight.view(2, N, K), (2, blocks["BLOCK_N"], blocks["BLOCK_K"]))
         args |= {"x": x if specialize else described, "weight_desc": weights}
         constants = {"N": N, "SPECIALIZE": specialize, **blocks}
         return y, [Launch(_linear_geglu_tma_kernel, grid, args, constants, warps, stages, scratch=specialize)]

@@ -71,7 +71,7 @@ def test_gates_so_large_that_nothing_or_all_passes(device: torch.device) -> None
         pytest.param((2, 16), 32, 48, id="whole blocks only"),
         pytest.param((5, 17), 40, 35, id="nothing aligned, a last group of one block"),
         pytest.param((), 16, 16, id="a vector"),
-        pytest.param((1, 1, 3), 7, 1, id="smaller than a block in every direction"),
+        pytest.param((1, 1, 15), 7, 1, id="smaller than a block in every direction"),
     ],
 )
 def test_projection(
