@@ -96,9 +96,9 @@ def _linear_geglu_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """BLOCK_N values and their gates are one product: one accumulator, which a warp group's instructions fill whole.
+    """A tile's values and their gates are one product, whose instructions are twice as wide as two products' would be.
 
-    A thread then holds values with their own gates, and the halves part without an exchange.
+    A thread comes to hold values together with their gates, so that they part without an exchange.
     """
     tile_m, tile_n = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -313,6 +313,8 @@ _BLOCKS = (
     (256, 64, 64, 8),
     (128, 64, 64, 8),
     (128, 64, 64, 4),
+    (128, 64, 32, 8),
+    (128, 64, 32, 4),
     (64, 128, 64, 4),
     (128, 128, 32, 8),
 )

@@ -59,6 +59,19 @@ def test_a_few_of_the_matrix() -> None:
     check([named[arch, dtype][op, case] for arch, dtype, op, case in SHORT], at_once=len(SHORT))
 
 
+@pytest.mark.parametrize("variant", [{}, {"TMA": 1}], ids=["plain", "copied"])
+def test_a_projections_values_and_gates_are_one_product(variant: dict[str, int]) -> None:
+    """And two blocks fit an SM, so that one multiplies while the other computes gates."""
+    (spec,) = specs(["linear_geglu"])
+    sizes = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 3}
+    args = spec.cases[0].inputs(torch.float16, torch.device("meta"))
+    request = aot.Request("linear_geglu", args, 90, ("linear_geglu", {**sizes, **variant}))
+    ((report,),) = aot.reports([request], CACHE)
+    assert report.tensor_core == {"HGMMA": 64 // 16}  # of a warp group, which has 64 rows
+    assert 2 * report.registers * 32 * report.num_warps <= 65536
+    assert 2 * (report.shared + 1024) <= (aot.SHARED_LIMIT[90] + 1) * 1024
+
+
 @pytest.mark.full
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("op", [spec.name for spec in specs()])
