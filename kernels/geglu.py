@@ -96,9 +96,9 @@ def _linear_geglu_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """A tile's values and their gates are one product, whose instructions are twice as wide as two products' would be.
+    """A tile's values and their gates are one product: its instructions are twice as wide as those of two would be.
 
-    A thread comes to hold values together with their gates, so that they part without an exchange.
+    A thread holds values with their own gates, so that they part without an exchange.
     """
     tile_m, tile_n = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
