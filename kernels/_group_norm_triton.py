@@ -39,6 +39,26 @@ def _merge(n, mean, m2, AXIS: tl.constexpr):
 
 
 @kernel
+def _merge_equal(n, mean, m2, near, member, COUNT: tl.constexpr):
+    """The same along axis 1 for COUNT members that all count n: half of the sums. Means are summed as distances from a
+    value `near` them, which needs no correction."""
+    d = mean - near[:, None]
+    centre = tl.sum(tl.where(member, d, 0.0), 1) * (1.0 / COUNT)
+    d -= centre[:, None]
+    return near + centre, tl.sum(tl.where(member, m2 + n * d * d, 0.0), 1)
+
+
+@kernel
+def _first(x_ptr, shift_ptr, n, c, m_c, s, S, C: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """x + shift of some channels at position s."""
+    at = (n * S + s) * C + c if CHANNELS_LAST else n * C * S + c.to(tl.int64) * S + s
+    b_x = tl.load(x_ptr + at, mask=m_c, other=0.0).to(tl.float32)
+    if shift_ptr is not None:
+        b_x += tl.load(shift_ptr + n * C + c, mask=m_c, other=0.0).to(tl.float32)
+    return b_x
+
+
+@kernel
 def _stats_kernel(
     x_ptr,  # [N, C, S], or [N, S, C] where CHANNELS_LAST
     shift_ptr,  # [N, C] or None
@@ -99,16 +119,23 @@ def _stats_kernel(
                 d = tl.where(m_x, b_x - mean, 0.0)
                 mean += d / tl.maximum(count, 1.0)
                 m2 += d * (b_x - mean)
-    if FULL:  # rows beyond the tile saw zeros only
-        count = tl.where((rows < TILE_C)[:, None], count + seen, 0.0)
-
-    b_n, b_mean, b_m2 = _merge(count, mean, m2, 1)  # [BLOCK_C]
     g = tl.arange(0, PAD_GROUPS)
     member = (rows // GROUP)[None, :] == g[:, None]  # [PAD_GROUPS, BLOCK_C]
-    b_mean = tl.where(member, b_mean[None, :], 0.0)
-    b_n, b_mean, b_m2 = _merge(
-        tl.where(member, b_n[None, :], 0.0), b_mean, tl.where(member, b_m2[None, :], 0.0), 1
-    )
+    if FULL:
+        SAME: tl.constexpr = GROUP if GROUP < BLOCK_C else BLOCK_C
+        b_row = _first(x_ptr, shift_ptr, n, tile * TILE_C + rows, rows < TILE_C, start, S, C, CHANNELS_LAST)
+        first = g * GROUP
+        b_group = _first(
+            x_ptr, shift_ptr, n, tile * TILE_C + first, first < TILE_C, start, S, C, CHANNELS_LAST
+        )
+        b_mean, b_m2 = _merge_equal(seen, mean, m2, b_row, (rows < TILE_C)[:, None], BLOCK_S)  # [BLOCK_C]
+        b_mean, b_m2 = _merge_equal(seen * BLOCK_S, b_mean[None, :], b_m2[None, :], b_group, member, SAME)
+    else:
+        b_n, b_mean, b_m2 = _merge(count, mean, m2, 1)  # [BLOCK_C]
+        b_mean = tl.where(member, b_mean[None, :], 0.0)
+        b_n, b_mean, b_m2 = _merge(
+            tl.where(member, b_n[None, :], 0.0), b_mean, tl.where(member, b_m2[None, :], 0.0), 1
+        )
     p_stats = stats_ptr + (n * (C // GROUP) + tile * TILE_GROUPS + g) * splits + split
     tl.store(p_stats, b_mean, mask=g < TILE_GROUPS)
     tl.store(p_stats + partials, b_m2, mask=g < TILE_GROUPS)

@@ -95,6 +95,17 @@ def test_large_means(
     assert launches == {"_stats_kernel": 2, "_apply_kernel": 2}
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.usefixtures("launches")
+def test_means_far_apart(channels_last: bool, device: torch.device) -> None:
+    """Of groups, each a thousand times its deviation, in whole blocks, which are merged by fewer sums."""
+    means = (torch.arange(8, device=device) // 2 * 1000.0)[None, :, None, None]
+    with tuning.trying("group_norm", SMALL):
+        for _ in range(8):
+            x = draw(1, 8, 16, 16, dtype=torch.float32, device=device, channels_last=channels_last)
+            check(x + means, 4, silu=False)
+
+
 @pytest.mark.usefixtures("launches")
 def test_constant_images(device: torch.device) -> None:
     """No variance at all: nothing but eps under the root."""
