@@ -269,6 +269,9 @@ WIDE = 256
 _HEADS = (40, 64, 80, 128, 160, WIDE)
 SHORT = 128
 """At most this many keys is a shape class of its own: a text's 77."""
+LONG = 2048
+"""More than this many is one for SDXL's heads of 64, of which 4,096 tokens fill a GPU many times over, and 1,024 hardly
+twice."""
 
 
 def _eights(t: Tensor) -> bool:
@@ -287,7 +290,9 @@ def _aligned(t: Tensor) -> Tensor:
 
 def _shape_class(D: int, Sk: int) -> str:
     width = next((f"d{size}" for size in _HEADS if size >= D), "any")
-    return f"{width}-short" if Sk <= SHORT else width
+    if Sk <= SHORT:
+        return f"{width}-short"
+    return "d64-long" if width == "d64" and Sk > LONG else width
 
 
 def _cut(D: int) -> tuple[int, int]:

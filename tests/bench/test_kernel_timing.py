@@ -319,6 +319,18 @@ def test_operators_that_share_a_table_are_tuned_together() -> None:
     assert {use.key for use in uses} == {"16/channels_last"}
 
 
+def test_levels_of_the_unet_are_tuned_apart() -> None:
+    """Of 4,096 tokens and of 1,024, and a text's keys: each chooses its own block sizes."""
+    uses = kernel_tuning._tables(specs(["attention"]), 90)["attention"]
+    keys = {use.case.name.partition(",")[0]: use.key for use in uses}
+    assert keys == {
+        "self 4096 x 10 heads": "16/d64-long",
+        "self 1024 x 20 heads": "16/d64",
+        "cross 4096 x 77": "16/d64-short",
+        "cross 1024 x 77": "16/d64-short",
+    }
+
+
 def test_both_variants_of_a_kernel_are_tried() -> None:
     tried = {
         launch.kernel.name

@@ -91,10 +91,11 @@ def test_numerics(
 
 
 @by_dtype
-def test_tuned_blocks(dtype: torch.dtype, device: torch.device, launches: Counter[str]) -> None:
-    """Blocks as they are tuned, many keys: 1025 is one more than whole blocks."""
+@pytest.mark.parametrize("Sk", [1025, 2049])
+def test_tuned_blocks(Sk: int, dtype: torch.dtype, device: torch.device, launches: Counter[str]) -> None:
+    """Blocks as they are tuned, many keys: one more than whole blocks."""
     q = torch.randn(1, 3, 1, 64, device=device).to(dtype)
-    k, v = torch.randn(1, 1025, 2, 1, 64, device=device).to(dtype).unbind(2)
+    k, v = torch.randn(1, Sk, 2, 1, 64, device=device).to(dtype).unbind(2)
     check(q, k, v)
     assert launches.total() == 1
 
