@@ -247,11 +247,12 @@ def kernels(args: argparse.Namespace) -> Iterator[str]:
     cases = [(spec, case) for spec in specs(args.op) for case in spec.cases]
     requests = [aot.Request(s.name, c.inputs(dtype, torch.device("meta")), arch) for s, c in cases]
     rows: list[dict[str, Any]] = []
-    for (spec, case), built in zip(cases, aot.reports(requests), strict=True):
+    for (spec, case), request, built in zip(cases, requests, aot.reports(requests), strict=True):
         floor = {"floor_us": roofline.floor_us(case, dtype, gpu), "gpu": gpu.name, "ceilings": gpu.source}
         work = {"flops": case.flops, "bytes": case.nbytes(dtype), "calls": case.calls}
         kernels = [asdict(report) for report in built]
-        rows.append({"op": spec.name, "case": case.name, **work, **floor, "kernels": kernels})
+        built_of = {"kernels": kernels, "library": aot.by_library(request)}
+        rows.append({"op": spec.name, "case": case.name, **work, **floor, **built_of})
     if args.json:
         yield json.dumps({"arch": arch, "dtype": name, "rows": rows}, indent=2)
         return
@@ -264,6 +265,8 @@ def kernels(args: argparse.Namespace) -> Iterator[str]:
             cores = ", ".join(f"{count} {instruction}" for instruction, count in k["tensor_core"].items())
             code = f"{k['registers']:>6}{k['spills']:>6}{k['shared'] / 1024:>6.0f} K  {cores}"
             yield f"    {k['kernel']:<68}{code}".rstrip()
+        if row["library"]:
+            yield "    PyTorch's libraries, by kernels/tuned"
 
 
 def _kernels_on_gpu(args: argparse.Namespace) -> Iterator[str]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import BackendError
 from ..kernels import aot, roofline
+from ..kernels._attention_triton import kernel_sizes, table_of
 from ..kernels.registry import specs
 from ..kernels.whole_file import write_whole
 from ..runtime.place import dtype_name
@@ -86,10 +87,9 @@ def matrix(arch: int, dtype: torch.dtype) -> list[Entry]:
     meta: list[_Row] = [
         (spec.name, case.name, case.inputs(dtype, _META), None) for spec in specs() for case in spec.cases
     ]
-    if dtype == torch.float32:  # its heads of 512 spill on sm_86: 10 instructions
-        meta = [row for row in meta if row[:2] != ("attention", "VAE 16384, head of 512")]
-    else:
-        for ours in (_attention, _group_norm, _layer_norm, _linear_geglu, _sampler_step):
+    if dtype != torch.float32:
+        meta += _attention(arch, dtype)
+        for ours in (_group_norm, _layer_norm, _linear_geglu, _sampler_step):
             meta += ours(dtype)
         if arch in (90, 100):
             meta += _by_copy_engine(arch, dtype)
@@ -105,14 +105,22 @@ def _qkv(D: int, Sk: int, dtype: torch.dtype, columns: int | None = None) -> tup
     return q, k, v
 
 
-def _attention(dtype: torch.dtype) -> list[_Row]:
+def _attention(arch: int, dtype: torch.dtype) -> list[_Row]:
+    """The kernels, also where the data choose the libraries; by TMA they are apart."""
+
+    def row(case: str, q: Tensor, k: Tensor, v: Tensor) -> _Row:
+        trial = None
+        if aot.by_library(aot.Request("attention", (q, k, v), arch)):
+            trial = table_of(q), {**kernel_sizes(q, k, arch), "TMA": 0, "SPECIALIZE": 0}
+        return "attention", case, (q, k, v), trial
+
     heads = [
-        ("attention", f"head of {D}, {Sk} keys", _qkv(D, Sk, dtype), None)
+        row(f"head of {D}, {Sk} keys", *_qkv(D, Sk, dtype))
         for D in (40, 64, 80, 128, 160, 256, 512)
         for Sk in (77, 4096)
     ]
     unaligned = [  # which copies mend
-        ("attention", f"head of {D}, 4096 keys, rows of {columns}", _qkv(D, 4096, dtype, columns), None)
+        row(f"head of {D}, 4096 keys, rows of {columns}", *_qkv(D, 4096, dtype, columns))
         for D, columns in ((64, 65), (160, 161), (512, 513))
     ]
     return [*heads, *unaligned]
@@ -214,8 +222,9 @@ def faults(entry: Entry, report: aot.Report) -> Iterator[str]:
     if report.shared > aot.SHARED_LIMIT[report.arch] * 1024:
         yield f"{report.shared} bytes of shared memory, of {aot.SHARED_LIMIT[report.arch]} KiB"
     (spec,) = specs([report.op])
-    exact = entry.dtype == torch.float32  # whose products are no tensor core's
-    wanted = {TENSOR_CORES[report.arch]} if spec.tensor_cores and not exact else set()
+    # Products of float32 are no tensor core's, and beside the libraries' products a kernel has none of its own.
+    without = entry.dtype == torch.float32 or aot.by_library(entry.request)
+    wanted = {TENSOR_CORES[report.arch]} if spec.tensor_cores and not without else set()
     if set(report.tensor_core) != wanted:
         yield f"tensor cores by {sorted(report.tensor_core)}, not {sorted(wanted)}"
     specialized = bool(entry.trial.get("SPECIALIZE"))

@@ -23,7 +23,7 @@ import torch
 
 from ..errors import BackendUnavailableError
 from ..kernels import aot
-from ..kernels._triton import arch_of, counted
+from ..kernels._triton import arch_of, counted, of_library
 from ..kernels.registry import Case, OpSpec, specs
 from ..kernels.whole_file import write_json
 from ..runtime.place import dtype_name
@@ -168,7 +168,9 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
         rivals = {rival: us for rival, us in row["rivals"].items() if isinstance(us, float)}
         best = min(rivals, key=rivals.__getitem__, default="")
         speedup = f"{row['speedup_over_best']:.2f}x" if rivals else "-"
-        yield f"{name:58}{row['us']:>10.1f}{_rate(row):>13}{row['share']:>7.0%}{speedup:>17}  {best}".rstrip()
+        figures = f"{row['us']:>10.1f}{_rate(row):>13}{row['share']:>7.0%}{speedup:>17}"
+        ours = "; by PyTorch's libraries" if any(map(of_library, row["launches"])) else ""
+        yield f"{name:58}{figures}  {best}{ours}".rstrip()
     limits = result["ceilings"]
     matmul = ", ".join(f"{limits[name]:.0f} TFLOP/s in {name}" for name in limits if name != "copy")
     yield f"shares of what this run measured: matrix products {matmul}; copies {limits['copy'] * 1e3:.0f} GB/s"
@@ -209,7 +211,7 @@ def _row(
             out = spec.op(*fresh(inputs[0]))
         row["launches"] = dict(launches)
         if not launches:
-            return {**row, "error": "no kernel of ours ran"}
+            return {**row, "error": "neither a kernel of ours ran nor the libraries in its place"}
         with watched(bench):
             row["error_over_reference"], row["correct"] = Gate(spec, inputs[0]).judge(out)
         if not row["correct"]:

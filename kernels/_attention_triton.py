@@ -8,16 +8,18 @@ algorithm 3; Dao, "FlashAttention-2" (2023), algorithm 1. Exponentials are base 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import tuning
+from ._attention_library import by_products, by_sdpa
 from ._attention_tma import describable, launch
-from ._triton import Launch, kernel, tl
+from ._triton import Launch, Library, kernel, tl
 
-__all__ = ["plan"]
+__all__ = ["SHORT", "WIDE", "kernel_sizes", "plan", "plan_kernel", "table_of"]
 
 
 @kernel
@@ -216,6 +218,16 @@ def _attention_wide(
 
 
 def plan(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, arch: int
+) -> tuple[Tensor, Sequence[Launch | Library]]:
+    """A fresh output, and the steps that fill it: a kernel's launch, or by PyTorch's libraries where the data of `arch`
+    choose them."""
+    if q.numel() and tuning.by_library(_row(q, k, arch)):
+        return (by_products if q.shape[3] > WIDE else by_sdpa)(q, k, v, scale)
+    return plan_kernel(q, k, v, scale, arch=arch)
+
+
+def plan_kernel(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, arch: int, descriptors: bool = True
 ) -> tuple[Tensor, list[Launch]]:
     """A fresh output, and the launch that fills it: by TMA where the data of `arch` say so and the tensors allow.
@@ -232,9 +244,7 @@ def plan(
     # Masked scores are -inf, and stay so unless multiplied by zero; this much makes all scores equal as well.
     magnitude = max(abs(scale) * math.log2(math.e), 1e-30)
     wide = D > WIDE
-    tuned = dict(
-        tuning.constants("attention_wide" if wide else "attention", arch, q.dtype, _shape_class(D, Sk))
-    )
+    tuned = dict(kernel_sizes(q, k, arch))
     warps, stages = tuned.pop("num_warps"), tuned.pop("num_stages")
     # Within a block offsets have 32 bits.
     reach = max(tuned["BLOCK_M"], tuned["BLOCK_N"], 2 * D)
@@ -272,6 +282,21 @@ SHORT = 128
 LONG = 2048
 """More than this many is one for SDXL's heads of 64, of which 4,096 tokens fill a GPU many times over, and 1,024 hardly
 twice."""
+
+
+def kernel_sizes(q: Tensor, k: Tensor, arch: int) -> Mapping[str, int]:
+    """What the kernel is launched with, also where the data choose the libraries."""
+    row = _row(q, k, arch)
+    return _row(q, k, arch, "-kernel") if tuning.by_library(row) else row
+
+
+def _row(q: Tensor, k: Tensor, arch: int, suffix: str = "") -> Mapping[str, int]:
+    return tuning.constants(table_of(q), arch, q.dtype, _shape_class(q.shape[3], k.shape[1]) + suffix)
+
+
+def table_of(q: Tensor) -> str:
+    """The tuning table of such heads."""
+    return "attention_wide" if q.shape[3] > WIDE else "attention"
 
 
 def _eights(t: Tensor) -> bool:

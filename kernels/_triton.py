@@ -26,12 +26,14 @@ __all__ = [
     "Descriptor",
     "Kernel",
     "Launch",
+    "Library",
     "arch_of",
     "as_nodes",
     "by_reference",
     "counted",
     "forced",
     "kernel",
+    "of_library",
     "run",
     "takes",
     "tl",
@@ -151,39 +153,82 @@ class Launch:
     scratch: bool = False
     """Whether the kernel wants global memory of its own, as one does that makes descriptors."""
 
+    @property
+    def label(self) -> str:
+        """What it is counted as."""
+        return self.kernel.name
+
+
+@dataclass(frozen=True)
+class Library:
+    """A step that PyTorch's libraries take, where the tuned data choose them."""
+
+    name: str
+    call: Callable[..., Tensor | None]
+    """Called with `args`: fills tensors among them, or returns the result that the plan left to it."""
+    args: Mapping[str, Any]
+    """By parameter; scratch is among them, so that who counts memory sees it."""
+
+    @property
+    def label(self) -> str:
+        """What it is counted as: no kernel of ours."""
+        return f"{_OF_LIBRARY}{self.name}"
+
+
+_OF_LIBRARY = "library: "
+
+
+def of_library(label: str) -> bool:
+    """Whether what was counted as `label` is a library's step."""
+    return label.startswith(_OF_LIBRARY)
+
 
 _counts: list[Counter[str]] = []
 _forced = [False]
 
 
-def run(launches: Iterable[Launch]) -> None:
-    """Launch on the tensors' device. CPU tensors need Triton's interpreter.
+def run(steps: Iterable[Launch | Library], out: Any = None) -> Any:
+    """Take a plan's steps on the tensors' device. Kernels on CPU tensors need Triton's interpreter.
+
+    Returns:
+        `out`, the plan's results; or what a library's step made in their place.
 
     Raises:
         BackendUnavailableError: Triton cannot run on the tensors' device.
     """
-    for launch in launches:
-        if 0 in launch.grid:
+    for step in steps:
+        if isinstance(step, Launch):
+            _launch(step)
             continue
-        device = next(a.device for a in launch.args.values() if isinstance(a, Tensor))
-        reason = unavailable(device)
-        if reason:
-            raise BackendUnavailableError(f"the Triton kernel {launch.kernel.name} cannot run: {reason}")
         for counts in _counts:
-            counts[launch.kernel.name] += 1
-        call = partial(
-            launch.kernel.jitted[launch.grid],
-            **{name: _described(value) for name, value in launch.args.items()},
-            **launch.constants,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            enable_fp_fusion=True,  # whose default changed between Triton versions
-        )
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            if launch.scratch:
-                copy_context().run(_with_scratch, device, call)  # the caller's allocator stays the caller's
-            else:
-                call()
+            counts[step.label] += 1
+        made = step.call(**step.args)
+        out = out if made is None else made
+    return out
+
+
+def _launch(launch: Launch) -> None:
+    if 0 in launch.grid:
+        return
+    device = next(a.device for a in launch.args.values() if isinstance(a, Tensor))
+    reason = unavailable(device)
+    if reason:
+        raise BackendUnavailableError(f"the Triton kernel {launch.kernel.name} cannot run: {reason}")
+    for counts in _counts:
+        counts[launch.label] += 1
+    call = partial(
+        launch.kernel.jitted[launch.grid],
+        **{name: _described(value) for name, value in launch.args.items()},
+        **launch.constants,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        enable_fp_fusion=True,  # whose default changed between Triton versions
+    )
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        if launch.scratch:
+            copy_context().run(_with_scratch, device, call)  # the caller's allocator stays the caller's
+        else:
+            call()
 
 
 def _described(value: Any) -> Any:
@@ -204,7 +249,7 @@ def _with_scratch(device: torch.device, call: Callable[[], object]) -> None:
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """Launches made meanwhile, by the kernel's name: a test's proof that nothing fell back."""
+    """Steps taken meanwhile, by kernel, or by `library: ` and what that did: a test's proof that nothing fell back."""
     counts: Counter[str] = Counter()
     _counts.append(counts)
     try:

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ..errors import BackendError, BackendUnavailableError
 from . import tuning
-from ._triton import Descriptor, Kernel, Launch, version_of
+from ._triton import Descriptor, Kernel, Launch, Library, version_of
 from .registry import specs
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "Request",
     "Trial",
     "attempts",
+    "by_library",
     "cache_folder",
     "compile_jobs",
     "compiled",
@@ -194,11 +195,25 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LATENTRT_CACHE") or "~/.cache/latentrt").expanduser() / "aot"
 
 
-def _launches(r: Request) -> list[Launch]:
+def by_library(r: Request) -> bool:
+    """Whether PyTorch's libraries take steps of what is requested, which no report tells of."""
+    return any(isinstance(step, Library) for step in _steps(r))
+
+
+def _steps(r: Request) -> Sequence[Launch | Library]:
     (spec,) = specs([r.op])
     with nullcontext() if r.trial is None else tuning.trying(*r.trial):
-        launches: list[Launch] = spec.plan(*r.args, arch=r.arch)[1]
-    return launches
+        return spec.plan(*r.args, arch=r.arch)[1]
+
+
+def _launches(r: Request) -> list[Launch]:
+    """Of those that are the same to the compiler, as for parts of a tensor, one."""
+    launches: dict[str, Launch] = {}
+    for step in _steps(r):
+        if isinstance(step, Launch):
+            key = repr((step.label, signature(step), step.num_warps, step.num_stages))
+            launches.setdefault(key, step)
+    return list(launches.values())
 
 
 def _digest(r: Request) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import reference
+from . import reference, tuning
 from ._attention_triton import plan
 from ._check import fail, require_dtypes, require_equal, require_rank
 from ._triton import arch_of, run, takes, usable
@@ -60,9 +60,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
 def _op(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     if not usable(q):
         return reference.attention(q, k, v, scale).contiguous()
-    out, launches = plan(q, k, v, scale, arch=arch_of(q.device))
-    run(launches)
-    return out
+    out, steps = plan(q, k, v, scale, arch=arch_of(q.device))
+    done: Tensor = run(steps, out)
+    return done
 
 
 @_op.register_fake
@@ -136,11 +136,13 @@ register(
         tensor_cores=True,
         candidates={
             "attention": [
+                tuning.LIBRARY,
                 *_candidates(_BLOCKS, (1, 2, 3, 4), [_PLAIN]),
                 *_candidates(_BLOCKS[:4], (2, 3), [_TMA]),
                 *_candidates(_BLOCKS_SPECIALIZED, (2, 3), [_SPECIALIZED]),
             ],
             "attention_wide": [
+                tuning.LIBRARY,
                 *_candidates(_BLOCKS_WIDE, (1, 2, 3), [_PLAIN]),
                 *_candidates([b for b in _BLOCKS_WIDE if b["BLOCK_M"] == 64], (1, 2), [_TMA]),
             ],

@@ -30,8 +30,7 @@ import torch
 from ..errors import BackendError
 from . import tuning
 from ._attention_ahead import attention_ahead, attention_wide_ahead
-from ._attention_triton import SHORT, WIDE
-from ._attention_triton import plan as plan_attention
+from ._attention_triton import SHORT, WIDE, plan_kernel
 from ._group_norm_triton import MOST_SPLITS
 from ._group_norm_triton import plan as plan_group_norm
 from ._triton import Launch
@@ -124,9 +123,8 @@ class AttentionKernels:
         D = self.columns
         q = torch.empty(2, _ODD, _HEADS, D, dtype=self.dtype, device="meta")
         k = q[:, : SHORT - 1].contiguous() if self.short else q
-        _, (launch,) = plan_attention(
-            q, k, k, -1.0 if self.negative else 1.0, arch=self.arch, descriptors=False
-        )
+        scale = -1.0 if self.negative else 1.0
+        _, (launch,) = plan_kernel(q, k, k, scale, arch=self.arch, descriptors=False)
         constants = {"BLOCK_M": launch.constants["BLOCK_M"], "BLOCK_V": D}
         if D > WIDE:
             constants["BLOCK_V"] = launch.constants["BLOCK_V"]

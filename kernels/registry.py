@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._triton import Launch, arch_of, run
+from ._triton import Launch, Library, arch_of, run
 
 __all__ = ["TIMES_REFERENCE", "ULPS", "Case", "OpSpec", "allowed_error", "register", "specs"]
 
@@ -63,8 +63,8 @@ class OpSpec:
     op: Callable[..., Any]
     """The public, checked function."""
     reference: Callable[..., Any]
-    plan: Callable[..., tuple[Any, list[Launch]]]
-    """`plan(*args, arch=90)`: fresh outputs, and the launches that fill them. Takes meta tensors."""
+    plan: Callable[..., tuple[Any, Sequence[Launch | Library]]]
+    """`plan(*args, arch=90)`: fresh outputs, and the steps that fill them. Takes meta tensors."""
     cases: Sequence[Case]
     limit: Literal["matmul", "copy"]
     """Which of a GPU's ceilings its time is held against."""
@@ -76,11 +76,10 @@ class OpSpec:
     """PyTorch's own ways to the same result, by name, for `--measure`."""
 
     def launch(self, *args: Any) -> Any:
-        """Run the Triton kernels on the arguments' device; on the CPU, in Triton's interpreter."""
+        """Take the plan's steps on the arguments' device; on the CPU, kernels in Triton's interpreter."""
         device = next(a.device for a in args if isinstance(a, Tensor))
-        out, launches = self.plan(*args, arch=arch_of(device))
-        run(launches)
-        return out
+        out, steps = self.plan(*args, arch=arch_of(device))
+        return run(steps, out)
 
 
 _specs: dict[str, OpSpec] = {}

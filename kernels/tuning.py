@@ -4,6 +4,9 @@ A file is {"arch": 90, "measured_on": {table: what `latentrt kernels --tune` ran
 {table: {key: constants}}}; what is not named there is reasoned, not measured. A table is an operator, or one of its
 kernels; a key is the width of the dtype and a shape class of the operator's choosing, such as "16/d64". Constants are
 the kernel's own plus num_warps and num_stages.
+
+In place of constants a row may be {"LIBRARY": 1}: PyTorch's libraries are quicker there than the kernel. Beside it
+"16/d64-kernel" says what the kernel is launched with where nothing else can be, as in a TensorRT plugin.
 """
 
 from __future__ import annotations
@@ -20,11 +23,14 @@ import torch
 
 from .whole_file import write_whole
 
-__all__ = ["FOLDER", "architectures", "constants", "load", "save", "trying", "width"]
+__all__ = ["FOLDER", "LIBRARY", "architectures", "by_library", "constants", "load", "save", "trying", "width"]
 
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent / "tuned"
+
+LIBRARY: Mapping[str, int] = {"LIBRARY": 1}
+"""The row, and the candidate, that is no kernel."""
 
 _trials: list[tuple[str, Mapping[str, int], set[str]]] = []
 
@@ -46,6 +52,22 @@ def constants(table: str, arch: int, dtype: torch.dtype, shape_class: str) -> Ma
     except KeyError:
         raise KeyError(f"tuned/sm_{_with_data(arch)}.json has no {table} {key}") from None
     return found
+
+
+def by_library(row: Mapping[str, int]) -> bool:
+    """Whether a row chooses PyTorch's libraries, not a kernel.
+
+    Raises:
+        ValueError: it says both, or neither.
+    """
+    if row == LIBRARY:
+        return True
+    if "LIBRARY" in row or "num_warps" not in row or "num_stages" not in row:
+        raise ValueError(
+            f"a row of tuned block sizes is a kernel's constants, num_warps and num_stages, or {dict(LIBRARY)} alone, "
+            f"not {dict(row)}"
+        )
+    return False
 
 
 def width(dtype: torch.dtype) -> int:
@@ -82,13 +104,22 @@ def save(
     entries: Mapping[str, Mapping[str, int]],
     measured_on: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Put entries (by key) into one architecture's file, leaving the others; one line each, sorted."""
+    """Put entries (by key) into one architecture's file, leaving the others; one line each, sorted. What the library
+    takes the place of is kept as the key's `-kernel`."""
     path = FOLDER / f"sm_{arch}.json"
     data: dict[str, Any] = {"arch": arch, "measured_on": {}, "tables": {}}
     if path.exists():
         data = json.loads(path.read_text(encoding="utf-8"))
     tables: dict[str, dict[str, Mapping[str, int]]] = data["tables"]
-    tables[table] = {**tables.get(table, {}), **entries}
+    rows_now = tables.setdefault(table, {})
+    for key, row in entries.items():
+        if row != LIBRARY:
+            rows_now.pop(f"{key}-kernel", None)
+        elif (
+            rows_now.get(key, LIBRARY) != LIBRARY
+        ):  # a kernel's, still wanted where nothing else can be launched
+            rows_now[f"{key}-kernel"] = rows_now[key]
+        rows_now[key] = row
     if measured_on is not None:
         data["measured_on"][table] = {**measured_on, "keys": sorted(entries)}
     rows = [

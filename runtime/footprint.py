@@ -172,10 +172,10 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
 
 
 def _planned(spec: OpSpec, arch: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, int]:
-    """An operator's results, and the bytes of what its launches read or write besides them and its arguments."""
-    out, launches = spec.plan(*args, **kwargs, arch=arch)
+    """An operator's results, and the bytes of what its steps read or write besides them and its arguments."""
+    out, steps = spec.plan(*args, **kwargs, arch=arch)
     own = {storage._cdata for storage in _storages((args, kwargs, out))}
-    used = [value for launch in launches for value in launch.args.values()]
+    used = [value for step in steps for value in step.args.values()]
     tensors = [value.base if isinstance(value, Descriptor) else value for value in used]
     taken = {s._cdata: s.nbytes() for s in _storages(tensors) if s._cdata not in own}
     return out, sum(taken.values())

@@ -13,6 +13,7 @@ import torch
 from latentrt import cli
 from latentrt.errors import RequestError
 from latentrt.kernels import aot, as_nodes, registry, roofline, tuning
+from latentrt.kernels._triton import Launch
 from latentrt.kernels.registry import Case, OpSpec, allowed_error, specs
 from latentrt.runtime.engines.packing import defer_biases
 from latentrt.runtime.models.unet import UNet, UNetConfig
@@ -33,9 +34,9 @@ def test_every_case_is_planned_for_every_architecture(spec: OpSpec, arch: int) -
     for case in spec.cases:
         for dtype in (torch.float16, torch.float32):
             args = case.inputs(dtype, torch.device("meta"))
-            out, launches = spec.plan(*args, arch=arch)
-            assert launches
-            for launch in launches:
+            out, steps = spec.plan(*args, arch=arch)
+            assert steps
+            for launch in (step for step in steps if isinstance(step, Launch)):
                 types, values, _ = aot.signature(launch)
                 assert set(values) <= set(types)
                 assert set(launch.args) | set(launch.constants) == set(types), launch.kernel
@@ -161,6 +162,26 @@ def test_saving_block_sizes_keeps_the_others(tmp_path: Path, monkeypatch: pytest
             function.cache_clear()
 
 
+def test_what_the_library_takes_the_place_of_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For who can launch nothing else; until a kernel is chosen again."""
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    first, second = ({"BLOCK": n, "num_warps": 4, "num_stages": 1} for n in (1, 2))
+    try:
+        tuning.save(90, "one", {"16/a": first})
+        for _ in range(2):
+            path = tuning.save(90, "one", {"16/a": tuning.LIBRARY})
+            assert json.loads(path.read_text())["tables"]["one"] == {
+                "16/a": {"LIBRARY": 1},
+                "16/a-kernel": first,
+            }
+        tuning.save(90, "one", {"16/a": second})
+        assert json.loads(path.read_text())["tables"]["one"] == {"16/a": second}
+    finally:
+        monkeypatch.undo()
+        for function in (tuning.load, tuning.architectures, tuning._with_data):
+            function.cache_clear()
+
+
 def test_the_kernels_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def reports(requests: list[aot.Request]) -> list[list[aot.Report]]:
         return [
@@ -174,11 +195,14 @@ def test_the_kernels_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert table.startswith("sm_90, bfloat16; floors of H100 by datasheet ceilings\n")
     assert "attention, self 4096 x 10 heads" in table
     assert "24 HGMMA" in table
+    by_library = [line for line in table.splitlines() if line == "    PyTorch's libraries, by kernels/tuned"]
+    assert len(by_library) == 1  # the VAE's
     assert cli.main(["kernels", "--op", "attention", "--arch", "sm_80", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["arch"] == 80
     assert data["rows"][0]["floor_us"] == pytest.approx(108.7, abs=0.1)
     assert data["rows"][0]["kernels"][0]["registers"] == 128
+    assert [row["library"] for row in data["rows"]] == [False] * 4 + [True]
     assert cli.main(["kernels", "--op", "conv"]) == 1
     assert "no operator is called conv; there are" in capsys.readouterr().err
     assert cli.main(["kernels", "--op", "attention", "--arch", "sm_12"]) == 1

@@ -158,6 +158,11 @@ def test_the_workspace_of_a_kernel_is_counted() -> None:
     assert tracker.peak == x.nbytes
     assert tracker.pool == x.nbytes + sums
 
+    with kernels.as_nodes(), Tracker(ARCH) as tracker:  # scores and exponentials of as many queries as may be
+        q = torch.empty(1, 16384, 1, 512, dtype=torch.float16, device=META)
+        kernels.attention(q, q, q)
+    assert tracker.scratch == 4096 * (16384 * 6 + 4 + 512 * 4)
+
     with kernels.as_nodes(), Tracker(ARCH) as tracker:
         kernels.geglu(torch.empty(16, 128, device=META)[:, ::2])
     assert tracker.scratch == 4 * math.prod((16, 64))
