@@ -8,7 +8,7 @@ the exact form. The order of the halves is diffusers': value first, gate second.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import reference, tuning
 from ._check import fail, require_dtypes, require_equal, require_rank
-from ._triton import Descriptor, Launch, arch_of, kernel, run, takes, tl, usable
+from ._triton import Descriptor, Launch, Library, arch_of, kernel, run, takes, tl, usable
 from .registry import Case, OpSpec, register
 
 __all__ = ["geglu", "linear_geglu"]
@@ -216,7 +216,7 @@ def _plan(x: Tensor, *, arch: int) -> tuple[Tensor, list[Launch]]:
 
 def _plan_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, arch: int
-) -> tuple[Tensor, list[Launch]]:
+) -> tuple[Tensor, Sequence[Launch | Library]]:
     x = x.contiguous()
     N, K = weight.shape[0] // 2, weight.shape[1]
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
@@ -227,6 +227,11 @@ def _plan_linear(
     M = y.numel() // N
     unaligned = K % 16 != 0
     sizes = tuning.constants("linear_geglu", arch, x.dtype, "few" if M <= 512 or unaligned else "many")
+    if tuning.by_library(sizes):
+        projected = torch.empty(*x.shape[:-1], 2 * N, dtype=x.dtype, device=x.device)
+        out, launches = _plan(projected, arch=arch)
+        given = {"x": x.view(M, K), "weight": weight, "bias": bias, "out": projected.view(M, 2 * N)}
+        return out, [Library("linear_geglu, projection", _project, given), *launches]
     blocks = {name: sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")}
     if unaligned:  # loaded by single elements, through registers: larger tiles spill
         blocks["BLOCK_K"] = min(blocks["BLOCK_K"], 32)
@@ -256,6 +261,14 @@ def _plan_linear(
     return y, [Launch(_linear_geglu_kernel, grid, args, constants, warps, stages)]
 
 
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = x weight^T + bias, of two dimensions each but the bias."""
+    if bias is None:
+        torch.mm(x, weight.T, out=out)
+    else:
+        torch.addmm(bias, x, weight.T, out=out)
+
+
 @torch.library.custom_op("latentrt::geglu", mutates_args=())
 def _geglu_op(x: Tensor) -> Tensor:
     if not usable(x):
@@ -274,8 +287,8 @@ def _(x: Tensor) -> Tensor:
 def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not usable(x):
         return reference.linear_geglu(x, weight, bias).contiguous()
-    y, launches = _plan_linear(x, weight, bias, arch=arch_of(x.device))
-    run(launches)
+    y, steps = _plan_linear(x, weight, bias, arch=arch_of(x.device))
+    run(steps)
     return y
 
 
@@ -353,23 +366,26 @@ register(
         tensor_cores=True,
         candidates={
             "linear_geglu": [
-                {
-                    "BLOCK_M": m,
-                    "BLOCK_N": n,
-                    "BLOCK_K": k,
-                    "GROUP_M": 8,
-                    "num_warps": w,
-                    "num_stages": s,
-                    **variant,
-                }
-                for variant, stages, blocks in (
-                    ({}, (2, 3, 4, 5), _BLOCKS),
-                    ({"TMA": 1}, (3, 4), _BLOCKS[:3]),
-                    # Triton specialises kernels of four warps only, and adds eight.
-                    ({"TMA": 1, "SPECIALIZE": 1}, (3, 4), [(128, 128, 64, 4), (128, 64, 64, 4)]),
-                )
-                for m, n, k, w in blocks
-                for s in stages
+                tuning.LIBRARY,
+                *(
+                    {
+                        "BLOCK_M": m,
+                        "BLOCK_N": n,
+                        "BLOCK_K": k,
+                        "GROUP_M": 8,
+                        "num_warps": w,
+                        "num_stages": s,
+                        **variant,
+                    }
+                    for variant, stages, blocks in (
+                        ({}, (2, 3, 4, 5), _BLOCKS),
+                        ({"TMA": 1}, (3, 4), _BLOCKS[:3]),
+                        # Triton specialises kernels of four warps only, and adds eight.
+                        ({"TMA": 1, "SPECIALIZE": 1}, (3, 4), [(128, 128, 64, 4), (128, 64, 64, 4)]),
+                    )
+                    for m, n, k, w in blocks
+                    for s in stages
+                ),
             ]
         },
         rivals={"F.linear, then gate": _linear_then_gate},

@@ -115,9 +115,8 @@ def save(
     for key, row in entries.items():
         if row != LIBRARY:
             rows_now.pop(f"{key}-kernel", None)
-        elif (
-            rows_now.get(key, LIBRARY) != LIBRARY
-        ):  # a kernel's, still wanted where nothing else can be launched
+        elif rows_now.get(key, LIBRARY) != LIBRARY:
+            # A kernel's, still wanted where nothing else can be launched.
             rows_now[f"{key}-kernel"] = rows_now[key]
         rows_now[key] = row
     if measured_on is not None:

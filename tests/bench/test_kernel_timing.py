@@ -364,6 +364,7 @@ def test_both_variants_of_a_kernel_are_tried() -> None:
         "_attention_wide",
         "_attention_tma",
         "_exponentials",
+        "_geglu_kernel",
         "_linear_geglu_kernel",
         "_linear_geglu_tma_kernel",
     }

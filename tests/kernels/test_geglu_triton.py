@@ -91,6 +91,26 @@ def test_projection(
     assert launches == {"_linear_geglu_kernel": 1}
 
 
+@by_dtype
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(("rows", "K"), [((2, 3), 24), ((5,), 0)], ids=str)
+def test_projection_by_the_library(
+    rows: tuple[int, ...],
+    K: int,
+    bias: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    launches: Counter[str],
+) -> None:
+    """Where the tuned data choose it; any strides, and nothing to multiply."""
+    x = torch.randn(*rows, 2 * K, device=device).to(dtype)[..., ::2]
+    weight = torch.randn(14, K, device=device).to(dtype)
+    with tuning.trying("linear_geglu", tuning.LIBRARY):
+        check_linear(x, weight, torch.randn(14, device=device).to(dtype) if bias else None)
+    steps = ("library: linear_geglu, projection", "_geglu_kernel")
+    assert launches == dict.fromkeys(steps, 1)
+
+
 def needs_specialized_warps() -> None:
     """On a GPU: Triton 3.6 cannot part the halves of one accumulator between two groups of warps."""
     triton = pytest.importorskip("triton")
