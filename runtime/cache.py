@@ -77,18 +77,19 @@ class Store:
         """The folder of the entry `key`, verified; None where there is none.
 
         Raises:
-            CacheError: it is damaged.
+            CacheError: it is damaged, or the cache cannot be read.
         """
         entry = self.entries / key
-        if not entry.exists():
-            return None
-        damage = damage_of(entry)
-        if damage is not None:
-            raise CacheError(
-                f"{entry} is damaged ({damage}); build it again, or see `latentrt cache verify` for others"
-            )
-        _mark_used(entry)
-        return entry
+        with explained(self.root):
+            damage = damage_of(entry)
+            if damage is None:
+                _mark_used(entry)
+                return entry
+            if not entry.exists():
+                return None
+        raise CacheError(
+            f"{entry} is damaged ({damage}); build it again, or see `latentrt cache verify` for others"
+        )
 
     def get_or_build(
         self,

@@ -9,6 +9,7 @@ import json
 import logging
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -186,5 +187,6 @@ def write_beside(entry: Path, name: str, content: Mapping[str, Any]) -> None:
         aside.write_text(_signed(content), encoding="utf-8")
         aside.replace(entry / name)
     except OSError as error:  # it is found out again when it is needed
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only file system refuses this even where there is nothing
+            aside.unlink()
         _log.debug("cannot keep %s of %s: %s", name, entry, error)

@@ -276,7 +276,7 @@ def refuse_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(self: Path, *args: Any, **kwargs: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
 
-    for name in ("mkdir", "write_text", "rename", "replace"):
+    for name in ("mkdir", "write_text", "rename", "replace", "unlink"):
         monkeypatch.setattr(Path, name, refused)
 
 
@@ -291,6 +291,7 @@ def test_read_only_cache_that_has_the_entry(store: Store, monkeypatch: pytest.Mo
     monkeypatch.setattr(manifests, "_REMEMBER_FROM", 10)  # it also fails to remember a digest, harmlessly
     refuse_writes(monkeypatch)
     assert store.get_or_build(KEY, DESCRIPTION, never) == entry
+    assert store.get(KEY) == entry
 
 
 def test_a_file_where_the_cache_should_be(tmp_path: Path) -> None:
