@@ -63,6 +63,8 @@ def build_in_child(
     begun = time.perf_counter()
     with ExitStack() as stack:
         environment = dict(os.environ)
+        if request.gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = request.gpu
         if request.plugins:
             environment |= stack.enter_context(trt.plugin_library(trt.product(request.product)))
         stderr = stack.enter_context(tempfile.TemporaryFile())

@@ -46,6 +46,7 @@ class EngineRequest:
         timing_cache: file to keep the timings of kernels in (TensorRT only).
         plugins: operators that plugins take.
         kernels: theirs: by key and architecture, files of `plugin_kernels`.
+        gpu: of several the one to build on, as `CUDA_VISIBLE_DEVICES` names it; the child sees no other.
     """
 
     component: str
@@ -59,6 +60,7 @@ class EngineRequest:
     timing_cache: str | None = None
     plugins: tuple[str, ...] = ()
     kernels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    gpu: str | None = None
 
 
 def build_engine(request: EngineRequest, on_phase: Callable[[str], None]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from ..errors import BackendError
 from .cache import Store, cache_root
 from .cache_contents import Entry
@@ -100,6 +102,7 @@ def engine(
     *,
     cache_dir: Path | None,
     rebuild: Rebuild = "auto",
+    device: torch.device | None = None,
 ) -> StoredEngine:
     """The component's TensorRT engine, from the cache or built now; its ONNX model is exported first where absent.
 
@@ -108,6 +111,7 @@ def engine(
         sizes: what it takes. Without them that engine which runs here and was asked for last is taken, whatever it
             takes, and one for sizes around the model's own is built where there is none.
         rebuild: "auto" builds what is absent, damaged or stale; "never" names it and raises; "always" builds.
+        device: the GPU that TensorRT builds on; the current one by default.
 
     Raises:
         BackendError: there is none, or only one that failed its verification, and `rebuild` is "never"; or the product
@@ -171,6 +175,7 @@ def engine(
             plugins=names,
             kernels=kernels,
             timing_cache=_timings(store, target.product, wanted["version"]),
+            gpu=_one_of_several(device) if product(target.product).needs_gpu else None,
         )
         requests.append(request)
         return build_in_child(request, expected_seconds=seconds)
@@ -187,6 +192,13 @@ def _refuse_or_warn(found: Entry, title: str, rebuild: Rebuild) -> None:
     if rebuild == "never":
         raise BackendError(what)
     _log.warning("%s", what)
+
+
+def _one_of_several(device: torch.device | None) -> str | None:
+    """A GPU by the name that it has in every process; None where there is no other to take it for."""
+    if torch.cuda.device_count() < 2:
+        return None
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def _timings(store: Store, name: str, version: str) -> str | None:

@@ -344,7 +344,7 @@ class TensorRTBackend:
         target, rebuild = self._target(device), _rebuild()
         split = _switch("LATENTRT_SPLIT") if self._split is None else self._split
         parts = in_parts(component) if split else (component,)
-        stored = [engine(part, target, cache_dir=cache_dir, rebuild=rebuild) for part in parts]
+        stored = [engine(part, target, cache_dir=cache_dir, rebuild=rebuild, device=device) for part in parts]
         return self.load_stored(component, stored, device)
 
     def load_stored(

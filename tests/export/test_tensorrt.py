@@ -11,9 +11,10 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import tiny_onnx
@@ -133,6 +134,23 @@ def test_the_child_builds_the_same_engine(request_: EngineRequest, capfd: pytest
     out, err = capfd.readouterr()
     assert out == ""
     assert "unet" in err
+
+
+@pytest.mark.parametrize("gpu", [None, "GPU-0b5e"])
+def test_which_gpus_the_child_sees(
+    gpu: str | None, request_: EngineRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child, seen = build_process._child, []
+
+    def started(stderr: IO[bytes], environment: dict[str, str]) -> AbstractContextManager[Any]:
+        seen.append(environment["CUDA_VISIBLE_DEVICES"])
+        return child(stderr, environment)
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    monkeypatch.setattr(build_process, "_child", started)
+    build_in_child(replace(request_, gpu=gpu))
+    assert seen == [gpu or "3,1"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,1"
 
 
 def test_the_child_ends_by_itself_while_the_parent_lives(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,9 +23,9 @@ from latentrt.export.tensorrt import EngineRequest
 from latentrt.runtime import prepare
 from latentrt.runtime.engine_store import EngineTarget, mismatches
 from latentrt.runtime.engines import plugins, trt
-from latentrt.runtime.engines.base import Component
+from latentrt.runtime.engines.base import Availability, Component
 from latentrt.runtime.engines.sizes import SizePolicy
-from latentrt.runtime.engines.tensorrt import TensorRTRTXBackend
+from latentrt.runtime.engines.tensorrt import TensorRTBackend, TensorRTRTXBackend
 from latentrt.runtime.manifests import write_beside
 from latentrt.runtime.prepare import engine
 
@@ -370,6 +371,53 @@ def test_which_plugins_a_back_end_takes(monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_engine_there_is_not() -> None:
     with pytest.raises(BackendError, match="no engine 'openvino'; there are tensorrt, tensorrt-rtx"):
         EngineTarget("openvino", (89,))
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An A100 and an H100, as PyTorch tells of them, and TensorRT."""
+
+    class Cuda:
+        @staticmethod
+        def cuDriverGetVersion(version: Any) -> None:  # noqa: N802 (the driver's name)
+            version._obj.value = 13000
+
+    gpus = [
+        SimpleNamespace(uuid="a", name="NVIDIA A100-SXM4-80GB", capability=(8, 0)),
+        SimpleNamespace(uuid="h", name="NVIDIA H100 80GB HBM3", capability=(9, 0)),
+    ]
+
+    def gpu(device: torch.device | None = None) -> SimpleNamespace:
+        return gpus[(device and device.index) or 0]
+
+    monkeypatch.setattr(trt, "load", lambda product: type("trt", (), {"__version__": "11.4.0"}))
+    monkeypatch.setattr(trt.ctypes, "CDLL", lambda name: Cuda)
+    monkeypatch.setattr(TensorRTBackend, "availability", lambda *asked: Availability(True, "it is there"))
+    monkeypatch.setattr(TensorRTBackend, "load_stored", lambda *loaded: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: gpu(device).capability)
+
+
+def test_an_engine_is_built_on_the_gpu_that_it_is_for(
+    builder: Builder,
+    component: Component,
+    tmp_path: Path,
+    two_gpus: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = TensorRTBackend(with_plugins=())
+    for device in ("cuda:1", "cuda:0"):
+        backend.load(component, device=torch.device(device), cache_dir=tmp_path)
+    assert [(request.archs, request.gpu) for request in builder.requests] == [
+        ((90,), "GPU-h"),
+        ((80,), "GPU-a"),
+    ]
+    monkeypatch.setattr(
+        torch.cuda, "device_count", lambda: 1
+    )  # whatever its name is: a part of one has another
+    engine(component, EngineTarget("tensorrt", (80,)), ONE, cache_dir=tmp_path)
+    assert builder.requests[2].gpu is None
 
 
 def test_tensorrt_without_a_driver(
