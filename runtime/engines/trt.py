@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +47,8 @@ class Product:
         name: as in `--engine` and `--backend`.
         title: as its maker writes it.
         modules: names it may be imported by, best first.
-        majors: major versions whose API is the one used here.
+        oldest: the first version that reads the exported models: TensorRT's parser has Attention since 10.14.
+        newest: the last major version whose API is the one used here.
         install: what to run where it is missing.
         needs_gpu: whether building takes a GPU.
     """
@@ -54,7 +56,8 @@ class Product:
     name: str
     title: str
     modules: tuple[str, ...]
-    majors: tuple[int, ...]
+    oldest: tuple[int, int]
+    newest: int
     install: str
     needs_gpu: bool
 
@@ -62,13 +65,14 @@ class Product:
 PRODUCTS = {
     product.name: product
     for product in (
-        Product("tensorrt", "TensorRT", ("tensorrt",), (10, 11), 'pip install "latentrt[gpu]"', True),
+        Product("tensorrt", "TensorRT", ("tensorrt",), (10, 14), 11, 'pip install "latentrt[gpu]"', True),
         Product(
             "tensorrt-rtx",
             "TensorRT for RTX",
             # The second is there without the meta package, whose name the first is.
             ("tensorrt_rtx", "tensorrt_rtx_bindings"),
-            (1,),
+            (1, 7),
+            1,
             'pip install "latentrt[rtx]"',
             False,
         ),
@@ -92,7 +96,7 @@ def load(product: Product) -> Any:
     """The product's module.
 
     Raises:
-        BackendUnavailableError: it is not installed, cannot be imported, or has another major version.
+        BackendUnavailableError: it is not installed, cannot be imported, or is too old or too new.
     """
     name = next((m for m in product.modules if util.find_spec(m) is not None), None)
     if name is None:
@@ -104,10 +108,12 @@ def load(product: Product) -> Any:
             f"{product.title} is installed but cannot be imported ({error}); {product.install}"
         ) from error
     version = str(getattr(module, "__version__", "of no version"))
-    if version.partition(".")[0] not in map(str, product.majors):
-        known = " and ".join(map(str, product.majors))
+    found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if not (product.oldest <= found and found[0] <= product.newest):
+        oldest = ".".join(map(str, product.oldest))
         raise BackendUnavailableError(
-            f"{product.title} {version} is installed, and latentrt drives major version {known}; {product.install}"
+            f"{product.title} {version} is installed, and latentrt drives {oldest} to {product.newest}.x; "
+            f"{product.install}"
         )
     return module
 

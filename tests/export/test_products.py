@@ -60,14 +60,19 @@ def tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         sys.modules["tensorrt"] = before
 
 
-@pytest.mark.parametrize("version", ["9.3.0", "12.0.1"])
-def test_another_major_version(version: str, tensorrt: Callable[[str], None]) -> None:
+@pytest.mark.parametrize("version", ["9.30.0", "10.9.0", "10.13.3.9", "12.0.1"])
+def test_versions_too_old_and_too_new(version: str, tensorrt: Callable[[str], None]) -> None:
     tensorrt(f"__version__ = {version!r}")
     with pytest.raises(
         BackendUnavailableError,
-        match=rf"TensorRT {version} is installed, and latentrt drives major version 10 and 11; pip install",
+        match=rf"TensorRT {version} is installed, and latentrt drives 10\.14 to 11\.x; pip install",
     ):
         trt.load(trt.product("tensorrt"))
+
+
+def test_the_oldest_version(tensorrt: Callable[[str], None]) -> None:
+    tensorrt("__version__ = '10.14.1.48'")
+    assert trt.load(trt.product("tensorrt")).__version__ == "10.14.1.48"
 
 
 def test_a_product_whose_libraries_are_missing(tensorrt: Callable[[str], None]) -> None:
