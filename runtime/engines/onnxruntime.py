@@ -205,7 +205,7 @@ def open_session(
         tf32: a GPU may round float32 to TF32; otherwise float32 means float32.
 
     Raises:
-        BackendError: ONNX Runtime cannot read or run the model.
+        BackendError: ONNX Runtime cannot read or run the model, or not on that device.
     """
     ort = _import()
     settings = ort.SessionOptions()
@@ -217,10 +217,20 @@ def open_session(
     # Each session has threads of its own; those of one that is done would go on spinning on cores that the next needs.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     settings.log_severity_level = 3
+    providers = _providers(device, stream, options, tf32=tf32)
     try:
-        return ort.InferenceSession(model, settings, providers=_providers(device, stream, options, tf32=tf32))
+        # Unless told not to, it prints that a provider failed and goes on with others.
+        session = ort.InferenceSession(model, settings, providers=providers, enable_fallback=0)
     except Exception as error:  # as above
         raise BackendError(f"ONNX Runtime cannot load {model}: {error}") from error
+    # One whose libraries are missing is left out even so.
+    wanted = [provider if isinstance(provider, str) else provider[0] for provider in providers]
+    if missing := [name for name in wanted if name not in session.get_providers()]:
+        raise BackendError(
+            f"ONNX Runtime cannot start {', '.join(missing)} for {model}; see that the CUDA, cuDNN and TensorRT its "
+            "release notes name are installed, or use another back end"
+        )
+    return session
 
 
 def _providers(

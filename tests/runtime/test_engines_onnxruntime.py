@@ -330,6 +330,38 @@ def test_what_onnxruntime_cannot_load_is_a_back_end_error(tmp_path: Path) -> Non
         OnnxRuntimeEngine(tiny.affine(), tmp_path / "model.onnx", CPU)
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider' is not in available")
+def test_a_provider_that_does_not_start_is_not_done_without(
+    cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    model = onnx_model(tiny.affine(), cache_dir=cache_dir)
+    only_cpu = ["CPUExecutionProvider"]  # where there is a GPU as well
+    monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda session: only_cpu)
+    with pytest.raises(BackendError, match=r"cannot start CUDAExecutionProvider for .*cuDNN.* are installed"):
+        ort_engine.open_session(model, torch.device("cuda", 0))
+
+
+def test_a_provider_that_fails_is_not_replaced(
+    cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import onnxruntime
+
+    def fails(self: Any, providers: Any, *more: Any) -> None:
+        self._fallback_providers = ["CPUExecutionProvider"]
+        if providers != self._fallback_providers:
+            raise RuntimeError("no CUDA-capable device")
+        create(self, providers, *more)
+
+    model = onnx_model(tiny.affine(), cache_dir=cache_dir)
+    create = onnxruntime.InferenceSession._create_inference_session
+    monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", fails)
+    with pytest.raises(BackendError, match=r"cannot load .*: no CUDA-capable device"):
+        ort_engine.open_session(model, torch.device("cuda", 0))
+    assert capsys.readouterr().out == ""
+
+
 def test_what_fails_in_onnxruntime_names_the_component(cache_dir: Path) -> None:
     component = tiny.affine()
     model = onnx_model(component, cache_dir=cache_dir)
