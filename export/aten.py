@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import to_torch_dtype
@@ -157,7 +158,7 @@ def _causal_attention(
     q = b.op("Mul", q, b.constant(columns**-0.5, fake.dtype))
     scores = b.op("MatMul", q, b.op("Transpose", k, perm=[0, 1, 3, 2]))
     scores.dtype = b.value(v).dtype
-    future = b.constant(torch.full((length, length), float("-inf")).triu(1), torch.float32)
+    future = b.constant(np.triu(np.full((length, length), -np.inf), 1), torch.float32)
     weights = b.op("Softmax", b.op("Add", b.cast(scores, torch.float32), future), axis=-1)
     weights.dtype = ir.DataType.FLOAT
     return b.op("MatMul", b.cast(weights, fake.dtype), v)
@@ -338,7 +339,7 @@ def _argmax(b: Builder, fake: Tensor, x: Operand, dim: int, keepdim: bool = Fals
 @_of(_aten.arange.default)
 def _arange(b: Builder, fake: Tensor, end: Size, **options: Any) -> Any:
     if isinstance(end, int):
-        return b.constant(torch.arange(end), fake.dtype)
+        return b.constant(range(end), fake.dtype)
     steps = b.op("Range", b.constant(0), b.op("Squeeze", end), b.constant(1))
     steps.dtype = ir.DataType.INT64
     return b.cast(steps, fake.dtype)

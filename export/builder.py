@@ -90,7 +90,7 @@ class Builder:
 
     def constant(self, content: Any, dtype: torch.dtype = torch.int64) -> ir.Value:
         """A small constant, one initializer however often it is asked for."""
-        data = torch.as_tensor(content, dtype=dtype)
+        data = torch.as_tensor(content, dtype=dtype, device="cpu")
         key = (dtype, tuple(data.shape), repr(data.tolist()))
         if key not in self._constants:
             name = self._unique("constant")

@@ -166,7 +166,8 @@ class DenoiseState:
                 )
             self._noise[: len(noise)].copy_(noise)
         if self._scale is not None:
-            self._scale.copy_(torch.as_tensor(guidance_scale, dtype=torch.float32).expand_as(self._scale))
+            scale = torch.as_tensor(guidance_scale, dtype=torch.float32, device=self._scale.device)
+            self._scale.copy_(scale.expand_as(self._scale))
         if self._rescale is not None:
             self._rescale.fill_(guidance_rescale)
         if self._history is not None:

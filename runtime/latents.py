@@ -79,7 +79,7 @@ class NoiseSource:
         """
         if not any(table.draws_noise):
             return None
-        noise = torch.zeros((len(table), self.batch, *shape), device=device)
+        noise = torch.zeros((len(table), self.batch, *shape), dtype=torch.float32, device=device)
         for step, drawn in enumerate(table.draws_noise):
             if drawn:
                 noise[step] = self.draw(shape)

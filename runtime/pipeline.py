@@ -242,6 +242,12 @@ class Pipeline:
         self._budget.warn_of_evictions(evicted)
 
     @contextmanager
+    def _in_own_dtypes(self) -> Iterator[None]:
+        """A caller's autocast would have networks compute, be recorded and be exported in others."""
+        with torch.autocast("cpu", enabled=False), torch.autocast(self.device.type, enabled=False):
+            yield
+
+    @contextmanager
     def _quiet(self) -> Iterator[None]:
         """Without a bar."""
         shown, self._progress = self._progress, {"disable": True}
@@ -344,6 +350,7 @@ class Pipeline:
         with (
             self._watched(stages, previewer=previewer, **callbacks) as watch,
             turns(self._parts.engines()),
+            self._in_own_dtypes(),
             torch.no_grad(),
         ):
             images = self._budget.retried(
@@ -386,7 +393,7 @@ class Pipeline:
         own, _ = self.check("", planned=False)
         stages = stages_of_request(self._base, self._refiner, own, None)
         tile = self._budget.admit(own, stages, idle=not self._running, tiled=False)
-        with turns(self._parts.engines()):
+        with turns(self._parts.engines()), self._in_own_dtypes():
             return Previewer.fit(self.vae, own.height, own.width, self.device, tile=tile)
 
     def _request(self, arguments: dict[str, Any]) -> GenerationRequest:

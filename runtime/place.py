@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from ..errors import BackendUnavailableError, RequestError
 from .cache_contents import parse_bytes
 
-__all__ = ["bytes_named", "device_named", "dtype_name", "dtype_named", "free_memory"]
+__all__ = ["HOST_FLOATS", "bytes_named", "device_named", "dtype_name", "dtype_named", "free_memory"]
+
+HOST_FLOATS: Mapping[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""How tables are made, whatever a program has told PyTorch of the tensors that it makes itself."""
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -88,7 +88,10 @@ def onnx_model(component: Component, *, cache_dir: Path | None) -> Path:
         from ..export import export_checked
 
         _log.info("exporting %s to ONNX; this is done once", component.name)
-        with _ONE_AT_A_TIME:
+        with (
+            _ONE_AT_A_TIME,
+            torch.autocast("cpu", enabled=False),
+        ):  # a caller's would become part of the graph
             return export_checked(component, directory / MODEL_FILE)
 
     store = Store(cache_root(cache_dir))

@@ -51,7 +51,8 @@ class Previewer:
         h, w = height // vae.scale, width // vae.scale
         down, across = -(-h // _BLOCK), -(-w // _BLOCK)
         shape = (-(-_COLOURS // (down * across)), vae.channels, down, across)
-        blocks = 0.7 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        blocks = 0.7 * torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
         latents = F.interpolate(blocks, scale_factor=_BLOCK)[..., :h, :w]
         pixels = F.avg_pool2d(vae.decode(latents.to(device), tile=tile).cpu(), vae.scale)
         rows = latents.movedim(1, 3).flatten(0, 2).double()
@@ -78,7 +79,7 @@ class _Slot:
     def __init__(self, latents: Tensor) -> None:
         B, _, h, w = latents.shape
         self.latents = torch.empty_like(latents)
-        self.pixels = torch.empty(B, h, w, 3, dtype=torch.uint8, pin_memory=latents.is_cuda)
+        self.pixels = torch.empty(B, h, w, 3, dtype=torch.uint8, device="cpu", pin_memory=latents.is_cuda)
 
 
 class StepReports:

@@ -124,7 +124,7 @@ class ClipTokenizer:
                 )
             row = [self._start, *kept, self.end]
             rows.append(row + [self._pad] * (self.context - len(row)))
-        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.context)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), self.context)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, with single spaces between words."""

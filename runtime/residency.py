@@ -36,7 +36,9 @@ class Staging:
         """`nbytes`: of both buffers together."""
         pinned = device.type == "cuda"
         self._device = device
-        self._buffers = [torch.empty(nbytes // 2, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+        self._buffers = [
+            torch.empty(nbytes // 2, dtype=torch.uint8, device="cpu", pin_memory=pinned) for _ in range(2)
+        ]
         self._sent: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
 

@@ -95,7 +95,7 @@ def build_table(
         raise RequestError(f"steps {begin} to {end} were asked for; the schedule has {len(schedule)}")
     run = _Run(config, schedule, begin, end, eta)
     steps = list(_SAMPLERS[config.kind](run))
-    rows = torch.tensor([row for row, _ in steps], dtype=torch.float64).reshape(-1, COLUMNS)
+    rows = torch.tensor([row for row, _ in steps], dtype=torch.float64, device="cpu").reshape(-1, COLUMNS)
     return SamplerTable(
         rows=rows,
         draws_noise=tuple(drawn for _, drawn in steps),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 from .engines.lazy import LazyEngine
+from .place import HOST_FLOATS
 
 __all__ = ["TILE", "VAE"]
 
@@ -60,7 +61,8 @@ class VAE:
         down, across = Tiles.of(h, tile, self.scale), Tiles.of(w, tile, self.scale)
         if len(down.starts) == len(across.starts) == 1:
             return self._pixels(latents)
-        image = torch.zeros(1, 3, h * self.scale, w * self.scale, device=latents.device)
+        shape = (1, 3, h * self.scale, w * self.scale)
+        image = torch.zeros(shape, dtype=torch.float32, device=latents.device)
         for top, rows in zip(down.starts, down.weights, strict=True):
             for left, columns in zip(across.starts, across.weights, strict=True):
                 part = self._pixels(latents[..., top : top + down.size, left : left + across.size])
@@ -114,15 +116,15 @@ class Tiles:
     def of(cls, length: int, size: int | None, scale: int) -> Tiles:
         """Parts of at most `size` latents of a side of `length`; one where `size` is None."""
         if size is None or size >= length:
-            return cls(length, [0], [torch.ones(length * scale)])
+            return cls(length, [0], [torch.ones(length * scale, **HOST_FLOATS)])
         overlap = size // 4
         count = -(-(length - overlap) // (size - overlap))
         starts = [round(k * (length - size) / (count - 1)) for k in range(count)]
-        to_edge = torch.arange(1, size * scale + 1)
-        total = torch.zeros(length * scale)
+        to_edge = torch.arange(1, size * scale + 1, **HOST_FLOATS)
+        total = torch.zeros(length * scale, **HOST_FLOATS)
         weights = []
         for start in starts:
-            weight = torch.full((size * scale,), float(overlap * scale))
+            weight = torch.full((size * scale,), float(overlap * scale), **HOST_FLOATS)
             if start > 0:
                 weight = torch.minimum(weight, to_edge)
             if start + size < length:

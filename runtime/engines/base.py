@@ -343,20 +343,20 @@ def example_inputs(component: Component, sizes: Mapping[str, int], seed: int = 0
     Raises:
         BackendError: an integer input has no `values` to draw from.
     """
-    generator = torch.Generator().manual_seed(seed)
+    drawing: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed), "device": "cpu"}
     drawn: list[Tensor] = []
     for spec in component.inputs:
         shape = spec.shape(sizes)
         if spec.values is None:
             if not spec.dtype.is_floating_point:
                 raise BackendError(f"{component.name}: {spec.name} is {spec.dtype} and states no values")
-            drawn.append(torch.randn(shape, generator=generator).to(spec.dtype))
+            drawn.append(torch.randn(shape, dtype=torch.float32, **drawing).to(spec.dtype))
             continue
         low, high = spec.values.low, spec.values.high
         if spec.dtype.is_floating_point:
-            tensor = (low + (high - low) * torch.rand(shape, generator=generator)).to(spec.dtype)
+            tensor = (low + (high - low) * torch.rand(shape, dtype=torch.float32, **drawing)).to(spec.dtype)
         else:
-            tensor = torch.randint(int(low), int(high), shape, generator=generator, dtype=spec.dtype)
+            tensor = torch.randint(int(low), int(high), shape, dtype=spec.dtype, **drawing)
         if spec.values.last is not None:
             tensor[..., -1] = spec.values.last
         drawn.append(tensor)

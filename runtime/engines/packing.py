@@ -83,7 +83,9 @@ def doubling_weight(weight: Tensor) -> Tensor:
     Returns:
         [Cin, Cout, 4, 4] of its dtype, channels last; sums are taken in float32.
     """
-    sums = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], device=weight.device)
+    sums = torch.tensor(
+        [[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float32, device=weight.device
+    )
     folded = torch.einsum("ka,lb,oiab->iokl", sums, sums, weight.float())
     return folded.to(weight.dtype).contiguous(memory_format=torch.channels_last)
 
