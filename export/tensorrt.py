@@ -128,8 +128,8 @@ class _Build:
         self.session = session
         self.product = products.product(request.product)
         self.log = products.make_log(trt)
-        self.builder = trt.Builder(self.log)
-        if not self.builder:
+        self.builder = products.make(trt.Builder, self.log)
+        if self.builder is None:
             raise self._error(f"cannot start ({self.log.why()})", "see that its GPU and driver work")
 
     def parse(self) -> tuple[Any, Any]:

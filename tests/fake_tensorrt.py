@@ -149,6 +149,9 @@ class FakeTensorRT:
 
     def Runtime(self, log: Any) -> Any:  # noqa: N802
         self.log = log
+        if self.failing == "Runtime":
+            log.log(rtx.ILogger.ERROR, "CUDA initialization failure with error: 3")
+            raise TypeError("pybind11::init(): factory function returned nullptr")
         return SimpleNamespace(deserialize_cuda_engine=self._deserialize)
 
     def _deserialize(self, plan: Any) -> FakeEngine | None:

@@ -176,7 +176,9 @@ class TensorRTEngine:
             plugins.loading(self._trt, stored.plugins)
         except BackendError as error:
             raise BackendError(f"{component.name}: {error}") from error
-        self._runtime = self._trt.Runtime(self._log)
+        self._runtime = products.make(self._trt.Runtime, self._log)
+        if self._runtime is None:
+            raise self.error("cannot start; see that its GPU and driver work")
         try:
             with (
                 open(stored.plan, "rb") as file,

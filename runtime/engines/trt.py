@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +29,7 @@ __all__ = [
     "driver_class",
     "has_plugin_library",
     "load",
+    "make",
     "make_log",
     "plugin_library",
     "product",
@@ -170,6 +171,14 @@ def plugin_library(product: Product) -> Iterator[dict[str, str]]:
         (Path(folder) / _RTX_LIBRARY).symlink_to(found[0])
         paths = [folder, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
         yield {"LD_LIBRARY_PATH": os.pathsep.join(paths)}
+
+
+def make(kind: Callable[[Any], Any], log: Any) -> Any:
+    """A builder or a runtime; None where it cannot start, and the log says why."""
+    try:
+        return kind(log)
+    except TypeError:  # the binding's way to say so: "factory function returned nullptr"
+        return None
 
 
 def make_log(trt: Any) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import tiny_onnx
-from latentrt.errors import BackendUnavailableError
+from latentrt.errors import BackendUnavailableError, BuildError
 from latentrt.export import tensorrt as builder
 from latentrt.export.tensorrt import EngineRequest, build_engine
 from latentrt.runtime.engines import trt
@@ -112,6 +112,22 @@ def test_tensorrt_builds_for_its_own_gpu(for_one_gpu: EngineRequest) -> None:
         assert Path(for_one_gpu.plan).stat().st_size == figures["engine_bytes"]
         assert figures["layers"] == 1
         assert Path(str(for_one_gpu.timing_cache)).stat().st_size > 0
+
+
+def test_a_gpu_that_does_not_start_is_told(
+    request_: EngineRequest, tensorrt: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt(f"""{STAND_IN}
+class Builder:
+    def __init__(self, log):
+        log.log(ILogger.ERROR, "CUDA initialization failure with error: 3")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+""")
+    with pytest.raises(
+        BuildError,
+        match=r"unet: TensorRT 11.4.0 cannot start \(CUDA initialization failure with error: 3\); see that its GPU and",
+    ):
+        build_engine(replace(request_, product="tensorrt", archs=(90,)), nothing)
 
 
 @no_ops

@@ -329,6 +329,15 @@ def test_shapes_that_cannot_be_told(load: Load, fake: FakeTensorRT) -> None:
         load()(x_of(2))
 
 
+def test_a_gpu_that_does_not_start(load: Load, fake: FakeTensorRT) -> None:
+    fake.failing = "Runtime"
+    with pytest.raises(
+        BackendError,
+        match=r"unet: cannot start; see that its GPU and driver work \(CUDA initialization failure",
+    ):
+        load()
+
+
 def test_a_plan_that_is_none(load: Load) -> None:
     with pytest.raises(BackendError, match=r"unet: cannot load \S*model.plan \(magicTag mismatch\)"):
         load(plan=b"something else")
