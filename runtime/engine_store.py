@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import RequestError
 from .cache import Store
 from .cache_contents import Entry, contents
@@ -116,14 +118,20 @@ class StoredEngine:
     built: bool
 
 
-def describe_engine(component: Component, target: EngineTarget, *, onnx: str, builder: str) -> dict[str, Any]:
+def describe_engine(
+    component: Component, target: EngineTarget, device: torch.device | None, *, onnx: str, builder: str
+) -> dict[str, Any]:
     """What decides what an engine is, but for its sizes.
 
     Args:
+        device: the GPU that TensorRT builds on; the current one by default.
         onnx: digest of what decides the ONNX model.
         builder: digest of the code that builds.
     """
     product = trt.product(target.product)
+    driver = trt.driver_class(product)
+    # Unless told otherwise TensorRT builds for one model of GPU: others of its compute capability are not promised.
+    bound = product.needs_gpu and target.hardware_compatibility == "none"
     return {
         "name": component.name,
         "kind": "engine",
@@ -132,7 +140,8 @@ def describe_engine(component: Component, target: EngineTarget, *, onnx: str, bu
         **asdict(target),
         "archs": list(target.archs),
         "version": str(trt.load(product).__version__),
-        "driver": trt.driver_class(product),
+        "driver": driver,
+        "gpu": torch.cuda.get_device_name(device) if bound else "",
         "onnx": onnx,
         "builder": builder,
     }
@@ -170,6 +179,7 @@ def mismatches(have: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Why an engine does not run here, or is not what would be built today; empty where it does and is."""
     found = []
     archs, here = have.get("archs", []), wanted["archs"]
+    gpu = have.get("gpu", "")
     anywhere = have.get("hardware_compatibility") == "ampere-plus" and min(here) >= 80
     if have.get("version") != wanted["version"]:
         found.append(f"it was built by version {have.get('version')}, this is {wanted['version']}")
@@ -177,6 +187,8 @@ def mismatches(have: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
         found.append(f"it was built under the driver {have.get('driver')}, this is {wanted['driver']}")
     if not set(here) <= set(archs) and not anywhere:
         found.append(f"it was built for {_names(archs)}, wanted is {_names(here)}")
+    elif gpu not in ("", wanted["gpu"]):
+        found.append(f"it was built on {gpu}, this is {wanted['gpu']}")
     # Not the digests of what their kernels were made of: an engine holds its kernels.
     if plugins.formats(have.get("plugins", {})) != plugins.formats(wanted["plugins"]):
         found.append(f"it was built with the plugins {have.get('plugins')}, wanted are {wanted['plugins']}")

@@ -126,6 +126,7 @@ def engine(
     wanted = describe_engine(
         component,
         target,
+        device,
         onnx=digest_of(_describe_model(component, _MAKERS)),
         builder=digest_of_files([_PACKAGE / file for file in _BUILDER], _PACKAGE),
     )

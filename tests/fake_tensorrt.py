@@ -128,6 +128,7 @@ class FakeTensorRT:
         plans: what engines compute, by the content of their files.
         calls: of contexts, (number of the context, function, arguments) in order.
         failing: the name of a function that fails from now on.
+        warnings: what it has to say of an engine as it is read.
         engine: the one read last.
     """
 
@@ -143,6 +144,7 @@ class FakeTensorRT:
         self.contexts = 0
         self.failing = ""
         self.unknown: list[str] = []
+        self.warnings: list[str] = []
         self.streamable = 0
         self.capturable = True
         self.engine: FakeEngine | None = None
@@ -160,6 +162,8 @@ class FakeTensorRT:
             self.log.log(rtx.ILogger.ERROR, "magicTag mismatch")
             return None
         self.engine = FakeEngine(self, component)
+        for warning in self.warnings:
+            self.log.log(rtx.ILogger.WARNING, warning)
         return self.engine
 
     def named(self, name: str) -> list[tuple[Any, ...]]:

@@ -191,6 +191,8 @@ class TensorRTEngine:
             ) from error
         if self._engine is None:
             raise self.error(f"cannot load {stored.plan}")
+        for warning in self._log.warnings:
+            _log.warning("%s, as it loads the engine of %s: %s", product.title, component.name, warning)
         if self._engine.streamable_weights_size:  # built with weight streaming
             self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
 

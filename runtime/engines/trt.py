@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -182,18 +183,21 @@ def make(kind: Callable[[Any], Any], log: Any) -> Any:
 
 
 def make_log(trt: Any) -> Any:
-    """A logger for the product's calls, with what went wrong since `clear()` in `errors`."""
+    """A logger for the product's calls, with what went wrong since `clear()` in `errors`, and its last `warnings`."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
+            self.warnings: deque[str] = deque(maxlen=16)
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
                 self.errors.append(" ".join(message.split()))
-            else:
-                _log.debug("%s", message)
+                return
+            if severity == trt.ILogger.WARNING:
+                self.warnings.append(" ".join(message.split()))
+            _log.debug("%s", message)
 
         def clear(self) -> None:
             self.errors.clear()

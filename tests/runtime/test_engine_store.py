@@ -232,6 +232,7 @@ def test_hardware_compatible_engines_run_elsewhere() -> None:
     wanted = {
         "version": "11.4.0",
         "driver": "cuda-13",
+        "gpu": "",
         "plugins": {"GroupNorm": "1-these kernels"},
         "onnx": "0",
         "builder": "0",
@@ -396,6 +397,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TensorRTBackend, "load_stored", lambda *loaded: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_properties", gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: gpu(device).name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: gpu(device).capability)
 
 
@@ -418,6 +420,32 @@ def test_an_engine_is_built_on_the_gpu_that_it_is_for(
     )  # whatever its name is: a part of one has another
     engine(component, EngineTarget("tensorrt", (80,)), ONE, cache_dir=tmp_path)
     assert builder.requests[2].gpu is None
+
+
+def test_an_engine_is_for_the_model_of_gpu_that_built_it(
+    builder: Builder,
+    component: Component,
+    tmp_path: Path,
+    two_gpus: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device=None: (9, 0)
+    )  # H200 and GH200, say
+    there, here = torch.device("cuda:0"), torch.device("cuda:1")
+    target = EngineTarget("tensorrt", (90,))
+    first = engine(component, target, ONE, cache_dir=tmp_path, device=there)
+    with pytest.raises(BackendError, match="has no tensorrt engine"):
+        engine(component, target, cache_dir=tmp_path, rebuild="never", device=here)
+    assert "it was built on NVIDIA A100-SXM4-80GB, this is NVIDIA H100 80GB HBM3" in caplog.text
+    assert engine(component, target, ONE, cache_dir=tmp_path, device=here).key != first.key
+    assert engine(component, target, cache_dir=tmp_path, device=there).key == first.key
+    shared = replace(target, hardware_compatibility="same-capability")
+    both = engine(component, shared, ONE, cache_dir=tmp_path, device=there)
+    assert engine(component, shared, ONE, cache_dir=tmp_path, device=here).key == both.key
+    assert engine(component, target, cache_dir=tmp_path, device=here).key == both.key
+    assert len(builder.requests) == 3
 
 
 def test_tensorrt_without_a_driver(

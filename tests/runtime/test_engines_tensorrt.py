@@ -329,6 +329,16 @@ def test_shapes_that_cannot_be_told(load: Load, fake: FakeTensorRT) -> None:
         load()(x_of(2))
 
 
+def test_what_tensorrt_warns_of_at_load_is_passed_on(
+    load: Load, fake: FakeTensorRT, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake.warnings = ["Using an engine plan file\n across different models of devices"]
+    load()
+    assert caplog.messages == [
+        "TensorRT, as it loads the engine of unet: Using an engine plan file across different models of devices"
+    ]
+
+
 def test_a_gpu_that_does_not_start(load: Load, fake: FakeTensorRT) -> None:
     fake.failing = "Runtime"
     with pytest.raises(
