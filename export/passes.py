@@ -140,12 +140,13 @@ def transpose_pairs(model: ir.Model) -> None:
 def fused_qkv(model: ir.Model) -> None:
     """Make one product of the projections that one module applies to one tensor: q, k and v, or k and v of a text.
 
-    Their weights are put side by side, and so are the biases where each projection has one.
+    Their weights are put side by side, and so are the biases where each projection has one. Outputs of the model, such
+    as the keys and values that a part of a UNet hands on, stay as they are.
     """
     groups: dict[tuple[ir.Value, str], list[_Projection]] = {}
     for node in model.graph:
         projection = _projection(model.graph, node)
-        if projection is not None:
+        if projection is not None and not projection.last.outputs[0].is_graph_output():
             groups.setdefault((projection.x, projection.module), []).append(projection)
     for (x, module), projections in groups.items():
         if len(projections) > 1 and len({p.bias is None for p in projections}) == 1:

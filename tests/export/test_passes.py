@@ -168,6 +168,19 @@ def test_where_it_must_not_act(name: str, make: Callable[[], ir.Model]) -> None:
     assert report.before == report.after
 
 
+def test_projections_that_are_outputs_stay() -> None:
+    weights = "float[4,2] wq = {1,0,0,0,0,0,0,1}, float[4,2] wk = {0,0,1,0,1,0,0,0}"
+    model = named(
+        parse("k = MatMul(x, wk) y = MatMul(x, wq)", y="float[n,2] k, float[n,2]", weights=weights),
+        ("m", "m"),
+    )
+    before = run(model, X)
+    run_passes(model, ["fused-qkv"])
+    assert kinds(model) == ["MatMul", "MatMul"]
+    for a, b in zip(run(model, X), before, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_an_unknown_pass() -> None:
     with pytest.raises(
         RequestError, match=r"there is no pass fusing; there are constant-folding, dead-code, .*fused-qkv"
