@@ -81,7 +81,9 @@ class Store:
         """
         entry = self.entries / key
         with explained(self.root):
-            damage = damage_of(entry)
+            damage = damage_of(entry) and damage_of(
+                entry
+            )  # not if another process has put a new one there meanwhile
             if damage is None:
                 _mark_used(entry)
                 return entry
@@ -125,15 +127,16 @@ class Store:
                     return entry
                 if damage is not None and entry.exists():
                     _log.warning("cached %s is damaged (%s): building it again", name, damage)
-                    self.discard(entry)
+                    self._discard(entry)
                 self.sweep(key)
                 self._build(entry, key, description, build)
         return entry
 
     def remove(self, key: str) -> bool:
-        """Remove an entry; False where another process is writing it."""
+        """Remove an entry, or find that another process has; False where one is writing it."""
         with explained(self.root), suppress(Timeout), self._lock(key).acquire(timeout=0):
-            self.discard(self.entries / key)
+            with suppress(FileNotFoundError):
+                self._discard(self.entries / key)
             return True
         return False
 
@@ -150,8 +153,9 @@ class Store:
             figures = dict(build(partial))
             write_manifest(partial, key, description, figures)
             if entry.exists():
-                self.discard(entry)
-            partial.rename(entry)
+                self._discard(entry, successor=partial)
+            else:
+                partial.rename(entry)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -162,11 +166,13 @@ class Store:
     def _partial(self, key: str) -> Path:
         return self.root / "partial" / f"{key}.{secrets.token_hex(8)}"
 
-    def discard(self, entry: Path) -> None:
-        """Remove an entry, seen whole or not at all. Its lock must be held."""
+    def _discard(self, entry: Path, successor: Path | None = None) -> None:
+        """Remove an entry, seen whole or not at all, and put another folder there first. Its lock must be held."""
         aside = self._partial(entry.name)
         aside.parent.mkdir(exist_ok=True)  # a cache may have been copied without it
         entry.rename(aside)
+        if successor is not None:
+            successor.rename(entry)
         shutil.rmtree(aside)
 
     def sweep(self, own_key: str | None = None) -> None:

@@ -141,15 +141,6 @@ def engine(
             _refuse_or_warn(found, title, rebuild)
         description, key = dict(found.description), found.key
         profiles = tuple(map(Profile.from_json, description["profiles"]))
-    if rebuild == "never":
-        folder = store.get(key)
-        if folder is None:
-            raise BackendError(
-                f"the cache {store.root} has no {target.product} engine of {title} that runs here; `latentrt build` "
-                "makes one"
-            )
-        return stored_engine(folder, built=False)
-
     requests = []
 
     def build(directory: Path) -> Mapping[str, Any]:
@@ -184,8 +175,23 @@ def engine(
         requests.append(request)
         return build_in_child(request, expected_seconds=seconds)
 
-    folder = store.get_or_build(key, description, build, again=rebuild == "always")
-    return stored_engine(folder, built=bool(requests))
+    def entry() -> Path:
+        if rebuild != "never":
+            again = rebuild == "always" and not requests
+            return store.get_or_build(key, description, build, again=again)
+        folder = store.get(key)
+        if folder is None:
+            raise BackendError(
+                f"the cache {store.root} has no {target.product} engine of {title} that runs here; `latentrt build` "
+                "makes one"
+            )
+        return folder
+
+    folder = entry()
+    try:
+        return stored_engine(folder, built=bool(requests))
+    except FileNotFoundError:  # another process has removed it since, or is putting a new one there
+        return stored_engine(entry(), built=bool(requests))
 
 
 def _refuse_or_warn(found: Entry, title: str, rebuild: Rebuild) -> None:

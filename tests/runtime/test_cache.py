@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -209,6 +210,19 @@ def test_built_again_when_told_so(store: Store) -> None:
     assert (entry / "model.onnx").read_text() == "earlier"  # a build that fails takes nothing away
     assert store.get_or_build(KEY, DESCRIPTION, writes("later"), again=True) == entry
     assert (entry / "model.onnx").read_text() == "later"
+    assert leftovers(store) == []
+
+
+def test_the_old_one_is_there_until_the_new_one_is(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = store.get_or_build(KEY, DESCRIPTION, writes("earlier"))
+    rmtree = shutil.rmtree
+
+    def slowly(path: Path, **options: Any) -> None:  # gigabytes take a second
+        assert (entry / "model.onnx").read_text() == "later"
+        rmtree(path, **options)
+
+    monkeypatch.setattr(cache.shutil, "rmtree", slowly)
+    store.get_or_build(KEY, DESCRIPTION, writes("later"), again=True)
     assert leftovers(store) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,9 +14,9 @@ import pytest
 from filelock import FileLock
 from latentrt.cli import main
 from latentrt.errors import CacheError, RequestError
-from latentrt.runtime import manifests
+from latentrt.runtime import cache_contents, manifests
 from latentrt.runtime.cache import Store
-from latentrt.runtime.cache_contents import contents, parse_bytes, prune, verify
+from latentrt.runtime.cache_contents import Entry, contents, parse_bytes, prune, verify
 from latentrt.runtime.manifests import damage_of
 
 ENGINE = {
@@ -79,6 +80,30 @@ def test_engines_say_what_they_are_for(store: Store) -> None:
     assert contents(store)[0].summary == (
         "engine unet float16 tensorrt-rtx 1.7.1 sm_89,sm_120 (batch 1..8, height 64..160 step 8)"
     )
+
+
+def test_an_entry_that_is_removed_while_it_is_listed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def removed(path: Any) -> Any:
+        if os.fspath(path).endswith("a" * 64):
+            raise FileNotFoundError(errno.ENOENT, "removed", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", removed)
+    assert keys(contents(store)) == "abc"
+
+
+def test_two_prunes_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def listed(store: Store) -> list[Entry]:
+        found = contents(store)
+        monkeypatch.setattr(cache_contents, "contents", contents)
+        assert len(prune(store, 0)) == 3  # the other one, between this one's list and its removals
+        return found
+
+    monkeypatch.setattr(cache_contents, "contents", listed)
+    assert len(prune(store, 0)) == 3
+    assert contents(store) == []
 
 
 def test_an_empty_cache(tmp_path: Path) -> None:

@@ -21,13 +21,13 @@ from latentrt.errors import BackendError, BackendUnavailableError, CacheError, R
 from latentrt.export import build_process, plugin_kernels
 from latentrt.export.tensorrt import EngineRequest
 from latentrt.runtime import prepare
-from latentrt.runtime.engine_store import EngineTarget, mismatches
+from latentrt.runtime.engine_store import EngineTarget, StoredEngine, mismatches, stored_engine
 from latentrt.runtime.engines import plugins, trt
 from latentrt.runtime.engines.base import Availability, Component
 from latentrt.runtime.engines.sizes import SizePolicy
 from latentrt.runtime.engines.tensorrt import TensorRTBackend, TensorRTRTXBackend
 from latentrt.runtime.manifests import write_beside
-from latentrt.runtime.prepare import engine
+from latentrt.runtime.prepare import Rebuild, engine
 
 RTX = EngineTarget("tensorrt-rtx", (89,))
 ONE = SizePolicy.parse(["64x64"], "1")
@@ -186,6 +186,29 @@ def test_never_builds_when_told_so(builder: Builder, component: Component, tmp_p
     assert builder.requests == []
     engine(component, RTX, ONE, cache_dir=tmp_path)
     assert not engine(component, RTX, cache_dir=tmp_path, rebuild="never").built
+
+
+class Replaced:
+    """Reading an entry that another process puts anew as it is read first."""
+
+    reads = 0
+
+    def __call__(self, folder: Path, *, built: bool) -> StoredEngine:
+        self.reads += 1
+        if self.reads == 1:
+            raise FileNotFoundError(errno.ENOENT, "replaced", folder / "manifest.json")
+        return stored_engine(folder, built=built)
+
+
+@pytest.mark.parametrize("rebuild", ["auto", "never", "always"])
+def test_an_engine_that_is_replaced_while_it_is_read(
+    rebuild: Rebuild, builder: Builder, component: Component, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine(component, RTX, ONE, cache_dir=tmp_path)
+    monkeypatch.setattr(prepare, "stored_engine", replaced := Replaced())
+    assert engine(component, RTX, ONE, cache_dir=tmp_path, rebuild=rebuild).built == (rebuild == "always")
+    assert len(builder.requests) == (2 if rebuild == "always" else 1)
+    assert replaced.reads == 2
 
 
 def test_builds_anew_when_told_so(builder: Builder, component: Component, tmp_path: Path) -> None:
