@@ -104,7 +104,7 @@ def _dtype_of(dtype: Any) -> str:
 
 
 def _image(session: Session, key: str, arch: int) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-    path = session.kernels.get(key, {}).get(arch)
+    path = session.files(key).get(arch)
     if path is None:
         raise BackendError(f"no kernels were compiled for {key} and sm_{arch}")
     found = json.loads(path.read_bytes())

@@ -140,12 +140,17 @@ class Session:
     failures: list[str] = field(default_factory=list)
     _read: dict[str, Code] = field(default_factory=dict)
 
+    def files(self, key: str) -> Mapping[int, Path]:
+        """The kernels of that key, else those for any number of keys: the model, by which they were compiled, does not
+        tell a number that the sizes of an engine fix."""
+        return self.kernels.get(key) or self.kernels.get(key.replace(" short=1", " short=0"), {})
+
     def code(self, key: str) -> Code:
-        """The kernels of that key, read once: many nodes share them."""
-        if key not in self.kernels:
-            raise BackendError(f"no kernels were compiled for {key}")
+        """These kernels, read once: many nodes share them."""
         if key not in self._read:
-            files = self.kernels[key]
+            files = self.files(key)
+            if not files:
+                raise BackendError(f"no kernels were compiled for {key}")
             self._read[key] = Code.of({arch: path.read_bytes() for arch, path in files.items()})
         return self._read[key]
 

@@ -34,7 +34,7 @@ NORMS = ("GroupNorm", "GroupNormSilu", "ShiftGroupNormSilu")
 ALL = plugins.chosen("all")
 
 
-def save(path: Path, dtype: str = "float16") -> Path:
+def save(path: Path, dtype: str = "float16", keys: int | str = 77) -> Path:
     """The three norms one after the other, and attention beside them."""
     kind = TYPES[dtype]
 
@@ -58,7 +58,7 @@ def save(path: Path, dtype: str = "float16") -> Path:
         value("x", *image),
         value("shift", "batch", 8),
         value("q", *query),
-        value("k", "batch", 77, 2, 16),
+        value("k", "batch", keys, 2, 16),
     ]
     graph = helper.make_graph(
         nodes,
@@ -161,6 +161,12 @@ def test_the_plan_holds_the_kernels(compiled: list[Kernels], tmp_path: Path) -> 
     code = Code.of({int(arch): Path(file).read_bytes() for arch, file in files.items()})
     assert sorted(code.images) == [86, 89]
     assert code.packed in Path(asked.plan).read_bytes()
+
+
+def test_a_number_of_keys_that_only_the_sizes_fix(compiled: list[Kernels], tmp_path: Path) -> None:
+    figures = build_in_child(request(tmp_path, ["DotProductAttention"], keys="keys"))
+    assert [kernels.short for kernels in compiled] == [False]
+    assert figures["plugins"]["DotProductAttention"]["serialized"] >= 1
 
 
 def test_kernels_that_are_missing(compiled: list[Kernels], tmp_path: Path) -> None:
