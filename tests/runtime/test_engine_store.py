@@ -438,9 +438,8 @@ def test_an_engine_is_built_on_the_gpu_that_it_is_for(
         ((90,), "GPU-h"),
         ((80,), "GPU-a"),
     ]
-    monkeypatch.setattr(
-        torch.cuda, "device_count", lambda: 1
-    )  # whatever its name is: a part of one has another
+    # Where there is one alone no name is needed; that of a part of a GPU (MIG) would be another.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     engine(component, EngineTarget("tensorrt", (80,)), ONE, cache_dir=tmp_path)
     assert builder.requests[2].gpu is None
 

@@ -56,7 +56,9 @@ def test_a_picture_stays_as_it_is(what: str, backend: str, load: Callable[..., P
             previewer=pipe.fit_previewer(),
             callback_on_progress=lambda _, step, told: previews.append(told["preview"]),
         ).images
-        encoded = pipe(**{**CALL, "output_type": "latent"}, image=torch.from_numpy(images).movedim(3, 1)).images
+        encoded = pipe(
+            **{**CALL, "output_type": "latent"}, image=torch.from_numpy(images).movedim(3, 1)
+        ).images
         return [images, encoded, *previews]
 
     wanted = make()
