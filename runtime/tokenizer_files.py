@@ -34,7 +34,7 @@ class TokenizerFiles:
     Attributes:
         vocab: token -> id.
         merges: pairs in order of priority, the first merges first.
-        config: `tokenizer_config.json` (pad_token, model_max_length, ...); token entries are plain strings.
+        config: pad_token, model_max_length and the like; token entries are plain strings.
     """
 
     vocab: Mapping[str, int]
@@ -70,11 +70,7 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     Raises:
         CheckpointError: neither is there, or a file is not what it should be.
     """
-    config: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            config |= read_json(folder / name)
-    config = {key: _token_text(value) for key, value in config.items()}
+    config = _read_config(folder)
     vocab_file, merges_file, both = folder / "vocab.json", folder / "merges.txt", folder / "tokenizer.json"
     if vocab_file.is_file() and merges_file.is_file():
         vocab = read_json(vocab_file)
@@ -86,6 +82,18 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     if both.is_file():
         return _read_both(both, config)
     raise CheckpointError(f"{folder} has no tokenizer: expected vocab.json and merges.txt, or tokenizer.json")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """`tokenizer_config.json`. Where it is of a time before `added_tokens_decoder`, the special tokens are those of
+    `special_tokens_map.json`, as for transformers: SD 2.1's two files name different tokens to pad with."""
+    config, special = (
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json")
+    )
+    if "added_tokens_decoder" not in config:
+        config |= {key: value for key, value in special.items() if key.endswith("_token")}
+    return {key: _token_text(value) for key, value in config.items()}
 
 
 def _read_both(file: Path, config: Mapping[str, Any]) -> TokenizerFiles:

@@ -214,7 +214,9 @@ def save_tiny(
         tokenizer = name.replace("text_encoder", "tokenizer")
         if name in modules:
             clip_l = name == "text_encoder" and kind != "sd21"
-            save_tokenizer(path / tokenizer, pad_token=END_TOKEN if clip_l else "!")
+            # SD 2.1's tokenizer_config.json has another pad token than its special_tokens_map.json, which counts.
+            config = {"pad_token": END_TOKEN} if kind == "sd21" else {}
+            save_tokenizer(path / tokenizer, pad_token=END_TOKEN if clip_l else "!", config=config)
             index[tokenizer] = ["transformers", "CLIPTokenizer"]
         elif kind == "refiner":
             index |= {name: [None, None], tokenizer: [None, None]}
@@ -249,8 +251,11 @@ def save_beside(path: Path, sdxl: Path, fields: Config, scheduler: Config) -> Pa
     return path
 
 
-def save_tokenizer(folder: Path, *, pad_token: str, merges: int = MERGES) -> None:
-    """CLIP's tokenizer cut to its first merges, in the files that published checkpoints have."""
+def save_tokenizer(
+    folder: Path, *, pad_token: str, merges: int = MERGES, config: Config | None = None
+) -> None:
+    """CLIP's tokenizer cut to its first merges, in the files that published checkpoints have; `config` is what its
+    tokenizer_config.json says besides, or differently."""
     pairs = clip_merges(merges)
     write_json(folder / "vocab.json", clip_vocabulary(pairs))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in pairs), "utf-8")
@@ -270,6 +275,7 @@ def save_tokenizer(folder: Path, *, pad_token: str, merges: int = MERGES) -> Non
             "errors": "replace",
             "model_max_length": 77,
             "tokenizer_class": "CLIPTokenizer",
+            **(config or {}),
         },
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from latentrt.errors import CheckpointError
-from latentrt.runtime.tokenizer_files import clip_merges, clip_vocabulary, read_tokenizer
+from latentrt.runtime.tokenizer_files import END_TOKEN, clip_merges, clip_vocabulary, read_tokenizer
 from tiny_checkpoints import save_tokenizer, write_json
 from transformers import CLIPTokenizer
 
@@ -62,6 +62,17 @@ def test_tokenizer_json_says_the_same(tiny: Tiny, tmp_path: Path, paired: bool) 
     assert list(files.merges) == list(classic.merges)
     assert files.config["pad_token"] == "!"
     assert files.config["model_max_length"] == 77
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_of_two_pad_tokens_the_one_that_transformers_takes(tmp_path: Path, decoder: bool) -> None:
+    """SD 2.1 as published has two, and no added_tokens_decoder."""
+    token = {"content": END_TOKEN, "lstrip": False, "normalized": False, "special": True}
+    added = {"added_tokens_decoder": {"1513": token}} if decoder else {}
+    save_tokenizer(tmp_path, pad_token="!", config={"pad_token": END_TOKEN, **added})
+    theirs = CLIPTokenizer.from_pretrained(tmp_path)
+    assert theirs.pad_token == (END_TOKEN if decoder else "!")
+    assert read_tokenizer(tmp_path).config["pad_token"] == theirs.pad_token
 
 
 def test_what_transformers_saves_is_read(tiny: Tiny, tmp_path: Path) -> None:
