@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,10 @@ from .schedule import Schedule, make_schedule, step_range
 __all__ = ["SAMPLERS", "SamplerConfig", "SamplerTable", "build_table", "step_range"]
 
 _Pair = tuple[float, float]
+
+_EULER = ("euler", "euler-a")
+_WEIGHTS = slice(StepRow._fields.index("w_x"), StepRow._fields.index("w_noise") + 1)
+"""The columns whose sum of products the next latents are."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class SamplerTable:
         init_noise_sigma: initial latents are standard normal noise times this.
         add_noise: weights (of the latents, of the noise) that bring clean latents to the level of step
             `begin`.
+        unit_variance: whether latents are a x0 + s eps with a^2 + s^2 = 1, and not x0 + (s / a) eps, as Euler's are.
+        last_signal: that a after the last step.
     """
 
     rows: Tensor
@@ -58,6 +64,8 @@ class SamplerTable:
     predicts_variance: bool
     init_noise_sigma: float
     add_noise: tuple[float, float]
+    unit_variance: bool
+    last_signal: float
 
     def __len__(self) -> int:
         return len(self.draws_noise)
@@ -67,6 +75,14 @@ class SamplerTable:
         """What the model is told at each step."""
         column: list[float] = self.rows[:, 0].tolist()
         return column
+
+    def handing_over_to(self, following: SamplerTable) -> SamplerTable:
+        """The same steps, the last of which leaves the latents as another table's sampler scales them."""
+        if following.unit_variance == self.unit_variance:
+            return self
+        rows = self.rows.clone()
+        rows[-1, _WEIGHTS] *= self.last_signal if following.unit_variance else 1 / self.last_signal
+        return replace(self, rows=rows)
 
     def on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """The rows where the loop needs them, rounded once."""
@@ -103,11 +119,13 @@ def build_table(
         predicts_variance=config.kind == "ddpm" and config.variance_type == "learned_range",
         init_noise_sigma=_init_noise_sigma(config, schedule),
         add_noise=_add_noise(config, schedule, begin),
+        unit_variance=config.kind not in _EULER,
+        last_signal=_last_signal(run),
     )
 
 
 def _init_noise_sigma(config: SamplerConfig, schedule: Schedule) -> float:
-    if config.kind not in ("euler", "euler-a"):
+    if config.kind not in _EULER:
         return 1.0
     highest = float(schedule.sigmas.max())
     # "leading" stops short of pure noise, and noise is added to the signal's variance of 1.
@@ -117,7 +135,7 @@ def _init_noise_sigma(config: SamplerConfig, schedule: Schedule) -> float:
 def _add_noise(config: SamplerConfig, schedule: Schedule, begin: int) -> _Pair:
     if begin == len(schedule):
         return 1.0, 0.0
-    if config.kind in ("euler", "euler-a"):
+    if config.kind in _EULER:
         return 1.0, float(schedule.sigmas[begin])
     if config.kind == "dpm++2m":
         return _signal_noise(float(schedule.sigmas[begin]))
@@ -154,6 +172,21 @@ class _Run:
     @property
     def stride(self) -> int:
         return self.config.num_train_timesteps // self.schedule.num_steps
+
+
+def _last_signal(run: _Run) -> float:
+    """The signal's weight in latents of unit variance at the level after the last step; 1 where there is none."""
+    kind, end, timesteps = run.config.kind, run.end, run.schedule.timesteps
+    if run.begin == end:
+        return 1.0
+    if len(run.schedule.sigmas):
+        return _signal_noise(float(run.schedule.sigmas[end]))[0]
+    if kind in ("ddpm", "lcm"):
+        return math.sqrt(run.level(int(timesteps[end]))) if end < len(timesteps) else 1.0
+    t = int(timesteps[end - 1])
+    # PNDM's second step repeats the first and ends at the same level.
+    repeats = kind == "pndm" and end - 1 == run.begin + 1
+    return math.sqrt(run.level(t) if repeats else run.level_after(t))
 
 
 _Step = tuple["StepRow[float]", bool]

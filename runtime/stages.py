@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from ..errors import RequestError
 from .expert import Expert
@@ -35,7 +36,8 @@ def stages_of(
     strength: float | None = None,
     eta: float = 0.0,
 ) -> list[Stage]:
-    """Who takes which steps. Stages without steps are left out, but the first, whose schedule is the start's.
+    """Who takes which steps. Stages without steps are left out, but the first, whose schedule is the start's; the
+    others hand over latents as the next one's sampler scales them.
 
     Args:
         sampler, steps, high_noise_frac, denoising_start, denoising_end, eta: as in `Pipeline.__call__`.
@@ -64,7 +66,10 @@ def stages_of(
         table = build_table(config, steps, begin=first, end=last, eta=eta)
         name = expert.name if refiner is None else ("base", "refiner")[k]
         stages.append(Stage(name, expert, table, from_image or k > 0))
-    return [stage for stage in stages if len(stage.table)] or stages[:1]
+    stages = [stage for stage in stages if len(stage.table)] or stages[:1]
+    for k, (stage, following) in enumerate(pairwise(stages)):
+        stages[k] = replace(stage, table=stage.table.handing_over_to(following.table))
+    return stages
 
 
 def stages_of_request(
