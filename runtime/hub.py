@@ -37,6 +37,7 @@ _DESCRIPTIONS = (
             "tokenizer.json",
             "tokenizer_config.json",
             "special_tokens_map.json",
+            "added_tokens.json",
         )
     ),
 )

@@ -160,7 +160,7 @@ def load_text_encoder(checkpoint: Checkpoint, name: str, loader: EngineLoader, *
         rename_clip_keys,
     )
     length = config.max_position_embeddings
-    tokenizer = ClipTokenizer(files.vocab, files.merges, files.config)
+    tokenizer = ClipTokenizer(files.vocab, files.merges, files.config, files.added)
     if tokenizer.context != length:
         raise CheckpointError(
             f"the tokenizer of {name} gives {tokenizer.context} tokens and the encoder reads {length}"

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from textwrap import shorten
+from types import MappingProxyType
 from typing import Any
 
 import tokenizers
@@ -19,6 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .tokenizer_files import AddedTokens
 
 __all__ = ["ClipTokenizer"]
 
@@ -43,20 +45,26 @@ class ClipTokenizer:
         vocab: token -> id.
         merges: pairs in order of rank.
         config: the checkpoint's tokenizer_config.json: special tokens and `model_max_length`.
+        added: tokens beside the merges, by their ids, which go on where those of the vocabulary end.
 
     Raises:
         CheckpointError: the tables do not belong together, or a special token is not in the vocabulary.
     """
 
     def __init__(
-        self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], config: Mapping[str, Any]
+        self,
+        vocab: Mapping[str, int],
+        merges: Sequence[tuple[str, str]],
+        config: Mapping[str, Any],
+        added: AddedTokens = MappingProxyType({}),
     ) -> None:
         start = _content(config.get("bos_token"), _START)
         end = _content(config.get("eos_token"), _END)
         pad = _content(config.get("pad_token"), _END)
         unknown = _content(config.get("unk_token"), _END)
+        names = {token["content"] for token in added.values()}
         for role, token in (("bos", start), ("eos", end), ("pad", pad), ("unk", unknown)):
-            if token not in vocab:
+            if token not in vocab and token not in names:
                 raise CheckpointError(
                     f"the tokenizer's {role}_token {token!r} is not in its vocabulary of {len(vocab)} tokens; "
                     "the tokenizer files do not belong together"
@@ -84,11 +92,20 @@ class ClipTokenizer:
             ]
         )
         backend.decoder = decoders.ByteLevel()
-        special = dict.fromkeys((start, end, unknown, pad))
+        backend.add_tokens([AddedToken(**token) for _, token in sorted(added.items())])
+        special = [token for token in dict.fromkeys((start, end, unknown, pad)) if token not in names]
         backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+        ids = backend.get_vocab(with_added_tokens=True)
+        for index, fields in added.items():
+            name = fields["content"]
+            if ids.get(name) != index:
+                raise CheckpointError(
+                    f"the tokenizer's added token {name!r} has the id {index}, and after a vocabulary of {len(vocab)} "
+                    f"tokens it comes to {ids.get(name)}; the tokenizer files do not belong together"
+                )
         self._backend = backend
-        self._start, self.end, self._pad = vocab[start], vocab[end], vocab[pad]
-        self.vocab_size = max(vocab.values()) + 1
+        self._start, self.end, self._pad = ids[start], ids[end], ids[pad]
+        self.vocab_size = max(ids.values()) + 1
         length = config.get("model_max_length") or 77
         if not isinstance(length, (int, float)) or math.isnan(length):
             raise CheckpointError(

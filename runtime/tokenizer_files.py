@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,25 @@ from typing import Any
 from ..errors import CheckpointError
 from .json_file import read_json
 
-__all__ = ["END_TOKEN", "START_TOKEN", "TokenizerFiles", "clip_merges", "clip_vocabulary", "read_tokenizer"]
+__all__ = [
+    "END_TOKEN",
+    "START_TOKEN",
+    "AddedTokens",
+    "TokenizerFiles",
+    "clip_merges",
+    "clip_vocabulary",
+    "read_tokenizer",
+]
 
 START_TOKEN = "<|startoftext|>"
 END_TOKEN = "<|endoftext|>"
 END_OF_WORD = "</w>"
 
+_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
+
 Merge = tuple[str, str]
+AddedTokens = Mapping[int, Mapping[str, Any]]
+"""id -> `content` and flags of tokens beside the merges, as `tokenizers.AddedToken` takes them."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +47,13 @@ class TokenizerFiles:
         vocab: token -> id.
         merges: pairs in order of priority, the first merges first.
         config: pad_token, model_max_length and the like; token entries are plain strings.
+        added: tokens beside the merges, such as those of textual inversion. Special ones may be among them.
     """
 
     vocab: Mapping[str, int]
     merges: Sequence[Merge]
     config: Mapping[str, Any]
+    added: AddedTokens = field(default_factory=dict)
 
 
 def byte_symbols() -> list[str]:
@@ -70,17 +84,18 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     Raises:
         CheckpointError: neither is there, or a file is not what it should be.
     """
-    config = _read_config(folder)
     vocab_file, merges_file, both = folder / "vocab.json", folder / "merges.txt", folder / "tokenizer.json"
+    config = _read_config(folder)
+    added = _added_tokens(folder, config)
     if vocab_file.is_file() and merges_file.is_file():
         vocab = read_json(vocab_file)
         try:
             merges = _parse_merges(merges_file.read_text("utf-8"))
         except ValueError as error:
             raise CheckpointError(f"{merges_file} is not a list of merges: {error}") from error
-        return TokenizerFiles(vocab, merges, config)
+        return TokenizerFiles(vocab, merges, config, added)
     if both.is_file():
-        return _read_both(both, config)
+        return _read_both(both, config, added)
     raise CheckpointError(f"{folder} has no tokenizer: expected vocab.json and merges.txt, or tokenizer.json")
 
 
@@ -96,7 +111,36 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return {key: _token_text(value) for key, value in config.items()}
 
 
-def _read_both(file: Path, config: Mapping[str, Any]) -> TokenizerFiles:
+def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """From where transformers of all times put them: `added_tokens_decoder` of the config; else `added_tokens.json`,
+    which has ids alone, and `tokenizer.json`."""
+    found: list[tuple[Any, Any]] = []
+    if "added_tokens_decoder" in config:
+        decoder = config["added_tokens_decoder"]
+        found += decoder.items() if isinstance(decoder, dict) else [(None, decoder)]
+    else:
+        named = [value for key, value in config.items() if key.endswith("_token")]
+        if (file := folder / "added_tokens.json").is_file():
+            for token, index in read_json(file).items():
+                special = token in named
+                found.append((index, {"content": token, "special": special, "normalized": not special}))
+        if (file := folder / "tokenizer.json").is_file():
+            listed = read_json(file).get("added_tokens")
+            for token in listed if isinstance(listed, list) else []:
+                found.append((token.get("id") if isinstance(token, dict) else None, token))
+    added = {}
+    for index, token in found:
+        try:
+            flags = {name: bool(token[name]) for name in _FLAGS if name in token}
+            added[int(index)] = {"content": str(token["content"]), **flags}
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the tokenizer in {folder} has the added token {token!r} with the id {index!r}, which is none"
+            ) from error
+    return added
+
+
+def _read_both(file: Path, config: Mapping[str, Any], added: AddedTokens) -> TokenizerFiles:
     """`tokenizer.json`, as the tokenizers library writes it."""
     model = read_json(file).get("model")
     model = model if isinstance(model, dict) else {}
@@ -107,7 +151,7 @@ def _read_both(file: Path, config: Mapping[str, Any]) -> TokenizerFiles:
     for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2:
             raise CheckpointError(f"{file} has the merge {pair!r}, not two symbols")
-    return TokenizerFiles(vocab, [(a, b) for a, b in pairs], config)
+    return TokenizerFiles(vocab, [(a, b) for a, b in pairs], config, added)
 
 
 def _parse_merges(text: str) -> list[Merge]:

@@ -22,8 +22,14 @@ from latentrt.runtime.weights import open_checkpoint
 Tiny = Callable[..., Path]
 
 COMMIT = "462165984030d82259a11f4367a4eed129e94a7b"
-TOKENIZER = ["merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json"]
-# What stabilityai/stable-diffusion-xl-base-1.0 holds, as far as it matters here.
+TOKENIZER = [
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "vocab.json",
+]
+# What stabilityai/stable-diffusion-xl-base-1.0 holds, as far as it matters here, and tokens added by training.
 SDXL_FILES = [
     ".gitattributes",
     "LICENSE.md",

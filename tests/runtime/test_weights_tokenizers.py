@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from latentrt.errors import CheckpointError
+from latentrt.runtime.prompt import ClipTokenizer
 from latentrt.runtime.tokenizer_files import END_TOKEN, clip_merges, clip_vocabulary, read_tokenizer
 from tiny_checkpoints import save_tokenizer, write_json
 from transformers import CLIPTokenizer
@@ -81,6 +83,68 @@ def test_what_transformers_saves_is_read(tiny: Tiny, tmp_path: Path) -> None:
     assert files.vocab == clip_vocabulary(clip_merges(1000))
     assert list(files.merges) == clip_merges(1000)
     assert files.config["pad_token"] == "!"
+
+
+@pytest.fixture(params=["added_tokens_decoder", "added_tokens.json", "tokenizer.json", "both tokenizers"])
+def taught(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A tokenizer that was taught three tokens, in the files that transformers wrote of it over the years."""
+    save_tokenizer(tmp_path / "plain", pad_token="!")
+    names = ["<cat-toy>", "<S0>", "Zorg"]
+    if request.param.endswith(("tokenizer.json", "tokenizers")):
+        tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "plain")
+        tokenizer.add_tokens(names)
+        tokenizer.save_pretrained(tmp_path / "both")
+        if request.param == "both tokenizers":
+            for name in ("vocab.json", "merges.txt"):
+                shutil.copyfile(tmp_path / "plain" / name, tmp_path / "both" / name)
+        return tmp_path / "both"
+    if request.param == "added_tokens.json":
+        write_json(tmp_path / "plain" / request.param, {name: 1514 + k for k, name in enumerate(names)})
+        return tmp_path / "plain"
+    flags = {"lstrip": False, "rstrip": False, "single_word": False}
+    decoder = {
+        str(1514 + k): {"content": name, "special": False, "normalized": True, **flags}
+        for k, name in enumerate(names)
+    }
+    for index, name in ((1512, "<|startoftext|>"), (1513, END_TOKEN), (0, "!")):
+        decoder[str(index)] = {"content": name, "special": True, "normalized": index == 1513, **flags}
+    decoder["1515"] |= {"special": True, "normalized": False, "single_word": True}
+    save_tokenizer(tmp_path / "plain", pad_token="!", config={"added_tokens_decoder": decoder})
+    return tmp_path / "plain"
+
+
+def test_added_tokens_have_the_ids_of_transformers(taught: Path) -> None:
+    files = read_tokenizer(taught)
+    ours = ClipTokenizer(files.vocab, files.merges, files.config, files.added)
+    theirs = CLIPTokenizer.from_pretrained(taught)
+    assert ours.vocab_size == len(theirs) == 1517
+    texts = [
+        "a photo of <cat-toy>",
+        "<CAT-TOY><S0> <s0>x",
+        "Zorg zorgs ZORG<|EndOfText|>",
+        "x<S0>y! <|endoftext|>!",
+        "plain",
+    ]
+    for text in texts:
+        expected = theirs(text, padding="max_length", max_length=77, truncation=True).input_ids
+        assert ours.encode([text])[0].tolist() == expected, text
+    assert 1514 in ours.encode(texts[:1])
+
+
+@pytest.mark.parametrize("index", [1600, 5])
+def test_an_added_token_has_to_follow_the_vocabulary(tmp_path: Path, index: int) -> None:
+    save_tokenizer(tmp_path, pad_token="!")
+    write_json(tmp_path / "added_tokens.json", {"<cat-toy>": index})
+    files = read_tokenizer(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"'<cat-toy>' has the id {index}, .* it comes to 1514"):
+        ClipTokenizer(files.vocab, files.merges, files.config, files.added)
+
+
+@pytest.mark.parametrize("decoder", [{"x": {"content": "a"}}, {"1514": "a"}, {"1514": {}}, ["a"], None])
+def test_added_tokens_that_are_none_are_named(tmp_path: Path, decoder: object) -> None:
+    save_tokenizer(tmp_path, pad_token="!", config={"added_tokens_decoder": decoder})
+    with pytest.raises(CheckpointError, match=r"has the added token .*, which is none"):
+        read_tokenizer(tmp_path)
 
 
 def test_a_folder_without_a_tokenizer_says_what_is_expected(tmp_path: Path) -> None:
