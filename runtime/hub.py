@@ -69,7 +69,7 @@ def weight_names(variant: str | None) -> list[str]:
 def fetch(model: str, *, variant: str | None, revision: str | None) -> Path:
     """The local folder of a hub checkpoint; downloaded unless it is there already.
 
-    Components without the variant come in their plain form.
+    Components without the variant come in their plain form, but none where no component has it.
 
     Raises:
         CheckpointNotFoundError: the hub does not have it or cannot be reached, and neither has the local cache.
@@ -79,8 +79,8 @@ def fetch(model: str, *, variant: str | None, revision: str | None) -> Path:
     folder = _snapshot(model, revision, patterns)
     if variant is not None:
         lacking = [component for component in WEIGHTED if not _has_weights(folder / component, names)]
-        plain = [f"{component}/{name}" for component in lacking for name in weight_names(None)]
-        if plain:
+        if lacking and lacking != list(WEIGHTED):
+            plain = [f"{component}/{name}" for component in lacking for name in weight_names(None)]
             folder = _snapshot(model, revision, plain)
     return folder
 

@@ -220,8 +220,9 @@ class Checkpoint:
         if not any(_named(folder, hub.weight_names(variant)) for folder in folders):
             found = sorted({file.name for folder in folders for file in folder.glob("*.safetensors")})
             raise CheckpointError(
-                f"{self.source} has nothing of variant {variant!r}; its weights are {', '.join(found) or 'absent'}. "
-                "Leave variant out to read the plain files"
+                f"{self.source} has nothing of variant {variant!r}"
+                + (f"; its weights are {', '.join(found)}" if found else "")
+                + ". Leave variant out to read the plain files"
             )
 
 

@@ -190,6 +190,16 @@ def test_components_without_the_variant_come_plain(monkeypatch: pytest.MonkeyPat
     }
 
 
+def test_of_a_variant_that_nothing_has_no_weights_are_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: Tiny
+) -> None:
+    shutil.copyfile(tiny("sdxl") / "model_index.json", tmp_path / "model_index.json")
+    got = downloaded(monkeypatch, tmp_path, SDXL_FILES, "int4")
+    assert not [name for name in got if name.endswith(".safetensors")]
+    with pytest.raises(CheckpointError, match=r"owner/name has nothing of variant 'int4'. Leave variant out"):
+        open_checkpoint("owner/name", variant="int4")
+
+
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_shards_of_the_variant_only(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variant: str | None
