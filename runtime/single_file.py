@@ -44,6 +44,7 @@ _UNUSED = re.compile(
 # What other files are, by a key that only they have.
 _OTHERS = (
     (re.compile(r"cond_stage_model\..*"), "a single-file SD 1.x or 2.x checkpoint"),
+    (re.compile(r"edm_vpred\..*"), "a CosXL checkpoint (EDM schedule)"),
     (re.compile(r"edm_mean"), "a Playground v2.5 checkpoint (EDM schedule)"),
     (re.compile(r"(double_blocks|model\.diffusion_model\.double_blocks)\..*"), "a FLUX checkpoint"),
     (re.compile(r"(joint_blocks|model\.diffusion_model\.joint_blocks)\..*"), "an SD 3 checkpoint"),

@@ -273,6 +273,7 @@ def test_strays_are_warned_of(
         (["double_blocks.0.img_attn.norm.key_norm.scale"], "a FLUX checkpoint"),
         (["lora_unet_down.lora_up.weight"], "a LoRA"),
         (["down_blocks.0.resnets.0.conv1.weight"], "one diffusers component"),
+        (["edm_vpred.sigma_max", "model.diffusion_model.out.0.weight"], "a CosXL checkpoint"),
         (["edm_mean", "model.diffusion_model.out.0.weight"], "a Playground v2.5 checkpoint"),
         (["something.weight"], "1 tensors such as something.weight"),
         (
