@@ -50,7 +50,7 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="demo",
         metavar="MODEL",
-        help="'demo' (shipped), a diffusers folder, a .safetensors file or a hub id",
+        help="'demo' (shipped), a diffusers folder, a hub id, or a single .safetensors file of SDXL",
     )
     parser.add_argument(
         "--refiner",

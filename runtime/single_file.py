@@ -43,7 +43,6 @@ _UNUSED = re.compile(
 
 # What other files are, by a key that only they have.
 _OTHERS = (
-    (re.compile(r"cond_stage_model\..*"), "a single-file SD 1.x or 2.x checkpoint"),
     (re.compile(r"edm_vpred\..*"), "a CosXL checkpoint (EDM schedule)"),
     (re.compile(r"edm_mean"), "a Playground v2.5 checkpoint (EDM schedule)"),
     (re.compile(r"(double_blocks|model\.diffusion_model\.double_blocks)\..*"), "a FLUX checkpoint"),
@@ -65,6 +64,9 @@ def recognise(file: Path, tensors: Tensors) -> str:
     for pattern, description in _OTHERS:
         if any(pattern.fullmatch(key) for key in tensors):
             raise _refused(file, description)
+    sdxl = any(key.startswith("conditioner.") for key in tensors)
+    if not sdxl and any(key.startswith("cond_stage_model.") for key in tensors):
+        raise _refused(file, "a single-file SD 1.x or 2.x checkpoint")
     prefixes = {"the UNet": _UNET, "the VAE": _VAE}
     has = {prefix: any(key.startswith(prefix) for key in tensors) for prefix in (_UNET, _VAE, _CLIP)}
     kinds = [kind for kind, prefix in _OPEN_CLIP.items() if f"{prefix}ln_final.weight" in tensors]

@@ -256,10 +256,15 @@ def test_inpainting_and_v_prediction_are_read_off_the_file(
 def test_strays_are_warned_of(
     tiny: Tiny, files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    file = _changed(files["refiner"], tmp_path, **{"control_model/weight": torch.zeros(2)})
+    strays = {
+        "control_model/weight": torch.zeros(2),
+        "cond_stage_model/weight": torch.zeros(2),
+    }  # the last as SD 1.x
+    file = _changed(files["refiner"], tmp_path, **strays)
     with caplog.at_level(logging.WARNING):
         open_checkpoint(file, config=tiny("refiner"))
-    assert "1 tensors belong to no component and are not used: control_model.weight" in caplog.text
+    told = "2 tensors belong to no component and are not used: cond_stage_model.weight, control_model.weight"
+    assert told in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         open_checkpoint(files["refiner"], config=tiny("refiner"))
