@@ -57,6 +57,11 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="refiner for the last steps; 'none' for none (default: the demo's own for the demo, else none)",
     )
+    parser.add_argument(
+        "--timestep-spacing",
+        choices=("leading", "linspace", "trailing"),
+        help="override the checkpoint's; models distilled to a few steps want trailing",
+    )
     parser.add_argument("--backend", default="auto", help="see `latentrt backends` (default auto)")
     parser.add_argument("--dtype", choices=_DTYPES, help="default: by device")
     parser.add_argument("--variant", help="weights variant, such as fp16")

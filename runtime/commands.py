@@ -51,6 +51,7 @@ def load(args: argparse.Namespace) -> Pipeline:
         graphs=args.graphs,
         memory=args.memory,
         memory_limit=args.memory_limit,
+        scheduler=args.timestep_spacing and {"timestep_spacing": args.timestep_spacing},
     )
 
 

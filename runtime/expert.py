@@ -34,7 +34,8 @@ class Expert:
         loop: the denoising loop over it.
         text_encoder, text_encoder_2: those it was trained on; SDXL's refiner has only the second, SD 1.x and 2.x
             only the first.
-        scheduler: the checkpoint's scheduler_config.json.
+        scheduler: the checkpoint's scheduler_config.json, with the overrides.
+        overrides: fields of it that were given by who loaded it.
         aesthetic: its size conditioning ends in an aesthetic score.
         zero_negative: an absent negative prompt is zeros, not the empty text.
     """
@@ -46,6 +47,7 @@ class Expert:
     text_encoder: TextEncoder | None
     text_encoder_2: TextEncoder | None
     scheduler: Mapping[str, Any]
+    overrides: Mapping[str, Any]
     aesthetic: bool
     zero_negative: bool
 
@@ -76,8 +78,7 @@ class Expert:
 
     def sampler(self, override: str | None) -> SamplerConfig:
         """Its sampler, or another one on the same noise schedule."""
-        config = SamplerConfig.from_dict(self.scheduler, override)
-        return config if self.takes_sizes else config.for_stable_diffusion()
+        return SamplerConfig.from_dict(self.scheduler, override)
 
     def guided(self, request: GenerationRequest) -> bool:
         """Whether a step runs the UNet on negative and positive rows both."""

@@ -22,6 +22,7 @@ from .models.unet import UNet, UNetConfig
 from .models.unet_parts import PARTS
 from .models.vae import VAEConfig, VAEDecoder, VAEEncoder, rename_legacy_vae_keys
 from .prompt import ClipTokenizer
+from .sampler_config import scheduler_fields
 from .text_encoder import TextEncoder
 from .vae import VAE
 from .weights import Checkpoint
@@ -100,18 +101,22 @@ def load_expert(
     loader: EngineLoader,
     text_encoder: TextEncoder | None = None,
     text_encoder_2: TextEncoder | None = None,
+    scheduler: Mapping[str, Any] | None = None,
 ) -> Expert:
     """A checkpoint's UNet with the text encoders it was trained on.
 
     Args:
         text_encoder, text_encoder_2: to share with another expert, in place of the checkpoint's own.
+        scheduler: fields in place of those of the checkpoint's scheduler_config.json.
 
     Raises:
         CheckpointError: the parts do not fit each other.
+        RequestError: `scheduler` is not that.
     """
     config = UNetConfig.from_dict(checkpoint.config("unet"))
     index = checkpoint.model_index
     sdxl = config.addition_embed_type == "text_time"
+    overrides = {} if scheduler is None else scheduler
     aesthetic = sdxl and bool(index.get("requires_aesthetics_score", False))
     encoders: dict[str, TextEncoder | None] = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
     for name, shared in encoders.items():
@@ -136,7 +141,8 @@ def load_expert(
         loop=Denoiser(unet, config.block_out_channels[0]),
         text_encoder=encoders["text_encoder"],
         text_encoder_2=encoders["text_encoder_2"],
-        scheduler=checkpoint.config("scheduler"),
+        scheduler=scheduler_fields(checkpoint.config("scheduler"), overrides, stable_diffusion=not sdxl),
+        overrides=overrides,
         aesthetic=aesthetic,
         zero_negative=sdxl and bool(index.get("force_zeros_for_empty_prompt", True)),
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,6 +66,7 @@ def load_parts(
     text_encoder: TextEncoder | None,
     text_encoder_2: TextEncoder | None,
     vae: VAE | None,
+    scheduler: Mapping[str, Any] | None,
 ) -> Parts:
     """Arguments and errors are those of `Pipeline.from_pretrained`."""
     shared = ((text_encoder, TextEncoder), (text_encoder_2, TextEncoder), (vae, VAE))
@@ -81,13 +84,14 @@ def load_parts(
     lent = encoders if vae is None else [*encoders, vae.encoder, vae.decoder]
     loader = EngineLoader(backend, place, precision, cache, graphs, policy, shared=lent)
     checkpoint = open_checkpoint(model, variant=variant, revision=revision, cache_dir=cache_dir)
-    base = load_expert(checkpoint, loader, text_encoder, text_encoder_2)
+    base = load_expert(checkpoint, loader, text_encoder, text_encoder_2, scheduler)
     vae = vae or load_vae(checkpoint, loader)
     second = None
     if refiner is not None:
         source = refiner_source(refiner)
-        second = load_expert(open_checkpoint(source, variant=variant, cache_dir=cache_dir), loader)
-        second = second.sharing(base)
+        second = load_expert(
+            open_checkpoint(source, variant=variant, cache_dir=cache_dir), loader, scheduler=scheduler
+        ).sharing(base)
     check_fit(base, second, vae.channels)
     budget = Budget(base, second, vae, loader, policy, limit=limit, loop_memory=loops)
     return Parts(base, second, vae, loader, budget)

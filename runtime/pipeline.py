@@ -23,7 +23,7 @@ from .progress import Watch
 from .record import records
 from .request import GenerationRequest, OutputType, Size
 from .residency import turns
-from .stages import Stage, stages_of_request
+from .stages import Stage, stages_of_request, warn_of_late_start
 from .text_encoder import TextEncoder
 from .vae import VAE
 
@@ -91,6 +91,7 @@ class Pipeline:
         text_encoder: TextEncoder | None = None,
         text_encoder_2: TextEncoder | None = None,
         vae: VAE | None = None,
+        scheduler: Mapping[str, Any] | None = None,
     ) -> Pipeline:
         """Load a checkpoint, and a refiner for the last steps.
 
@@ -117,6 +118,9 @@ class Pipeline:
                 recorded, each for its own steps.
             use_safetensors: accepted for diffusers' sake; latentrt reads nothing else.
             text_encoder, text_encoder_2, vae: parts of another pipeline to share instead of loading.
+            scheduler: (*) fields in place of those of scheduler_config.json, such as
+                `{"timestep_spacing": "trailing"}` for models distilled to a few steps. Like `sampler=` it is for the
+                refiner too: the two divide one schedule.
 
         Raises:
             RequestError: an argument cannot be met, such as a dtype or device there is not; the message names it.
@@ -147,6 +151,7 @@ class Pipeline:
                 text_encoder=text_encoder,
                 text_encoder_2=text_encoder_2,
                 vae=vae,
+                scheduler=scheduler,
             )
         )
 
@@ -232,7 +237,7 @@ class Pipeline:
                         [""] * batch,
                         height=height,
                         width=width,
-                        num_inference_steps=4,  # of which a refiner takes two
+                        num_inference_steps=5,  # of which a base takes two
                         high_noise_frac=0.5,
                         guidance_scale=None if guidance else 1.0,
                         sampler=sampler,
@@ -342,6 +347,8 @@ class Pipeline:
         request = self._request(arguments)
         stages = stages_of_request(self._base, self._refiner, request, sampler)
         tile = self._budget.admit(request, stages, idle=not self._running, tiled=tiled_vae)
+        if request.image is None:
+            warn_of_late_start(stages[0].table)
         noise = NoiseSource(request.generators, request.batch)
         callbacks = {
             "on_step": callback_on_step_end and partial(callback_on_step_end, self),

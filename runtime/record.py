@@ -28,6 +28,7 @@ def records(
     common: dict[str, Any] = {
         "steps": r.steps,
         "sampler": sampler or base.sampler(None).name,
+        **base.overrides,
         "size": _wide((r.height, r.width)),
         "model": public_name(base.source),
         "backend": backend,

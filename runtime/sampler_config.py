@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RequestError, UnsupportedConfigError
 
-__all__ = ["SAMPLERS", "SamplerConfig"]
+__all__ = ["SAMPLERS", "SamplerConfig", "scheduler_fields"]
 
 logger = logging.getLogger(__name__)
 
@@ -205,11 +205,31 @@ class SamplerConfig:
         """The name in `SAMPLERS` that stands for it."""
         return f"{self.kind}-karras" if self.kind == "dpm++2m" and self.use_karras_sigmas else self.kind
 
-    def for_stable_diffusion(self) -> SamplerConfig:
-        """What diffusers' StableDiffusionPipeline (SD 1.x and 2.x, not SDXL) makes of a scheduler when it
-        loads
-        one: `steps_offset` 1 and no clipping, whatever an outdated file says."""
-        return replace(self, steps_offset=1, clip=math.inf)
+
+def scheduler_fields(
+    config: Mapping[str, Any], overrides: Mapping[str, Any], *, stable_diffusion: bool
+) -> dict[str, Any]:
+    """A `scheduler_config.json` with some of its fields replaced.
+
+    Args:
+        stable_diffusion: as diffusers' StableDiffusionPipeline (SD 1.x and 2.x, not SDXL) mends an outdated file when
+            it loads one: `steps_offset` 1 and no clipping, whatever it says.
+
+    Raises:
+        RequestError: `overrides` are no fields that a sampler here knows.
+    """
+    if not isinstance(overrides, Mapping):
+        raise RequestError(
+            f"scheduler is a {type(overrides).__name__}; give the fields that shall differ from the checkpoint's "
+            'scheduler_config.json, such as {"timestep_spacing": "trailing"}, and choose the sampler with sampler='
+        )
+    known = sorted(_KNOWN - _IDLE)
+    if unknown := [str(name) for name in overrides if name not in known]:
+        raise RequestError(
+            f"scheduler has {', '.join(unknown)}, which no sampler knows; there are {', '.join(known)}"
+        )
+    mended = {"steps_offset": 1, "clip_sample": False} if stable_diffusion else {}
+    return {**config, **mended, **overrides}
 
 
 def _explicit(config: Mapping[str, Any]) -> dict[str, Any]:

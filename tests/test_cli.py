@@ -44,6 +44,12 @@ def test_an_image_is_written_and_told_of(generate: Run) -> None:
         assert image.size == (64, 48)
 
 
+def test_the_timestep_spacing_is_told_of(generate: Run) -> None:
+    code, out, _ = generate("a red cat", "--timestep-spacing", "trailing", "--json")
+    assert code == 0
+    assert json.loads(out)["images"][0]["timestep_spacing"] == "trailing"
+
+
 def test_the_same_seed_writes_the_same_pixels(generate: Run) -> None:
     for name in ("a.png", "b.png"):
         generate("a red cat", "-o", name, "--seed", "0")

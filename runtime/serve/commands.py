@@ -77,7 +77,7 @@ def _serve_by_ray(args: argparse.Namespace) -> None:
     least, most = args.replicas
     from_pretrained = (
         *("model", "refiner", "backend", "dtype", "variant", "device"),
-        *("graphs", "memory", "memory_limit"),
+        *("graphs", "memory", "memory_limit", "timestep_spacing"),
     )
     deployed = Deployed.of(
         {

@@ -79,6 +79,7 @@ class ModelSettings(BaseModel):
     graphs: bool | None = None
     memory: Policy = "resident"
     memory_limit: int | str | None = None
+    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None
     source: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
 
     def load(self) -> Pipeline | Runner:

@@ -90,6 +90,45 @@ def test_either_side_may_get_no_step(steps: int, rig: Rig, both: latentrt.Pipeli
     assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("kind", ["sdxl", "ensemble"])
+def test_fields_of_the_scheduler_can_be_overridden(
+    kind: str, rig: Rig, tiny: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As few-step models ask for it; a refiner goes on with the base's schedule."""
+    fields = {"timestep_spacing": "trailing"}
+    call = {**TEXT, "num_inference_steps": 4, "guidance_scale": 6.0}
+    pair = kind == "ensemble"
+    theirs, pipe = rig.diffusers("sdxl"), rig.diffusers("refiner")
+    for one in (theirs, pipe):
+        one.scheduler = type(one.scheduler).from_config(one.scheduler.config, **fields)
+    expected = theirs(
+        **call,
+        **SIZE,
+        generator=seeded(),
+        denoising_end=0.5 if pair else None,
+        output_type="latent" if pair else "np",
+    ).images
+    if pair:
+        expected = pipe(**call, image=expected, denoising_start=0.5, output_type="np").images
+    refiner = tiny("refiner") if pair else None
+    ours = latentrt.Pipeline.from_pretrained(tiny("sdxl"), refiner, backend="eager", scheduler=fields)
+    made = ours(**call, **SIZE, generator=seeded(), high_noise_frac=0.5, output_type="np")
+    assert_same(made.images, expected)
+    assert made.parameters[0]["timestep_spacing"] == "trailing"
+    assert "timestep" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"), [(1, "1, where a picture is 100 %"), (4, "751, where a picture is 24 %"), (5, "")]
+)
+def test_too_few_steps_of_leading_spacing_are_warned_of(
+    steps: int, told: str, base: latentrt.Pipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    base("storm", num_inference_steps=steps, output_type="latent", **SIZE)
+    assert told in caplog.text
+    assert ('scheduler={"timestep_spacing": "trailing"}' in caplog.text) == bool(told)
+
+
 def test_denoising_end_without_a_refiner(rig: Rig, base: latentrt.Pipeline) -> None:
     call = {**TEXT, **SIZE, **STEPS, "denoising_end": 0.6, "output_type": "np"}
     assert_same(

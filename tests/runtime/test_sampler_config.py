@@ -12,6 +12,7 @@ import diffusers
 import pytest
 from latentrt.errors import RequestError, UnsupportedConfigError
 from latentrt.runtime.sampler import SAMPLERS, SamplerConfig, build_table
+from latentrt.runtime.sampler_config import scheduler_fields
 from sampler_oracle import (
     CLASSES,
     config_of,
@@ -224,10 +225,30 @@ def test_what_is_passed_over_is_said(caplog: pytest.LogCaptureFixture) -> None:
 def test_stable_diffusion_pipelines_mend_old_files() -> None:
     """diffusers does it when a StableDiffusionPipeline is made."""
     old = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012}
-    config = SamplerConfig.from_dict(old)
-    assert (config.steps_offset, config.clip) == (0, 1.0)
-    mended = config.for_stable_diffusion()
-    assert (mended.steps_offset, mended.clip) == (1, math.inf)
+    for stable_diffusion, overrides, expected in (
+        (False, {}, (0, 1.0)),
+        (True, {}, (1, math.inf)),
+        (True, {"steps_offset": 0}, (0, math.inf)),  # what is asked for is no outdated file
+    ):
+        config = SamplerConfig.from_dict(scheduler_fields(old, overrides, stable_diffusion=stable_diffusion))
+        assert (config.steps_offset, config.clip) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"timestep_spacings": "trailing"},
+            r"scheduler has timestep_spacings, .* there are .*, timestep_spacing, ",
+        ),
+        ({"_class_name": "LCMScheduler"}, r"scheduler has _class_name, which no sampler knows"),
+        ("trailing", r"scheduler is a str; give the fields .* choose the sampler with sampler="),
+        (make_scheduler("euler"), r"scheduler is a EulerDiscreteScheduler; give the fields"),
+    ],
+)
+def test_what_is_no_field_of_a_scheduler_is_named(overrides: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        scheduler_fields(PUBLISHED["SDXL"], overrides, stable_diffusion=False)
 
 
 def test_schedulers_of_the_oracle_are_the_ones_named() -> None:
