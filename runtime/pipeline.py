@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from .progress import Watch
 from .record import records
 from .request import GenerationRequest, OutputType, Size
 from .residency import turns
+from .sampler import SAMPLERS
 from .stages import Stage, stages_of_request, warn_of_late_start
 from .text_encoder import TextEncoder
 from .vae import VAE
@@ -68,7 +70,6 @@ class Pipeline:
         self._budget = parts.budget
         self._progress: dict[str, Any] = {}
         self._running: set[Watch] = set()
-        self.vae = parts.vae
 
     @classmethod
     def from_pretrained(
@@ -164,6 +165,24 @@ class Pipeline:
     def text_encoder_2(self) -> TextEncoder | None:
         """SDXL's second text encoder, to share."""
         return self._base.text_encoder_2
+
+    @property
+    def vae(self) -> VAE:
+        """To share."""
+        return self._parts.vae
+
+    @property
+    def scheduler(self) -> SimpleNamespace:
+        """Its `config` is the base's scheduler_config.json, for those who look at it as they would in diffusers."""
+        return SimpleNamespace(config=dict(self._base.scheduler))
+
+    @scheduler.setter
+    def scheduler(self, value: object) -> NoReturn:
+        raise RequestError(
+            "a pipeline's scheduler cannot be replaced, as its calls share it; choose one for each call with sampler= "
+            f"({', '.join(SAMPLERS)}), and change its fields with from_pretrained(..., scheduler="
+            '{"timestep_spacing": "trailing"})'
+        )
 
     @property
     def device(self) -> torch.device:

@@ -150,6 +150,16 @@ def test_an_empty_prompt_is_one(pipe: latentrt.Pipeline) -> None:
     assert np.isfinite(pipe("", **SMALL).images).all()
 
 
+def test_what_a_pipeline_consists_of_cannot_be_replaced(rig: Rig) -> None:
+    pipe = rig.pipeline("sdxl", "eager")
+    scheduler = rig.diffusers("sdxl").scheduler
+    with pytest.raises(RequestError, match=r"choose one for each call with sampler= \(euler, .*scheduler=\{"):
+        pipe.scheduler = type(scheduler).from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        with pytest.raises(AttributeError):
+            setattr(pipe, name, getattr(pipe, name))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
