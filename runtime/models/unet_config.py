@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -173,7 +174,7 @@ class UNetConfig:
         return cls(
             in_channels=f.integer("in_channels"),
             out_channels=f.integer("out_channels"),
-            sample_size=f.size("sample_size"),
+            sample_size=_mended(f.size("sample_size"), raw) if addition is None else f.size("sample_size"),
             block_out_channels=channels,
             layers_per_block=f.per_level("layers_per_block", levels, DEEPEST),
             down_attention=tuple(t == _DOWN[1] for t in f.strings("down_block_types", _DOWN, levels)),
@@ -193,3 +194,11 @@ class UNetConfig:
             addition_time_embed_dim=time_ids_dim,
             projection_class_embeddings_input_dim=addition_dim,
         )
+
+
+def _mended(size: tuple[int, int] | None, raw: Mapping[str, Any]) -> tuple[int, int] | None:
+    """64 at least for SD 1.x as diffusers before 0.9 wrote it: its files say 32, whatever the model was trained at.
+    diffusers' StableDiffusionPipeline reads them like this."""
+    version = re.match(r"(\d+)\.(\d+)", str(raw.get("_diffusers_version")))
+    old = version is not None and (int(version[1]), int(version[2])) < (0, 9)
+    return (64, 64) if old and size is not None and size < (64, 64) else size

@@ -3,10 +3,13 @@ start from, defaults, batches and generators."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import latentrt
 import numpy as np
 import PIL.Image
@@ -141,6 +144,31 @@ def test_defaults_are_those_of_diffusers(rig: Rig, base: latentrt.Pipeline) -> N
     ours = base(**call, generator=seeded()).images
     assert ours.shape == (1, 128, 128, 3)
     assert_same(ours, rig.diffusers("sdxl")(**call, generator=seeded()).images)
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "size"),
+    [
+        ("sd15", "0.8.0.dev0", 64),
+        ("sd15", "0.9.0.dev0", 32),
+        ("sd15", "0.10.2", 32),
+        ("sd15", None, 32),
+        ("sdxl", "0.8.0", 32),
+    ],
+)
+def test_old_files_of_sd_1_are_of_512_pixels(
+    kind: str, version: str | None, size: int, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / kind
+    shutil.copytree(tiny(kind), folder)
+    file = folder / "unet" / "config.json"
+    config = json.loads(file.read_text("utf-8")) | {"sample_size": 32, "_diffusers_version": version}
+    file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}), "utf-8")
+    theirs = diffusers.DiffusionPipeline.from_pretrained(folder)
+    assert theirs.unet.config.sample_size == size
+    ours = latentrt.Pipeline.from_pretrained(folder, backend="eager")
+    request, _ = ours.check("storm", planned=False)
+    assert (request.height, request.width) == (8 * size, 8 * size)
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sd21"])
