@@ -90,9 +90,14 @@ def first_latents(
     if request.image is None:
         given = noise.draw(shape) if request.latents is None else request.latents
         return initial_latents(given.to(device, torch.float32), table)
-    clean = request.image.to(device, torch.float32)
-    if clean.shape[1] == 3:
-        clean = vae.encode(clean, noise.draw)
+    clean, rows = request.image.to(device, torch.float32), request.image_rows
+    if clean.shape[1] == 3 and isinstance(request.generators, torch.Generator):
+        # As in diffusers, a picture is drawn once from a generator of all images, and they start from the same.
+        clean = vae.encode(clean, NoiseSource(request.generators, len(clean)).draw)[rows]
+    elif clean.shape[1] == 3:
+        clean = vae.encode(clean[rows], noise.draw)
+    else:
+        clean = clean[rows]
     if request.denoising_start is not None or not len(table):
         return clean
     return noised_latents(clean, noise.draw(shape).to(clean), table)

@@ -34,7 +34,8 @@ class GenerationRequest:
     """A validated request; every list has one entry per image unless said otherwise.
 
     `prompts`, `prompts_2`, `negatives`, `negatives_2` have one entry per prompt; image k belongs to prompt
-    `k // images_per_prompt`. A negative of None is "none given" (SDXL's base then uses zeros).
+    `k // images_per_prompt`. A negative of None is "none given" (SDXL's base then uses zeros). `image` has the pictures
+    as they were given, and image k starts from row `image_rows[k]`.
     """
 
     prompts: list[str]
@@ -52,6 +53,7 @@ class GenerationRequest:
     generators: list[torch.Generator] | torch.Generator
     seeds: list[int | None]
     image: Tensor | None
+    image_rows: list[int]
     latents: Tensor | None
     strength: float
     denoising_start: float | None
@@ -106,8 +108,11 @@ class GenerationRequest:
         per_prompt = _integer("num_images_per_prompt", a["num_images_per_prompt"], 1, 1024)
         batch = count * per_prompt
 
-        image = None if a["image"] is None else _per_image("image", to_tensor(a["image"]), batch, per_prompt)
-        latents = None if a["latents"] is None else _per_image("latents", a["latents"], batch, per_prompt)
+        image = None if a["image"] is None else to_tensor(a["image"])
+        image_rows = [] if image is None else _rows("image", image, batch, per_prompt)
+        latents = a["latents"]
+        if latents is not None:
+            latents = latents[_rows("latents", latents, batch, per_prompt)]
         if image is not None and latents is not None:
             raise RequestError(
                 "give image= or latents=, not both; to continue from latents, pass them as image="
@@ -156,6 +161,7 @@ class GenerationRequest:
             generators=generators,
             seeds=seeds,
             image=image,
+            image_rows=image_rows,
             latents=latents,
             strength=check_number("strength", a["strength"], 0, 1),
             denoising_start=start,
@@ -275,8 +281,8 @@ def _pairs(name: str, value: Any, default: Size | None, count: int, per_prompt: 
     return [_pair(name, value)] * (count * per_prompt)
 
 
-def _per_image(name: str, value: Any, batch: int, per_prompt: int) -> Tensor:
-    """Rows for every image: one for each prompt stays with its prompt, other numbers are repeated as a block."""
+def _rows(name: str, value: Any, batch: int, per_prompt: int) -> list[int]:
+    """Which row is every image's: one for each prompt stays with its prompt, other numbers are repeated as a block."""
     if not isinstance(value, Tensor) or value.ndim != 4:
         got = list(value.shape) if isinstance(value, Tensor) else reprlib.repr(value)
         raise RequestError(f"{name} must be a tensor [B, C, h, w]; got {got}")
@@ -287,9 +293,7 @@ def _per_image(name: str, value: Any, batch: int, per_prompt: int) -> Tensor:
     rows = value.shape[0]
     if not rows or batch % rows:
         raise RequestError(f"{name} has {rows} rows for {batch} images; {batch} must be a multiple of it")
-    if rows * per_prompt == batch:
-        return value.repeat_interleave(per_prompt, dim=0)
-    return value.repeat(batch // rows, 1, 1, 1)
+    return [k // per_prompt if rows * per_prompt == batch else k % rows for k in range(batch)]
 
 
 def _size_of(

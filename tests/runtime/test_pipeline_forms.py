@@ -205,6 +205,24 @@ def test_image_to_image_of_stable_diffusion(sampler: str | None, rig: Rig) -> No
     assert_same(ours, theirs(**call, generator=seeded()).images)
 
 
+@pytest.mark.parametrize("generators", [1, 4])
+@pytest.mark.parametrize(("prompts", "per_prompt", "pictures"), [(1, 4, 1), (4, 1, 1), (4, 1, 2), (4, 1, 4)])
+def test_pictures_for_several_images(
+    prompts: int, per_prompt: int, pictures: int, generators: int, rig: Rig, base: latentrt.Pipeline
+) -> None:
+    """From one generator of all images each picture is drawn once; from generators of their own, for each image."""
+    theirs = StableDiffusionXLImg2ImgPipeline(**rig.diffusers("sdxl").components)
+    theirs.set_progress_bar_config(disable=True)
+    images = torch.rand((pictures, 3, 64, 48), generator=seeded(9))
+    call = {"prompt": ["a cat", "a dog", "storm", "hill"][:prompts], "num_images_per_prompt": per_prompt}
+    call |= {"image": images, "strength": 0.5, "num_inference_steps": 4, "output_type": "np"}
+
+    def drawn() -> Any:
+        return seeded() if generators == 1 else [seeded(k) for k in range(generators)]
+
+    assert_same(base(**call, generator=drawn()).images, theirs(**call, generator=drawn()).images)
+
+
 def test_image_to_image_through_base_and_refiner(rig: Rig, both: latentrt.Pipeline) -> None:
     base = StableDiffusionXLImg2ImgPipeline(
         **rig.diffusers("sdxl").components, requires_aesthetics_score=False
