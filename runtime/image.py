@@ -263,7 +263,7 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
     if "latentrt" in info:
         try:
             record = json.loads(info["latentrt"])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"the parameters in {os.fspath(path)!r} are damaged: {error}") from error
         if isinstance(record, dict) and record:
             return record

@@ -370,8 +370,8 @@ class Pipeline:
             warn_of_late_start(stages[0].table)
         noise = NoiseSource(request.generators, request.batch)
         callbacks = {
-            "on_step": callback_on_step_end and partial(callback_on_step_end, self),
-            "on_progress": callback_on_progress and partial(callback_on_progress, self),
+            "on_step": self._bound("callback_on_step_end", callback_on_step_end),
+            "on_progress": self._bound("callback_on_progress", callback_on_progress),
         }
         with (
             self._watched(stages, previewer=previewer, **callbacks) as watch,
@@ -421,6 +421,14 @@ class Pipeline:
         tile = self._budget.admit(own, stages, idle=not self._running, tiled=False)
         with turns(self._parts.engines()), self._in_own_dtypes():
             return Previewer.fit(self.vae, own.height, own.width, self.device, tile=tile)
+
+    def _bound(self, name: str, callback: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        """A callback that is told of this pipeline."""
+        if callback is None:
+            return None
+        if not callable(callback):
+            raise RequestError(f"{name} is {callback!r}; give a function, or None")
+        return partial(callback, self)
 
     def _request(self, arguments: dict[str, Any]) -> GenerationRequest:
         sdxl = self._base.takes_sizes

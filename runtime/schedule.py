@@ -209,14 +209,15 @@ def _dpm_steps(config: SamplerConfig, num_steps: int, levels: Array) -> tuple[Ar
         if config.beta_schedule == "squaredcos_cap_v2":
             timesteps = np.floor(timesteps)
         return timesteps.round(), np.append(sigmas, _last_sigma(config, levels))
+    if config.timestep_spacing != "trailing" and num_steps >= usable:
+        raise RequestError(
+            f"{num_steps} steps were asked for; with {config.timestep_spacing} spacing this sampler has up to "
+            f"{usable - 1}"
+        )
     if config.timestep_spacing == "linspace":
         timesteps = np.linspace(0, usable - 1, num_steps + 1).round()[:0:-1]
     elif config.timestep_spacing == "leading":
         ratio = usable // (num_steps + 1)
-        if ratio == 0:
-            raise RequestError(
-                f"{num_steps} steps were asked for; with leading spacing this sampler has up to {usable - 1}"
-            )
         timesteps = np.arange(num_steps, 0, -1).astype(np.float64) * ratio + config.steps_offset
     else:
         timesteps = _trailing(usable, config.num_train_timesteps / num_steps, num_steps)

@@ -163,6 +163,7 @@ def png_with(record: str) -> bytes:
         (b"not a picture", "cannot be read as an image"),
         (png_with("{}")[:80], "cannot be read as an image"),
         (png_with("{broken"), "are damaged"),
+        (png_with("[" * 100_000), "are damaged"),
         (png_with("[1]"), "carries no generation parameters"),
         (png_with("{}"), "carries no generation parameters"),
     ],

@@ -150,6 +150,12 @@ def test_an_empty_prompt_is_one(pipe: latentrt.Pipeline) -> None:
     assert np.isfinite(pipe("", **SMALL).images).all()
 
 
+@pytest.mark.parametrize("name", ["callback_on_step_end", "callback_on_progress"])
+def test_a_callback_that_is_none(name: str, pipe: latentrt.Pipeline) -> None:
+    with pytest.raises(RequestError, match=rf"{name} is 3; give a function"):
+        pipe("a cat", **SMALL, **{name: 3})
+
+
 def test_what_a_pipeline_consists_of_cannot_be_replaced(rig: Rig) -> None:
     pipe = rig.pipeline("sdxl", "eager")
     scheduler = rig.diffusers("sdxl").scheduler
