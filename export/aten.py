@@ -24,7 +24,7 @@ __all__ = ["TABLE"]
 Translation = Callable[..., Any]
 Size = int | ir.Value
 TABLE: dict[Any, Translation] = {}
-"""By the target of a traced call."""
+"""Translations, by the target of a traced call."""
 
 _aten = torch.ops.aten
 _ours = torch.ops.latentrt
@@ -354,7 +354,7 @@ def _size(b: Builder, fake: Any, x: Operand, dim: int) -> Any:
 
 
 def _arithmetic(kind: str) -> Translation:
-    """Of sizes, which are not negative: ONNX rounds integer division to zero, Python down."""
+    """Floor division of sizes, which are not negative: ONNX rounds integer division to zero, Python down."""
     return lambda b, fake, x, y: b.op(kind, *(b.constant([n]) if isinstance(n, int) else n for n in (x, y)))
 
 

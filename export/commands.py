@@ -109,7 +109,7 @@ def verify(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _require_passed(backend: str, failures: Mapping[str, Sequence[str]]) -> None:
-    """By part, what speaks against it."""
+    """What speaks against it, by part."""
     failed = [f"{part}: {', '.join(found)}" for part, found in failures.items() if found]
     if failed:
         raise BackendError(

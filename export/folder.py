@@ -60,7 +60,7 @@ class Exported:
         }
 
     def to_text(self) -> str:
-        """Where it is, a table of what each pass left, and how far it is from PyTorch."""
+        """A report: where it is, a table of what each pass left, and how far it is from PyTorch."""
         lines = [f"{self.component}, {self.dtype}, {self.seconds:.1f} s: {self.file}"]
         lines.append(f"    {'':<20}{'nodes':>16}{'initialisers':>18}{'bytes':>30}")
         for report in self.passes:

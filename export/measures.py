@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["MAX_PSNR", "psnr", "ssim"]
 
 MAX_PSNR = 200.0
-"""In dB; what equal tensors are given."""
+"""What equal tensors are given, in dB."""
 
 _WINDOW, _SIGMA = 11, 1.5
 _K1, _K2 = 0.01, 0.03

@@ -25,7 +25,7 @@ Pass = Callable[[ir.Model], None]
 
 @dataclass(frozen=True)
 class Size:
-    """Of a model: its graph's nodes, its initializers, and their bytes."""
+    """What a model holds: its graph's nodes, its initializers, and their bytes."""
 
     nodes: int
     initializers: int
@@ -161,7 +161,7 @@ PASSES: dict[str, Pass] = {
     "transpose-pairs": transpose_pairs,
     "fused-qkv": fused_qkv,
 }
-"""By name."""
+"""Passes by name."""
 DEFAULT = ("constant-folding", "dead-code", "cast-pairs", "transpose-pairs")
 """What an export runs unless told otherwise. fused-qkv is not among them: it was not seen to gain anything."""
 

@@ -35,7 +35,7 @@ _DTYPES[onnx.TensorProto.FLOAT] = "float32"
 def plugin_kernels(
     model: Path, names: Sequence[str], archs: Sequence[int], *, cache: Path | None = None
 ) -> dict[str, dict[str, str]]:
-    """By key and architecture, the file of each set of kernels; ready to be written as JSON.
+    """The file of each set of kernels, by key and architecture; ready to be written as JSON.
 
     Args:
         model: the ONNX file.

@@ -135,6 +135,6 @@ def launch(
 
 
 def _columns(q: Tensor) -> int:
-    """Of the matrix whose rows are the queries of all images, each with all heads."""
+    """Columns of the matrix whose rows are the queries of all images, each with all heads."""
     _, _, H, D = q.shape
     return (H - 1) * q.stride(2) + D

@@ -135,7 +135,7 @@ class Descriptor:
     base: Tensor
     """Its last dimension contiguous; the other strides, and where it begins, multiples of 16 bytes."""
     block: tuple[int, ...]
-    """As many dimensions as `base`."""
+    """A block's size in each dimension of `base`."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Launch:
     kernel: Kernel
     grid: tuple[int, ...]
     args: Mapping[str, Any]
-    """By parameter: tensors (on the meta device to compile only), descriptors, int, float, None."""
+    """Arguments by parameter: tensors (on the meta device to compile only), descriptors, int, float, None."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     """The kernel's `tl.constexpr` parameters."""
     num_warps: int = 4

@@ -191,7 +191,7 @@ def compile_jobs(
 
 
 def cache_folder() -> Path:
-    """Where reports are kept: in LATENTRT_CACHE, or ~/.cache/latentrt."""
+    """The folder of reports: in LATENTRT_CACHE, or ~/.cache/latentrt."""
     return Path(os.environ.get("LATENTRT_CACHE") or "~/.cache/latentrt").expanduser() / "aot"
 
 
@@ -217,14 +217,14 @@ def _launches(r: Request) -> list[Launch]:
 
 
 def _digest(r: Request) -> str:
-    """Of all that decides a report: what is compiled, and how it is read."""
+    """A digest of all that decides a report: what is compiled, and how it is read."""
     reading = [inspect.getsource(_report), inspect.getsource(Report)]
     reading += [_INSTRUCTION.pattern, _TENSOR_CORE.pattern, repr((_SPILL, _BLOCK_COPY, _HAND_OVER))]
     return digest(_launches(r), r.arch, *reading)
 
 
 def digest(launches: Iterable[Launch], arch: int, *more: str) -> str:
-    """Of all that decides machine code: sources, arguments, options, Triton's version; and of more.
+    """A digest of all that decides machine code: sources, arguments, options, Triton's version; and of more.
 
     Raises:
         BackendUnavailableError: Triton is not installed.
@@ -239,7 +239,7 @@ def digest(launches: Iterable[Launch], arch: int, *more: str) -> str:
 
 
 def _source(kernel: Kernel) -> str:
-    """Of the kernel and of the functions it calls."""
+    """The source of the kernel and of the functions it calls."""
     names = sorted(set(kernel.function.__code__.co_names))
     called = [kernel.function.__globals__.get(name) for name in names]
     return inspect.getsource(kernel.function) + "".join(_source(k) for k in called if isinstance(k, Kernel))

@@ -70,7 +70,7 @@ class GroupNormKernels:
     arch: int
 
     def launches(self) -> tuple[dict[str, Launch], dict[str, int]]:
-        """By role; and the constants that a grid is computed from."""
+        """Arguments by role, and the constants that a grid is computed from."""
         C = self.channels
         x = torch.empty(2, C, _POSITIONS, dtype=self.dtype, device="meta")
         weight = torch.empty(C, dtype=self.dtype, device="meta")
@@ -119,7 +119,7 @@ class AttentionKernels:
     arch: int
 
     def launches(self) -> tuple[dict[str, Launch], dict[str, int]]:
-        """By role; and the constants that a grid is computed from."""
+        """Arguments by role, and the constants that a grid is computed from."""
         D = self.columns
         q = torch.empty(2, _ODD, _HEADS, D, dtype=self.dtype, device="meta")
         k = q[:, : SHORT - 1].contiguous() if self.short else q
@@ -145,7 +145,7 @@ class AheadAttentionKernels:
     arch: int
 
     def launches(self) -> tuple[dict[str, Launch], dict[str, int]]:
-        """By role; and the constants that a grid is computed from."""
+        """Arguments by role, and the constants that a grid is computed from."""
         plain = AttentionKernels(self.dtype, self.columns, self.short, self.scale < 0, self.arch)
         found, constants = plain.launches()
         launch = found["attention"]

@@ -33,16 +33,16 @@ class Case:
     inputs: Callable[[torch.dtype, torch.device], tuple[Any, ...]]
     """Arguments of the operator, drawn from the global generator; on the meta device for compiling."""
     flops: float
-    """Of the matrix products, two for a multiply and add; 0 where memory traffic is the whole cost."""
+    """FLOPs of the matrix products, two for a multiply and add; 0 where memory traffic is the whole cost."""
     elements: int
     """Read and written at the least, each once."""
     calls: int = 1
     """How often one forward of SDXL's base UNet (or VAE decoder) at 1024x1024 makes this call."""
     float32: int = 0
-    """Of the elements, those that are float32 whatever the dtype."""
+    """How many of the elements are float32 whatever the dtype."""
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Of memory traffic, at the least."""
+        """Bytes of memory traffic, at the least."""
         return self.elements * dtype.itemsize + self.float32 * (4 - dtype.itemsize)
 
 
@@ -59,7 +59,7 @@ class OpSpec:
     """One operator."""
 
     name: str
-    """Of the public function and of the custom op `latentrt::NAME`."""
+    """The name of the public function and of the custom op `latentrt::NAME`."""
     op: Callable[..., Any]
     """The public, checked function."""
     reference: Callable[..., Any]
@@ -71,7 +71,7 @@ class OpSpec:
     tensor_cores: bool = False
     """Whether half types must be multiplied by tensor cores."""
     candidates: Mapping[str, Sequence[Mapping[str, int]]] = field(default_factory=dict)
-    """By tuning table: constants that `latentrt kernels --tune` tries."""
+    """Constants, by tuning table, that `latentrt kernels --tune` tries."""
     rivals: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """PyTorch's own ways to the same result, by name, for `--measure`."""
 

@@ -30,7 +30,7 @@ class Gpu:
     tflops: float
     """Dense fp16 or bf16 matrix products summed in fp32, in TFLOP/s."""
     bandwidth: float
-    """Of its memory, in TB/s."""
+    """Bandwidth of its memory, in TB/s."""
     source: str
     """`measured` on such a GPU, or `datasheet`."""
 
@@ -50,7 +50,7 @@ GPUS = (
 
 
 def gpu(name: str) -> Gpu:
-    """By name, in any case.
+    """The GPU of this name, in any case.
 
     Raises:
         RequestError: there is none of that name.

@@ -51,7 +51,7 @@ class Kept:
 
     @property
     def nbytes(self) -> int:
-        """Of all that is kept."""
+        """Bytes of all that is kept."""
         with self._lock:
             return self._nbytes()
 

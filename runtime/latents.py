@@ -47,7 +47,7 @@ class NoiseSource:
             raise RequestError(f"generators are on {', '.join(sorted(devices))}; they must be on one device")
 
     def states(self) -> list[Tensor]:
-        """Where the generators are, for `restore`."""
+        """The generators' states, for `restore`."""
         return [generator.get_state() for generator in self._each()]
 
     def restore(self, states: Sequence[Tensor]) -> None:

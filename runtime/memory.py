@@ -103,11 +103,11 @@ class Plan:
 
     @property
     def buffer_bytes(self) -> int:
-        """Of all buffers."""
+        """Bytes of all buffers."""
         return sum(self.buffers.values())
 
     def held_bytes(self, *kinds: str) -> int:
-        """Of the weights on the device, of the networks that run in stages of these kinds, or in any."""
+        """Bytes of the weights on the device, of the networks that run in stages of these kinds, or in any."""
         return sum(self.networks[name].footprint.held_bytes for name in self._used(kinds))
 
     def pool_bytes(self, *kinds: str) -> int:
@@ -193,7 +193,7 @@ class Plan:
         return sum(times.values()), max(times, key=lambda limit: times[limit])
 
     def flops(self, stage: Stage) -> int:
-        """Of all forwards of a stage."""
+        """FLOPs of all forwards of a stage."""
         return sum(calls * self.networks[name].footprint.flops for name, calls in stage.calls.items())
 
     def as_json(self, gpu: Gpu) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def check_policy(policy: str) -> Policy:
 
 
 def kind_of(component: str) -> Kind:
-    """Of a component, by its name."""
+    """The kind of a component, from its name."""
     if component.startswith("text_encoder"):
         return "text"
     return "denoise" if component == "unet" else "pixels"

@@ -186,7 +186,7 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device it runs on."""
         return self._loader.device
 
     @property
@@ -470,5 +470,5 @@ def _rewind(noise: NoiseSource, watch: Watch) -> Callable[[], None]:
 
 @cache
 def _signature() -> inspect.Signature:
-    """Of a call; made once, as a server checks every request."""
+    """The signature of a call; made once, as a server checks every request."""
     return inspect.signature(Pipeline.__call__)

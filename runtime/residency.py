@@ -25,7 +25,7 @@ __all__ = ["Residency", "Resident", "Staging", "Weights", "turns"]
 _ALIGNMENT = 512
 """Bytes; that of PyTorch's own allocations on a GPU."""
 _HOST_ALIGNMENT = 64
-"""And on the host."""
+"""The same for the host."""
 
 
 class Staging:
@@ -180,7 +180,7 @@ class Resident(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device it runs on."""
         ...
 
     @property
@@ -190,7 +190,7 @@ class Resident(Protocol):
 
     @property
     def held_bytes(self) -> int:
-        """Of its weights there."""
+        """Bytes of its weights on the device."""
         ...
 
     @property

@@ -12,7 +12,7 @@ __all__ = ["digest_of", "digest_of_files", "sha256_of"]
 
 
 def sha256_of(file: Path) -> str:
-    """Of its contents, in hex; large ones are read piece by piece."""
+    """The SHA-256 of a file's contents, in hex; large ones are read piece by piece."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -190,7 +190,7 @@ class UnreadWeights(WeightSet):
     """
 
     def digest(self) -> str:
-        """Of names, shapes, dtypes and file sizes: equal contents have equal ones, and so may others."""
+        """A digest of names, shapes, dtypes and file sizes: equal contents have equal ones, and so may others."""
         headers = sorted((key, ref.shape, ref.dtype) for key, ref in self.tensors.items())
         sizes = [file.stat().st_size for file in self.files]
         return hashlib.sha256(f"{headers} {sizes}".encode()).hexdigest()

@@ -113,7 +113,7 @@ class Component:
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Of its parameters."""
+        """Bytes of its parameters."""
         with torch.inference_mode(False):
             return sum(p.nbytes for p in self.on_meta().parameters())
 
@@ -287,7 +287,7 @@ def arguments(component: Component, inputs: Mapping[str, Tensor]) -> list[Tensor
 
 
 def check_bound(component: Component, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-    """Of tensors whose addresses an engine is given once: nothing converts or copies them any more.
+    """Refuse tensors that cannot be bound. An engine is given their addresses once: nothing converts or copies them any more.
 
     Raises:
         BackendError: naming a tensor that is missing, misshapen, of another dtype or not contiguous.
@@ -327,7 +327,7 @@ def sizes_of(component: Component, inputs: Mapping[str, Tensor]) -> dict[str, in
 
 
 def output_shapes(component: Component, inputs: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Of the outputs for inputs that fit, by name."""
+    """The outputs' shapes for inputs that fit, by name."""
     sizes = sizes_of(component, inputs)
     for side in ("height", "width"):
         if side in sizes:

@@ -141,7 +141,7 @@ class LazyEngine:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device it runs on."""
         return self._loader.device
 
     @property
@@ -166,7 +166,7 @@ class LazyEngine:
 
     @property
     def held_bytes(self) -> int:
-        """Of its weights on the device, as its engine lays them out where it says so."""
+        """Bytes of its weights on the device, as its engine lays them out where it says so."""
         if not self.present:
             return 0
         laid_out: int | None = getattr(self._engine, "weight_bytes", None)

@@ -288,7 +288,7 @@ def run_session(
 
 
 def _index(device: torch.device) -> int:
-    """Of a device that may not say: on CUDA the current one."""
+    """The index of a device; of CUDA the current one where it names none."""
     index = cast("int | None", device.index)  # PyTorch's annotation forgets the None
     if index is not None:
         return index

@@ -180,7 +180,7 @@ class Driver:
         self._functions: dict[tuple[int, str, str], ctypes.c_void_p] = {}
 
     def arch(self) -> int:
-        """Of the current context's GPU, such as 89.
+        """The compute capability of the current context's GPU, such as 89.
 
         Raises:
             BackendError: there is no current context.

@@ -175,4 +175,4 @@ OPERATORS = {
 OPERATORS["DotProductAttention"] = Operator(
     "DotProductAttention", 3, {"scale": float}, _attention_plan, lambda *_: 0, _attention_key
 )
-"""By the type of their node."""
+"""Launches, by the type of their node."""

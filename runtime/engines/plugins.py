@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 NAMESPACE, _VERSION = "latentrt", "1"
-"""As the exported nodes have them."""
+"""Namespace and version, as the exported nodes have them."""
 
 AHEAD = "DotProductAttention:ahead"
 """The one that is compiled into an engine of TensorRT, which needs no Python for it then: `export.quick_plugins`."""

@@ -272,7 +272,7 @@ class TensorRTEngine:
         return context
 
     def error(self, what: str) -> BackendError:
-        """With what TensorRT's log has to say."""
+        """An error with what TensorRT's log has to say."""
         title = f"{self._product.title} {self._trt.__version__}"
         why = "; ".join([*plugins.failures(self._trt), self._log.why()])
         self._log.clear()

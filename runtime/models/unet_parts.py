@@ -108,4 +108,4 @@ class UNetStep(UNetPart):
 
 
 PARTS: dict[str, type[UNetPart]] = {"prompt": UNetPrompt, "time": UNetTime, "step": UNetStep}
-"""By name, in the order they are run."""
+"""The parts by name, in the order they are run."""
