@@ -287,7 +287,7 @@ def arguments(component: Component, inputs: Mapping[str, Tensor]) -> list[Tensor
 
 
 def check_bound(component: Component, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that cannot be bound. An engine is given their addresses once: nothing converts or copies them any more.
+    """Refuse tensors that cannot be bound: an engine gets their addresses once, and nothing converts or copies them.
 
     Raises:
         BackendError: naming a tensor that is missing, misshapen, of another dtype or not contiguous.
