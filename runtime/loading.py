@@ -305,5 +305,5 @@ def load_vae(checkpoint: Checkpoint, loader: EngineLoader) -> VAE:
 
 
 def _native_size(unet: UNetConfig, scale: int) -> int:
-    """The side, in pixels, of the images that a UNet was trained for; of 128 latents where it does not say."""
-    return scale * max(unet.sample_size or (128, 128))
+    """The longer side, in pixels, of the images that a UNet was trained for."""
+    return scale * max(unet.latent_size)

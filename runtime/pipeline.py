@@ -35,12 +35,6 @@ OnStepEnd = Callable[["Pipeline", int, float, dict[str, Any]], Mapping[str, Any]
 OnProgress = Callable[["Pipeline", int, dict[str, Any]], Mapping[str, Any] | None]
 
 
-_NOT_OF_A_REQUEST = (
-    *("self", "sampler", "tiled_vae"),
-    *("callback_on_step_end", "callback_on_progress", "previewer"),
-)
-
-
 @dataclass(frozen=True)
 class PipelineOutput:
     """What a call made.
@@ -249,20 +243,20 @@ class Pipeline:
         """
         pixels = [(None, None)] if sizes is None else sorted(sizes, key=lambda size: -size[0] * size[1])
         evicted = self._loader.kept.evicted
-        with self._quiet():
-            for height, width in pixels:
-                for batch in sorted(batches, reverse=True):  # the largest first: others then fit its memory
-                    self(
-                        [""] * batch,
-                        height=height,
-                        width=width,
-                        num_inference_steps=5,  # of which a base takes two
-                        high_noise_frac=0.5,
-                        guidance_scale=None if guidance else 1.0,
-                        sampler=sampler,
-                        seed=0,
-                        output_type="pt",
-                    )
+        for height, width in pixels:
+            for batch in sorted(batches, reverse=True):  # the largest first: others then fit its memory
+                call = self._arguments(
+                    [""] * batch,
+                    height=height,
+                    width=width,
+                    num_inference_steps=5,  # of which a base takes two
+                    high_noise_frac=0.5,
+                    guidance_scale=None if guidance else 1.0,
+                    sampler=sampler,
+                    seed=0,
+                    output_type="pt",
+                )
+                self._run(call, {"disable": True})
         self._budget.warn_of_evictions(evicted)
 
     @contextmanager
@@ -270,15 +264,6 @@ class Pipeline:
         """A caller's autocast would have networks compute, be recorded and be exported in others."""
         with torch.autocast("cpu", enabled=False), torch.autocast(self.device.type, enabled=False):
             yield
-
-    @contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """Without a bar."""
-        shown, self._progress = self._progress, {"disable": True}
-        try:
-            yield
-        finally:
-            self._progress = shown
 
     def __call__(
         self,
@@ -362,19 +347,21 @@ class Pipeline:
             RequestError: an argument cannot be met; the message names it. A MemoryPlanError says what it needs.
             OutOfMemoryError: the device had too little memory after all; the pipeline can still be used.
         """
-        arguments = {k: v for k, v in locals().items() if k not in _NOT_OF_A_REQUEST}
-        request = self._request(arguments)
-        stages = stages_of_request(self._base, self._refiner, request, sampler)
-        tile = self._budget.admit(request, stages, idle=not self._running, tiled=tiled_vae)
+        return self._run(locals(), self._progress)
+
+    def _run(self, call: Mapping[str, Any], bar: Mapping[str, Any]) -> PipelineOutput:
+        """Make what a call asks for; `bar`: options of its progress bar."""
+        request, stages = self._staged(call)
+        tile = self._budget.admit(request, stages, idle=not self._running, tiled=call["tiled_vae"])
         if request.image is None:
             warn_of_late_start(stages[0].table)
         noise = NoiseSource(request.generators, request.batch)
         callbacks = {
-            "on_step": self._bound("callback_on_step_end", callback_on_step_end),
-            "on_progress": self._bound("callback_on_progress", callback_on_progress),
+            "on_step": self._bound("callback_on_step_end", call["callback_on_step_end"]),
+            "on_progress": self._bound("callback_on_progress", call["callback_on_progress"]),
         }
         with (
-            self._watched(stages, previewer=previewer, **callbacks) as watch,
+            self._watched(stages, bar, previewer=call["previewer"], **callbacks) as watch,
             turns(self._parts.engines()),
             self._in_own_dtypes(),
             torch.no_grad(),
@@ -385,7 +372,7 @@ class Pipeline:
                 told=lambda: self._budget.plan(request, stages, tile),
                 asking=lambda: watch.asking,
             )
-        made = records(request, self._base, self._refiner, sampler, self.backend)
+        made = records(request, self._base, self._refiner, call["sampler"], self.backend)
         return PipelineOutput(images, made, watch.timings, watch.stop.is_set())
 
     def check(
@@ -402,12 +389,10 @@ class Pipeline:
         Raises:
             RequestError: as a call does.
         """
-        call = _signature().bind(self, prompt, **arguments)
-        call.apply_defaults()
-        request = self._request(call.arguments)
-        stages = stages_of_request(self._base, self._refiner, request, call.arguments["sampler"])
+        call = self._arguments(prompt, **arguments)
+        request, stages = self._staged(call)
         if planned:
-            self._budget.require(request, stages, idle=not self._running, tiled=call.arguments["tiled_vae"])
+            self._budget.require(request, stages, idle=not self._running, tiled=call["tiled_vae"])
         return request, sum(len(stage.table) for stage in stages)
 
     def fit_previewer(self) -> Previewer:
@@ -416,8 +401,7 @@ class Pipeline:
         Raises:
             MemoryPlanError: that size does not fit.
         """
-        own, _ = self.check("", planned=False)
-        stages = stages_of_request(self._base, self._refiner, own, None)
+        own, stages = self._staged(self._arguments(""))
         tile = self._budget.admit(own, stages, idle=not self._running, tiled=False)
         with turns(self._parts.engines()), self._in_own_dtypes():
             return Previewer.fit(self.vae, own.height, own.width, self.device, tile=tile)
@@ -430,24 +414,30 @@ class Pipeline:
             raise RequestError(f"{name} is {callback!r}; give a function, or None")
         return partial(callback, self)
 
-    def _request(self, arguments: dict[str, Any]) -> GenerationRequest:
+    def _arguments(self, *arguments: Any, **named: Any) -> Mapping[str, Any]:
+        """All arguments of a call, by name, with its defaults."""
+        call = _signature().bind(self, *arguments, **named)
+        call.apply_defaults()
+        return call.arguments
+
+    def _staged(self, call: Mapping[str, Any]) -> tuple[GenerationRequest, list[Stage]]:
+        """What a call asks for, checked, and who takes which steps."""
         sdxl = self._base.takes_sizes
         defaults = {"guidance_scale": 5.0 if sdxl else 7.5, "strength": 0.3 if sdxl else 0.8}
-        for name, value in defaults.items():
-            if arguments[name] is None:
-                arguments[name] = value
-        side = self._base.config.sample_size or (128, 128)
-        return GenerationRequest.create(
-            arguments,
-            default_size=(side[0] * self.vae.scale, side[1] * self.vae.scale),
+        given = {**call, **{name: value for name, value in defaults.items() if call[name] is None}}
+        height, width = self._base.config.latent_size
+        request = GenerationRequest.create(
+            given,
+            default_size=(height * self.vae.scale, width * self.vae.scale),
             latent_scale=self.vae.scale,
             latent_channels=self.vae.channels,
         )
+        return request, stages_of_request(self._base, self._refiner, request, call["sampler"])
 
     @contextmanager
-    def _watched(self, stages: Sequence[Stage], **options: Any) -> Iterator[Watch]:
+    def _watched(self, stages: Sequence[Stage], bar: Mapping[str, Any], **options: Any) -> Iterator[Watch]:
         """A watch over one call, known to `interrupt` while it lasts."""
-        watch = Watch(sum(len(stage.table) for stage in stages), self._progress, self.device, **options)
+        watch = Watch(sum(len(stage.table) for stage in stages), bar, self.device, **options)
         self._running.add(watch)
         try:
             yield watch

@@ -122,9 +122,9 @@ class Planner:
             RequestError: an argument cannot be met.
         """
         scale = self._vae.scale
-        side = self._base.config.sample_size or (128, 128)
-        height = check_side("height", side[0] * scale if height is None else height, scale)
-        width = check_side("width", side[1] * scale if width is None else width, scale)
+        own_height, own_width = self._base.config.latent_size
+        height = check_side("height", own_height * scale if height is None else height, scale)
+        width = check_side("width", own_width * scale if width is None else width, scale)
         if not 1 <= batch <= 1024:
             raise RequestError(f"batch is {batch}; it must be 1 to 1024")
         guidance_scale = check_number("guidance_scale", guidance_scale, -1e4, 1e4)

@@ -26,7 +26,7 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 Size = tuple[int, int]
 
 MAX_SIDE = 16_384
-"""Longest side of an image in pixels; beyond it positions no longer fit float16 conditioning by far."""
+"""Longest side of an image in pixels: a slip of the keyboard is refused before anything is planned for it."""
 
 
 @dataclass(frozen=True)
@@ -94,17 +94,10 @@ class GenerationRequest:
         Raises:
             RequestError: naming the argument, the value and what is allowed.
         """
-        a = dict(arguments)
-        prompts = _texts("prompt", a["prompt"], None)
+        a = arguments
+        prompts, prompts_2 = _prompts(a)
         count = len(prompts)
-        negatives: list[str | None] = [None] * count
-        if a["negative_prompt"] is not None:
-            negatives = [*_texts("negative_prompt", a["negative_prompt"], count)]
-        negatives_2 = negatives
-        if a["negative_prompt_2"] not in (None, ""):
-            negatives_2 = [*_texts("negative_prompt_2", a["negative_prompt_2"], count)]
-            negatives = ["" if text is None else text for text in negatives]
-        prompts_2 = prompts if a["prompt_2"] in (None, "") else _texts("prompt_2", a["prompt_2"], count)
+        negatives, negatives_2 = _negatives(a, count)
         per_prompt = _integer("num_images_per_prompt", a["num_images_per_prompt"], 1, 1024)
         batch = count * per_prompt
 
@@ -118,32 +111,19 @@ class GenerationRequest:
                 "give image= or latents=, not both; to continue from latents, pass them as image="
             )
         height, width = _size_of(a, image, latents, default_size, latent_scale, latent_channels)
-        start, end = a["denoising_start"], a["denoising_end"]
-        start = None if start is None else check_number("denoising_start", start, 0, 1)
-        end = None if end is None else check_number("denoising_end", end, 0, 1)
-        if start is not None and end is not None and start >= end:
-            raise RequestError(
-                f"denoising_start is {start} and denoising_end {end}; the start must come before the end"
-            )
-        if start is not None and image is None:
-            raise RequestError(
-                f"denoising_start={start} continues from latents; pass them as image= "
-                '(the result of a call with denoising_end and output_type="latent")'
-            )
+        start, end = _part_of_the_schedule(a)
         if a["output_type"] not in ("pil", "np", "pt", "latent"):
             raise RequestError(
                 f"output_type is {a['output_type']!r}; it can be 'pil', 'np', 'pt' or 'latent'"
             )
         generators, seeds = _generators(a["seed"], a["generator"], batch)
 
-        def pairs(name: str, default: Size | None) -> list[Size] | None:
-            return _pairs(name, a[name], default, count, per_prompt)
+        def pairs(name: str, default: Size) -> list[Size]:
+            return _pairs(name, default if a[name] is None else a[name], count, per_prompt)
 
-        original = pairs("original_size", (height, width))
-        crops = pairs("crops_coords_top_left", (0, 0))
-        target = pairs("target_size", (height, width))
-        if original is None or crops is None or target is None:
-            raise AssertionError("sizes with a default are never None")
+        def optional_pairs(name: str) -> list[Size] | None:
+            return None if a[name] is None else _pairs(name, a[name], count, per_prompt)
+
         clip_skip = a["clip_skip"]
         return cls(
             prompts=prompts,
@@ -167,18 +147,54 @@ class GenerationRequest:
             denoising_start=start,
             denoising_end=end,
             high_noise_frac=check_number("high_noise_frac", a["high_noise_frac"], 0, 1),
-            original_sizes=original,
-            crops=crops,
-            target_sizes=target,
-            negative_original_sizes=pairs("negative_original_size", None),
-            negative_crops=pairs("negative_crops_coords_top_left", None),
-            negative_target_sizes=pairs("negative_target_size", None),
+            original_sizes=pairs("original_size", (height, width)),
+            crops=pairs("crops_coords_top_left", (0, 0)),
+            target_sizes=pairs("target_size", (height, width)),
+            negative_original_sizes=optional_pairs("negative_original_size"),
+            negative_crops=optional_pairs("negative_crops_coords_top_left"),
+            negative_target_sizes=optional_pairs("negative_target_size"),
             aesthetic_score=check_number("aesthetic_score", a["aesthetic_score"], -100, 100),
             negative_aesthetic_score=check_number(
                 "negative_aesthetic_score", a["negative_aesthetic_score"], -100, 100
             ),
             output_type=a["output_type"],
         )
+
+
+def _prompts(a: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """For the first and the second text encoder."""
+    prompts = _texts("prompt", a["prompt"], None)
+    if a["prompt_2"] in (None, ""):
+        return prompts, prompts
+    return prompts, _texts("prompt_2", a["prompt_2"], len(prompts))
+
+
+def _negatives(a: Mapping[str, Any], count: int) -> tuple[list[str | None], list[str | None]]:
+    """For the first and the second text encoder; None where there is no negative prompt."""
+    negatives: list[str | None] = [None] * count
+    if a["negative_prompt"] is not None:
+        negatives = [*_texts("negative_prompt", a["negative_prompt"], count)]
+    if a["negative_prompt_2"] in (None, ""):
+        return negatives, negatives
+    second: list[str | None] = [*_texts("negative_prompt_2", a["negative_prompt_2"], count)]
+    return ["" if text is None else text for text in negatives], second
+
+
+def _part_of_the_schedule(a: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """Where denoising starts and ends."""
+    start, end = a["denoising_start"], a["denoising_end"]
+    start = None if start is None else check_number("denoising_start", start, 0, 1)
+    end = None if end is None else check_number("denoising_end", end, 0, 1)
+    if start is not None and end is not None and start >= end:
+        raise RequestError(
+            f"denoising_start is {start} and denoising_end {end}; the start must come before the end"
+        )
+    if start is not None and a["image"] is None:
+        raise RequestError(
+            f"denoising_start={start} continues from latents; pass them as image= "
+            '(the result of a call with denoising_end and output_type="latent")'
+        )
+    return start, end
 
 
 def _texts(name: str, value: Any, count: int | None) -> list[str]:
@@ -268,10 +284,8 @@ def _pair(name: str, value: Any) -> Size:
     raise RequestError(f"{name} must be a pair of whole numbers (height, width or top, left); got {value!r}")
 
 
-def _pairs(name: str, value: Any, default: Size | None, count: int, per_prompt: int) -> list[Size] | None:
+def _pairs(name: str, value: Any, count: int, per_prompt: int) -> list[Size]:
     """A pair for every image, from one pair or one per prompt."""
-    if value is None:
-        return None if default is None else [default] * (count * per_prompt)
     if isinstance(value, (list, tuple)) and value and all(isinstance(v, (list, tuple)) for v in value):
         if len(value) != count:
             raise RequestError(

@@ -143,6 +143,11 @@ class UNetConfig:
     addition_time_embed_dim: int | None
     projection_class_embeddings_input_dim: int | None
 
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """`sample_size`; 128 by 128 where the model does not say."""
+        return self.sample_size or (128, 128)
+
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> UNetConfig:
         """Read a parsed config.json.

@@ -272,6 +272,27 @@ def test_progress_shows_only_where_it_is_wanted(
         both.set_progress_bar_config(disable=True)
 
 
+def test_a_warm_up_shows_no_bar_and_takes_none_from_calls_meanwhile(
+    both: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.StringIO()
+    admit = both._budget.admit
+
+    def first_another_call(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(both._budget, "admit", admit)
+        both(**PLAIN)
+        return admit(*args, **options)
+
+    monkeypatch.setattr(both._budget, "admit", first_another_call)
+    both.set_progress_bar_config(disable=False, file=shown, leave=True)
+    try:
+        both.warmup()
+    finally:
+        both.set_progress_bar_config(disable=True)
+    assert "4/4" in shown.getvalue()
+    assert "/5" not in shown.getvalue()
+
+
 def test_moving_where_it_is_already_keeps_what_is_loaded(pipe: latentrt.Pipeline) -> None:
     pipe(**PLAIN)
     engine = pipe._base.unet.load()
