@@ -2,6 +2,7 @@
 
 LatentRTError
 ├── RequestError                 what was asked for cannot be made (also a ValueError)
+│   ├── EngineSizeError          no engine was built for such sizes, or for so many images at once
 │   └── MemoryPlanError          it needs more device memory than there is
 ├── KernelArgumentError          an operator got a tensor it cannot take (also a ValueError)
 ├── CheckpointError              a checkpoint is missing, damaged or not understood
@@ -40,6 +41,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "DeadlineError",
     "DrainingError",
+    "EngineSizeError",
     "ExportError",
     "KernelArgumentError",
     "LatentRTError",
@@ -62,6 +64,10 @@ class LatentRTError(Exception):
 
 class RequestError(LatentRTError, ValueError):
     """What was asked for cannot be made: a size, step count, prompt, seed or sampler."""
+
+
+class EngineSizeError(RequestError):
+    """No engine was built for such sizes, or for so many images at once; those it takes are listed."""
 
 
 class MemoryPlanError(RequestError):

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from ...errors import BackendError, RequestError
+from ...errors import BackendError, EngineSizeError, RequestError
 from .base import Component, TensorSpec
 from .split import STEPS_AT_ONCE
 
@@ -153,16 +153,16 @@ def profile_index(component: Component, profiles: Sequence[Profile], sizes: Mapp
     """Which profile runs inputs of these sizes: the narrowest of those that take them.
 
     Raises:
-        BackendError: none does; they are listed.
+        EngineSizeError: none does; they are listed.
     """
     fitting = [k for k, profile in enumerate(profiles) if profile.takes(sizes)]
     if not fitting:
         asked = ", ".join(f"{name} {sizes[name]}" for name in profiles[0].axes)
         known = "; ".join(str(profile) for profile in profiles)
         unit = f" (a latent is {component.latent_scale} pixels)" if "height" in sizes else ""
-        raise BackendError(
+        raise EngineSizeError(
             f"the engine of {component.name} was built for other sizes than {asked}: it takes {known}{unit}; ask for "
-            "one of these, or build another with `latentrt build --sizes`"
+            "one of these, or build another with `latentrt build --sizes --batch`"
         )
     return min(fitting, key=lambda k: prod(a.high - a.low + 1 for a in profiles[k].axes.values()))
 

@@ -30,7 +30,8 @@ class AsyncEngine:
     """Makes images for many at once. `async with` loads the models on entry and drains on exit.
 
     Requests that can share a call are batched, and each gets the image it would get alone. One that fails, fails
-    alone; a batch for which memory does not suffice is made in halves. For one event loop and its thread.
+    alone; a batch for which memory does not suffice, or no engine was built, is made in halves. For one event loop and
+    its thread.
     """
 
     def __init__(

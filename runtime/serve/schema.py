@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from ...errors import RequestError
+from ...errors import EngineSizeError, RequestError
 from .requests import ImageRequest
 
 __all__ = ["FieldError", "GenerationBody", "Limits", "field_of", "image_requests"]
@@ -197,4 +197,6 @@ def field_of(error: RequestError) -> str | None:
     """The field a refusal is about: its messages begin with the pipeline's name of the argument."""
     if isinstance(error, FieldError):
         return error.field
+    if isinstance(error, EngineSizeError):
+        return "size"
     return next((field for pattern, field in _FIELDS if re.match(pattern, str(error))), None)

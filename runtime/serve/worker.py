@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import PIL.Image
 import torch
 
-from ...errors import LatentRTError
+from ...errors import EngineSizeError, LatentRTError, RequestError
 from ..budget import without_frames
 from .jobs import Job
 from .requests import Progress
@@ -33,7 +33,7 @@ class BatchReport:
         steps: taken.
         cost: work of the whole call, in the unit of `Group.cost`.
         seconds: it took.
-        outcome: "made", "abandoned" (all had left), "out of memory" or "failed".
+        outcome: "made", "abandoned" (all had left), "out of memory", "refused" (a RequestError) or "failed".
         timings: seconds of each stage; empty where it was not made.
         waited: seconds that each of its images had waited.
     """
@@ -86,10 +86,11 @@ class Worker:
             return
         half = (len(live) + 1) // 2
         parts = [[job] for job in live]  # a fault shows alone whose it is
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or isinstance(error, EngineSizeError):
             size = live[0].group.size
-            told = (len(live), size[1], size[0], half)
-            _log.warning("memory did not suffice for %d images of %dx%d; from now on %d at once", *told)
+            why = "memory did not suffice" if is_out_of_memory(error) else "no engine was built"
+            told = (why, len(live), size[1], size[0], half, error)
+            _log.warning("%s for %d images of %dx%d; from now on %d at once: %r", *told)
             self._tell(self._on_limit, size, half)
             parts = [live[:half], live[half:]]
         for part in parts:
@@ -119,8 +120,8 @@ class Worker:
         except _AbandonedError:
             outcome = "abandoned"
         except Exception as error:
-            outcome = "out of memory" if is_out_of_memory(error) else "failed"
-            if outcome == "failed" and not isinstance(error, LatentRTError):
+            outcome = _outcome(error)
+            if not isinstance(error, LatentRTError) and outcome == "failed":
                 _log.exception("a call for %d images failed", len(jobs))
             failure = without_frames(error)
         else:
@@ -138,6 +139,13 @@ class Worker:
         report = BatchReport(len(jobs), size, steps, cost, seconds, outcome, timings, waited)
         self._tell(self._on_batch, report)
         return failure
+
+
+def _outcome(error: Exception) -> str:
+    """What became of a call that ended with it."""
+    if is_out_of_memory(error):
+        return "out of memory"
+    return "refused" if isinstance(error, RequestError) else "failed"
 
 
 def _release_memory() -> None:

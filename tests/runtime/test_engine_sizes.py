@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from latentrt.errors import BackendError, RequestError
+from latentrt.errors import BackendError, EngineSizeError, RequestError
 from latentrt.runtime.engines.base import Component, TensorSpec
 from latentrt.runtime.engines.sizes import Axis, Profile, SizePolicy, profile_index, profiles_for
 from latentrt.runtime.loading import load_components
@@ -195,10 +195,10 @@ def test_a_call_takes_the_narrowest_profile() -> None:
 def test_a_size_outside_every_profile_lists_them(sizes: dict[str, int]) -> None:
     profiles = profiles_for(UNET, SizePolicy.parse(["512..1280 step 64", "2048x2048"]))
     asked = ", ".join(f"{name} {size}" for name, size in sizes.items())
-    with pytest.raises(BackendError) as caught:
+    with pytest.raises(EngineSizeError) as caught:
         profile_index(UNET, profiles, sizes)
     assert str(caught.value) == (
         f"the engine of unet was built for other sizes than {asked}: it takes batch 1..2, height 64..160 step 8, "
         "width 64..160 step 8; batch 1..2, height 256, width 256 (a latent is 8 pixels); ask for one of these, or "
-        "build another with `latentrt build --sizes`"
+        "build another with `latentrt build --sizes --batch`"
     )

@@ -12,7 +12,7 @@ import pytest
 import tensorrt_rtx_bindings as rtx
 import torch
 from fake_tensorrt import ADD_ONE, FakeContext, FakeCuda, FakeEngine, FakeStream, FakeTensorRT, install
-from latentrt.errors import BackendError, RequestError
+from latentrt.errors import BackendError, EngineSizeError, RequestError
 from latentrt.runtime.engine_store import StoredEngine
 from latentrt.runtime.engines import plugins, trt
 from latentrt.runtime.engines import tensorrt as engines
@@ -184,7 +184,7 @@ def test_the_narrowest_profile_is_picked(load: Load, fake: FakeTensorRT) -> None
 
 def test_sizes_outside_every_profile_are_refused(load: Load, fake: FakeTensorRT) -> None:
     with pytest.raises(
-        BackendError, match=r"of unet was built for other sizes than batch 33: it takes batch"
+        EngineSizeError, match=r"of unet was built for other sizes than batch 33: it takes batch"
     ):
         load()(x_of(33))
     assert fake.contexts == 0

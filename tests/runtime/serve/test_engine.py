@@ -12,6 +12,7 @@ import torch
 from fake_runner import FakeRunner, ask, busy, held, in_loop, seed_of
 from latentrt.errors import (
     BackendError,
+    EngineSizeError,
     MemoryPlanError,
     OutOfMemoryError,
     RequestError,
@@ -200,16 +201,17 @@ def test_a_request_that_fails_fails_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "why"),
     [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        MemoryError(),
-        OutOfMemoryError("no memory left on cuda in stage 'base'"),
-        MemoryPlanError("demo at 1024x1024, batch 5, needs 9 GB"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "memory did not suffice"),
+        (MemoryError(), "memory did not suffice"),
+        (OutOfMemoryError("no memory left on cuda in stage 'base'"), "memory did not suffice"),
+        (MemoryPlanError("demo at 1024x1024, batch 5, needs 9 GB"), "memory did not suffice"),
+        (EngineSizeError("the engine takes batch 1..4"), "no engine was built"),
     ],
 )
-def test_want_of_memory_halves_the_batch_and_is_remembered(
-    error: Exception, caplog: pytest.LogCaptureFixture
+def test_a_batch_too_large_is_halved_and_that_is_remembered(
+    error: Exception, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
         runner = FakeRunner(lambda seeds: error if len(seeds) > 2 else None)
@@ -222,7 +224,10 @@ def test_want_of_memory_halves_the_batch_and_is_remembered(
 
     with caplog.at_level(logging.WARNING):
         in_loop(main())
-    assert "memory did not suffice for 5 images of 64x64; from now on 3 at once" in caplog.text
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        f"{why} for {n} images of 64x64; from now on {m} at once: {error!r}" for n, m in ((5, 3), (3, 2))
+    ]
 
 
 def test_want_of_memory_for_one_is_told() -> None:
@@ -232,6 +237,20 @@ def test_want_of_memory_for_one_is_told() -> None:
             with pytest.raises(MemoryError, match="none left"):
                 await engine.generate(ask(1))
         assert len(runner.calls) == 1
+
+    in_loop(main())
+
+
+def test_sizes_of_which_there_is_no_engine_are_no_fault_of_the_device() -> None:
+    async def main() -> None:
+        runner = FakeRunner(lambda _: EngineSizeError("the engine takes height 64..160"))
+        reports: list[BatchReport] = []
+        async with AsyncEngine(runner, on_batch=reports.append) as engine:
+            for seed in range(4):
+                with pytest.raises(EngineSizeError, match="takes height"):
+                    await engine.generate(ask(seed))
+        assert [report.outcome for report in reports] == ["refused"] * 4
+        assert runner.warm == 1
 
     in_loop(main())
 

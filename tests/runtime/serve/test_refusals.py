@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 from fake_runner import FakeRunner
+from latentrt.errors import EngineSizeError
 from served import Served, events_of, served, until
 
 BAD: list[tuple[Any, int, str | None]] = [
@@ -191,6 +192,14 @@ def test_faults_of_the_servers_own_tell_nothing() -> None:
     assert internal.status_code == 500
     assert (memory.status_code, memory.json()["error"]["param"]) == (422, "size")
     assert secret not in internal.text + memory.text
+
+
+def test_sizes_of_which_there_is_no_engine_are_the_field_size() -> None:
+    why = "the engine of unet was built for other sizes than batch 2, height 9, width 9: it takes height 8"
+    with served(lambda: FakeRunner(lambda _: EngineSizeError(why))) as server:
+        answer = server.ask()
+    error = {"message": why, "type": "invalid_request_error", "param": "size", "code": "invalid_value"}
+    assert (answer.status_code, answer.json()["error"]) == (422, error)
 
 
 def test_a_flood_of_fields_is_refused_before_each_is_looked_at() -> None:
