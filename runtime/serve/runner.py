@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import PIL.Image
 import torch
 
-from ...errors import MemoryPlanError, OutOfMemoryError, RequestError
+from ...errors import MemoryPlanError, OutOfMemoryError, RequestError, ServiceError
 from ..host_memory import peak_bytes
 from ..pipeline import Pipeline
 from ..previews import Previewer
@@ -16,6 +17,10 @@ from .requests import CheckedRequest, Group, ImageRequest, ImageResult
 
 __all__ = ["OnStep", "PipelineRunner", "Runner", "is_out_of_memory"]
 
+_log = logging.getLogger(__name__)
+
+_TRIES = 3
+"""Of a call that others stop: `Pipeline.interrupt` is for whatever the pipeline makes."""
 _WANTS = (OutOfMemoryError, MemoryPlanError, MemoryError, torch.OutOfMemoryError)
 
 OnStep = Callable[[int, Callable[[int], PIL.Image.Image] | None], None]
@@ -32,7 +37,7 @@ class Runner(Protocol):
         """Load everything."""
 
     def run(self, requests: Sequence[CheckedRequest], on_step: OnStep) -> list[ImageResult]:
-        """Make a batch of one group; with previews of all where one asks for them."""
+        """Make a batch of one group, all of it; with previews of all where one asks for them."""
 
 
 class PipelineRunner:
@@ -105,23 +110,32 @@ class PipelineRunner:
         device = self._pipe.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        output = self._pipe(
-            [request.prompt for request in requests],
-            negative_prompt=[request.negative_prompt or "" for request in requests]
-            if group.negative
-            else None,
-            height=group.height,
-            width=group.width,
-            num_inference_steps=group.steps,
-            guidance_scale=[request.guidance_scale for request in requests],
-            seed=[request.seed for request in requests],
-            sampler=group.sampler,
-            high_noise_frac=group.high_noise_frac,
-            callback_on_progress=step_done,
-            previewer=self._fitted() if any(request.previews for request in requests) else None,
-        )
-        if stopped is not None:
-            raise stopped
+        for _ in range(_TRIES):
+            output = self._pipe(
+                [request.prompt for request in requests],
+                negative_prompt=[request.negative_prompt or "" for request in requests]
+                if group.negative
+                else None,
+                height=group.height,
+                width=group.width,
+                num_inference_steps=group.steps,
+                guidance_scale=[request.guidance_scale for request in requests],
+                seed=[request.seed for request in requests],
+                sampler=group.sampler,
+                high_noise_frac=group.high_noise_frac,
+                callback_on_progress=step_done,
+                previewer=self._fitted() if any(request.previews for request in requests) else None,
+            )
+            if stopped is not None:
+                raise stopped
+            if not output.interrupted:
+                break
+            _log.warning("the pipeline's interrupt() was called from elsewhere; its images are unfinished")
+        else:
+            raise ServiceError(
+                f"{_TRIES} times in a row the pipeline's interrupt() was called from elsewhere; "
+                "leave it to the engine that serves with it"
+            )
         peak = _peak_memory(device)
         return [
             ImageResult(image, parameters, output.timings, len(requests), peak)

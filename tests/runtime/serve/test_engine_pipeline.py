@@ -12,9 +12,10 @@ import numpy as np
 import PIL.Image
 import pytest
 from fake_runner import in_loop
-from latentrt.errors import RequestError
+from latentrt.errors import RequestError, ServiceError
 from latentrt.runtime.serve.engine import AsyncEngine
 from latentrt.runtime.serve.requests import Finished, ImageRequest, ImageResult, Progress
+from latentrt.runtime.serve.runner import PipelineRunner
 from latentrt.runtime.serve.worker import BatchReport
 from parity import Rig
 
@@ -103,6 +104,32 @@ def test_leaving_stops_the_pipeline_itself(demo: latentrt.Pipeline) -> None:
         assert reports[0].steps - seen <= 2
 
     in_loop(main(), 120)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_an_unfinished_image_is_nobodys(
+    times: int, demo: latentrt.Pipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`interrupt()` from elsewhere is meant for another call, and stops the engine's as well."""
+    request = ImageRequest("a red circle", steps=6, seed=1, width=64, height=64)
+    begun: list[int] = []
+
+    def on_step(step: int, _: object) -> None:
+        if step == 1:
+            begun.append(step)
+            if len(begun) <= times:
+                demo.interrupt()
+
+    runner = PipelineRunner(demo)
+    checked = runner.check(request)
+    if times == 3:
+        with pytest.raises(ServiceError, match=r"3 times in a row the pipeline's interrupt\(\) was called"):
+            runner.run([checked], on_step)
+    else:
+        (result,) = runner.run([checked], on_step)
+        assert np.array_equal(np.asarray(result.image), np.asarray(alone(demo, request).images[0]))
+    assert len(begun) == min(times + 1, 3)
+    assert caplog.text.count("was called from elsewhere") == times
 
 
 @pytest.mark.parametrize(
