@@ -9,6 +9,8 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
+from types import FrameType
 
 # Ray reads both as it is imported: to tell nobody that it is used, and to listen at 127.0.0.1 (the name is of the
 # systems where that is the rule).
@@ -26,16 +28,21 @@ __all__ = ["run"]
 
 _NAME = "latentrt"
 _log = logging.getLogger(__name__)
+_LONG = 30.0
+"""Seconds after which it is told what the start waits for."""
 
 
 def run(deployed: Deployed, *, host: str, port: int) -> None:
     """A cluster of this machine alone, until SIGTERM or SIGINT; then what was taken is finished.
+
+    A signal before its replicas are up ends it at once.
 
     Args:
         port: 0 for any that is free.
 
     Raises:
         OSError: the address is taken.
+        KeyboardInterrupt: a second signal came before that was finished.
     """
     with listen(host, port) as held:  # Ray says nothing where it is taken
         port = held.getsockname()[1]
@@ -48,21 +55,16 @@ def run(deployed: Deployed, *, host: str, port: int) -> None:
         configure_logging=False,
     )
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: told.set())
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": host, "port": port, "request_timeout_s": None},
-            logging_config={"encoding": "JSON", "enable_access_log": False},
-        )
-        for name in ("ray", "ray.serve"):  # on stderr as JSON, with ours
-            logger = logging.getLogger(name)
-            logger.handlers, logger.propagate = [], True
-            logger.setLevel(logging.WARNING)
-        serve.run(bound(deployed), name=_NAME)
+        try:
+            _on_signals(signal.default_int_handler)
+            _start(deployed, host, port)
+            _on_signals(lambda *_: told.set())
+        except KeyboardInterrupt:  # there is nothing to finish yet
+            return
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         _log.info("listening at %s", url, extra={"fields": {"url": url}})
         told.wait()
+        _on_signals(signal.default_int_handler)
         _log.info("draining")
         # Ray alone would answer 404 from here on; the ingress says 503, and when all that was taken is answered.
         drained = serve.get_app_handle(_NAME).drain.remote(deployed.drain_seconds)
@@ -71,3 +73,30 @@ def run(deployed: Deployed, *, host: str, port: int) -> None:
             serve.shutdown()
     finally:
         ray.shutdown()
+
+
+def _start(deployed: Deployed, host: str, port: int) -> None:
+    """Return when the replicas are up."""
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": host, "port": port, "request_timeout_s": None},
+        logging_config={"encoding": "JSON", "enable_access_log": False},
+    )
+    for name in ("ray", "ray.serve"):  # on stderr as JSON, with ours
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [], True
+        logger.setLevel(logging.WARNING)
+    needs = (_LONG, deployed.min_replicas, deployed.cpus, deployed.gpus)
+    what = "not all replicas are up after %g s: each of %d waits for %g CPUs and %g GPUs, and loads its model"
+    telling = threading.Timer(_LONG, _log.warning, (what, *needs))
+    telling.daemon = True
+    telling.start()
+    try:
+        serve.run(bound(deployed), name=_NAME)
+    finally:
+        telling.cancel()
+
+
+def _on_signals(act: Callable[[int, FrameType | None], object]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, act)
