@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 from types import FrameType
 
@@ -17,6 +18,8 @@ from .service import Service
 __all__ = ["Server", "listen"]
 
 _log = logging.getLogger(__name__)
+_ANSWERING = 5
+"""Seconds for answers to be written and read when the images are made; more where draining has some left."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -44,7 +47,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=75,  # longer than clients keep one: who closes first spoils no request
-                timeout_graceful_shutdown=5,  # for answers to be read, when the images are made
+                timeout_graceful_shutdown=_ANSWERING,
             )
         )
         self._service = service
@@ -74,7 +77,10 @@ class Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         _log.info("draining: %d images wait, %d are being made", self._service.waiting, self._service.running)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._drain_seconds
         try:
             await self._service.drain(self._drain_seconds)
         finally:
+            self.config.timeout_graceful_shutdown = max(_ANSWERING, math.ceil(end - loop.time()))
             self.should_exit = True

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import logging
 import os
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 from fake_runner import FakeRunner
 from latentrt.errors import CheckpointNotFoundError
+from latentrt.runtime.serve import app
 from latentrt.runtime.serve.logs import log_as_json
 from served import served, until
 
@@ -82,7 +85,30 @@ def test_what_draining_has_no_time_for_is_answered() -> None:
         for answer in (made.result(), waiting.result()):
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
             assert "shut down before the image was made" in answer.json()["error"]["message"]
+        assert server.server.config.timeout_graceful_shutdown == 5
         runner.release()
+
+
+def test_draining_leaves_answers_the_time_it_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = threading.Event()
+
+    def slow(*_: object) -> bytes:
+        assert encode.wait(20)
+        return b"PNG"
+
+    monkeypatch.setattr(app, "png_bytes", slow)
+    runner = FakeRunner()
+    with served(lambda: runner) as server, ThreadPoolExecutor(1) as pool:
+        server.server.config.timeout_graceful_shutdown = 0
+        runner.hold()
+        asked = pool.submit(server.ask)
+        runner.reached()
+        server.server.handle_exit(15, None)
+        runner.release()
+        until(lambda: not server.server.servers[0].is_serving())
+        time.sleep(0.3)  # after 0.1 s uvicorn counts the seconds that answers have
+        encode.set()
+        assert asked.result().json()["data"][0]["b64_json"] == base64.b64encode(b"PNG").decode()
 
 
 def test_a_fault_that_stops_the_engine_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
