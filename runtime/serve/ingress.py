@@ -235,16 +235,23 @@ def _is_stream(head: Head) -> bool:
 
 
 class _Accepted:
-    """A request for images with its seed, and what is left of its time."""
+    """A request for images with its seed, and what is left of its time.
 
-    def __init__(self, asked: Forwarded, fields: dict[str, Any]) -> None:
+    Attributes:
+        timeout: seconds it has from its acceptance; None where what it names is for the application to refuse.
+    """
+
+    def __init__(self, asked: Forwarded, fields: dict[str, Any], most: float) -> None:
         self.fields = fields
         self._asked = asked
         self._begun = time.monotonic()
+        given = fields["timeout"]
+        known = isinstance(given, int | float) and not isinstance(given, bool) and 0 < given <= most
+        self.timeout: float | None = given if known else None
 
     @classmethod
-    def of(cls, asked: Forwarded, timeout: float) -> _Accepted | None:
-        """None where it is for the application to refuse: no JSON, or no object. `timeout` where it names none."""
+    def of(cls, asked: Forwarded, most: float) -> _Accepted | None:
+        """None where it is for the application to refuse: no JSON, or no object. It has `most` where it names none."""
         try:
             fields = json.loads(asked.body)
         except (ValueError, RecursionError):
@@ -254,8 +261,8 @@ class _Accepted:
         if fields.get("seed") is None:
             fields["seed"] = secrets.randbits(32)
         if fields.get("timeout") is None:
-            fields["timeout"] = timeout
-        return cls(asked, fields)
+            fields["timeout"] = most
+        return cls(asked, fields, most)
 
     def request(self, *, again: bool) -> Forwarded:
         """
@@ -265,11 +272,13 @@ class _Accepted:
         Raises:
             DeadlineError: none is left.
         """
-        fields, timeout = self.fields, self.fields["timeout"]
-        if isinstance(timeout, int | float) and not isinstance(timeout, bool) and timeout > 0:
-            left = timeout - (time.monotonic() - self._begun)
+        fields = self.fields
+        if self.timeout is not None:
+            left = self.timeout - (time.monotonic() - self._begun)
             if left <= 0:
-                raise DeadlineError(f"the image was still being made after {timeout:g} s; give it more time")
+                raise DeadlineError(
+                    f"the image was still being made after {self.timeout:g} s; give it more time"
+                )
             fields = {**fields, "timeout": left}
         body = json.dumps(fields).encode()
         headers = [

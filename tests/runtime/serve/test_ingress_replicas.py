@@ -178,6 +178,16 @@ def test_the_deadline_counts_from_acceptance() -> None:
     asked(replicas, test)
 
 
+@pytest.mark.parametrize("timeout", ["1" + "0" * 400, "600.5", "1e400", "NaN", "0", "-1", "true", "[1]"])
+def test_times_that_nobody_can_give_are_refused(timeout: str) -> None:
+    async def test(client: httpx.AsyncClient) -> None:
+        content = f'{{"prompt": "x", "timeout": {timeout}}}'
+        answer = await client.post(IMAGES, content=content, headers={"Content-Type": "application/json"})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (422, "timeout")
+
+    asked(Replicas(), test)
+
+
 def ending(replicas: Replicas, ends: Iterable[Exception | Head | None]) -> None:
     """What tries come to before they reach a replica; None is an answer with nothing in it."""
     well, to_come = replicas.send, iter(ends)
