@@ -32,6 +32,8 @@ _IMAGES = "/v1/images/generations"
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # what a replica's application takes
 _FULL = 5
 """Pauses between two tries where the queues are full."""
+_GRACE = 1.0
+"""Seconds after a request's time in which its replica can tell that it ended, and what was made in time can come."""
 
 Send = Callable[[str, Forwarded], AsyncIterator[Head | bytes]]
 """(model's id, request) -> head and body. Raises ReplicaLostError where the replica dies on the way."""
@@ -153,7 +155,9 @@ class Ingress:
     ) -> AsyncGenerator[Head | bytes]:
         """The answer of the first replica that lives to give it, and none of it twice."""
         tries = self._tries if accepted is not None or asked.method == "GET" else 1
-        deadline = asyncio.get_running_loop().time() + self._limits.timeout
+        given = None if accepted is None else accepted.timeout
+        seconds = self._limits.timeout if given is None else given + _GRACE
+        deadline = asyncio.get_running_loop().time() + seconds
         told = _Told()
         lost = 0
         with contextlib.nullcontext() if accepted is None else self._taken():
@@ -385,7 +389,13 @@ def _refusal(error: Exception, request_id: str) -> tuple[int, str, str | None, s
     if isinstance(error, ReplicaLostError):
         return 503, str(error), None, "replica_lost", {"Retry-After": "5"}
     if isinstance(error, TimeoutError):
-        return 504, "no replica answered in time; try again", "timeout", "deadline_exceeded", {}
+        return (
+            504,
+            "no replica answered in time; try again, or give it more",
+            "timeout",
+            "deadline_exceeded",
+            {},
+        )
     told = refusal(error)
     if told[0] == 500:
         _log.error("a request failed", exc_info=error, extra={"fields": {"request_id": request_id}})

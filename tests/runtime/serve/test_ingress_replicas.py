@@ -10,6 +10,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from latentrt.errors import QueueFullError
+from latentrt.runtime.serve import ingress
 from latentrt.runtime.serve.engine import AsyncEngine
 from latentrt.runtime.serve.hosted import Deployed, Forwarded, Head, HostedModel
 from latentrt.runtime.serve.ingress import ReplicaLostError
@@ -236,6 +237,24 @@ def test_it_waits_no_longer_than_it_has_time(given: dict[str, float]) -> None:
         assert len(replicas.sent) > 2
 
     asked(replicas, test, limits=Limits(timeout=600.0 if given else 0.2))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nor_for_a_place_or_a_model_to_be_loaded(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingress, "_GRACE", 0.1)
+    replicas = Replicas()
+
+    async def send(model: str, request: Forwarded) -> AsyncIterator[Head | bytes]:
+        await asyncio.sleep(5)
+        yield Head(200)
+
+    replicas.send = send  # type: ignore[method-assign]
+
+    async def test(client: httpx.AsyncClient) -> None:
+        answer = await client.post(IMAGES, json=body(timeout=0.2, stream=stream))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+
+    asked(replicas, test)
 
 
 @pytest.mark.parametrize("full", [FULL, REFUSED])
