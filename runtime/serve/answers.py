@@ -36,6 +36,8 @@ __all__ = [
     "sse",
 ]
 
+_ONCE = {"x-should-retry": "false"}
+"""To OpenAI's clients, which otherwise ask twice more after any 5xx: it would be the same again."""
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -78,13 +80,13 @@ def refusal(error: BaseException) -> tuple[int, str, str | None, str, dict[str, 
     if isinstance(error, QueueFullError):
         return 429, str(error), None, "queue_full", {"Retry-After": str(math.ceil(error.retry_after))}
     if isinstance(error, DeadlineError):
-        return 504, str(error), "timeout", "deadline_exceeded", {}
+        return 504, str(error), "timeout", "deadline_exceeded", _ONCE
     if isinstance(error, NotReadyError):
         return 503, str(error), None, "not_ready", {"Retry-After": "5"}
     if isinstance(error, DrainingError):
         return 503, str(error), None, "draining", {"Retry-After": "5"}
     if isinstance(error, StoppedError):
-        return 503, str(error), None, "stopped", {}  # coming again to this process is of no use
+        return 503, str(error), None, "stopped", _ONCE
     if is_out_of_memory(error):  # how much there is of it is not the client's business
         return (
             422,
@@ -96,7 +98,7 @@ def refusal(error: BaseException) -> tuple[int, str, str | None, str, dict[str, 
     if isinstance(error, RequestError):
         return 422, str(error), field_of(error), "invalid_value", {}
     if isinstance(error, LatentRTError):
-        return 500, "the image could not be made; the server's log says why", None, "failed", {}
+        return 500, "the image could not be made; the server's log says why", None, "failed", _ONCE
     return 500, "a fault of the server's own; its log says more under this request's id", None, "internal", {}
 
 

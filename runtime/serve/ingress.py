@@ -389,13 +389,7 @@ def _refusal(error: Exception, request_id: str) -> tuple[int, str, str | None, s
     if isinstance(error, ReplicaLostError):
         return 503, str(error), None, "replica_lost", {"Retry-After": "5"}
     if isinstance(error, TimeoutError):
-        return (
-            504,
-            "no replica answered in time; try again, or give it more",
-            "timeout",
-            "deadline_exceeded",
-            {},
-        )
+        error = DeadlineError("no replica answered in time; try again, or give it more")
     told = refusal(error)
     if told[0] == 500:
         _log.error("a request failed", exc_info=error, extra={"fields": {"request_id": request_id}})

@@ -11,6 +11,7 @@ import openai
 import PIL.Image
 import pytest
 from fake_runner import FakeRunner, seed_of
+from latentrt.errors import BackendError, DeadlineError, StoppedError
 from latentrt.runtime.image import read_parameters
 from latentrt.runtime.serve import app
 from latentrt.runtime.serve.app import preview_is_due
@@ -32,6 +33,28 @@ def test_openais_client_makes_images(client: openai.OpenAI) -> None:
     assert answer.data[0].batch == 2
     assert answer.created > 1.7e9
     assert answer.output_format == "png"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(DeadlineError("late"), 504), (StoppedError("over"), 503), (BackendError("broken"), 500)],
+)
+def test_openais_client_does_not_repeat_what_would_end_the_same(
+    error: Exception, status: int, server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def fail(*requests: object, **_: object) -> None:
+        asked.append(requests)
+        raise error
+
+    monkeypatch.setattr(server.service.engine, "submit", fail)
+    with (
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=2) as client,
+        pytest.raises(openai.APIStatusError) as caught,
+    ):
+        client.images.generate(prompt="x")
+    assert (caught.value.status_code, len(asked)) == (status, 1)
 
 
 def test_openais_client_streams(client: openai.OpenAI, runner: FakeRunner) -> None:
