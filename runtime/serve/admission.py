@@ -91,6 +91,9 @@ class Admission:
             )
         if again or not groups or (self._running is None and not self._queue):
             return  # with nothing before it, it is tried: that is how estimates come to be
+        if timeout is None and all(job.timeout is None for job in self._queue):
+            self._kept_out.clear()  # nobody can be late, and a forecast takes as long as the queue is
+            return
         forecast = self._forecast([_Coming(group, now, timeout) for group in groups], now)
         took = max(after for job, after in forecast if isinstance(job, _Coming))
         if timeout is not None and _CAUTION * took > timeout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -175,6 +176,25 @@ def test_nobody_is_let_in_at_the_cost_of_who_was() -> None:
     late = Waiting(other, 0.0, 0.5)
     queue.add(late)
     admission.check([LARGE], None, 0.0)  # nor does one that will be late anyway keep others out
+
+
+def test_where_nobody_can_be_late_nothing_is_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would hold up the event loop for as long as the queue is, at each that joins it."""
+    queue: Scheduler[Waiting] = Scheduler(max_batch=4, window=0.0)
+    admission = Admission(queue, max_waiting=5000)
+    forecasts: list[Sequence[object]] = []
+    forecast = admission._forecast
+    monkeypatch.setattr(
+        admission, "_forecast", lambda coming, now: forecasts.append(coming) or forecast(coming, now)
+    )
+    for k in range(5):
+        admission.check([SMALL], None, float(k))
+        queue.add(Waiting(SMALL, float(k)))
+    assert forecasts == []
+    admission.check([SMALL], 100.0, 5.0)
+    queue.add(Waiting(SMALL, 5.0, 100.0))
+    admission.check([SMALL], None, 6.0)
+    assert len(forecasts) == 2
 
 
 def test_a_size_is_not_kept_out_for_ever() -> None:
