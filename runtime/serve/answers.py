@@ -161,8 +161,8 @@ def completed_event(result: ImageResult, png: bytes, image: int) -> dict[str, An
 
 
 def sse(event: str, data: Mapping[str, Any]) -> str:
-    """One server-sent event."""
-    return f"event: {event}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
+    """One server-sent event, in ASCII: many a client takes U+2028 for the end of a line."""
+    return f"event: {event}\ndata: {json.dumps(data)}\n\n"
 
 
 def server_timing(timings: Mapping[str, float]) -> str:

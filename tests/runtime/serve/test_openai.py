@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import threading
 from typing import Any
 
@@ -14,6 +15,7 @@ from fake_runner import FakeRunner, seed_of
 from latentrt.errors import BackendError, DeadlineError, StoppedError
 from latentrt.runtime.image import read_parameters
 from latentrt.runtime.serve import app
+from latentrt.runtime.serve.answers import sse
 from latentrt.runtime.serve.app import preview_is_due
 from served import Served, events_of
 
@@ -146,6 +148,14 @@ def test_previews_are_spread_over_the_steps(wanted: int | None, steps: list[int]
         if preview_is_due(step, 10, wanted, len(sent)):
             sent.append(step)
     assert sent == steps
+
+
+def test_an_event_has_no_ends_of_lines_but_its_own() -> None:
+    """Whatever a client splits at: httpx takes all of these for the end of a line."""
+    told = {"prompt": "a cat\u2028on\u2029a\x85mat\n"}
+    event, data, end = sse("image_generation.completed", told).splitlines()
+    assert (event, end) == ("event: image_generation.completed", "")
+    assert json.loads(data.removeprefix("data: ")) == told
 
 
 def test_a_stream_of_several_images(server: Served) -> None:
