@@ -245,7 +245,7 @@ class AsyncEngine:
                 self._admission.end()
                 self._measure(begun, loop.time())
                 if self._faults >= _FAULTS:
-                    await self._prove()
+                    await self._prove(worker)
                 continue
             self._wake.clear()
             try:
@@ -254,12 +254,12 @@ class AsyncEngine:
             except TimeoutError:
                 pass
 
-    async def _prove(self) -> None:
+    async def _prove(self, worker: Worker) -> None:
         """Make an image of one's own. An error that a device does not recover from ends the engine here."""
         _log.warning(
             "%d calls failed one after the other; an image of the engine's own is tried", self._faults
         )
-        await self._in_thread(self._runner.warm_up)
+        await self._in_thread(worker.prove)
         self._faults = 0
 
     def _measure(self, begun: float, now: float) -> None:

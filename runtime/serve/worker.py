@@ -96,6 +96,22 @@ class Worker:
         for part in parts:
             self.make(part)
 
+    def prove(self) -> None:
+        """Make an image of the engine's own. Where memory does not suffice for it now that shows nothing.
+
+        Raises:
+            Exception: what the device does not recover from.
+        """
+        try:
+            self._runner.warm_up()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            _log.warning("memory did not suffice for an image of the engine's own: %s", error)
+        else:
+            return
+        _release_memory()
+
     def _call(self, jobs: Sequence[Job]) -> Exception | None:
         """One call of the runner. The error it ended with holds no frames, and so none of their tensors."""
         begun = time.perf_counter()

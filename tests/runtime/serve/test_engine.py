@@ -282,6 +282,28 @@ def test_failures_in_a_row_that_the_device_recovers_from_do_not_stop_the_engine(
     in_loop(main())
 
 
+def test_memory_that_does_not_suffice_for_the_proof_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Others may hold it just then; it is tried again after as many failures."""
+
+    class Full(FakeRunner):
+        def warm_up(self) -> None:
+            super().warm_up()
+            if self.warm == 2:
+                raise OutOfMemoryError("no memory left on cuda")
+
+    async def main() -> None:
+        runner = Full(lambda seeds: BackendError("no such size") if seeds[0] < 10 else None)
+        async with AsyncEngine(runner) as engine:
+            for seed in range(6):
+                with pytest.raises(BackendError):
+                    await engine.generate(ask(seed))
+            assert seed_of((await engine.generate(ask(10))).image) == 10
+        assert runner.warm == 3
+
+    in_loop(main())
+    assert "memory did not suffice for an image of the engine's own: no memory left on cuda" in caplog.text
+
+
 def test_a_device_that_does_not_recover_ends_the_engine(caplog: pytest.LogCaptureFixture) -> None:
     class Lost(FakeRunner):
         def warm_up(self) -> None:
