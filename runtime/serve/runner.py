@@ -48,8 +48,10 @@ class PipelineRunner:
         self._previewer: Previewer | None = None
 
     def check(self, request: ImageRequest) -> CheckedRequest:
-        if not isinstance(request.prompt, str):  # a pipeline takes lists, and lists of scales, as well
-            raise RequestError(f"prompt must be a string; got a {type(request.prompt).__name__}")
+        negative = "" if request.negative_prompt is None else request.negative_prompt
+        for name, text in (("prompt", request.prompt), ("negative_prompt", negative)):
+            if not isinstance(text, str):  # a pipeline takes lists, and lists of scales, as well
+                raise RequestError(f"{name} must be a string; got a {type(text).__name__}")
         if isinstance(request.guidance_scale, (list, tuple)) or isinstance(request.seed, (list, tuple)):
             raise RequestError("an ImageRequest is for one image: its seed and guidance_scale are one number")
         # Its memory is looked at in the thread that makes it: a plan would hold up the event loop.

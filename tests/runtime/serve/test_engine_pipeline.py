@@ -142,6 +142,7 @@ def test_an_unfinished_image_is_nobodys(
         ({"guidance_scale": [2.0]}, "its seed and guidance_scale are one number"),
         ({"seed": -1}, "seed is -1"),
         ({"prompt": ["a", "b"]}, "prompt must be a string; got a list"),
+        ({"negative_prompt": ["x"]}, "negative_prompt must be a string; got a list"),
         ({"negative_prompt": "\udcff"}, "negative_prompt is not text"),
     ],
 )
