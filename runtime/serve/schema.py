@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -88,7 +89,9 @@ class GenerationBody(BaseModel):
     user: Annotated[str | None, Field(max_length=256, description="Accepted, and not used.")] = None
 
     negative_prompt: Annotated[str | None, Field(description="What to steer away from.")] = None
-    seed: Annotated[int | None, Field(ge=0, le=_MAX_SEED, description="Of the first image."), _WHOLE] = None
+    seed: Annotated[
+        int | None, Field(ge=0, le=_MAX_SEED, description="Of the first image; drawn if not told."), _WHOLE
+    ] = None
     steps: Annotated[int | None, Field(ge=1, description="Of the whole schedule; 30 by default."), _WHOLE] = (
         None
     )
@@ -150,6 +153,7 @@ def image_requests(body: GenerationBody, model: str, limits: Limits) -> list[Ima
         raise FieldError(
             "seed", f"seed is {body.seed} and the seeds of {count} images count up past {_MAX_SEED}"
         )
+    first = secrets.randbelow(2**32) if body.seed is None else body.seed
     width, height = _size(body.size, limits)
     frac = ImageRequest.high_noise_frac if body.high_noise_frac is None else body.high_noise_frac
     return [
@@ -160,7 +164,7 @@ def image_requests(body: GenerationBody, model: str, limits: Limits) -> list[Ima
             height=height,
             steps=steps,
             guidance_scale=body.guidance,
-            seed=None if body.seed is None else body.seed + k,
+            seed=first + k,
             sampler=body.sampler,
             high_noise_frac=frac,
         )

@@ -77,6 +77,12 @@ def test_openais_client_streams(client: openai.OpenAI, runner: FakeRunner) -> No
     assert last.seed == 9
 
 
+def test_seeds_count_up_from_one_that_is_drawn(client: openai.OpenAI) -> None:
+    drawn = [[image.seed for image in client.images.generate(prompt="x", n=3).data] for _ in range(2)]
+    assert all(seeds == [seeds[0], seeds[0] + 1, seeds[0] + 2] for seeds in drawn)
+    assert drawn[0] != drawn[1]
+
+
 def test_openais_client_lists_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["cat-model"]
     assert client.models.retrieve("cat-model").owned_by == "latentrt"
