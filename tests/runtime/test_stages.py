@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from latentrt.runtime.denoise import denoise
 from latentrt.runtime.latents import NoiseSource, initial_latents
 from latentrt.runtime.sampler import build_table
 from latentrt.runtime.schedule import make_schedule
 from latentrt.runtime.stages import Stage, stages_of
+from loops import denoise
 from sampler_oracle import config_of, make_scheduler
 from torch import Tensor
 
