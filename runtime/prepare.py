@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -33,6 +34,9 @@ from .engines.sizes import Profile, SizePolicy, profiles_for
 from .engines.trt import product
 from .place import dtype_name
 from .sha256 import digest_of, digest_of_files
+
+if TYPE_CHECKING:
+    from ..export.tensorrt import EngineRequest
 
 __all__ = ["Rebuild", "engine", "exporter_digest", "onnx_model"]
 
@@ -88,10 +92,8 @@ def onnx_model(component: Component, *, cache_dir: Path | None) -> Path:
         from ..export import export_checked
 
         _log.info("exporting %s to ONNX; this is done once", component.name)
-        with (
-            _ONE_AT_A_TIME,
-            torch.autocast("cpu", enabled=False),
-        ):  # a caller's would become part of the graph
+        # A caller's autocast would become part of the graph.
+        with _ONE_AT_A_TIME, torch.autocast("cpu", enabled=False):
             return export_checked(component, directory / MODEL_FILE)
 
     store = Store(cache_root(cache_dir))
@@ -141,43 +143,11 @@ def engine(
             _refuse_or_warn(found, title, rebuild)
         description, key = dict(found.description), found.key
         profiles = tuple(map(Profile.from_json, description["profiles"]))
-    requests = []
-
-    def build(directory: Path) -> Mapping[str, Any]:
-        from ..export.build_process import build_in_child
-        from ..export.tensorrt import EngineRequest
-
-        archs, names = tuple(description["archs"]), tuple(description["plugins"])
-        model = onnx_model(component, cache_dir=cache_dir)
-        seconds = last_seconds(store, wanted)
-        last = "" if seconds is None else f"; last time it took {seconds:.0f} s"
-        kernels = {}
-        if names:
-            from ..export.plugin_kernels import plugin_kernels
-
-            _log.info("compiling the kernels of %s for the plugins %s", title, ", ".join(names))
-            kernels = plugin_kernels(model, names, archs, cache=store.root / "aot")
-        _log.info("building the %s engine of %s%s", target.product, title, last)
-        request = EngineRequest(
-            component=component.name,
-            product=target.product,
-            model=str(model),
-            plan=str(directory / PLAN_FILE),
-            profiles=tuple({spec.name: p.shapes(spec) for spec in component.inputs} for p in profiles),
-            archs=archs,
-            weight_streaming=description["weight_streaming"],
-            hardware_compatibility=description["hardware_compatibility"],
-            plugins=names,
-            kernels=kernels,
-            timing_cache=_timings(store, target.product, wanted["version"]),
-            gpu=_one_of_several(device) if product(target.product).needs_gpu else None,
-        )
-        requests.append(request)
-        return build_in_child(request, expected_seconds=seconds)
+    build = _EngineBuild(component, target, profiles, description, store, title, device)
 
     def entry() -> Path:
         if rebuild != "never":
-            again = rebuild == "always" and not requests
+            again = rebuild == "always" and not build.done
             return store.get_or_build(key, description, build, again=again)
         folder = store.get(key)
         if folder is None:
@@ -189,9 +159,74 @@ def engine(
 
     folder = entry()
     try:
-        return stored_engine(folder, built=bool(requests))
+        return stored_engine(folder, built=build.done)
     except FileNotFoundError:  # another process has removed it since, or is putting a new one there
-        return stored_engine(entry(), built=bool(requests))
+        return stored_engine(entry(), built=build.done)
+
+
+@dataclass
+class _EngineBuild:
+    """What makes one engine, in a folder of the cache.
+
+    Attributes:
+        description: of the engine, its profiles among it.
+        device: the GPU that TensorRT builds on; the current one where None.
+        done: whether it has been made.
+    """
+
+    component: Component
+    target: EngineTarget
+    profiles: Sequence[Profile]
+    description: Mapping[str, Any]
+    store: Store
+    title: str
+    device: torch.device | None
+    done: bool = False
+
+    def __call__(self, directory: Path) -> Mapping[str, Any]:
+        """Write the engine's plan there; returns the figures of the build."""
+        from ..export.build_process import build_in_child
+
+        model = onnx_model(self.component, cache_dir=self.store.root)
+        kernels = self._kernels(model)
+        seconds = last_seconds(self.store, self.description)
+        last = "" if seconds is None else f"; last time it took {seconds:.0f} s"
+        _log.info("building the %s engine of %s%s", self.target.product, self.title, last)
+        figures = build_in_child(self._request(model, kernels, directory), expected_seconds=seconds)
+        self.done = True
+        return figures
+
+    def _kernels(self, model: Path) -> Mapping[str, Any]:
+        """Those of its plugins, compiled."""
+        names = tuple(self.description["plugins"])
+        if not names:
+            return {}
+        from ..export.plugin_kernels import plugin_kernels
+
+        _log.info("compiling the kernels of %s for the plugins %s", self.title, ", ".join(names))
+        return plugin_kernels(model, names, tuple(self.description["archs"]), cache=self.store.root / "aot")
+
+    def _request(self, model: Path, kernels: Mapping[str, Any], directory: Path) -> EngineRequest:
+        from ..export.tensorrt import EngineRequest
+
+        what, name = self.description, self.target.product
+        return EngineRequest(
+            component=self.component.name,
+            product=name,
+            model=str(model),
+            plan=str(directory / PLAN_FILE),
+            profiles=tuple(
+                {spec.name: profile.shapes(spec) for spec in self.component.inputs}
+                for profile in self.profiles
+            ),
+            archs=tuple(what["archs"]),
+            weight_streaming=what["weight_streaming"],
+            hardware_compatibility=what["hardware_compatibility"],
+            plugins=tuple(what["plugins"]),
+            kernels=kernels,
+            timing_cache=_timings(self.store, name, what["version"]),
+            gpu=_one_of_several(self.device) if product(name).needs_gpu else None,
+        )
 
 
 def _refuse_or_warn(found: Entry, title: str, rebuild: Rebuild) -> None:
