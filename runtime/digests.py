@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from .cache import cache_root
-from .sha256 import sha256_of
+from .sha256 import file_identity, sha256_of
 
 __all__ = ["DigestMemory", "combined"]
 
@@ -39,12 +39,14 @@ class DigestMemory:
     def digest(self, file: Path) -> str:
         """SHA-256 of the file's contents, in hex."""
         path = file.resolve()
-        stamp = _stamp(path)
+        stamp = file_identity(path)
         known = self._load().get(str(path))
         if isinstance(known, list) and known[:-1] == stamp:
             return str(known[-1])
         digest = sha256_of(path)
-        if _stamp(path) == stamp:  # else it changed while it was read: what was read is not to be remembered
+        if (
+            file_identity(path) == stamp
+        ):  # else it changed while it was read: what was read is not to be remembered
             self._remember(path, [*stamp, digest])
         return digest
 
@@ -74,8 +76,3 @@ class DigestMemory:
 def combined(digests: Iterable[str]) -> str:
     """One digest over several, in their order."""
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
-def _stamp(path: Path) -> list[int | str]:
-    stat = path.stat()
-    return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CacheError
-from .sha256 import digest_of, sha256_of
+from .sha256 import digest_of, file_identity, sha256_of
 
 __all__ = [
     "MANIFEST",
@@ -81,7 +81,7 @@ def write_manifest(
     }
     (folder / MANIFEST).write_text(_signed(manifest), encoding="utf-8")
     if large := [path for path in paths if path.stat().st_size >= _REMEMBER_FROM]:
-        identities = {path.relative_to(folder).as_posix(): _identity(path) for path in large}
+        identities = {path.relative_to(folder).as_posix(): file_identity(path) for path in large}
         write_beside(folder, _VERIFIED, identities)
 
 
@@ -125,7 +125,7 @@ def damage_of(entry: Path, *, trust: bool = True) -> str | None:
         try:
             if not path.is_file():
                 return f"{name} is missing"
-            identity = _identity(path)
+            identity = file_identity(path)
             if identity[0] != size:
                 return f"{name} has {identity[0]} bytes, should have {size}"
             known = trust and remembered.get(name) == identity
@@ -143,12 +143,6 @@ def damage_of(entry: Path, *, trust: bool = True) -> str | None:
 def _signed(content: Mapping[str, Any]) -> str:
     """The text of a file of the store's own, with the digest of the rest of it at its end."""
     return json.dumps({**content, "sha256": digest_of(content)}, indent=2) + "\n"
-
-
-def _identity(path: Path) -> list[int]:
-    """What changes when a file is written to."""
-    stat = path.stat()
-    return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _read_verified(entry: Path) -> dict[str, Any]:

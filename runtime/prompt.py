@@ -20,14 +20,12 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .tokenizer_files import AddedTokens
+from .tokenizer_files import END_OF_WORD, END_TOKEN, START_TOKEN, AddedTokens
 
 __all__ = ["ClipTokenizer"]
 
 logger = logging.getLogger(__name__)
 
-_START = "<|startoftext|>"
-_END = "<|endoftext|>"
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -58,10 +56,10 @@ class ClipTokenizer:
         config: Mapping[str, Any],
         added: AddedTokens = MappingProxyType({}),
     ) -> None:
-        start = _content(config.get("bos_token"), _START)
-        end = _content(config.get("eos_token"), _END)
-        pad = _content(config.get("pad_token"), _END)
-        unknown = _content(config.get("unk_token"), _END)
+        start = _content(config.get("bos_token"), START_TOKEN)
+        end = _content(config.get("eos_token"), END_TOKEN)
+        pad = _content(config.get("pad_token"), END_TOKEN)
+        unknown = _content(config.get("unk_token"), END_TOKEN)
         names = {token["content"] for token in added.values()}
         for role, token in (("bos", start), ("eos", end), ("pad", pad), ("unk", unknown)):
             if token not in vocab and token not in names:
@@ -74,7 +72,7 @@ class ClipTokenizer:
                 vocab=dict(vocab),
                 merges=list(merges),
                 continuing_subword_prefix="",
-                end_of_word_suffix="</w>",
+                end_of_word_suffix=END_OF_WORD,
                 unk_token=unknown,
             )
         except Exception as error:  # the library's errors have no base of their own
@@ -146,4 +144,4 @@ class ClipTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, with single spaces between words."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=False)
-        return text.replace("</w>", " ").strip()
+        return text.replace(END_OF_WORD, " ").strip()

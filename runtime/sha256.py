@@ -1,4 +1,4 @@
-"""SHA-256 of files and of descriptions."""
+"""SHA-256 of files and of descriptions, and what says that a file is the one that was read."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["digest_of", "digest_of_files", "sha256_of"]
+__all__ = ["digest_of", "digest_of_files", "file_identity", "sha256_of"]
 
 
 def sha256_of(file: Path) -> str:
     """The SHA-256 of a file's contents, in hex; large ones are read piece by piece."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_identity(file: Path) -> list[int]:
+    """What changes when a file is written to: its size, its inode, and two times in nanoseconds."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def digest_of_files(files: Iterable[Path], root: Path) -> str:

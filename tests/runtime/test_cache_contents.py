@@ -18,6 +18,7 @@ from latentrt.runtime import cache_contents, manifests
 from latentrt.runtime.cache import Store
 from latentrt.runtime.cache_contents import Entry, contents, parse_bytes, prune, verify
 from latentrt.runtime.manifests import damage_of
+from latentrt.runtime.sha256 import file_identity
 
 ENGINE = {
     "name": "unet",
@@ -167,7 +168,7 @@ def test_verify_names_what_is_damaged(store: Store, monkeypatch: pytest.MonkeyPa
 def test_verify_reads_large_files_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifests, "_REMEMBER_FROM", 100)
     entry = add(store, "d", 1000, 4000)
-    identity = manifests._identity(entry / "model.onnx")
+    identity = file_identity(entry / "model.onnx")
     (entry / "model.onnx").write_bytes(bytes(999) + b"1")
     monkeypatch.setattr(manifests, "_identity", lambda path: identity)  # bits lost without a write
     assert damage_of(entry) is None
