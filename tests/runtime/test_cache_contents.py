@@ -170,7 +170,7 @@ def test_verify_reads_large_files_again(store: Store, monkeypatch: pytest.Monkey
     entry = add(store, "d", 1000, 4000)
     identity = file_identity(entry / "model.onnx")
     (entry / "model.onnx").write_bytes(bytes(999) + b"1")
-    monkeypatch.setattr(manifests, "_identity", lambda path: identity)  # bits lost without a write
+    monkeypatch.setattr(manifests, "file_identity", lambda path: identity)  # bits lost without a write
     assert damage_of(entry) is None
     assert verify(store)["d" * 64] == "model.onnx has another SHA-256 than when it was written"
 
