@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..runtime.arguments import arch, size
+from ..runtime.arguments import Commands, arch, size
 
 __all__ = ["add_commands"]
 
@@ -29,7 +29,7 @@ def shares(text: str) -> tuple[float, ...]:
     return shares
 
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_commands(commands: Commands) -> None:
     """To the command line's parser."""
     k = commands.add_parser(
         "kernels",

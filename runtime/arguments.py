@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TypeAlias
 
-__all__ = ["add_commands", "arch", "archs", "size"]
+__all__ = ["DTYPES", "Commands", "add_commands", "arch", "archs", "size"]
 
-_DTYPES = ("float32", "float16", "bfloat16")
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""To which a command adds its parser."""
+
+DTYPES = ("float32", "float16", "bfloat16")
 _POLICIES = ("resident", "balanced", "low")  # memory.POLICIES, which cannot be imported here
 
 
@@ -63,7 +67,7 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
         help="override the checkpoint's; models distilled to a few steps want trailing",
     )
     parser.add_argument("--backend", default="auto", help="see `latentrt backends` (default auto)")
-    parser.add_argument("--dtype", choices=_DTYPES, help="default: by device")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: by device")
     parser.add_argument("--variant", help="weights variant, such as fp16")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument(
@@ -85,120 +89,147 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_commands(commands: Commands) -> None:
     """To the command line's parser."""
-    g = commands.add_parser("generate", help="make images from a prompt")
-    g.add_argument("prompt", metavar="PROMPT")
-    g.add_argument(
+    _add_generate(commands)
+    _add_plan(commands)
+    _add_serve(commands)
+    _add_backends(commands)
+    _add_info(commands)
+    _add_cache(commands)
+
+
+def _add_generate(commands: Commands) -> None:
+    parser = commands.add_parser("generate", help="make images from a prompt")
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument(
         "-o", "--output", metavar="FILE", default="image.png", help="PNG to write (default image.png)"
     )
-    _add_loading(g)
-    g.add_argument("--sampler", help="override the checkpoint's, such as euler or dpm++2m-karras")
-    g.add_argument("--steps", type=int, default=30)
-    g.add_argument("--seed", type=int, help="of the first image; the next ones count up (default: random)")
-    g.add_argument("--guidance", type=float, help="guidance scale; 1 or less turns guidance off")
-    g.add_argument("--guidance-rescale", type=float, default=0.0)
-    g.add_argument("--tiled-vae", action="store_true", help="decode large pictures in tiles: less memory")
-    g.add_argument("--negative", metavar="PROMPT", help="what to steer away from")
-    g.add_argument("--size", type=size, metavar="WxH", help="in pixels (default: the model's own)")
-    g.add_argument(
+    _add_loading(parser)
+    parser.add_argument("--sampler", help="override the checkpoint's, such as euler or dpm++2m-karras")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument(
+        "--seed", type=int, help="of the first image; the next ones count up (default: random)"
+    )
+    parser.add_argument("--guidance", type=float, help="guidance scale; 1 or less turns guidance off")
+    parser.add_argument("--guidance-rescale", type=float, default=0.0)
+    parser.add_argument(
+        "--tiled-vae", action="store_true", help="decode large pictures in tiles: less memory"
+    )
+    parser.add_argument("--negative", metavar="PROMPT", help="what to steer away from")
+    parser.add_argument("--size", type=size, metavar="WxH", help="in pixels (default: the model's own)")
+    parser.add_argument(
         "--count", type=int, default=1, help="images to make; FILE-1.png, FILE-2.png ... when several"
     )
-    g.add_argument(
+    parser.add_argument(
         "--high-noise-frac",
         type=float,
         default=0.8,
         help="share of the schedule the base denoises before a refiner",
     )
-    g.add_argument("--no-metadata", action="store_true", help="do not write the parameters into the PNG")
-    g.add_argument("--json", action="store_true", help="print what was made as JSON, and no progress")
-    g.set_defaults(run=("runtime", "generate"))
+    parser.add_argument("--no-metadata", action="store_true", help="do not write the parameters into the PNG")
+    parser.add_argument("--json", action="store_true", help="print what was made as JSON, and no progress")
+    parser.set_defaults(run=("runtime", "generate"))
 
-    p = commands.add_parser(
+
+def _add_plan(commands: Commands) -> None:
+    parser = commands.add_parser(
         "plan",
         help="what a request takes of a GPU's memory, and its least time there",
         description="From the model's own shapes: no weight is read, nothing is loaded, and no GPU is needed.",
     )
-    p.add_argument(
+    parser.add_argument(
         "model",
         metavar="MODEL",
         help="as for `latentrt generate --model`; or 'sdxl' or 'sdxl-refiner', the published configurations",
     )
-    p.add_argument("--refiner", metavar="MODEL", help="the same; 'none' for none (default: as for generate)")
-    p.add_argument("--size", type=size, metavar="WxH", help="in pixels (default: the model's own)")
-    p.add_argument("--batch", type=int, default=1, help="images at once (default 1)")
-    p.add_argument("--dtype", choices=_DTYPES, default="float16")
-    p.add_argument("--variant", help="weights variant, such as fp16")
-    p.add_argument("--backend", choices=("triton", "eager"), default="triton")
-    p.add_argument("--steps", type=int, default=30)
-    p.add_argument("--guidance", type=float, default=5.0, help="1 or less turns guidance off")
-    p.add_argument("--sampler", help="override the checkpoint's")
-    p.add_argument("--high-noise-frac", type=float, default=0.8, help="as for generate")
-    p.add_argument("--from-image", action="store_true", help="it starts from a picture")
-    p.add_argument("--gpu", default="H200", help="whose floors and kernels (default H200)")
-    p.add_argument(
+    parser.add_argument(
+        "--refiner", metavar="MODEL", help="the same; 'none' for none (default: as for generate)"
+    )
+    parser.add_argument("--size", type=size, metavar="WxH", help="in pixels (default: the model's own)")
+    parser.add_argument("--batch", type=int, default=1, help="images at once (default 1)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16")
+    parser.add_argument("--variant", help="weights variant, such as fp16")
+    parser.add_argument("--backend", choices=("triton", "eager"), default="triton")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--guidance", type=float, default=5.0, help="1 or less turns guidance off")
+    parser.add_argument("--sampler", help="override the checkpoint's")
+    parser.add_argument("--high-noise-frac", type=float, default=0.8, help="as for generate")
+    parser.add_argument("--from-image", action="store_true", help="it starts from a picture")
+    parser.add_argument("--gpu", default="H200", help="whose floors and kernels (default H200)")
+    parser.add_argument(
         "--memory",
         choices=_POLICIES,
         default="resident",
         help="what --memory-limit is held against (default resident); all of them are shown",
     )
-    p.add_argument(
+    parser.add_argument(
         "--memory-limit",
         metavar="SIZE",
         help="free device memory, such as 24GB; ends with 1 where it is too little",
     )
-    p.add_argument("--json", action="store_true")
-    p.set_defaults(run=("runtime", "plan"))
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=("runtime", "plan"))
 
-    s = commands.add_parser(
+
+def _add_serve(commands: Commands) -> None:
+    parser = commands.add_parser(
         "serve",
         help="make images over HTTP, with OpenAI's images API",
         description="Answers at once, and is ready (GET /ready) when the model is loaded and has made an image. "
         "SIGTERM finishes what was taken.",
     )
-    _add_loading(s)
-    s.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)")
-    s.add_argument("--port", type=int, default=8000, help="0 for any that is free (default 8000)")
-    s.add_argument("--max-queue", type=int, default=64, help="images that may wait (default 64)")
-    s.add_argument("--max-batch", type=int, default=8, help="images in a call (default 8)")
-    s.add_argument("--drain-seconds", type=float, default=60.0, help="to finish what was taken (default 60)")
-    s.add_argument(
+    _add_loading(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="0 for any that is free (default 8000)")
+    parser.add_argument("--max-queue", type=int, default=64, help="images that may wait (default 64)")
+    parser.add_argument("--max-batch", type=int, default=8, help="images in a call (default 8)")
+    parser.add_argument(
+        "--drain-seconds", type=float, default=60.0, help="to finish what was taken (default 60)"
+    )
+    parser.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="keys, one a line; requests then need one of them"
     )
-    s.add_argument(
+    parser.add_argument(
         "--ray", action="store_true", help="by Ray Serve, in replicas of this machine (latentrt[ray])"
     )
-    s.add_argument(
+    parser.add_argument(
         "--replicas",
         type=_replicas,
         default=(1, 1),
         metavar="MIN..MAX",
         help="with --ray: as many as the load needs (default 1)",
     )
-    s.add_argument(
+    parser.add_argument(
         "--cpus",
         type=float,
         default=1.0,
         metavar="N",
         help="with --ray: CPU cores a replica counts for (default 1); on CUDA each has a GPU as well",
     )
-    s.set_defaults(run=("runtime.serve", "serve"))
+    parser.set_defaults(run=("runtime.serve", "serve"))
 
-    b = commands.add_parser("backends", help="which back ends there are, and whether they run here")
-    b.add_argument("--json", action="store_true")
-    b.set_defaults(run=("runtime", "backends"))
 
-    i = commands.add_parser("info", help="read the generation parameters back from a PNG")
-    i.add_argument("file", metavar="FILE.png")
-    i.add_argument("--json", action="store_true")
-    i.set_defaults(run=("runtime", "info"))
+def _add_backends(commands: Commands) -> None:
+    parser = commands.add_parser("backends", help="which back ends there are, and whether they run here")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=("runtime", "backends"))
 
-    c = commands.add_parser("cache", help="what is kept of exports and engines")
-    c.add_argument("action", choices=("list", "verify", "prune"))
-    c.add_argument(
+
+def _add_info(commands: Commands) -> None:
+    parser = commands.add_parser("info", help="read the generation parameters back from a PNG")
+    parser.add_argument("file", metavar="FILE.png")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=("runtime", "info"))
+
+
+def _add_cache(commands: Commands) -> None:
+    parser = commands.add_parser("cache", help="what is kept of exports and engines")
+    parser.add_argument("action", choices=("list", "verify", "prune"))
+    parser.add_argument(
         "--max-size",
         metavar="SIZE",
         help="prune: keep this much, such as 20GB, of what was used last (default: remove only what is damaged)",
     )
-    c.add_argument("--json", action="store_true")
-    c.set_defaults(run=("runtime", "cache"))
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=("runtime", "cache"))
