@@ -296,7 +296,7 @@ def _run(
         for _ in range(_RUNS):
             part = replace(step.part, limit=min(step.part.limit, _until(end)))
             if step.left is not None:
-                seconds = max(_LEAST, begun + step.seconds - time.monotonic())
+                seconds = begun + step.seconds - time.monotonic()
                 part = replace(part, command=(*part.command, "--seconds", f"{seconds:.0f}"))
             _told(f"{name}: at most {part.limit:.0f} s; {folder / name}.log")
             try:
@@ -307,7 +307,8 @@ def _run(
             with suppress(FileNotFoundError):  # one that passed before may have left its result only
                 log = (folder / f"{name}.log").read_text("utf-8", errors="replace").splitlines()
                 _told("\n".join(log[-_SHOWN:]))
-            if result.passed or step.left is None or not step.left() or _until(end) < _LEAST:
+            spent = min(begun + step.seconds - time.monotonic(), _until(end)) < _LEAST
+            if result.passed or step.left is None or not step.left() or spent:
                 break
         if result.passed and step.kept:
             for built in work.glob(step.kept):

@@ -99,36 +99,32 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def take_tuned(folder: Path) -> list[str]:
-    """Put the block sizes that an earlier run measured where kernels read them, which may be as they were before it:
-    those that are still a candidate of a table, for a key that is still there. What other sources measured gives way to
-    what is measured here.
+    """Put the block sizes that an earlier run of these sources measured where kernels read them, which may be as they
+    were before it.
 
     Args:
-        folder: of files such as kernels/tuned has; one that is not there or torn counts for nothing.
+        folder: of files such as kernels/tuned has; one that is not there, torn, or of another form counts for nothing.
 
     Returns:
         The tables that were changed, each with its architecture.
     """
-    candidates = {table: rows for spec in specs() for table, rows in spec.candidates.items()}
     taken = []
     for arch in tuning.architectures():
         try:
             theirs = json.loads((folder / f"sm_{arch}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = [
+                (table, measured, {key: theirs["tables"][table][key] for key in measured["keys"]})
+                for table, measured in theirs["measured_on"].items()
+                if measured["sources"] == sources()
+            ]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-        ours = tuning.load(arch)
-        for table, measured in theirs["measured_on"].items():
-            mine = ours["measured_on"].get(table)
-            if measured == mine or (mine is not None and measured["sources"] != sources()):
-                continue
-            rows = {key: theirs["tables"][table][key] for key in measured.pop("keys")}
-            known = {
-                key: row
-                for key, row in rows.items()
-                if key in ours["tables"].get(table, {}) and row in candidates.get(table, ())
-            }
-            if known:
-                tuning.save(arch, table, known, measured)
+        ours = tuning.load(arch)["measured_on"]
+        for table, measured, rows in found:
+            if measured != ours.get(table):
+                tuning.save(
+                    arch, table, rows, {name: value for name, value in measured.items() if name != "keys"}
+                )
                 taken.append(f"{table} of sm_{arch}")
     return taken
 

@@ -228,6 +228,7 @@ def _plan_linear(
     unaligned = K % 16 != 0
     sizes = tuning.constants("linear_geglu", arch, x.dtype, "few" if M <= 512 or unaligned else "many")
     if tuning.by_library(sizes):
+        del y
         projected = torch.empty(*x.shape[:-1], 2 * N, dtype=x.dtype, device=x.device)
         out, launches = _plan(projected, arch=arch)
         given = {"x": x.view(M, K), "weight": weight, "bias": bias, "out": projected.view(M, 2 * N)}

@@ -187,7 +187,7 @@ def mismatches(have: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
         found.append(f"it was built under the driver {have.get('driver')}, this is {wanted['driver']}")
     if not set(here) <= set(archs) and not anywhere:
         found.append(f"it was built for {_names(archs)}, wanted is {_names(here)}")
-    elif gpu not in ("", wanted["gpu"]):
+    elif gpu and wanted["gpu"] not in ("", gpu):
         found.append(f"it was built on {gpu}, this is {wanted['gpu']}")
     # Not the digests of what their kernels were made of: an engine holds its kernels.
     if plugins.formats(have.get("plugins", {})) != plugins.formats(wanted["plugins"]):

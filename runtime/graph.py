@@ -148,11 +148,12 @@ def _run_in_pool(pool: Any, stream: torch.cuda.Stream, work: Callable[[], object
 
     cuDNN, where PyTorch was told to let it try its algorithms (`torch.backends.cudnn.benchmark`), takes the largest
     workspace that any of them wants and gives it back to the allocator. To a pool that would be for as long as there
-    are graphs, so it tries them before, elsewhere; PyTorch remembers what it chose.
+    are graphs, so it tries them before, elsewhere; PyTorch remembers what it chose. Where there is no room for that
+    beside the graphs, it tries them in the pool after all.
     """
     device = torch.cuda.current_device()
     if torch.backends.cudnn.benchmark:
-        with torch.cuda.stream(stream):
+        with suppress(torch.OutOfMemoryError), torch.cuda.stream(stream):
             work()
         stream.synchronize()
     torch.cuda.empty_cache()  # an allocation does not do so by itself, for want of memory, while one goes into a pool

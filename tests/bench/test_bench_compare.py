@@ -146,6 +146,17 @@ def test_a_side_that_is_invalid_now_is_worse() -> None:
     assert found["latentrt-eager, runs"] == "worse"
 
 
+def test_a_reference_has_pictures_to_lose_and_no_speed() -> None:
+    """Measured once and a reference later, or the other way round, is no regression; failing is."""
+
+    def of(status: str) -> Report:
+        return report() if status == "measured" else report(status=status, reason="so", batches=[])
+
+    for before, after in (("reference", "measured"), ("measured", "reference"), ("reference", "reference")):
+        assert "latentrt-eager, runs" not in verdicts(of(before), of(after))
+    assert verdicts(of("reference"), of("failed"))["latentrt-eager, runs"] == "worse"
+
+
 def test_a_case_that_is_not_run_any_more_is_worse() -> None:
     both = report()
     other = replace(both.cases[0], case={**both.cases[0].case, "name": "sdxl"})

@@ -305,10 +305,12 @@ def test_what_passed_beside_another_reference_is_run_again(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("hangs", "lost", "runs"), [(2, 0, 3), (9, 0, 4), (9, 9, 1)], ids=["two", "all", "nothing left"]
+    ("hangs", "lost", "time_of_its_own", "runs"),
+    [(2, 0, 200, 3), (9, 0, 200, 4), (9, 0, 110, 2), (9, 9, 200, 1)],
+    ids=["two", "all", "no time", "nothing left"],
 )
 def test_a_hang_does_not_end_tuning(
-    hangs: int, lost: int, runs: int, planted: Path, monkeypatch: pytest.MonkeyPatch
+    hangs: int, lost: int, time_of_its_own: int, runs: int, planted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes on with what is left, in what is left of its time."""
     told = planted / "told"
@@ -318,7 +320,7 @@ def test_a_hang_does_not_end_tuning(
         f"sys.exit(len(file.read_text().split()) <= {hangs})"
     )
     part = Part("tune", 60, command=("-c", code))
-    step = Step(part, left=lambda: not lost, seconds=200)
+    step = Step(part, left=lambda: not lost, seconds=time_of_its_own)
     begun, plain = time.monotonic(), time.monotonic
     # As if each run took 30 s.
     monkeypatch.setattr(
@@ -330,7 +332,7 @@ def test_a_hang_does_not_end_tuning(
     seconds = [int(word) for word in told.read_text().split()]
     assert len(seconds) == runs
     for k, given in enumerate(seconds):
-        assert given == pytest.approx(200 - 30 * k, abs=10)
+        assert given == pytest.approx(time_of_its_own - 30 * k, abs=10)
 
 
 def test_what_an_interrupted_run_found_is_kept_and_told(

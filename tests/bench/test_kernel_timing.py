@@ -314,24 +314,21 @@ def test_block_sizes_of_an_earlier_run_are_taken(block_sizes: tuple[Path, Path])
     assert kernel_tuning.take_tuned(left) == []
 
 
-def test_block_sizes_that_are_out_of_date_are_not_taken(block_sizes: tuple[Path, Path]) -> None:
+def test_block_sizes_of_other_sources_or_forms_are_not_taken(block_sizes: tuple[Path, Path]) -> None:
     read, left = block_sizes
-    old = {"gpu": "A", "sources": "others"}
-    gone = {"BLOCK": 7, "num_warps": 4, "num_stages": 1}  # no candidate any more
-    leave(left, "attention", {KEY: NEW, "16/d32": NEW, "16/d80": gone}, old)
-    leave(left, "another", {"16/any": gone}, old)
-    (left / "sm_80.json").write_text('{"arch": 80, "tab')
+    before = tuning.load(90)
+    leave(left, "attention", {KEY: NEW}, {"gpu": "A", "sources": "others"})
+    for arch, text in {
+        80: '{"arch": 80, "tab',
+        86: "[]",
+        89: '{"arch": 89}',
+        100: '{"tables": {}, "measured_on": {"attention": {"sources": "%s", "keys": ["16/d64"]}}}',
+        120: '{"tables": {}, "measured_on": {"attention": 7}}',
+    }.items():
+        (left / f"sm_{arch}.json").write_text(text.replace("%s", kernel_timing.sources()))
     (left / "sm_70.json").write_text("{}")
-    before = tuning.load(90)["tables"]
-    assert kernel_tuning.take_tuned(left) == ["attention of sm_90"]
-    found = tuning.load(90)
-    assert found["tables"] == {**before, "attention": {**before["attention"], KEY: NEW}}
-    assert found["measured_on"] == {"attention": {**old, "keys": [KEY]}}
-    # What is measured here stays, unless these very sources measured another.
-    tuning.save(90, "attention", {KEY: before["attention"][KEY]}, {"gpu": "B", "sources": "later"})
     assert kernel_tuning.take_tuned(left) == []
-    leave(left, "attention", {KEY: NEW}, {"gpu": "A", "sources": kernel_timing.sources()})
-    assert kernel_tuning.take_tuned(left) == ["attention of sm_90"]
+    assert tuning.load(90) == before
     assert {path.name for path in read.iterdir()} == {f"sm_{arch}.json" for arch in tuning.architectures()}
 
 

@@ -196,6 +196,23 @@ def test_cudnn_tries_its_algorithms_outside_of_the_pool(monkeypatch: pytest.Monk
     ]
 
 
+def test_cudnn_tries_in_the_pool_where_there_is_no_room_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeAllocator(monkeypatch)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+
+    def work() -> None:
+        cuda.work()
+        if cuda.into is None:
+            raise torch.OutOfMemoryError
+
+    Graphs(torch.device("cuda:0")).capture(work, "work")
+    assert [line for line in cuda.log if line.startswith("work")] == [
+        "work in None",
+        "work in (0, 1)",
+        "work in (0, 1)",
+    ]
+
+
 def test_graphs_share_a_pool_while_one_of_them_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch refuses one that all have left."""
     cuda, graphs = FakeAllocator(monkeypatch), Graphs(torch.device("cuda:0"))
