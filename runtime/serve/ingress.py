@@ -33,7 +33,7 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # what a replica's application takes
 _FULL = 5
 """Pauses between two tries where the queues are full."""
 _GRACE = 1.0
-"""Seconds after a request's time in which its replica can tell that it ended, and what was made in time can come."""
+"""Seconds in which a replica can tell that a request's time has ended, and what was made in time can come."""
 
 Send = Callable[[str, Forwarded], AsyncIterator[Head | bytes]]
 """(model's id, request) -> head and body. Raises ReplicaLostError where the replica dies on the way."""
@@ -156,8 +156,7 @@ class Ingress:
         """The answer of the first replica that lives to give it, and none of it twice."""
         tries = self._tries if accepted is not None or asked.method == "GET" else 1
         given = None if accepted is None else accepted.timeout
-        seconds = self._limits.timeout if given is None else given + _GRACE
-        deadline = asyncio.get_running_loop().time() + seconds
+        deadline = asyncio.get_running_loop().time() + (self._limits.timeout if given is None else given)
         told = _Told()
         lost = 0
         with contextlib.nullcontext() if accepted is None else self._taken():
@@ -196,10 +195,12 @@ class Ingress:
 
 
 async def _until(deadline: float, parts: AsyncIterator[Head | bytes]) -> AsyncIterator[Head | bytes]:
-    """Each part by then. Bounded one by one: a stream may be begun in one task and read in another."""
+    """Each part by then, or soon after it is asked for: who reads slowly is sent what was made in time. Bounded one by
+    one: a stream may be begun in one task and read in another."""
+    loop = asyncio.get_running_loop()
     try:
         while True:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout_at(max(deadline, loop.time()) + _GRACE):
                 try:
                     part = await anext(parts)
                 except StopAsyncIteration:

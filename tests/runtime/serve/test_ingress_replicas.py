@@ -9,14 +9,17 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from fake_runner import FakeTime, in_loop, pass_time
 from latentrt.errors import QueueFullError
 from latentrt.runtime.serve import ingress
 from latentrt.runtime.serve.engine import AsyncEngine
 from latentrt.runtime.serve.hosted import Deployed, Forwarded, Head, HostedModel
-from latentrt.runtime.serve.ingress import ReplicaLostError
+from latentrt.runtime.serve.ingress import Ingress, ReplicaLostError
 from latentrt.runtime.serve.schema import Limits
 from replicas import IMAGES, Replicas, asked, body
 from served import events_of
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
 
 BROKEN = Deployed.of({"models": [{"id": "cat", "source": "ray_runner:broken"}]})
 FULL = QueueFullError("all replicas are busy; try again in 2 s", 2.0)
@@ -255,6 +258,35 @@ def test_nor_for_a_place_or_a_model_to_be_loaded(stream: bool, monkeypatch: pyte
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
 
     asked(replicas, test)
+
+
+def test_who_reads_slowly_is_sent_what_was_made_in_time() -> None:
+    """And who waits for what was not is told of the deadline."""
+    made = [EVENT.replace(b'"step": 1', b'"step": %d' % step) for step in (1, 2, 3)]
+
+    async def send(model: str, request: Forwarded) -> AsyncIterator[Head | bytes]:
+        yield STREAM
+        for event in made:
+            await asyncio.sleep(0)  # as for what is there
+            yield event
+        await asyncio.Event().wait()
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b'{"prompt": "x", "timeout": 20, "stream": true}'}
+
+    async def main() -> None:
+        request = Request({"type": "http", "method": "POST", "path": IMAGES, "headers": []}, receive)
+        answer = await Ingress(["cat"], send).answer(request)
+        assert isinstance(answer, StreamingResponse)
+        pieces = answer.body_iterator
+        for event in made:
+            await pass_time(15)  # a slow reader's
+            assert await anext(pieces) == event
+        last = asyncio.ensure_future(anext(pieces))
+        await pass_time(1.1)
+        assert b"deadline_exceeded" in last.result()
+
+    in_loop(main(), loop=FakeTime)
 
 
 @pytest.mark.parametrize("full", [FULL, REFUSED])
