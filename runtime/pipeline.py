@@ -373,7 +373,7 @@ class Pipeline:
                 asking=lambda: watch.asking,
             )
         made = records(request, self._base, self._refiner, call["sampler"], self.backend)
-        return PipelineOutput(images, made, watch.timings, watch.stop.is_set())
+        return PipelineOutput(images, made, watch.timings, watch.interrupted or images is None)
 
     def check(
         self, prompt: str | Sequence[str], *, planned: bool = True, **arguments: Any

@@ -32,6 +32,7 @@ class Watch:
 
     Attributes:
         stop: set to end the call after the step it is at.
+        interrupted: whether a loop has ended for that, with steps left.
         discarded: whether nobody wants what it makes.
         asking: a callback runs, or has raised something.
         timings: seconds of each stage, once the call has ended, and `total`.
@@ -50,6 +51,7 @@ class Watch:
     ) -> None:
         """A bar over `steps`; `options` are tqdm's, and by default it shows on a terminal only."""
         self.stop = threading.Event()
+        self.interrupted = False
         self.discarded = False
         self.asking = False
         self.timings: dict[str, float] = {}
@@ -62,7 +64,7 @@ class Watch:
         self._reports = None if on_progress is None else StepReports(self._queue, previewer, self._report)
         self.host = Host(
             Pace(self._queue),
-            should_stop=self.stop.is_set,
+            should_stop=self._should_stop,
             progress=self._count,
             reports=self._reports,
             on_step=None if on_step is None else self._ask,
@@ -119,6 +121,11 @@ class Watch:
         self._stages.clear()
         if self._reports is not None:
             self._reports.begin_again()
+
+    def _should_stop(self) -> bool:
+        """Asked before a step."""
+        self.interrupted = self.stop.is_set()
+        return self.interrupted
 
     def _count(self) -> None:
         """A step of whichever expert."""

@@ -21,7 +21,8 @@ from tolerances import PIPELINE_EAGER
 
 @pytest.mark.parametrize("at", [0, 2, 3])
 def test_a_callback_can_interrupt(at: int, both: latentrt.Pipeline) -> None:
-    """Three steps are the base's and one the refiner's; the latents are those of the step it was told at."""
+    """Three steps are the base's and one the refiner's; the latents are those of the step it was told at. After the
+    last there is nothing to stop."""
     call = {**PLAIN, "seed": 6, "high_noise_frac": 0.75}
     whole = both(**call).images
     seen: list[torch.Tensor] = []
@@ -31,7 +32,7 @@ def test_a_callback_can_interrupt(at: int, both: latentrt.Pipeline) -> None:
         return {"interrupt": step == at}
 
     result = both(**{**call, "output_type": "latent"}, callback_on_step_end=stop)
-    assert result.interrupted
+    assert result.interrupted is (at < 3)
     assert len(seen) == at + 1
     assert torch.equal(result.images, seen[-1])
     again = both(**call)
@@ -70,6 +71,22 @@ def test_interrupt_from_another_thread(both: latentrt.Pipeline) -> None:
     assert np.isfinite(result.images).all()
     both.interrupt()  # nothing runs: nothing happens, to later calls neither
     assert not both(**PLAIN, seed=6).interrupted
+
+
+def test_what_is_interrupted_after_its_last_step_is_whole(
+    both: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = both(**PLAIN, seed=6).images
+    decode = VAE.decode
+
+    def interrupted(vae: VAE, *arguments: Any, **options: Any) -> torch.Tensor:
+        both.interrupt()
+        return decode(vae, *arguments, **options)
+
+    monkeypatch.setattr(VAE, "decode", interrupted)
+    result = both(**PLAIN, seed=6)
+    assert not result.interrupted
+    assert np.array_equal(result.images, whole)
 
 
 def test_a_callback_that_fails_leaves_the_pipeline_usable(pipe: latentrt.Pipeline) -> None:

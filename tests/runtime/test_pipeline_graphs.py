@@ -55,7 +55,7 @@ def test_after_an_interruption_it_makes_the_same_image(folders: tuple[Any, Any])
     whole = pipe(**request).images
     for last in range(4):
         cut = pipe(**request, callback_on_step_end=lambda p, i, t, k, n=last: {"interrupt": i == n})
-        assert cut.interrupted
+        assert cut.interrupted is (last < 3)
         assert np.array_equal(pipe(**request).images, whole)
 
 
