@@ -93,8 +93,9 @@ class Job:
         self.waited = asyncio.get_running_loop().time() - self.since
 
     def progress(self, progress: Progress) -> None:
-        """A step is done."""
-        if not self._end.done():
+        """A step is done. One that is made again, as where a batch has failed, is no news."""
+        told = 0 if self._progress is None else self._progress.step
+        if not self._end.done() and progress.step > told:
             self._progress = progress
             self._changed.set()
 

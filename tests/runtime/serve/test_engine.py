@@ -93,6 +93,33 @@ def test_a_slow_reader_misses_steps_and_nothing_piles_up() -> None:
     in_loop(main())
 
 
+def test_steps_that_are_made_again_are_not_told_again() -> None:
+    """As where a batch fails after them, and each of it is made alone."""
+
+    async def main() -> None:
+        runner = FakeRunner(one_is_bad(2, BackendError("no such size")))
+        steps = []
+        async with AsyncEngine(runner, window=0.05) as engine:
+
+            async def follow() -> None:
+                async for event in engine.stream(ask(1)):
+                    if isinstance(event, Progress):
+                        steps.append(event.step)
+
+            runner.hold()
+            tasks = [asyncio.create_task(follow()), asyncio.create_task(engine.generate(ask(2)))]
+            await held(runner)
+            for _ in range(3 + 3):  # of the batch, and alone
+                await asyncio.to_thread(runner.step)
+                await asyncio.sleep(0.01)
+            runner.release()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        assert runner.calls == [[1, 2], [1], [2]]
+        assert steps == [1, 2, 3]
+
+    in_loop(main())
+
+
 def test_who_leaves_does_not_stop_the_others() -> None:
     async def main() -> None:
         runner = FakeRunner()
