@@ -21,7 +21,8 @@ __all__ = ["AsyncEngine"]
 _log = logging.getLogger(__name__)
 
 _FAULTS = 3
-"""Calls in a row that fail before an image of the engine's own shows whether the device still works."""
+"""Calls that fail, and none between them that makes an image, before one of the engine's own shows whether the device
+still works."""
 _LAST_STEP = 10.0
 """Seconds for the device to come to the end of a step that nobody waits for."""
 
@@ -200,7 +201,9 @@ class AsyncEngine:
     def _learn(self, report: BatchReport) -> None:
         if report.outcome == "made":
             self._made.append(report)
-        self._faults = self._faults + 1 if report.outcome == "failed" else 0
+            self._faults = 0
+        elif report.outcome == "failed":  # the rest proves neither
+            self._faults += 1
         if self._on_batch is not None:
             self._on_batch(report)
 

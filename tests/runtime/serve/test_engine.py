@@ -309,6 +309,19 @@ def test_failures_in_a_row_that_the_device_recovers_from_do_not_stop_the_engine(
     in_loop(main())
 
 
+def test_calls_that_are_refused_between_failures_show_nothing_of_the_device() -> None:
+    async def main() -> None:
+        error = BackendError("lost"), EngineSizeError("the engine takes height 64..160")
+        runner = FakeRunner(lambda seeds: error[seeds[0] % 2])
+        async with AsyncEngine(runner) as engine:
+            for seed in range(5):
+                with pytest.raises(type(error[seed % 2])):
+                    await engine.generate(ask(seed))
+        assert runner.warm == 2  # at the start, and after the third that failed
+
+    in_loop(main())
+
+
 def test_memory_that_does_not_suffice_for_the_proof_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """Others may hold it just then; it is tried again after as many failures."""
 
