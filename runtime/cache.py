@@ -41,6 +41,7 @@ __all__ = ["Store", "cache_root", "explained", "locked", "no_room"]
 
 _log = logging.getLogger(__name__)
 
+_LOOKS = 5
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NOT_A_FOLDER = {errno.ENOTDIR, errno.EEXIST}
@@ -81,14 +82,18 @@ class Store:
         """
         entry = self.entries / key
         with explained(self.root):
-            damage = damage_of(entry) and damage_of(
-                entry
-            )  # not if another process has put a new one there meanwhile
-            if damage is None:
-                _mark_used(entry)
-                return entry
-            if not entry.exists():
-                return None
+            for _ in range(
+                _LOOKS
+            ):  # again, if another process has put a new one there meanwhile, or removed it
+                seen = _inode(entry)
+                if seen is None:
+                    return None
+                damage = damage_of(entry)
+                if damage is None:
+                    _mark_used(entry)
+                    return entry
+                if seen == _inode(entry):
+                    break
         raise CacheError(
             f"{entry} is damaged ({damage}); build it again, or see `latentrt cache verify` for others"
         )
@@ -206,6 +211,14 @@ def locked(lock: FileLock, what: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _inode(entry: Path) -> int | None:
+    """Which folder it is; None where there is none."""
+    try:
+        return entry.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 def _mark_used(entry: Path) -> None:

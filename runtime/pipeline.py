@@ -165,6 +165,12 @@ class Pipeline:
         """To share."""
         return self._parts.vae
 
+    @vae.setter
+    def vae(self, value: object) -> NoReturn:
+        raise RequestError(
+            "a pipeline's VAE cannot be replaced, as its calls share it; give another one to from_pretrained(..., vae=)"
+        )
+
     @property
     def scheduler(self) -> SimpleNamespace:
         """Its `config` is the base's scheduler_config.json, for those who look at it as they would in diffusers."""

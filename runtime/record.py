@@ -24,11 +24,13 @@ def records(
         backend: its name.
     """
     r = request
+    scheduled = base.sampler(sampler)
     experts = [base] if refiner is None else [base, refiner]
     common: dict[str, Any] = {
         "steps": r.steps,
-        "sampler": sampler or base.sampler(None).name,
-        **base.overrides,
+        "sampler": sampler or scheduled.name,
+        # Not what another sampler than this one would have made of it.
+        **{name: value for name, value in base.overrides.items() if getattr(scheduled, name, value) == value},
         "size": _wide((r.height, r.width)),
         "model": public_name(base.source),
         "backend": backend,

@@ -216,7 +216,8 @@ def scheduler_fields(
             it loads one: `steps_offset` 1 and no clipping, whatever it says.
 
     Raises:
-        RequestError: `overrides` are no fields that a sampler here knows.
+        RequestError: `overrides` are no fields that a sampler here knows, or have values that the checkpoint's cannot
+            have.
     """
     if not isinstance(overrides, Mapping):
         raise RequestError(
@@ -229,7 +230,16 @@ def scheduler_fields(
             f"scheduler has {', '.join(unknown)}, which no sampler knows; there are {', '.join(known)}"
         )
     mended = {"steps_offset": 1, "clip_sample": False} if stable_diffusion else {}
-    return {**config, **mended, **overrides}
+    replaced = {**mended, **overrides}
+    fields = {**config, **replaced}
+    if filled_in := config.get("_use_default_values"):  # see `_explicit`
+        fields["_use_default_values"] = [name for name in filled_in if name not in replaced]
+    if overrides and fields.get("_class_name") in _KINDS:
+        try:
+            SamplerConfig.from_dict(fields)
+        except UnsupportedConfigError as error:
+            raise RequestError(f"scheduler= cannot be met: {error}") from error
+    return fields
 
 
 def _explicit(config: Mapping[str, Any]) -> dict[str, Any]:

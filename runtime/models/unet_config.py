@@ -206,4 +206,4 @@ def _mended(size: tuple[int, int] | None, raw: Mapping[str, Any]) -> tuple[int, 
     diffusers' StableDiffusionPipeline reads them like this."""
     version = re.match(r"(\d+)\.(\d+)", str(raw.get("_diffusers_version")))
     old = version is not None and (int(version[1]), int(version[2])) < (0, 9)
-    return (64, 64) if old and size is not None and size < (64, 64) else size
+    return (64, 64) if old and size is not None and size[0] == size[1] < 64 else size

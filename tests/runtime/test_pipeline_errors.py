@@ -161,7 +161,9 @@ def test_what_a_pipeline_consists_of_cannot_be_replaced(rig: Rig) -> None:
     scheduler = rig.diffusers("sdxl").scheduler
     with pytest.raises(RequestError, match=r"choose one for each call with sampler= \(euler, .*scheduler=\{"):
         pipe.scheduler = type(scheduler).from_config(pipe.scheduler.config, timestep_spacing="trailing")
-    for name in ("vae", "text_encoder", "text_encoder_2"):
+    with pytest.raises(RequestError, match=r"give another one to from_pretrained\(\.\.\., vae=\)"):
+        pipe.vae = pipe.vae
+    for name in ("text_encoder", "text_encoder_2"):
         with pytest.raises(AttributeError):
             setattr(pipe, name, getattr(pipe, name))
 
@@ -277,6 +279,21 @@ def test_a_scheduler_that_is_not_there_yet_is_named(tmp_path: Path, tiny: Callab
     with pytest.raises(UnsupportedConfigError, match=r"'HeunDiscreteScheduler'; latentrt has .* sampler="):
         pipe("a cat", **SMALL)
     assert np.isfinite(pipe("a cat", **SMALL, sampler="euler").images).all()
+
+
+def test_fields_of_a_scheduler_that_is_not_there_can_be_given(
+    tmp_path: Path, tiny: Callable[..., Path]
+) -> None:
+    """For the sampler that takes its place."""
+    folder = linked(tiny("sdxl"), tmp_path / "heun", without="scheduler")
+    write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "HeunDiscreteScheduler"})
+    pipe = latentrt.Pipeline.from_pretrained(
+        folder, backend="eager", scheduler={"timestep_spacing": "trailing"}
+    )
+    made = pipe("a cat", **SMALL, sampler="euler")
+    assert made.parameters[0]["timestep_spacing"] == "trailing"
+    with pytest.raises(UnsupportedConfigError, match=r"'HeunDiscreteScheduler'"):
+        pipe("a cat", **SMALL)
 
 
 def test_a_user_without_a_home(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,6 +232,12 @@ def test_stable_diffusion_pipelines_mend_old_files() -> None:
     ):
         config = SamplerConfig.from_dict(scheduler_fields(old, overrides, stable_diffusion=stable_diffusion))
         assert (config.steps_offset, config.clip) == expected
+        defaults = {"steps_offset": 5, "clip_sample": True}
+        filled_in = {**old, **defaults, "_use_default_values": list(defaults)}
+        config = SamplerConfig.from_dict(
+            scheduler_fields(filled_in, overrides, stable_diffusion=stable_diffusion)
+        )
+        assert (config.steps_offset, config.clip) == expected
 
 
 @pytest.mark.parametrize(
@@ -242,6 +248,11 @@ def test_stable_diffusion_pipelines_mend_old_files() -> None:
             r"scheduler has timestep_spacings, .* there are .*, timestep_spacing, ",
         ),
         ({"_class_name": "LCMScheduler"}, r"scheduler has _class_name, which no sampler knows"),
+        (
+            {"timestep_spacing": "trailling"},
+            r"scheduler= cannot be met: .*timestep_spacing of euler is 'trailling'",
+        ),
+        ({"num_train_timesteps": "abc"}, r"scheduler= cannot be met: .*num_train_timesteps"),
         ("trailing", r"scheduler is a str; give the fields .* choose the sampler with sampler="),
         (make_scheduler("euler"), r"scheduler is a EulerDiscreteScheduler; give the fields"),
     ],
