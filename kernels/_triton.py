@@ -35,6 +35,7 @@ __all__ = [
     "kernel",
     "of_library",
     "run",
+    "specializes_wide_sums",
     "takes",
     "tl",
     "unavailable",
@@ -357,6 +358,16 @@ def _triton_missing() -> str:
     if version_of(triton.__version__) < (3, 6):
         return f"Triton {triton.__version__} is older than 3.6; pip install 'latentrt[triton]'"
     return ""
+
+
+@cache
+def specializes_wide_sums(arch: int) -> bool:
+    """Whether Triton gives warps roles in a kernel whose one accumulator is parted in two: on sm_90 since 3.7."""
+    try:
+        import triton
+    except ImportError:
+        return True  # nothing is compiled
+    return arch != 90 or version_of(triton.__version__) >= (3, 7)
 
 
 @cache

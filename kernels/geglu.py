@@ -17,7 +17,18 @@ from torch import Tensor
 
 from . import reference, tuning
 from ._check import fail, require_dtypes, require_equal, require_rank
-from ._triton import Descriptor, Launch, Library, arch_of, kernel, run, takes, tl, usable
+from ._triton import (
+    Descriptor,
+    Launch,
+    Library,
+    arch_of,
+    kernel,
+    run,
+    specializes_wide_sums,
+    takes,
+    tl,
+    usable,
+)
 from .registry import Case, OpSpec, register
 
 __all__ = ["geglu", "linear_geglu"]
@@ -250,7 +261,7 @@ def _plan_linear(
         and K % 8 == 0
         and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
     ):
-        specialize = bool(sizes.get("SPECIALIZE"))
+        specialize = bool(sizes.get("SPECIALIZE")) and specializes_wide_sums(arch)
         x = x.view(M, K)
         described = Descriptor(x, (blocks["BLOCK_M"], blocks["BLOCK_K"]))
         weights = Descriptor(weight.view(2, N, K), (2, blocks["BLOCK_N"], blocks["BLOCK_K"]))

@@ -82,9 +82,8 @@ class Store:
         """
         entry = self.entries / key
         with explained(self.root):
-            for _ in range(
-                _LOOKS
-            ):  # again, if another process has put a new one there meanwhile, or removed it
+            # Again, if another process has put a new one there meanwhile, or removed it.
+            for _ in range(_LOOKS):
                 seen = _inode(entry)
                 if seen is None:
                     return None
