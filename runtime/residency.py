@@ -26,6 +26,9 @@ _ALIGNMENT = 512
 """Bytes; that of PyTorch's own allocations on a GPU."""
 _HOST_ALIGNMENT = 64
 """The same for the host."""
+_SEGMENT = 2 << 20
+"""Bytes of which PyTorch's allocator asks a GPU for a multiple. A piece that is one too has its memory for itself: in
+what is left beside another kind of piece, small tensors would settle, and keep all of it from being given back."""
 
 
 class Staging:
@@ -85,6 +88,7 @@ class Weights:
         if self._home is not None and self._there is not None:  # nobody heard of its end: not there twice
             self._point_into(self._home)
             self._there = None
+        _give_back(self._device)  # or what activations left would lie beside the piece
         sources, nbytes = self._sources()
         there = _room(nbytes, self._device)
         staging = Staging(self._device, min(self._staging_bytes, 2 * max(nbytes, 1)))
@@ -97,16 +101,18 @@ class Weights:
     def leave(self) -> None:
         """Move to the host, and give the device's memory back. Broken off midway, they can be told to leave again."""
         if self._home is None:
-            sources, nbytes = self._sources()
-            home = _room(nbytes, torch.device("cpu"))
-            for source, begin in sources:
-                home[begin : begin + len(source)].copy_(source)
-            self._home = home  # only once it is whole: weights come back from it
+            self._home = self._copy()  # only once it is whole: weights come back from it
         self._point_into(self._home)
         self._there = None
-        if self._device.type == "cuda":
-            with torch.cuda.device(self._device):
-                torch.cuda.empty_cache()
+        _give_back(self._device)
+
+    def _copy(self) -> Tensor:
+        """All weights in one piece on the host."""
+        sources, nbytes = self._sources()
+        home = _room(nbytes, torch.device("cpu"))
+        for source, begin in sources:
+            home[begin : begin + len(source)].copy_(source)
+        return home
 
     def _sources(self) -> tuple[list[tuple[Tensor, int]], int]:
         """The bytes of all weights and where in the piece each part of them begins; and the bytes of the piece."""
@@ -125,8 +131,16 @@ class Weights:
 
 
 def _room(nbytes: int, device: torch.device) -> Tensor:
-    """Memory for a piece."""
-    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    """Memory for a piece: uint8 [nbytes]."""
+    whole = -(-nbytes // _SEGMENT) * _SEGMENT if device.type == "cuda" else nbytes
+    return torch.empty(whole, dtype=torch.uint8, device=device)[:nbytes]
+
+
+def _give_back(device: torch.device) -> None:
+    """Memory that nothing refers to any more, to the device."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.empty_cache()
 
 
 def _places(

@@ -143,6 +143,21 @@ def test_what_came_first_as_one_piece_is_let_go_when_it_leaves(live: dict[int, i
     assert weights._home is not None
 
 
+def test_it_is_gone_when_memory_is_given_back(live: dict[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only soon after: the allocator would keep a piece that is freed later, and put small tensors into it."""
+    _, tensors = module()
+    weights = Weights(tensors, CPU, 64)
+    weights.arrive()
+    nbytes = sum(live.values())
+    given_back = []
+    monkeypatch.setattr(residency, "_give_back", lambda device: given_back.append(dict(live)))
+    for _ in range(2):
+        weights.leave()
+        assert [sum(there.values()) for there in given_back] == [nbytes]  # what is at home
+        weights.arrive()
+        given_back.clear()
+
+
 def test_only_what_is_used_of_a_larger_memory_is_moved(live: dict[int, int]) -> None:
     """A checkpoint's tensors may be views of a fused one, of which the rest is another's."""
     fused = torch.randn(3, 100, 100)
