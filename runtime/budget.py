@@ -190,6 +190,8 @@ class Budget:
             _log.warning(
                 "the VAE decodes in tiles, a little off the whole picture, which by plan would not fit"
             )
+        if room is not None and self._loader.graphs is not None:
+            self._loader.graphs.room = self.plan(request, stages, tile).graph_bytes(self._policy)
         if self._loop_memory is None:
             self._loader.kept.limit = DEFAULT_LIMIT if room is None else room
         if room is not None:

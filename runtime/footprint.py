@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from ..kernels import as_nodes
 from ..kernels._triton import Descriptor
 from ..kernels.registry import OpSpec, specs
+from .arena import Event, room_for
 from .dispatch import expect_modes
 
 __all__ = ["Footprint", "Tracker", "follow", "measure"]
@@ -39,7 +40,7 @@ class Footprint:
         flops: of matrix products, convolutions and attention, two for a multiply and add.
         activation_bytes: the most that is live at once of what the forward makes; weights and inputs are not.
         scratch_bytes: the largest workspace that one of the project's kernels takes beside its results.
-        pool_bytes: the most of both together: what a memory pool needs to hold the forward.
+        pool_bytes: of the piece of memory that PyTorch's allocator can serve the forward from: see `arena`.
         input_bytes, output_bytes: of what goes in and comes out.
     """
 
@@ -62,15 +63,17 @@ class Tracker(TorchDispatchMode):
         live: bytes of the storages made meanwhile that still exist.
         peak: the most `live` has been.
         scratch: the largest workspace of one operator.
-        pool: the most that `live` and a workspace were together.
+        events: what came and went, workspaces too, for `arena.room_for`.
     """
 
     def __init__(self, arch: int | None = None) -> None:
         """`arch`, such as 90: operators of `latentrt.kernels` are planned for it, not run; run where None."""
         expect_modes()
         super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = self.live = self.peak = self.scratch = self.pool = 0
+        self.flops = self.live = self.peak = self.scratch = 0
+        self.events: list[Event] = []
         self._arch = arch
+        self._count = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._specs = {spec.name: spec for spec in specs()}
 
@@ -98,7 +101,9 @@ class Tracker(TorchDispatchMode):
             self._follow(storage, storage.nbytes())
         self.peak = max(self.peak, self.live)
         self.scratch = max(self.scratch, workspace)
-        self.pool = max(self.pool, self.live + workspace)
+        if workspace:
+            number = self._number()
+            self.events += [(number, workspace), (number, 0)]
         self.flops += _flops(func, args, kwargs, out)
         return out
 
@@ -107,12 +112,27 @@ class Tracker(TorchDispatchMode):
         if key in self._known:
             return
 
+        number = self._number()
+
         def ended(_: object) -> None:
             del self._known[key]
             self.live -= nbytes
+            if nbytes:
+                self.events.append((number, 0))
 
         self._known[key] = weakref.ref(storage, ended)
         self.live += nbytes
+        if nbytes:
+            self.events.append((number, nbytes))
+
+    def _number(self) -> int:
+        self._count += 1
+        return self._count
+
+    @property
+    def room(self) -> int:
+        """Bytes of the piece of memory that serves all this."""
+        return room_for(self.events)
 
 
 def follow(work: Callable[[], object], arch: int) -> Tracker:
@@ -146,7 +166,7 @@ def measure(module: nn.Module, inputs: Sequence[Tensor], arch: int) -> Footprint
         flops=tracker.flops,
         activation_bytes=tracker.peak,
         scratch_bytes=tracker.scratch,
-        pool_bytes=tracker.pool,
+        pool_bytes=tracker.room,
         input_bytes=sum(t.nbytes for t in inputs),
         output_bytes=sum(t.nbytes for t in outputs),
     )

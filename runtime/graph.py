@@ -52,10 +52,15 @@ class Graphs:
     """Recordings on one device, which share their memory, and whose turn it is.
 
     Recordings that share memory must not run at once: `turn` is held while something is recorded or replayed.
+
+    Attributes:
+        room: bytes that the shared memory begins with in one piece, where somebody knows what is to be recorded (a
+            plan does). Asked for tensor by tensor, it would be in pieces that a larger tensor does not fit into.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.room = 0
         self._lock = threading.RLock()
         self._pool: Any = None
         self._in_pool: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
@@ -101,7 +106,7 @@ class Graphs:
             stream, current = self._stream, torch.cuda.current_stream(self.device)
             stream.wait_stream(current)
             graph, watch = torch.cuda.CUDAGraph(), _LastOperation()
-            with _run_in_pool(self._pool, stream, work):
+            with _run_in_pool(self._pool, stream, work, 0 if others else self.room):
                 try:
                     # Other threads may use the device meanwhile, so only what this one does counts.
                     captured: AbstractContextManager[None] = torch.cuda.graph(
@@ -137,9 +142,11 @@ def _uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def _run_in_pool(pool: Any, stream: torch.cuda.Stream, work: Callable[[], object]) -> Iterator[None]:
+def _run_in_pool(
+    pool: Any, stream: torch.cuda.Stream, work: Callable[[], object], room: int
+) -> Iterator[None]:
     """Run `work` before it is captured, so that kernels are compiled and libraries choose their algorithms outside of
-    the graph; and hold the pool until that is done.
+    the graph; and hold the pool until that is done. `room`: bytes of one piece that the pool is to have.
 
     It runs in the memory that the graphs share. Elsewhere it would take as much again, which no plan counts; and what
     cuBLAS keeps as its workspace for the stream would be outside of the pool, where PyTorch frees it with the first
@@ -162,6 +169,11 @@ def _run_in_pool(pool: Any, stream: torch.cuda.Stream, work: Callable[[], object
         try:
             torch._C._cuda_clearCublasWorkspaces()
             with torch.cuda.stream(stream):
+                if room:
+                    torch.cuda.current_blas_handle()  # makes its workspace, which outlives the work, elsewhere
+                    torch.empty(
+                        room, dtype=torch.uint8, device=f"cuda:{device}"
+                    )  # let go: what follows finds it
                 work()
         finally:
             torch._C._cuda_endAllocateToPool(device, pool)

@@ -7,7 +7,7 @@ A policy says which weights are on the device in which stage, and what is kept o
                text and pixels take is given back
     low        one network at a time, and nothing is kept; weights stream in through pinned host memory
 
-A graph's pool is taken to be the most that one forward has live at once. `planner` makes plans.
+A graph's pool is taken to be one piece of memory that one forward fits into (`arena`). `planner` makes plans.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ Kind = Literal["text", "pixels", "denoise"]
 """Of a stage, and of the networks that run in it; pixels are the VAE's."""
 
 RESERVE = 256 << 20
-"""Bytes left free for what no plan sees: workspaces of cuBLAS (32 MiB on Hopper) and cuDNN, and fragmentation. Chosen,
-not measured. The CUDA context is not in it: free memory is asked for once that is there."""
+"""Bytes left free for what no plan sees: workspaces of cuBLAS (32 MiB on Hopper) and cuDNN. Chosen, not
+measured. The CUDA context is not in it: free memory is asked for once that is there."""
 
 STAGING = 2 * (64 << 20)
 """Bytes of pinned host memory through which weights stream to a GPU, by any policy when they are loaded: two buffers
@@ -113,6 +113,10 @@ class Plan:
     def pool_bytes(self, *kinds: str) -> int:
         """What a pool needs that stages of these kinds, or all, share one after the other."""
         return max((self.networks[name].footprint.pool_bytes for name in self._used(kinds)), default=0)
+
+    def graph_bytes(self, policy: str) -> int:
+        """What the memory needs that recordings share: all stages are recorded, or denoising only."""
+        return self.pool_bytes() if policy == "resident" else self.pool_bytes("denoise")
 
     def _used(self, kinds: tuple[str, ...]) -> set[str]:
         """Names of the networks; without kinds, of all that run."""

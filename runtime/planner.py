@@ -205,7 +205,7 @@ class Planner:
             loop = _Loop(self._engine(key, component), kind, _inputs(component, rows, height, width))
             buffers |= {f"{name} {part}": nbytes for part, nbytes in loop.buffers.items()}
             networks[key] = self._network(key, component, rows, height, width, loop)
-            stages.append(Stage(name, "denoise", {key: 1}, follow(loop.prepare, self._arch).pool))
+            stages.append(Stage(name, "denoise", {key: 1}, follow(loop.prepare, self._arch).peak))
         # A picture in float32, once by itself and once in the batch.
         image_bytes = 2 * 4 * batch * 3 * height * width
         scale = self._vae.scale
@@ -298,7 +298,7 @@ class Planner:
                 held_bytes=engine.weight_bytes,
                 activation_bytes=call.peak,
                 scratch_bytes=call.scratch,
-                pool_bytes=call.pool,
+                pool_bytes=call.room,
             )
             self._footprints[key, rows, height, width] = found
         return Network(dtype_name(component.dtype), rows, found)

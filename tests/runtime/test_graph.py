@@ -214,6 +214,19 @@ def test_cudnn_tries_in_the_pool_where_there_is_no_room_elsewhere(monkeypatch: p
     ]
 
 
+def test_a_pool_begins_with_the_room_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is made in it, and what outlives the work lies elsewhere; once for all that share it."""
+    cuda, graphs = FakeAllocator(monkeypatch), Graphs(torch.device("cuda:0"))
+    graphs.room = 8
+    log = cuda.log.append
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: log(f"cuBLAS in {cuda.into}"))
+    monkeypatch.setattr(torch, "empty", lambda size, **_: log(f"{size} bytes in {cuda.into}"))
+    kept = [graphs.capture(cuda.work, "work") for _ in range(2)]
+    ran = [line for line in cuda.log if " in " in line]
+    assert ran == ["cuBLAS in (0, 1)", "8 bytes in (0, 1)", *["work in (0, 1)"] * 4]
+    kept.clear()
+
+
 def test_graphs_share_a_pool_while_one_of_them_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch refuses one that all have left."""
     cuda, graphs = FakeAllocator(monkeypatch), Graphs(torch.device("cuda:0"))

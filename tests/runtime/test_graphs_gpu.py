@@ -14,11 +14,13 @@ from latentrt.errors import CaptureError
 from latentrt.kernels._triton import counted
 from latentrt.runtime.engines.base import Timesteps, example_inputs
 from latentrt.runtime.engines.triton import TritonBackend
+from latentrt.runtime.footprint import follow
 from latentrt.runtime.graph import Graphs
 from latentrt.runtime.loading import load_components
 from latentrt.runtime.models.layers import GroupNorm, GroupNormSiLU
 from latentrt.runtime.models.unet_blocks import TransformerBlock
 from latentrt.runtime.previews import Previewer
+from latentrt.runtime.residency import Weights
 from latentrt.runtime.weights import open_checkpoint
 from tolerances import PIPELINE_GPU
 
@@ -95,6 +97,35 @@ def test_graphs_take_the_memory_of_one_run_however_many_are_recorded() -> None:
         del made
         torch.cuda.empty_cache()
         assert torch.cuda.memory_reserved() - before < 0.5 * size
+
+
+def test_the_memory_of_graphs_begins_as_one_piece() -> None:
+    """Of the smallest that the allocator serves the work from: what it asks for bit by bit does not grow together."""
+    x, y = torch.zeros(1 << 24, device="cuda"), torch.zeros(1, device="cuda")
+
+    def work() -> None:
+        first, second = x[: 1 << 22] + 1, x[: 1 << 22] + 2
+        del first
+        y.copy_((x + second[0]).max())
+
+    tracker = follow(work, 90)
+    graphs = Graphs(x.device)
+    graphs.room = tracker.room
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    graph = graphs.capture(work, "work")
+    taken = torch.cuda.memory_reserved() - before
+    assert taken <= tracker.room + (40 << 20)  # cuBLAS's workspace, and the segments of small tensors
+    del graph
+
+
+def test_weights_that_leave_give_their_memory_back() -> None:
+    weights = Weights([torch.zeros(1 << 28)], torch.device("cuda"))
+    for _ in range(2):
+        there = torch.cuda.memory_reserved()
+        weights.leave()
+        assert torch.cuda.memory_reserved() <= there - (1 << 30)
+        weights.arrive()
 
 
 def test_the_images_are_those_of_the_cpu(graphed: latentrt.Pipeline) -> None:
