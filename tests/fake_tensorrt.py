@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import tensorrt_rtx_bindings as rtx
@@ -39,6 +40,7 @@ class FakeContext:
 
     def __init__(self, owner: FakeTensorRT, component: Component, module: nn.Module) -> None:
         owner.contexts += 1
+        owner.alive.add(self)
         self._owner, self._number = owner, owner.contexts
         self._component, self._module = component, module
         self._addresses: dict[str, int] = {}
@@ -127,6 +129,7 @@ class FakeTensorRT:
     Attributes:
         plans: what engines compute, by the content of their files.
         calls: of contexts, (number of the context, function, arguments) in order.
+        contexts, alive: how many were made; those that were not destroyed.
         failing: the name of a function that fails from now on.
         warnings: what it has to say of an engine as it is read.
         engine: the one read last.
@@ -142,6 +145,7 @@ class FakeTensorRT:
         self.calls: list[tuple[Any, ...]] = []
         self.strategies: list[Any] = []
         self.contexts = 0
+        self.alive: WeakSet[FakeContext] = WeakSet()
         self.failing = ""
         self.unknown: list[str] = []
         self.warnings: list[str] = []

@@ -108,10 +108,11 @@ class _Call:
             for spec in component.outputs
         }
         self.nbytes = self.size(component, inputs)
-        program = engine.bind(self._inputs, self._outputs)
-        self._run: Callable[[], None] = program.run
-        if program.capturable:
-            self._run = graphs.capture(program.run, component.name).replay
+        # A CUDA graph has addresses only: what they are of lives as long as the program.
+        self._program = engine.bind(self._inputs, self._outputs)
+        self._run: Callable[[], None] = self._program.run
+        if self._program.capturable:
+            self._run = graphs.capture(self._program.run, component.name).replay
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, x in self._inputs.items():

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ import torch
 from fake_tensorrt import ADD_ONE, FakeContext, FakeCuda, FakeEngine, FakeStream, FakeTensorRT, install
 from latentrt.errors import BackendError, EngineSizeError, RequestError
 from latentrt.runtime.engine_store import StoredEngine
-from latentrt.runtime.engines import plugins, trt
+from latentrt.runtime.engines import lazy, plugins, trt
 from latentrt.runtime.engines import tensorrt as engines
 from latentrt.runtime.engines.scratch import Scratch
 from latentrt.runtime.engines.sizes import Axis, Profile
 from latentrt.runtime.engines.tensorrt import TensorRTEngine
+from latentrt.runtime.graph import Graphs
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -270,6 +272,31 @@ def test_a_captured_program_s_scratch_goes_with_it(load: Load, cuda: FakeCuda) -
     del program
     gc.collect()
     assert first() is None
+
+
+def test_a_recorded_call_keeps_what_it_was_recorded_over(
+    load: Load, cuda: FakeCuda, fake: FakeTensorRT
+) -> None:
+    """A CUDA graph has addresses only: of the context's memory, and of the scratch."""
+
+    class OfAddresses(Graphs):
+        def capture(self, work: Callable[[], object], what: str) -> Any:
+            work()
+            cuda.capturing = True
+            work()
+            cuda.capturing = False
+            return SimpleNamespace(replay=lambda: None)
+
+    engine = load()
+    call = lazy._Call(ADD_ONE, engine, x_of(1), OfAddresses(CPU))
+    scratch = weakref.ref(engine._scratch._buffer)
+    engine(x_of(4))  # grows it
+    engine.close()
+    gc.collect()
+    assert (len(fake.alive), scratch() is None) == (1, False)
+    del call
+    gc.collect()
+    assert (len(fake.alive), scratch() is None) == (0, True)
 
 
 def test_scratch_too_small_for_a_capture_is_refused(cuda: FakeCuda) -> None:
