@@ -52,7 +52,10 @@ class _Loop:
         self.engine = unet.load()
         device = unet.device
         self.state = DenoiseState(kind, device)
-        self.constants = {name: torch.zeros_like(x, device=device) for name, x in constants.items()}
+        # In the order that engines can be bound to, whatever the caller's.
+        self.constants = {
+            name: torch.zeros(x.shape, dtype=x.dtype, device=device) for name, x in constants.items()
+        }
         inputs = {"sample": self.state.sample, "timestep": self.state.timestep, **self.constants}
         outputs = {unet.component.outputs[0].name: self.state.prediction}
         self.program: Program = self.engine.bind(inputs, outputs, timesteps=self.state.timesteps)

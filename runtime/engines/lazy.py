@@ -101,7 +101,10 @@ class _Call:
         self, component: Component, engine: Engine, inputs: Mapping[str, Tensor], graphs: Graphs
     ) -> None:
         self.engine = engine
-        self._inputs = {name: x.to(graphs.device, copy=True) for name, x in inputs.items()}
+        self._inputs = {
+            name: x.to(graphs.device, copy=True, memory_format=torch.contiguous_format)
+            for name, x in inputs.items()
+        }
         shapes = output_shapes(component, inputs)
         self._outputs = {
             spec.name: torch.empty(shapes[spec.name], dtype=spec.dtype, device=graphs.device)

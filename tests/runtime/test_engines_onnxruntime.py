@@ -193,6 +193,34 @@ def test_a_loop_over_a_bound_session_is_the_loop_over_calls_to_the_bit(cache_dir
         assert run_loop(loop, x, table, constants, guidance_scale=4.0).equal(wanted)
 
 
+def test_what_lies_in_another_order_is_called_and_recorded(cache_dir: Path) -> None:
+    """An image that was a picture has its channels last; a session is bound to contiguous tensors."""
+    component = tiny.unet()
+    inputs = tiny.named_inputs(component)
+    turned = {name: x.t().contiguous().t() if x.dim() == 2 else x for name, x in inputs.items()}
+    turned["sample"] = inputs["sample"].contiguous(memory_format=torch.channels_last)
+    assert sum(not x.is_contiguous() for x in turned.values()) > 1
+    plain, recorded = (
+        EngineLoader("onnxruntime", CPU, torch.float32, cache_dir, graphs).engine(component)
+        for graphs in (False, True)
+    )
+    name = component.outputs[0].name
+    assert torch.equal(recorded(turned)[name], plain(inputs)[name])
+    table = build_table(config_of(make_scheduler("euler")), 2)
+    x = noise_like(1, 4, *inputs["sample"].shape[2:], seed=3)
+    found, wanted = (
+        run_loop(
+            Denoiser(plain),
+            x,
+            table,
+            {k: v for k, v in values.items() if k not in ("sample", "timestep")},
+            guidance_scale=4.0,
+        )
+        for values in (turned, inputs)
+    )
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize(
     ("x", "y", "message"),
     [
