@@ -326,6 +326,9 @@ def _plugin_class(trt: Any, operator: Operator, session: Session) -> Any:
                 driver().load(self._code)  # before any graph is captured
             return self.clone()
 
+        def set_tactic(self, tactic: int) -> None:
+            """There is one only; but a plugin without this method ends the engine."""
+
         def on_shape_change(self, inputs: Any, outputs: Any) -> None:
             shapes = [tuple(x.dims) for x in inputs]
             with session.watching(f"{operator.name} of {shapes}"):

@@ -231,6 +231,17 @@ def test_nothing_is_launched_for_nothing(monkeypatch: pytest.MonkeyPatch, device
     assert engine.cuda.named("cuLaunchKernel") == []
 
 
+def test_a_plugin_has_every_method_that_the_bindings_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They look a method up by its name, and where there is none they end the engine: on a GPU, not here."""
+    plugin = Engine("GroupNorm", NORM, norm_kernels(torch.float16, 24), monkeypatch).plugin
+    optional = {"destroy", "get_valid_tactics"}
+    for interface in (rtx.IPluginV3, rtx.IPluginV3OneBuild, rtx.IPluginV3OneRuntime):
+        methods = {name for name, x in vars(interface).items() if callable(x) and not name.startswith("_")}
+        assert len(methods) > 1
+        assert methods - optional - vars(type(plugin)).keys() == set()
+    assert plugin.set_tactic(0) is None
+
+
 # --- what is refused
 
 
