@@ -45,8 +45,8 @@ class EngineTarget:
     Attributes:
         product: "tensorrt" or "tensorrt-rtx".
         archs: compute capabilities such as 89; several for TensorRT for RTX only.
-        weight_streaming: weights may stay in host memory at run time; such an engine of TensorRT for RTX cannot be
-            captured in a CUDA graph.
+        weight_streaming: weights that do not fit may stay in host memory at run time; an engine of which some do cannot
+            be captured in a CUDA graph.
         hardware_compatibility: "none", "same-capability" or "ampere-plus"; of TensorRT only.
         plugins: version of each operator of latentrt that is taken by a plugin, as `plugins.versions` gives them.
     """

@@ -107,10 +107,17 @@ class FakeEngine:
         self._owner = owner
         self._component, self._module = component, component.build()
         self.streamable_weights_size = owner.streamable
-        self.weight_streaming_budget_v2 = -1
+        self.device_memory_size_v2 = 100 * 32
+        self._budget = owner.streamable
 
-    def get_weight_streaming_automatic_budget(self) -> int:
-        return 12345
+    @property
+    def weight_streaming_budget_v2(self) -> int:
+        return self._budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, budget: int) -> None:
+        if self._owner.failing != "weight_streaming_budget_v2":  # of which the real binding says nothing
+            self._budget = budget
 
     def create_runtime_config(self) -> Any:
         return SimpleNamespace(set_execution_context_allocation_strategy=lambda strategy: None)
@@ -195,11 +202,12 @@ class FakeStream:
 
 
 class FakeCuda:
-    """torch.cuda's current stream, and whether it is being captured."""
+    """torch.cuda's current stream, whether it is being captured, and how much memory is free."""
 
     def __init__(self) -> None:
         self.stream = FakeStream(1)
         self.capturing = False
+        self.free = 1 << 40
 
 
 def install(
@@ -211,6 +219,7 @@ def install(
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(99))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: cuda.stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: cuda.capturing)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (cuda.free, 1 << 40))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
     return fake, cuda

@@ -11,8 +11,8 @@ the order of their calls, whatever the streams.
 
 **In a CUDA graph.** A call or a program may be captured once it has run at these sizes. What it was captured over
 lives as long as the program, or of a call as long as the engine; a graph must not be replayed while another engine of
-the back end runs, or scratch is shared by two at once. Engines of TensorRT for RTX built with weight streaming cannot
-be captured.
+the back end runs, or scratch is shared by two at once. An engine that streams weights cannot be captured, and its
+executions are waited for.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from ...errors import BackendError, BackendUnavailableError, RequestError
 from ..engine_store import EngineTarget, StoredEngine
+from ..memory import RESERVE, readable
 from ..prepare import Rebuild, engine
 from ..streams import between
 from . import plugins
@@ -193,8 +194,23 @@ class TensorRTEngine:
             raise self.error(f"cannot load {stored.plan}")
         for warning in self._log.warnings:
             _log.warning("%s, as it loads the engine of %s: %s", product.title, component.name, warning)
-        if self._engine.streamable_weights_size:  # built with weight streaming
-            self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
+        self._streamed = self._stream_weights()
+
+    def _stream_weights(self) -> int:
+        """Bytes of an engine built with weight streaming that stay in host memory: what does not fit on the GPU."""
+        title, name = self._product.title, self.component.name
+        size = int(self._engine.streamable_weights_size)
+        if not size:
+            return 0
+        # TensorRT would choose as well, but its Python binding cuts what it chose to 32 bits.
+        free, _ = torch.cuda.mem_get_info(self.device)
+        budget = min(size, max(0, free - self._engine.device_memory_size_v2 - RESERVE))
+        self._engine.weight_streaming_budget_v2 = budget
+        taken = int(self._engine.weight_streaming_budget_v2)
+        if taken != budget:  # the binding does not say that it was refused
+            what = f"keeps {readable(taken)} of {name}'s weights on the GPU, and was told {readable(budget)}"
+            _log.warning("%s %s", title, what)
+        return size - taken
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors = arguments(self.component, inputs)
@@ -223,14 +239,16 @@ class TensorRTEngine:
             return _Program(self, context, capturable=self._capturable(context))
 
     def _capturable(self, context: _Context) -> bool:
-        if self._product.needs_gpu:
+        if self._streamed:
+            why = f"{readable(self._streamed)} of its weights stay in host memory"
+        elif self._product.needs_gpu:
             return True
-        streamed = bool(self._engine.streamable_weights_size)
-        # Asked of a stream such as graphs are captured on: the default one never is.
-        scratch = self._scratch.begin(self.stream, context.scratch_bytes)
-        if not streamed and context.capturable(self.stream, scratch):
-            return True
-        why = "it was built with weight streaming" if streamed else f"{self._product.title} says so"
+        else:
+            # Asked of a stream such as graphs are captured on: the default one never is.
+            scratch = self._scratch.begin(self.stream, context.scratch_bytes)
+            if context.capturable(self.stream, scratch):
+                return True
+            why = f"{self._product.title} says so"
         _log.warning("the engine of %s runs without a CUDA graph: %s", self.component.name, why)
         return False
 

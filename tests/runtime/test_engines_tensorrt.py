@@ -21,6 +21,7 @@ from latentrt.runtime.engines.scratch import Scratch
 from latentrt.runtime.engines.sizes import Axis, Profile
 from latentrt.runtime.engines.tensorrt import TensorRTEngine
 from latentrt.runtime.graph import Graphs
+from latentrt.runtime.memory import RESERVE
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -103,32 +104,25 @@ def test_tensors_that_cannot_be_bound(load: Load, inputs: Any, outputs: Any, mes
 
 
 @pytest.mark.parametrize(
-    ("streamable", "capturable", "why"),
-    [
-        (0, True, None),
-        (0, False, "TensorRT for RTX says so"),
-        (5, True, "it was built with weight streaming"),
-    ],
+    ("capturable", "why"), [(True, []), (False, ["TensorRT for RTX says so"])], ids=["yes", "no"]
 )
 def test_what_tensorrt_for_rtx_can_capture(
     load: Load,
     cuda: FakeCuda,
     fake: FakeTensorRT,
     caplog: pytest.LogCaptureFixture,
-    streamable: int,
     capturable: bool,
-    why: str | None,
+    why: list[str],
 ) -> None:
-    fake.streamable, fake.capturable = streamable, capturable
+    fake.capturable = capturable
     assert load("tensorrt").bind(x_of(1), {"y": torch.empty(1, 4)}).capturable
     assert fake.named("is_stream_capturable") == []
-    assert load("tensorrt-rtx").bind(x_of(1), {"y": torch.empty(1, 4)}).capturable == (why is None)
-    said = [record.getMessage() for record in caplog.records]
-    assert said == ([f"the engine of unet runs without a CUDA graph: {why}"] if why else [])
-    if not streamable:  # asked of another stream than the current one, which may be the default
-        names = [call[1] for call in fake.calls[-2:]]
-        assert names == ["set_device_memory", "is_stream_capturable"]
-        assert fake.calls[-1][2] != cuda.stream.cuda_stream
+    assert load("tensorrt-rtx").bind(x_of(1), {"y": torch.empty(1, 4)}).capturable == capturable
+    assert caplog.messages == [f"the engine of unet runs without a CUDA graph: {told}" for told in why]
+    # Asked of another stream than the current one, which may be the default.
+    names = [call[1] for call in fake.calls[-2:]]
+    assert names == ["set_device_memory", "is_stream_capturable"]
+    assert fake.calls[-1][2] != cuda.stream.cuda_stream
 
 
 def test_the_order_of_calls(load: Load, fake: FakeTensorRT) -> None:
@@ -153,7 +147,7 @@ def test_the_products_own_api_has_what_is_called() -> None:
         called = [name for name in vars(fake) if not name.startswith("_")]
         assert called
         assert [name for name in called if not hasattr(real, name)] == []
-    for name in ("streamable_weights_size", "weight_streaming_budget_v2"):
+    for name in ("streamable_weights_size", "device_memory_size_v2"):
         assert hasattr(rtx.ICudaEngine, name)
     assert hasattr(rtx.IRuntimeConfig, "set_execution_context_allocation_strategy")
     assert hasattr(rtx.IRuntimeConfig, "dynamic_shapes_kernel_specialization_strategy")
@@ -388,13 +382,41 @@ def test_an_engine_that_is_pruned_before_it_is_read(load: Load, tmp_path: Path) 
         TensorRTEngine(ADD_ONE, stored, trt.product("tensorrt"), CPU, Scratch(CPU))
 
 
-def test_weights_are_streamed_where_the_engine_can(load: Load, fake: FakeTensorRT) -> None:
-    load()
+GB = 1 << 30
+
+
+@pytest.mark.parametrize("product", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize(
+    ("free", "held"),
+    [(8 * GB, 5 * GB), (4 * GB, 4 * GB - RESERVE - 3200), (GB // 8, 0)],
+    ids=["all fit", "some stay on the host", "all stay there"],
+)
+def test_weights_that_do_not_fit_stay_on_the_host(
+    load: Load,
+    cuda: FakeCuda,
+    fake: FakeTensorRT,
+    caplog: pytest.LogCaptureFixture,
+    product: str,
+    free: int,
+    held: int,
+) -> None:
+    """Such an engine's execution is waited for, and cannot be captured: TensorRT's own words."""
+    fake.streamable, cuda.free = 5 * GB, free
+    program = load(product).bind(x_of(1), {"y": torch.empty(1, 4)})
     assert fake.engine is not None
-    assert fake.engine.weight_streaming_budget_v2 == -1
-    fake.streamable = 1
-    load()
-    assert fake.engine.weight_streaming_budget_v2 == 12345
+    assert fake.engine.weight_streaming_budget_v2 == held
+    assert program.capturable == (held == 5 * GB)
+    told = [] if program.capturable else ["of its weights stay in host memory"]
+    assert [message.split(" GB ")[-1] for message in caplog.messages] == told
+
+
+def test_a_budget_that_is_refused_is_told(
+    load: Load, cuda: FakeCuda, fake: FakeTensorRT, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake.streamable, cuda.free, fake.failing = 5 * GB, 4 * GB, "weight_streaming_budget_v2"
+    assert load().bind(x_of(1), {"y": torch.empty(1, 4)}).capturable
+    (message,) = caplog.messages
+    assert "keeps 5.37 GB of unet's weights on the GPU, and was told 4.03 GB" in message
 
 
 def test_rtx_specialises_before_it_runs(load: Load, fake: FakeTensorRT) -> None:
