@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,7 +76,9 @@ class _Context:
         """`outputs` None: new ones."""
         component = owner.component
         self.captured: list[Tensor] = []  # the scratch of graphs, which know its address only
-        self._owner = owner
+        # What it needs of its owner, and not the owner, which has it: what has each other waits for the collector.
+        self._stream, self._error = owner.stream, owner.error
+        self._memory: tuple[int, int] | None = None
         self._context = owner.new_context()
         try:
             taken = self._context.set_optimization_profile_async(profile, owner.stream.cuda_stream)
@@ -109,27 +112,34 @@ class _Context:
 
     def run(self, scratch: Tensor) -> None:
         """Put one execution between what the current stream has and what it is given next."""
-        self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
+        self._compute_in(scratch)
         if torch.cuda.is_current_stream_capturing():
             if not any(kept is scratch for kept in self.captured):
                 self.captured.append(scratch)
-            self._execute(torch.cuda.current_stream(self._owner.device))
+            self._execute(torch.cuda.current_stream(self._stream.device))
         else:
-            with between(self._owner.stream):
-                self._execute(self._owner.stream)
+            with between(self._stream):
+                self._execute(self._stream)
 
     def _execute(self, stream: torch.cuda.Stream) -> None:
         if not self._context.execute_async_v3(stream.cuda_stream):
-            raise self._owner.error("failed")
+            raise self._error("failed")
 
     def capturable(self, stream: torch.cuda.Stream, scratch: Tensor) -> bool:
         """Whether TensorRT for RTX says that an execution on `stream` can be captured."""
-        self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
+        self._compute_in(scratch)
         return bool(self._context.is_stream_capturable(stream.cuda_stream))
+
+    def _compute_in(self, scratch: Tensor) -> None:
+        """Told to TensorRT where it changed: not in a capture, then, of what has run."""
+        memory = (scratch.data_ptr(), scratch.numel())
+        if memory != self._memory:
+            self._context.set_device_memory(*memory)
+            self._memory = memory
 
     def _bind(self, name: str, tensor: Tensor) -> None:
         if not self._context.set_tensor_address(name, tensor.data_ptr()):
-            raise self._owner.error(f"has no tensor {name}")
+            raise self._error(f"has no tensor {name}")
 
 
 class _Program:
@@ -148,11 +158,19 @@ class _Program:
         self._engine.execute(self._context)
 
 
+def _error(product: products.Product, trt: Any, log: Any, name: str, what: str) -> BackendError:
+    """An error of a component's engine, with what TensorRT's log has to say."""
+    why = "; ".join([*plugins.failures(trt), log.why()])
+    log.clear()
+    return BackendError(f"{product.title} {trt.__version__}, {name}: {what} ({why})")
+
+
 class TensorRTEngine:
     """One deserialised engine on one device.
 
     Attributes:
         stream: where it executes outside of a capture.
+        error: makes one, of what went wrong.
     """
 
     def __init__(
@@ -172,6 +190,7 @@ class TensorRTEngine:
         self._scratch = scratch
         self._trt = products.load(product)
         self._log = products.make_log(self._trt)
+        self.error = partial(_error, product, self._trt, self._log, component.name)
         self._contexts: OrderedDict[tuple[tuple[str, int], ...], _Context] = OrderedDict()
         try:
             plugins.loading(self._trt, stored.plugins)
@@ -195,6 +214,8 @@ class TensorRTEngine:
         for warning in self._log.warnings:
             _log.warning("%s, as it loads the engine of %s: %s", product.title, component.name, warning)
         self._streamed = self._stream_weights()
+        # Contexts go with it, and TensorRT forbids to destroy one that is running.
+        weakref.finalize(self, scratch.wait).atexit = False
 
     def _stream_weights(self) -> int:
         """Bytes of an engine built with weight streaming that stay in host memory: what does not fit on the GPU."""
@@ -289,13 +310,6 @@ class TensorRTEngine:
             raise self.error("cannot make an execution context")
         return context
 
-    def error(self, what: str) -> BackendError:
-        """An error with what TensorRT's log has to say."""
-        title = f"{self._product.title} {self._trt.__version__}"
-        why = "; ".join([*plugins.failures(self._trt), self._log.why()])
-        self._log.clear()
-        return BackendError(f"{title}, {self.component.name}: {what} ({why})")
-
     def _context(self, sizes: Mapping[str, int]) -> _Context:
         """That of a call with such sizes, over tensors of the engine's own."""
         key = tuple(sizes.items())
@@ -306,11 +320,12 @@ class TensorRTEngine:
                 raise BackendError(
                     f"{self.component.name} was captured before it had run; run it once at these sizes"
                 )
-            own = {
-                spec.name: torch.empty(spec.shape(sizes), dtype=spec.dtype, device=self.device)
-                for spec in self.component.inputs
-            }
-            self._contexts[key] = _Context(self, own, None, profile)
+            with torch.inference_mode(False):  # a caller's own would mark the static tensors
+                own = {
+                    spec.name: torch.empty(spec.shape(sizes), dtype=spec.dtype, device=self.device)
+                    for spec in self.component.inputs
+                }
+                self._contexts[key] = _Context(self, own, None, profile)
             idle = [k for k, context in self._contexts.items() if not context.captured]
             if len(idle) > _CONTEXTS:
                 self._scratch.wait()  # it may still be running

@@ -76,7 +76,8 @@ def test_a_program_runs_over_the_caller_s_own_tensors(load: Load, fake: FakeTens
         program.run()
         assert out["y"].eq(value + 1).all()
     after = [call[1] for call in fake.calls[bound:]]
-    assert after == ["set_device_memory", "execute_async_v3"] * 2  # addresses are bound once
+    # Addresses are bound once, and scratch is told where it is another.
+    assert after == ["set_device_memory", "execute_async_v3", "execute_async_v3"]
     assert fake.contexts == 1
     engine(x_of(2))
     assert fake.contexts == 2  # a call has tensors of the engine's own
@@ -171,6 +172,13 @@ def test_outputs_are_the_callers(load: Load) -> None:
     assert torch.equal(first, kept)
 
 
+def test_a_caller_s_inference_mode_does_not_mark_what_is_kept(load: Load) -> None:
+    engine = load()
+    with torch.inference_mode():
+        engine(x_of(2))
+    assert torch.equal(engine(x_of(2))["y"], x_of(2)["x"] + 1)
+
+
 def test_the_narrowest_profile_is_picked(load: Load, fake: FakeTensorRT) -> None:
     engine = load()
     for batch in (1, 2, 3, 4):
@@ -222,7 +230,7 @@ def test_an_execution_is_never_on_the_default_stream(
     fake.calls.clear()
     cuda.stream, cuda.capturing = FakeStream(7), True
     program.run()
-    assert fake.calls[1:] == [(1, "execute_async_v3", 7)]
+    assert fake.calls == [(1, "execute_async_v3", 7)]
 
 
 def test_a_capture_before_a_first_run_is_refused(load: Load, cuda: FakeCuda, fake: FakeTensorRT) -> None:
@@ -466,6 +474,22 @@ def test_an_engine_is_closed_when_it_has_run(load: Load, cuda: FakeCuda) -> None
     engine.close()
     assert (first.waited, second.waited, here) == (["stream 99"], ["event of 1"], [1])
     assert len(contexts) == 0
+
+
+def test_an_engine_that_nobody_has_is_gone_at_once(load: Load, cuda: FakeCuda, fake: FakeTensorRT) -> None:
+    """Its weights may be most of a GPU, and the collector does not know of them. What runs is waited for first."""
+    engine = load()
+    engine(x_of(1))
+    here: list[int] = []
+    cuda.stream = FakeStream(2)
+    cuda.stream.synchronize = lambda: here.append(len(fake.alive))  # type: ignore[method-assign]
+    gc.collect()
+    gc.disable()
+    try:
+        del engine
+        assert (len(fake.alive), here, cuda.stream.waited) == (0, [1], ["event of 1"])
+    finally:
+        gc.enable()
 
 
 def test_a_closed_engine_says_so(load: Load) -> None:
