@@ -120,14 +120,15 @@ def _build(
 
 
 class _Build:
-    """One build: its logger and builder, which must outlive what they make."""
+    """One build: its builder, which must outlive what it makes."""
 
     def __init__(self, trt: Any, request: EngineRequest, session: plugins.Session) -> None:
         self.trt = trt
         self.request = request
         self.session = session
         self.product = products.product(request.product)
-        self.log = products.make_log(trt)
+        self.log = products.logger(trt)
+        self.log.clear()
         self.builder = products.make(trt.Builder, self.log)
         if self.builder is None:
             raise self._error(f"cannot start ({self.log.why()})", "see that its GPU and driver work")

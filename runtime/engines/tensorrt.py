@@ -189,7 +189,8 @@ class TensorRTEngine:
         self._profiles = stored.profiles
         self._scratch = scratch
         self._trt = products.load(product)
-        self._log = products.make_log(self._trt)
+        self._log = products.logger(self._trt)
+        self._log.clear()
         self.error = partial(_error, product, self._trt, self._log, component.name)
         self._contexts: OrderedDict[tuple[tuple[str, int], ...], _Context] = OrderedDict()
         try:

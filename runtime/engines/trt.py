@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,8 +31,8 @@ __all__ = [
     "driver_class",
     "has_plugin_library",
     "load",
+    "logger",
     "make",
-    "make_log",
     "plugin_library",
     "product",
 ]
@@ -182,30 +183,51 @@ def make(kind: Callable[[Any], Any], log: Any) -> Any:
         return None
 
 
-def make_log(trt: Any) -> Any:
-    """A logger for the product's calls, with what went wrong since `clear()` in `errors`, and its last `warnings`."""
+@cache
+def logger(trt: Any) -> Any:
+    """The one logger of all of a product's objects, which TensorRT goes on using when the first of them is gone.
+
+    What went wrong in the calling thread since it called `clear()` is in `errors`; its last warnings are in `warnings`.
+    """
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.errors: list[str] = []
-            self.warnings: deque[str] = deque(maxlen=16)
+            self._errors: dict[int, deque[str]] = {}  # by thread
+            self._warnings: dict[int, deque[str]] = {}
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                self.errors.append(" ".join(message.split()))
+                _keep(self._errors, message)
                 return
             if severity == trt.ILogger.WARNING:
-                self.warnings.append(" ".join(message.split()))
+                _keep(self._warnings, message)
             _log.debug("%s", message)
 
         def clear(self) -> None:
-            self.errors.clear()
+            for said in (self._errors, self._warnings):
+                said.pop(threading.get_ident(), None)
+
+        @property
+        def errors(self) -> list[str]:
+            mine = self._errors.get(threading.get_ident())
+            # Some are told of in threads of TensorRT's own.
+            said = [mine] if mine else list(self._errors.values())
+            return [text for texts in said for text in tuple(texts)]
+
+        @property
+        def warnings(self) -> list[str]:
+            return list(self._warnings.get(threading.get_ident(), ()))
 
         def why(self) -> str:
             """The errors in one line, each once."""
             # Without a driver every object complains of that as it is made, and works all the same.
-            telling = [e for e in self.errors if "cudaError 35" not in e] or self.errors
+            errors = self.errors
+            telling = [e for e in errors if "cudaError 35" not in e] or errors
             return "; ".join(dict.fromkeys(telling)) or "it does not say why"
 
     return Log()
+
+
+def _keep(said: dict[int, deque[str]], message: str) -> None:
+    said.setdefault(threading.get_ident(), deque(maxlen=32)).append(" ".join(message.split()))

@@ -13,6 +13,7 @@ from importlib import util
 from pathlib import Path
 
 import pytest
+import tensorrt_rtx_bindings as rtx
 import tiny_onnx
 from latentrt.errors import BackendUnavailableError, BuildError
 from latentrt.export import tensorrt as builder
@@ -41,6 +42,42 @@ def test_a_product_that_is_not_installed(request_: EngineRequest, monkeypatch: p
         BackendUnavailableError, match=r'TensorRT for RTX is not installed; pip install "latentrt\[rtx\]"'
     ):
         build_engine(request_, nothing)
+
+
+def test_all_objects_of_a_product_have_one_logger() -> None:
+    """The second of another logger is warned of it, and what the first had is used when that is gone."""
+    log = trt.logger(rtx)
+    log.clear()
+    runtimes = [trt.make(rtx.Runtime, trt.logger(rtx)) for _ in range(2)]
+    assert log.warnings == []
+    for runtime in runtimes:
+        assert runtime.deserialize_cuda_engine(b"no engine" * 99) is None
+    assert "magicTag" in log.why()
+
+
+def test_what_went_wrong_is_of_the_thread_that_asks() -> None:
+    """Two engines are loaded at once."""
+    log, both = trt.logger.__wrapped__(rtx), threading.Barrier(2)
+
+    def work(name: str) -> tuple[str, list[str]]:
+        log.clear()
+        both.wait()
+        log.log(rtx.ILogger.ERROR, f"{name}\n broke")
+        log.log(rtx.ILogger.WARNING, f"beware of {name}")
+        both.wait()
+        told = log.why(), log.warnings
+        both.wait()
+        log.clear()
+        return told
+
+    with ThreadPoolExecutor(2) as threads:
+        told = list(threads.map(work, ["one", "two"]))
+    assert told == [("one broke", ["beware of one"]), ("two broke", ["beware of two"])]
+    assert (log.errors, log.warnings) == ([], [])
+    with ThreadPoolExecutor(1) as threads:  # such as TensorRT's own
+        threads.submit(log.log, rtx.ILogger.ERROR, "it broke").result()
+        assert log.why() == "it broke"
+        threads.submit(log.clear).result()
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ WITHOUT_TORCH = textwrap.dedent("""
     call("cuStreamCreate", ctypes.byref(stream), 1)
     trt = products.load(products.product(product))
     plugins.loading(trt, json.loads(names))
-    log = products.make_log(trt)
+    log = products.logger(trt)
     runtime = trt.Runtime(log)
     engine = runtime.deserialize_cuda_engine(open(plan, "rb").read())
     assert engine is not None, log.why()
