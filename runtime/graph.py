@@ -119,6 +119,7 @@ class Graphs:
                     _abandon(self._pool, graph)
                     self._in_pool, self._stream = WeakSet(), None
                     torch.cuda.set_stream(current)
+                    _reset_generator(self.device)
                     first = error.__context__ or error  # ending the capture fails too, for no other reason
                     if not isinstance(first, RuntimeError) or isinstance(first, LatentRTError):
                         raise
@@ -202,6 +203,19 @@ def _abandon(pool: Any, graph: torch.cuda.CUDAGraph) -> None:
             return
     with suppress(RuntimeError):
         release(device, pool)
+
+
+def _reset_generator(device: torch.device) -> None:
+    """After a capture that failed: PyTorch then leaves the device's own random generator as in one, and refuses all
+    random numbers outside of it (seen in 2.11). The end of one that does not fail sets it back."""
+    with suppress(RuntimeError):  # of a device that is lost, which whoever uses it next is told
+        x, graph = torch.empty(1, device=device), torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(device)
+        captured: AbstractContextManager[None] = torch.cuda.graph(
+            graph, stream=stream, capture_error_mode="thread_local"
+        )
+        with _uncollected(), captured:
+            x.zero_()  # PyTorch warns of an empty one
 
 
 def _failed(what: str, operation: str, why: str) -> CaptureError:

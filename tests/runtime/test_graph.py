@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from latentrt.errors import CaptureError
+from latentrt.runtime import graph
 from latentrt.runtime.graph import Graph, Graphs, _abandon
 from torch import Tensor
 
@@ -107,6 +108,7 @@ class FakeAllocator:
         patch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: self.end(pool))
         patch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: self.release(pool))
         patch.setattr(torch._C, "_cuda_clearCublasWorkspaces", self._clear, raising=False)
+        patch.setattr(graph, "_reset_generator", lambda device: self.log.append("reset the generator"))
 
     def begin(self, pool: tuple[int, int]) -> None:
         assert self.into is None
@@ -255,8 +257,10 @@ def test_work_that_fails_leaves_the_next_a_pool(monkeypatch: pytest.MonkeyPatch)
 
     with pytest.raises(RuntimeError, match=r"^out of luck$"):
         graphs.capture(fail(0), "work")
+    assert "reset the generator" not in cuda.log
     with pytest.raises(CaptureError, match="the work cannot be recorded"):
         graphs.capture(fail(1), "the work")
+    assert cuda.log[-1] == "reset the generator"
     gc.collect()  # frames of errors hold graphs
     assert cuda.into is None
     assert set(cuda.holders.values()) == {0}
