@@ -7,7 +7,7 @@ step and a refiner's first follow each other on the device, with nothing between
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -138,20 +138,16 @@ class Denoiser:
         # Not if it was loaded anew, or moved to another device.
         loop: _Loop | None = unet.kept.take(unet.token, key, lambda loop: loop.engine is engine)
         try:
-            with self._turn():
+            with unet.turn():
                 if loop is None:
                     with torch.inference_mode(False):  # a caller's own would mark the static tensors
                         loop = _Loop(unet, kind, asked.constants)
                 loop.start(asked)
-            yield Run(loop, asked.table, self._turn)
+            yield Run(loop, asked.table, unet.turn)
         except BaseException:  # it is dropped, once what it has put on the device is done
             queue_of(unet.device).record().synchronize()
             raise
         unet.kept.put(unet.token, key, loop, loop.nbytes, queue_of(unet.device).record())
-
-    def _turn(self) -> AbstractContextManager[None]:
-        graphs = self._unet.graphs
-        return nullcontext() if graphs is None else graphs.turn()
 
 
 @contextmanager

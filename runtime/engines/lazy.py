@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from math import prod
 from pathlib import Path
 
@@ -204,7 +204,9 @@ class LazyEngine:
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.residency is not None:  # a recording would not outlive the weights' stay
             with self.residency.turn:
-                return self.load()(inputs)
+                engine = self.load()
+                with self.turn():
+                    return engine(inputs)
         engine = self.load()
         if self.graphs is None:
             return engine(inputs)
@@ -215,6 +217,11 @@ class LazyEngine:
             result = call(inputs)
             self.kept.put(self.token, kind, call, call.nbytes, queue_of(self.device).record())
             return result
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Nothing that was recorded runs meanwhile, on whatever stream: it may share memory with what the engine runs
+        in. After its `residency`'s turn, where there is one."""
+        return nullcontext() if self.graphs is None else self.graphs.turn()
 
     def record(self, inputs: Mapping[str, Tensor]) -> None:
         """Load the engine and record its call for inputs of these shapes, where work is recorded and can be kept."""
@@ -258,9 +265,7 @@ class LazyEngine:
     @contextmanager
     def _idle(self) -> Iterator[None]:
         """Nothing of it is put on the device meanwhile, and then nothing is kept that was recorded over its weights."""
-        turns: list[AbstractContextManager[object]] = [self._lock]
-        if self.graphs is not None:
-            turns.insert(0, self.graphs.turn())
+        turns: list[AbstractContextManager[object]] = [self.turn(), self._lock]
         if self.residency is not None:
             turns.insert(0, self.residency.turn)
         with ExitStack() as stack:

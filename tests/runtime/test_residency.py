@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from functools import partial
 from types import SimpleNamespace
@@ -9,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_components as tiny
 import torch
 from latentrt.runtime import residency
+from latentrt.runtime.engines.lazy import EngineLoader
 from latentrt.runtime.kept import Kept
 from latentrt.runtime.memory import POLICIES, Policy, check_policy, stays
 from latentrt.runtime.residency import Residency, Weights
@@ -262,3 +265,28 @@ def test_what_lies_across_its_items_comes_back_as_it_was() -> None:
         weights.leave()
         weights.arrive()
         assert all(x.equal(y) for x, y in zip(tensors, wanted, strict=True))
+
+
+def test_a_call_of_what_may_leave_has_the_turn_of_what_is_recorded() -> None:
+    """On a GPU a loop that another thread replays computes in the same memory."""
+    loader = EngineLoader("eager", CPU, torch.float32, None, graphs=True, memory="low")
+    lazy = loader.engine(tiny.affine())
+    engine, graphs, taken = lazy.load(), lazy.graphs, list[str]()
+    assert graphs is not None
+
+    def elsewhere() -> None:
+        with graphs.turn():
+            taken.append("elsewhere")
+
+    class Watched:
+        def __call__(self, inputs: Any) -> Any:
+            other.start()
+            other.join(0.2)
+            taken.append("here")
+            return engine(inputs)
+
+    other = threading.Thread(target=elsewhere)
+    lazy._engine = Watched()  # type: ignore[assignment]
+    lazy({"x": torch.zeros(2, 4)})
+    other.join()
+    assert taken == ["here", "elsewhere"]
