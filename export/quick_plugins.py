@@ -47,7 +47,8 @@ def register(trtp: Any, session: Session, arch: int) -> None:
 
     def formats(q: Any, k: Any, v: Any, scale: float, outputs: Any) -> Any:
         calls["configured"] += 1
-        return [trtp.AutoTuneCombination(", ".join(["|".join(_FORMATS[d] for d in DTYPES)] * 4), "LINEAR")]
+        # The graph says which: kernels of another dtype were not compiled, and might be asked for.
+        return [trtp.AutoTuneCombination(", ".join([_FORMATS[_dtype_of(q.dtype)]] * 4), "LINEAR")]
 
     def compiled(q: Any, k: Any, v: Any, scale: float, outputs: Any, tactic: int) -> Any:
         calls["serialized"] += 1
