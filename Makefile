@@ -3,7 +3,8 @@ PYTHON ?= python3
 PROMPT ?= an orange triangle below a cyan circle
 SEED ?= 2
 IMAGE ?= image.png
-BENCH ?= --batch 1,2 --rounds 7 --builders 2 --patience 300 --profile diffusers --profile latentrt-onnxruntime
+BENCH ?= --case demo --device cpu --batch 1,2 --rounds 7 --builders 2 --patience 300 \
+  --profile diffusers --profile latentrt-onnxruntime
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
@@ -25,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo 'make generate [PROMPT="..."] [SEED=2] [IMAGE=image.png]   a picture from the shipped demo model'
-	@echo 'make bench       speed, memory and quality beside diffusers into out/bench, under ten minutes'
+	@echo 'make bench       the demo on the CPU: speed, memory and quality beside diffusers into out/bench, under ten minutes'
 	@echo 'make test        the tests, a few minutes'
 	@echo 'make test-full [PARTS="..."]   the slow ones as well, hours: every sampler, demo quality, full-size engines'
 	@echo 'make gpu [PARTS="..."]         what needs a CUDA GPU: tests, kernels, the benchmark at full size'

@@ -1,4 +1,4 @@
-"""What `make generate` installs, what it hands on, and what comes of it."""
+"""What make's targets install, what they hand on, and what comes of it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import torch
+from latentrt.bench import commands
 from latentrt.bench.demo_model.checker import Verdict, find_objects, judge
 from latentrt.bench.demo_model.scenes import Scene, Thing
+from latentrt.bench.suite import Suite
+from latentrt.cli import _parser
+from planted_reports import report
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,10 +36,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def generated(folder: Path, *variables: str) -> list[str]:
-    command = ["make", "--no-print-directory", "generate", "EXTRA=cpu", *variables]
+def handed_on(folder: Path, target: str, *variables: str) -> list[str]:
+    """What its programs wrote, without the commands that make shows."""
+    command = ["make", "--silent", "--no-print-directory", target, *variables]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=True)
     return done.stdout.splitlines()
+
+
+def generated(folder: Path, *variables: str) -> list[str]:
+    return handed_on(folder, "generate", "EXTRA=cpu", *variables)
 
 
 @pytest.mark.parametrize(
@@ -72,18 +82,22 @@ def test_what_belongs_to_another_machine_is_removed_first(folder: Path) -> None:
 def test_what_needs_a_gpu_runs_in_an_environment_that_is_there(folder: Path) -> None:
     """Without a network nothing could be installed."""
     shutil.move(folder / ".venv", folder / "ready")
-    command = [
-        "make",
-        "--no-print-directory",
-        "gpu",
-        "TEST=",
-        "BIN=ready/bin",
-        "PARTS=--seconds 570 graph-tests",
-    ]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=True)
-    lines = [line for line in done.stdout.splitlines() if not line.startswith("ready/bin")]
+    lines = handed_on(folder, "gpu", "TEST=", "BIN=ready/bin", "PARTS=--seconds 570 graph-tests")
     assert lines == ["-m", "latentrt.bench.gpu", "--seconds", "570", "graph-tests"]
     assert not (folder / ".venv").exists()
+
+
+def test_the_benchmark_is_the_demos_on_the_cpu_also_where_there_is_a_gpu(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """README's figures are of that, and it takes ten minutes; profiles there are of a CPU only."""
+    (folder / ".venv" / ".test-cpu").touch()
+    monkeypatch.setattr(commands, "device_named", lambda name: torch.device(name or "cuda"))
+    suites: list[Suite] = []
+    monkeypatch.setattr(Suite, "run", lambda self: suites.append(self) or report())
+    list(commands.bench(_parser().parse_args(handed_on(folder, "bench", "EXTRA=cpu"))))
+    assert [case.name for case, _ in suites[0]._work] == ["demo"]
+    assert suites[0]._settings.device.type == "cpu"
 
 
 @pytest.mark.timeout(900)  # where nothing has exported the demo yet
