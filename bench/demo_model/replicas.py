@@ -29,16 +29,17 @@ class Replicas:
     def backward(self, loss: Callable[..., Tensor], *batch: Tensor) -> float:
         """Leave the gradients of the mean of `loss(module, *part)` in the first module; returns that mean.
 
-        The batch is split evenly along its rows.
+        Each module takes a part of the batch's rows, as even as it goes; with fewer rows than modules some have none.
         """
-        count = len(self.modules)
-        parts = list(zip(*(value.chunk(count) for value in batch), strict=True))
+        rows = len(batch[0])
+        count = min(len(self.modules), rows)
+        parts = list(zip(*(value.tensor_split(count) for value in batch), strict=True))
 
         def one(index: int) -> float:
             module = self.modules[index]
             for parameter in module.parameters():
                 parameter.grad = None
-            value = loss(module, *parts[index]) / count
+            value = loss(module, *parts[index]) * (len(parts[index][0]) / rows)
             value.backward()
             return float(value.detach())
 
@@ -46,7 +47,7 @@ class Replicas:
             return one(0)
         total = sum(self.pool.map(one, range(count)))
         gradients = _gradients(self.modules[0])
-        for replica in self.modules[1:]:
+        for replica in self.modules[1:count]:
             torch._foreach_add_(gradients, _gradients(replica))
         return total
 

@@ -56,13 +56,18 @@ def test_a_stage_resumes_where_it_stopped(tmp_path: Path) -> None:
     assert more[0] == pytest.approx(0.5, abs=0.1)
 
 
-def test_replicas_leave_the_gradients_of_the_whole_batch() -> None:
+@pytest.mark.parametrize("count", [2, 3, 6, 9])  # of 8 rows: even parts, uneven ones, more than rows
+def test_replicas_leave_the_gradients_of_the_whole_batch(count: int) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2))
     x, y = torch.randn(8, 5), torch.randn(8, 2)
-    F.mse_loss(module(x), y).backward()
+    mean = F.mse_loss(module(x), y)
+    mean.backward()
     wanted = [parameter.grad.clone() for parameter in module.parameters()]
-    Replicas(module, 2).backward(lambda part, a, b: F.mse_loss(part(a), b), x, y)
+    replicas = Replicas(module, count)
+    for _ in range(2):
+        found = replicas.backward(lambda part, a, b: F.mse_loss(part(a), b), x, y)
+        assert found == pytest.approx(mean.item())
     for parameter, gradient in zip(module.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
 
