@@ -4,8 +4,9 @@ Two runs are hours or machines apart, so a side's speed is compared as its ratio
 where there is one; seconds only where both runs are of one machine, and with a wide tolerance, since the same code
 differs by a tenth from one hour to the next. A change counts where the intervals do not touch and it is larger than a
 tolerance; intervals of too few rounds decide nothing. What is timed once or has no interval (building, the first
-picture, stages, energy) has wide tolerances too; quality is compared where both made the same pictures. What is
-measured in the first and missing in the second is worse, but for what depends on the machine's drivers.
+picture, stages, energy) has wide tolerances too; quality is compared where both made the same pictures, and likeness
+where they were held against the same side's. What is measured in the first and missing in the second is worse, but for
+what depends on the machine's drivers.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ _QUALITY = {
     "fid": ("FID", False, 0.0, 0.02, 0.0),
 }
 """What is of the pictures: (what, more is better, what counts, what share counts, where it is as good as it gets)."""
+_LIKENESS = ("psnr", "ssim", "lpips")
+"""Of these, what is measured beside the reference's pictures."""
 _NOT_SETTINGS = ("name", "summary", "batches")
 """Fields of a case that its figures do not depend on: a batch size has figures of its own."""
 
@@ -60,7 +63,7 @@ class Change:
 
     Attributes:
         verdict: `better`, `worse` or `same`; `changed` is what figures may differ by; and why they cannot be compared:
-            `other machine`, `other judge`, `other pictures`, `too few rounds`, `not measured`.
+            `other machine`, `other judge`, `other pictures`, `other reference`, `too few rounds`, `not measured`.
     """
 
     case: str
@@ -86,6 +89,7 @@ class _Runs:
     case: str
     same_machine: bool
     same_work: bool
+    same_reference: bool
     tolerance: float
     first: tuple[Row, Row] | None
 
@@ -162,21 +166,23 @@ def _case(
         name,
         same_machine=all(before.machine.get(key) == after.machine.get(key) for key in _SAME_MACHINE),
         same_work=(before.seed, a.prompts) == (after.seed, b.prompts),
+        same_reference=a.reference == b.reference,
         tolerance=tolerance,
         first=(a.rows[0], b.rows[0]) if shared_first else None,
     )
     rows = {row.side: row for row in b.rows}
     for row in a.rows:
-        if row.status not in _GOOD:
-            continue
+        if row.status not in _GOOD and not row.batches:
+            continue  # one that failed has the sizes that it was through with, or nothing to lose
         now = rows.get(row.side)
         if now is not None and "reference" in (row.status, now.status) and now.status in _GOOD:
             continue
-        if now is None or now.status != "measured":
+        lost = now is None or (row.status in _GOOD and now.status != "measured")
+        if lost:
             state = "not run" if now is None else f"{now.status}: {now.reason}"
             yield Change(name, row.side, "runs", row.status, state, "worse")
-            continue
-        yield from _row(runs, row, now)
+        if now is not None and (now.batches or not lost):
+            yield from _row(runs, row, now)
 
 
 def _row(runs: _Runs, a: Row, b: Row) -> Iterator[Change]:
@@ -295,6 +301,8 @@ def _quality(runs: _Runs, a: Row, b: Row) -> Iterator[Change]:
             verdict = "worse"
         elif not same_pictures:
             verdict = "other pictures"
+        elif field in _LIKENESS and not runs.same_reference:
+            verdict = "other reference"
         yield Change(runs.case, a.side, what, f"{before:.4g}", f"{after:.4g}", verdict)
 
 

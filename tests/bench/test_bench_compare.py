@@ -141,6 +141,33 @@ def test_quality_of_other_pictures_is_not_compared() -> None:
     assert ours(prompts, prompts)["PSNR"] == "same"
 
 
+def test_likeness_to_another_reference_is_not_compared() -> None:
+    """As where diffusers in float32 is there in one run only."""
+    near = Quality(4, 54.0, 0.9999, lpips=0.01, clip=31.7)
+    far = Quality(4, 42.0, 0.985, lpips=0.1, clip=30.0)
+    a, b = report(quality=near), report(quality=far)
+    other = replace(b, cases=[replace(b.cases[0], reference="diffusers@float32")])
+    found = ours(a, other)
+    assert {found[what] for what in ("PSNR", "SSIM", "LPIPS")} == {"other reference"}
+    assert found["CLIP score"] == "worse"
+    assert ours(a, b)["PSNR"] == "worse"
+
+
+def test_sizes_that_a_side_was_through_with_before_it_failed_are_compared() -> None:
+    """As where memory runs out at a larger batch."""
+    failed = {"status": "failed", "reason": "batch 8: OutOfMemoryError"}
+    slow = ours(report(**failed), report(1.5, **failed))
+    assert (slow["batch 1, speedup"], "runs" in slow) == ("worse", False)
+    assert ours(report(**failed), report(1.5))["batch 1, speedup"] == "worse"
+    lost = ours(report(), report(1.5, **failed))
+    assert (lost["runs"], lost["batch 1, speedup"]) == ("worse", "worse")
+    assert ours(report(**failed), report(**failed, batches=[]))["batch 1"] == "worse"
+    gone = report()
+    gone = replace(gone, cases=[replace(gone.cases[0], rows=gone.cases[0].rows[:1])])
+    assert ours(report(**failed), gone) == {"runs": "worse"}
+    assert ours(report(**failed, batches=[]), report()) == {}
+
+
 def test_a_side_that_is_invalid_now_is_worse() -> None:
     found = verdicts(report(), report(status="invalid", reason="PSNR 12 dB", batches=[]))
     assert found["latentrt-eager, runs"] == "worse"
