@@ -8,14 +8,13 @@ the ideal outline that overlaps it best.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from .scenes import COLOURS, SHAPES, Relation, Scene, Thing, signed_distance
+from .scenes import COLOURS, SHAPES, Relation, Scene, signed_distance
 
 Picture = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -41,7 +40,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a picture shows a scene: every object and no other; the relation (None where there is one thing)."""
+    """Whether a picture shows a scene: every object and no other; all their colours; of two things, which differ in
+    colour or shape, both and no other, rightly placed (None where there is one)."""
 
     objects: bool
     colours: bool
@@ -155,26 +155,8 @@ def judge(picture: Picture, scene: Scene) -> Verdict:
     colours = sorted(f.colour for f in found) == sorted(colour for colour, _ in wanted)
     if scene.relation is None:
         return Verdict(objects, colours, None)
-    pair = _match(found, scene.things)
-    if pair is None:
+    if not objects:
         return Verdict(objects, colours, False)
-    first, second = pair
-    return Verdict(objects, colours, relation_of((first.x, first.y), (second.x, second.y)) == scene.relation)
-
-
-def _match(found: list[Found], things: Sequence[Thing]) -> tuple[Found, Found] | None:
-    """The two largest found objects in the order of the things, by colour and then shape; None if they aren't those."""
-    if len(found) < 2:
-        return None
-    a, b = found[:2]
-
-    def likeness(one: Found, other: Found) -> int:
-        return sum(
-            2 * (f.colour == thing.colour) + (f.shape == thing.shape)
-            for f, thing in zip((one, other), things, strict=True)
-        )
-
-    straight, swapped = likeness(a, b), likeness(b, a)
-    if max(straight, swapped) < 3 or straight == swapped:
-        return None
-    return (a, b) if straight > swapped else (b, a)
+    places = {(f.colour, f.shape): (f.x, f.y) for f in found}
+    first, second = (places[thing.colour, thing.shape] for thing in scene.things)
+    return Verdict(objects, colours, relation_of(first, second) == scene.relation)

@@ -38,7 +38,8 @@ console = Console()
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of prompts right; `failures` lists (seed, prompt) of those that are not. `seed` is the first picture's."""
+    """Shares of prompts right, as `Verdict` has them, `relations` of those with two things; `failures` lists (seed,
+    prompt) of those that are not. `seed` is the first picture's."""
 
     seed: int
     prompts: int

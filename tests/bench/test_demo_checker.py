@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from latentrt.bench.demo_model import scenes
 from latentrt.bench.demo_model.checker import find_objects, judge
 from latentrt.bench.demo_model.evaluate import grammar_prompts, high_frequency_energy
 from latentrt.bench.demo_model.scenes import (
@@ -21,6 +25,9 @@ from latentrt.bench.demo_model.scenes import (
     random_scene,
     render,
 )
+from latentrt.bench.readme import RESULTS
+
+DEMO_MODEL = Path(scenes.__file__).parent
 
 
 def _scenes(number: int, things: int | None = None) -> list[Scene]:
@@ -59,10 +66,15 @@ def test_planted_faults_are_seen() -> None:
         first, second = scene.things
         colour = next(c for c in COLOURS if c not in (first.colour, second.colour))
         shape = next(s for s in SHAPES if s not in (first.shape, second.shape))
-        picture = render(replace(scene, things=(replace(first, colour=colour), second)))
-        assert not judge(picture, scene).objects
-        assert not judge(render(replace(scene, things=(replace(first, shape=shape), second))), scene).objects
-        assert not judge(render(replace(scene, things=(second,))), scene).objects
+        for wrong in (
+            (replace(first, colour=colour), second),
+            (replace(first, shape=shape), second),
+            (first, replace(second, colour=colour, shape=shape)),
+            (second,),
+        ):
+            verdict = judge(render(replace(scene, things=wrong)), scene)
+            assert not verdict.objects
+            assert verdict.relation is False  # of what is not there nothing is rightly placed
         moved = (replace(first, x=second.x, y=second.y), replace(second, x=first.x, y=first.y))
         verdict = judge(render(replace(scene, things=moved)), scene)
         assert verdict.relation is False
@@ -80,6 +92,17 @@ def test_held_out_pairings_stay_out_of_training() -> None:
         assert not {(t.colour, t.shape) for t in scene.things} & HELD_OUT_OBJECTS
     rows = grammar_prompts(40, 0)
     assert [held_out(scene) for _, scene in rows] == [False, True] * 20
+
+
+def test_the_demos_readme_counts_relations_from_the_failures_listed() -> None:
+    found = json.loads((RESULTS / "demo_quality.json").read_text("utf-8"))["accuracy"]
+    rows = grammar_prompts(found["prompts"], found["seed"])
+    failed = {seed - found["seed"]: words for seed, words in found["failures"]}
+    assert all(rows[k][0] == words for k, words in failed.items())
+    two = [k for k, (_, scene) in enumerate(rows) if scene.relation is not None]
+    right = [k for k in two if k not in failed]
+    (line,) = re.findall("both objects and their relation.*", (DEMO_MODEL / "README.md").read_text("utf-8"))
+    assert f"the {len(two)} prompts with two | {len(right) / len(two):.0%} |".replace("%", " %") in line
 
 
 def test_captions_name_what_is_drawn() -> None:

@@ -92,6 +92,14 @@ def test_what_the_vae_keeps(refined: PipelineGenerator) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1000)
+def test_full_vae(refined: PipelineGenerator) -> None:
+    result = measure_vae(refined.base.vae)
+    print(result)
+    assert result.psnr >= 30
+
+
+@pytest.mark.full
 @pytest.mark.timeout(3000)
 def test_full_accuracy(refined: PipelineGenerator) -> None:
     result = measure_accuracy(refined)
