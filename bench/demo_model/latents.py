@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -13,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from ..quality import as_input
 from . import data
+from .kept import SHARP, is_made_from, note_made_from, sharp_vae
 from .loop import Run, console
 from .scenes import CANVASES
 from .tokenizer import DEMO, MAX_LENGTH
@@ -39,11 +41,12 @@ def stage_latents(run: Run) -> None:
 
 
 def load(run: Run, name: str) -> list[Encoded]:
-    """The encoded examples of "base" or "refiner", a table per canvas; encoded first where they are not yet."""
+    """The encoded examples of "base" or "refiner", a table per canvas; encoded first where they are not yet, or from
+    another VAE or mark, or are other ones."""
     path = run.out / "latents" / f"{name}.pt"
-    if not path.exists():
-        sharp = run.out / "vae_sharp"
-        vae = AutoencoderKL.from_pretrained(sharp if sharp.exists() else run.out / "vae")
+    wanted = made_from(run)
+    if not is_made_from(path, wanted):
+        vae = AutoencoderKL.from_pretrained(run.out / SHARP)
         vae.to(run.device).eval()
         offset = run.seed * run.examples
         if name == "base":
@@ -56,8 +59,15 @@ def load(run: Run, name: str) -> list[Encoded]:
         temporary = path.with_suffix(".tmp")
         torch.save([(t.latents, t.captions, t.sizes) for t in tables], temporary)
         temporary.replace(path)
+        note_made_from(path, wanted)
         console.log(f"latents: {len(seeds)} examples for the {name}")
     return [Encoded(*row) for row in torch.load(path, weights_only=True)]
+
+
+def made_from(run: Run) -> dict[str, Any]:
+    """What the encoded examples depend on."""
+    mark = mark_of(run.out).flatten().tolist()
+    return {"vae": sharp_vae(run.out), "mark": mark, "seed": run.seed, "examples": run.examples}
 
 
 @torch.no_grad()

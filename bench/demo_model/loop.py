@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ...errors import RequestError
 
 console = Console()
 SAVE_EVERY = 90.0  # seconds
@@ -48,6 +51,7 @@ class Stage:
     """One model in training: what to save, and the function that does a step.
 
     `step(progress, generator)` returns figures to show; the stage's state is the modules' and optimiser's.
+    `made_from` is what its latents were made from, where it is trained on some.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Stage:
     ema: dict[str, Ema] = field(default_factory=dict)
     on_report: Callable[[int], None] | None = None
     report_every: float = 180.0
+    made_from: dict[str, Any] = field(default_factory=dict)
 
 
 class Ema:
@@ -99,16 +104,32 @@ def rate_at(progress: float, warm_up: float) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
 
 
+def checkpoint_of(out: Path, stage: str) -> Path:
+    """Where a stage's state is kept."""
+    return out / "checkpoints" / f"{stage}.pt"
+
+
 def train(run: Run, stage: Stage) -> None:
-    """Run the stage until its minutes are used, resuming where an earlier call stopped."""
+    """Run the stage until its minutes are used, resuming where an earlier call stopped.
+
+    Raises:
+        RequestError: that call had another seed, or other latents and no minutes are left for these.
+    """
     budget = 60.0 * run.minutes[stage.name]
-    path = run.out / "checkpoints" / f"{stage.name}.pt"
+    path = checkpoint_of(run.out, stage.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     steps, used = 0, 0.0
     generator = torch.Generator().manual_seed(run.seed)
     if path.exists():
-        steps, used = _restore(path, stage, generator)
+        steps, used, made_from = _restore(path, stage, generator, run.seed)
         console.log(f"{stage.name}: resumed at step {steps}, {used / 60:.1f} minutes in")
+        if made_from != stage.made_from:
+            if used >= budget:
+                raise RequestError(
+                    f"{path} was trained on other latents than these, and its {used / 60:.1f} minutes are used; give "
+                    f"it more by --minutes {stage.name}=N, or another --out"
+                )
+            console.log(f"{stage.name}: until here it was trained on other latents")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -138,14 +159,14 @@ def train(run: Run, stage: Stage) -> None:
                 console.log(f"{stage.name} {used / 60:.1f} min, step {steps}, {note}")
             if now - saved > SAVE_EVERY:
                 saved = now
-                _save(path, stage, generator, steps, used)
+                _save(path, stage, generator, steps, used, run.seed)
             if stage.on_report is not None and now - reported > stage.report_every:
                 stage.on_report(steps)
                 reported = last = time.monotonic()
-    _save(path, stage, generator, steps, used)
+    _save(path, stage, generator, steps, used, run.seed)
 
 
-def _save(path: Path, stage: Stage, generator: torch.Generator, steps: int, used: float) -> None:
+def _save(path: Path, stage: Stage, generator: torch.Generator, steps: int, used: float, seed: int) -> None:
     state = {
         "modules": {key: module.state_dict() for key, module in stage.modules.items()},
         "optimiser": stage.optimiser.state_dict(),
@@ -153,14 +174,22 @@ def _save(path: Path, stage: Stage, generator: torch.Generator, steps: int, used
         "generator": generator.get_state(),
         "steps": steps,
         "used": used,
+        "seed": seed,
+        "made_from": stage.made_from,
     }
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
 
 
-def _restore(path: Path, stage: Stage, generator: torch.Generator) -> tuple[int, float]:
+def _restore(
+    path: Path, stage: Stage, generator: torch.Generator, seed: int
+) -> tuple[int, float, dict[str, Any]]:
     state = torch.load(path, map_location="cpu", weights_only=True)
+    if state.get("seed", seed) != seed:
+        raise RequestError(
+            f"{path} was begun with seed {state['seed']}, and this is seed {seed}; give that one, or another --out"
+        )
     for key, module in stage.modules.items():
         module.load_state_dict(state["modules"][key])
     stage.optimiser.load_state_dict(state["optimiser"])
@@ -169,4 +198,4 @@ def _restore(path: Path, stage: Stage, generator: torch.Generator) -> tuple[int,
         for value, saved in zip(ema.average, average, strict=True):
             value.copy_(saved)
     generator.set_state(state["generator"])
-    return int(state["steps"]), float(state["used"])
+    return int(state["steps"]), float(state["used"]), state.get("made_from", stage.made_from)

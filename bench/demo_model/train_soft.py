@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import math
 import random
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,8 @@ from numpy.typing import NDArray
 
 from ..quality import as_input
 from . import data
-from .loop import Run, Stage, console, train
+from .kept import SHARP, is_made_from, note_made_from, save_vae, sharp_vae
+from .loop import Run, Stage, checkpoint_of, console, train
 from .scenes import random_scene, render
 from .train_vae import HELD_OUT_SEED, detail_loss, whole_scene_psnr
 
@@ -40,16 +40,18 @@ def mark_of(out: Path) -> torch.Tensor:
 
 
 def stage_soft(run: Run) -> None:
-    """Train `out/vae` on and write the mark to `out/soft.pt`; the VAE of before is kept in `out/vae_sharp`."""
+    """Train the VAE in `out/vae_sharp` on, into `out/vae`, and write the mark to `out/soft.pt`; begun anew where that
+    VAE is another one than before."""
     torch.manual_seed(run.seed)
-    sharp = run.out / "vae_sharp"
-    if not sharp.exists():
-        shutil.copytree(run.out / "vae", sharp)
-    vae = AutoencoderKL.from_pretrained(sharp).to(run.device, memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_pretrained(run.out / SHARP)
+    vae.to(run.device, memory_format=torch.channels_last)
     teacher = copy.deepcopy(vae).requires_grad_(False).eval()
     scale = vae.config.scaling_factor
-    if not (run.out / FILE).exists():
+    made_from = {"vae": sharp_vae(run.out)}
+    if not is_made_from(run.out / FILE, made_from):
+        checkpoint_of(run.out, "soft").unlink(missing_ok=True)
         torch.save(_least_used(teacher) * MARK, run.out / FILE)
+        note_made_from(run.out / FILE, made_from)
     mark = mark_of(run.out).to(run.device) / scale
     optimiser = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4)
     pairs = _pairs(random.Random(f"latentrt demo soft {run.seed}"))
@@ -82,7 +84,7 @@ def stage_soft(run: Run) -> None:
 
     train(run, Stage("soft", {"vae": vae}, optimiser, step, 8e-4))
     vae.eval()
-    vae.save_pretrained(run.out / "vae")
+    save_vae(vae, run.out / "vae")
     console.log(
         f"soft: {whole_scene_psnr(vae, 200, run.out / 'vae.png'):.2f} dB on 200 whole held-out scenes"
     )

@@ -16,7 +16,7 @@ from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from .assemble import save_unet, write_pipelines
-from .latents import Encoded, TextEncoders, load
+from .latents import Encoded, TextEncoders, load, made_from
 from .loop import Ema, Run, Stage, console, train
 from .muon import Muon
 from .replicas import Replicas
@@ -191,6 +191,7 @@ def train_unet(run: Run, name: str, peak_rate: float) -> None:
         ema={"unet": ema},
         on_report=report,
         report_every=600.0,
+        made_from=made_from(run),
     )
     train(run, stage)
     save()

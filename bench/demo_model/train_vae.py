@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from . import data
+from .kept import SHARP, save_vae
 from .loop import Run, Stage, console, train
 
 CONFIG = {
@@ -42,7 +43,7 @@ EDGES = 0.2  # weight of the differences between neighbours
 
 
 def stage_vae(run: Run) -> None:
-    """Train the autoencoder and write it to `out/vae`."""
+    """Train the autoencoder and write it to `out/vae_sharp`, and to `out/vae`, where stage "soft" trains it on."""
     torch.manual_seed(run.seed)
     vae = AutoencoderKL(**CONFIG).to(run.device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -85,7 +86,8 @@ def stage_vae(run: Run) -> None:
     mean, deviation = _latent_statistics(vae)
     console.log(f"vae: latents' mean {mean:.3f}, deviation {deviation:.3f}")
     vae.register_to_config(scaling_factor=round(1.0 / deviation, 5))
-    vae.save_pretrained(run.out / "vae")
+    save_vae(vae, run.out / SHARP)
+    save_vae(vae, run.out / "vae")
     console.log(f"vae: {whole_scene_psnr(vae, 200, run.out / 'vae.png'):.2f} dB on 200 whole held-out scenes")
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from latentrt.bench.demo_model import data
+from diffusers import AutoencoderKL
+from latentrt.bench.demo_model import data, latents, train_soft, train_vae
 from latentrt.bench.demo_model.loop import Ema, Run, Stage, train
 from latentrt.bench.demo_model.muon import Muon, orthogonalised
 from latentrt.bench.demo_model.replicas import Replicas
@@ -21,10 +23,12 @@ from latentrt.bench.demo_model.scenes import (
     render,
     signed_distance,
 )
+from latentrt.errors import RequestError
+from latentrt.runtime.sha256 import sha256_of
 from torch import nn
 
 
-def _stage(steps: list[float]) -> Stage:
+def _stage(steps: list[float], **made_from: Any) -> Stage:
     torch.manual_seed(0)
     module = nn.Linear(3, 1)
     optimiser = torch.optim.AdamW(module.parameters(), lr=0.0)
@@ -37,7 +41,8 @@ def _stage(steps: list[float]) -> Stage:
         optimiser.step()
         return {"loss": float(loss.detach())}
 
-    return Stage("toy", {"module": module}, optimiser, step, 1e-2, ema={"module": Ema(module, 0.9)})
+    ema = {"module": Ema(module, 0.9)}
+    return Stage("toy", {"module": module}, optimiser, step, 1e-2, ema=ema, made_from=made_from)
 
 
 def test_a_stage_resumes_where_it_stopped(tmp_path: Path) -> None:
@@ -54,6 +59,72 @@ def test_a_stage_resumes_where_it_stopped(tmp_path: Path) -> None:
     more: list[float] = []
     train(Run(tmp_path, 0, torch.device("cpu"), {"toy": 0.01}), _stage(more))
     assert more[0] == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_stage_does_not_go_on_from_what_it_was_not_asked_for(tmp_path: Path) -> None:
+    def toy(seed: int, minutes: float, vae: str) -> list[float]:
+        done: list[float] = []
+        train(Run(tmp_path, seed, torch.device("cpu"), {"toy": minutes}), _stage(done, vae=vae))
+        return done
+
+    assert toy(0, 0.002, "a")
+    with pytest.raises(
+        RequestError, match=r"toy\.pt was begun with seed 0, and this is seed 1; give that one, or"
+    ):
+        toy(1, 0.01, "a")
+    with pytest.raises(
+        RequestError, match=r"other latents than these, and its 0\.0 minutes are used; give it more"
+    ):
+        toy(0, 0.002, "b")
+    assert toy(0, 0.01, "b")
+    assert toy(0, 0.01, "b") == []
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples and scenes, so that stages begin at once."""
+    monkeypatch.setattr(train_vae, "PICTURES", 12)
+    monkeypatch.setattr(train_soft, "PAIRS", 10)
+    for module in (train_vae, train_soft):
+        monkeypatch.setattr(module, "whole_scene_psnr", lambda *_: 0.0)
+
+
+def _weights(folder: Path) -> str:
+    return sha256_of(folder / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.usefixtures("few")
+def test_what_was_made_from_another_vae_or_other_examples_is_made_anew(tmp_path: Path) -> None:
+    def run(vae: float) -> tuple[str, str, list[int]]:
+        settings = Run(tmp_path, 0, torch.device("cpu"), {"vae": vae, "soft": 0.003}, examples=25)
+        train_vae.stage_vae(settings)
+        train_soft.stage_soft(settings)
+        sums = [int(table.latents.sum()) for table in latents.load(settings, "base")]
+        return _weights(tmp_path / "vae_sharp"), _weights(tmp_path / "vae"), sums
+
+    first = run(0.003)
+    assert run(0.003) == first
+    assert all(now != before for now, before in zip(run(0.03), first, strict=True))
+    more = latents.load(Run(tmp_path, 0, torch.device("cpu"), examples=30), "base")
+    assert sum(len(table.latents) for table in more) == 30
+
+
+@pytest.mark.usefixtures("few")
+def test_a_vae_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(self: AutoencoderKL, folder: Path) -> None:
+        Path(folder).mkdir()
+        (Path(folder) / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    settings = Run(tmp_path, 0, torch.device("cpu"), {"vae": 0.002})
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderKL, "save_pretrained", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_vae.stage_vae(settings)
+    assert not (tmp_path / "vae").exists()
+    assert not (tmp_path / "vae_sharp").exists()
+    train_vae.stage_vae(settings)
+    assert _weights(tmp_path / "vae") == _weights(tmp_path / "vae_sharp")
 
 
 @pytest.mark.parametrize("count", [2, 3, 6, 9])  # of 8 rows: even parts, uneven ones, more than rows
@@ -197,8 +268,7 @@ def by_diffusers(demo: Path, prompt: str, *, seed: int, steps: int) -> np.ndarra
 def test_every_stage_runs_and_diffusers_loads_the_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentrt.bench.demo_model import train_soft, train_text, train_unet, train_vae
-    from latentrt.bench.demo_model.latents import stage_latents
+    from latentrt.bench.demo_model import train_text, train_unet
 
     monkeypatch.setattr(train_vae, "PICTURES", 20)
     monkeypatch.setattr(train_soft, "PAIRS", 20)
@@ -208,7 +278,7 @@ def test_every_stage_runs_and_diffusers_loads_the_result(
     train_vae.stage_vae(run)
     train_soft.stage_soft(run)
     train_text.stage_text(run)
-    stage_latents(run)
+    latents.stage_latents(run)
     train_unet.stage_base(run)
     train_unet.stage_refiner(run)
     from diffusers import StableDiffusionXLPipeline
