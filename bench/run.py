@@ -361,6 +361,8 @@ class CaseRun:
         host = self._open_host(replace(lane.job, profiled=True))
         try:
             host.open()
+            if (settings := host.tune()) != lane.settings:
+                raise BenchmarkError(f"it would be of {settings}, and the times are of {lane.settings}")
             lane.profile = host.profile(*self._plan.work(0, 1))
         except Exception as error:  # its speed stands without it
             self._tell(lane.spec.name, f"no profile: {_first_line(error)}")
