@@ -195,7 +195,7 @@ _ROWS = (
     ),
     Gate(
         "mlperf",
-        "MLPerf's CLIP score and FID over 5,000 captions; needs --clip, --inception and --truth",
+        "MLPerf's CLIP score and FID over its 5,000 captions; needs --prompts, --clip, --inception and --truth",
         False,
         _mlperf,
         needs=("clip", "inception", "truth"),

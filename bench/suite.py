@@ -192,6 +192,12 @@ class Suite:
             raise RequestError(
                 f"gate {gate.name!r} judges {gate.least_pictures} pictures, and --pictures is {settings.plan.pictures}"
             )
+        prompts = len(settings.plan.prompts)
+        if max(prompts, 1) < gate.least_pictures:  # with none it would be a case's own few, taken in turn
+            raise RequestError(
+                f"gate {gate.name!r} judges {gate.least_pictures} pictures, each of a prompt of its own, and there are "
+                f"{prompts} prompts; give them by --prompts"
+            )
         lacking = [name for name in gate.networks if settings.metrics and name not in settings.metrics]
         if lacking:
             raise RequestError(

@@ -64,8 +64,14 @@ def test_mlperfs_gate_refuses_what_it_could_not_judge(tmp_path: Path) -> None:
     assert gate.refuses(CASES["sdxl"], judges) != ""
     other = replace(judges, clip=SimpleNamespace(name="CLIP ViT-L/14 (z)"))
     assert gate.refuses(case, other) == "clip would be by CLIP ViT-L/14 (z), and it judges CLIP ViT-B/32's"
-    plan = Plan([], gate, pictures=5000)
+    plan = Plan(["a"] * 5000, gate, pictures=5000)
     paths = dict.fromkeys(("clip", "inception", "truth"), tmp_path)
+    for prompts in ([], ["a"] * 4999):
+        settings = Settings(replace(plan, prompts=prompts), torch.device("cpu"), tmp_path, "", **paths)
+        with pytest.raises(
+            RequestError, match=f"of its own, and there are {len(prompts)} prompts; give them by"
+        ):
+            Suite([(case, [planted("a")])], settings)
     settings = Settings(plan, torch.device("cpu"), tmp_path, "", metrics=("psnr", "fid"), **paths)
     with pytest.raises(RequestError, match="gate 'mlperf' judges by clip; give --metric for it, or for none"):
         Suite([(case, [planted("a")])], settings)

@@ -109,7 +109,7 @@ def test_a_case_that_its_gate_cannot_judge_is_refused_before_anything_is_measure
 ) -> None:
     monkeypatch.setattr(Suite, "_judges", lambda self, case: Judges())
     settings = Settings(
-        Plan([], GATES["mlperf"], pictures=5000),
+        Plan(["a"] * 5000, GATES["mlperf"], pictures=5000),
         torch.device("cpu"),
         tmp_path / "out",
         "",
