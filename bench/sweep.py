@@ -92,7 +92,10 @@ def sweep(
             [_point(setting, found[setting], done, prompts, judges) for setting in settings] if done else []
         )
 
-    make(prompts[:batch], list(range(seed, seed + min(batch, len(prompts)))), *settings[0])  # warm-up
+    for frac in dict.fromkeys(
+        fracs
+    ):  # warm-up: what only some shares ask for, the refiner, is loaded by then
+        make(prompts[:batch], list(range(seed, seed + min(batch, len(prompts)))), max(steps), frac)
     try:
         for first in range(0, len(prompts), batch):
             some = prompts[first : first + batch]
