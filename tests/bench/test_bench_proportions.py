@@ -72,6 +72,22 @@ def test_all_sides_compute_the_same(block: Block) -> None:
     assert found.flops > 0
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 0.01])
+def test_a_side_that_computes_something_else_has_no_speed(
+    wrong: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        proportions,
+        "_plain",
+        lambda pair, file: lambda inputs: {"out": pair.theirs(*inputs.values()) + wrong},
+    )
+    block = Block("residual", None, lambda: residual(8, 32, embedding=16))
+    with pytest.raises(
+        BenchmarkError, match=r"residual, ONNX Runtime differs by \S+ from eager, at most 0\.0"
+    ):
+        measure(block, rounds=1)
+
+
 def test_the_result_is_written_with_what_it_was_made_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
