@@ -18,6 +18,7 @@ from .features import as_bytes
 from .plots import Line, bars, lines
 from .results import CaseResult, Report
 from .side import Images
+from .stats import COVER
 
 __all__ = ["PROFILE", "STYLE", "html", "markdown", "save_pictures"]
 
@@ -180,7 +181,7 @@ def _best(case: CaseResult) -> str:
         return ""
     side = max(found, key=lambda name: found[name].value)
     r = found[side]
-    if not r.low > 1:
+    if r.cover < COVER or not r.low > 1:
         return ""
     return (
         f"Quickest: {side}, {r.value:.2f} times as fast as {case.rows[0].side} ({r.low:.2f} to {r.high:.2f})."

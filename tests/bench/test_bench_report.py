@@ -118,6 +118,8 @@ def test_the_page_is_whole_and_needs_nothing_beside_it() -> None:
     assert re.search(r"Quickest: latentrt-eager, (1\.9|2\.0)", reports.html(report(), {}))
     assert "Quickest" not in reports.html(report(2.1, 2.0), {})  # the first one is
     assert "Quickest" not in reports.html(report(2.0, 2.0), {})
+    assert "Quickest" not in reports.html(report(rounds=5), {})  # too few for an interval
+    assert "Quickest" in reports.html(report(rounds=6), {})
     nobody = replace(made.cases[0], rows=[made.cases[0].rows[1]])
     assert "<svg" not in reports.html(replace(made, cases=[nobody]), {})
     assert "http" not in re.sub(r"http://www.w3.org/\S+", "", page)
