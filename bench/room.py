@@ -122,16 +122,29 @@ def arrange(case: Case, sides: Sequence[SideSpec], found: Room, built: Container
     disk = found.disk - (0 if first.name in built else written_bytes(case, first))
 
     batches = {first.name: mine}
-    lost = {first.name: {b: f"about {_gib(size(first, b))} GiB" for b in case.batches if b not in mine}}
+    crowded = ", which leaves no room for another side"
+    lost = {
+        first.name: {
+            b: f"about {_gib(size(first, b))} GiB{crowded if b in alone else ''}"
+            for b in case.batches
+            if b not in mine
+        }
+    }
+    beside_it = {
+        b: f"beside {first.name}, which takes about {_gib(max(own, size(first, b)))} GiB"
+        for b in case.batches
+    }
     groups = [[first.name]]
     memory_here, disk_here = left, disk
     eager = eager_sides(sides)
     for side in sorted(others, key=lambda side: side.name not in eager):
         written = 0 if side.name in built else written_bytes(case, side)
         fits = tuple(b for b in mine if size(side, b) <= left)
-        lost[side.name] = {b: f"about {_gib(size(side, b))} GiB" for b in case.batches if b not in fits}
+        lost[side.name] = {
+            b: f"about {_gib(size(side, b))} GiB {beside_it[b]}" for b in case.batches if b not in fits
+        }
         if fits and written > (disk_here if found.keeps else disk):
-            lost[side.name] = dict.fromkeys(case.batches, f"about {_gib(written)} GiB on disk")
+            lost[side.name] = {b: f"about {_gib(written)} GiB on disk {beside_it[b]}" for b in case.batches}
             fits = ()
         if not fits:
             continue
@@ -145,11 +158,8 @@ def arrange(case: Case, sides: Sequence[SideSpec], found: Room, built: Container
         disk_here -= written
 
     free = f"{_gib(found.memory)} GiB of memory and {_gib(found.disk)} GiB of disk are free"
-    beside_it = f" beside {first.name}, which takes about {_gib(own)} GiB"
     told = {
-        name: {b: f"needs {why}{'' if name == first.name else beside_it}; {free}" for b, why in sizes.items()}
-        for name, sizes in lost.items()
-        if sizes
+        name: {b: f"needs {why}; {free}" for b, why in sizes.items()} for name, sizes in lost.items() if sizes
     }
     return Arrangement(groups, batches, told)
 

@@ -309,6 +309,19 @@ def test_80_gb_leave_out_what_does_not_fit_beside_the_first_side() -> None:
     assert len(arranged("sdxl-refiner", 79.2)[0].groups) > 1
 
 
+def test_a_size_at_which_nothing_fits_beside_the_first_side_is_told_so() -> None:
+    case, sides = replace(CASES["sdxl"], batches=(1, 8)), sides_named(["diffusers", "latentrt-eager"])
+    made = arrange(case, sides, Room(60 * GIB, 1000 * GIB))
+    assert made.batches == {"diffusers": (1,), "latentrt-eager": (1,)}
+    free = "60.0 GiB of memory and 1000.0 GiB of disk are free"
+    assert made.lost == {
+        "diffusers": {8: f"needs about 39.5 GiB, which leaves no room for another side; {free}"},
+        "latentrt-eager": {8: f"needs about 39.5 GiB beside diffusers, which takes about 39.5 GiB; {free}"},
+    }
+    smaller = arrange(case, sides, Room(24 * GIB, 1000 * GIB))
+    assert smaller.lost["diffusers"][8].startswith("needs about 39.5 GiB; 24.0 GiB of memory")
+
+
 def test_24_gb_measure_what_fits_in_pairs() -> None:
     made, count = arranged("sdxl", 23.4)
     assert set(made.batches.values()) == {(1,)}
