@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import BenchmarkError
+from ..kernels.whole_file import write_whole
 from . import tables
 from .cases import SIDES
 from .proportions import read_blocks
@@ -42,7 +42,7 @@ def section(demo: Report, results: Path) -> str:
         results: folder where the other files of results may be.
 
     Raises:
-        BenchmarkError: the demo was not measured, or not beside diffusers; or a file cannot be read.
+        BenchmarkError: the demo was not measured, or on a GPU, or not beside diffusers; or a file cannot be read.
     """
     found = [*_demo(demo), *_blocks(results / _BLOCKS)]
     for path in sorted(results.glob(_GPU)):
@@ -51,6 +51,10 @@ def section(demo: Report, results: Path) -> str:
 
 
 def _demo(report: Report) -> Iterator[str]:
+    if gpu := report.machine.get("gpu"):
+        raise BenchmarkError(
+            f"the results are of {gpu}, and the demo's place is a CPU's; run latentrt bench --case demo --device cpu"
+        )
     case = next((case for case in report.cases if case.case["name"] == "demo"), None)
     if case is None or not case.rows or not case.first(case.rows[0]) or case.rows[0].side != "diffusers":
         raise BenchmarkError(
@@ -148,9 +152,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write README's figures.")
     parser.add_argument("result", type=Path, nargs="?", help=f"takes the place of bench/results/{_DEMO}")
     args = parser.parse_args(argv)
-    text = refreshed(README.read_text("utf-8"), read_report(args.result or RESULTS / _DEMO), RESULTS)
-    if args.result is not None:
-        shutil.copyfile(args.result, RESULTS / _DEMO)
+    source = args.result or RESULTS / _DEMO
+    text = refreshed(README.read_text("utf-8"), read_report(source), RESULTS)
+    write_whole(RESULTS / _DEMO, source.read_text("utf-8"))
     README.write_text(text, "utf-8")
     return 0
 

@@ -69,8 +69,13 @@ def test_a_new_result_takes_the_old_ones_place(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(BenchmarkError, match="holds no results"):
         readme.main([str(tmp_path / "bad.json")])
-    assert demo.read_text() == text
-    assert readme.README.read_text("utf-8") == written
+    write_report(tmp_path / "gpu.json", report(machine={**MACHINE, "gpu": "H200"}))
+    with pytest.raises(BenchmarkError, match="the results are of H200, and the demo's place is a CPU's"):
+        readme.main([str(tmp_path / "gpu.json")])
+    for again in ([], [str(demo)]):  # that very file
+        assert readme.main(again) == 0
+        assert demo.read_text() == text
+        assert readme.README.read_text("utf-8") == written
 
 
 def test_speed_has_its_quality_beside_it(tmp_path: Path) -> None:
