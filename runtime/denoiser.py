@@ -134,20 +134,20 @@ class Denoiser:
         # The only size of the constants that a kind does not have: the text's length, which varies with the model.
         first = next(iter(asked.constants.values()), None)
         key = kind, 0 if first is None else first.shape[1]
-        engine = unet.load()
-        # Not if it was loaded anew, or moved to another device.
-        loop: _Loop | None = unet.kept.take(unet.token, key, lambda loop: loop.engine is engine)
-        try:
-            with unet.turn():
-                if loop is None:
-                    with torch.inference_mode(False):  # a caller's own would mark the static tensors
-                        loop = _Loop(unet, kind, asked.constants)
-                loop.start(asked)
-            yield Run(loop, asked.table, unet.turn)
-        except BaseException:  # it is dropped, once what it has put on the device is done
-            queue_of(unet.device).record().synchronize()
-            raise
-        unet.kept.put(unet.token, key, loop, loop.nbytes, queue_of(unet.device).record())
+        with unet.loop() as engine:
+            # Not if it was loaded anew, or moved to another device.
+            loop: _Loop | None = unet.kept.take(unet.token, key, lambda loop: loop.engine is engine)
+            try:
+                with unet.turn():
+                    if loop is None:
+                        with torch.inference_mode(False):  # a caller's own would mark the static tensors
+                            loop = _Loop(unet, kind, asked.constants)
+                    loop.start(asked)
+                yield Run(loop, asked.table, unet.turn)
+            except BaseException:  # it is dropped, once what it has put on the device is done
+                queue_of(unet.device).record().synchronize()
+                raise
+            unet.kept.put(unet.token, key, loop, loop.nbytes, queue_of(unet.device).record())
 
 
 @contextmanager

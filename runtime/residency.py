@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..errors import RequestError
 from .engines.base import Component
 from .kept import Kept
 from .memory import STAGING, Kind, Policy, kind_of, stays
@@ -213,6 +214,11 @@ class Resident(Protocol):
         ...
 
     @property
+    def looping(self) -> bool:
+        """Whether a loop runs over it, whose weights may not leave before its end."""
+        ...
+
+    @property
     def residency(self) -> Residency | None:
         """What may make it leave, if anything does."""
         ...
@@ -245,13 +251,28 @@ class Residency:
         return stays(self.policy, kind, kind)
 
     def enter(self, engine: Resident) -> None:
-        """Before it is loaded or brought back: what may not stay with it leaves."""
+        """Before it is loaded or brought back: what may not stay with it leaves.
+
+        Raises:
+            RequestError: that is in the midst of a loop, one of whose callbacks asks for this one.
+        """
         running = kind_of(engine.component.name)
-        for other in self.present:
-            if other is engine or other.device != engine.device:
-                continue
-            if not stays(self.policy, kind_of(other.component.name), running):
-                other.leave()
+        leaving = [
+            other
+            for other in self.present
+            if other is not engine
+            and other.device == engine.device
+            and not stays(self.policy, kind_of(other.component.name), running)
+        ]
+        for other in leaving:
+            if other.looping:  # it goes on over the weights that it has
+                raise RequestError(
+                    f"a callback asks for {engine.component.name} while the {other.component.name} takes its steps, "
+                    f"and by memory={self.policy!r} they are not on the device together: load the pipeline with "
+                    "memory='balanced', or do it after the call; for pictures of steps call fit_previewer before it"
+                )
+        for other in leaving:
+            other.leave()
         self._present = [weakref.ref(other) for other in self.present if other is not engine]
         self._present.append(weakref.ref(engine))
 

@@ -139,6 +139,7 @@ class LazyEngine:
         self._lock = threading.Lock()
         self._engine: Engine | None = None
         self._away = False
+        self._loops = 0
         self.token = object()
         # Its loader may outlive it, by an engine that another pipeline shares.
         weakref.finalize(self, loader.kept.forget, self.token).atexit = False
@@ -175,6 +176,22 @@ class LazyEngine:
             return 0
         laid_out: int | None = getattr(self._engine, "weight_bytes", None)
         return self.component.weight_bytes if laid_out is None else laid_out
+
+    @property
+    def looping(self) -> bool:
+        """Whether a loop runs over it, whose weights may not leave before its end."""
+        return self._loops > 0
+
+    @contextmanager
+    def loop(self) -> Iterator[Engine]:
+        """What `load` gives, for a loop: until its end nothing makes it leave."""
+        with self._lock:
+            self._loops += 1
+        try:
+            yield self.load()
+        finally:
+            with self._lock:
+                self._loops -= 1
 
     def load(self) -> Engine:
         """The engine itself, its weights on the device; exports or compiles the component when its cache lacks it.

@@ -123,7 +123,7 @@ def test_another_policy_is_another_s(tiny: Tiny, load: Load) -> None:
 
 def test_engines_of_other_devices_stay() -> None:
     class Engine:
-        present = True
+        present, looping = True, False
 
         def __init__(self, device: str) -> None:
             self.component: Any = type("Named", (), {"name": "unet"})

@@ -302,6 +302,47 @@ def test_an_engine_that_cannot_be_moved_is_closed_and_loaded_again(load: Load, i
     assert len(loads) == 2 * once
 
 
+ASKING: dict[str, Callable[[latentrt.Pipeline, Tensor], object]] = {
+    "a decoded step": lambda pipe, latents: pipe.vae.decode(latents),
+    "a previewer": lambda pipe, _: pipe.fit_previewer(),
+    "another picture": lambda pipe, _: pipe(**CALL),
+}
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("asks", ASKING)
+def test_a_callback_cannot_send_the_running_unet_away(
+    asks: str, graphs: bool, load: Load, image: Any
+) -> None:
+    """Its recorded step would go on over memory that is others', and be kept for later requests."""
+    pipe = load(memory="low", graphs=graphs)
+    there: list[set[str]] = []
+
+    def ask(_: Any, step: int, timestep: float, values: dict[str, Any]) -> None:
+        with pytest.raises(
+            RequestError, match="while the unet takes its steps, and by memory='low' they are not"
+        ):
+            ASKING[asks](pipe, values["latents"])
+        there.append(held(pipe))
+
+    assert np.array_equal(pipe(**CALL, callback_on_step_end=ask).images, image)
+    assert there == list(WHILE["low"])
+    assert np.array_equal(pipe(**CALL).images, image)
+
+
+@pytest.mark.parametrize("policy", ["resident", "balanced"])
+def test_a_callback_may_ask_for_what_is_there_beside_the_unet(policy: str, load: Load, image: Any) -> None:
+    pipe = load(memory=policy, graphs=True)
+    asked: list[Tensor] = []
+    for ask in ASKING.values():
+
+        def call(p: latentrt.Pipeline, i: int, t: float, values: dict[str, Any], ask: Any = ask) -> None:
+            asked.append(ask(p, values["latents"]))
+
+        assert np.array_equal(pipe(**CALL, callback_on_step_end=call).images, image)
+    assert len(asked) == 2 * len(ASKING)
+
+
 def test_the_command(run: Any, tiny: Callable[..., Path]) -> None:
     model = (
         "--model",

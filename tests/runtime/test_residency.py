@@ -29,6 +29,7 @@ class Resident:
     def __init__(self, name: str, there: Residency, gone: list[str]) -> None:
         self.component: Any = SimpleNamespace(name="unet" if name == "refiner" else name)
         self.device, self.present, self.held_bytes, self.kept = CPU, True, 0, Kept()
+        self.looping = False
         self.residency = there
         self._name, self._gone = name, gone
 
