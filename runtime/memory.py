@@ -108,18 +108,18 @@ class Plan:
 
     def held_bytes(self, *kinds: str) -> int:
         """Bytes of the weights on the device, of the networks that run in stages of these kinds, or in any."""
-        return sum(self.networks[name].footprint.held_bytes for name in self._used(kinds))
+        return sum(self.networks[name].footprint.held_bytes for name in self.used(*kinds))
 
     def pool_bytes(self, *kinds: str) -> int:
         """What a pool needs that stages of these kinds, or all, share one after the other."""
-        return max((self.networks[name].footprint.pool_bytes for name in self._used(kinds)), default=0)
+        return max((self.networks[name].footprint.pool_bytes for name in self.used(*kinds)), default=0)
 
     def graph_bytes(self, policy: str) -> int:
         """What the memory needs that recordings share: all stages are recorded, or denoising only."""
         return self.pool_bytes() if policy == "resident" else self.pool_bytes("denoise")
 
-    def _used(self, kinds: tuple[str, ...]) -> set[str]:
-        """Names of the networks; without kinds, of all that run."""
+    def used(self, *kinds: str) -> set[str]:
+        """Names of the networks that run in stages of these kinds, or in any."""
         return {name for stage in self.stages if not kinds or stage.kind in kinds for name in stage.calls}
 
     def need(self, policy: str) -> dict[str, int]:
@@ -176,7 +176,7 @@ class Plan:
             smaller = ", or a smaller size or batch" if self.pool_bytes() else ""
             return f"take policy {' or '.join(fitting)}{smaller}"
         least = min(POLICIES, key=self.peak)
-        name = max(self._used(()), key=lambda name: self.networks[name].footprint.held_bytes)
+        name = max(self.used(), key=lambda name: self.networks[name].footprint.held_bytes)
         weights = self.networks[name].footprint.held_bytes
         if weights + RESERVE > available:
             return (

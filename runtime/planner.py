@@ -159,12 +159,11 @@ class Planner:
         scale = self._vae.scale
         shape = (batch, self._vae.channels, height // scale, width // scale)
         loops = []
-        for stage in stages:
-            if len(stage.table):
-                expert = stage.expert
-                doubled = guided and expert.config.time_cond_proj_dim is None
-                kind = LoopKind.of(shape, stage.table, doubled, expert.unet.component.dtype)
-                loops.append((stage.name, expert, kind))
+        for stage in stages:  # also one that takes no steps: its networks are loaded all the same
+            expert = stage.expert
+            doubled = guided and expert.config.time_cond_proj_dim is None
+            kind = LoopKind.of(shape, stage.table, doubled, expert.unet.component.dtype)
+            loops.append((stage.name, expert, kind))
         key = (tuple((name, kind) for name, _, kind in loops), encoded, decoded, tile)
         with self._lock:
             if key not in self._plans:

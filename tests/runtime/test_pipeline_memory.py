@@ -28,6 +28,7 @@ from torch import Tensor
 Load = Callable[..., latentrt.Pipeline]
 
 LARGE = {**CALL, "height": 512, "width": 512}
+NO_SIZE = {name: value for name, value in CALL.items() if name not in ("height", "width")}
 
 
 def held(pipe: latentrt.Pipeline) -> set[str]:
@@ -139,6 +140,23 @@ def test_a_kind_is_planned_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(planned) == 3
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_request_of_no_steps_is_planned_too(policy: str, load: Load) -> None:
+    """Its networks are loaded all the same, and its pictures have their size."""
+    free, pipe = load(), load(memory=policy, memory_limit="1GB")
+    peaks = []
+    for side in (8, 16):
+        latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(side))
+        call = {**NO_SIZE, "image": latents, "strength": 0.0}
+        request, steps = pipe.check(**call)
+        assert steps == 0
+        plan = pipe._budget.plan(request, stages_of_request(pipe._base, pipe._refiner, request, "euler-a"))
+        assert {"text_encoder", "text_encoder_2", "unet", "vae_decoder"} == plan.used()
+        peaks.append(plan.peak(policy))
+        assert np.array_equal(pipe(**call).images, free(**call).images)
+    assert peaks[0] < peaks[1]
+
+
 def test_without_a_bound_nothing_is_planned(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     def plan(*_: Any) -> None:
         raise AssertionError("it was planned")
@@ -244,11 +262,7 @@ def test_what_leaves_and_comes_back_makes_the_same_image(
 def test_from_an_image_too(load: Load) -> None:
     """The VAE's encoder comes and goes as well."""
     start = torch.rand(1, 3, 64, 48, generator=torch.Generator().manual_seed(0))
-    call = {
-        **{k: v for k, v in CALL.items() if k not in ("height", "width")},
-        "image": start,
-        "strength": 0.7,
-    }
+    call = {**NO_SIZE, "image": start, "strength": 0.7}
     images = [load(memory=policy)(**call).images for policy in POLICIES]
     assert np.array_equal(images[0], images[1])
     assert np.array_equal(images[0], images[2])
