@@ -5,16 +5,17 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal, TypeVar
 
 import torch
 
 from ..errors import OutOfMemoryError
 from ..kernels._triton import arch_of
-from .engines.lazy import EngineLoader
+from .engines.lazy import EngineLoader, LazyEngine
 from .expert import Expert
 from .kept import DEFAULT_LIMIT
-from .memory import Plan, Policy, readable
+from .memory import Plan, Policy, kind_of, readable, stays
 from .place import free_memory
 from .planner import Planner
 from .request import GenerationRequest
@@ -72,7 +73,7 @@ class Budget:
             loader.kept.limit = loop_memory
         available = self.available()
         if available is not None:
-            weights = self.planner.of_weights()
+            weights = self._among_others(self.planner.of_weights())
             if weights.peak(policy) > available:
                 available = self._collected(available)
             weights.require_fit(available, policy, self._remedy(available))
@@ -91,7 +92,7 @@ class Budget:
 
     def plan(self, request: GenerationRequest, stages: Sequence[Stage], tile: int | None = None) -> Plan:
         """What a request takes; `tile` as for `VAE.decode`."""
-        return self.planner.of_stages(
+        plan = self.planner.of_stages(
             stages,
             height=request.height,
             width=request.width,
@@ -101,12 +102,28 @@ class Budget:
             decoded=request.output_type != "latent",
             tile=tile,
         )
+        return self._among_others(plan)
+
+    def _among_others(self, plan: Plan) -> Plan:
+        """With what does not leave for it: networks of other requests, and shared ones of another policy."""
+        residency = self._loader.residency
+        staying = {
+            name: x.held_bytes
+            for name, x in self._present().items()
+            if x.residency is not residency or stays(self._policy, kind_of(x.component.name), "denoise")
+        }
+        return replace(plan, staying={self._policy: staying})
+
+    def _present(self) -> dict[str, LazyEngine]:
+        """The pipeline's engines whose weights are on its device, by the names of their networks."""
+        engines = self.planner.engines().items()
+        return {name: x for name, x in engines if x.present and x.device == self._loader.device}
 
     def held(self) -> dict[str, int]:
         """Bytes that the pipeline holds on its device between requests, or will be given: weights by network, and
         `recorded`. Given by a network of another pipeline, which leaves for this one's: policy "low"."""
         own, residency = self.planner.engines(), self._loader.residency
-        held = {name: x.held_bytes for name, x in own.items() if x.present}
+        held = {name: x.held_bytes for name, x in self._present().items()}
         held["recorded"] = self._loader.kept.nbytes
         if residency is not None and residency.policy == "low":
             for x in residency.present:

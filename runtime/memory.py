@@ -13,7 +13,7 @@ A graph's pool is taken to be one piece of memory that one forward fits into (`a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import MemoryPlanError, RequestError
@@ -94,21 +94,19 @@ class Plan:
         networks: all that the models have, by name; those of no stage are not loaded.
         stages: in the order in which they run.
         buffers: bytes of the tensors that live from the first step to the last, by name.
+        staying: by policy, bytes of the networks that are on the device already and do not leave it for this request.
     """
 
     subject: str
     networks: Mapping[str, Network]
     stages: tuple[Stage, ...]
     buffers: Mapping[str, int]
+    staying: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def buffer_bytes(self) -> int:
         """Bytes of all buffers."""
         return sum(self.buffers.values())
-
-    def held_bytes(self, *kinds: str) -> int:
-        """Bytes of the weights on the device, of the networks that run in stages of these kinds, or in any."""
-        return sum(self.networks[name].footprint.held_bytes for name in self.used(*kinds))
 
     def pool_bytes(self, *kinds: str) -> int:
         """What a pool needs that stages of these kinds, or all, share one after the other."""
@@ -134,13 +132,19 @@ class Plan:
     def _need(self, policy: str, stage: Stage) -> int:
         always = RESERVE + self.buffer_bytes + stage.extra_bytes
         if policy == "resident":
-            return always + self.held_bytes() + self.pool_bytes()
+            return always + self._weights(policy, self.used()) + self.pool_bytes()
         if policy == "balanced":
-            weights = self.held_bytes() if stage.kind == "text" else self.held_bytes("denoise", "pixels")
+            there = self.used() if stage.kind == "text" else self.used("denoise", "pixels")
             given_back = 0 if stage.kind == "denoise" else self.pool_bytes(stage.kind)
-            return always + weights + self.pool_bytes("denoise") + given_back
-        footprints = (self.networks[name].footprint for name in stage.calls)
-        return always + max(f.held_bytes + f.pool_bytes for f in footprints)
+            return always + self._weights(policy, there) + self.pool_bytes("denoise") + given_back
+        return always + max(
+            self._weights(policy, {name}) + self.networks[name].footprint.pool_bytes for name in stage.calls
+        )
+
+    def _weights(self, policy: str, names: set[str]) -> int:
+        """Bytes of these networks' weights, and of what stays beside them."""
+        beside = sum(nbytes for name, nbytes in self.staying.get(policy, {}).items() if name not in names)
+        return beside + sum(self.networks[name].footprint.held_bytes for name in names)
 
     def peak(self, policy: str) -> int:
         """Device bytes that the hungriest stage needs."""
@@ -168,7 +172,12 @@ class Plan:
         """What it needs and in which stage, for messages."""
         need = self.need(policy)
         stages = ", ".join(f"{name} {readable(nbytes)}" for name, nbytes in need.items())
-        return f"{self.subject} needs {readable(max(need.values()))} of device memory by policy {policy!r} ({stages})"
+        unused = sorted(self.staying.get(policy, {}).keys() - self.used())
+        beside = f", beside {', '.join(unused)} that stays there" if unused else ""
+        return (
+            f"{self.subject} needs {readable(max(need.values()))} of device memory by policy {policy!r} "
+            f"({stages}{beside})"
+        )
 
     def _remedy(self, available: int, otherwise: str) -> str:
         fitting = [f"{p!r} ({readable(self.peak(p))})" for p in POLICIES if self.peak(p) <= available]

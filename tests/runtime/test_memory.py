@@ -91,7 +91,26 @@ def test_low_has_one_network_at_a_time() -> None:
 
 def test_a_network_that_does_not_run_is_not_loaded() -> None:
     stages = (Stage("encode", "pixels", {"vae_encoder": 1}), *PLAN.stages)
-    assert replace(PLAN, stages=stages).held_bytes() - PLAN.held_bytes() == 256 * MB
+    encoded = replace(PLAN, stages=stages).need("resident")
+    assert encoded["base"] - PLAN.need("resident")["base"] == 256 * MB
+
+
+def test_what_stays_on_the_device_is_needed_beside_what_runs() -> None:
+    """And once where it runs itself. Another policy would not have it there."""
+    staying = {"unet": 16 * MB, "vae_encoder": 256 * MB, "te1": 1 * MB}
+    more = {
+        "resident": {"text": 256, "base": 256, "refiner": 256, "decode": 256},
+        "balanced": {"text": 256, "base": 256 + 1, "refiner": 256 + 1, "decode": 256 + 1},
+        "low": {"text": 256 + 16 + 1, "base": 256 + 1, "refiner": 256 + 16 + 1, "decode": 256 + 16 + 1},
+    }
+    for policy in POLICIES:
+        plan = replace(PLAN, staying={policy: staying})
+        assert plan.need(policy) == {
+            name: n + more[policy][name] * MB for name, n in PLAN.need(policy).items()
+        }
+        for other in set(POLICIES) - {policy}:
+            assert plan.need(other) == PLAN.need(other)
+        assert plan.told(policy).endswith(", beside vae_encoder that stays there)")
 
 
 def test_what_fits_passes() -> None:

@@ -187,6 +187,41 @@ def test_a_gpu_s_free_memory_is_the_bound(
         pipe(**CALL)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_network_of_another_request_that_stays_is_no_room(policy: str, load: Load) -> None:
+    """The refiner's UNet, while a request has the base's alone."""
+    alone = {**LARGE, "high_noise_frac": 1.0}
+    fresh = load(memory=policy)
+    request, _ = fresh.check(**alone)
+    stages = stages_of_request(fresh._base, fresh._refiner, request, alone["sampler"])
+    pipe = load(memory=policy, memory_limit=fresh._budget.plan(request, stages).peak(policy))
+    pipe.check(**alone)
+    pipe(**{**CALL, "high_noise_frac": 0.0})
+    assert ("refiner unet" in held(pipe)) == (policy != "low")
+    if policy == "low":
+        pipe.check(**alone)
+    else:
+        with pytest.raises(MemoryPlanError, match=r"beside refiner unet that stays there\), and there are"):
+            pipe.check(**alone)
+
+
+def test_what_another_pipeline_keeps_is_no_room(load: Load) -> None:
+    """Shared, it goes by the policy of its owner, and by its device."""
+    one = load()
+    two = load(memory="low", vae=one.vae)
+    request, _ = two.check(**CALL)
+    stages = stages_of_request(two._base, two._refiner, request, CALL["sampler"])
+    before = two._budget.plan(request, stages).need("low")
+    one(**CALL)
+    more = {name: n - before[name] for name, n in two._budget.plan(request, stages).need("low").items()}
+    nbytes = one.vae.decoder.held_bytes
+    assert more == {"text": nbytes, "base": nbytes, "refiner": nbytes, "decode": 0}
+    assert held(two) == {"vae_decoder"}
+    one._loader.device = torch.device("meta")
+    assert held(two) == set()
+    assert two._budget.plan(request, stages).need("low") == before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
