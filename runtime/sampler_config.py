@@ -123,7 +123,6 @@ _ALLOWED: Mapping[str, tuple[Any, ...]] = {
     "use_exponential_sigmas": _OFF,
     "use_beta_sigmas": _OFF,
     "use_lu_lambdas": _OFF,
-    "use_flow_sigmas": _OFF,
     "use_dynamic_shifting": _OFF,
 }
 # diffusers' fixed_large_log takes the root of a negative number, and its "learned" the root of a raw output.
@@ -186,19 +185,20 @@ class SamplerConfig:
             RequestError: no sampler of that name.
             UnsupportedConfigError: naming the field and the value.
         """
+        if sampler is not None and sampler not in SAMPLERS:
+            raise RequestError(f"there is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
+        given, name = _explicit(config), config.get("_class_name")
+        _require_own_schedule(name, given)
         if sampler is not None:
-            if sampler not in SAMPLERS:
-                raise RequestError(f"there is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
             kind, forced = _OVERRIDES[sampler]
         else:
-            name = config.get("_class_name")
             if not isinstance(name, str) or name not in _KINDS:
                 raise UnsupportedConfigError(
                     f"scheduler _class_name is {name!r}; latentrt has {', '.join(_KINDS)}; "
                     f"or choose one with sampler=, such as {SAMPLERS[0]!r}"
                 )
             kind, forced = _KINDS[name], {}
-        return _resolve(kind, {**_explicit(config), **forced})
+        return _resolve(kind, {**given, **forced})
 
     @property
     def name(self) -> str:
@@ -251,6 +251,31 @@ def _explicit(config: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
+def _require_own_schedule(name: Any, given: _Fields) -> None:
+    """Refuse a model whose noise or timesteps no sampler here has: with another sampler its pictures would be wrong.
+
+    Raises:
+        UnsupportedConfigError: naming the class or the field.
+    """
+    found = None
+    if isinstance(name, str) and name.startswith(("EDM", "FlowMatch")):
+        found = f"_class_name is {name!r}"
+    elif given.get("use_flow_sigmas"):
+        found = f"field use_flow_sigmas is {given['use_flow_sigmas']!r}"
+    elif given.get("prediction_type") == "flow_prediction":
+        found = "field prediction_type is 'flow_prediction'"
+    elif (
+        given.get("prediction_type") == "v_prediction"
+        and given.get("timestep_type", "discrete") != "discrete"
+    ):
+        found = f"field timestep_type is {given['timestep_type']!r} with prediction_type 'v_prediction'"
+    if found is not None:
+        raise UnsupportedConfigError(
+            f"scheduler {found}: the model was trained on noise or timesteps that no sampler of latentrt has; take a "
+            "checkpoint with the timesteps of DDPM, as SDXL's own"
+        )
+
+
 def _resolve(kind: str, given: Mapping[str, Any]) -> SamplerConfig:
     defaults = _DEFAULTS[kind]
     f = {name: given.get(name, default) for name, default in defaults.items()}
@@ -265,8 +290,6 @@ def _resolve(kind: str, given: Mapping[str, Any]) -> SamplerConfig:
     prediction = f["prediction_type"]
     if kind == "pndm" and prediction == "sample":
         raise _unsupported(kind, "prediction_type", prediction, _PREDICTIONS[:2])
-    if f.get("timestep_type", "discrete") != "discrete" and prediction == "v_prediction":
-        raise _unsupported(kind, "timestep_type", f["timestep_type"], ("discrete",))
     zero_snr = bool(f.get("rescale_betas_zero_snr", False))
     if zero_snr and prediction == "epsilon":
         raise UnsupportedConfigError(

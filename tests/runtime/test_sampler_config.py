@@ -205,11 +205,40 @@ def test_zero_terminal_snr_needs_a_model_that_does_not_predict_noise(name: str) 
         SamplerConfig.from_dict({"_class_name": cls, **own, "rescale_betas_zero_snr": True})
 
 
-def test_continuous_timesteps_are_refused_where_they_matter() -> None:
-    config = {**PUBLISHED["SDXL"], "timestep_type": "continuous"}
-    assert SamplerConfig.from_dict(config).kind == "euler"
-    with pytest.raises(UnsupportedConfigError, match=r"timestep_type.*continuous"):
-        SamplerConfig.from_dict({**config, "prediction_type": "v_prediction"})
+COSXL = {**PUBLISHED["SDXL"], "timestep_type": "continuous", "prediction_type": "v_prediction"}
+
+
+@pytest.mark.parametrize("sampler", [None, *SAMPLERS])
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (COSXL, r"timestep_type is 'continuous'"),
+        ({"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}, r"'EDMEulerScheduler'"),
+        ({"_class_name": "EDMDPMSolverMultistepScheduler"}, r"'EDMDPMSolverMultistepScheduler'"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+            r"'FlowMatchEulerDiscreteScheduler'",
+        ),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, r"use_flow_sigmas is True"),
+        (
+            {**PUBLISHED["SDXL"], "prediction_type": "flow_prediction"},
+            r"prediction_type is 'flow_prediction'",
+        ),
+    ],
+)
+def test_a_model_of_other_noise_or_timesteps_is_refused_whatever_the_sampler(
+    config: dict[str, Any], named: str, sampler: str | None
+) -> None:
+    with pytest.raises(UnsupportedConfigError, match=named) as raised:
+        SamplerConfig.from_dict(config, sampler)
+    assert "sampler=" not in str(raised.value)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_continuous_timesteps_do_not_matter_where_noise_is_predicted(sampler: str) -> None:
+    """diffusers takes them for v_prediction only."""
+    config = {**COSXL, "prediction_type": "epsilon"}
+    assert SamplerConfig.from_dict(config, sampler) == SamplerConfig.from_dict(PUBLISHED["SDXL"], sampler)
 
 
 def test_what_is_passed_over_is_said(caplog: pytest.LogCaptureFixture) -> None:
