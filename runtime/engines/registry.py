@@ -85,8 +85,9 @@ def get_backend(name: str) -> Backend:
     return cast(Backend, getattr(import_module(module, __package__), cls)())
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Choice:
-    """The back end `name`, or with `"auto"` the best that can run `dtype` on `device`. Logged at INFO.
+def choose(name: str, device: torch.device, *dtypes: torch.dtype) -> Choice:
+    """The back end `name`, or with `"auto"` the best that can run all of `dtypes`, by default float32, on `device`.
+    Logged at INFO.
 
     Raises:
         UnknownBackendError: no such name.
@@ -94,21 +95,22 @@ def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) 
     """
     if name != "auto":
         backend = get_backend(name)
-        found = backend.availability(device, dtype)
+        found = _availability(backend, device, dtypes)
         if not found.ok:
             raise _unavailable(name, found)
         return _chosen(Choice(backend, f"asked for; {found.reason}"))
     passed_over: list[str] = []
     for candidate in _preferred(device):
         backend = get_backend(candidate)
-        found = backend.availability(device, dtype)
+        found = _availability(backend, device, dtypes)
         if found.ok:
             why = f"the best for {device.type}; {found.reason}"
             if passed_over:
                 why = f"{found.reason}; passed over {'; '.join(passed_over)}"
             return _chosen(Choice(backend, why))
         passed_over.append(f"{candidate}: {found.reason} ({found.remedy})")
-    raise BackendUnavailableError(f"no back end runs {dtype} on {device}: {'; '.join(passed_over)}")
+    wanted = " and ".join(str(dtype) for dtype in dtypes or (torch.float32,))
+    raise BackendUnavailableError(f"no back end runs {wanted} on {device}: {'; '.join(passed_over)}")
 
 
 def describe(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Description]:
@@ -126,6 +128,12 @@ def describe(device: torch.device, dtype: torch.dtype = torch.float32) -> list[D
 
 def _preferred(device: torch.device) -> tuple[str, ...]:
     return _PREFERENCE.get(device.type, _PREFERENCE_ELSEWHERE)
+
+
+def _availability(backend: Backend, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Availability:
+    """Of the first of these that it cannot run, or else of them all."""
+    found = [backend.availability(device, dtype) for dtype in dtypes or (torch.float32,)]
+    return next((x for x in found if not x.ok), found[0])
 
 
 def _unavailable(name: str, found: Availability) -> BackendUnavailableError:

@@ -13,6 +13,7 @@ import torch
 from latentrt.errors import BackendError, BackendUnavailableError, UnknownBackendError
 from latentrt.runtime.engines.base import Component, TensorSpec, arguments, example_inputs, output_shapes
 from latentrt.runtime.engines.eager import EagerBackend
+from latentrt.runtime.engines.lazy import EngineLoader
 from latentrt.runtime.engines.registry import (
     backend_names,
     choose,
@@ -185,6 +186,24 @@ def test_bfloat16_is_not_for_onnxruntime() -> None:
     with pytest.raises(BackendUnavailableError, match="no bfloat16 convolution; use float32 or float16"):
         choose("onnxruntime", CPU, torch.bfloat16)
     assert choose("auto", CPU, torch.bfloat16).backend.name == "eager"
+
+
+def test_a_back_end_runs_every_dtype_there_is(cache_dir: Path) -> None:
+    """As a float16 pipeline's VAE, which was upcast for the GPU that it leaves."""
+    loader = EngineLoader("auto", CPU, torch.float32, cache_dir)
+    upcast = loader.engine(tiny.affine(torch.bfloat16))
+    assert loader.backend.name == "onnxruntime"
+    loader.move(CPU)
+    assert loader.backend.name == "eager"
+    assert upcast({"x": torch.zeros(2, 4, dtype=torch.bfloat16)})["y"].dtype == torch.bfloat16
+    loader = EngineLoader("onnxruntime", CPU, torch.float32, cache_dir)
+    engine = loader.engine(tiny.affine())
+    upcast = loader.engine(tiny.affine(torch.bfloat16))
+    loaded = engine.load()
+    with pytest.raises(BackendUnavailableError, match="no bfloat16 convolution"):
+        loader.move(CPU)
+    assert not upcast.present
+    assert engine.load() is loaded
 
 
 def test_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
