@@ -42,7 +42,7 @@ class VAE:
     scale: int
 
     def decode(self, latents: Tensor, *, tile: int | None = None) -> Tensor:
-        """Latents `[B, C, h, w]` of unit variance -> images `[B, 3, H, W]` float32 in [0, 1].
+        """Latents `[B, C, h, w]` of unit variance -> images `[B, 3, H, W]` float32 in [0, 1], on the decoder's device.
 
         Args:
             tile: decode squares of this many latents a side, and blend them where they overlap, by a quarter or more.
@@ -62,7 +62,7 @@ class VAE:
         if len(down.starts) == len(across.starts) == 1:
             return self._pixels(latents)
         shape = (1, 3, h * self.scale, w * self.scale)
-        image = torch.zeros(shape, dtype=torch.float32, device=latents.device)
+        image = torch.zeros(shape, dtype=torch.float32, device=self.decoder.device)
         for top, rows in zip(down.starts, down.weights, strict=True):
             for left, columns in zip(across.starts, across.weights, strict=True):
                 part = self._pixels(latents[..., top : top + down.size, left : left + across.size])

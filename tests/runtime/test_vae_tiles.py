@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -38,6 +40,12 @@ def test_parts_cover_a_side_evenly_and_their_weights_add_up(length: int, size: i
     torch.testing.assert_close(total, torch.ones_like(total))
 
 
+def vae_of(decode: Callable[[dict[str, Tensor]], dict[str, Tensor]], device: torch.device = CPU) -> VAE:
+    """Its decoder does this, and its latents are of the variance that it takes."""
+    engine: Any = Mock(side_effect=decode, device=device)
+    return VAE(engine, engine, torch.float32, 1.0, 4, 8)
+
+
 def local_vae(seen: list[tuple[int, ...]]) -> VAE:
     """Its decoder does nothing but enlarge."""
 
@@ -46,7 +54,7 @@ def local_vae(seen: list[tuple[int, ...]]) -> VAE:
         seen.append(tuple(x.shape))
         return {"image": F.interpolate(x[:, :3], scale_factor=8)}
 
-    return VAE(decoder, decoder, torch.float32, 0.5, 4, 8)  # type: ignore[arg-type]
+    return replace(vae_of(decoder), scaling_factor=0.5)
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 40), (17, 100), (9, 33), (100, 12)])
@@ -91,7 +99,7 @@ def test_seams() -> None:
             x = F.conv2d(x, torch.full((3, 1, 3, 3), 1 / 9), padding=1, groups=3)
         return {"image": F.interpolate(x, scale_factor=8, mode="bilinear")}
 
-    vae, latents = VAE(decoder, decoder, torch.float32, 1.0, 4, 8), smooth(40, 48)  # type: ignore[arg-type]
+    vae, latents = vae_of(decoder), smooth(40, 48)
     whole, tiled = vae.decode(latents), vae.decode(latents, tile=16)
     assert (tiled - whole).abs().max() <= VAE_TILES
     for dim in (-2, -1):
@@ -121,6 +129,17 @@ def test_all_tiles_are_one_recording(
     tiled = vae.decode(latents, tile=8)
     assert made == ["vae_decoder"]
     assert tiled.equal(tiny_vae(False).decode(latents, tile=8))
+
+
+def test_a_vae_on_another_device_decodes_in_tiles_there() -> None:
+    """One that is shared stays where its pipeline is, and pictures decoded whole are there too."""
+
+    def decode(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"image": torch.empty(1, 3, *(8 * n for n in inputs["latents"].shape[-2:]), device="meta")}
+
+    vae = vae_of(decode, torch.device("meta"))
+    for tile in (None, 8):
+        assert vae.decode(torch.zeros(1, 4, 9, 20), tile=tile).device.type == "meta"
 
 
 def test_a_tile_too_small_is_refused() -> None:
