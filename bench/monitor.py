@@ -15,8 +15,9 @@ from .nvml import GpuShare
 __all__ = ["BusyElsewhere", "MemorySampler", "Series", "Span", "memory_now", "peak_within"]
 
 Series = dict[str, list[float]]
-"""`seconds` from the start, and beside it bytes: `resident` of the process on the host; on a GPU `allocated` by
-PyTorch and `gpu` or `gpu by turns`, which is everything of the process there (see `nvml.GpuShare`)."""
+"""`seconds` from the start, and beside it bytes: `resident` of the process on the host; on a GPU PyTorch's tensors,
+`allocated`, what its allocator has `reserved` for them and for recorded graphs, and `gpu` or `gpu by turns`, which is
+everything of the process there (see `nvml.GpuShare`)."""
 
 _PROCESS = psutil.Process()
 _INTERVAL = 0.005  # seconds between samples
@@ -72,6 +73,7 @@ class MemorySampler:
         found = {name: max(values) for name, values in self.series.items() if name != "seconds"}
         if self._device.type == "cuda":
             found["allocated"] = float(torch.cuda.max_memory_allocated(self._device))
+            found["reserved"] = float(torch.cuda.max_memory_reserved(self._device))
         return found
 
     def peaks_by_stage(self, spans: Sequence[Span]) -> dict[str, dict[str, float]]:
@@ -99,6 +101,7 @@ def memory_now(device: torch.device, share: GpuShare | None) -> dict[str, float]
     found = {"resident": float(_PROCESS.memory_info().rss)}
     if device.type == "cuda":
         found["allocated"] = float(torch.cuda.memory_allocated(device))
+        found["reserved"] = float(torch.cuda.memory_reserved(device))
     used = None if share is None else share.used()
     if share is not None and used is not None:
         found[share.series] = float(used)

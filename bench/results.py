@@ -23,10 +23,12 @@ BENCHMARK = "latentrt bench"
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: `resident` on the host; on a GPU `allocated` by PyTorch, and `gpu` or `gpu by turns` in all.
+    """Bytes: `resident` on the host; on a GPU PyTorch's tensors, `allocated`, what is `reserved` for them and for
+    recorded graphs, and `gpu` or `gpu by turns` in all.
 
     Attributes:
-        peaks: the most of each during a run; of `allocated` by the allocator's own count, of the others sampled.
+        peaks: the most of each during a run; of `allocated` and `reserved` by the allocator's own count, of the others
+            sampled.
         by_stage: the same of each stage, all of it sampled.
         growth: what the process kept more on the host after each picture.
         series: samples over the seconds of one run, thinned out.

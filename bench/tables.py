@@ -30,7 +30,8 @@ Table = list[list[str]]
 KINDS = {
     "gpu": "GPU",
     "gpu by turns": "GPU by turns",
-    "allocated": "PyTorch's on the GPU",
+    "reserved": "reserved by PyTorch",
+    "allocated": "PyTorch's tensors",
     "resident": "host",
 }
 """Kinds of memory as people read them, the most telling first; see `results.Memory` and `nvml.GpuShare`."""
@@ -192,7 +193,7 @@ def peak(memory: Memory | None) -> str:
     kind = next((name for name in KINDS if memory and name in memory.peaks), None)
     if memory is None or kind is None:
         return "-"
-    how = {"gpu by turns": " by turns", "allocated": " by PyTorch"}.get(kind, "")
+    how = {"gpu by turns": " by turns", "reserved": " by PyTorch", "allocated": " of tensors"}.get(kind, "")
     return f"{memory.peaks[kind] / _MIB:,.0f}{how}"
 
 

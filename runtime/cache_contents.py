@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,14 +10,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..errors import CacheError, RequestError
+from ..errors import CacheError
 from .cache import Store, explained
 from .engines.sizes import Profile
 from .manifests import MANIFEST, VERDICT, damage_of, read_beside, read_manifest
 
-__all__ = ["Entry", "contents", "parse_bytes", "prune", "verify"]
-
-_UNITS = {"": 1} | {x + i: base**k for i, base in (("", 1000), ("I", 1024)) for k, x in enumerate("KMGT", 1)}
+__all__ = ["Entry", "contents", "prune", "verify"]
 
 
 @dataclass(frozen=True)
@@ -111,21 +107,6 @@ def prune(store: Store, max_bytes: int | None) -> list[Entry]:
                 removed.append(entry)
                 kept -= entry.bytes
     return removed
-
-
-def parse_bytes(text: str) -> int:
-    """`20GB`, `500M`, `8GiB` or `1e9` -> bytes; units of a thousand, but KiB and so on of 1024.
-
-    Raises:
-        RequestError: it is no such thing.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*((?:[KMGT]i?)?)B?", text.strip(), re.IGNORECASE)
-    if found is None:
-        raise RequestError(f"{text!r} is no amount of memory; write such as 20GB or 500MB")
-    amount = float(found[1]) * _UNITS[found[2].upper()]
-    if not math.isfinite(amount):
-        raise RequestError(f"{text!r} is more memory than there is; write such as 20GB or 500MB")
-    return int(amount)
 
 
 def _entry(folder: Path) -> Entry | None:

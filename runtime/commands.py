@@ -170,7 +170,8 @@ def info(args: argparse.Namespace) -> Iterator[str]:
 def cache(args: argparse.Namespace) -> Iterator[str]:
     """List, check or prune what is kept of exports and engines."""
     from .cache import Store, cache_root
-    from .cache_contents import contents, parse_bytes, prune, verify
+    from .cache_contents import contents, prune, verify
+    from .place import parse_bytes
 
     if args.max_size is not None and args.action != "prune":
         raise RequestError(f"--max-size is for `latentrt cache prune`, not for {args.action}")

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import CaptureError, LatentRTError
+from .place import memory_ran_out
 
 __all__ = ["Graph", "Graphs"]
 
@@ -161,8 +162,12 @@ def _run_in_pool(
     """
     device = torch.cuda.current_device()
     if torch.backends.cudnn.benchmark:
-        with suppress(torch.OutOfMemoryError), torch.cuda.stream(stream):
-            work()
+        try:
+            with torch.cuda.stream(stream):
+                work()
+        except RuntimeError as error:
+            if not memory_ran_out(error):
+                raise
         stream.synchronize()
     torch.cuda.empty_cache()  # an allocation does not do so by itself, for want of memory, while one goes into a pool
     torch._C._cuda_beginAllocateCurrentThreadToPool(device, pool)
@@ -172,9 +177,7 @@ def _run_in_pool(
             with torch.cuda.stream(stream):
                 if room:
                     torch.cuda.current_blas_handle()  # makes its workspace, which outlives the work, elsewhere
-                    torch.empty(
-                        room, dtype=torch.uint8, device=f"cuda:{device}"
-                    )  # let go: what follows finds it
+                    torch.empty(room, dtype=torch.uint8, device="cuda")  # let go: what follows finds it
                 work()
         finally:
             torch._C._cuda_endAllocateToPool(device, pool)

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..errors import BackendUnavailableError, RequestError
-from .cache_contents import parse_bytes
 
-__all__ = ["HOST_FLOATS", "bytes_named", "device_named", "dtype_name", "dtype_named", "free_memory"]
+__all__ = [
+    "HOST_FLOATS",
+    "bytes_named",
+    "device_named",
+    "dtype_name",
+    "dtype_named",
+    "free_memory",
+    "memory_ran_out",
+    "parse_bytes",
+]
 
 HOST_FLOATS: Mapping[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 """How tables are made, whatever a program has told PyTorch of the tensors that it makes itself."""
 
+_UNITS = {"": 1} | {x + i: base**k for i, base in (("", 1000), ("I", 1024)) for k, x in enumerate("KMGT", 1)}
+_NO_MEMORY = (
+    *("out of memory", "outofmemory", "allocate memory", "bad_alloc", "enough free memory"),
+    # Of PyTorch's convolutions: there was no room for the workspace of any of cuDNN's engines.
+    *("unable to find an engine to execute this computation", "unable to find a valid cudnn algorithm"),
+    "cublas_status_alloc_failed",
+)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -79,11 +96,28 @@ def bytes_named(name: str, value: int | str | None) -> int | None:
     Raises:
         RequestError: it is no amount of memory.
     """
-    if value is None or isinstance(value, str):
-        return None if value is None else parse_bytes(value)
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return parse_bytes(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise RequestError(f'{name} is {value!r}; give a number of bytes, or such as "8GB"')
     return value
+
+
+def parse_bytes(text: str) -> int:
+    """`20GB`, `500M`, `8GiB` or `1e9` -> bytes; units of a thousand, but KiB and so on of 1024.
+
+    Raises:
+        RequestError: it is no such thing.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*((?:[KMGT]i?)?)B?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise RequestError(f"{text!r} is no amount of memory; write such as 20GB or 500MB")
+    amount = float(found[1]) * _UNITS[found[2].upper()]
+    if not math.isfinite(amount):
+        raise RequestError(f"{text!r} is more memory than there is; write such as 20GB or 500MB")
+    return int(amount)
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -92,6 +126,15 @@ def free_memory(device: torch.device) -> int | None:
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether that is what PyTorch, its libraries, ONNX Runtime or TensorRT mean. PyTorch has an error for it only on
+    CUDA, and only for what it allocates itself."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return any(words in text for words in _NO_MEMORY)
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..errors import BackendError, OutOfMemoryError, RequestError
 from .denoise import Host
+from .place import memory_ran_out
 from .previews import Previewer, StepReports
 from .streams import Event, Pace, queue_of
 
@@ -84,7 +85,7 @@ class Watch:
         try:
             yield
         except (RuntimeError, MemoryError, BackendError) as error:
-            if self.asking or not _is_out_of_memory(error):
+            if self.asking or not memory_ran_out(error):
                 raise
             why = next(iter(str(error).splitlines()), "")
             raise OutOfMemoryError(
@@ -186,12 +187,3 @@ class Watch:
                 f"callback_on_step_end returned latents {got}; they are a tensor {list(latents.shape)}"
             )
         return replaced
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether that is what PyTorch, ONNX Runtime or TensorRT mean: only on CUDA does PyTorch have an error for it."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    known = ("out of memory", "outofmemory", "allocate memory", "bad_alloc", "enough free memory")
-    return any(words in text for words in known)

@@ -159,8 +159,9 @@ def test_gpu_memory_is_sampled_where_there_is_nvml() -> None:
 
 def test_memory_of_a_gpu_is_told_at_rest_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 77)
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 99)
     found = memory_now(torch.device("cuda"), GpuShare(Nvml(Library(), object())))
-    assert (found["allocated"], found["gpu"]) == (77, 123)
+    assert (found["allocated"], found["reserved"], found["gpu"]) == (77, 99, 123)
     assert found["resident"] > 1e7
     assert "allocated" not in memory_now(CPU, None)
 

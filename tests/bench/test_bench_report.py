@@ -202,7 +202,7 @@ def test_memory_and_conditions_have_tables() -> None:
     )
     text = reports.markdown(made)
     found = cells(text, "MiB")
-    assert found["peak, PyTorch's on the GPU"] == "381"
+    assert found["peak, PyTorch's tensors"] == "381"
     assert (found["peak, host"], found["in text"], found["in VAE"]) == ("477", "95", "381")
     assert (found["at rest"], found["left by a picture"], found["left on the host"]) == (
         "191",
@@ -215,7 +215,7 @@ def test_memory_and_conditions_have_tables() -> None:
     assert found["GPU's MHz"] == "1500 to 1980"
     assert float(found["p99 s"]) == pytest.approx(1.0, rel=0.1)
     # A GPU without NVML: what PyTorch allocated is plotted, not the host's memory.
-    assert "Memory during one call (PyTorch's on the GPU)" in reports.html(made, {})
+    assert "Memory during one call (PyTorch's tensors)" in reports.html(made, {})
 
 
 class OnAGpu(Worker):

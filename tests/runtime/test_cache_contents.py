@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from latentrt.cli import main
-from latentrt.errors import CacheError, RequestError
+from latentrt.errors import CacheError
 from latentrt.runtime import cache_contents, manifests
 from latentrt.runtime.cache import Store
-from latentrt.runtime.cache_contents import Entry, contents, parse_bytes, prune, verify
+from latentrt.runtime.cache_contents import Entry, contents, prune, verify
 from latentrt.runtime.manifests import damage_of
 from latentrt.runtime.sha256 import file_identity
 
@@ -198,37 +198,6 @@ def test_pruning_leaves_what_is_being_written(store: Store) -> None:
     with FileLock(store.root / "locks" / f"{'c' * 64}.lock"):
         assert keys(prune(store, 0)) == "ba"
     assert keys(contents(store)) == "c"
-
-
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        ("0", 0),
-        ("20GB", 20 * 10**9),
-        ("1.5 g", 15 * 10**8),
-        ("500M", 5 * 10**8),
-        ("7kb", 7000),
-        ("1e9", 10**9),
-        ("2T", 2 * 10**12),
-        ("8GiB", 8 * 2**30),
-        ("1.5 mib", 3 * 2**19),
-        ("4Ki", 4096),
-    ],
-)
-def test_amounts_of_memory(text: str, count: int) -> None:
-    assert parse_bytes(text) == count
-
-
-@pytest.mark.parametrize("text", ["", "much", "GB", "-1", "1.2.3G", "20iB", "20GGB"])
-def test_what_is_no_amount(text: str) -> None:
-    with pytest.raises(RequestError, match=r"is no amount of memory; write such as 20GB or 500MB"):
-        parse_bytes(text)
-
-
-@pytest.mark.parametrize("text", ["1e999", "9" * 400, "1e308T"])
-def test_more_memory_than_there_is(text: str) -> None:
-    with pytest.raises(RequestError, match=r"is more memory than there is; write such as 20GB"):
-        parse_bytes(text)
 
 
 def test_a_file_where_the_cache_should_be(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Where a pipeline runs, against a stand-in for a machine with two GPUs."""
+"""Where a pipeline runs, against a stand-in for a machine with two GPUs; amounts of memory, and how a want of it is
+told."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import threading
 import latentrt
 import pytest
 import torch
-from latentrt.runtime.place import device_named
+from latentrt.errors import RequestError
+from latentrt.runtime.place import device_named, memory_ran_out, parse_bytes
 
 
 @pytest.fixture
@@ -40,3 +42,52 @@ def test_a_pipeline_stays_on_its_gpu(current: threading.local, monkeypatch: pyte
     assert pipe.device == torch.device("cuda:0")
     pipe.to("cuda")
     assert moved == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("0", 0),
+        ("20GB", 20 * 10**9),
+        ("1.5 g", 15 * 10**8),
+        ("500M", 5 * 10**8),
+        ("7kb", 7000),
+        ("1e9", 10**9),
+        ("2T", 2 * 10**12),
+        ("8GiB", 8 * 2**30),
+        ("1.5 mib", 3 * 2**19),
+        ("4Ki", 4096),
+    ],
+)
+def test_amounts_of_memory(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "much", "GB", "-1", "1.2.3G", "20iB", "20GGB"])
+def test_what_is_no_amount(text: str) -> None:
+    with pytest.raises(RequestError, match=r"is no amount of memory; write such as 20GB or 500MB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["1e999", "9" * 400, "1e308T"])
+def test_more_memory_than_there_is(text: str) -> None:
+    with pytest.raises(RequestError, match=r"is more memory than there is; write such as 20GB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError(
+            "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer"
+        ),
+    ],
+)
+def test_how_a_want_of_memory_is_told(error: Exception) -> None:
+    assert memory_ran_out(error)
+    assert not memory_ran_out(RuntimeError("an illegal memory access was encountered"))
