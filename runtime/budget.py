@@ -15,7 +15,7 @@ from ..kernels._triton import arch_of
 from .engines.lazy import EngineLoader, LazyEngine
 from .expert import Expert
 from .kept import DEFAULT_LIMIT
-from .memory import Plan, Policy, kind_of, readable, stays
+from .memory import POLICIES, Plan, Policy, kind_of, readable, stays
 from .place import free_memory
 from .planner import Planner
 from .request import GenerationRequest
@@ -25,6 +25,9 @@ from .vae import TILE, VAE
 __all__ = ["Budget", "without_frames"]
 
 _log = logging.getLogger(__name__)
+
+_OF_PYTORCH = ("triton", "eager")
+"""Back ends whose work takes its memory from PyTorch's allocator, tensor by tensor."""
 
 _Result = TypeVar("_Result")
 _Error = TypeVar("_Error", bound=Exception)
@@ -107,12 +110,15 @@ class Budget:
     def _among_others(self, plan: Plan) -> Plan:
         """With what does not leave for it: networks of other requests, and shared ones of another policy."""
         residency = self._loader.residency
-        staying = {
-            name: x.held_bytes
-            for name, x in self._present().items()
-            if x.residency is not residency or stays(self._policy, kind_of(x.component.name), "denoise")
+        staying: dict[str, dict[str, int]] = {
+            policy: {
+                name: x.held_bytes
+                for name, x in self._present().items()
+                if x.residency is not residency or stays(policy, kind_of(x.component.name), "denoise")
+            }
+            for policy in POLICIES
         }
-        return replace(plan, staying={self._policy: staying})
+        return replace(plan, staying=staying)
 
     def _present(self) -> dict[str, LazyEngine]:
         """The pipeline's engines whose weights are on its device, by the names of their networks."""
@@ -207,12 +213,13 @@ class Budget:
             _log.warning(
                 "the VAE decodes in tiles, a little off the whole picture, which by plan would not fit"
             )
-        if room is not None and self._loader.graphs is not None:
-            self._loader.graphs.room = self.plan(request, stages, tile).graph_bytes(self._policy)
+        kept, graphs = self._loader.kept, self._loader.graphs
         if self._loop_memory is None:
-            self._loader.kept.limit = DEFAULT_LIMIT if room is None else room
+            kept.limit = DEFAULT_LIMIT if room is None else room
         if room is not None:
-            self._loader.kept.shrink(min(room, self._loader.kept.limit))
+            kept.shrink(min(room, kept.limit))
+            if graphs is not None and self._loader.backend.name in _OF_PYTORCH:
+                graphs.room = self.plan(request, stages, tile).graph_bytes(self._policy, kept.limit)
         return tile
 
     def warn_of_evictions(self, before: int) -> None:

@@ -12,6 +12,7 @@ cannot see what passes PyTorch's dispatcher by (`tolist`, `numpy`), nor a static
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -175,8 +176,8 @@ def _run_in_pool(
         try:
             torch._C._cuda_clearCublasWorkspaces()
             with torch.cuda.stream(stream):
-                if room:
-                    torch.cuda.current_blas_handle()  # makes its workspace, which outlives the work, elsewhere
+                torch.cuda.current_blas_handle()  # makes its workspace, or it would lie in the piece, and keep that
+                if room and not _parts_no_large_piece():
                     torch.empty(room, dtype=torch.uint8, device="cuda")  # let go: what follows finds it
                 work()
         finally:
@@ -185,6 +186,12 @@ def _run_in_pool(
         yield
     finally:
         torch._C._cuda_releasePool(device, pool)
+
+
+def _parts_no_large_piece() -> bool:
+    """Whether PyTorch's allocator was told not to serve small tensors from large pieces of memory."""
+    told = (os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
+    return any("max_split_size_mb" in text for text in told)
 
 
 def _abandon(pool: Any, graph: torch.cuda.CUDAGraph) -> None:

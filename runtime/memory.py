@@ -112,9 +112,17 @@ class Plan:
         """What a pool needs that stages of these kinds, or all, share one after the other."""
         return max((self.networks[name].footprint.pool_bytes for name in self.used(*kinds)), default=0)
 
-    def graph_bytes(self, policy: str) -> int:
-        """What the memory needs that recordings share: all stages are recorded, or denoising only."""
-        return self.pool_bytes() if policy == "resident" else self.pool_bytes("denoise")
+    def graph_bytes(self, policy: str, limit: int) -> int:
+        """What the memory needs that recordings share.
+
+        Args:
+            limit: bytes of a call's inputs and outputs up to which it is recorded; loops are in any case.
+        """
+        recorded = self.used("denoise")
+        if policy == "resident":
+            called = {name: self.networks[name].footprint for name in self.used()}
+            recorded |= {name for name, f in called.items() if f.input_bytes + f.output_bytes <= limit}
+        return max((self.networks[name].footprint.pool_bytes for name in recorded), default=0)
 
     def used(self, *kinds: str) -> set[str]:
         """Names of the networks that run in stages of these kinds, or in any."""

@@ -225,6 +225,7 @@ class TensorRTEngine:
         if not size:
             return 0
         # TensorRT would choose as well, but its Python binding cuts what it chose to 32 bits.
+        torch.cuda.empty_cache()  # of which TensorRT can have none
         free, _ = torch.cuda.mem_get_info(self.device)
         budget = min(size, max(0, free - self._engine.device_memory_size_v2 - RESERVE))
         self._engine.weight_streaming_budget_v2 = budget

@@ -8,6 +8,7 @@ used. Nothing here imports torch: the process that builds engines needs its memo
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import os
 import re
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, util
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...errors import BackendUnavailableError, UnknownBackendError
 
@@ -183,41 +184,52 @@ def make(kind: Callable[[Any], Any], log: Any) -> Any:
         return None
 
 
+class _Said(NamedTuple):
+    number: int
+    thread: int
+    text: str
+
+
 @cache
 def logger(trt: Any) -> Any:
     """The one logger of all of a product's objects, which TensorRT goes on using when the first of them is gone.
 
-    What went wrong in the calling thread since it called `clear()` is in `errors`; its last warnings are in `warnings`.
+    What went wrong in the calling thread since it called `clear()` is in `errors`, and where nothing did, what went
+    wrong meanwhile in others, of which TensorRT has its own; the thread's warnings are in `warnings`.
     """
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self._errors: dict[int, deque[str]] = {}  # by thread
-            self._warnings: dict[int, deque[str]] = {}
+            self._errors: deque[_Said] = deque(maxlen=256)
+            self._warnings: deque[_Said] = deque(maxlen=256)
+            self._count = itertools.count()
+            self._cleared: dict[int, int] = {}  # by thread, when
 
         def log(self, severity: Any, message: str) -> None:
+            said = _Said(next(self._count), threading.get_ident(), " ".join(message.split()))
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                _keep(self._errors, message)
+                self._errors.append(said)
                 return
             if severity == trt.ILogger.WARNING:
-                _keep(self._warnings, message)
+                self._warnings.append(said)
             _log.debug("%s", message)
 
         def clear(self) -> None:
-            for said in (self._errors, self._warnings):
-                said.pop(threading.get_ident(), None)
+            self._cleared[threading.get_ident()] = next(self._count)
 
         @property
         def errors(self) -> list[str]:
-            mine = self._errors.get(threading.get_ident())
-            # Some are told of in threads of TensorRT's own.
-            said = [mine] if mine else list(self._errors.values())
-            return [text for texts in said for text in tuple(texts)]
+            return self._since(self._errors) or self._since(self._errors, of_others=True)
 
         @property
         def warnings(self) -> list[str]:
-            return list(self._warnings.get(threading.get_ident(), ()))
+            return self._since(self._warnings)
+
+        def _since(self, said: deque[_Said], *, of_others: bool = False) -> list[str]:
+            me = threading.get_ident()
+            cleared = self._cleared.get(me, -1)
+            return [x.text for x in tuple(said) if x.number > cleared and (x.thread != me) == of_others]
 
         def why(self) -> str:
             """The errors in one line, each once."""
@@ -227,7 +239,3 @@ def logger(trt: Any) -> Any:
             return "; ".join(dict.fromkeys(telling)) or "it does not say why"
 
     return Log()
-
-
-def _keep(said: dict[int, deque[str]], message: str) -> None:
-    said.setdefault(threading.get_ident(), deque(maxlen=32)).append(" ".join(message.split()))
