@@ -154,11 +154,14 @@ class Budget:
         return min((n for n in (self._limit, free) if n is not None), default=None)
 
     def _collected(self, available: int) -> int:
-        """Once more what is `available`, without what waits for the garbage collector: a pipeline that was dropped may
-        be among it, if what dropped it refers to itself."""
+        """Once more what is `available`, without what waits for the garbage collector (a pipeline that was dropped may
+        be among it, if what dropped it refers to itself) and without cuBLAS's workspaces of earlier calls, for which a
+        plan has `RESERVE`."""
         if available == self._limit:
             return available
         gc.collect()
+        if self._loader.device.type == "cuda":
+            torch._C._cuda_clearCublasWorkspaces()
         return self.available() or 0
 
     def _remedy(self, available: int) -> str:
@@ -185,10 +188,10 @@ class Budget:
         available = self.available(idle=idle)
         if available is None:
             return None, TILE if tiled else None
+        asked = self.plan(request, stages, TILE if tiled else None)
+        if asked.peak(self._policy) > available and idle:
+            available = self._collected(available)  # before tiles are taken, which make another picture
         plan, tile = self._best(request, stages, tiled, available)
-        if plan.peak(self._policy) > available and idle:
-            available = self._collected(available)
-            plan, tile = self._best(request, stages, tiled, available)
         plan.require_fit(available, self._policy, self._remedy(available))
         return available - plan.peak(self._policy) + plan.buffer_bytes, tile
 

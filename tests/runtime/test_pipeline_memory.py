@@ -89,6 +89,21 @@ def test_a_picture_that_would_not_fit_whole_is_decoded_in_tiles(
     assert not np.array_equal(found, free(**call).images)
 
 
+def test_tiles_are_taken_only_once_nothing_more_can_be_freed(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They make another picture: not for what waits for the garbage collector, or what libraries hold."""
+    pipe, call = load(), {**CALL, "height": 128, "width": 96}
+    request, _ = pipe.check(**call)
+    stages = stages_of_request(pipe._base, pipe._refiner, request, call["sampler"])
+    whole = pipe._budget.plan(request, stages).peak("resident")
+    monkeypatch.setattr(budget, "TILE", 8)
+    monkeypatch.setattr(budget, "free_memory", lambda device: whole - 1)
+    monkeypatch.setattr(budget.Budget, "_collected", lambda self, available: available + 1)
+    assert pipe._budget.require(request, stages, idle=True, tiled=False)[1] is None
+    assert pipe._budget.require(request, stages, idle=False, tiled=False)[1] == 8
+
+
 def test_previews_are_fitted_in_the_tiles_in_which_a_picture_fits(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:

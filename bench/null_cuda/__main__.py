@@ -1,0 +1,168 @@
+"""What PyTorch's allocator takes for SDXL at full size, beside the plan, on a CUDA device that computes nothing.
+
+    python -m latentrt.bench.null_cuda [--out FILE.json] [--only TEXT] [--trace FILE]
+
+Needs no GPU, but PyTorch's CUDA build, and gcc: see CONTRIBUTING.md. Each row makes two pictures, of random weights, in
+a process of its own: once with memory to spare, for the most that is ever reserved, and once on a device of the bytes
+that the plan says and 16 MiB more (a network's weights take a multiple of 2 MiB), where it has to succeed.
+
+No figure here is a GPU's, and none is a time: cuDNN's workspaces are not in it, nor the CUDA context.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...kernels.whole_file import write_json
+from ...runtime.pipeline import Pipeline
+from ...runtime.planner import Planner
+from ..cases import case_named
+from ..machine import describe_machine, module_command
+from ..models import located
+from .build import build, environment
+
+_ROOT = Path(__file__).resolve().parents[2]
+_ROUNDED = 16 << 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request: the benchmark's case, a policy, and (height, width) in pixels."""
+
+    case: str
+    memory: str
+    size: tuple[int, int] = (1024, 1024)
+    batch: int = 1
+
+    def __str__(self) -> str:
+        height, width = self.size
+        return f"{self.case}, {self.memory}, {width}x{height}, batch {self.batch}"
+
+
+ROWS = (
+    *(Row(case, memory) for case in ("sdxl", "sdxl-refiner") for memory in ("resident", "balanced", "low")),
+    Row("sdxl", "resident", (512, 512)),
+    Row("sdxl", "resident", (1344, 768), 2),
+    *(Row("sdxl", memory, batch=8) for memory in ("resident", "low")),
+    *(Row("sdxl", memory, (2048, 2048)) for memory in ("resident", "low")),
+)
+
+
+def make(row: Row, work: Path) -> dict[str, int]:
+    """Two pictures in this process: bytes that were live and reserved at the most."""
+    device = torch.device("cuda")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # whose graphs the stand-in does not know
+    case = located(case_named(row.case), work, device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    pipe = Pipeline.from_pretrained(
+        case.model,
+        case.refiner,
+        backend="triton",
+        dtype="float16",
+        device=device,
+        memory=row.memory,
+        cache_dir=work / "cache",
+    )
+    pipe.set_progress_bar_config(disable=True)
+    height, width = row.size
+    for seed in range(2):
+        pipe(
+            "a picture",
+            seed=seed,
+            height=height,
+            width=width,
+            num_images_per_prompt=row.batch,
+            num_inference_steps=20,
+            high_noise_frac=0.8,
+            output_type="pt",
+        )
+    return {"live": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+
+
+def measure(row: Row, library: Path, work: Path, trace: Path | None) -> dict[str, Any]:
+    """A row of the result: bytes by plan, bytes taken, and whether the plan's were enough."""
+    case = case_named(row.case)
+    height, width = row.size
+    refiner = None if case.refiner is None else "sdxl-refiner"
+    plan = Planner.of("sdxl", refiner).plan(height=height, width=width, batch=row.batch).peak(row.memory)
+    traced = {} if trace is None else {"trace": trace}
+    taken = _child(row, work, environment(library, **traced))
+    enough = _child(row, work, environment(library, bytes=plan + _ROUNDED))
+    found: dict[str, Any] = {**asdict(row), "plan": plan, **(taken or {}), "made_in_plan": enough is not None}
+    return found
+
+
+def _child(row: Row, work: Path, device: dict[str, str] | Any) -> dict[str, int] | None:
+    """What `make` tells; None where it failed, and the process says why."""
+    command = [
+        sys.executable,
+        "-m",
+        "latentrt.bench.null_cuda",
+        "--work",
+        str(work),
+        "--row",
+        json.dumps(asdict(row)),
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, **device}, stdout=subprocess.PIPE, text=True, check=False
+    )
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; 1 where a request that the plan admits was not made."""
+    parser = argparse.ArgumentParser(description="SDXL's memory on a CUDA device that computes nothing.")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.add_argument("--only", metavar="TEXT", default="", help="rows with this in their name")
+    parser.add_argument(
+        "--trace", type=Path, help="write every kernel and allocation to this file; `.PID` is added"
+    )
+    parser.add_argument("--work", type=Path, help="keep the random weights here, 13 GB")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.row is not None:
+        told = json.loads(args.row)
+        print(json.dumps(make(Row(**{**told, "size": tuple(told["size"])}), args.work)))
+        return 0
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="latentrt-") as scratch:
+        library = build(_ROOT / "build" / "null_cuda")
+        work = args.work or Path(scratch)
+        print(f"{'':<44}{'plan':>9}{'live':>9}{'reserved':>10}   made in the plan's bytes")
+        for row in ROWS:
+            if args.only not in str(row):
+                continue
+            found = measure(row, library, work, args.trace)
+            rows.append(found)
+            gigabytes = [
+                f"{found[key] / 1e9:.2f}" if key in found else "failed"
+                for key in ("plan", "live", "reserved")
+            ]
+            verdict = "yes" if found["made_in_plan"] else "NO"
+            print(f"{row!s:<44}{gigabytes[0]:>9}{gigabytes[1]:>9}{gigabytes[2]:>10}   {verdict}", flush=True)
+    if args.out is not None:
+        result = {
+            "schema": 1,
+            "benchmark": "memory on a CUDA device that computes nothing",
+            "command": module_command("latentrt.bench.null_cuda", argv),
+            "machine": describe_machine(),
+            "rows": rows,
+        }
+        write_json(args.out, result, indent=2)
+    return int(not all(row["made_in_plan"] and "reserved" in row for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
