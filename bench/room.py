@@ -143,8 +143,10 @@ def arrange(case: Case, sides: Sequence[SideSpec], found: Room, built: Container
         lost[side.name] = {
             b: f"about {_gib(size(side, b))} GiB {beside_it[b]}" for b in case.batches if b not in fits
         }
-        if fits and written > (disk_here if found.keeps else disk):
-            lost[side.name] = {b: f"about {_gib(written)} GiB on disk {beside_it[b]}" for b in case.batches}
+        writable = disk_here if found.keeps else disk
+        if fits and written > writable:
+            why = f"about {_gib(written)} GiB on disk, where the sides before it leave {_gib(max(0, writable))} GiB"
+            lost[side.name] = dict.fromkeys(case.batches, why)
             fits = ()
         if not fits:
             continue
