@@ -177,7 +177,7 @@ def _case(
         now = rows.get(row.side)
         if now is not None and "reference" in (row.status, now.status) and now.status in _GOOD:
             continue
-        lost = now is None or (row.status in _GOOD and now.status != "measured")
+        lost = now is None or (now.status != "measured" and (row.status in _GOOD or not now.batches))
         if lost:
             state = "not run" if now is None else f"{now.status}: {now.reason}"
             yield Change(name, row.side, "runs", row.status, state, "worse")

@@ -161,7 +161,9 @@ def test_sizes_that_a_side_was_through_with_before_it_failed_are_compared() -> N
     assert ours(report(**failed), report(1.5))["batch 1, speedup"] == "worse"
     lost = ours(report(), report(1.5, **failed))
     assert (lost["runs"], lost["batch 1, speedup"]) == ("worse", "worse")
-    assert ours(report(**failed), report(**failed, batches=[]))["batch 1"] == "worse"
+    out = report(status="invalid", reason="PSNR 12 dB", batches=[])
+    told = [(c.what, c.before, c.after) for c in compare(report(**failed), out) if c.verdict == "worse"]
+    assert told == [("runs", "failed", "invalid: PSNR 12 dB")]
     gone = report()
     gone = replace(gone, cases=[replace(gone.cases[0], rows=gone.cases[0].rows[:1])])
     assert ours(report(**failed), gone) == {"runs": "worse"}
