@@ -182,8 +182,8 @@ class DiffusersSide(Side):
 class _Eager(DiffusersSide):
     """In the layout that is faster here."""
 
-    def tune(self) -> None:
-        self.settings += take_quicker_layout(self.set_memory_format, self.make, self._device)
+    def tune(self, like: str = "") -> None:
+        self.settings += take_quicker_layout(self.set_memory_format, self.make, self._device, like)
 
 
 def open_side(

@@ -140,8 +140,8 @@ class Host(Protocol):
         """Make pictures; with `traced`, memory is sampled, which takes time of its own."""
         ...
 
-    def tune(self) -> str:
-        """Let the side try out what suits this machine; how it is set up then."""
+    def tune(self, like: str = "") -> str:
+        """Let the side try out what suits this machine, or set it up like one that did; how it is set up then."""
         ...
 
     def profile(self, prompts: Sequence[str], seeds: Sequence[int]) -> Profile:
@@ -178,10 +178,10 @@ class Worker:
             self._side = make(job.case, self._device, DTYPES[job.dtype], job.folder, **job.side.options)
         return self._settings(self._side)
 
-    def tune(self) -> str:
+    def tune(self, like: str = "") -> str:
         side = self._opened()
         with self._turn():
-            side.tune()
+            side.tune(like)
         return self._settings(side)
 
     def run(self, prompts: Sequence[str], seeds: Sequence[int], *, traced: bool = False) -> Run:
@@ -285,8 +285,8 @@ class OwnProcess:
     def run(self, prompts: Sequence[str], seeds: Sequence[int], *, traced: bool = False) -> Run:
         return cast(Run, self._ask("run", list(prompts), list(seeds), traced=traced))
 
-    def tune(self) -> str:
-        return cast(str, self._ask("tune"))
+    def tune(self, like: str = "") -> str:
+        return cast(str, self._ask("tune", like))
 
     def profile(self, prompts: Sequence[str], seeds: Sequence[int]) -> Profile:
         return cast(Profile, self._ask("profile", list(prompts), list(seeds)))

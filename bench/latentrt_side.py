@@ -59,8 +59,8 @@ class _Eager(LatentrtSide):
         super().__init__(case, pipe)
         self.settings += ", no CUDA graphs" if pipe.device.type == "cuda" else ""
 
-    def tune(self) -> None:
-        self.settings += take_quicker_layout(self._load_in, self.make, self._pipe.device)
+    def tune(self, like: str = "") -> None:
+        self.settings += take_quicker_layout(self._load_in, self.make, self._pipe.device, like)
 
     def _load_in(self, memory_format: torch.memory_format) -> None:
         """Anew, from the files: no layout is to take another one's memory as well."""

@@ -361,8 +361,7 @@ class CaseRun:
         host = self._open_host(replace(lane.job, profiled=True))
         try:
             host.open()
-            if (settings := host.tune()) != lane.settings:
-                raise BenchmarkError(f"it would be of {settings}, and the times are of {lane.settings}")
+            host.tune(lane.settings)  # in the layout that was timed: tried out again, it may be the other one
             lane.profile = host.profile(*self._plan.work(0, 1))
         except Exception as error:  # its speed stands without it
             self._tell(lane.spec.name, f"no profile: {_first_line(error)}")

@@ -57,8 +57,12 @@ class Side:
         """Make picture k from prompt k and seed k."""
         raise NotImplementedError
 
-    def tune(self) -> None:
-        """Try out what suits this machine; called once, after the first picture, whose time is a cold process's."""
+    def tune(self, like: str = "") -> None:
+        """Try out what suits this machine; called once, after the first picture, whose time is a cold process's.
+
+        Args:
+            like: settings of the same side where it was tuned before, to be set up as there.
+        """
 
     def close(self) -> None:
         """Free what it holds; what its process's end frees may stay."""
@@ -93,19 +97,21 @@ def take_quicker_layout(
     lay_out: Callable[[torch.memory_format], None],
     make: Callable[[Sequence[str], Sequence[int], int], object],
     device: torch.device,
+    like: str = "",
 ) -> str:
     """Which layout convolutions like depends on the machine: take a few steps in each and keep the faster.
 
     Args:
         make: pictures of these prompts and seeds in that many steps.
+        like: settings that tell of a layout, which is then the only one to be taken.
 
     Returns:
         How this is told of in `settings`.
     """
     seconds = {}
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-    for name, memory_format in formats.items():
-        lay_out(memory_format)
+    for name in formats.keys() & like.split(", ") or formats:
+        lay_out(formats[name])
         times = []
         for _ in range(3):
             begin = time.perf_counter()

@@ -101,7 +101,7 @@ class PlantedSide(Side):
         end = time.perf_counter()
         return Made(images, [Span("base", begun, stepped), Span("decode", stepped, end)])
 
-    def tune(self) -> None:
+    def tune(self, like: str = "") -> None:
         time.sleep(self._tuning_seconds)
         self.settings = "planted and tuned"
 

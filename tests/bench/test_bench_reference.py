@@ -71,9 +71,9 @@ def test_a_reference_makes_its_pictures_and_no_more(tmp_path: Path) -> None:
             opened[self._job.side.name] += 1
             return super().open()
 
-        def tune(self) -> str:
+        def tune(self, like: str = "") -> str:
             tuned[self._job.side.name] += 1
-            return super().tune()
+            return super().tune(like)
 
         def run(self, prompts: Sequence[str], seeds: Sequence[int], *, traced: bool = False) -> Run:
             made[self._job.side.name] += len(seeds)

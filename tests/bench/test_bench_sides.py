@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -173,6 +174,20 @@ def test_latentrts_eager_modules_run_as_diffusers_does(
     assert side.settings.endswith(", channels_last")
     assert side._pipe.backend == "eager"
     assert likeness(side(["a cat"], [3]).images, before)[0] > 100
+
+
+@pytest.mark.parametrize("name", ["diffusers", "latentrt-eager"])
+def test_an_eager_side_is_laid_out_as_it_was_tuned_before(
+    name: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the other layout would be quicker this time."""
+    later = itertools.count()
+    monkeypatch.setattr("latentrt.bench.side.now", lambda device: time.perf_counter() + 1000 * next(later))
+    (spec,) = sides_named([name])
+    side = factory(spec)(case, torch.device("cpu"), torch.float32, tmp_path, **spec.options)
+    before = side.settings
+    side.tune(like=f"{before}, channels_last, no TF32")
+    assert side.settings == f"{before}, channels_last"
 
 
 def test_random_weights_are_drawn_where_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
