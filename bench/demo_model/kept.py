@@ -19,11 +19,14 @@ SHARP = "vae_sharp"  # folder of the VAE of before stage "soft"
 
 def save_vae(vae: AutoencoderKL, folder: Path) -> None:
     """Write it whole or not at all."""
-    aside = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside, before = (folder.with_name(f"{folder.name}.{kind}") for kind in ("tmp", "old"))
+    for left in (aside, before):
+        shutil.rmtree(left, ignore_errors=True)
     vae.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        folder.rename(before)  # removed in place, a part of it would be there for a while
     aside.rename(folder)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def sharp_vae(out: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,16 @@ def test_a_vae_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "vae_sharp").exists()
     train_vae.stage_vae(settings)
     assert _weights(tmp_path / "vae") == _weights(tmp_path / "vae_sharp")
+
+    def interrupted(folder: Path, **_: Any) -> None:
+        if Path(folder).exists():
+            (Path(folder) / "config.json").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_vae.stage_vae(settings)
+    AutoencoderKL.from_pretrained(tmp_path / "vae_sharp")
 
 
 @pytest.mark.parametrize("count", [2, 3, 6, 9])  # of 8 rows: even parts, uneven ones, more than rows
