@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from ..quality import as_input
 from . import data
 from .kept import SHARP, is_made_from, note_made_from, sharp_vae
-from .loop import Run, console
+from .loop import Run, console, read_checkpoint
 from .scenes import CANVASES
 from .tokenizer import DEMO, MAX_LENGTH
 from .train_soft import mark_of
@@ -42,7 +42,12 @@ def stage_latents(run: Run) -> None:
 
 def load(run: Run, name: str) -> list[Encoded]:
     """The encoded examples of "base" or "refiner", a table per canvas; encoded first where they are not yet, or from
-    another VAE or mark, or are other ones."""
+    another VAE or mark, or are other ones.
+
+    Raises:
+        RequestError: the UNet was begun with another seed; there is no VAE, or the mark is of another one.
+    """
+    read_checkpoint(run, name)  # before what it was trained on is overwritten
     path = run.out / "latents" / f"{name}.pt"
     wanted = made_from(run)
     if not is_made_from(path, wanted):

@@ -51,7 +51,7 @@ class Stage:
     """One model in training: what to save, and the function that does a step.
 
     `step(progress, generator)` returns figures to show; the stage's state is the modules' and optimiser's.
-    `made_from` is what its latents were made from, where it is trained on some.
+    `made_from` is what it is trained on was made from, where that is latents and text embeddings.
     """
 
     name: str
@@ -109,27 +109,46 @@ def checkpoint_of(out: Path, stage: str) -> Path:
     return out / "checkpoints" / f"{stage}.pt"
 
 
-def train(run: Run, stage: Stage) -> None:
-    """Run the stage until its minutes are used, resuming where an earlier call stopped.
+def read_checkpoint(run: Run, stage: str) -> dict[str, Any] | None:
+    """A stage's state, where it was begun.
 
     Raises:
-        RequestError: that call had another seed, or other latents and no minutes are left for these.
+        RequestError: it was with another seed.
+    """
+    path = checkpoint_of(run.out, stage)
+    if not path.exists():
+        return None
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    if state.get("seed", run.seed) != run.seed:
+        raise RequestError(
+            f"{path} was begun with seed {state['seed']}, and this is seed {run.seed}; give that one, or another --out"
+        )
+    return state
+
+
+def train(run: Run, stage: Stage) -> None:
+    """Run the stage until its minutes are used, resuming where an earlier call stopped; from the beginning where that
+    one was trained on something else, whose checkpoint is then kept as `.old`.
+
+    Raises:
+        RequestError: that call had another seed.
     """
     budget = 60.0 * run.minutes[stage.name]
     path = checkpoint_of(run.out, stage.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     steps, used = 0, 0.0
     generator = torch.Generator().manual_seed(run.seed)
-    if path.exists():
-        steps, used, made_from = _restore(path, stage, generator, run.seed)
+    state = read_checkpoint(run, stage.name)
+    if state is not None and state.get("made_from", {}) != stage.made_from:
+        before = path.replace(path.with_suffix(".old"))
+        console.log(
+            f"{stage.name}: begun anew; what was trained on other latents or text encoders is in {before}"
+        )
+        state = None
+    if state is not None:
+        _restore(state, stage, generator)
+        steps, used = int(state["steps"]), float(state["used"])
         console.log(f"{stage.name}: resumed at step {steps}, {used / 60:.1f} minutes in")
-        if made_from != stage.made_from:
-            if used >= budget:
-                raise RequestError(
-                    f"{path} was trained on other latents than these, and its {used / 60:.1f} minutes are used; give "
-                    f"it more by --minutes {stage.name}=N, or another --out"
-                )
-            console.log(f"{stage.name}: until here it was trained on other latents")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -182,14 +201,7 @@ def _save(path: Path, stage: Stage, generator: torch.Generator, steps: int, used
     os.replace(temporary, path)
 
 
-def _restore(
-    path: Path, stage: Stage, generator: torch.Generator, seed: int
-) -> tuple[int, float, dict[str, Any]]:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if state.get("seed", seed) != seed:
-        raise RequestError(
-            f"{path} was begun with seed {state['seed']}, and this is seed {seed}; give that one, or another --out"
-        )
+def _restore(state: dict[str, Any], stage: Stage, generator: torch.Generator) -> None:
     for key, module in stage.modules.items():
         module.load_state_dict(state["modules"][key])
     stage.optimiser.load_state_dict(state["optimiser"])
@@ -198,4 +210,3 @@ def _restore(
         for value, saved in zip(ema.average, average, strict=True):
             value.copy_(saved)
     generator.set_state(state["generator"])
-    return int(state["steps"]), float(state["used"]), state.get("made_from", stage.made_from)

@@ -63,22 +63,21 @@ def test_a_stage_resumes_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_a_stage_does_not_go_on_from_what_it_was_not_asked_for(tmp_path: Path) -> None:
-    def toy(seed: int, minutes: float, vae: str) -> list[float]:
+    def toy(seed: int, minutes: float, **made_from: str) -> list[float]:
         done: list[float] = []
-        train(Run(tmp_path, seed, torch.device("cpu"), {"toy": minutes}), _stage(done, vae=vae))
+        train(Run(tmp_path, seed, torch.device("cpu"), {"toy": minutes}), _stage(done, **made_from))
         return done
 
-    assert toy(0, 0.002, "a")
+    assert toy(0, 0.002)
+    for vae in ("a", "b"):  # one that nobody noted is another one
+        assert toy(0, 0.002, vae=vae)[0] == 0.0
+        assert toy(0, 0.002, vae=vae) == []
+    before = torch.load(tmp_path / "checkpoints" / "toy.old", weights_only=True)
+    assert before["made_from"] == {"vae": "a"}
     with pytest.raises(
         RequestError, match=r"toy\.pt was begun with seed 0, and this is seed 1; give that one, or"
     ):
-        toy(1, 0.01, "a")
-    with pytest.raises(
-        RequestError, match=r"other latents than these, and its 0\.0 minutes are used; give it more"
-    ):
-        toy(0, 0.002, "b")
-    assert toy(0, 0.01, "b")
-    assert toy(0, 0.01, "b") == []
+        toy(1, 0.01, vae="b")
 
 
 @pytest.fixture
@@ -108,6 +107,14 @@ def test_what_was_made_from_another_vae_or_other_examples_is_made_anew(tmp_path:
     assert all(now != before for now, before in zip(run(0.03), first, strict=True))
     more = latents.load(Run(tmp_path, 0, torch.device("cpu"), examples=30), "base")
     assert sum(len(table.latents) for table in more) == 30
+
+
+def test_what_is_refused_overwrites_no_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"seed": 0}, tmp_path / "checkpoints" / "refiner.pt")
+    monkeypatch.setattr(latents, "encode", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(RequestError, match=r"refiner\.pt was begun with seed 0, and this is seed 1"):
+        latents.load(Run(tmp_path, 1, torch.device("cpu"), examples=25), "refiner")
 
 
 @pytest.mark.usefixtures("few")
