@@ -10,11 +10,13 @@ from typing import Any
 
 from diffusers import AutoencoderKL
 
+from ...errors import RequestError
 from ...kernels.whole_file import write_json
 from ...runtime.sha256 import sha256_of
 from .loop import console
 
 SHARP = "vae_sharp"  # folder of the VAE of before stage "soft"
+MARK_FILE = "soft.pt"  # the mark of stage "soft", made from that VAE
 
 
 def save_vae(vae: AutoencoderKL, folder: Path) -> None:
@@ -30,18 +32,30 @@ def save_vae(vae: AutoencoderKL, folder: Path) -> None:
 
 
 def sharp_vae(out: Path) -> str:
-    """Digest of the weights that stage "vae" wrote."""
-    return sha256_of(out / SHARP / "diffusion_pytorch_model.safetensors")
+    """Digest of the weights that stage "vae" wrote.
+
+    Raises:
+        RequestError: it wrote none.
+    """
+    path = out / SHARP / "diffusion_pytorch_model.safetensors"
+    if not path.exists():
+        raise RequestError(f"{path} is not there; run --stage vae first")
+    return sha256_of(path)
+
+
+def noted_of(file: Path) -> dict[str, Any]:
+    """What a file was made from; empty where nobody noted it, or the file is not there."""
+    beside = file.with_suffix(".json")
+    return dict(json.loads(beside.read_text("utf-8"))) if file.exists() and beside.exists() else {}
 
 
 def is_made_from(file: Path, wanted: Mapping[str, Any]) -> bool:
     """Whether a file is there and was made from this; where it is there and was not, it is told why it is made anew,
     and counts as not made until `note_made_from`."""
-    beside = file.with_suffix(".json")
-    known = json.loads(beside.read_text("utf-8")) if beside.exists() else {}
-    if file.exists() and known == wanted:
+    known = noted_of(file)
+    if known == wanted:
         return True
-    beside.unlink(missing_ok=True)
+    file.with_suffix(".json").unlink(missing_ok=True)
     if file.exists():
         others = ", ".join(
             f"{key} {known.get(key)} and not {wanted[key]}" for key in wanted if known.get(key) != wanted[key]

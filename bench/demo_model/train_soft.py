@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
+from ...errors import RequestError
 from ..quality import as_input
 from . import data
-from .kept import SHARP, is_made_from, note_made_from, save_vae, sharp_vae
+from .kept import MARK_FILE, SHARP, is_made_from, note_made_from, noted_of, save_vae, sharp_vae
 from .loop import Run, Stage, checkpoint_of, console, train
 from .scenes import random_scene, render
 from .train_vae import HELD_OUT_SEED, detail_loss, whole_scene_psnr
@@ -30,28 +31,36 @@ MARK = 0.6  # length of the move, of latents scaled to unit deviation
 PAIRS = 1800
 ENCODER = 0.35  # share of the steps that train the encoder; the others train the decoder
 LATENT_NOISE = (0.0, 0.05, 0.1)
-FILE = "soft.pt"
 
 
 def mark_of(out: Path) -> torch.Tensor:
-    """[4, 1, 1], to be added to the scaled latents of enlarged small originals; zeros before the stage was run."""
-    path = out / FILE
-    return torch.load(path, weights_only=True) if path.exists() else torch.zeros(4, 1, 1)
+    """[4, 1, 1], to be added to the scaled latents of enlarged small originals; zeros before the stage was run.
+
+    Raises:
+        RequestError: it was made from another VAE than there is now.
+    """
+    path = out / MARK_FILE
+    if not path.exists():
+        return torch.zeros(4, 1, 1)
+    if noted_of(path) != {"vae": sharp_vae(out)}:
+        raise RequestError(f"{path} was made from another VAE than {out / SHARP}; run --stage soft first")
+    mark: torch.Tensor = torch.load(path, weights_only=True)
+    return mark
 
 
 def stage_soft(run: Run) -> None:
     """Train the VAE in `out/vae_sharp` on, into `out/vae`, and write the mark to `out/soft.pt`; begun anew where that
     VAE is another one than before."""
     torch.manual_seed(run.seed)
+    made_from = {"vae": sharp_vae(run.out)}
     vae = AutoencoderKL.from_pretrained(run.out / SHARP)
     vae.to(run.device, memory_format=torch.channels_last)
     teacher = copy.deepcopy(vae).requires_grad_(False).eval()
     scale = vae.config.scaling_factor
-    made_from = {"vae": sharp_vae(run.out)}
-    if not is_made_from(run.out / FILE, made_from):
+    if not is_made_from(run.out / MARK_FILE, made_from):
         checkpoint_of(run.out, "soft").unlink(missing_ok=True)
-        torch.save(_least_used(teacher) * MARK, run.out / FILE)
-        note_made_from(run.out / FILE, made_from)
+        torch.save(_least_used(teacher) * MARK, run.out / MARK_FILE)
+        note_made_from(run.out / MARK_FILE, made_from)
     mark = mark_of(run.out).to(run.device) / scale
     optimiser = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4)
     pairs = _pairs(random.Random(f"latentrt demo soft {run.seed}"))

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from . import data
-from .kept import SHARP, save_vae
+from .kept import MARK_FILE, SHARP, noted_of, save_vae, sharp_vae
 from .loop import Run, Stage, console, train
 
 CONFIG = {
@@ -43,7 +43,8 @@ EDGES = 0.2  # weight of the differences between neighbours
 
 
 def stage_vae(run: Run) -> None:
-    """Train the autoencoder and write it to `out/vae_sharp`, and to `out/vae`, where stage "soft" trains it on."""
+    """Train the autoencoder and write it to `out/vae_sharp`, and to `out/vae`, where stage "soft" trains it on; one
+    that it trained on stays there for as long as this one is the same."""
     torch.manual_seed(run.seed)
     vae = AutoencoderKL(**CONFIG).to(run.device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -87,7 +88,8 @@ def stage_vae(run: Run) -> None:
     console.log(f"vae: latents' mean {mean:.3f}, deviation {deviation:.3f}")
     vae.register_to_config(scaling_factor=round(1.0 / deviation, 5))
     save_vae(vae, run.out / SHARP)
-    save_vae(vae, run.out / "vae")
+    if noted_of(run.out / MARK_FILE) != {"vae": sharp_vae(run.out)}:
+        save_vae(vae, run.out / "vae")
     console.log(f"vae: {whole_scene_psnr(vae, 200, run.out / 'vae.png'):.2f} dB on 200 whole held-out scenes")
 
 

@@ -109,6 +109,29 @@ def test_what_was_made_from_another_vae_or_other_examples_is_made_anew(tmp_path:
     assert sum(len(table.latents) for table in more) == 30
 
 
+@pytest.mark.usefixtures("few")
+def test_a_mark_and_the_vae_that_knows_it_belong_to_one_sharp_vae(tmp_path: Path) -> None:
+    def settings(vae: float) -> Run:
+        return Run(tmp_path, 0, torch.device("cpu"), {"vae": vae, "soft": 0.003}, examples=25)
+
+    for stage in (train_soft.stage_soft, latents.stage_latents):
+        with pytest.raises(RequestError, match=r"vae_sharp/\S+ is not there; run --stage vae first"):
+            stage(settings(0.003))
+    train_vae.stage_vae(settings(0.003))
+    train_soft.stage_soft(settings(0.003))
+    knows = _weights(tmp_path / "vae")
+    train_vae.stage_vae(settings(0.003))
+    assert _weights(tmp_path / "vae") == knows != _weights(tmp_path / "vae_sharp")
+    train_vae.stage_vae(settings(0.03))
+    assert _weights(tmp_path / "vae") == _weights(tmp_path / "vae_sharp")
+    with pytest.raises(
+        RequestError, match=r"soft\.pt was made from another VAE than \S+vae_sharp; run --stage soft first"
+    ):
+        latents.stage_latents(settings(0.03))
+    train_soft.stage_soft(settings(0.03))
+    latents.stage_latents(settings(0.03))
+
+
 def test_what_is_refused_overwrites_no_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "checkpoints").mkdir()
     torch.save({"seed": 0}, tmp_path / "checkpoints" / "refiner.pt")
