@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor
 
+from ...runtime.sha256 import sha256_of
 from .assemble import save_unet, write_pipelines
 from .latents import Encoded, TextEncoders, load, made_from
 from .loop import Ema, Run, Stage, console, train
@@ -29,6 +30,7 @@ REFINER_BELOW = 220  # timesteps; generation hands over at 200
 # The base hands over pictures whose colours are wrong in places; on drawn ones alone the refiner learns to trust them
 # and not the caption. So part of its noise is in patches of a quarter of the side: up to this share of unit noise.
 PATCHES, PATCH_NOISE = 4, 0.8
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 POOLED, TIME_IDS = 128, 32  # width of the pooled text, and of each size's embedding
 
 SCHEDULER: dict[str, Any] = {
@@ -191,7 +193,8 @@ def train_unet(run: Run, name: str, peak_rate: float) -> None:
         ema={"unet": ema},
         on_report=report,
         report_every=600.0,
-        made_from=made_from(run),
+        made_from=made_from(run)
+        | {part: sha256_of(run.out / part / "model.safetensors") for part in TEXT_ENCODERS},
     )
     train(run, stage)
     save()

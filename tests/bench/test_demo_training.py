@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from latentrt.bench.demo_model import data, latents, train_soft, train_vae
+from latentrt.bench.demo_model import data, latents, train_soft, train_unet, train_vae
 from latentrt.bench.demo_model.loop import Ema, Run, Stage, train
 from latentrt.bench.demo_model.muon import Muon, orthogonalised
 from latentrt.bench.demo_model.replicas import Replicas
@@ -138,6 +139,26 @@ def test_what_is_refused_overwrites_no_latents(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(latents, "encode", lambda *_: pytest.fail("encoded"))
     with pytest.raises(RequestError, match=r"refiner\.pt was begun with seed 0, and this is seed 1"):
         latents.load(Run(tmp_path, 1, torch.device("cpu"), examples=25), "refiner")
+
+
+def test_a_unet_hangs_on_its_text_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages: list[Stage] = []
+    monkeypatch.setattr(train_unet, "TextEncoders", lambda *_: SimpleNamespace(widths=(32, 64)))
+    monkeypatch.setattr(train_unet, "load", lambda *_: [])
+    monkeypatch.setattr(train_unet, "train", lambda run, stage: stages.append(stage))
+    for name in ("save_unet", "write_pipelines"):
+        monkeypatch.setattr(train_unet, name, lambda *_: None)
+    weights = {name: tmp_path / name / "model.safetensors" for name in ("text_encoder", "text_encoder_2")}
+    sharp = tmp_path / "vae_sharp" / "diffusion_pytorch_model.safetensors"
+    for file in (sharp, *weights.values()):
+        file.parent.mkdir()
+        file.write_bytes(b"0")
+    for changed in (sharp, sharp, *weights.values()):
+        train_unet.stage_base(Run(tmp_path, 0, torch.device("cpu")))
+        changed.write_bytes(changed.read_bytes() + b"1")
+    train_unet.stage_base(Run(tmp_path, 0, torch.device("cpu")))
+    found = [str(stage.made_from) for stage in stages]
+    assert len(set(found)) == len(found) == 5
 
 
 @pytest.mark.usefixtures("few")
@@ -309,7 +330,7 @@ def by_diffusers(demo: Path, prompt: str, *, seed: int, steps: int) -> np.ndarra
 def test_every_stage_runs_and_diffusers_loads_the_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentrt.bench.demo_model import train_text, train_unet
+    from latentrt.bench.demo_model import train_text
 
     monkeypatch.setattr(train_vae, "PICTURES", 20)
     monkeypatch.setattr(train_soft, "PAIRS", 20)
