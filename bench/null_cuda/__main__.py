@@ -118,7 +118,11 @@ def _child(row: Row, work: Path, device: dict[str, str] | Any) -> dict[str, int]
     done = subprocess.run(
         command, env={**os.environ, **device}, stdout=subprocess.PIPE, text=True, check=False
     )
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+    if done.returncode:
+        print(f"{row}: exit status {done.returncode}", file=sys.stderr)
+        return None
+    told: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return told
 
 
 def main(argv: Sequence[str] | None = None) -> int:

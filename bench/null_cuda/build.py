@@ -14,6 +14,7 @@ __all__ = ["build", "compiled", "environment"]
 
 _SOURCE = Path(__file__).with_name("driver.c")
 _NAMES = re.compile(r" U ((?:cublas|cudnn|cuda|cu)[A-Z]\w*|__cuda\w+)")
+_CALLS = re.compile(r"\b(cu[A-Z]\w+)\(")
 _KEPT = re.compile(r"cuFile|cudnnGet(Last)?ErrorString|cublasLtGetVersion")
 """What real libraries answer without a device, or nobody calls."""
 
@@ -26,7 +27,9 @@ def build(folder: Path) -> Path:
         OSError: there is no gcc, or no nm.
     """
     packages = Path(sysconfig.get_path("purelib"))
-    nvidia = packages / "triton" / "backends" / "nvidia"  # Triton has CUDA's headers
+    nvidia = packages / "triton" / "backends" / "nvidia"
+    # Those of PyTorch's version, since they say how large its structures are; what they include, Triton has of another.
+    headers = [*sorted((packages / "nvidia").glob("cu*/include")), nvidia / "include"]
     libraries = sorted((packages / "torch" / "lib").glob("*.so"))
     if not any(path.name == "libtorch_cuda.so" for path in libraries) or not nvidia.is_dir():
         raise BackendUnavailableError(f"no CUDA build of PyTorch lies in {packages}: see CONTRIBUTING.md")
@@ -35,12 +38,10 @@ def build(folder: Path) -> Path:
     )
     # Triton compiles what loads its kernels against the driver when it first does.
     loader = (nvidia / "driver.c").read_text("utf-8")
-    return compiled(
-        folder, {*_NAMES.findall(told.stdout), *re.findall(r"\b(cu[A-Z]\w+)\(", loader)}, nvidia / "include"
-    )
+    return compiled(folder, {*_NAMES.findall(told.stdout), *_CALLS.findall(loader)}, headers)
 
 
-def compiled(folder: Path, names: Iterable[str], headers: Path) -> Path:
+def compiled(folder: Path, names: Iterable[str], headers: Iterable[Path]) -> Path:
     """The library, with a function that does nothing for each of `names` that the source has not."""
     folder.mkdir(parents=True, exist_ok=True)
     there = set(re.findall(r"\w+", _SOURCE.read_text("utf-8")))  # more than are defined there does no harm
@@ -48,11 +49,9 @@ def compiled(folder: Path, names: Iterable[str], headers: Path) -> Path:
     stubs, library = folder / "stubs.c", folder / "libcuda.so.1"
     lines = (f'__attribute__((visibility("default"))) int {name}(void) {{ return 0; }}' for name in missing)
     stubs.write_text("\n".join(lines) + "\n", "utf-8")
-    flags = ["-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-w", f"-Wl,-soname,{library.name}"]
-    command = [
-        "gcc",
-        *flags,
-        f"-I{headers}",
+    command = ["gcc", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-w", f"-Wl,-soname,{library.name}"]
+    command += [
+        *(f"-I{path}" for path in headers),
         str(_SOURCE),
         str(stubs),
         "-o",

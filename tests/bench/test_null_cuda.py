@@ -19,7 +19,7 @@ def cuda(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
     assert found is not None
     assert found.origin is not None
     headers = Path(found.origin).parent / "backends" / "nvidia" / "include"
-    library = compiled(tmp_path_factory.mktemp("null_cuda"), ["cudaMalloc", "cudaSomethingElse"], headers)
+    library = compiled(tmp_path_factory.mktemp("null_cuda"), ["cudaMalloc", "cudaSomethingElse"], [headers])
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment(library, bytes=1 << 30).items():
             if name.startswith("NULL_CUDA_"):
