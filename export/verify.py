@@ -155,7 +155,7 @@ def verify_model(
         BackendUnavailableError: it cannot run here.
         CheckpointError, BackendError, ExportError, BuildError, CacheError: what each says.
     """
-    choice = choose(backend, device, dtype)
+    chosen = choose(backend, device, dtype)
     second = None if refiner is None else refiner_source(refiner)
     found: dict[str, tuple[Component, Component]] = {}
     known: set[str] = set()
@@ -178,7 +178,7 @@ def verify_model(
         yield verify_component(
             component,
             exact_component,
-            choice.backend,
+            chosen,
             device=device,
             sizes=sizes[part],
             part=part,
@@ -188,7 +188,7 @@ def verify_model(
         yield _verify_pipeline(
             model,
             refiner,
-            choice.backend,
+            chosen,
             device,
             dtype,
             variant=variant,

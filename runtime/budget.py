@@ -254,24 +254,18 @@ class Budget:
         Raises:
             OutOfMemoryError: with what the plan says; as it is where it comes from a callback.
         """
-        failure: OutOfMemoryError | None = None
-        try:
-            return make()
-        except OutOfMemoryError as error:
-            if asking():
-                raise
-            failure = without_frames(error)
-        # Only now are the frames that failed gone, and what they held.
-        freed = self._freed()
-        if freed:
-            _log.warning("%s; let go %s that were kept, and begin again", failure, readable(freed))
-            begin_again()
+        for again in (False, True):
             try:
                 return make()
             except OutOfMemoryError as error:
                 if asking():
                     raise
                 failure = without_frames(error)
+            # Only now are the frames that failed gone, and what they held.
+            if again or not (freed := self._freed()):
+                break
+            _log.warning("%s; let go %s that were kept, and begin again", failure, readable(freed))
+            begin_again()
         raise OutOfMemoryError(f"{failure}. By plan, {told().told(self._policy)}") from failure.__cause__
 
     def _freed(self) -> int:

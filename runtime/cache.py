@@ -187,15 +187,8 @@ class Store:
             if key == own_key:
                 shutil.rmtree(leftover, ignore_errors=True)
                 continue
-            lock = self._lock(key)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                continue
-            try:
+            with suppress(Timeout), self._lock(key).acquire(timeout=0):
                 shutil.rmtree(leftover, ignore_errors=True)
-            finally:
-                lock.release()
 
 
 @contextmanager

@@ -80,9 +80,9 @@ class Expert:
         """Its sampler, or another one on the same noise schedule."""
         return SamplerConfig.from_dict(self.scheduler, override)
 
-    def guided(self, request: GenerationRequest) -> bool:
-        """Whether a step runs the UNet on negative and positive rows both."""
-        return request.guided and self.config.time_cond_proj_dim is None
+    def guided(self, wanted: bool) -> bool:
+        """Whether a step runs the UNet on negative and positive rows both, where the guidance scale asks for it."""
+        return wanted and self.config.time_cond_proj_dim is None
 
     def condition(
         self, request: GenerationRequest, device: torch.device, *, from_image: bool
@@ -92,7 +92,7 @@ class Expert:
         Args:
             from_image: it continues from a picture or latents rather than from noise.
         """
-        guided = self.guided(request)
+        guided = self.guided(request.guided)
         two = len(self.encoders) == 2
         texts = [request.prompts, request.prompts_2] if two else [request.prompts]
         positive = encode_prompts(self.encoders, texts, request.clip_skip, device)

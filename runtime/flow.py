@@ -121,7 +121,7 @@ def _loops(
                 (B, C, h, w),
                 stage.table,
                 conditioning.named(),
-                scales if stage.expert.guided(request) else None,
+                scales if stage.expert.guided(request.guided) else None,
                 request.guidance_rescale,
                 noise.draw_steps(stage.table, (C, h, w), host),
             ),

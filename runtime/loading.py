@@ -88,8 +88,7 @@ def load_components(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Com
     """
     loader = EngineLoader("eager", torch.device("cpu"), dtype, None)
     expert = load_expert(checkpoint, loader)
-    encoders = [e for e in (expert.text_encoder, expert.text_encoder_2) if e is not None]
-    engines = [*(e.engine for e in encoders), expert.unet]
+    engines = expert.engines()
     if checkpoint.has("vae"):
         vae = load_vae(checkpoint, loader)
         engines += [vae.decoder, vae.encoder]

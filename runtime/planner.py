@@ -161,8 +161,7 @@ class Planner:
         loops = []
         for stage in stages:  # also one that takes no steps: its networks are loaded all the same
             expert = stage.expert
-            doubled = guided and expert.config.time_cond_proj_dim is None
-            kind = LoopKind.of(shape, stage.table, doubled, expert.unet.component.dtype)
+            kind = LoopKind.of(shape, stage.table, expert.guided(guided), expert.unet.component.dtype)
             loops.append((stage.name, expert, kind))
         key = (tuple((name, kind) for name, _, kind in loops), encoded, decoded, tile)
         with self._lock:

@@ -72,9 +72,8 @@ class EngineLoader:
         """
         # A VAE that float16 would overflow has another, which was chosen for the device it was loaded for.
         dtypes = dict.fromkeys([self.dtype, *(engine.component.dtype for engine in self._engines)])
-        choice = choose(self._name, device, *dtypes)
+        self.backend = choose(self._name, device, *dtypes)
         self.device = device
-        self.backend = choice.backend
         wanted = device.type == "cuda" if self._graphs is None else self._graphs
         if wanted:
             expect_modes()

@@ -17,7 +17,6 @@ from ...errors import BackendUnavailableError, UnknownBackendError
 from .base import Availability, Backend
 
 __all__ = [
-    "Choice",
     "Description",
     "backend_names",
     "choose",
@@ -41,14 +40,6 @@ _BACKENDS = {
 # wants it asks for it.
 _PREFERENCE = {"cpu": ("onnxruntime", "eager")}
 _PREFERENCE_ELSEWHERE = ("triton", "eager", "onnxruntime")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The back end that was chosen and why, in words for the user."""
-
-    backend: Backend
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -85,9 +76,9 @@ def get_backend(name: str) -> Backend:
     return cast(Backend, getattr(import_module(module, __package__), cls)())
 
 
-def choose(name: str, device: torch.device, *dtypes: torch.dtype) -> Choice:
+def choose(name: str, device: torch.device, *dtypes: torch.dtype) -> Backend:
     """The back end `name`, or with `"auto"` the best that can run all of `dtypes`, by default float32, on `device`.
-    Logged at INFO.
+    Logged with its reason at INFO.
 
     Raises:
         UnknownBackendError: no such name.
@@ -97,8 +88,11 @@ def choose(name: str, device: torch.device, *dtypes: torch.dtype) -> Choice:
         backend = get_backend(name)
         found = _availability(backend, device, dtypes)
         if not found.ok:
-            raise _unavailable(name, found)
-        return _chosen(Choice(backend, f"asked for; {found.reason}"))
+            raise BackendUnavailableError(
+                f"back end {name!r} cannot run here: {found.reason}; {found.remedy}"
+            )
+        _log.info("back end %s: asked for; %s", name, found.reason)
+        return backend
     passed_over: list[str] = []
     for candidate in _preferred(device):
         backend = get_backend(candidate)
@@ -107,7 +101,8 @@ def choose(name: str, device: torch.device, *dtypes: torch.dtype) -> Choice:
             why = f"the best for {device.type}; {found.reason}"
             if passed_over:
                 why = f"{found.reason}; passed over {'; '.join(passed_over)}"
-            return _chosen(Choice(backend, why))
+            _log.info("back end %s: %s", candidate, why)
+            return backend
         passed_over.append(f"{candidate}: {found.reason} ({found.remedy})")
     wanted = " and ".join(str(dtype) for dtype in dtypes or (torch.float32,))
     raise BackendUnavailableError(f"no back end runs {wanted} on {device}: {'; '.join(passed_over)}")
@@ -134,12 +129,3 @@ def _availability(backend: Backend, device: torch.device, dtypes: tuple[torch.dt
     """Of the first of these that it cannot run, or else of them all."""
     found = [backend.availability(device, dtype) for dtype in dtypes or (torch.float32,)]
     return next((x for x in found if not x.ok), found[0])
-
-
-def _unavailable(name: str, found: Availability) -> BackendUnavailableError:
-    return BackendUnavailableError(f"back end {name!r} cannot run here: {found.reason}; {found.remedy}")
-
-
-def _chosen(choice: Choice) -> Choice:
-    _log.info("back end %s: %s", choice.backend.name, choice.reason)
-    return choice

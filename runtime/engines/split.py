@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..models.unet import UNet, UNetConfig
 from ..models.unet_parts import PARTS
-from .base import CallProgram, Component, Engine, Program, TensorSpec, Timesteps, arguments
+from .base import CallProgram, Component, Engine, Program, TensorSpec, Timesteps, arguments, sizes_of
 
 __all__ = ["STEPS_AT_ONCE", "SplitUNet", "in_parts", "unet_parts"]
 
@@ -142,13 +142,7 @@ class _SplitProgram:
         rows, steps = len(sample), min(len(timesteps.values), STEPS_AT_ONCE)
         self._timesteps, self._steps, self._rows = timesteps, steps, rows
         self._values = dict(inputs)
-        sizes = {
-            name: size
-            for spec in prompt.inputs
-            for name, size in zip(spec.dims, inputs[spec.name].shape, strict=True)
-            if isinstance(name, str)
-        }
-        made = _zeros(prompt.outputs, sizes, sample)
+        made = _zeros(prompt.outputs, sizes_of(prompt, inputs), sample)
         self._values |= made
         self._prompt = prompt_engine.bind({spec.name: inputs[spec.name] for spec in prompt.inputs}, made)
 
