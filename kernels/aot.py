@@ -23,13 +23,14 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,13 +79,8 @@ _POINTERS = {
 
 Trial = tuple[str, Mapping[str, int]]
 
-
-class Job(Protocol):
-    """What a child process is given to compile; travels pickled."""
-
-    def content(self) -> bytes:
-        """What to write to the job's file."""
-        ...
+Job = Callable[[], bytes]
+"""What a child process is given to compile: returns what to write to the job's file; travels pickled."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +92,6 @@ class Request:
     arch: int
     trial: Trial | None = None
     """A tuning table and the constants to take in place of the data's."""
-
-    def content(self) -> bytes:
-        """Its reports, as JSON."""
-        rows = [asdict(_report(launch, self.op, self.arch)) for launch in _launches(self)]
-        return json.dumps(rows).encode()
 
 
 @dataclass(frozen=True)
@@ -157,7 +148,8 @@ def attempts(
     """
     folder = cache or cache_folder()
     paths = [folder / f"{_digest(r)}.json" for r in requests]
-    failed = compile_jobs(dict(zip(paths, requests, strict=True)), jobs, seconds)
+    wanted = {path: partial(_content, r) for path, r in zip(paths, requests, strict=True)}
+    failed = compile_jobs(wanted, jobs, seconds)
     return [
         failed[path]
         if path in failed
@@ -341,6 +333,11 @@ def compiled(launch: Launch, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
+def _content(r: Request) -> bytes:
+    """Its reports, as JSON."""
+    return json.dumps([asdict(_report(launch, r.op, r.arch)) for launch in _launches(r)]).encode()
+
+
 def _report(launch: Launch, op: str, arch: int) -> Report:
     import triton
 
@@ -380,15 +377,15 @@ def _output(*command: str) -> str:
 def _child(jobs: Iterable[tuple[Path, Job]]) -> None:
     for path, job in jobs:
         # Whole or not at all: several processes may compile the same.
-        partial = path.with_suffix(f".{os.getpid()}.partial")
+        aside = path.with_suffix(f".{os.getpid()}.partial")
         try:
-            content = job.content()
+            content = job()
         except Exception as error:  # of whatever kind the compiler has: the caller is told
-            partial.write_text(f"{type(error).__name__}: {error}"[:2000], encoding="utf-8")
-            partial.replace(path.with_suffix(".error"))
+            aside.write_text(f"{type(error).__name__}: {error}"[:2000], encoding="utf-8")
+            aside.replace(path.with_suffix(".error"))
         else:
-            partial.write_bytes(content)
-            partial.replace(path)
+            aside.write_bytes(content)
+            aside.replace(path)
 
 
 def _end_with_parent() -> None:
@@ -397,7 +394,7 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    from latentrt.kernels import aot  # the module by its own name, so that pickled requests are of its class
+    from latentrt.kernels import aot  # the module by its own name, so that pickled jobs are of its making
 
     wanted = pickle.load(sys.stdin.buffer)
     threading.Thread(target=aot._end_with_parent, daemon=True).start()

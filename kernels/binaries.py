@@ -22,6 +22,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,6 @@ class GroupNormKernels:
             "MOST_SPLITS": MOST_SPLITS,
         }
 
-    def content(self) -> bytes:
-        return _content(self)
-
 
 @dataclass(frozen=True)
 class AttentionKernels:
@@ -130,9 +128,6 @@ class AttentionKernels:
             constants["BLOCK_V"] = launch.constants["BLOCK_V"]
         return {"attention": launch}, constants
 
-    def content(self) -> bytes:
-        return _content(self)
-
 
 @dataclass(frozen=True)
 class AheadAttentionKernels:
@@ -159,9 +154,6 @@ class AheadAttentionKernels:
         )
         return {"attention": ahead}, constants
 
-    def content(self) -> bytes:
-        return _content(self)
-
 
 Kernels = GroupNormKernels | AttentionKernels | AheadAttentionKernels
 
@@ -175,7 +167,8 @@ def binaries(wanted: Sequence[Kernels], cache: Path | None = None, jobs: int = 1
     """
     folder = cache or cache_folder()
     paths = [folder / f"{_digest(kernels)}.kernels" for kernels in wanted]
-    failed = compile_jobs(dict(zip(paths, wanted, strict=True)), jobs)
+    missing = {path: partial(_content, kernels) for path, kernels in zip(paths, wanted, strict=True)}
+    failed = compile_jobs(missing, jobs)
     for path, kernels in zip(paths, wanted, strict=True):
         if path in failed:
             raise BackendError(f"compiling {kernels} failed: {failed[path]}")

@@ -10,13 +10,12 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
 
+from ..kernels.whole_file import write_json
 from .cache import cache_root
 from .sha256 import file_identity, sha256_of
 
@@ -58,19 +57,15 @@ class DigestMemory:
         return known if isinstance(known, dict) else {}
 
     def _remember(self, path: Path, entry: list[int | str]) -> None:
-        partial = self._file.with_name(f"digests.{secrets.token_hex(4)}.partial")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self._file.with_suffix(".lock")):
                 known = {name: old for name, old in self._load().items() if Path(name).exists()}
-                partial.write_text(json.dumps({**known, str(path): entry}, indent=1), "utf-8")
-                partial.replace(self._file)
+                write_json(self._file, {**known, str(path): entry})
         except OSError as error:
             _log.warning(
                 "cannot remember digests in %s (%s): weights are hashed at each start", self._file, error
             )
-            with suppress(OSError):
-                partial.unlink()
 
 
 def combined(digests: Iterable[str]) -> str:

@@ -31,7 +31,7 @@ _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 @dataclass(frozen=True)
 class Footprint:
-    """One forward of one network.
+    """One forward of one network; without one, its weights only.
 
     Attributes:
         parameters: how many numbers its weights are.
@@ -47,12 +47,12 @@ class Footprint:
     parameters: int
     weight_bytes: int
     held_bytes: int
-    flops: int
-    activation_bytes: int
-    scratch_bytes: int
-    pool_bytes: int
-    input_bytes: int
-    output_bytes: int
+    flops: int = 0
+    activation_bytes: int = 0
+    scratch_bytes: int = 0
+    pool_bytes: int = 0
+    input_bytes: int = 0
+    output_bytes: int = 0
 
 
 class Tracker(TorchDispatchMode):

@@ -253,8 +253,7 @@ class Planner:
         parameters = list(self._module(key, component).parameters())
         numbers, nbytes = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
         held = self._engine(key, component).weight_bytes
-        footprint = Footprint(numbers, nbytes, held, 0, 0, 0, 0, 0, 0)
-        networks[key] = Network(dtype_name(component.dtype), 1, footprint)
+        networks[key] = Network(dtype_name(component.dtype), 1, Footprint(numbers, nbytes, held))
         return key
 
     @property

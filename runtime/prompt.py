@@ -26,14 +26,10 @@ __all__ = ["ClipTokenizer"]
 
 logger = logging.getLogger(__name__)
 
+# What a token is where the configuration does not say.
+_SPECIAL = {"bos_token": START_TOKEN, "eos_token": END_TOKEN, "pad_token": END_TOKEN, "unk_token": END_TOKEN}
+
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-
-
-def _content(token: Any, default: str) -> str:
-    """A special token in tokenizer_config.json is a string or an object with its text under `content`."""
-    if isinstance(token, Mapping):
-        return str(token.get("content", default))
-    return default if token is None else str(token)
 
 
 class ClipTokenizer:
@@ -42,7 +38,7 @@ class ClipTokenizer:
     Args:
         vocab: token -> id.
         merges: pairs in order of rank.
-        config: the checkpoint's tokenizer_config.json: special tokens and `model_max_length`.
+        config: as `TokenizerFiles` has it: special tokens and `model_max_length`.
         added: tokens beside the merges, by their ids, which go on where those of the vocabulary end.
 
     Raises:
@@ -56,15 +52,13 @@ class ClipTokenizer:
         config: Mapping[str, Any],
         added: AddedTokens = MappingProxyType({}),
     ) -> None:
-        start = _content(config.get("bos_token"), START_TOKEN)
-        end = _content(config.get("eos_token"), END_TOKEN)
-        pad = _content(config.get("pad_token"), END_TOKEN)
-        unknown = _content(config.get("unk_token"), END_TOKEN)
+        tokens = _SPECIAL | {role: str(config[role]) for role in _SPECIAL if config.get(role) is not None}
+        start, end, pad, unknown = tokens.values()
         names = {token["content"] for token in added.values()}
-        for role, token in (("bos", start), ("eos", end), ("pad", pad), ("unk", unknown)):
+        for role, token in tokens.items():
             if token not in vocab and token not in names:
                 raise CheckpointError(
-                    f"the tokenizer's {role}_token {token!r} is not in its vocabulary of {len(vocab)} tokens; "
+                    f"the tokenizer's {role} {token!r} is not in its vocabulary of {len(vocab)} tokens; "
                     "the tokenizer files do not belong together"
                 )
         try:

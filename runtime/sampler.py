@@ -84,9 +84,9 @@ class SamplerTable:
         rows[-1, _WEIGHTS] *= self.last_signal if following.unit_variance else 1 / self.last_signal
         return replace(self, rows=rows)
 
-    def on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The rows where the loop needs them, rounded once."""
-        return self.rows.to(device=device, dtype=dtype)
+    def on(self, device: torch.device) -> Tensor:
+        """The rows where the loop needs them, rounded once to float32."""
+        return self.rows.to(device=device, dtype=torch.float32)
 
 
 def build_table(

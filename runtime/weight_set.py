@@ -10,7 +10,6 @@ peak is the weights in their target dtype, plus one tensor.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,14 +32,7 @@ _LISTED = 20  # keys of a kind that an error spells out
 # Buffers of older transformers releases: 0, 1, ... 76, which no model reads from its file any more.
 _HARMLESS = ("position_ids",)
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+_FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True)
@@ -101,19 +93,6 @@ class WeightSet:
         self.files = tuple(sorted({ref.file for ref in tensors.values()}))
         self._memory = memory
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The floating dtype that most of the tensors are stored in.
-
-        Raises:
-            CheckpointError: none of them is in a dtype known here.
-        """
-        counts = Counter(ref.dtype for ref in self.tensors.values() if ref.dtype in _DTYPES)
-        if not counts:
-            found = ", ".join(sorted({ref.dtype for ref in self.tensors.values()})) or "nothing"
-            raise CheckpointError(f"the weights of {self.name} have no floating dtype; found {found}")
-        return _DTYPES[counts.most_common(1)[0][0]]
-
     def digest(self) -> str:
         """SHA-256, in hex, over the contents of the files; remembered while a file's stat stays the same."""
         return combined(self._memory.digest(file) for file in self.files)
@@ -164,7 +143,7 @@ class WeightSet:
         quantised = [
             f"{key} is {taken[key].dtype}"
             for key in wanted
-            if key in taken and taken[key].dtype not in _DTYPES
+            if key in taken and taken[key].dtype not in _FLOATING
         ]
         missing = [key for key in wanted if key not in taken]
         surplus = [key for key in taken if key not in wanted]

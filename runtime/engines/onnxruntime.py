@@ -127,17 +127,10 @@ class _Program:
 
 
 class OnnxRuntimeBackend:
-    """ONNX Runtime.
-
-    Args:
-        options: in place of what `LATENTRT_ONNXRUNTIME` says.
-    """
+    """ONNX Runtime."""
 
     name = "onnxruntime"
     upcast = torch.float32
-
-    def __init__(self, options: Sequence[str] | None = None) -> None:
-        self._options = options
 
     def availability(self, device: torch.device, dtype: torch.dtype) -> Availability:
         remedy = _INSTALL.get(device.type)
@@ -148,7 +141,7 @@ class OnnxRuntimeBackend:
         if dtype == torch.bfloat16:
             return Availability(False, "ONNX Runtime has no bfloat16 convolution", "use float32 or float16")
         try:
-            options = self._chosen()
+            options = _chosen()
         except BackendError as error:
             reason, _, remedy = str(error).partition("; ")
             return Availability(False, reason, remedy)
@@ -170,17 +163,17 @@ class OnnxRuntimeBackend:
         if not found.ok:
             raise BackendUnavailableError(f"back end {self.name!r}: {found.reason}; {found.remedy}")
         model = onnx_model(component, cache_dir=cache_dir)
-        return OnnxRuntimeEngine(component, model, device, self._chosen())
+        return OnnxRuntimeEngine(component, model, device, _chosen())
 
-    def _chosen(self) -> tuple[str, ...]:
-        told = (
-            os.environ.get("LATENTRT_ONNXRUNTIME", "").split(",") if self._options is None else self._options
-        )
-        chosen = tuple(name.strip() for name in told if name.strip())
-        for name in chosen:
-            if name not in _OPTIONS:
-                raise BackendError(f"LATENTRT_ONNXRUNTIME has {name!r}; it can have {', '.join(_OPTIONS)}")
-        return chosen
+
+def _chosen() -> tuple[str, ...]:
+    """What `LATENTRT_ONNXRUNTIME` names."""
+    told = os.environ.get("LATENTRT_ONNXRUNTIME", "").split(",")
+    chosen = tuple(name.strip() for name in told if name.strip())
+    for name in chosen:
+        if name not in _OPTIONS:
+            raise BackendError(f"LATENTRT_ONNXRUNTIME has {name!r}; it can have {', '.join(_OPTIONS)}")
+    return chosen
 
 
 def open_session(

@@ -108,13 +108,13 @@ def choose(name: str, device: torch.device, *dtypes: torch.dtype) -> Backend:
     raise BackendUnavailableError(f"no back end runs {wanted} on {device}: {'; '.join(passed_over)}")
 
 
-def describe(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Description]:
-    """Every back end, best first, with whether it can run `dtype` on `device`."""
+def describe(device: torch.device) -> list[Description]:
+    """Every back end, best first, with whether it can run float32 on `device`."""
     preferred = _preferred(device)
     rows: list[Description] = []
     chosen: str | None = None
     for name in (*preferred, *(n for n in _BACKENDS if n not in preferred)):
-        found = get_backend(name).availability(device, dtype)
+        found = get_backend(name).availability(device, torch.float32)
         if found.ok and chosen is None and name in preferred:
             chosen = name
         rows.append(Description(name, found.ok, found.reason, found.remedy, name == chosen))

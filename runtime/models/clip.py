@@ -82,20 +82,17 @@ class CLIPTextConfig:
     projection_dim: int | None
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], *, with_projection: bool | None = None) -> CLIPTextConfig:
+    def from_dict(cls, raw: Mapping[str, Any]) -> CLIPTextConfig:
         """Read a parsed config.json.
 
         Args:
-            raw: its fields.
-            with_projection: whether the weights hold `text_projection.weight`. Where None, `architectures`
-                decides: CLIPTextModelWithProjection has it.
+            raw: its fields. `architectures` says whether the pooled output is projected.
 
         Raises:
             UnsupportedConfigError: naming the field and its value.
         """
         f = Fields("text encoder", raw, defaults=_DEFAULTS, fixed=_FIXED, inert=_TRANSFORMERS.split())
-        if with_projection is None:
-            with_projection = "CLIPTextModelWithProjection" in (raw.get("architectures") or ())
+        projected = "CLIPTextModelWithProjection" in (raw.get("architectures") or ())
         hidden, heads = f.integer("hidden_size"), f.integer("num_attention_heads")
         if hidden % heads:
             raise f.unsupported("num_attention_heads", heads, f"a divisor of hidden_size {hidden}")
@@ -109,7 +106,7 @@ class CLIPTextConfig:
             hidden_act=f.string("hidden_act", ("quick_gelu", "gelu")),
             layer_norm_eps=f.number("layer_norm_eps"),
             eos_token_id=f.integer("eos_token_id"),
-            projection_dim=f.integer("projection_dim") if with_projection else None,
+            projection_dim=f.integer("projection_dim") if projected else None,
         )
 
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -186,7 +185,7 @@ def test_a_compiler_that_dies_takes_one_request_along(
         return "status -6:\nUNREACHABLE executed"
 
     monkeypatch.setattr(aot, "_compile_in_child", child)
-    errors = aot.compile_jobs({tmp_path / f"{i}.json": attention(64, 90) for i in range(5)})
+    errors = aot.compile_jobs({tmp_path / f"{i}.json": bytes for i in range(5)})
     assert [len(paths) for paths in children] == [5, 3, 1]
     assert {path.stem: text for path, text in errors.items()} == dict.fromkeys(
         ("1", "3"), "status -6:\nUNREACHABLE executed"
@@ -196,7 +195,7 @@ def test_a_compiler_that_dies_takes_one_request_along(
 def assembling(folder: Path) -> Any:
     """A job that runs a program for long, as a compiler does, which writes its number into a file first."""
     script = f"echo $$ > {folder / 'written'} && mv {folder / 'written'} {folder / 'pid'} && exec sleep 20"
-    return SimpleNamespace(content=partial(subprocess.run, ["sh", "-c", script]))
+    return partial(subprocess.run, ["sh", "-c", script])
 
 
 def number(folder: Path) -> int:
@@ -215,7 +214,7 @@ def ends(pid: int) -> bool:
 
 
 def test_a_child_that_dies_says_how(tmp_path: Path) -> None:
-    (told,) = aot.compile_jobs({tmp_path / "0": SimpleNamespace(content=os.abort)}).values()
+    (told,) = aot.compile_jobs({tmp_path / "0": os.abort}).values()
     assert told.startswith("status -6:")
 
 

@@ -111,13 +111,11 @@ def test_a_layer_that_is_not_there_is_an_error() -> None:
         ours(prompts(), torch.tensor(4))
 
 
-def test_projection_is_decided_by_the_architecture_or_by_the_weights() -> None:
+def test_projection_is_decided_by_the_architecture() -> None:
     raw = {**SIZES, "architectures": ["CLIPTextModel"]}
     assert CLIPTextConfig.from_dict(raw).projection_dim is None
-    assert CLIPTextConfig.from_dict(raw, with_projection=True).projection_dim == 24
     raw["architectures"] = ["CLIPTextModelWithProjection"]
     assert CLIPTextConfig.from_dict(raw).projection_dim == 24
-    assert CLIPTextConfig.from_dict(raw, with_projection=False).projection_dim is None
     assert CLIPTextConfig.from_dict({**SIZES, "architectures": None}).projection_dim is None
 
 

@@ -71,7 +71,7 @@ def test_what_a_folder_has(tiny: Tiny, kind: str) -> None:
     assert not checkpoint.has("safety_checker")
     assert not checkpoint.has("force_zeros_for_empty_prompt")
     assert checkpoint.config("scheduler")["num_train_timesteps"] == 1000
-    assert checkpoint.weights("unet").dtype == torch.float32
+    assert {ref.dtype for ref in checkpoint.weights("unet").tensors.values()} == {"F32"}
     with pytest.raises(CheckpointError, match=r"has no safety_checker; it has scheduler, .*unet, vae"):
         checkpoint.weights("safety_checker")
 
@@ -160,7 +160,6 @@ def test_position_ids_do_no_harm(tmp_path: Path) -> None:
     state = {**STATE, "embeddings.position_ids": torch.arange(77)[None]}
     weights = open_checkpoint(folder_with(tmp_path, {"model.safetensors": state})).weights("unet")
     weights.load_into(on_meta(), torch.float32)
-    assert weights.dtype == torch.float32
 
 
 MEMORY = """
