@@ -8,8 +8,8 @@ import pytest
 import torch
 from kernel_checks import assert_as_good
 from latentrt.kernels import geglu, linear_geglu, reference, tuning
+from latentrt.kernels._geglu_triton import plan_linear
 from latentrt.kernels._triton import specializes_wide_sums
-from latentrt.kernels.geglu import _plan_linear
 from torch import Tensor
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP_M": 2, "num_warps": 4, "num_stages": 1}
@@ -207,7 +207,7 @@ def test_warps_have_roles_where_triton_can_give_them(
     x, weight = (torch.randn(32, 32).half() for _ in range(2))
     try:
         with tuning.trying("linear_geglu", {**SMALL, "TMA": 1, "SPECIALIZE": 1}):
-            _, (launch,) = _plan_linear(x, torch.cat([weight, weight]), None, arch=arch)
+            _, (launch,) = plan_linear(x, torch.cat([weight, weight]), None, arch=arch)
     finally:
         specializes_wide_sums.cache_clear()
     assert launch.kernel.name == "_linear_geglu_tma_kernel"

@@ -1,0 +1,213 @@
+"""The Triton kernels of the gated linear unit, and how they are launched: see `geglu`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import tuning
+from ._check import fail
+from ._triton import Descriptor, Launch, Library, kernel, specializes_wide_sums, tl
+
+__all__ = ["plan", "plan_linear"]
+
+
+@kernel
+def _gated(value, gate):
+    """value * gelu(gate), float32"""
+    return value * (0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)))
+
+
+@kernel
+def _geglu_kernel(
+    x_ptr,  # [M, 2N]
+    y_ptr,  # [M, N]
+    M,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    BLOCKS_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    rows = (pid // BLOCKS_N).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = (pid % BLOCKS_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    p_x = x_ptr + rows[:, None] * (2 * N) + cols[None, :]
+    value = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(p_x + N, mask=mask, other=0.0).to(tl.float32)
+    y = _gated(value, gate)
+    tl.store(y_ptr + rows[:, None] * N + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@kernel
+def _tile(M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Which tile this program computes, down and across.
+
+    Programs that run together share rows of x and of the weight in L2: GROUP_M tiles down, then across.
+    """
+    BLOCKS_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    first_m = pid // (GROUP_M * BLOCKS_N) * GROUP_M
+    group = tl.minimum(tl.cdiv(M, BLOCK_M) - first_m, GROUP_M)
+    in_group = pid % (GROUP_M * BLOCKS_N)
+    return first_m + in_group % group, in_group // group
+
+
+@kernel
+def _store_gated(
+    both, bias_ptr, y_ptr, tile_m, tile_n, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """What follows the products, values beside gates: biases, the gate, one rounding."""
+    value, gate = tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if bias_ptr is not None:
+        m_n = cols < N
+        value += tl.load(bias_ptr + cols, mask=m_n, other=0.0).to(tl.float32)[None, :]
+        gate += tl.load(bias_ptr + N + cols, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    p_y = y_ptr + rows[:, None] * N + cols[None, :]
+    tl.store(p_y, _gated(value, gate).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@kernel
+def _linear_geglu_kernel(
+    x_ptr,  # [M, K]
+    weight_ptr,  # [2, N, K]: the values' rows, then the gates'
+    bias_ptr,  # [2N] or None
+    y_ptr,  # [M, N]
+    M,
+    K,
+    N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """A tile's values and their gates are one product: its instructions are twice as wide as those of two would be.
+
+    A thread holds values with their own gates, so that they part without an exchange.
+    """
+    tile_m, tile_n = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    both = tl.arange(0, 2 * BLOCK_N)
+    cols = tile_n * BLOCK_N + both % BLOCK_N
+    k = tl.arange(0, BLOCK_K)
+    # Beyond the edge the last row again: loads need no mask, and the store drops what comes of it.
+    p_x = x_ptr + tl.minimum(rows, M - 1)[:, None] * K + k[None, :]
+    weight_rows = tl.minimum(cols, N - 1).to(tl.int64) + both // BLOCK_N * N
+    p_weight = weight_ptr + weight_rows[None, :] * K + k[:, None]
+    acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        if EVEN_K:
+            b_x = tl.load(p_x + k0)
+            b_weight = tl.load(p_weight + k0)
+        else:
+            m_k = k0 + k < K
+            b_x = tl.load(p_x + k0, mask=m_k[None, :], other=0.0)
+            b_weight = tl.load(p_weight + k0, mask=m_k[:, None], other=0.0)
+        acc = tl.dot(b_x, b_weight, acc, input_precision="ieee")
+    _store_gated(acc, bias_ptr, y_ptr, tile_m, tile_n, M, N, BLOCK_M, BLOCK_N)
+
+
+@kernel
+def _linear_geglu_tma_kernel(
+    x,  # descriptor of [M, K]; the tensor's pointer where SPECIALIZE
+    weight_desc,  # descriptor of [2, N, K]: the values' rows, then the gates'
+    bias_ptr,  # [2N] or None
+    y_ptr,  # [M, N]
+    M,
+    K,
+    N: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """As the one above, with blocks brought by the copy engine: see `_attention_tma` for what that asks and why."""
+    tile_m, tile_n = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    if SPECIALIZE:
+        x = tl.make_tensor_descriptor(x, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
+    acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+    for k0 in tl.range(0, K, BLOCK_K, warp_specialize=SPECIALIZE):
+        b_x = x.load([tile_m * BLOCK_M, k0])
+        b_weight = weight_desc.load([0, tile_n * BLOCK_N, k0]).reshape(2 * BLOCK_N, BLOCK_K)
+        acc = tl.dot(b_x, b_weight.T, acc)
+    _store_gated(acc, bias_ptr, y_ptr, tile_m, tile_n, M, N, BLOCK_M, BLOCK_N)
+
+
+def plan(x: Tensor, *, arch: int) -> tuple[Tensor, list[Launch]]:
+    """A fresh output, and the launch that fills it."""
+    x = x.contiguous()
+    N = x.shape[-1] // 2
+    y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y, []
+    M = y.numel() // N
+    sizes = tuning.constants("geglu", arch, x.dtype, "any")
+    blocks = {name: sizes[name] for name in ("BLOCK_M", "BLOCK_N")}
+    grid = (-(-M // blocks["BLOCK_M"]) * -(-N // blocks["BLOCK_N"]),)
+    args = {"x_ptr": x, "y_ptr": y, "M": M}
+    return y, [Launch(_geglu_kernel, grid, args, {"N": N, **blocks}, sizes["num_warps"], sizes["num_stages"])]
+
+
+def plan_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, arch: int
+) -> tuple[Tensor, Sequence[Launch | Library]]:
+    """A fresh output, and the steps that fill it."""
+    x = x.contiguous()
+    N, K = weight.shape[0] // 2, weight.shape[1]
+    y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y, []
+    if N * K >= 2**31:
+        raise fail("linear_geglu", "weight", "have fewer than 2^32 elements", f"shape {tuple(weight.shape)}")
+    M = y.numel() // N
+    unaligned = K % 16 != 0
+    sizes = tuning.constants("linear_geglu", arch, x.dtype, "few" if M <= 512 or unaligned else "many")
+    if tuning.by_library(sizes):
+        del y
+        projected = torch.empty(*x.shape[:-1], 2 * N, dtype=x.dtype, device=x.device)
+        out, launches = plan(projected, arch=arch)
+        given = {"x": x.view(M, K), "weight": weight, "bias": bias, "out": projected.view(M, 2 * N)}
+        return out, [Library("linear_geglu, projection", _project, given), *launches]
+    blocks = {name: sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")}
+    if unaligned:  # loaded by single elements, through registers: larger tiles spill
+        blocks["BLOCK_K"] = min(blocks["BLOCK_K"], 32)
+    warps, stages = sizes["num_warps"], sizes["num_stages"]
+    grid = (-(-M // blocks["BLOCK_M"]) * -(-N // blocks["BLOCK_N"]),)
+    weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    args: dict[str, Any] = {"bias_ptr": bias, "y_ptr": y, "M": M, "K": K}
+    # A descriptor's rows and its beginning lie at multiples of 16 bytes.
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if (
+        sizes.get("TMA")
+        and half
+        and K > 0
+        and K % 8 == 0
+        and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
+    ):
+        specialize = bool(sizes.get("SPECIALIZE")) and specializes_wide_sums(arch)
+        x = x.view(M, K)
+        described = Descriptor(x, (blocks["BLOCK_M"], blocks["BLOCK_K"]))
+        weights = Descriptor(weight.view(2, N, K), (2, blocks["BLOCK_N"], blocks["BLOCK_K"]))
+        args |= {"x": x if specialize else described, "weight_desc": weights}
+        constants = {"N": N, "SPECIALIZE": specialize, **blocks}
+        return y, [Launch(_linear_geglu_tma_kernel, grid, args, constants, warps, stages, scratch=specialize)]
+    args |= {"x_ptr": x, "weight_ptr": weight}
+    constants = {"N": N, "EVEN_K": K % blocks["BLOCK_K"] == 0, **blocks}
+    return y, [Launch(_linear_geglu_kernel, grid, args, constants, warps, stages)]
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = x weight^T + bias, of two dimensions each but the bias."""
+    if bias is None:
+        torch.mm(x, weight.T, out=out)
+    else:
+        torch.addmm(bias, x, weight.T, out=out)
