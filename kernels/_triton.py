@@ -1,4 +1,4 @@
-"""The one place that knows Triton: building kernels late, launching them, and deciding whether they can run.
+"""How kernels are built late, launched and counted, and whether they can run here; `aot` compiles them without a GPU.
 
 Importing `latentrt.kernels` neither needs nor imports Triton; a kernel is built when it is first launched or
 compiled. Every operator plans its work as a list of `Launch`, so that what runs on a GPU, what Triton's

@@ -19,9 +19,10 @@ from ._triton import Launch, Library, arch_of, run
 __all__ = ["TIMES_REFERENCE", "ULPS", "Case", "OpSpec", "allowed_error", "register", "specs"]
 
 TIMES_REFERENCE = 2.0
-"""A kernel's largest error may be this times that of the operator's reference in the same dtype,"""
+"""A kernel's largest error may be this times that of the operator's reference in the same dtype."""
+
 ULPS = 2.0
-"""or so many units in the last place of the largest value: the reference may be exact by luck."""
+"""It may also be so many units in the last place of the largest value: the reference may be exact by luck."""
 
 
 @dataclass(frozen=True)

@@ -126,8 +126,8 @@ class Budget:
         return {name: x for name, x in engines if x.present and x.device == self._loader.device}
 
     def held(self) -> dict[str, int]:
-        """Bytes that the pipeline holds on its device between requests, or will be given: weights by network, and
-        `recorded`. Given by a network of another pipeline, which leaves for this one's: policy "low"."""
+        """Bytes that the pipeline holds on its device between requests: weights by network, and `recorded`. With policy
+        "low" also what it will be given: other pipelines' networks, which leave for its own."""
         own, residency = self.planner.engines(), self._loader.residency
         held = {name: x.held_bytes for name, x in self._present().items()}
         held["recorded"] = self._loader.kept.nbytes

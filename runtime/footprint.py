@@ -22,7 +22,7 @@ from ..kernels import as_nodes
 from ..kernels._triton import Descriptor
 from ..kernels.registry import OpSpec, specs
 from .arena import Event, room_for
-from .dispatch import expect_modes
+from .graph import expect_modes
 
 __all__ = ["Footprint", "Tracker", "follow", "measure"]
 
@@ -83,7 +83,7 @@ class Tracker(TorchDispatchMode):
         kwargs = kwargs or {}
         fused = func is torch.ops.aten.scaled_dot_product_attention.default and args[0].is_meta
         if not fused and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
-            with self:  # its parts are what runs; without gradients PyTorch leaves taking it apart to modes
+            with self:  # run its parts under this mode: without gradients PyTorch leaves decomposing to modes
                 return func._op_dk(_COMPOSITE, *args, **kwargs)
         for storage in _storages((args, kwargs)):
             self._follow(storage, 0)  # made before, so not the forward's: unless it is known already

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from importlib import import_module
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -27,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import CaptureError, LatentRTError
 from .place import memory_ran_out
 
-__all__ = ["Graph", "Graphs"]
+__all__ = ["Graph", "Graphs", "expect_modes"]
 
 _HOST_READS = (
     *("_local_scalar_dense", "equal", "is_nonzero", "allclose"),
@@ -40,6 +42,18 @@ _UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_st
 
 
 _CAPTURING = threading.RLock()
+
+
+def expect_modes() -> None:
+    """To be called before a dispatch mode is entered, once where it is certain that one will be: by them work is
+    recorded here, and followed in `footprint`.
+
+    The first that is makes PyTorch import its compiler, which leaves a cycle of all frames that led there: a pipeline
+    would be held by its own call until garbage is collected, and a GPU's memory with it.
+    """
+    if "torch._dynamo" not in sys.modules:
+        import_module("torch._dynamo")
+        gc.collect()
 
 
 class Graph(Protocol):

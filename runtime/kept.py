@@ -29,7 +29,7 @@ class _Item:
 
 
 class Kept:
-    """What was not used for longest goes first. For several threads, who may keep several of one kind.
+    """A bounded store; what was used longest ago goes first. For several threads, so it may hold several of one kind.
 
     The device may still be at work on what is put here, so whatever is let go is waited for: its memory would be given
     to others too early, and TensorRT forbids to destroy a context that is running.

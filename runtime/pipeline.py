@@ -267,7 +267,8 @@ class Pipeline:
 
     @contextmanager
     def _in_own_dtypes(self) -> Iterator[None]:
-        """A caller's autocast would have networks compute, be recorded and be exported in others."""
+        """Turn off a caller's autocast: networks would run, be recorded and be exported in other dtypes than their
+        own."""
         with torch.autocast("cpu", enabled=False), torch.autocast(self.device.type, enabled=False):
             yield
 

@@ -282,8 +282,8 @@ class Planner:
         width: int,
         loop: _Loop | None = None,
     ) -> Network:
-        """One forward: its work is that of the model, its memory that of the back end, whose weights and operations are
-        laid out anew. A UNet's is that of a step of the loop, which has more in its buffers."""
+        """One forward. FLOPs and weights are the model's; memory is the back end's, which lays weights out anew. For a
+        UNet it is a step of the loop."""
         found = self._footprints.get((key, rows, height, width))
         if found is None:
             inputs = _inputs(component, rows, height, width)

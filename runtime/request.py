@@ -296,7 +296,8 @@ def _pairs(name: str, value: Any, count: int, per_prompt: int) -> list[Size]:
 
 
 def _rows(name: str, value: Any, batch: int, per_prompt: int) -> list[int]:
-    """Which row is every image's: one for each prompt stays with its prompt, other numbers are repeated as a block."""
+    """For each image, the row of `value` it gets: with one row per prompt its prompt's; with any other number, the rows
+    in turn."""
     if not isinstance(value, Tensor) or value.ndim != 4:
         got = list(value.shape) if isinstance(value, Tensor) else reprlib.repr(value)
         raise RequestError(f"{name} must be a tensor [B, C, h, w]; got {got}")

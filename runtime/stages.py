@@ -42,8 +42,8 @@ def stages_of(
     strength: float | None = None,
     eta: float = 0.0,
 ) -> list[Stage]:
-    """Who takes which steps. Stages without steps are left out, but the first, whose schedule is the start's; the
-    others hand over latents as the next one's sampler scales them.
+    """Who takes which steps. Stages without steps are left out; if none has any the first is kept, since its schedule
+    says where latents start. Each hands over latents scaled as the next one's sampler expects.
 
     Args:
         sampler, steps, high_noise_frac, denoising_start, denoising_end, eta: as in `Pipeline.__call__`.

@@ -121,8 +121,8 @@ def _side(device: torch.device) -> torch.cuda.Stream:
 
 @contextmanager
 def between(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """What happens on `stream` comes after what was put on PyTorch's current one, and before what is put there next.
-    None where there are no streams."""
+    """Order work on `stream` after what PyTorch's current stream has been given and before what it is given next. Does
+    nothing for None: a device without streams."""
     if stream is None:
         yield
         return

@@ -53,7 +53,8 @@ class VAE:
         Raises:
             RequestError: a tile of less than 8 latents.
         """
-        check_tile(tile)
+        if tile is not None and tile < 8:
+            raise RequestError(f"tile is {tile} latents; a VAE's tile has at least 8 along a side")
         return torch.cat([self._decode(row, tile) for row in latents.split(1)])
 
     def _decode(self, latents: Tensor, tile: int | None) -> Tensor:
@@ -133,12 +134,3 @@ class Tiles:
             weights.append(weight)
         pairs = zip(starts, weights, strict=True)
         return cls(size, starts, [w / total[a * scale : (a + size) * scale] for a, w in pairs])
-
-
-def check_tile(tile: int | None) -> None:
-    """
-    Raises:
-        RequestError: it is too small to overlap others.
-    """
-    if tile is not None and tile < 8:
-        raise RequestError(f"tile is {tile} latents; a VAE's tile has at least 8 along a side")

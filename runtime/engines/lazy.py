@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..dispatch import expect_modes
-from ..graph import Graphs
+from ..graph import Graphs, expect_modes
 from ..kept import Kept
 from ..memory import Policy
 from ..residency import Residency

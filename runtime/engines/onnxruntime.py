@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -102,17 +102,10 @@ class _Program:
         self._component, self._session, self._device, self._stream = component, session, device, stream
         self._held = (dict(inputs), dict(outputs))  # the binding has no more than their addresses
         self._binding = session.io_binding()
-        index = _index(device)
         for spec in component.inputs:
-            x = inputs[spec.name]
-            self._binding.bind_input(
-                spec.name, device.type, index, _NUMPY[x.dtype], list(x.shape), x.data_ptr()
-            )
+            _bind(self._binding.bind_input, spec.name, inputs[spec.name], device)
         for spec in component.outputs:
-            x = outputs[spec.name]
-            self._binding.bind_output(
-                spec.name, device.type, index, _NUMPY[x.dtype], list(x.shape), x.data_ptr()
-            )
+            _bind(self._binding.bind_output, spec.name, outputs[spec.name], device)
         self._options = _run_options(stream, next(_graph_ids) if records else None)
 
     def prepare(self) -> None:
@@ -264,20 +257,24 @@ def run_session(
     Args:
         stream: the session's; on a GPU it has one.
     """
-    index = _index(device)
     binding = session.io_binding()
     # Kept until the run is over: the binding has no more than their addresses.
     held = [x.detach().to(device).contiguous() for x in tensors]
     for spec, x in zip(component.inputs, held, strict=True):
-        binding.bind_input(spec.name, device.type, index, _NUMPY[x.dtype], list(x.shape), x.data_ptr())
+        _bind(binding.bind_input, spec.name, x, device)
     for spec in component.outputs:
-        binding.bind_output(spec.name, device.type, index)
+        binding.bind_output(spec.name, device.type, _index(device))
     with between(stream):
         session.run_with_iobinding(binding, _run_options(stream, None))
     if stream is not None:
         for x in held:
             x.record_stream(stream)
     return [torch.utils.dlpack.from_dlpack(value) for value in binding.get_outputs()]
+
+
+def _bind(bind: Callable[..., None], name: str, x: Tensor, device: torch.device) -> None:
+    """Hand a tensor on `device` over by its address, which is all that is kept of it."""
+    bind(name, device.type, _index(device), _NUMPY[x.dtype], list(x.shape), x.data_ptr())
 
 
 def _index(device: torch.device) -> int:

@@ -160,8 +160,8 @@ def _take(conv: nn.Conv2d) -> Tensor:
     return bias.float()
 
 
-# What follows takes float32 [C], which images lack where they come in, and returns what they lack where they come out;
-# None where that is nothing.
+# Each function below takes the bias that its input images still lack (float32 [C], None for none) and returns the one
+# that its output images lack.
 # Layers are put in the place of others, which types do not allow: hence Any.
 
 

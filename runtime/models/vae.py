@@ -264,8 +264,7 @@ _LEGACY_KEY = re.compile(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(
 def rename_legacy_vae_keys(key: str) -> str:
     """The present name of a weight in an older checkpoint; any other key comes back as it is.
 
-    Older files may also hold the attention's weights as 1x1 convolutions, [C, C, 1, 1]: their last two
-    dimensions are to be dropped.
+    Older files may also hold the attention's weights as 1x1 convolutions, [C, C, 1, 1]: `load_into` takes them.
     """
     match = _LEGACY_KEY.fullmatch(key)
     return f"{match[1]}.{_LEGACY[match[2]]}.{match[3]}" if match else key
