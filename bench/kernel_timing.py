@@ -45,7 +45,7 @@ __all__ = [
     "watched",
 ]
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 RESULTS = Path(__file__).parent / "results"
 KERNELS = Path(tuning.__file__).parent
@@ -179,7 +179,7 @@ def compile_ahead(bench: Bench, requests: Sequence[aot.Request]) -> None:
     found = aot.attempts(requests, jobs=os.cpu_count() or 1, seconds=bench.seconds / 2)
     for r, message in zip(requests, found, strict=True):
         if isinstance(message, str):
-            log.info("%s %s: %s", r.op, r.trial or "", message[:200])
+            _log.info("%s %s: %s", r.op, r.trial or "", message[:200])
 
 
 @contextmanager
@@ -198,7 +198,7 @@ def answers(bench: Bench) -> bool:
     try:
         torch.zeros(1, device=bench.device).item()
     except Exception as error:
-        log.error("%s", str(error)[:300])
+        _log.error("%s", str(error)[:300])
         return False
     return True
 

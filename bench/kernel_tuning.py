@@ -40,7 +40,7 @@ from .kernel_timing import (
 
 __all__ = ["lines", "take_tuned", "tune", "tuned_requests"]
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 DTYPE = torch.bfloat16
 SECONDS = 0.08
@@ -78,7 +78,7 @@ def tune(bench: Bench, operators: Sequence[OpSpec] | None = None, save: bool = T
                 return result
         best = {key: found for key, trials in times[table].items() if (found := _quickest(trials))}
         if len(best) < len(times[table]):
-            log.error("no candidate of %s runs in all cases", table)
+            _log.error("no candidate of %s runs in all cases", table)
             continue
         result["best"][table] = best
         result["left"].remove(table)
@@ -192,7 +192,7 @@ def _try(bench: Bench, use: _Use, table: str, trials: Trials, save: Callable[[],
             del row[use.name]
             save()
             raise
-        log.info("%s %s %s: %s", table, candidate, use.name, row[use.name])
+        _log.info("%s %s %s: %s", table, candidate, use.name, row[use.name])
         save()
         if isinstance(row[use.name], str) and not answers(bench):
             return False

@@ -44,7 +44,7 @@ from .kernel_timing import (
 
 __all__ = ["ceilings", "dry_run", "failures", "lines", "measure", "measured_requests"]
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16)
 _TOLD = 3  # cases of what is wrong; the file has all
@@ -121,10 +121,10 @@ def measure(
             left.insert(0, [spec.name, case.name, dtype_name(dtype)])
             write_json(path, {**result, "rows": rows[:-1]})
             raise
-        log.info("%s", rows[-1])
+        _log.info("%s", rows[-1])
         write_json(path, result)
         if "error" in rows[-1] and not answers(bench):
-            log.error("the GPU answers no more; run this again to go on")
+            _log.error("the GPU answers no more; run this again to go on")
             return result
     result["ceilings_after"], result["machine_after"] = ceilings(bench), gpu_state(bench)
     write_json(path, result)

@@ -227,6 +227,12 @@ def plan(
     return plan_kernel(q, k, v, scale, arch=arch)
 
 
+def in_powers_of_two(scale: float) -> float:
+    """The scale's magnitude for scores that are exponents of 2, not of e; never zero."""
+    # Masked scores are -inf, and stay so unless multiplied by zero; this much makes all scores equal as well.
+    return max(abs(scale) * math.log2(math.e), 1e-30)
+
+
 def plan_kernel(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, arch: int, descriptors: bool = True
 ) -> tuple[Tensor, list[Launch]]:
@@ -241,8 +247,7 @@ def plan_kernel(
         return out, []
     if scale is None:
         scale = D**-0.5
-    # Masked scores are -inf, and stay so unless multiplied by zero; this much makes all scores equal as well.
-    magnitude = max(abs(scale) * math.log2(math.e), 1e-30)
+    magnitude = in_powers_of_two(scale)
     wide = D > WIDE
     tuned = dict(kernel_sizes(q, k, arch))
     warps, stages = tuned.pop("num_warps"), tuned.pop("num_stages")

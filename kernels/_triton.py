@@ -43,7 +43,7 @@ __all__ = [
     "version_of",
 ]
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 OLDEST_ARCH = 80
 """Older GPUs lack bfloat16 tensor cores and asynchronous copies, and the kernels were never compiled for them."""
@@ -329,7 +329,7 @@ def usable(x: Tensor) -> bool:
 
 @cache
 def _say_once(message: str, level: int = logging.WARNING) -> None:
-    log.log(level, message)
+    _log.log(level, message)
 
 
 def unavailable(device: torch.device) -> str:

@@ -31,7 +31,7 @@ import torch
 from ..errors import BackendError
 from . import tuning
 from ._attention_ahead import attention_ahead, attention_wide_ahead
-from ._attention_triton import SHORT, WIDE, plan_kernel
+from ._attention_triton import SHORT, WIDE, in_powers_of_two, plan_kernel
 from ._group_norm_triton import MOST_SPLITS
 from ._group_norm_triton import plan as plan_group_norm
 from ._triton import Launch
@@ -145,12 +145,11 @@ class AheadAttentionKernels:
         found, constants = plain.launches()
         launch = found["attention"]
         args = {name: launch.args[name] for name in ("q_ptr", "k_ptr", "v_ptr", "H", "Sq", "Sk", "o_ptr")}
-        scale = max(abs(self.scale) * math.log2(math.e), 1e-30)  # as the operator's plan has it
         ahead = replace(
             launch,
             kernel=attention_wide_ahead if self.columns > WIDE else attention_ahead,
             args=args,
-            constants={"SCALE": scale, **launch.constants},
+            constants={"SCALE": in_powers_of_two(self.scale), **launch.constants},
         )
         return {"attention": ahead}, constants
 

@@ -25,7 +25,7 @@ from .whole_file import write_whole
 
 __all__ = ["FOLDER", "LIBRARY", "architectures", "by_library", "constants", "load", "save", "trying", "width"]
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent / "tuned"
 
@@ -87,7 +87,7 @@ def _with_data(arch: int) -> int:
     if arch in known:
         return arch
     nearest = max((a for a in known if a < arch), default=known[0])
-    log.warning("no tuned block sizes for sm_%d; those of sm_%d are taken", arch, nearest)
+    _log.warning("no tuned block sizes for sm_%d; those of sm_%d are taken", arch, nearest)
     return nearest
 
 

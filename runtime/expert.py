@@ -57,11 +57,6 @@ class Expert:
         return "refiner" if self.aesthetic else "base"
 
     @property
-    def takes_sizes(self) -> bool:
-        """Whether it is of SDXL's family, which is told sizes and crops."""
-        return self.config.addition_embed_type == "text_time"
-
-    @property
     def encoders(self) -> list[TextEncoder]:
         """The text encoders there are, in the order their sequences are joined."""
         return [e for e in (self.text_encoder, self.text_encoder_2) if e is not None]
@@ -98,7 +93,7 @@ class Expert:
         positive = encode_prompts(self.encoders, texts, request.clip_skip, device)
         negative = self._negative(request, positive, device) if guided else None
         sizes, negative_sizes = None, None
-        if self.takes_sizes:
+        if self.config.takes_sizes:
             sizes, negative_sizes = self._sizes(request, from_image)
         joined = guidance_batch(
             positive.repeat(request.images_per_prompt),
@@ -162,7 +157,7 @@ def check_fit(base: Expert, refiner: Expert | None, latent_channels: int) -> Non
                 f"the UNet of {expert.source} reads {expert.config.in_channels} channels and its VAE's latents have "
                 f"{latent_channels}: pipelines of inpainting and other models with more inputs are not supported"
             )
-    if refiner is not None and refiner.takes_sizes != base.takes_sizes:
+    if refiner is not None and refiner.config.takes_sizes != base.config.takes_sizes:
         raise CheckpointError(
             f"{base.source} and {refiner.source} are not of one family; a refiner works on its base's latents, so "
             "SDXL goes with SDXL, and Stable Diffusion 1.x or 2.x with its like"

@@ -20,6 +20,7 @@ import numpy as np
 import PIL.Image
 import PIL.PngImagePlugin
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import RequestError
@@ -97,43 +98,57 @@ def to_tensor(image: Any) -> Tensor:
             raise RequestError(f"the images of one call must have one size; got {sorted(shapes)}")
         return torch.cat(parts)
     if isinstance(image, PIL.Image.Image):
-        width, height = (side - side % 8 for side in image.size)
-        if not width or not height:
-            raise RequestError(f"image is {image.size[0]}x{image.size[1]} pixels; it must be at least 8x8")
-        rgb = _eight_bit(image).convert("RGB")
-        if rgb.size != (width, height):
-            rgb = rgb.resize((width, height), PIL.Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.array(rgb, dtype=np.float32) / 255.0)
-        return pixels.permute(2, 0, 1)[None] * 2 - 1
+        return _from_pil(image)
     if isinstance(image, np.ndarray):
-        array = image if image.ndim == 4 else image[None]
-        if array.ndim != 4 or array.shape[-1] != 3:
-            raise RequestError(f"an image array must be [H, W, 3] or [B, H, W, 3]; got {list(image.shape)}")
-        if array.dtype.kind not in "biuf":
-            raise RequestError(f"an image array must hold real numbers; got {array.dtype}")
-        return to_tensor(torch.from_numpy(array.astype(np.float32)).permute(0, 3, 1, 2))
+        return _checked(_from_array(image))
     if isinstance(image, Tensor):
-        batch = image if image.ndim == 4 else image[None]
-        if batch.ndim != 4 or batch.shape[1] not in (3, 4):
-            raise RequestError(
-                f"an image tensor must be [B, 3, H, W] pixels or [B, 4, h, w] latents; got {list(image.shape)}"
-            )
-        if batch.is_complex() or not batch.isfinite().all():
-            raise RequestError("the image holds NaN, infinite or complex values")
-        if batch.shape[1] == 4:
-            return batch
-        if batch.shape[2] % 8 or batch.shape[3] % 8 or 0 in batch.shape[2:]:
-            raise RequestError(
-                f"image is {batch.shape[3]}x{batch.shape[2]} pixels; both sides must be multiples of 8"
-            )
-        low, high = float(batch.min()), float(batch.max())
-        if low < 0 or high > 1:
-            raise RequestError(
-                f"image pixels must be in [0, 1]; got {low:.3g} to {high:.3g} "
-                "(for [0, 255] pass x / 255, for [-1, 1] pass x / 2 + 0.5)"
-            )
-        return batch.float() * 2 - 1
+        return _checked(image)
     raise RequestError(f"image must be a PIL image, an array, a tensor or a list of them; got {type(image)}")
+
+
+def _from_pil(image: PIL.Image.Image) -> Tensor:
+    width, height = (side - side % 8 for side in image.size)
+    if not width or not height:
+        raise RequestError(f"image is {image.size[0]}x{image.size[1]} pixels; it must be at least 8x8")
+    rgb = _eight_bit(image).convert("RGB")
+    if rgb.size != (width, height):
+        rgb = rgb.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(rgb, dtype=np.float32) / 255.0)
+    return pixels.permute(2, 0, 1)[None] * 2 - 1
+
+
+def _from_array(image: NDArray[Any]) -> Tensor:
+    """float32 `[B, 3, H, W]`, values as they are."""
+    array = image if image.ndim == 4 else image[None]
+    if array.ndim != 4 or array.shape[-1] != 3:
+        raise RequestError(f"an image array must be [H, W, 3] or [B, H, W, 3]; got {list(image.shape)}")
+    if array.dtype.kind not in "biuf":
+        raise RequestError(f"an image array must hold real numbers; got {array.dtype}")
+    return torch.from_numpy(array.astype(np.float32)).permute(0, 3, 1, 2)
+
+
+def _checked(image: Tensor) -> Tensor:
+    """Pixels in [0, 1] brought to [-1, 1], or latents as they are."""
+    batch = image if image.ndim == 4 else image[None]
+    if batch.ndim != 4 or batch.shape[1] not in (3, 4):
+        raise RequestError(
+            f"an image tensor must be [B, 3, H, W] pixels or [B, 4, h, w] latents; got {list(image.shape)}"
+        )
+    if batch.is_complex() or not batch.isfinite().all():
+        raise RequestError("the image holds NaN, infinite or complex values")
+    if batch.shape[1] == 4:
+        return batch
+    if batch.shape[2] % 8 or batch.shape[3] % 8 or 0 in batch.shape[2:]:
+        raise RequestError(
+            f"image is {batch.shape[3]}x{batch.shape[2]} pixels; both sides must be multiples of 8"
+        )
+    low, high = float(batch.min()), float(batch.max())
+    if low < 0 or high > 1:
+        raise RequestError(
+            f"image pixels must be in [0, 1]; got {low:.3g} to {high:.3g} "
+            "(for [0, 255] pass x / 255, for [-1, 1] pass x / 2 + 0.5)"
+        )
+    return batch.float() * 2 - 1
 
 
 def _eight_bit(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -114,7 +114,7 @@ def load_expert(
     """
     config = UNetConfig.from_dict(checkpoint.config("unet"))
     index = checkpoint.model_index
-    sdxl = config.addition_embed_type == "text_time"
+    sdxl = config.takes_sizes
     overrides = {} if scheduler is None else scheduler
     aesthetic = sdxl and bool(index.get("requires_aesthetics_score", False))
     encoders: dict[str, TextEncoder | None] = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
@@ -218,7 +218,7 @@ def unet_component(
             "encoder_hidden_states", ("batch", encoder.tokenizer.context, config.cross_attention_dim), dtype
         ),
     ]
-    if config.addition_embed_type == "text_time":
+    if config.takes_sizes:
         numbers = 5 if aesthetic else 6
         channels = encoder.pooled_width + numbers * (config.addition_time_embed_dim or 0)
         if channels != config.projection_class_embeddings_input_dim:

@@ -429,7 +429,7 @@ class Pipeline:
 
     def _staged(self, call: Mapping[str, Any]) -> tuple[GenerationRequest, list[Stage]]:
         """What a call asks for, checked, and who takes which steps."""
-        sdxl = self._base.takes_sizes
+        sdxl = self._base.config.takes_sizes
         defaults = {"guidance_scale": 5.0 if sdxl else 7.5, "strength": 0.3 if sdxl else 0.8}
         given = {**call, **{name: value for name, value in defaults.items() if call[name] is None}}
         height, width = self._base.config.latent_size

@@ -200,7 +200,7 @@ class Planner:
             component = expert.unet.component
             key = self._key(expert, component)
             rows = 2 * batch if kind.guided else batch
-            loop = _Loop(self._engine(key, component), kind, _inputs(component, rows, height, width))
+            loop = _LoopOnMeta(self._engine(key, component), kind, _inputs(component, rows, height, width))
             buffers |= {f"{name} {part}": nbytes for part, nbytes in loop.buffers.items()}
             networks[key] = self._network(key, component, rows, height, width, loop)
             stages.append(Stage(name, "denoise", {key: 1}, follow(loop.prepare, self._arch).peak))
@@ -280,7 +280,7 @@ class Planner:
         rows: int,
         height: int,
         width: int,
-        loop: _Loop | None = None,
+        loop: _LoopOnMeta | None = None,
     ) -> Network:
         """One forward. FLOPs and weights are the model's; memory is the back end's, which lays weights out anew. For a
         UNet it is a step of the loop."""
@@ -336,7 +336,7 @@ def _inputs(component: Component, rows: int, height: int, width: int) -> dict[st
     return inputs
 
 
-class _Loop:
+class _LoopOnMeta:
     """The denoising loop's static tensors on the meta device, and the work over them.
 
     Attributes:

@@ -103,8 +103,7 @@ class StepReports:
     def take(self, latents: Tensor) -> None:
         """A step has been given to the device, after which the latents are these."""
         self._steps += 1
-        slot = None if self._previewer is None else self._slot(latents)
-        if slot is None or self._previewer is None:
+        if self._previewer is None or (slot := self._slot(latents)) is None:
             self._under_way.append((self._steps, self._queue.record(), None))
             return
         slot.latents.copy_(latents)  # the loop's own are overwritten by the next step

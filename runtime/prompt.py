@@ -24,7 +24,7 @@ from .tokenizer_files import END_OF_WORD, END_TOKEN, START_TOKEN, AddedTokens
 
 __all__ = ["ClipTokenizer"]
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 # What a token is where the configuration does not say.
 _SPECIAL = {"bos_token": START_TOKEN, "eos_token": END_TOKEN, "pad_token": END_TOKEN, "unk_token": END_TOKEN}
@@ -61,29 +61,7 @@ class ClipTokenizer:
                     f"the tokenizer's {role} {token!r} is not in its vocabulary of {len(vocab)} tokens; "
                     "the tokenizer files do not belong together"
                 )
-        try:
-            bpe = models.BPE(
-                vocab=dict(vocab),
-                merges=list(merges),
-                continuing_subword_prefix="",
-                end_of_word_suffix=END_OF_WORD,
-                unk_token=unknown,
-            )
-        except Exception as error:  # the library's errors have no base of their own
-            raise CheckpointError(
-                f"the tokenizer's vocabulary and merges do not belong together: {str(error).splitlines()[0]}"
-            ) from error
-        backend = tokenizers.Tokenizer(bpe)
-        backend.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-        )
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
-        backend.decoder = decoders.ByteLevel()
+        backend = _backend(vocab, merges, unknown)
         backend.add_tokens([AddedToken(**token) for _, token in sorted(added.items())])
         special = [token for token in dict.fromkeys((start, end, unknown, pad)) if token not in names]
         backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
@@ -125,7 +103,7 @@ class ClipTokenizer:
             text = self._backend.encode(prompt, add_special_tokens=False).ids
             kept, cut = text[: self.context - 2], text[self.context - 2 :]
             if cut:
-                logger.warning(
+                _log.warning(
                     "the prompt has %d tokens and the text encoder reads %d; cut off: %r",
                     len(text),
                     self.context - 2,
@@ -139,3 +117,37 @@ class ClipTokenizer:
         """Text of token ids, with single spaces between words."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=False)
         return text.replace(END_OF_WORD, " ").strip()
+
+
+def _backend(
+    vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], unknown: str
+) -> tokenizers.Tokenizer:
+    """CLIP's encoding of text without added or special tokens.
+
+    Raises:
+        CheckpointError: the tables do not belong together.
+    """
+    try:
+        bpe = models.BPE(
+            vocab=dict(vocab),
+            merges=list(merges),
+            continuing_subword_prefix="",
+            end_of_word_suffix=END_OF_WORD,
+            unk_token=unknown,
+        )
+    except Exception as error:  # the library's errors have no base of their own
+        raise CheckpointError(
+            f"the tokenizer's vocabulary and merges do not belong together: {str(error).splitlines()[0]}"
+        ) from error
+    backend = tokenizers.Tokenizer(bpe)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend

@@ -52,7 +52,7 @@ def records(
     if any(expert.aesthetic for expert in experts):
         defaults |= {"aesthetic_score": 6.0, "negative_aesthetic_score": 2.5}
     common |= {name: getattr(r, name) for name, default in defaults.items() if getattr(r, name) != default}
-    sized = any(expert.takes_sizes for expert in experts)
+    sized = any(expert.config.takes_sizes for expert in experts)
     return [
         {
             **_texts(r, k),

@@ -12,7 +12,7 @@ from ..errors import RequestError, UnsupportedConfigError
 
 __all__ = ["SAMPLERS", "SamplerConfig", "scheduler_fields"]
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _Fields = Mapping[str, Any]
 
@@ -247,7 +247,7 @@ def _explicit(config: Mapping[str, Any]) -> dict[str, Any]:
     filled_in = config.get("_use_default_values", ())
     given = {k: v for k, v in config.items() if not k.startswith("_") and k not in filled_in}
     if unknown := sorted(given.keys() - _KNOWN):
-        logger.warning("scheduler fields that no supported sampler has are ignored: %s", ", ".join(unknown))
+        _log.warning("scheduler fields that no supported sampler has are ignored: %s", ", ".join(unknown))
     return given
 
 
@@ -280,49 +280,24 @@ def _resolve(kind: str, given: Mapping[str, Any]) -> SamplerConfig:
     defaults = _DEFAULTS[kind]
     f = {name: given.get(name, default) for name, default in defaults.items()}
     if kind == "pndm" and given.get("rescale_betas_zero_snr"):
-        logger.warning("pndm has no zero terminal SNR; rescale_betas_zero_snr is ignored, as in diffusers")
-
-    for name, allowed in _ALLOWED.items():
-        if name in f and f[name] not in allowed:
-            raise _unsupported(kind, name, f[name], allowed)
-    if kind in _VARIANCES and f["variance_type"] not in _VARIANCES[kind]:
-        raise _unsupported(kind, "variance_type", f["variance_type"], _VARIANCES[kind])
-    prediction = f["prediction_type"]
-    if kind == "pndm" and prediction == "sample":
-        raise _unsupported(kind, "prediction_type", prediction, _PREDICTIONS[:2])
-    zero_snr = bool(f.get("rescale_betas_zero_snr", False))
-    if zero_snr and prediction == "epsilon":
-        raise UnsupportedConfigError(
-            "scheduler field rescale_betas_zero_snr is True with prediction_type 'epsilon': where the signal "
-            "is zero, the noise says nothing of it; such a model predicts v_prediction or sample"
-        )
-
-    steps = _number(kind, f, "num_train_timesteps", 1, 1_000_000)
-    betas = f["trained_betas"]
-    if betas is not None:
-        if not isinstance(betas, (list, tuple)) or len(betas) != steps:
-            got = f"{len(betas)} values" if isinstance(betas, (list, tuple)) else repr(betas)
-            raise UnsupportedConfigError(
-                f"scheduler field trained_betas has {got} for num_train_timesteps {int(steps)}; "
-                "one is needed for each"
-            )
-        for beta in betas:
-            _number(kind, {"trained_betas": beta}, "trained_betas", 0, 1)
+        _log.warning("pndm has no zero terminal SNR; rescale_betas_zero_snr is ignored, as in diffusers")
+    _refuse_unsupported(kind, f)
+    steps = int(_number(kind, f, "num_train_timesteps", 1, 1_000_000))
     original = int(_number(kind, {"original_inference_steps": steps, **f}, "original_inference_steps", 1))
     if original > steps:
         raise UnsupportedConfigError(
-            f"scheduler field original_inference_steps is {original}, above num_train_timesteps {int(steps)}"
+            f"scheduler field original_inference_steps is {original}, above num_train_timesteps {steps}"
         )
     variance = f.get("variance_type")
     return SamplerConfig(
         kind=kind,
-        num_train_timesteps=int(steps),
+        num_train_timesteps=steps,
         beta_start=_number(kind, f, "beta_start", 0, 1),
         beta_end=_number(kind, f, "beta_end", 0, 1),
         beta_schedule=f["beta_schedule"],
-        trained_betas=None if betas is None else tuple(float(b) for b in betas),
-        rescale_betas_zero_snr=zero_snr,
-        prediction_type=prediction,
+        trained_betas=_betas(kind, f["trained_betas"], steps),
+        rescale_betas_zero_snr=bool(f.get("rescale_betas_zero_snr", False)),
+        prediction_type=f["prediction_type"],
         timestep_spacing=f["timestep_spacing"],
         steps_offset=int(_number(kind, f, "steps_offset", 0)),
         clip=_number(kind, f, "clip_sample_range", 0) if f.get("clip_sample") else math.inf,
@@ -338,6 +313,38 @@ def _resolve(kind: str, given: Mapping[str, Any]) -> SamplerConfig:
         original_inference_steps=original,
         timestep_scaling=float(f.get("timestep_scaling", 10.0)),
     )
+
+
+def _refuse_unsupported(kind: str, f: _Fields) -> None:
+    """
+    Raises:
+        UnsupportedConfigError: a choice that this sampler does not have, or two that do not go together.
+    """
+    for name, allowed in _ALLOWED.items():
+        if name in f and f[name] not in allowed:
+            raise _unsupported(kind, name, f[name], allowed)
+    if kind in _VARIANCES and f["variance_type"] not in _VARIANCES[kind]:
+        raise _unsupported(kind, "variance_type", f["variance_type"], _VARIANCES[kind])
+    prediction = f["prediction_type"]
+    if kind == "pndm" and prediction == "sample":
+        raise _unsupported(kind, "prediction_type", prediction, _PREDICTIONS[:2])
+    if f.get("rescale_betas_zero_snr") and prediction == "epsilon":
+        raise UnsupportedConfigError(
+            "scheduler field rescale_betas_zero_snr is True with prediction_type 'epsilon': where the signal "
+            "is zero, the noise says nothing of it; such a model predicts v_prediction or sample"
+        )
+
+
+def _betas(kind: str, betas: Any, steps: int) -> tuple[float, ...] | None:
+    """`trained_betas`, one for each of the training's steps; None where none are given."""
+    if betas is None:
+        return None
+    if not isinstance(betas, (list, tuple)) or len(betas) != steps:
+        got = f"{len(betas)} values" if isinstance(betas, (list, tuple)) else repr(betas)
+        raise UnsupportedConfigError(
+            f"scheduler field trained_betas has {got} for num_train_timesteps {steps}; one is needed for each"
+        )
+    return tuple(_number(kind, {"trained_betas": beta}, "trained_betas", 0, 1) for beta in betas)
 
 
 def _number(kind: str, fields: _Fields, name: str, least: float, most: float = math.inf) -> float:

@@ -250,14 +250,11 @@ class _FeedForward(nn.Module):
 _PREFIX = "text_model."
 
 
-def rename_clip_keys(key: str) -> str | None:
-    """The name a weight has here, from the name it has in a file; None for what is not a weight.
+def rename_clip_keys(key: str) -> str:
+    """The name a weight has here, from the name it has in a file.
 
-    transformers 5 saves a text encoder without the `text_model.` that published checkpoints have, and old
-    checkpoints hold the position ids 0 to 76 beside the weights.
+    transformers 5 saves a text encoder without the `text_model.` that published checkpoints have.
     """
-    if key.endswith("embeddings.position_ids"):
-        return None
     if key.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
         return _PREFIX + key
     return key

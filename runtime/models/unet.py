@@ -22,7 +22,7 @@ __all__ = ["UNet", "UNetConfig", "input_names"]
 def input_names(config: UNetConfig) -> tuple[str, ...]:
     """The inputs a UNet of this configuration needs, in the order of `UNet.forward`'s parameters."""
     names = ["sample", "timestep", "encoder_hidden_states"]
-    if config.addition_embed_type == "text_time":
+    if config.takes_sizes:
         names += ["text_embeds", "time_ids"]
     if config.time_cond_proj_dim is not None:
         names += ["timestep_cond"]

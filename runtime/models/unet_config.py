@@ -144,6 +144,11 @@ class UNetConfig:
     projection_class_embeddings_input_dim: int | None
 
     @property
+    def takes_sizes(self) -> bool:
+        """Whether it is of SDXL's family, which is told sizes and crops."""
+        return self.addition_embed_type == "text_time"
+
+    @property
     def latent_size(self) -> tuple[int, int]:
         """`sample_size`; 128 by 128 where the model does not say."""
         return self.sample_size or (128, 128)
