@@ -19,7 +19,7 @@ from ._attention_library import by_products, by_sdpa
 from ._attention_tma import describable, launch
 from ._triton import Launch, Library, kernel, tl
 
-__all__ = ["SHORT", "WIDE", "kernel_sizes", "plan", "plan_kernel", "table_of"]
+__all__ = ["SHORT", "WIDE", "in_powers_of_two", "kernel_sizes", "plan", "plan_kernel", "table_of"]
 
 
 @kernel

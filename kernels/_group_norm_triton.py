@@ -20,7 +20,7 @@ from ..errors import KernelArgumentError
 from . import tuning
 from ._triton import Launch, kernel, tl
 
-__all__ = ["dense", "plan"]
+__all__ = ["MOST_SPLITS", "dense", "plan"]
 
 MOST_SPLITS = 256
 """Programs that share the statistics of one group: each of them reads all partial ones again to apply them."""

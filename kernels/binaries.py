@@ -44,7 +44,6 @@ __all__ = [
     "Kernels",
     "binaries",
     "parameters",
-    "without_scratch",
 ]
 
 _POSITIONS = 1024
@@ -174,7 +173,7 @@ def binaries(wanted: Sequence[Kernels], cache: Path | None = None, jobs: int = 1
     return paths
 
 
-def without_scratch(ptx: str) -> str:
+def _without_scratch(ptx: str) -> str:
     """PTX whose entry takes what the kernel's source says, without the two pointers to scratch that Triton adds.
 
     For a kernel that uses none: whoever launches it need not pass them.
@@ -218,5 +217,5 @@ def _image(launch: Launch, arch: int) -> Mapping[str, Any]:
         "shared": meta.shared,
         "warps": meta.num_warps,
         "cubin": base64.b64encode(built.asm["cubin"]).decode(),
-        "ptx": without_scratch(built.asm["ptx"]),
+        "ptx": _without_scratch(built.asm["ptx"]),
     }

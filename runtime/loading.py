@@ -27,7 +27,7 @@ from .text_encoder import TextEncoder
 from .vae import VAE
 from .weights import Checkpoint
 
-__all__ = ["load_components", "load_expert", "load_text_encoder", "load_vae", "unet_component"]
+__all__ = ["load_components", "load_expert", "load_vae"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def load_expert(
         if not checkpoint.has(name):
             encoders[name] = shared if name == "text_encoder_2" and sdxl else None
         elif shared is None:
-            encoders[name] = load_text_encoder(checkpoint, name, loader, sdxl=sdxl)
+            encoders[name] = _load_text_encoder(checkpoint, name, loader, sdxl=sdxl)
     present = [encoder for encoder in encoders.values() if encoder is not None]
     if not present:
         raise CheckpointError(f"{checkpoint.source} has no text encoder, and none was given to share")
@@ -132,7 +132,7 @@ def load_expert(
             f"the text encoders of {checkpoint.source} give {width} channels and its UNet reads "
             f"{config.cross_attention_dim}; they do not belong together"
         )
-    unet = loader.engine(unet_component(checkpoint, config, loader, present[-1], aesthetic=aesthetic))
+    unet = loader.engine(_unet_component(checkpoint, config, loader, present[-1], aesthetic=aesthetic))
     return Expert(
         source=checkpoint.source,
         unet=unet,
@@ -147,7 +147,7 @@ def load_expert(
     )
 
 
-def load_text_encoder(checkpoint: Checkpoint, name: str, loader: EngineLoader, *, sdxl: bool) -> TextEncoder:
+def _load_text_encoder(checkpoint: Checkpoint, name: str, loader: EngineLoader, *, sdxl: bool) -> TextEncoder:
     """One CLIP text encoder with its tokenizer.
 
     Args:
@@ -201,7 +201,7 @@ def load_text_encoder(checkpoint: Checkpoint, name: str, loader: EngineLoader, *
     )
 
 
-def unet_component(
+def _unet_component(
     checkpoint: Checkpoint, config: UNetConfig, loader: EngineLoader, encoder: TextEncoder, *, aesthetic: bool
 ) -> Component:
     """The UNet as a component.

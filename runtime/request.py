@@ -20,12 +20,12 @@ from torch import Tensor
 from ..errors import RequestError
 from .image import to_tensor
 
-__all__ = ["MAX_SIDE", "GenerationRequest", "OutputType", "Size", "check_number", "check_side"]
+__all__ = ["GenerationRequest", "OutputType", "Size", "check_number", "check_side"]
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Size = tuple[int, int]
 
-MAX_SIDE = 16_384
+_MAX_SIDE = 16_384
 """Longest side of an image in pixels: a slip of the keyboard is refused before anything is planned for it."""
 
 
@@ -237,7 +237,7 @@ def check_side(name: str, value: Any, latent_scale: int) -> int:
     Raises:
         RequestError: it is too small or large, or no multiple of `latent_scale`.
     """
-    side = _integer(name, value, latent_scale, MAX_SIDE)
+    side = _integer(name, value, latent_scale, _MAX_SIDE)
     if side % latent_scale:
         near = max(latent_scale, round(side / latent_scale) * latent_scale)
         raise RequestError(f"{name} is {side}; it must be a multiple of {latent_scale}, such as {near}")
@@ -280,7 +280,7 @@ def _scales(value: Any, batch: int) -> list[float]:
 
 def _pair(name: str, value: Any) -> Size:
     if isinstance(value, (list, tuple)) and len(value) == 2:
-        return _integer(name, value[0], 0, MAX_SIDE), _integer(name, value[1], 0, MAX_SIDE)
+        return _integer(name, value[0], 0, _MAX_SIDE), _integer(name, value[1], 0, _MAX_SIDE)
     raise RequestError(f"{name} must be a pair of whole numbers (height, width or top, left); got {value!r}")
 
 
@@ -344,8 +344,8 @@ def _size_of(
             raise RequestError(
                 f"{side} is {value}, but the image or latents given are {actual}; leave it out"
             )
-    if max(given) > MAX_SIDE:
-        raise RequestError(f"the image is {given[1]}x{given[0]} pixels; sides may be at most {MAX_SIDE}")
+    if max(given) > _MAX_SIDE:
+        raise RequestError(f"the image is {given[1]}x{given[0]} pixels; sides may be at most {_MAX_SIDE}")
     return given
 
 

@@ -19,6 +19,7 @@ from ..errors import CheckpointError
 from .json_file import read_json
 
 __all__ = [
+    "END_OF_WORD",
     "END_TOKEN",
     "START_TOKEN",
     "AddedTokens",

@@ -20,7 +20,7 @@ from .json_file import read_json
 from .tokenizer_files import TokenizerFiles, clip_merges, clip_vocabulary, read_tokenizer
 from .weight_set import TensorRef, UnreadWeights, WeightSet, read_header
 
-__all__ = ["Checkpoint", "WeightSet", "open_checkpoint", "open_outline", "refiner_source"]
+__all__ = ["Checkpoint", "open_checkpoint", "open_outline", "refiner_source"]
 
 _log = logging.getLogger(__name__)
 

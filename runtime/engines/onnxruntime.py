@@ -32,7 +32,7 @@ from .base import Availability, Component, Engine, Program, Timesteps, arguments
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["OnnxRuntimeBackend", "OnnxRuntimeEngine"]
+__all__ = ["OnnxRuntimeBackend", "OnnxRuntimeEngine", "open_session", "run_session"]
 
 _NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64, torch.bool: np.bool_}
 _INSTALL = {"cpu": 'pip install "latentrt[cpu]"', "cuda": 'pip install "latentrt[gpu]"'}

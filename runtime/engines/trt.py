@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 from ...errors import BackendUnavailableError, UnknownBackendError
 
 __all__ = [
-    "PRODUCTS",
     "Product",
     "architectures",
     "driver_class",
@@ -66,7 +65,7 @@ class Product:
     needs_gpu: bool
 
 
-PRODUCTS = {
+_PRODUCTS = {
     product.name: product
     for product in (
         Product("tensorrt", "TensorRT", ("tensorrt",), (10, 14), 11, 'pip install "latentrt[gpu]"', True),
@@ -90,9 +89,9 @@ def product(name: str) -> Product:
     Raises:
         UnknownBackendError: there is none.
     """
-    if name not in PRODUCTS:
-        raise UnknownBackendError(f"no engine {name!r}; there are {', '.join(PRODUCTS)}")
-    return PRODUCTS[name]
+    if name not in _PRODUCTS:
+        raise UnknownBackendError(f"no engine {name!r}; there are {', '.join(_PRODUCTS)}")
+    return _PRODUCTS[name]
 
 
 @cache
