@@ -41,13 +41,8 @@ _QUALITY = {
     "psnr": ("PSNR", True, 3.0, 0.0, 60.0),  # 3 dB is twice the squared error; from 60 dB on bytes are equal
     "ssim": ("SSIM", True, 0.01, 0.0, 1.0),
     "lpips": ("LPIPS", False, 0.01, 0.0, 0.0),
-    "clip": (
-        "CLIP score",
-        True,
-        0.0,
-        0.01,
-        100.0,
-    ),  # judges differ in scale: the demo's FID is 0.2, SDXL's 23
+    # The last two by ratio, since judges differ in scale: the demo's FID is 0.2, SDXL's 23.
+    "clip": ("CLIP score", True, 0.0, 0.01, 100.0),
     "fid": ("FID", False, 0.0, 0.02, 0.0),
 }
 """What is of the pictures: (what, more is better, what counts, what share counts, where it is as good as it gets)."""

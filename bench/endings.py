@@ -15,9 +15,12 @@ __all__ = ["end_with_parent", "signals_as_ctrl_c"]
 
 @contextmanager
 def signals_as_ctrl_c() -> Iterator[None]:
-    """SIGTERM, which `timeout` sends, and SIGHUP, which comes when a terminal is gone, raise KeyboardInterrupt too, one
-    of them and once; no other disturbs what is written down then. What is ignored, as `nohup` has it, stays so. In the
-    main thread, which alone is told of signals."""
+    """Turn SIGTERM and SIGHUP into one KeyboardInterrupt.
+
+    `timeout` sends the first, a terminal that is gone the second. Later signals are ignored until the block ends, so
+    that results can be written; a signal already ignored (`nohup`) stays so. Only in the main thread, which alone is
+    told of signals.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -63,8 +63,8 @@ class Part:
         marked: which tests of the files are run.
         options: more of pytest's.
         memory: bytes that it may take.
-        apart: folders of which no part's result is said to depend on the content.
-        beside: what it is held against, on which its result depends as on the sources.
+        apart: folders left out of the digest: a change there does not make a passed part stale.
+        beside: the side it is compared with; part of the digest, so another one runs the part anew.
         verdict: asked about what a part has written that ended well by its exit status.
     """
 
@@ -190,9 +190,8 @@ def _tests(part: Part, folder: Path, digest: str, *, again: bool) -> list[str]:
         for old in folder.glob(f"{part.name}.*{kept.suffix}"):
             if old != kept or again:
                 old.unlink()
-    before.write_bytes(
-        now.read_bytes() if now.exists() else b""
-    )  # workers read it while others write the first
+    # A copy, since workers read it while others write the first.
+    before.write_bytes(now.read_bytes() if now.exists() else b"")
     files = ["--note-passed", str(now), "--skip-passed", str(before)]
     if part.figures:
         files += ["-rP", "--note-printed", str(printed)]

@@ -151,9 +151,8 @@ def _like_eager(quality: Quality, dtype: str, eager: Quality | None) -> list[str
     """The limits of `latentrt verify`; in half precision, or what eager PyTorch in that dtype reaches itself."""
     limits = LIMITS["pipeline"][DTYPES[dtype]]
     least, similar = limits.psnr, limits.ssim or 0.0
-    if (
-        dtype != "float32" and eager is not None and eager.psnr >= _LEAST_DB
-    ):  # beside nonsense anything passes
+    # Beside nonsense anything passes.
+    if dtype != "float32" and eager is not None and eager.psnr >= _LEAST_DB:
         least, similar = min(least, eager.psnr - _WORSE_DB), min(similar, eager.ssim - _WORSE_SSIM)
     failures = []
     if not quality.psnr >= least:  # so that nan fails

@@ -4,10 +4,12 @@
 
 What is worth most comes first: whether graphs and kernels are right, where the time of a picture goes, what it takes
 beside the reference, the kernels one by one, then everything else. A part that fails or takes too long does not keep
-the others from their turn, and what it had found until then is written. A part that passed, by what it found and not
-only by how it ended, is not run again with the same sources; the block sizes that a part finds count as a result, but
-for tests, so that `--again` is for figures with new ones. Those that a run with the same `--out` found are taken before
-anything begins: sources that came anew lack them. What is not installed is left out and said to be.
+the others from their turn, and what it had found until then is written. What is not installed is left out and said to
+be.
+
+A part is judged by what it wrote, not by its exit status alone. It is not run again while the sources are the same.
+Tuned block sizes are results, not sources, except to tests, so use `--again` for figures with new ones. With `--out`,
+sizes tuned by an earlier run are copied back first, since freshly copied sources lack them.
 
 Where diffusers is not installed, latentrt's own modules in eager PyTorch are what others are held against.
 """
@@ -71,9 +73,9 @@ class Step:
     Attributes:
         choosing: one of the sides is enough: it takes those that there are.
         kept: what its side builds, by glob; removed when it passed, since a disk does not hold that of all sides.
-        left: whether it has anything left to do, of one that goes on by itself, and passes when its time is over: it
-            is always run.
-        seconds: that such a one is told to take.
+        left: for a part that resumes by itself and passes when its time is up: whether work remains. Such a part is
+            always run.
+        seconds: the time such a part gets, as `--seconds`.
     """
 
     part: Part

@@ -296,9 +296,8 @@ class OwnProcess:
             return
         self._pipe.close()
         self._process.join(_FAREWELL)
-        with suppress(
-            ProcessLookupError
-        ):  # compilers that it began as well, which would slow down the others
+        # The whole group: compilers that it began would slow down the others.
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.join()

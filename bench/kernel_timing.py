@@ -56,7 +56,7 @@ CALLS = 16
 HANG = 90.0
 """Seconds after which one part of a row is given up, and the process with it: a kernel may never return."""
 LOST = "never came back"
-"""What the file says of a row from when it begins; it stays where the process ended in it."""
+"""Written when a row begins and overwritten when it ends: if it is still there, the process died in that row."""
 
 Calls = Mapping[str, Callable[..., Any]]
 Timer = Callable[[Calls, Sequence[tuple[Any, ...]], float], dict[str, float | str]]

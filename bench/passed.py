@@ -50,9 +50,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     file = config.getoption("--note-passed")
-    if file is not None and not hasattr(
-        config, "workerinput"
-    ):  # of a run on several processes the first only
+    # Of a run on several processes the first only: the others have a `workerinput`.
+    if file is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Notes(file, config.getoption("--note-printed")))
 
 

@@ -33,9 +33,8 @@ BATCH = 64
 SEEN_LENGTH = 32  # tokens; captions are shorter, and causal attention makes the rest unreachable
 WIDTHS = (96, 128)
 PROBE_WEIGHT = 1.0
-WORDS_ONLY = (
-    0.2  # share of the stage before pictures come in: grammar is learnt from captions alone, and quickly
-)
+# Share of the stage before pictures come in: grammar is learnt from captions alone, and quickly.
+WORDS_ONLY = 0.2
 NOT_SAID = -100
 
 ENTITY_TARGETS = (len(scenes.COLOURS), len(scenes.SHAPES), len(scenes.SIZES))

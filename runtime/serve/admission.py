@@ -16,16 +16,16 @@ from .scheduler import Schedulable, Scheduler
 __all__ = ["Admission"]
 
 _CAUTION = 2.5
-"""An estimate for who comes may be this much too low: others of other sizes, that come later, take turns with it."""
+"""A newcomer's estimate times this must fit its timeout: later requests of other sizes take turns with it."""
 _MARGIN = 2.0
-"""And this much an estimate for who waits already, at whose cost nobody else is let in: more calls than were made
-before share the machine with the work of refusing the rest."""
+"""Someone waiting is in danger where their estimate times this passes their deadline: a flood slows the machine down,
+whose refusals are work as well."""
 _LONGEST = 60.0
 """Seconds; the queue looks otherwise after that, however long it is now."""
 _PATIENCE = 30.0
 """Seconds that a size is kept out for the sake of others who wait; then one request is let in at their cost."""
 _FORGOTTEN = 2 * _LONGEST
-"""Seconds after which nobody comes again who was kept out."""
+"""Seconds after which a refused size counts as given up."""
 
 J = TypeVar("J", bound=Schedulable)
 

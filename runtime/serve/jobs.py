@@ -39,9 +39,8 @@ class Job:
         self.previews = previews
         self._forget = forget
         self._end: asyncio.Future[ImageResult] = loop.create_future()
-        self._end.add_done_callback(
-            lambda end: end.cancelled() or end.exception()
-        )  # unread errors are no news
+        # An error that nobody reads is no news: asyncio would log it.
+        self._end.add_done_callback(lambda end: end.cancelled() or end.exception())
         self._progress: Progress | None = None
         self._changed = asyncio.Event()
         self._timer = None if timeout is None else loop.call_later(timeout, self._expire, timeout)

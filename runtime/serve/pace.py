@@ -44,7 +44,7 @@ class _Seen:
 class Pace:
     """Measurements by size and work, the latter in the unit of `Group.cost`; times are in seconds of any one clock.
 
-    Averages are of logarithms: in those, what is common and what is not have no bias to each other's cost.
+    Averages are geometric, so that the common factor and a kind's own average can be separated.
     """
 
     def __init__(self) -> None:

@@ -52,9 +52,8 @@ class Replica:
         self._failed: dict[str, tuple[float, str]] = {}  # when, and why
         self._started = False
 
-        async def load(
-            model: str,
-        ) -> _Slot:  # Ray keeps what it knows of the models at a function, not a method
+        # Ray keeps what it knows of the models at a function, not a method.
+        async def load(model: str) -> _Slot:
             return await self._load(model)
 
         self._model = serve.multiplexed(max_num_models_per_replica=deployed.models_per_replica)(load)
