@@ -270,29 +270,33 @@ def kernels(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _kernels_on_gpu(args: argparse.Namespace) -> Iterator[str]:
-    from . import kernel_timing as timing
-    from . import kernel_tuning
-    from . import kernels as bench
+    from . import kernel_timing, kernel_tuning
+    from . import kernels as timings
 
     if args.tune and args.dtype:
         raise RequestError("--tune finds what serves both half types, by bfloat16; leave --dtype out")
     operators = specs(args.op)
-    dtypes = bench.DTYPES if args.dtype is None else (getattr(torch, args.dtype),)
+    dtypes = timings.DTYPES if args.dtype is None else (getattr(torch, args.dtype),)
     if args.dry_run:
         arch = args.arch or roofline.gpu(args.gpu).arch
         requests = (
             kernel_tuning.tuned_requests(operators, arch)
             if args.tune
-            else bench.measured_requests(operators, arch, dtypes)
+            else timings.measured_requests(operators, arch, dtypes)
         )
-        yield json.dumps(bench.dry_run(requests, args.seconds), indent=2)
+        yield json.dumps(timings.dry_run(requests, args.seconds), indent=2)
         return
-    here = timing.Bench(
-        timing.require_gpu(), timing.cuda_microseconds, args.seconds, args.out or timing.RESULTS
+    here = kernel_timing.Timing(
+        kernel_timing.require_gpu(),
+        kernel_timing.cuda_microseconds,
+        args.seconds,
+        args.out or kernel_timing.RESULTS,
     )
     with signals_as_ctrl_c():
-        result = kernel_tuning.tune(here, operators) if args.tune else bench.measure(here, operators, dtypes)
-    lines = kernel_tuning.lines(result) if args.tune else bench.lines(result)
+        result = (
+            kernel_tuning.tune(here, operators) if args.tune else timings.measure(here, operators, dtypes)
+        )
+    lines = kernel_tuning.lines(result) if args.tune else timings.lines(result)
     yield json.dumps(result, indent=2) if args.json else "\n".join(lines)
-    if args.measure and (wrong := bench.failures(result)):
+    if args.measure and (wrong := timings.failures(result)):
         raise BenchmarkError(wrong)

@@ -186,7 +186,11 @@ def _row(runs: _Runs, a: Row, b: Row) -> Iterator[Change]:
         before, after = getattr(a, field), getattr(b, field)
         if before is None or after is None:
             continue  # nothing to build, or it was there
-        verdict = _once(after - before, max(share * before, least)) if runs.same_machine else "other machine"
+        verdict = (
+            _without_interval(after - before, max(share * before, least))
+            if runs.same_machine
+            else "other machine"
+        )
         yield Change(runs.case, a.side, what, f"{before:.1f} s", f"{after:.1f} s", verdict)
     found: Mapping[int, BatchFigures] = {figures.batch: figures for figures in b.batches}
     for x in a.batches:
@@ -233,7 +237,7 @@ def _stages(runs: _Runs, side: str, x: BatchFigures, y: BatchFigures) -> Iterato
             continue
         least = max(_STAGE_TOLERANCE * before, _STAGE_LEAST * x.latency.median.value) / wholes[0]
         change = after / wholes[1] - before / wholes[0]
-        verdict = _once(change, least) if comparable else "other machine"
+        verdict = _without_interval(change, least) if comparable else "other machine"
         yield Change(runs.case, side, what, f"{1e3 * before:.1f} ms", f"{1e3 * after:.1f} ms", verdict)
 
 
@@ -245,7 +249,11 @@ def _joules(runs: _Runs, side: str, x: BatchFigures, y: BatchFigures) -> Iterato
     if after is None:
         yield Change(runs.case, side, what, f"{before:.0f} J", "not told", "not measured")
         return
-    verdict = _once(after - before, _JOULES_TOLERANCE * before) if runs.same_machine else "other machine"
+    verdict = (
+        _without_interval(after - before, _JOULES_TOLERANCE * before)
+        if runs.same_machine
+        else "other machine"
+    )
     yield Change(runs.case, side, what, f"{before:.0f} J", f"{after:.0f} J", verdict)
 
 
@@ -261,7 +269,7 @@ def _memory(runs: _Runs, side: str, what: str, a: Memory | None, b: Memory | Non
         if after is None:
             yield Change(runs.case, side, place, _mib(before), "not told", "not measured")
             continue
-        verdict = _once(after - before, max(_MEMORY_TOLERANCE * before, _MEMORY_LEAST))
+        verdict = _without_interval(after - before, max(_MEMORY_TOLERANCE * before, _MEMORY_LEAST))
         yield Change(runs.case, side, place, _mib(before), _mib(after), verdict)
     grown = b.grown()
     for kind, before in a.grown().items():
@@ -269,7 +277,7 @@ def _memory(runs: _Runs, side: str, what: str, a: Memory | None, b: Memory | Non
         if kind not in grown:
             yield Change(runs.case, side, place, _mib(before), "not told", "not measured")
             continue
-        verdict = _once(grown[kind] - before, _GROWTH_LEAST)
+        verdict = _without_interval(grown[kind] - before, _GROWTH_LEAST)
         yield Change(runs.case, side, place, _mib(before), _mib(grown[kind]), verdict)
 
 
@@ -291,7 +299,7 @@ def _quality(runs: _Runs, a: Row, b: Row) -> Iterator[Change]:
             continue
         limit = min if more_is_better else max
         change = limit(after, best) - limit(before, best)
-        verdict = _once(-change if more_is_better else change, max(least, share * before))
+        verdict = _without_interval(-change if more_is_better else change, max(least, share * before))
         if not isfinite(after):
             verdict = "worse"
         elif not same_pictures:
@@ -301,7 +309,7 @@ def _quality(runs: _Runs, a: Row, b: Row) -> Iterator[Change]:
         yield Change(runs.case, a.side, what, f"{before:.4g}", f"{after:.4g}", verdict)
 
 
-def _once(more: float, least: float) -> str:
+def _without_interval(more: float, least: float) -> str:
     """Of a figure of which more is worse, and that has no interval."""
     return "same" if abs(more) <= least else "worse" if more > 0 else "better"
 

@@ -22,40 +22,37 @@ from ..runtime.pipeline import Pipeline
 from .demo_model.scenes import caption, random_scene, render
 from .lpips import Lpips
 from .models import checkpoint_folder
-from .quality import Features as Matrix
-from .quality import ImageTower, Moments, clip_scores, fid_features
-from .side import Images
+from .quality import Features, ImageTower, Moments, clip_scores, fid_features
+from .side import Picture
 
 __all__ = [
     "ClipFeatures",
+    "ClipNetwork",
     "DemoFeatures",
+    "FidNetwork",
     "Judges",
-    "Scores",
-    "Sees",
-    "as_bytes",
     "demo_judges",
     "demo_prompts",
     "read_pictures",
     "read_truth",
 ]
 
-Picture = NDArray[np.uint8]
 _TRUTH = 200
 _CLIP_SIZES = {(12, 768): "ViT-B", (24, 1024): "ViT-L", (32, 1280): "ViT-H"}
 """(layers, width) of the picture's side."""
 
 
-class Sees(Protocol):
+class FidNetwork(Protocol):
     """A network that FID is defined over; `name` says whose figures these are."""
 
     name: str
 
-    def see(self, pictures: Sequence[Picture]) -> Matrix:
+    def see(self, pictures: Sequence[Picture]) -> Features:
         """Features [N, F] of pictures of one size."""
         ...
 
 
-class Scores(Protocol):
+class ClipNetwork(Protocol):
     """A network that CLIP score is defined over; `name` says whose figures these are."""
 
     name: str
@@ -75,8 +72,8 @@ class Judges:
         lpips: how unlike the reference's picture one looks.
     """
 
-    clip: Scores | None = None
-    fid: Sees | None = None
+    clip: ClipNetwork | None = None
+    fid: FidNetwork | None = None
     truth: Moments | None = None
     lpips: Lpips | None = None
 
@@ -94,7 +91,7 @@ class DemoFeatures:
         rng = random.Random("latentrt bench truth")
         self.truth = Moments.of(self.see([render(random_scene(rng)) for _ in range(_TRUTH)]))
 
-    def see(self, pictures: Sequence[Picture]) -> Matrix:
+    def see(self, pictures: Sequence[Picture]) -> Features:
         return fid_features(self._tower, pictures)
 
     @torch.no_grad()
@@ -135,7 +132,7 @@ class ClipFeatures:
         self.name = f"CLIP {size}/{vision.patch_size} ({folder.name})"
 
     @torch.no_grad()
-    def see(self, pictures: Sequence[Picture]) -> Matrix:
+    def see(self, pictures: Sequence[Picture]) -> Features:
         rows = [self._embed(pictures[k : k + 16]).double().numpy() for k in range(0, len(pictures), 16)]
         return np.concatenate(rows)
 
@@ -163,12 +160,7 @@ class ClipFeatures:
         return embedding
 
 
-def as_bytes(images: Images) -> list[Picture]:
-    """Pictures in [0, 1] as they are written to files."""
-    return [np.round(image * 255).clip(0, 255).astype(np.uint8) for image in images]
-
-
-def read_truth(source: Path, judge: Sees) -> Moments:
+def read_truth(source: Path, judge: FidNetwork) -> Moments:
     """Of true pictures in a folder, or of an `.npz` file with `mu` and `sigma`, as FID's statistics are passed around.
 
     Raises:

@@ -31,7 +31,7 @@ from ..runtime.sha256 import digest_of_files
 from . import passed
 from .endings import signals_as_ctrl_c
 
-__all__ = ["FAREWELL", "PARTS", "Part", "Result", "Verdict", "line", "main", "read_result", "run_part"]
+__all__ = ["FAREWELL", "PARTS", "Judged", "Part", "Result", "line", "main", "read_result", "run_part"]
 
 _ROOT = Path(__file__).resolve().parents[1]
 _NOTHING_LEFT = 5  # pytest's exit status where every test was left out
@@ -42,7 +42,7 @@ _SOURCES = ("bench", "export", "kernels", "runtime")
 _KINDS = {".py", ".json", ".safetensors", ".txt", ".html"}
 
 
-class Verdict(NamedTuple):
+class Judged(NamedTuple):
     """Whether a part did what it is for, and why not, or what is left of it."""
 
     passed: bool
@@ -79,7 +79,7 @@ class Part:
     memory: float = 24e9
     apart: tuple[str, ...] = ("results",)
     beside: str = ""
-    verdict: Callable[[], Verdict] | None = None
+    verdict: Callable[[], Judged] | None = None
 
 
 _SCRIPT = "latentrt.bench.full_size_engines"

@@ -8,18 +8,17 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ..errors import RequestError
 from ..export.measures import MAX_PSNR
 from ..export.verify import LIMITS
 from .cases import DTYPES, MLPERF, Case
-from .features import Judges, as_bytes
+from .features import Judges
 from .lpips import Lpips
 from .quality import frechet_distance
-from .side import Images, Pictures
+from .side import Images, Picture, Pictures, as_bytes, unit
 
-__all__ = ["FID_LEAST", "GATES", "Gate", "Quality", "gate_named", "likeness", "measure_quality", "unit"]
+__all__ = ["FID_LEAST", "GATES", "Gate", "Quality", "gate_named", "likeness", "measure_quality"]
 
 _LEAST_DB = 20.0  # of eager PyTorch in half precision; below it there is something wrong with itself
 _WORSE_DB = 3.0
@@ -57,12 +56,6 @@ class Quality:
     fid_by: str | None = None
 
 
-def unit(pictures: Pictures) -> NDArray[np.float64]:
-    """In [0, 1], whatever they are kept in."""
-    scale = 255.0 if pictures.dtype == np.uint8 else 1.0
-    return pictures.astype(np.float64) / scale
-
-
 def likeness(images: Pictures, reference: Pictures) -> tuple[float, float]:
     """PSNR in dB and SSIM of the worst picture, by torchmetrics; equal pictures have 200 dB. Where one or the other
     is not finite it is minus infinity and -1."""
@@ -88,7 +81,7 @@ def measure_quality(images: Pictures, reference: Pictures, prompts: Sequence[str
     if ratio == float("-inf"):  # not finite, or of another size
         return found
     mine, theirs = (
-        list(cast(NDArray[np.uint8], x)) if x.dtype == np.uint8 else as_bytes(cast(Images, x))
+        list(cast(Picture, x)) if x.dtype == np.uint8 else as_bytes(cast(Images, x))
         for x in (images, reference)
     )
     if judges.lpips is not None:

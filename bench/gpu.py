@@ -109,16 +109,16 @@ def steps(
         tuned: the operators that are tuned; all where empty.
     """
     reference = "latentrt-eager" if find_spec("diffusers") is None else "diffusers"
-    bench = _Bench(results, work, reference)
+    sides = _Sides(results, work, reference)
     files = _files()
-    first = {name: bench.step(name, 1, _FIRST) for name in _CASES}
+    first = {name: sides.step(name, 1, _FIRST) for name in _CASES}
     kernels: tuple[str, ...] = ("-m", "latentrt.cli", "kernels")
     kernels += () if out is None else ("--out", str(out))
     found = RESULTS if out is None else out
     tune = _part("tune", *kernels, "--tune", *(word for op in tuned for word in ("--op", op)))
     time_them = _part("kernels", *kernels, "--measure")
-    rest = [bench.step(case, 1, side) for case in _CASES for side in _REST if side != reference]
-    many = [bench.step("sdxl", n, side) for n in (2, 4, 8) for side in (_FIRST, "latentrt-tensorrt")]
+    rest = [sides.step(case, 1, side) for case in _CASES for side in _REST if side != reference]
+    many = [sides.step("sdxl", n, side) for n in (2, 4, 8) for side in (_FIRST, "latentrt-tensorrt")]
     return [
         Step(_tests("graph-tests", files["graph"])),
         # Of a test's first call most is compiling, at most 5 s on a slow core.
@@ -146,7 +146,7 @@ def steps(
         *rest,
         *many,
         # What compiles for longest is last, and begins anew where it was stopped.
-        *(bench.step(case, 1, _LAST) for case in _CASES),
+        *(sides.step(case, 1, _LAST) for case in _CASES),
     ]
 
 
@@ -188,7 +188,7 @@ def _timeline(case: str, results: Path, work: Path) -> Part:
 
 
 @dataclass(frozen=True)
-class _Bench:
+class _Sides:
     results: Path
     work: Path
     reference: str

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import RequestError
-from .quality import Features as Matrix
+from .quality import Features
 
 __all__ = ["Inception", "InceptionFeatures", "read_tensors"]
 
@@ -207,7 +207,7 @@ class InceptionFeatures:
         self._network.load_state_dict({k: found[k] for k in wanted}, strict=False)
 
     @torch.no_grad()
-    def see(self, pictures: Sequence[NDArray[np.uint8]]) -> Matrix:
+    def see(self, pictures: Sequence[NDArray[np.uint8]]) -> Features:
         """[N, 2048] of uint8 pictures [H, W, 3] of one size, resized as pytorch-fid does."""
         rows = []
         for k in range(0, len(pictures), _BATCH):

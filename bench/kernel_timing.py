@@ -29,8 +29,8 @@ from .machine import command, describe_machine, tuned
 __all__ = [
     "LOST",
     "RESULTS",
-    "Bench",
-    "Gate",
+    "Float64Check",
+    "Timing",
     "answers",
     "compile_ahead",
     "cuda_microseconds",
@@ -64,7 +64,7 @@ Timer = Callable[[Calls, Sequence[tuple[Any, ...]], float], dict[str, float | st
 
 
 @dataclass(frozen=True)
-class Bench:
+class Timing:
     """Where and how to time."""
 
     device: torch.device
@@ -129,7 +129,7 @@ def _recorded(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> to
     return graph
 
 
-class Gate:
+class Float64Check:
     """Whether a result may be timed: whether it is within the operator's tolerance of float64."""
 
     def __init__(self, spec: OpSpec, args: tuple[Any, ...]) -> None:
@@ -157,10 +157,10 @@ def _tensors(out: Any) -> list[Tensor]:
     return [out] if isinstance(out, Tensor) else list(out)
 
 
-def draw(bench: Bench, case: Case, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+def draw(timing: Timing, case: Case, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     """Inputs that together exceed the cache. Large ones do alone, and two calls still hide the start of a replay."""
     count = min(CALLS, max(2, math.ceil(CACHE_BYTES / case.nbytes(dtype))))
-    return [case.inputs(dtype, bench.device) for _ in range(count if bench.device.type == "cuda" else 1)]
+    return [case.inputs(dtype, timing.device) for _ in range(count if timing.device.type == "cuda" else 1)]
 
 
 def fresh(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -172,20 +172,20 @@ def _copied(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
-def compile_ahead(bench: Bench, requests: Sequence[aot.Request]) -> None:
+def compile_ahead(timing: Timing, requests: Sequence[aot.Request]) -> None:
     """Fill Triton's cache, by as many processes as there are cores, for at most half of the time."""
-    if bench.device.type != "cuda":
+    if timing.device.type != "cuda":
         return
-    found = aot.attempts(requests, jobs=os.cpu_count() or 1, seconds=bench.seconds / 2)
+    found = aot.attempts(requests, jobs=os.cpu_count() or 1, seconds=timing.seconds / 2)
     for r, message in zip(requests, found, strict=True):
         if isinstance(message, str):
             _log.info("%s %s: %s", r.op, r.trial or "", message[:200])
 
 
 @contextmanager
-def watched(bench: Bench, seconds: float = HANG) -> Iterator[None]:
+def watched(timing: Timing, seconds: float = HANG) -> Iterator[None]:
     """A kernel that hangs takes the process with it, and the next run goes on behind it."""
-    if bench.device.type == "cuda":
+    if timing.device.type == "cuda":
         faulthandler.dump_traceback_later(seconds, exit=True)
     try:
         yield
@@ -193,37 +193,37 @@ def watched(bench: Bench, seconds: float = HANG) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def answers(bench: Bench) -> bool:
+def answers(timing: Timing) -> bool:
     """Whether the GPU still runs anything: an illegal access ends that for the whole process."""
     try:
-        torch.zeros(1, device=bench.device).item()
+        torch.zeros(1, device=timing.device).item()
     except Exception as error:
         _log.error("%s", str(error)[:300])
         return False
     return True
 
 
-def here(bench: Bench) -> dict[str, Any]:
+def here(timing: Timing) -> dict[str, Any]:
     """The machine, the GPU's state, the kernels' sources and the command: what a result has to be read with."""
     return {
         **describe_machine(),
-        **gpu_state(bench),
+        **gpu_state(timing),
         "sources": sources(),
         "tuned": tuned(),
         "command": command(),
     }
 
 
-def gpu_state(bench: Bench) -> dict[str, str]:
+def gpu_state(timing: Timing) -> dict[str, str]:
     """Driver, clocks, power and temperature, as they are now."""
     fields = "driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
     command = [
         "nvidia-smi",
         f"--query-gpu={fields}",
         "--format=csv,noheader",
-        f"--id={bench.device.index or 0}",
+        f"--id={timing.device.index or 0}",
     ]
-    if bench.device.type != "cuda":
+    if timing.device.type != "cuda":
         return {}
     try:
         values = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout

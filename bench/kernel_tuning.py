@@ -25,8 +25,8 @@ from ..kernels.registry import Case, OpSpec, specs
 from ..kernels.whole_file import write_json
 from .kernel_timing import (
     LOST,
-    Bench,
-    Gate,
+    Float64Check,
+    Timing,
     answers,
     compile_ahead,
     draw,
@@ -52,7 +52,7 @@ Trials = dict[str, dict[str, float | str]]
 """Candidate -> case -> microseconds of its calls in one forward, or what went wrong."""
 
 
-def tune(bench: Bench, operators: Sequence[OpSpec] | None = None, save: bool = True) -> dict[str, Any]:
+def tune(timing: Timing, operators: Sequence[OpSpec] | None = None, save: bool = True) -> dict[str, Any]:
     """Time every candidate of every tuning table at the cases that read it; write the quickest.
 
     A table is written when all its cases were timed: what is good for one of them may be bad for the rest.
@@ -61,20 +61,20 @@ def tune(bench: Bench, operators: Sequence[OpSpec] | None = None, save: bool = T
         {"machine": ..., "best": {table: {key: constants}}, "times": {table: {key: {candidate: {case: microseconds
         in one forward, or what went wrong}}}}, "left": tables that are not written}.
     """
-    end = time.monotonic() + bench.seconds
-    arch = arch_of(bench.device)
-    machine = here(bench)
-    path = bench.folder / f"tuning-{slug(machine)}.json"
+    end = time.monotonic() + timing.seconds
+    arch = arch_of(timing.device)
+    machine = here(timing)
+    path = timing.folder / f"tuning-{slug(machine)}.json"
     times: dict[str, dict[str, Trials]] = read_if_same(path, machine, "gpu", "versions", "sources").get(
         "times", {}
     )
     tables = _tables(specs() if operators is None else operators, arch)
     result: dict[str, Any] = {"machine": machine, "best": {}, "times": times, "left": list(tables)}
-    compile_ahead(bench, _requests(tables, arch))
+    compile_ahead(timing, _requests(tables, arch))
     for table, uses in tables.items():
         for use in uses:
             trials = times.setdefault(table, {}).setdefault(use.key, {})
-            if not _try(bench, use, table, trials, lambda: write_json(path, result), end):
+            if not _try(timing, use, table, trials, lambda: write_json(path, result), end):
                 return result
         best = {key: found for key, trials in times[table].items() if (found := _quickest(trials))}
         if len(best) < len(times[table]):
@@ -171,7 +171,7 @@ def _requests(tables: Mapping[str, Sequence[_Use]], arch: int) -> list[aot.Reque
     ]
 
 
-def _try(bench: Bench, use: _Use, table: str, trials: Trials, save: Callable[[], None], end: float) -> bool:
+def _try(timing: Timing, use: _Use, table: str, trials: Trials, save: Callable[[], None], end: float) -> bool:
     """Fill in each candidate's time at one case; False where time ran out or the GPU was lost."""
     inputs: list[tuple[Any, ...]] = []
     for candidate in use.candidates:
@@ -181,30 +181,30 @@ def _try(bench: Bench, use: _Use, table: str, trials: Trials, save: Callable[[],
         if time.monotonic() > end:
             return False
         if not inputs:
-            inputs = draw(bench, use.case, DTYPE)
-            gate = Gate(use.spec, inputs[0])
+            inputs = draw(timing, use.case, DTYPE)
+            check = Float64Check(use.spec, inputs[0])
         row[use.name] = LOST
         save()
         try:
-            with watched(bench, HANG), tuning.trying(table, candidate):
-                row[use.name] = _time(bench, use, gate, inputs)
+            with watched(timing, HANG), tuning.trying(table, candidate):
+                row[use.name] = _time(timing, use, check, inputs)
         except KeyboardInterrupt:  # it would have come back
             del row[use.name]
             save()
             raise
         _log.info("%s %s %s: %s", table, candidate, use.name, row[use.name])
         save()
-        if isinstance(row[use.name], str) and not answers(bench):
+        if isinstance(row[use.name], str) and not answers(timing):
             return False
     return True
 
 
-def _time(bench: Bench, use: _Use, gate: Gate, inputs: Sequence[tuple[Any, ...]]) -> float | str:
+def _time(timing: Timing, use: _Use, check: Float64Check, inputs: Sequence[tuple[Any, ...]]) -> float | str:
     try:
-        ratio, good = gate.judge(use.spec.op(*fresh(inputs[0])))
+        ratio, good = check.judge(use.spec.op(*fresh(inputs[0])))
         if not good:
             return f"wrong: the error is {ratio:.1f} times the reference's"
-        (us,) = bench.timer({"": use.spec.op}, inputs, SECONDS).values()
+        (us,) = timing.timer({"": use.spec.op}, inputs, SECONDS).values()
     except Exception as error:  # too much shared memory, too many registers, a shape that cannot be
         return f"{type(error).__name__}: {error}"[:200]
     return us if isinstance(us, str) else us * max(1, use.case.calls)

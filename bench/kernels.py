@@ -29,8 +29,8 @@ from ..kernels.whole_file import write_json
 from ..runtime.place import dtype_name
 from .kernel_timing import (
     LOST,
-    Bench,
-    Gate,
+    Float64Check,
+    Timing,
     answers,
     compile_ahead,
     draw,
@@ -50,18 +50,18 @@ DTYPES = (torch.bfloat16, torch.float16)
 _TOLD = 3  # cases of what is wrong; the file has all
 
 
-def ceilings(bench: Bench) -> dict[str, float]:
+def ceilings(timing: Timing) -> dict[str, float]:
     """TFLOP/s of an 8192^3 matrix product in each half type, TB/s of a copy (read and written), now.
 
     Of random numbers: zeros are quicker.
     """
-    n = 8192 if bench.device.type == "cuda" else 32
+    n = 8192 if timing.device.type == "cuda" else 32
     found = {}
     for dtype in (torch.float16, torch.bfloat16):
-        a, b = (torch.randn(n, n, device=bench.device).to(dtype) for _ in range(2))
-        found[dtype_name(dtype)] = 2e-6 * n**3 / _one(bench.timer({"": torch.mm}, [(a, b)] * 4, 0.5))
-    a = torch.randn(n * 4, n * 4, dtype=torch.bfloat16, device=bench.device)
-    found["copy"] = 2e-6 * a.nbytes / _one(bench.timer({"": torch.Tensor.clone}, [(a,)] * 2, 0.5))
+        a, b = (torch.randn(n, n, device=timing.device).to(dtype) for _ in range(2))
+        found[dtype_name(dtype)] = 2e-6 * n**3 / _one(timing.timer({"": torch.mm}, [(a, b)] * 4, 0.5))
+    a = torch.randn(n * 4, n * 4, dtype=torch.bfloat16, device=timing.device)
+    found["copy"] = 2e-6 * a.nbytes / _one(timing.timer({"": torch.Tensor.clone}, [(a,)] * 2, 0.5))
     return found
 
 
@@ -73,14 +73,14 @@ def _one(found: Mapping[str, float | str]) -> float:
 
 
 def measure(
-    bench: Bench,
+    timing: Timing,
     operators: Sequence[OpSpec] | None = None,
     dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> dict[str, Any]:
     """Every operator at every case: correct or not, time, rate, share of the ceiling, PyTorch's own times.
 
     Args:
-        bench: where, how, for how long; the file is `kernels-GPU.json` in its folder.
+        timing: where, how, for how long; the file is `kernels-GPU.json` in its folder.
         operators: all where None.
         dtypes: to run, in this order.
 
@@ -88,8 +88,8 @@ def measure(
         What was written; "left" lists what the time did not allow.
     """
     started = time.monotonic()
-    machine = here(bench)
-    path = bench.folder / f"kernels-{slug(machine)}.json"
+    machine = here(timing)
+    path = timing.folder / f"kernels-{slug(machine)}.json"
     earlier = read_if_same(path, machine, "gpu", "versions", "sources", "tuned")
     # What failed is tried again, unless it took the process along.
     rows = [row for row in earlier.get("rows", []) if "us" in row or row.get("error") == LOST]
@@ -102,31 +102,31 @@ def measure(
         for case in spec.cases
         if (spec.name, case.name, dtype_name(dtype)) not in done
     ]
-    compile_ahead(bench, measured_requests(operators, arch_of(bench.device), dtypes))
-    ceilings(bench)  # to get the clocks up
-    limits = ceilings(bench)
+    compile_ahead(timing, measured_requests(operators, arch_of(timing.device), dtypes))
+    ceilings(timing)  # to get the clocks up
+    limits = ceilings(timing)
     todo.sort(key=lambda item: (dtypes.index(item[2]), -_weight(item[1], item[2], limits)))
     left = [[spec.name, case.name, dtype_name(dtype)] for spec, case, dtype in todo]
     result: dict[str, Any] = {"machine": machine, "ceilings": limits, "rows": rows, "left": left}
     for spec, case, dtype in todo:
-        if time.monotonic() - started > bench.seconds:
+        if time.monotonic() - started > timing.seconds:
             break
         row = {"op": spec.name, "case": case.name, "dtype": dtype_name(dtype), "calls": case.calls}
         rows.append({**row, "error": LOST})
         del left[0]
         write_json(path, result)
         try:
-            rows[-1] = _row(bench, spec, case, dtype, row, limits)
+            rows[-1] = _row(timing, spec, case, dtype, row, limits)
         except KeyboardInterrupt:  # it would have come back
             left.insert(0, [spec.name, case.name, dtype_name(dtype)])
             write_json(path, {**result, "rows": rows[:-1]})
             raise
         _log.info("%s", rows[-1])
         write_json(path, result)
-        if "error" in rows[-1] and not answers(bench):
+        if "error" in rows[-1] and not answers(timing):
             _log.error("the GPU answers no more; run this again to go on")
             return result
-    result["ceilings_after"], result["machine_after"] = ceilings(bench), gpu_state(bench)
+    result["ceilings_after"], result["machine_after"] = ceilings(timing), gpu_state(timing)
     write_json(path, result)
     return result
 
@@ -198,7 +198,7 @@ def _weight(case: Case, dtype: torch.dtype, limits: Mapping[str, float]) -> floa
 
 
 def _row(
-    bench: Bench,
+    timing: Timing,
     spec: OpSpec,
     case: Case,
     dtype: torch.dtype,
@@ -206,23 +206,23 @@ def _row(
     limits: Mapping[str, float],
 ) -> dict[str, Any]:
     try:
-        inputs = draw(bench, case, dtype)
-        with watched(bench), counted() as launches:
+        inputs = draw(timing, case, dtype)
+        with watched(timing), counted() as launches:
             out = spec.op(*fresh(inputs[0]))
         row["launches"] = dict(launches)
         if not launches:
             return {**row, "error": "neither a kernel of ours ran nor the libraries in its place"}
-        with watched(bench):
-            row["error_over_reference"], row["correct"] = Gate(spec, inputs[0]).judge(out)
+        with watched(timing):
+            row["error_over_reference"], row["correct"] = Float64Check(spec, inputs[0]).judge(out)
         if not row["correct"]:
             return {**row, "error": "wrong result"}
         del out
-        rivals = _rivals(bench, spec)
+        rivals = _rivals(timing, spec)
         for call in rivals.values():  # what has to be compiled takes its time before the watch begins
-            with watched(bench), suppress(Exception):
+            with watched(timing), suppress(Exception):
                 call(*fresh(inputs[0]))
-        with watched(bench):
-            found = bench.timer({"ours": spec.op, **rivals}, inputs, 0.25)
+        with watched(timing):
+            found = timing.timer({"ours": spec.op, **rivals}, inputs, 0.25)
     except Exception as error:  # of one operator: the others are still to be timed
         return {**row, "error": f"{type(error).__name__}: {error}"[:300]}
     us = found.pop("ours")
@@ -240,10 +240,10 @@ def _row(
     return row
 
 
-def _rivals(bench: Bench, spec: OpSpec) -> dict[str, Callable[..., Any]]:
+def _rivals(timing: Timing, spec: OpSpec) -> dict[str, Callable[..., Any]]:
     """PyTorch's own, and those that are several operators also compiled."""
     rivals = dict(spec.rivals)
-    if bench.device.type == "cuda":
+    if timing.device.type == "cuda":
         torch._dynamo.reset()  # which gives up, silently, after a few shapes of one function
         eager = {name: call for name, call in rivals.items() if not name.startswith("SDPA")}
         rivals |= {f"{name}; compiled": torch.compile(call, dynamic=False) for name, call in eager.items()}

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 Features = NDArray[np.float64]
+"""[N, F]: a row for each picture."""
 
 
 class ImageTower(nn.Module):
@@ -115,8 +116,8 @@ class Moments:
         covariance: of the features, [F, F].
     """
 
-    mean: Features
-    covariance: Features
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
 
     @classmethod
     def of(cls, features: Features) -> Moments:

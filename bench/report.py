@@ -14,10 +14,9 @@ import PIL.Image
 
 from . import tables
 from .compare import differences
-from .features import as_bytes
 from .plots import Line, bars, lines
 from .results import CaseResult, Report
-from .side import Images
+from .side import Images, as_bytes
 from .stats import COVER
 
 __all__ = ["PROFILE", "STYLE", "html", "markdown", "save_pictures"]

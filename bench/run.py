@@ -28,13 +28,13 @@ import numpy as np
 
 from ..errors import BenchmarkError
 from .cases import Case, SideSpec, eager_sides
-from .features import Judges, as_bytes
-from .gates import Gate, Quality, likeness, measure_quality, unit
+from .features import Judges
+from .gates import Gate, Quality, likeness, measure_quality
 from .host import Host, Job, Trace, job_for
 from .lane import Lane
 from .results import CaseResult
 from .room import Arrangement
-from .side import Images, Pictures
+from .side import Images, Pictures, as_bytes, unit
 
 __all__ = ["CaseRun", "Plan"]
 

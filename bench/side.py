@@ -19,13 +19,16 @@ from .monitor import Span
 __all__ = [
     "Images",
     "Made",
+    "Picture",
     "Pictures",
     "Side",
+    "as_bytes",
     "factory",
     "give_back",
     "now",
     "take_quicker_layout",
     "try_convolutions",
+    "unit",
     "vae_in",
 ]
 
@@ -34,6 +37,19 @@ Images = NDArray[np.float32]
 """[B, H, W, 3] in [0, 1]."""
 Pictures = Images | NDArray[np.uint8]
 """The same, or in bytes, as where many are kept."""
+Picture = NDArray[np.uint8]
+"""[H, W, 3], as it is written to a file."""
+
+
+def as_bytes(images: Images) -> list[Picture]:
+    """Pictures in [0, 1] as they are written to files."""
+    return [np.round(image * 255).clip(0, 255).astype(np.uint8) for image in images]
+
+
+def unit(pictures: Pictures) -> NDArray[np.float64]:
+    """In [0, 1], whatever they are kept in."""
+    scale = 255.0 if pictures.dtype == np.uint8 else 1.0
+    return pictures.astype(np.float64) / scale
 
 
 @dataclass(frozen=True)

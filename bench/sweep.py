@@ -19,12 +19,12 @@ import numpy as np
 
 from ..errors import RequestError
 from ..kernels.whole_file import write_json, write_whole
-from .features import Judges, as_bytes
+from .features import Judges
 from .gates import FID_LEAST
 from .plots import lines
 from .quality import frechet_distance
 from .report import STYLE
-from .side import Images
+from .side import Images, as_bytes
 
 __all__ = ["Make", "Point", "page", "sweep", "table", "write_sweep"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BenchmarkError
-from .full import Verdict
+from .full import Judged
 from .kernel_timing import slug
 from .kernels import failures
 from .machine import describe_machine
@@ -19,7 +19,7 @@ from .results import read_report
 __all__ = ["is_left", "of_kernels", "of_side", "of_tuning"]
 
 
-def of_side(out: Path, side: str) -> Verdict:
+def of_side(out: Path, side: str) -> Judged:
     """Of `latentrt bench`: whether it was through, and the side was measured; of the others what became of them.
 
     Args:
@@ -29,41 +29,41 @@ def of_side(out: Path, side: str) -> Verdict:
     try:
         found = read_report(out / "bench.json")
     except (OSError, BenchmarkError) as error:
-        return Verdict(False, str(error))
+        return Judged(False, str(error))
     rows = [row for case in found.cases for row in case.rows]
     good = [row.side for row in rows if row.status == "measured" and row.batches]
     bad = [row for row in rows if row.side not in good and row.status != "reference"]
     why = [f"{row.side} {row.status}: {row.reason}" for row in bad]
     why += [f"skipped: {case.skipped}" for case in found.cases if case.skipped]
     why += [] if found.complete else ["it was interrupted"]
-    return Verdict(found.complete and side in good, "; ".join(why))
+    return Judged(found.complete and side in good, "; ".join(why))
 
 
-def of_kernels(out: Path) -> Verdict:
+def of_kernels(out: Path) -> Judged:
     """Of `latentrt kernels --measure`: each has a time, or its turn is still to come.
 
     Args:
         out: folder of its results.
     """
     found = _read(out / f"kernels-{slug(describe_machine())}.json")
-    if isinstance(found, Verdict):
+    if isinstance(found, Judged):
         return found
     wrong = failures(found)
     why = [wrong] if wrong else []
     why += [f"{len(found['left'])} left"] if found["left"] else []
-    return Verdict(not wrong, "; ".join(why))
+    return Judged(not wrong, "; ".join(why))
 
 
-def of_tuning(out: Path) -> Verdict:
+def of_tuning(out: Path) -> Judged:
     """Of `latentrt kernels --tune`, which goes on in another run, and which no candidate that is wrong can spoil.
 
     Args:
         out: folder of its results.
     """
     found = _read(out / f"tuning-{slug(describe_machine())}.json")
-    if isinstance(found, Verdict):
+    if isinstance(found, Judged):
         return found
-    return Verdict(True, f"left: {', '.join(found['left'])}" if found["left"] else "")
+    return Judged(True, f"left: {', '.join(found['left'])}" if found["left"] else "")
 
 
 def is_left(out: Path, what: str) -> bool:
@@ -73,12 +73,12 @@ def is_left(out: Path, what: str) -> bool:
         out: folder of its results.
     """
     found = _read(out / f"{what}-{slug(describe_machine())}.json")
-    return isinstance(found, Verdict) or bool(found["left"])
+    return isinstance(found, Judged) or bool(found["left"])
 
 
-def _read(path: Path) -> dict[str, Any] | Verdict:
+def _read(path: Path) -> dict[str, Any] | Judged:
     try:
         found: dict[str, Any] = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        return Verdict(False, str(error))
+        return Judged(False, str(error))
     return found

@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from .scenes import COLOURS, SHAPES, Relation, Scene, signed_distance
+from .scenes import COLOURS, SHAPES, Picture, Relation, Scene, signed_distance
 
-Picture = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
 CONTRAST = 42.0  # largest channel difference from the background that is still background

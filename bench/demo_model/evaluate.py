@@ -27,10 +27,10 @@ from ...kernels.whole_file import write_json
 from ...runtime.vae import VAE
 from ..machine import describe_machine
 from ..quality import ImageTower, as_input, fid_difference, fid_features, frechet_distance
-from .checker import Picture, find_objects, judge
+from .checker import find_objects, judge
 from .data import enlarge
 from .generate import Generator, PipelineGenerator
-from .scenes import Scene, caption, random_scene, render
+from .scenes import Picture, Scene, caption, random_scene, render
 from .tokenizer import DEMO
 
 console = Console()

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...runtime.pipeline import Pipeline
+from .scenes import Picture
 
-Picture = NDArray[np.uint8]
 SPLIT = 0.8
 GUIDANCE = 3.0
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.floating]
+Picture = NDArray[np.uint8]  # [H, W, 3]
 Relation = Literal["above", "below", "left of", "right of"]
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -227,7 +228,7 @@ def render(
     top: float = 0.0,
     left: float = 0.0,
     scale: float = 1.0,
-) -> NDArray[np.uint8]:
+) -> Picture:
     """Draw the window of `height` x `width` pixels whose corner is at (`top`, `left`) of the scene.
 
     `scale` is output pixels per scene pixel; `top` and `left` are in scene pixels. Returns [H, W, 3].

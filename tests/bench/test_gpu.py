@@ -18,7 +18,7 @@ import pytest
 import torch
 from latentrt.bench import full, gpu
 from latentrt.bench.cases import CASES, SIDES, default_sides
-from latentrt.bench.full import Part, Verdict, run_part
+from latentrt.bench.full import Judged, Part, run_part
 from latentrt.bench.gpu import Step
 from latentrt.bench.host import job_for
 from latentrt.cli import _parser
@@ -379,9 +379,9 @@ def test_a_part_passes_by_what_it_found(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(full, "_digest", lambda part: "")
     asked: list[str] = []
 
-    def verdict() -> Verdict:
+    def verdict() -> Judged:
         asked.append("")
-        return Verdict(len(asked) > 1, ("it is wrong", "2 left")[len(asked) - 1])
+        return Judged(len(asked) > 1, ("it is wrong", "2 left")[len(asked) - 1])
 
     part = Part("side", 60, command=("-c", "raise SystemExit(3)"), verdict=verdict)
     assert run_part(part, tmp_path).why == "exit status 3"

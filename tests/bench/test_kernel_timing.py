@@ -15,8 +15,8 @@ import pytest
 import torch
 from latentrt import cli
 from latentrt.bench import kernel_timing, kernel_tuning, verdicts
-from latentrt.bench import kernels as bench
-from latentrt.bench.kernel_timing import LOST, Bench
+from latentrt.bench import kernels as timings
+from latentrt.bench.kernel_timing import LOST, Timing
 from latentrt.errors import BackendUnavailableError
 from latentrt.kernels import aot, tuning
 from latentrt.kernels._triton import forced
@@ -66,26 +66,26 @@ def fake_timer(
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Timing:
     machine = {"gpu": "A Fake", "commit": "c", "versions": {}}
     for module in (kernel_timing, verdicts):
         monkeypatch.setattr(module, "describe_machine", lambda: machine)
-    return Bench(torch.device("cpu"), fake_timer, folder=tmp_path / "results")
+    return Timing(torch.device("cpu"), fake_timer, folder=tmp_path / "results")
 
 
 BF16 = [torch.bfloat16]
 
 
-def test_measuring(here: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measuring(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gate, launches counted, rivals that fail; what takes the most first."""
     path = here.folder / "kernels-a-fake.json"
     monkeypatch.setattr(sys, "argv", ["cli.py", "kernels", "--measure", "--out", "a folder"])
     with forced(), tuning.trying("attention", SMALL[1]):
-        none = bench.measure(Bench(here.device, fake_timer, -1.0, here.folder), [small_attention()], BF16)
+        none = timings.measure(Timing(here.device, fake_timer, -1.0, here.folder), [small_attention()], BF16)
         assert none["rows"] == []
         assert none["left"] == [["attention", "two", "bfloat16"], ["attention", "one", "bfloat16"]]
         assert verdicts.of_kernels(here.folder) == (True, "2 left")
-        result = bench.measure(here, [small_attention()], BF16)
+        result = timings.measure(here, [small_attention()], BF16)
     assert json.loads(path.read_text()) == result
     assert verdicts.of_kernels(here.folder) == (True, "")
     assert [row["case"] for row in result["rows"]] == ["two", "one"]
@@ -99,7 +99,7 @@ def test_measuring(here: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["share"] == pytest.approx(row["tflops"] / result["ceilings"]["bfloat16"])
     assert row["rivals"] == {"itself": 19.0, "broken": "RuntimeError: no such back end"}
     assert row["speedup_over_best"] == 1.0
-    table = list(bench.lines(result))
+    table = list(timings.lines(result))
     assert table[1].split() == [
         "attention,",
         "two,",
@@ -113,11 +113,11 @@ def test_measuring(here: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert table[-1] == "0 left"
     copied = {**result, "rows": [{**row, "tflops": 0.0, "tbs": 3.4567, "share": 0.8}]}
-    assert "3457 GB/s    80%" in list(bench.lines(copied))[1]
+    assert "3457 GB/s    80%" in list(timings.lines(copied))[1]
     assert "in bfloat16; copies" in table[-2]
 
 
-def test_measuring_goes_on_where_it_stopped(here: Bench) -> None:
+def test_measuring_goes_on_where_it_stopped(here: Timing) -> None:
     """A row that failed or was interrupted is run again, one that took the process along is not."""
     path = here.folder / "kernels-a-fake.json"
     calls: list[object] = []
@@ -131,28 +131,28 @@ def test_measuring_goes_on_where_it_stopped(here: Bench) -> None:
 
     with forced(), tuning.trying("attention", SMALL[1]):
         with pytest.raises(KeyboardInterrupt):
-            bench.measure(here, [small_attention(op=interrupted)], BF16)
+            timings.measure(here, [small_attention(op=interrupted)], BF16)
         left = json.loads(path.read_text())
         assert (left["rows"], [case for _, case, _ in left["left"]]) == ([], ["two", "one"])
         with pytest.raises(SystemExit):
-            bench.measure(here, [small_attention(op=died)], BF16)
+            timings.measure(here, [small_attention(op=died)], BF16)
         assert [row["error"] for row in json.loads(path.read_text())["rows"]] == [LOST]
-        fallen = bench.measure(here, [small_attention(op=ATTENTION.reference)], BF16)
+        fallen = timings.measure(here, [small_attention(op=ATTENTION.reference)], BF16)
         assert [row["error"] for row in fallen["rows"]] == [LOST, FALLEN]
-        result = bench.measure(here, [small_attention()], BF16)
+        result = timings.measure(here, [small_attention()], BF16)
         assert [(row["case"], "us" in row) for row in result["rows"]] == [("two", False), ("one", True)]
-        again = bench.measure(here, [small_attention(op=died)], BF16)
+        again = timings.measure(here, [small_attention(op=died)], BF16)
     assert again["rows"] == result["rows"]
     assert len(calls) == 1
 
 
-def test_a_wrong_kernel_is_not_timed(here: Bench) -> None:
+def test_a_wrong_kernel_is_not_timed(here: Timing) -> None:
     def wrong(*args: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = ATTENTION.op(*args)
         return out * 1.1
 
     with forced(), tuning.trying("attention", SMALL[1]):
-        result = bench.measure(here, [small_attention(op=wrong)], BF16)
+        result = timings.measure(here, [small_attention(op=wrong)], BF16)
     assert [row["error"] for row in result["rows"]] == ["wrong result"] * 2
     found = verdicts.of_kernels(here.folder)
     assert not found.passed
@@ -160,12 +160,12 @@ def test_a_wrong_kernel_is_not_timed(here: Bench) -> None:
     assert not any("us" in row for row in result["rows"])
 
 
-def test_each_part_of_a_row_has_its_own_time(here: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_part_of_a_row_has_its_own_time(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled for a rival is no reason to think that a kernel hangs."""
     begun: list[str] = []
 
     @contextmanager
-    def watched(_: Bench) -> Iterator[None]:
+    def watched(_: Timing) -> Iterator[None]:
         begun.append("")
         yield
 
@@ -177,23 +177,23 @@ def test_each_part_of_a_row_has_its_own_time(here: Bench, monkeypatch: pytest.Mo
 
         return call
 
-    monkeypatch.setattr(bench, "watched", watched)
+    monkeypatch.setattr(timings, "watched", watched)
     with forced(), tuning.trying("attention", SMALL[1]):
         spec = small_attention(op=noted("o"), rivals={"a": noted("a"), "b": noted("b")})
-        result = bench.measure(here, [spec], BF16)
+        result = timings.measure(here, [spec], BF16)
     assert all("us" in row for row in result["rows"])
     assert begun == ["o", "", "a", "b", "oab"] * 2
 
 
-def test_a_lost_gpu_ends_the_run(here: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "answers", lambda _: False)
-    result = bench.measure(here, [small_attention()], BF16)  # not forced: no kernel of ours runs
+def test_a_lost_gpu_ends_the_run(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timings, "answers", lambda _: False)
+    result = timings.measure(here, [small_attention()], BF16)  # not forced: no kernel of ours runs
     assert len(result["rows"]) == 1
     assert result["left"] == [["attention", "one", "bfloat16"]]
     assert verdicts.of_kernels(here.folder).why.endswith(f"{FALLEN}; 1 left")
 
 
-def test_tuning(here: Bench) -> None:
+def test_tuning(here: Timing) -> None:
     """The quickest over both cases that share a key; what does not compile is passed over."""
     with forced():
         result = kernel_tuning.tune(here, [small_attention()], save=False)
@@ -209,7 +209,7 @@ def test_tuning(here: Bench) -> None:
     ]
 
 
-def test_the_library_may_be_the_quickest(here: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_may_be_the_quickest(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is held against float64 and timed as any other candidate, is written down, and is said to be what runs."""
 
     def timer(calls: Any, inputs: Any, seconds: float) -> dict[str, float | str]:
@@ -221,16 +221,18 @@ def test_the_library_may_be_the_quickest(here: Bench, monkeypatch: pytest.Monkey
     monkeypatch.setattr(tuning, "save", lambda *args: saved.append(args))
     spec = small_attention(candidates={"attention": [tuning.LIBRARY, *SMALL[1:]]})
     with forced():
-        result = kernel_tuning.tune(Bench(here.device, timer, folder=here.folder), [spec])
+        result = kernel_tuning.tune(Timing(here.device, timer, folder=here.folder), [spec])
         assert [args[2] for args in saved] == [{"16/d64-short": {"LIBRARY": 1}}]
         assert 'attention 16/d64-short: {"LIBRARY": 1}, 20.0 us' in next(kernel_tuning.lines(result))
         with tuning.trying("attention", tuning.LIBRARY):
-            measured = bench.measure(here, [spec], BF16)
+            measured = timings.measure(here, [spec], BF16)
     assert [row["launches"] for row in measured["rows"]] == [{"library: attention": 1}] * 2
-    assert next(line for line in bench.lines(measured) if "two" in line).endswith("; by PyTorch's libraries")
+    assert next(line for line in timings.lines(measured) if "two" in line).endswith(
+        "; by PyTorch's libraries"
+    )
 
 
-def test_tuning_goes_on_where_it_stopped(here: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_goes_on_where_it_stopped(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
     """Past the candidate that hung, not past one that was interrupted; nothing is written down before all cases were
     timed."""
     saved: list[Any] = []
@@ -248,11 +250,11 @@ def test_tuning_goes_on_where_it_stopped(here: Bench, monkeypatch: pytest.Monkey
     with forced():
         for ended in (KeyboardInterrupt, SystemExit):
             with pytest.raises(ended):
-                kernel_tuning.tune(Bench(here.device, stops, folder=here.folder), [small_attention()])
+                kernel_tuning.tune(Timing(here.device, stops, folder=here.folder), [small_attention()])
         assert not saved
         assert verdicts.of_tuning(here.folder) == (True, "left: attention")
         assert verdicts.is_left(here.folder, "tuning")
-        result = kernel_tuning.tune(Bench(here.device, stops, folder=here.folder), [small_attention()])
+        result = kernel_tuning.tune(Timing(here.device, stops, folder=here.folder), [small_attention()])
     assert timed == [16, 16, 32, 16]  # the other case of the one that is left
     times = result["times"]["attention"]["16/d64-short"]
     assert times[json.dumps(SMALL[2])] == {FIRST: LOST}
@@ -367,7 +369,7 @@ def test_both_variants_of_a_kernel_are_tried() -> None:
     }
 
 
-def test_no_candidate_runs(here: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_candidate_runs(here: Timing, caplog: pytest.LogCaptureFixture) -> None:
     with forced():
         result = kernel_tuning.tune(here, [small_attention(candidates={"attention": SMALL[:1]})])
     assert (result["best"], result["left"]) == ({}, ["attention"])
@@ -477,7 +479,7 @@ def test_the_command_says_what_has_no_time(
     bad = {"op": "geglu", "case": "two", "dtype": "bfloat16", "error": "wrong result"}
     result: dict[str, Any] = {"rows": [good], "left": [], "ceilings": {"copy": 4.0}}
     monkeypatch.setattr(kernel_timing, "require_gpu", lambda: torch.device("cpu"))
-    monkeypatch.setattr(bench, "measure", lambda *_: result)
+    monkeypatch.setattr(timings, "measure", lambda *_: result)
     assert cli.main(["kernels", "--measure"]) == 0
     result["rows"].append(bad)
     capsys.readouterr()
@@ -495,7 +497,7 @@ def test_a_hang_is_given_up() -> None:
     program = (
         "import time, torch\n"
         "from latentrt.bench import kernel_timing as t\n"
-        "with t.watched(t.Bench(torch.device('cuda'), None), 0.2): time.sleep(3600)\n"
+        "with t.watched(t.Timing(torch.device('cuda'), None), 0.2): time.sleep(3600)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 1
