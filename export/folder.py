@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -15,18 +14,17 @@ from filelock import FileLock
 
 from ..errors import ExportError, RequestError
 from ..runtime.cache import locked, no_room
-from ..runtime.engines.base import Component
 from ..runtime.engines.split import in_parts
 from ..runtime.loading import load_components
 from ..runtime.place import dtype_name
 from ..runtime.weights import open_checkpoint
-from .check import check_export, expected_outputs
-from .onnx import to_model, write_model
+from .checked import export_checked
 from .passes import DEFAULT, Report, check_names
 
 __all__ = ["Exported", "export_model"]
 
-_FILES = {"model.onnx", "model.onnx.data"}  # of a component
+_MODEL = "model.onnx"
+_FILES = {_MODEL, f"{_MODEL}.data"}  # of a component
 _LISTED = 3  # outputs whose errors are told, and files that are in the way
 
 
@@ -122,7 +120,7 @@ def export_model(
             shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
             aside.mkdir()
             try:
-                file, reports, check = _export(component, aside, passes)
+                reports, check = export_checked(component, aside / _MODEL, passes)
                 _replace(aside, folder / name)
             except OSError as error:
                 if full := no_room(error):
@@ -135,24 +133,11 @@ def export_model(
             yield Exported(
                 name,
                 dtype_name(component.dtype),
-                folder / name / file.name,
+                folder / name / _MODEL,
                 reports,
                 check,
                 time.perf_counter() - begun,
             )
-
-
-def _export(
-    component: Component, folder: Path, passes: Sequence[str]
-) -> tuple[Path, list[Report], dict[str, Any]]:
-    module = component.build()
-    model, reports = to_model(component, module, passes)
-    file = write_model(component, model, folder / "model.onnx")
-    expected = expected_outputs(component, module)
-    # As in `export_checked`: the weights are in memory once.
-    del module, model
-    gc.collect()
-    return file, reports, check_export(component, file, expected)
 
 
 def _refuse_others(target: Path) -> None:

@@ -23,16 +23,7 @@ from ..runtime.place import dtype_name
 from .passes import DEFAULT, Report, run_passes
 from .translate import to_onnx
 
-__all__ = ["export_component", "to_model", "trace", "write_model"]
-
-
-def export_component(component: Component, module: nn.Module, path: Path) -> Path:
-    """Write the component to `path` and its weights to `path` + ".data": `to_model` and `write_model`.
-
-    Returns:
-        `path`.
-    """
-    return write_model(component, to_model(component, module)[0], path)
+__all__ = ["to_model", "trace", "write_model"]
 
 
 def to_model(

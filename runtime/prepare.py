@@ -89,12 +89,12 @@ def onnx_model(component: Component, *, cache_dir: Path | None) -> Path:
     description = _describe_model(component, (*_MAKERS, *_CHECKERS))
 
     def build(directory: Path) -> Mapping[str, Any]:
-        from ..export import export_checked
+        from ..export.checked import export_checked
 
         _log.info("exporting %s to ONNX; this is done once", component.name)
         # A caller's autocast would become part of the graph.
         with _ONE_AT_A_TIME, torch.autocast("cpu", enabled=False):
-            return export_checked(component, directory / MODEL_FILE)
+            return export_checked(component, directory / MODEL_FILE)[1]
 
     store = Store(cache_root(cache_dir))
     return store.get_or_build(digest_of(description), description, build) / MODEL_FILE

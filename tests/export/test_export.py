@@ -13,8 +13,8 @@ import tiny_components as tiny
 import torch
 from latentrt.errors import ExportError
 from latentrt.export.check import LIMITS, check_export, expected_outputs, relative_error
+from latentrt.export.checked import export_checked
 from latentrt.export.functions import OPSET
-from latentrt.export.onnx import export_component
 from latentrt.runtime.engines.base import Component, TensorSpec
 from latentrt.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from latentrt.runtime.prepare import onnx_model
@@ -94,12 +94,11 @@ def test_unet_in_half_precision(cache_dir: Path) -> None:
 
 def test_bfloat16_is_written_and_valid(tmp_path: Path) -> None:
     component = tiny.affine(torch.bfloat16)
-    module = component.build()
-    path = export_component(component, module, tmp_path / "model.onnx")
+    path = tmp_path / "model.onnx"
+    _, check = export_checked(component, path)
     model = onnx.load(path)
     assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
-    expected = expected_outputs(component, module)
-    assert check_export(component, path, expected) == {}  # nothing on the CPU runs it
+    assert check == {}  # nothing on the CPU runs it
 
 
 def test_the_model_says_what_it_is(cache_dir: Path) -> None:
@@ -173,7 +172,7 @@ def of(make: Callable[[], nn.Module]) -> Component:
 )
 def test_what_cannot_be_traced_is_refused(tmp_path: Path, make: Callable[[], nn.Module], why: str) -> None:
     with pytest.raises(ExportError, match=rf"affine cannot be exported to ONNX: (?s:.*){why}"):
-        export_component(of(make), make(), tmp_path / "model.onnx")
+        export_checked(of(make), tmp_path / "model.onnx")
 
 
 def test_an_export_that_computes_something_else_is_refused(cache_dir: Path) -> None:

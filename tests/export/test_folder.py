@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 from latentrt import cli
 from latentrt.errors import ExportError
-from latentrt.export import folder
+from latentrt.export import checked, folder
 from latentrt.export.passes import DEFAULT
 from latentrt.runtime import cache
 
@@ -137,7 +137,7 @@ def test_an_export_that_was_hidden_when_it_was_killed_comes_back(
     def fail(*_: object) -> None:
         raise ExportError("it is wrong")
 
-    monkeypatch.setattr(folder, "_export", fail)
+    monkeypatch.setattr(folder, "export_checked", fail)
     assert run(capsys, tiny("sd15"), "-o", tmp_path, "--component", TEXT)[0] == 1
     assert content(tmp_path) == {".latentrt.lock": b"", f"{TEXT}/model.onnx": b"of before"}
 
@@ -154,7 +154,7 @@ def test_waiting_for_another_export_is_said(
         held.release()
 
     monkeypatch.setattr(cache._log, "warning", warning)
-    monkeypatch.setattr(folder, "_export", lambda *_: (Path("model.onnx"), [], {}))
+    monkeypatch.setattr(folder, "export_checked", lambda *_: ([], {}))
     list(folder.export_model(str(tiny("sd15")), tmp_path, dtype=torch.float32, components=[TEXT]))
     assert told == [f"waiting for another process, which is exporting to {tmp_path}"]
 
@@ -177,7 +177,7 @@ def test_a_failure_leaves_what_was_there(
         assert (tmp_path / f".{TEXT}.partial" / "model.onnx").exists()
         raise failure
 
-    monkeypatch.setattr(folder, "check_export", fail)
+    monkeypatch.setattr(checked, "check_export", fail)
     code, _, err = run(capsys, tiny("sd15"), "-o", tmp_path, "--component", TEXT)
     assert code == (130 if isinstance(failure, KeyboardInterrupt) else 1)
     assert "it is wrong" in err or "interrupted" in err

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from latentrt.errors import ExportError
 from latentrt.export.builder import TRANSPOSED
-from latentrt.export.check import check_export, expected_outputs
+from latentrt.export.checked import export_checked
 from latentrt.export.functions import DOMAIN, OPSET, PLUGIN, VERSION
-from latentrt.export.onnx import export_component
 from latentrt.kernels import attention, geglu, group_norm_silu, layer_norm, linear_geglu
 from latentrt.runtime.engines.base import Component, TensorSpec
 from torch import Tensor, nn
@@ -55,15 +54,15 @@ def of(make: Callable[[], nn.Module], *outputs: str) -> Component:
 
 def test_forms_that_no_model_has(tmp_path: Path) -> None:
     component = of(Forms, "y")
-    module = component.build()
-    path = export_component(component, module, tmp_path / "model.onnx")
-    figures = check_export(component, path, expected_outputs(component, module))
+    _, figures = export_checked(component, tmp_path / "model.onnx")
     assert max(max(errors.values()) for errors in figures["relative_error"].values()) < 1e-5
 
 
 def test_what_a_model_is_made_of(tmp_path: Path) -> None:
     component = of(Forms, "y")
-    model = ir.load(export_component(component, component.build(), tmp_path / "model.onnx"))
+    path = tmp_path / "model.onnx"
+    export_checked(component, path)
+    model = ir.load(path)
     assert dict(model.graph.opset_imports) == {"": OPSET, DOMAIN: VERSION}
     ours = {node.name: node for node in model.graph if node.domain == DOMAIN}
     assert set(ours) == {"GroupNormSilu", "LayerNorm", "DotProductAttention", "Geglu", "Geglu.1"}
@@ -98,7 +97,9 @@ class Twice(nn.Module):
 
 def test_outputs_that_are_one_tensor_keep_their_names(tmp_path: Path) -> None:
     component = of(Twice, "a", "b", "c")
-    model = onnx.load(export_component(component, component.build(), tmp_path / "model.onnx"))
+    path = tmp_path / "model.onnx"
+    export_checked(component, path)
+    model = onnx.load(path)
     assert [output.name for output in model.graph.output] == ["a", "b", "c"]
     assert Counter(node.op_type for node in model.graph.node) == {"Exp": 1, "Identity": 2}
 
@@ -142,5 +143,5 @@ class Calls(nn.Module):
 def test_what_has_no_translation_is_named(tmp_path: Path, make: Callable[[], nn.Module], why: str) -> None:
     component = of(make, "y")
     with pytest.raises(ExportError, match=why):
-        export_component(component, component.build(), tmp_path / "model.onnx")
+        export_checked(component, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []

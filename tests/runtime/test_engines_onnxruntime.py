@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import tiny_components as tiny
 import torch
-from latentrt import export
 from latentrt.errors import BackendError, BackendUnavailableError, CacheError
+from latentrt.export import checked
 from latentrt.export.check import relative_error
 from latentrt.runtime import prepare
 from latentrt.runtime.denoiser import Denoiser
@@ -45,7 +45,7 @@ def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(component: Component, path: Path) -> dict[str, float]:
         raise AssertionError(f"{component.name} was exported again")
 
-    monkeypatch.setattr(export, "export_checked", refuse)
+    monkeypatch.setattr(checked, "export_checked", refuse)
 
 
 def test_computes_what_the_module_computes(cache_dir: Path) -> None:
