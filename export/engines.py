@@ -18,7 +18,7 @@ from ..runtime.engines import trt
 from ..runtime.engines.sizes import SizePolicy, profiles_for
 from ..runtime.engines.split import in_parts
 from ..runtime.engines.tensorrt import TensorRTBackend, TensorRTRTXBackend
-from ..runtime.loading import load_components
+from ..runtime.loading import chosen, load_components
 from ..runtime.place import dtype_name
 from ..runtime.prepare import Rebuild, engine
 from ..runtime.weights import open_checkpoint
@@ -109,10 +109,7 @@ def build_engines(
     asked = SizePolicy.parse(sizes or ("1024x1024",), batch)  # said before weights are looked for
     checkpoint = open_checkpoint(model, variant=variant)
     found = load_components(checkpoint, dtype)
-    unknown = [name for name in components if name not in found]
-    if unknown:
-        raise RequestError(f"{model} has no component {', '.join(unknown)}; it has {', '.join(found)}")
-    wanted = [found[name] for name in dict.fromkeys(components or found)]
+    wanted = list(chosen(found, components, model).values())
     policies = [asked if sizes else replace(SizePolicy.around(c), batch=asked.batch) for c in wanted]
     for component, policy in zip(wanted, policies, strict=True):
         profiles_for(component, policy)  # what is wrong with a size is said before minutes of work

@@ -15,7 +15,7 @@ from filelock import FileLock
 from ..errors import ExportError, RequestError
 from ..runtime.cache import locked, no_room
 from ..runtime.engines.split import in_parts
-from ..runtime.loading import load_components
+from ..runtime.loading import chosen, load_components
 from ..runtime.place import dtype_name
 from ..runtime.weights import open_checkpoint
 from .checked import export_checked
@@ -102,10 +102,7 @@ def export_model(
     """
     check_names(passes)
     found = load_components(open_checkpoint(model, variant=variant), dtype)
-    unknown = [name for name in components if name not in found]
-    if unknown:
-        raise RequestError(f"{model} has no component {', '.join(unknown)}; it has {', '.join(found)}")
-    named = [found[name] for name in dict.fromkeys(components or found)]
+    named = chosen(found, components, model).values()
     wanted = [part for whole in named for part in (in_parts(whole) if split else (whole,))]
     for component in wanted:
         _refuse_others(folder / component.name)

@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import RequestError
 from ..runtime.engines.base import Backend, Component, Engine, example_inputs
 from ..runtime.engines.eager import EagerBackend
 from ..runtime.engines.registry import choose
 from ..runtime.engines.sizes import SizePolicy, profiles_for
-from ..runtime.loading import load_components
+from ..runtime.loading import chosen, load_components
 from ..runtime.manifests import VERDICT, write_beside
 from ..runtime.pipeline import Pipeline
 from ..runtime.place import dtype_name
@@ -155,7 +154,7 @@ def verify_model(
         BackendUnavailableError: it cannot run here.
         CheckpointError, BackendError, ExportError, BuildError, CacheError: what each says.
     """
-    chosen = choose(backend, device, dtype)
+    taken = choose(backend, device, dtype)
     second = None if refiner is None else refiner_source(refiner)
     found: dict[str, tuple[Component, Component]] = {}
     known: set[str] = set()
@@ -168,34 +167,24 @@ def verify_model(
             if component.fingerprint not in known:
                 known.add(component.fingerprint)
                 found[prefix + name] = (component, exact[name])
-    unknown = [name for name in components if name not in found]
-    if unknown:
-        raise RequestError(f"{model} has no component {', '.join(unknown)}; it has {', '.join(found)}")
-    wanted = dict.fromkeys(components or found)
-    sizes = {part: _sizes(found[part][0], size, batch) for part in wanted}
-    for part in wanted:
-        component, exact_component = found[part]
+    wanted = chosen(found, components, model)
+    # All of them first: a size that one cannot have is said before the others are compared.
+    sizes = {part: _sizes(component, size, batch) for part, (component, _) in wanted.items()}
+    for part, (component, exact_component) in wanted.items():
         yield verify_component(
             component,
             exact_component,
-            chosen,
+            taken,
             device=device,
             sizes=sizes[part],
             part=part,
             cache_dir=cache_dir,
         )
     if not components:
-        yield _verify_pipeline(
-            model,
-            refiner,
-            chosen,
-            device,
-            dtype,
-            variant=variant,
-            size=size,
-            batch=batch,
-            cache_dir=cache_dir,
+        load = partial(
+            Pipeline.from_pretrained, model, refiner, variant=variant, device=device, cache_dir=cache_dir
         )
+        yield _verify_pipeline(load, taken, device, dtype, size=size, batch=batch)
 
 
 def verify_component(
@@ -261,27 +250,18 @@ def _run_once(
 
 
 def _verify_pipeline(
-    model: str,
-    refiner: str | None,
+    load: Callable[..., Pipeline],
     backend: Backend,
     device: torch.device,
     dtype: torch.dtype,
     *,
-    variant: str | None,
     size: tuple[int, int] | None,
     batch: int,
-    cache_dir: Path | None,
 ) -> Verdict:
+    """Compare whole pictures; `load` takes the back end and dtype that are left to choose."""
+
     def picture(name: str, precision: torch.dtype) -> Tensor:
-        pipe = Pipeline.from_pretrained(
-            model,
-            refiner,
-            backend=name,
-            dtype=precision,
-            variant=variant,
-            device=device,
-            cache_dir=cache_dir,
-        )
+        pipe = load(backend=name, dtype=precision)
         pipe.set_progress_bar_config(disable=True)
         height, width = size or (None, None)
         result = pipe(

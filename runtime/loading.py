@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RequestError
 from .denoiser import Denoiser
 from .engines.base import Component, TensorSpec, Values
 from .engines.lazy import EngineLoader
@@ -27,7 +27,9 @@ from .text_encoder import TextEncoder
 from .vae import VAE
 from .weights import Checkpoint
 
-__all__ = ["load_components", "load_expert", "load_vae"]
+__all__ = ["chosen", "load_components", "load_expert", "load_vae"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,18 @@ def load_components(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Com
         vae = load_vae(checkpoint, loader)
         engines += [vae.decoder, vae.encoder]
     return {engine.component.name: engine.component for engine in engines}
+
+
+def chosen(found: Mapping[str, T], names: Sequence[str], model: str) -> dict[str, T]:
+    """Those of a model's components that are named, in that order; all where none is.
+
+    Raises:
+        RequestError: the model has no such component.
+    """
+    unknown = [name for name in names if name not in found]
+    if unknown:
+        raise RequestError(f"{model} has no component {', '.join(unknown)}; it has {', '.join(found)}")
+    return {name: found[name] for name in names or found}
 
 
 def load_expert(
