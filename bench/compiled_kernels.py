@@ -56,8 +56,13 @@ COPIED = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "TMA"
 SPECIALIZED = {**COPIED, "num_warps": 4, "num_stages": 2, "SPECIALIZE": 1}
 COPIED_WIDE = {**COPIED, "BLOCK_D": 64, "BLOCK_V": 256, "BLOCK_M": 64, "BLOCK_N": 32, "num_stages": 2}
 _COPIED_LINEAR = {
-    **{"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8},
-    **{"num_warps": 8, "num_stages": 4, "TMA": 1},
+    "BLOCK_M": 128,
+    "BLOCK_N": 64,
+    "BLOCK_K": 64,
+    "GROUP_M": 8,
+    "num_warps": 8,
+    "num_stages": 4,
+    "TMA": 1,
 }
 _SPECIALIZED_LINEAR = {**_COPIED_LINEAR, "num_warps": 4, "SPECIALIZE": 1}
 """Block sizes of kernels by the copy engine, as they are tried on a GPU: none is in the tuned data yet."""
@@ -255,8 +260,11 @@ def compiled_matrix(
             continue
         for report in found:
             named = {
-                **{"op": entry.request.op, "case": entry.case, "arch": entry.request.arch},
-                **{"dtype": dtype_name(entry.dtype), "tuned": entry.request.trial is None},
+                "op": entry.request.op,
+                "case": entry.case,
+                "arch": entry.request.arch,
+                "dtype": dtype_name(entry.dtype),
+                "tuned": entry.request.trial is None,
             }
             rows.append({**named, **asdict(report), "faults": list(faults(entry, report))})
     if failed:
@@ -268,8 +276,11 @@ def floors() -> list[dict[str, Any]]:
     """The least microseconds of each of the registry's cases, on each GPU whose ceilings are known."""
     return [
         {
-            **{"op": spec.name, "case": case.name, "calls": case.calls},
-            **{"flops": case.flops, "bytes": case.nbytes(torch.float16)},
+            "op": spec.name,
+            "case": case.name,
+            "calls": case.calls,
+            "flops": case.flops,
+            "bytes": case.nbytes(torch.float16),
             "floor_us": {g.name: round(roofline.floor_us(case, torch.float16, g), 2) for g in roofline.GPUS},
         }
         for spec in specs()

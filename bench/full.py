@@ -195,10 +195,8 @@ def _tests(part: Part, folder: Path, digest: str, *, again: bool) -> list[str]:
     files = ["--note-passed", str(now), "--skip-passed", str(before)]
     if part.figures:
         files += ["-rP", "--note-printed", str(printed)]
-    return [
-        *("-m", "pytest", "-p", "latentrt.bench.passed", "-m", part.marked, "-v", "--durations=0"),
-        *("-n", str(part.workers), *part.options, *files, *part.tests),
-    ]
+    command = f"-m pytest -p latentrt.bench.passed -v --durations=0 -n {part.workers}".split()
+    return [*command, "-m", part.marked, *part.options, *files, *part.tests]
 
 
 def _watch(process: subprocess.Popen[bytes], until: float) -> tuple[bool, int]:

@@ -54,14 +54,13 @@ _RUNS = 4
 _FIRST = "latentrt-triton"
 _LAST = "diffusers-max-autotune"
 _REST = (
-    *(
-        "latentrt-triton-plain",
-        "latentrt-eager",
-        "diffusers-compile",
-        "latentrt-tensorrt",
-        "latentrt-onnxruntime",
-    ),
-    *("latentrt-tensorrt-rtx", "onnxruntime"),
+    "latentrt-triton-plain",
+    "latentrt-eager",
+    "diffusers-compile",
+    "latentrt-tensorrt",
+    "latentrt-onnxruntime",
+    "latentrt-tensorrt-rtx",
+    "onnxruntime",
 )
 _CASES = ("sdxl", "sdxl-refiner")
 
@@ -196,16 +195,13 @@ class _Sides:
     def step(self, case: str, batch: int, side: str) -> Step:
         """A side beside the reference; alone, held against pictures of that in float32 and in as few rounds as an
         interval of 95 % takes, and in a batch for its throughput."""
-        exact: tuple[str, ...] = ("--rounds", "3")
+        exact = ["--rounds", "3"]
         if batch == 1:
-            exact = ("--side", f"{self.reference}@float32", "--pictures", "2", "--rounds", f"{LEAST_ROUNDS}")
+            exact = f"--side {self.reference}@float32 --pictures 2 --rounds {LEAST_ROUNDS}".split()
         out = self.results / f"gpu-{case}-{batch}" / side
-        command = (
-            *("-m", "latentrt.cli", "bench", "--device", "cuda", "--case", case, "--batch", str(batch)),
-            *("--work", str(self.work), "--patience", f"{_PATIENCE.get(side, _PATIENCE_ELSE):g}"),
-            *("--side", self.reference, *exact, "--side", side),
-            *("--out", str(out)),
-        )
+        command = f"-m latentrt.cli bench --device cuda --case {case} --batch {batch}".split()
+        command += ["--work", str(self.work), "--patience", f"{_PATIENCE.get(side, _PATIENCE_ELSE):g}"]
+        command += ["--side", self.reference, *exact, "--side", side, "--out", str(out)]
         name = "-".join([case, *([f"batch-{batch}"] if batch > 1 else []), side])
         part = _part(name, *command, limit=_COMPILES if side == _LAST else _LIMIT)
         part = replace(part, beside=self.reference, verdict=partial(of_side, out, side))
