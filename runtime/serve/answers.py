@@ -28,6 +28,7 @@ from .service import NotReadyError
 __all__ = [
     "completed_event",
     "error_body",
+    "error_event",
     "error_response",
     "images_json",
     "partial_event",
@@ -158,6 +159,12 @@ def completed_event(result: ImageResult, png: bytes, image: int) -> dict[str, An
         "batch": result.batch,
         "peak_memory_bytes": result.peak_memory,
     }
+
+
+def error_event(message: str, param: str | None, code: str, image: int | None = None) -> dict[str, Any]:
+    """What ends a stream, whose status was sent before; `image` where the others go on."""
+    error: dict[str, Any] = {"message": message, "param": param, "code": code, "type": "server_error"}
+    return {"error": error if image is None else {**error, "image": image}}
 
 
 def sse(event: str, data: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from ...errors import LatentRTError
 from ..image import png_bytes
 from .answers import (
     completed_event,
+    error_event,
     error_response,
     images_json,
     partial_event,
@@ -207,8 +208,7 @@ async def _events(
         except Exception as error:
             status, message, param, code, _ = refusal(error)
             _note(metrics, request, code, error, status)
-            body = {"message": message, "param": param, "code": code, "type": "server_error", "image": image}
-            await queue.put(sse("error", {"error": body}))
+            await queue.put(sse("error", error_event(message, param, code, image)))
         await queue.put(None)
 
     followers = [asyncio.create_task(follow(k, job)) for k, job in enumerate(jobs)]

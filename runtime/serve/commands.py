@@ -7,11 +7,11 @@ import ipaddress
 import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from ...errors import BackendUnavailableError, RequestError
+from .keys import keys_of
 
-__all__ = ["keys_of", "serve"]
+__all__ = ["serve"]
 
 _log = logging.getLogger(__name__)
 
@@ -75,10 +75,18 @@ def _serve_by_ray(args: argparse.Namespace) -> None:
     from .logs import log_as_json
 
     least, most = args.replicas
-    from_pretrained = (
-        *("model", "refiner", "backend", "dtype", "variant", "device"),
-        *("graphs", "memory", "memory_limit", "timestep_spacing"),
-    )
+    from_pretrained = [
+        "model",
+        "refiner",
+        "backend",
+        "dtype",
+        "variant",
+        "device",
+        "graphs",
+        "memory",
+        "memory_limit",
+        "timestep_spacing",
+    ]
     deployed = Deployed.of(
         {
             "models": [
@@ -104,15 +112,3 @@ def _is_local(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def keys_of(path: Path) -> list[str]:
-    """The API keys in a file, one a line.
-
-    Raises:
-        RequestError: it holds none.
-    """
-    keys = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    if not keys:
-        raise RequestError(f"--api-key-file {str(path)!r} holds no key; write one on each line")
-    return keys

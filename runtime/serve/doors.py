@@ -17,7 +17,7 @@ from .keys import Keys
 from .metrics import Metrics
 from .schema import Limits
 
-__all__ = ["Doors"]
+__all__ = ["Doors", "request_id_of"]
 
 _log = logging.getLogger("latentrt.access")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -25,6 +25,12 @@ _DISCARD = 64 << 20
 """A body that is too long is read on to this many bytes, so that its sender gets to read the answer."""
 _OPEN = frozenset({"/", "/health", "/ready", "/openapi.json"})
 """What needs no key."""
+
+
+def request_id_of(headers: Headers) -> str:
+    """What the client calls its request, where that may stand in a log; else one of our own."""
+    given = headers.get("x-request-id", "")
+    return given if _ID.fullmatch(given) else secrets.token_hex(8)
 
 
 class Doors:
@@ -41,8 +47,7 @@ class Doors:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        asked = headers.get("x-request-id", "")
-        request_id = asked if _ID.fullmatch(asked) else secrets.token_hex(8)
+        request_id = request_id_of(headers)
         state: dict[str, Any] = scope.setdefault("state", {})
         state.update(request_id=request_id, log={})
         begun = time.perf_counter()

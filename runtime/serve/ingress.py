@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
@@ -20,7 +19,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ...errors import DeadlineError, DrainingError, QueueFullError, ServiceError
-from .answers import error_response, refusal, sse
+from .answers import error_event, error_response, refusal, sse
+from .doors import request_id_of
 from .hosted import Forwarded, Head
 from .schema import Limits
 
@@ -29,7 +29,6 @@ __all__ = ["Ingress", "ReplicaLostError", "Send"]
 _log = logging.getLogger(__name__)
 _access = logging.getLogger("latentrt.access")
 _IMAGES = "/v1/images/generations"
-_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # what a replica's application takes
 _FULL = 5
 """Pauses between two tries where the queues are full."""
 _GRACE = 1.0
@@ -77,8 +76,7 @@ class Ingress:
             return Response('{"status":"ok"}', media_type="application/json")
         if path == "/ready" and self._draining:
             return JSONResponse({"ready": False, "reason": "it is shutting down"}, 503)
-        given = request.headers.get("x-request-id", "")
-        request_id = given if _ID.fullmatch(given) else secrets.token_hex(8)
+        request_id = request_id_of(request.headers)
         body = await self._body(request)
         if isinstance(body, Response):
             return _own(body, request, request_id)
@@ -403,6 +401,4 @@ def _refused(error: Exception, request_id: str) -> Response:
 
 def _ended(error: Exception, request_id: str) -> bytes:
     _, message, param, code, _ = _refusal(error, request_id)
-    return sse(
-        "error", {"error": {"message": message, "param": param, "code": code, "type": "server_error"}}
-    ).encode()
+    return sse("error", error_event(message, param, code)).encode()

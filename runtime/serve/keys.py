@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from starlette.datastructures import Headers
+from ...errors import RequestError
 
-__all__ = ["Keys"]
+if TYPE_CHECKING:  # what the server is made of may not be installed, which is said after the file was read
+    from starlette.datastructures import Headers
+
+__all__ = ["Keys", "keys_of"]
+
+
+def keys_of(path: Path) -> list[str]:
+    """The API keys in a file, one a line.
+
+    Raises:
+        RequestError: it holds none.
+    """
+    keys = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    if not keys:
+        raise RequestError(f"--api-key-file {str(path)!r} holds no key; write one on each line")
+    return keys
 
 
 class Keys:

@@ -25,9 +25,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...errors import QueueFullError
-from .commands import keys_of
 from .hosted import Deployed, Forwarded, Head, HostedModel
 from .ingress import Ingress, ReplicaLostError
+from .keys import keys_of
 from .logs import log_as_json
 from .service import NotReadyError
 

@@ -22,7 +22,7 @@ from ray import serve
 
 from .hosted import Deployed
 from .ray_app import bound
-from .server import listen
+from .server import listen, url_of
 
 __all__ = ["run"]
 
@@ -61,7 +61,7 @@ def run(deployed: Deployed, *, host: str, port: int) -> None:
             _on_signals(lambda *_: told.set())
         except KeyboardInterrupt:  # there is nothing to finish yet
             return
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        url = url_of(host, port)
         _log.info("listening at %s", url, extra={"fields": {"url": url}})
         told.wait()
         _on_signals(signal.default_int_handler)

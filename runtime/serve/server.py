@@ -15,7 +15,7 @@ from .connection import bounded
 from .schema import Limits
 from .service import Service
 
-__all__ = ["Server", "listen"]
+__all__ = ["Server", "listen", "url_of"]
 
 _log = logging.getLogger(__name__)
 _ANSWERING = 5
@@ -30,6 +30,11 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=2048)
+
+
+def url_of(host: str, port: int) -> str:
+    """Where clients find what listens at an address."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 class Server(uvicorn.Server):
@@ -60,8 +65,7 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         for one in sockets or []:
-            host, port = one.getsockname()[:2]
-            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            url = url_of(*one.getsockname()[:2])
             _log.info("listening at %s", url, extra={"fields": {"url": url}})
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
