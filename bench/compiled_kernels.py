@@ -27,8 +27,7 @@ from ..kernels._attention_triton import kernel_sizes, table_of
 from ..kernels.registry import specs
 from ..kernels.whole_file import write_whole
 from ..runtime.place import dtype_name
-from .kernel_timing import RESULTS
-from .machine import describe_machine, module_command
+from .machine import RESULTS, describe_machine, module_command
 
 __all__ = [
     "CACHE",

@@ -30,10 +30,10 @@ from ..runtime.host_memory import available_bytes
 from ..runtime.sha256 import digest_of_files
 from . import passed
 from .endings import signals_as_ctrl_c
+from .machine import ROOT
 
 __all__ = ["FAREWELL", "PARTS", "Judged", "Part", "Result", "line", "main", "read_result", "run_part"]
 
-_ROOT = Path(__file__).resolve().parents[1]
 _NOTHING_LEFT = 5  # pytest's exit status where every test was left out
 FAREWELL = 45.0
 """Seconds in which a part that is stopped may write down what it has."""
@@ -113,8 +113,8 @@ def _unnamed() -> tuple[str, ...]:
     """The other files that hold slow tests."""
     named = {file for part in _NAMED for file in part.tests}
     files = {
-        path.relative_to(_ROOT).as_posix()
-        for path in (_ROOT / "tests").rglob("test_*.py")
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests").rglob("test_*.py")
         if re.search(r"pytest\.mark\.full\b", path.read_text("utf-8"))
     }
     return tuple(sorted(files - named))
@@ -155,7 +155,7 @@ def run_part(part: Part, folder: Path, *, again: bool = False) -> Result:
         threads = {"OMP_NUM_THREADS": "1"} if part.workers or part.name == "quick" else {}
         process = subprocess.Popen(
             command,
-            cwd=_ROOT,
+            cwd=ROOT,
             env={**os.environ, **threads},
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -245,22 +245,20 @@ def read_result(folder: Path, part: Part) -> Result | None:
 
 def _digest(part: Part) -> str:
     """Of the sources that a part depends on: the package, what tests share, and its own tests."""
-    own = [_ROOT / file for file in part.tests]
+    own = [ROOT / file for file in part.tests]
     if not part.tests and "pytest" in part.command:
-        own = sorted((_ROOT / "tests").rglob("*.py"))
-    return combined([_package_digest(part.apart), part.beside, digest_of_files(own, _ROOT)])
+        own = sorted((ROOT / "tests").rglob("*.py"))
+    return combined([_package_digest(part.apart), part.beside, digest_of_files(own, ROOT)])
 
 
 @cache
 def _package_digest(apart: tuple[str, ...]) -> str:
-    files = [path for folder in _SOURCES for path in sorted((_ROOT / folder).rglob("*"))]
+    files = [path for folder in _SOURCES for path in sorted((ROOT / folder).rglob("*"))]
     files = [
-        path
-        for path in files
-        if path.suffix in _KINDS and not set(apart) & set(path.relative_to(_ROOT).parts)
+        path for path in files if path.suffix in _KINDS and not set(apart) & set(path.relative_to(ROOT).parts)
     ]
-    files += [*sorted(_ROOT.glob("*.py")), *sorted((_ROOT / "tests").glob("*.py")), _ROOT / "pyproject.toml"]
-    return digest_of_files(files, _ROOT)
+    files += [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "tests").glob("*.py")), ROOT / "pyproject.toml"]
+    return digest_of_files(files, ROOT)
 
 
 def line(part: Part, result: Result | None, folder: Path) -> str:
@@ -293,7 +291,7 @@ def main(
     unknown = [name for name in args.parts if name not in known]
     if unknown:
         parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(known)}")
-    folder = folder or _ROOT / "build" / "full"
+    folder = folder or ROOT / "build" / "full"
     chosen = [known[name] for name in dict.fromkeys(args.parts or known)]
     if not args.list:
         with signals_as_ctrl_c():

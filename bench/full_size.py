@@ -27,13 +27,13 @@ from ..runtime.host_memory import forget_peak, peak_bytes
 from ..runtime.models.unet import UNet, UNetConfig, input_names
 from ..runtime.place import dtype_name
 from ..runtime.weights import open_checkpoint
+from .cases import DTYPES
 from .machine import describe_machine, module_command
 from .random_checkpoint import PUBLISHED, write_weights
 
 __all__ = ["Result", "main", "measure", "write_unet"]
 
 MAX_LOAD_RATIO = 1.3
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _CONFIG = PUBLISHED / "sdxl_base" / "unet" / "config.json"
 _TOKENS = 77
 _POOLED = 1280

@@ -48,12 +48,11 @@ from ..runtime.models.unet_parts import PARTS
 from ..runtime.place import dtype_name
 from ..runtime.prepare import engine, onnx_model
 from ..runtime.weights import open_checkpoint
-from .machine import describe_machine, module_command
+from .machine import RESULTS, ROOT, describe_machine, module_command
 from .random_checkpoint import PUBLISHED, component_bytes, write_checkpoint
 
 __all__ = ["Limits", "Row", "broken", "disk_needed", "main", "measure"]
 
-_ROOT = Path(__file__).resolve().parents[1]
 _TARGET = EngineTarget("tensorrt-rtx", (89,))
 _BATCH = "1..4"
 _PER_WEIGHT_BYTE = 2.1  # what an exported model and its engine take on the disk
@@ -305,8 +304,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", action="store_true", help="a UNet as its parts")
     parser.add_argument("--again", action="store_true", help="measure what was measured here before, too")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints, for another run")
-    parser.add_argument("--folder", type=Path, default=_ROOT / "build" / "full_size", help="for all files")
-    parser.add_argument("--out", type=Path, default=_ROOT / "bench" / "results" / "full_size_engines.json")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "full_size", help="for all files")
+    parser.add_argument("--out", type=Path, default=RESULTS / "full_size_engines.json")
     args = parser.parse_args(argv)
     command = module_command("latentrt.bench.full_size_engines", argv)
     machine, rows = describe_machine(), _read(args.out)

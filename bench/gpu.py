@@ -34,15 +34,14 @@ from ..runtime.engines.registry import get_backend
 from .cases import SIDES
 from .endings import signals_as_ctrl_c
 from .full import FAREWELL, Part, line, read_result, run_part
-from .kernel_timing import RESULTS
 from .kernel_tuning import take_tuned
+from .machine import RESULTS, ROOT
 from .stats import LEAST_ROUNDS
 from .verdicts import is_left, of_kernels, of_side, of_tuning
 
 __all__ = ["Step", "lacking", "main", "steps"]
 
-_ROOT = Path(__file__).resolve().parents[1]
-_BUILD = _ROOT / "build" / "gpu"
+_BUILD = ROOT / "build" / "gpu"
 _LIMIT = 600.0
 _COMPILES = 3600.0  # the limit of torch.compile's slowest mode
 _PATIENCE = {"diffusers-compile": _LIMIT, "diffusers-max-autotune": _COMPILES}
@@ -171,13 +170,13 @@ def _files() -> dict[str, list[str]]:
     imported: it may need what is not installed."""
     found: dict[str, list[str]] = {"graph": [], "kernel": [], "engine": []}
     for path in sorted(
-        (_ROOT / "tests").rglob("test_*.py"), key=lambda path: ("attention" in path.name, path)
+        (ROOT / "tests").rglob("test_*.py"), key=lambda path: ("attention" in path.name, path)
     ):
         if "pytest.mark.gpu" in path.read_text("utf-8"):
             kind = {"test_graphs_gpu": "graph"}.get(
                 path.stem, "kernel" if path.parent.name == "kernels" else "engine"
             )
-            found[kind].append(path.relative_to(_ROOT).as_posix())
+            found[kind].append(path.relative_to(ROOT).as_posix())
     return found
 
 
@@ -245,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     end = time.monotonic() + args.seconds
     out = None if args.out is None else args.out.absolute()
     folder = _BUILD if out is None else out / "parts"
-    results = _ROOT / "bench" / "results" if out is None else out
+    results = RESULTS if out is None else out
     work = _BUILD / "kept"
     made = steps(results, work, out=out, kernel_seconds=args.kernel_seconds, tuned=args.tune)
     known = {step.part.name: step for step in made}

@@ -24,11 +24,10 @@ from ..errors import BackendUnavailableError
 from ..kernels import aot, tuning
 from ..kernels.registry import Case, OpSpec, allowed_error
 from ..runtime.sha256 import digest_of_files
-from .machine import command, describe_machine, tuned
+from .machine import RESULTS, command, describe_machine, tuned
 
 __all__ = [
     "LOST",
-    "RESULTS",
     "Float64Check",
     "Timing",
     "answers",
@@ -47,7 +46,6 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-RESULTS = Path(__file__).parent / "results"
 KERNELS = Path(tuning.__file__).parent
 CACHE_BYTES = 256 << 20
 """Inputs of one timing together, so that none is still in the cache when its turn comes again."""

@@ -19,6 +19,8 @@ from ..kernels import tuning
 from ..runtime.sha256 import digest_of_files
 
 __all__ = [
+    "RESULTS",
+    "ROOT",
     "command",
     "commit",
     "describe_machine",
@@ -28,6 +30,10 @@ __all__ = [
     "tuned",
 ]
 
+ROOT = Path(__file__).resolve().parents[1]
+"""The repository's root, which is the package's folder."""
+RESULTS = ROOT / "bench" / "results"
+"""Where results are kept that are told of."""
 _PACKAGES = (
     "torch",
     "onnxruntime",
@@ -104,11 +110,10 @@ def commit() -> str:
 
     Without a repository it is what LATENTRT_COMMIT says, or `unknown`.
     """
-    root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=30
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True, timeout=30
         )
         return done.stdout.strip()
 

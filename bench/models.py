@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .cases import Case
+from .machine import ROOT
 from .random_checkpoint import PUBLISHED, write_checkpoint
 
 __all__ = ["RANDOM", "checkpoint_folder", "located", "weights_on_disk"]
@@ -18,7 +19,7 @@ RANDOM = {"sdxl-random": "sdxl_base", "sdxl-refiner-random": "sdxl_refiner"}
 
 def checkpoint_folder(model: str) -> Path:
     """Where a model's diffusers folder is; only the demo's names stand for one."""
-    demo = Path(__file__).resolve().parents[1] / "runtime" / "demo"
+    demo = ROOT / "runtime" / "demo"
     return {"demo": demo, "demo-refiner": demo / "refiner"}.get(model, Path(model))
 
 

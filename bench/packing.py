@@ -26,8 +26,8 @@ from ..kernels.whole_file import write_json
 from ..runtime.engines.packing import Doubling, defer_in_resnet
 from ..runtime.models.layers import ResnetBlock, Upsample
 from ..runtime.place import dtype_name
-from .kernel_timing import CACHE_BYTES, CALLS, RESULTS, Calls, cuda_microseconds, slug
-from .machine import describe_machine, module_command
+from .kernel_timing import CACHE_BYTES, CALLS, Calls, cuda_microseconds, slug
+from .machine import RESULTS, describe_machine, module_command
 
 __all__ = ["BLOCKS", "Block", "main", "measure"]
 

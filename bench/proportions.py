@@ -41,6 +41,7 @@ from ..runtime.models.unet_blocks import TransformerBlock
 from ..runtime.models.unet_config import UNetConfig
 from .machine import describe_machine, module_command
 from .stats import Interval, ratio
+from .tables import as_markdown
 
 __all__ = [
     "BENCHMARK",
@@ -325,18 +326,17 @@ def table(found: Sequence[Mapping[str, Any]], whole: Mapping[str, Any]) -> list[
     others = [side for side in _SIDES if side != "eager"]
     head = ["block", "GFLOP", "eager's layout", *(f"{name}, GFLOP/s" for name in _SIDES.values())]
     head += [f"{_SIDES[side]} against eager" for side in others]
-    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    rows = [head]
     for m in found:
         rates = [f"{m['flops'] / median(m[side]) / 1e9:.0f}" for side in _SIDES]
         ratios = [_told(ratio(m["eager"], m[side])) for side in others]
-        cells = [m["name"], f"{m['flops'] / 1e9:.1f}", m["layout"], *rates, *ratios]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append([m["name"], f"{m['flops'] / 1e9:.1f}", m["layout"], *rates, *ratios])
     s = whole["seconds"]
     told = ", ".join(
         f"{s[side]:.0f} s by {_SIDES[side]} ({_told(Interval(**whole['speedups'][side]))})" for side in others
     )
     return [
-        *lines,
+        *as_markdown(rows),
         "",
         f"A forward of SDXL's base UNet at 1024x1024 made up of them ({whole['counted_share']:.0%} of its work is in "
         f"blocks counted, the rest is taken for residual ones): {s['eager']:.0f} s eager, {told}.",

@@ -18,10 +18,11 @@ from ..runtime.models.clip import CLIPTextConfig, CLIPTextEncoder
 from ..runtime.models.unet import UNet, UNetConfig
 from ..runtime.models.vae import VAEConfig, VAEDecoder, VAEEncoder
 from ..runtime.tokenizer_files import clip_merges, clip_vocabulary
+from .machine import ROOT
 
 __all__ = ["PUBLISHED", "component_bytes", "write_checkpoint", "write_weights"]
 
-PUBLISHED = Path(__file__).resolve().parents[1] / "runtime" / "data"
+PUBLISHED = ROOT / "runtime" / "data"
 """Folders with the configurations of published checkpoints: `sdxl_base`, `sdxl_refiner`, `sd15`, `sd21`."""
 
 _WEIGHTS = {

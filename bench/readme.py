@@ -20,16 +20,15 @@ from ..errors import BenchmarkError
 from ..kernels.whole_file import write_whole
 from . import tables
 from .cases import SIDES
+from .machine import RESULTS, ROOT
 from .proportions import read_blocks
 from .proportions import table as blocks_table
 from .report import PROFILE
 from .results import CaseResult, Report, Row, read_report
 
-__all__ = ["README", "RESULTS", "main", "refreshed", "section"]
+__all__ = ["README", "main", "refreshed", "section"]
 
-_ROOT = Path(__file__).resolve().parents[1]
-README = _ROOT / "README.md"
-RESULTS = _ROOT / "bench" / "results"
+README = ROOT / "README.md"
 _DEMO, _BLOCKS, _GPU = "demo_bench_cpu.json", "sdxl_blocks_cpu.json", "gpu-*/**/bench.json"
 _OURS = "latentrt-onnxruntime"
 _BEGIN, _END = "<!-- figures: python -m latentrt.bench.readme -->", "<!-- end of figures -->"

@@ -37,7 +37,7 @@ import PIL.Image
 
 from ..errors import BenchmarkError
 from ..kernels.whole_file import write_json
-from .machine import describe_machine
+from .machine import RESULTS, describe_machine, module_command
 from .serve_process import Memory, Running, serving
 
 __all__ = ["Outcome", "batching", "main", "measure", "mixed", "mixed_bodies", "overload", "send"]
@@ -345,9 +345,8 @@ def measure(
     rounds: int,
     seconds: float,
     backend: str = "onnxruntime",
-    command: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """All three parts; `checks` says what held. `command`: the arguments, to be told with the figures."""
+    """All three parts; `checks` says what held."""
     checks: dict[str, bool] = {}
     with serving(1, backend, checks) as alone, serving(8, backend, checks) as batched:
         found_batching = batching(alone, batched, clients=clients, rounds=rounds, checks=checks)
@@ -358,7 +357,6 @@ def measure(
         )
     return {
         "benchmark": "serve load",
-        "command": " ".join(["python -m latentrt.bench.serve_load", *command]),
         "machine": describe_machine(),
         "backend": backend,
         "clients": clients,
@@ -377,9 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="of the batching part")
     parser.add_argument("--seconds", type=float, default=60.0, help="of the overload")
     parser.add_argument("--backend", default="onnxruntime")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results" / "demo_serve_load.json"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "demo_serve_load.json")
     args = parser.parse_args(argv)
     found = measure(
         requests=args.requests,
@@ -387,9 +383,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rounds=args.rounds,
         seconds=args.seconds,
         backend=args.backend,
-        command=sys.argv[1:] if argv is None else argv,
     )
-    write_json(args.out, found, indent=2)
+    write_json(args.out, {"command": module_command("latentrt.bench.serve_load", argv), **found}, indent=2)
     print(json.dumps({name: found[name] for name in ("batching", "mixed", "overload", "checks")}, indent=2))
     return 0 if all(found["checks"].values()) else 1
 

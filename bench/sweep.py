@@ -25,6 +25,7 @@ from .plots import lines
 from .quality import frechet_distance
 from .report import STYLE
 from .side import Images, as_bytes
+from .tables import as_markdown
 
 __all__ = ["Make", "Point", "page", "sweep", "table", "write_sweep"]
 
@@ -138,12 +139,11 @@ def _point(
 
 def table(points: Sequence[Point]) -> list[str]:
     """A Markdown table."""
-    rows = [
-        f"| {p.steps} | {p.high_noise_frac:g} | {p.seconds:.3f} | {p.clip:.2f} | "
-        f"{'-' if p.fid is None else f'{p.fid:.4g}'} |"
-        for p in points
-    ]
-    return ["| steps | base's share | s/picture | CLIP | FID |", "| --- | --- | --- | --- | --- |", *rows]
+    rows = [["steps", "base's share", "s/picture", "CLIP", "FID"]]
+    for p in points:
+        fid = "-" if p.fid is None else f"{p.fid:.4g}"
+        rows.append([f"{p.steps}", f"{p.high_noise_frac:g}", f"{p.seconds:.3f}", f"{p.clip:.2f}", fid])
+    return as_markdown(rows)
 
 
 def page(points: Sequence[Point], title: str) -> str:

@@ -122,8 +122,3 @@ def damage(rng: random.Random, pixels: NDArray[np.uint8], severity: float) -> ND
 def without_pixels(example: Example) -> Example:
     """The example's words and numbers alone."""
     return replace(example, pixels=np.empty((0, 0, 3), np.uint8))
-
-
-def to_tensor_range(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [-1, 1]."""
-    return np.moveaxis(pixels, -1, -3).astype(np.float32) / 127.5 - 1.0

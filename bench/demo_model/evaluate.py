@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import shlex
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from scipy import ndimage
 
 from ...kernels.whole_file import write_json
 from ...runtime.vae import VAE
-from ..machine import describe_machine
+from ..machine import describe_machine, module_command
 from ..quality import ImageTower, as_input, fid_difference, fid_features, frechet_distance
 from .checker import find_objects, judge
 from .data import enlarge
@@ -260,9 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
     refined = PipelineGenerator(options.demo, refine=True, **settings)
     results: dict[str, Any] = {
         "benchmark": "quality of the demo",
-        "command": shlex.join(
-            ["python", "-m", "latentrt.bench.demo_model.evaluate", *(arguments or sys.argv[1:])]
-        ),
+        "command": module_command("latentrt.bench.demo_model.evaluate", arguments),
         "machine": describe_machine(),
         "seed": options.seed,
         "guidance": refined.guidance,

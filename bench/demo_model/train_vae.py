@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from ..quality import as_input
 from . import data
 from .kept import MARK_FILE, SHARP, noted_of, save_vae, sharp_vae
 from .loop import Run, Stage, console, train
@@ -129,7 +130,7 @@ def whole_scene_psnr(vae: AutoencoderKL, count: int, picture: Path | None = None
     device, total = vae.device, 0.0
     shown: list[torch.Tensor] = []
     for k in range(count):
-        x = torch.from_numpy(data.to_tensor_range(data.example(HELD_OUT_SEED + k).pixels))[None].to(device)
+        x = as_input([data.example(HELD_OUT_SEED + k).pixels]).to(device)
         y = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
         total += 10 * math.log10(4.0 / float(F.mse_loss(y, x)))
         if x.shape[-2:] == (128, 128) and len(shown) < 8:
@@ -144,7 +145,7 @@ def whole_scene_psnr(vae: AutoencoderKL, count: int, picture: Path | None = None
 def _latent_statistics(vae: AutoencoderKL) -> tuple[float, float]:
     latents = []
     for k in range(100):
-        x = torch.from_numpy(data.to_tensor_range(data.example(k).pixels))[None].to(vae.device)
+        x = as_input([data.example(k).pixels]).to(vae.device)
         latents.append(vae.encode(x).latent_dist.mode().flatten())
     values = torch.cat(latents).double()
     return float(values.mean()), float(values.std())

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 from latentrt.bench import readme
+from latentrt.bench.machine import RESULTS
 from latentrt.bench.profile import Profile
 from latentrt.bench.proportions import BENCHMARK, SCHEMA, Measured, estimate
 from latentrt.bench.results import read_report, write_report
 from latentrt.errors import BenchmarkError
 from planted_reports import MACHINE, report, with_figures
 
-DEMO = readme.RESULTS / "demo_bench_cpu.json"
+DEMO = RESULTS / "demo_bench_cpu.json"
 
 
 def table_row(text: str, begins: str) -> list[str]:
@@ -26,7 +27,7 @@ def table_row(text: str, begins: str) -> list[str]:
 
 def test_readme_has_the_figures_of_the_committed_results() -> None:
     text = readme.README.read_text("utf-8")
-    assert readme.refreshed(text, read_report(DEMO), readme.RESULTS) == text
+    assert readme.refreshed(text, read_report(DEMO), RESULTS) == text
 
 
 def test_the_committed_demo_keeps_the_benchmarks_promises() -> None:

@@ -25,7 +25,7 @@ from latentrt.bench.demo_model.scenes import (
     random_scene,
     render,
 )
-from latentrt.bench.readme import RESULTS
+from latentrt.bench.machine import RESULTS
 
 DEMO_MODEL = Path(scenes.__file__).parent
 

@@ -403,7 +403,7 @@ def test_block_sizes_make_no_other_sources(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "tests").mkdir()
     for file in (tmp_path / "pyproject.toml", tmp_path / "kernels" / "attention.py", tuned / "sm_90.json"):
         file.write_text("1")
-    monkeypatch.setattr(full, "_ROOT", tmp_path)
+    monkeypatch.setattr(full, "ROOT", tmp_path)
 
     def digest(part: Part) -> str:
         full._package_digest.cache_clear()
