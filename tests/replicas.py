@@ -10,7 +10,8 @@ from typing import Any
 import httpx2 as httpx
 from fake_runner import in_loop
 from latentrt.runtime.serve.hosted import Deployed, Forwarded, Head, HostedModel
-from latentrt.runtime.serve.ingress import Ingress, ReplicaLostError
+from latentrt.runtime.serve.ingress import Ingress
+from latentrt.runtime.serve.retries import ReplicaLostError
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 

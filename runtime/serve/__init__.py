@@ -14,6 +14,7 @@ Over HTTP a request passes, from the socket to the device:
     worker > runner         the thread that owns the device; the pipeline as it sees it
 With Ray (ray.md):
     ray_app, ray_local      the application; on this machine alone
-    ingress > hosted        before the replicas; in a replica, the same `app` without a socket
+    ingress, retries        before the replicas: seeds, and one answer where replicas are lost
+    hosted                  in a replica: the same `app` without a socket
 `commands` is what `latentrt serve` runs.
 """

@@ -117,6 +117,19 @@ def create_app(
             )
         return _model(service)
 
+    _add_operators_routes(app, service, metrics)
+
+    @cache
+    def description() -> dict[str, Any]:
+        return describe(app, model=service.model, limits=bounds, keyed=bool(api_keys))
+
+    app.openapi = description  # type: ignore[method-assign]
+    return app
+
+
+def _add_operators_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    """Health, readiness and metrics, and the page for trying it out."""
+
     @app.get("/health", responses={503: {"description": "To be started anew."}}, tags=["operators"])
     async def health(answer: Response) -> dict[str, str]:
         """The process answers, and a fault has not ended its engine for good."""
@@ -151,13 +164,6 @@ def create_app(
             "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})
-
-    @cache
-    def description() -> dict[str, Any]:
-        return describe(app, model=service.model, limits=bounds, keyed=bool(api_keys))
-
-    app.openapi = description  # type: ignore[method-assign]
-    return app
 
 
 class _EventStream(StreamingResponse):

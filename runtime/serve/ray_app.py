@@ -26,9 +26,10 @@ from starlette.responses import Response
 
 from ...errors import QueueFullError
 from .hosted import Deployed, Forwarded, Head, HostedModel
-from .ingress import Ingress, ReplicaLostError
+from .ingress import Ingress
 from .keys import keys_of
 from .logs import log_as_json
+from .retries import ReplicaLostError
 from .service import NotReadyError
 
 __all__ = ["application", "bound"]

@@ -11,10 +11,11 @@ import httpx2 as httpx
 import pytest
 from fake_runner import FakeTime, in_loop, pass_time
 from latentrt.errors import QueueFullError
-from latentrt.runtime.serve import ingress
+from latentrt.runtime.serve import retries
 from latentrt.runtime.serve.engine import AsyncEngine
 from latentrt.runtime.serve.hosted import Deployed, Forwarded, Head, HostedModel
-from latentrt.runtime.serve.ingress import Ingress, ReplicaLostError
+from latentrt.runtime.serve.ingress import Ingress
+from latentrt.runtime.serve.retries import ReplicaLostError
 from latentrt.runtime.serve.schema import Limits
 from replicas import IMAGES, Replicas, asked, body
 from served import events_of
@@ -244,7 +245,7 @@ def test_it_waits_no_longer_than_it_has_time(given: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_nor_for_a_place_or_a_model_to_be_loaded(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingress, "_GRACE", 0.1)
+    monkeypatch.setattr(retries, "_GRACE", 0.1)
     replicas = Replicas()
 
     async def send(model: str, request: Forwarded) -> AsyncIterator[Head | bytes]:

@@ -1,0 +1,174 @@
+"""One answer out of several replicas': what is left of a request's time, and what its client was told already."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+from ...errors import DeadlineError, QueueFullError, ServiceError
+from .hosted import Forwarded, Head
+
+__all__ = ["Accepted", "ReplicaLostError", "Told", "is_stream", "settled", "until"]
+
+_GRACE = 1.0
+"""Seconds in which a replica can tell that a request's time has ended, and what was made in time can come."""
+
+
+class ReplicaLostError(ServiceError):
+    """A replica died before its answer was whole."""
+
+
+async def until(deadline: float, parts: AsyncIterator[Head | bytes]) -> AsyncIterator[Head | bytes]:
+    """Each part by then, or soon after it is asked for: who reads slowly is sent what was made in time. Bounded one by
+    one: a stream may be begun in one task and read in another."""
+    loop = asyncio.get_running_loop()
+    try:
+        while True:
+            async with asyncio.timeout_at(max(deadline, loop.time()) + _GRACE):
+                try:
+                    part = await anext(parts)
+                except StopAsyncIteration:
+                    return
+            yield part
+    finally:
+        if isinstance(parts, AsyncGenerator):
+            await parts.aclose()
+
+
+async def settled(
+    parts: AsyncIterator[Head | bytes], *, last: bool, taken: bool
+) -> AsyncIterator[Head | bytes]:
+    """As it comes where it is a stream, else when it is there to its end.
+
+    503 is another replica's to answer, and 429 is none where the request was `taken` before.
+    """
+    held: list[Head | bytes] | None = None
+    async for part in parts:
+        if isinstance(part, Head):
+            if part.status == 503 and not last:
+                raise ReplicaLostError("a replica is not ready, or is leaving")
+            if part.status == 429 and taken:
+                raise QueueFullError("a replica was lost, and the queue of another one is full", 1.0)
+            if not is_stream(part):
+                held = []
+        if held is None:
+            yield part
+        else:
+            held.append(part)
+    for part in held or ():
+        yield part
+
+
+def is_stream(head: Head) -> bool:
+    """Whether server-sent events follow."""
+    return head.header("content-type").startswith("text/event-stream")
+
+
+class Accepted:
+    """A request for images with its seed, and what is left of its time.
+
+    Attributes:
+        timeout: seconds it has from its acceptance; None where what it names is for the application to refuse.
+    """
+
+    def __init__(self, asked: Forwarded, fields: dict[str, Any], most: float) -> None:
+        self.fields = fields
+        self._asked = asked
+        self._begun = time.monotonic()
+        given = fields["timeout"]
+        known = isinstance(given, int | float) and not isinstance(given, bool) and 0 < given <= most
+        self.timeout: float | None = given if known else None
+
+    @classmethod
+    def of(cls, asked: Forwarded, most: float) -> Accepted | None:
+        """None where it is for the application to refuse: no JSON, or no object. It has `most` where it names none."""
+        try:
+            fields = json.loads(asked.body)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(fields, dict):
+            return None
+        if fields.get("seed") is None:
+            fields["seed"] = secrets.randbits(32)
+        if fields.get("timeout") is None:
+            fields["timeout"] = most
+        return cls(asked, fields, most)
+
+    def request(self, *, again: bool) -> Forwarded:
+        """
+        Args:
+            again: a replica that had taken it was lost.
+
+        Raises:
+            DeadlineError: none is left.
+        """
+        fields = self.fields
+        if self.timeout is not None:
+            left = self.timeout - (time.monotonic() - self._begun)
+            if left <= 0:
+                raise DeadlineError(
+                    f"the image was still being made after {self.timeout:g} s; give it more time"
+                )
+            fields = {**fields, "timeout": left}
+        body = json.dumps(fields).encode()
+        headers = [
+            (k, v)
+            for k, v in self._asked.headers
+            if k.lower() not in (b"content-length", b"transfer-encoding")
+        ]
+        headers.append((b"content-length", str(len(body)).encode()))
+        return Forwarded(self._asked.method, self._asked.path, self._asked.query, tuple(headers), body, again)
+
+
+class Told:
+    """What a client has of an answer; of a stream a second replica tells some events again.
+
+    Attributes:
+        begun: whether it has any of it.
+    """
+
+    def __init__(self) -> None:
+        self.begun = False
+        self._held = b""
+        self._steps: dict[int, int] = {}
+        self._made: set[int] = set()
+
+    async def new(self, parts: AsyncIterator[Head | bytes]) -> AsyncIterator[Head | bytes]:
+        """Of a replica's answer."""
+        streams = False
+        self._held = b""  # half an event of the one before is nothing
+        async for part in parts:
+            if isinstance(part, Head):
+                streams = is_stream(part)
+                if self.begun and not streams:
+                    raise ReplicaLostError("the replica was lost, and no other one could go on")
+                if not self.begun:
+                    self.begun = True
+                    yield part
+            elif piece := self._unknown(part) if streams else part:
+                yield piece
+
+    def _unknown(self, piece: bytes) -> bytes:
+        """The events that end in this piece and were not told."""
+        *events, self._held = (self._held + piece).split(b"\n\n")
+        return b"".join(event + b"\n\n" for event in events if self._is_new(event))
+
+    def _is_new(self, event: bytes) -> bool:
+        data = event.partition(b"data: ")[2]
+        if not data.startswith(b"{"):
+            return True
+        told = json.loads(data)
+        image, step = told.get("image", 0), told.get("step")
+        if told.get("type") == "image_generation.completed":
+            known = image in self._made
+            self._made.add(image)
+            return not known
+        if step is None:
+            return True
+        known = image in self._made or step <= self._steps.get(image, 0)
+        self._steps[image] = max(step, self._steps.get(image, 0))
+        return not known
