@@ -147,14 +147,21 @@ _COPIES = {"onnxruntime": 1, "tensorrt": 2, "tensorrt-rtx": 2}
 def _side_table() -> dict[str, SideSpec]:
     rows = [
         SideSpec("diffusers", "eager, SDPA, contiguous or channels_last, whichever is faster", _DIFFUSERS),
-        SideSpec("diffusers-compile", "torch.compile", _DIFFUSERS, {"mode": "default"}, True, True),
+        SideSpec(
+            "diffusers-compile",
+            "torch.compile",
+            _DIFFUSERS,
+            {"mode": "default"},
+            builds=True,
+            compiles_each_size=True,
+        ),
         SideSpec(
             "diffusers-max-autotune",
             "torch.compile(max-autotune)",
             _DIFFUSERS,
             {"mode": "max-autotune"},
-            True,
-            True,
+            builds=True,
+            compiles_each_size=True,
         ),
         SideSpec(
             "onnxruntime",

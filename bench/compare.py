@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import BenchmarkError, RequestError
 from .results import BatchFigures, CaseResult, Memory, Report, Row
@@ -37,15 +37,33 @@ _GOOD = ("measured", "reference")  # of a reference in float32 only the pictures
 _SAME_MACHINE = ("processor", "cores", "threads", "device", "gpu")
 _ONCE = {"build_seconds": ("build", 0.3, 5.0), "first_image_seconds": ("first image", 0.3, 2.0)}
 """What is timed once: (what, tolerance, least seconds that count)."""
+
+
+class _Measure(NamedTuple):
+    """A measure of pictures, and by how much it may move.
+
+    Attributes:
+        what: it is called.
+        least, share: the change that counts: this much, or this share of what it was.
+        best: where it is as good as it gets.
+    """
+
+    what: str
+    more_is_better: bool
+    least: float
+    share: float
+    best: float
+
+
 _QUALITY = {
-    "psnr": ("PSNR", True, 3.0, 0.0, 60.0),  # 3 dB is twice the squared error; from 60 dB on bytes are equal
-    "ssim": ("SSIM", True, 0.01, 0.0, 1.0),
-    "lpips": ("LPIPS", False, 0.01, 0.0, 0.0),
+    # 3 dB is twice the squared error; from 60 dB on bytes are equal.
+    "psnr": _Measure("PSNR", more_is_better=True, least=3.0, share=0.0, best=60.0),
+    "ssim": _Measure("SSIM", more_is_better=True, least=0.01, share=0.0, best=1.0),
+    "lpips": _Measure("LPIPS", more_is_better=False, least=0.01, share=0.0, best=0.0),
     # The last two by ratio, since judges differ in scale: the demo's FID is 0.2, SDXL's 23.
-    "clip": ("CLIP score", True, 0.0, 0.01, 100.0),
-    "fid": ("FID", False, 0.0, 0.02, 0.0),
+    "clip": _Measure("CLIP score", more_is_better=True, least=0.0, share=0.01, best=100.0),
+    "fid": _Measure("FID", more_is_better=False, least=0.0, share=0.02, best=0.0),
 }
-"""What is of the pictures: (what, more is better, what counts, what share counts, where it is as good as it gets)."""
 _LIKENESS = ("psnr", "ssim", "lpips")
 """Of these, what is measured beside the reference's pictures."""
 _NOT_SETTINGS = ("name", "summary", "batches")
@@ -285,28 +303,29 @@ def _quality(runs: _Runs, a: Row, b: Row) -> Iterator[Change]:
     if a.quality is None:
         return
     same_pictures = runs.same_work and b.quality is not None and a.quality.pictures == b.quality.pictures
-    for field, (what, more_is_better, least, share, best) in _QUALITY.items():
+    for field, measure in _QUALITY.items():
         before, after = (getattr(row.quality, field, None) for row in (a, b))
         if before is None or not isfinite(before):
             continue
         if after is None:
-            yield Change(runs.case, a.side, what, f"{before:.4g}", "not measured", "worse")
+            yield Change(runs.case, a.side, measure.what, f"{before:.4g}", "not measured", "worse")
             continue
         by = [getattr(row.quality, f"{field}_by", None) for row in (a, b)]
         if by[0] != by[1]:
             told = f"{after:.4g} by {by[1]}"
-            yield Change(runs.case, a.side, what, f"{before:.4g}", told, "other judge")
+            yield Change(runs.case, a.side, measure.what, f"{before:.4g}", told, "other judge")
             continue
-        limit = min if more_is_better else max
-        change = limit(after, best) - limit(before, best)
-        verdict = _without_interval(-change if more_is_better else change, max(least, share * before))
+        limit = min if measure.more_is_better else max
+        change = limit(after, measure.best) - limit(before, measure.best)
+        worse = -change if measure.more_is_better else change
+        verdict = _without_interval(worse, max(measure.least, measure.share * before))
         if not isfinite(after):
             verdict = "worse"
         elif not same_pictures:
             verdict = "other pictures"
         elif field in _LIKENESS and not runs.same_reference:
             verdict = "other reference"
-        yield Change(runs.case, a.side, what, f"{before:.4g}", f"{after:.4g}", verdict)
+        yield Change(runs.case, a.side, measure.what, f"{before:.4g}", f"{after:.4g}", verdict)
 
 
 def _without_interval(more: float, least: float) -> str:

@@ -155,15 +155,15 @@ def measure(model: str, checkpoint: Path, name: str, cache_dir: Path, sizes: Seq
         LatentRTError: what a step says, or that the second build did not find the first.
         BrokenProcessPool: a step was killed, as where memory ran out.
     """
-    step = (checkpoint, name, cache_dir, tuple(sizes))
+    component = (checkpoint, name, cache_dir)
     entries = Store(cache_dir).entries
     shutil.rmtree(entries, ignore_errors=True)  # of a run that was ended
     try:
         print(f"{model} {name}: exporting", flush=True)
-        exported = _in_a_process(_export, *step)
+        exported = _in_a_process(_export, *component)
         print(f"{model} {name}: exported in {exported['export_seconds']:.0f} s; building", flush=True)
-        built = _in_a_process(_build, *step)
-        found = _in_a_process(_build, *step)
+        built = _in_a_process(_build, *component, tuple(sizes))
+        found = _in_a_process(_build, *component, tuple(sizes))
     finally:
         shutil.rmtree(entries, ignore_errors=True)
     if found["built"]:
@@ -194,7 +194,7 @@ def _component(checkpoint: Path, name: str, cache_dir: Path) -> Component:
     return next(c for c in in_parts(found[whole]) if c.name == name) if part else found[whole]
 
 
-def _export(checkpoint: Path, name: str, cache_dir: Path, sizes: Sequence[str]) -> dict[str, Any]:
+def _export(checkpoint: Path, name: str, cache_dir: Path) -> dict[str, Any]:
     component = _component(checkpoint, name, cache_dir)
     begun = time.perf_counter()
     model = onnx_model(component, cache_dir=cache_dir)

@@ -93,7 +93,6 @@ class PipelineMaker:
         pipe: to ask.
         prompts: of the pictures.
         size: (height, width) in pixels; the model's own where None.
-        negative: what to steer away from; nothing where None.
     """
 
     def __init__(
@@ -104,7 +103,6 @@ class PipelineMaker:
         size: tuple[int, int] | None = None,
         steps: int = MLPERF["steps"],
         guidance: float = MLPERF["guidance"],
-        negative: str | None = MLPERF["negative"],
     ) -> None:
         pipe.set_progress_bar_config(disable=True)
         self._pipe = pipe
@@ -115,7 +113,7 @@ class PipelineMaker:
             "width": width,
             "num_inference_steps": steps,
             "guidance_scale": guidance,
-            "negative_prompt": negative,
+            "negative_prompt": MLPERF["negative"],
             "sampler": "euler",
             "output_type": "np",
         }

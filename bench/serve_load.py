@@ -165,7 +165,9 @@ async def send(
     outcome = Outcome()
     todo = list(reversed(bodies))
     begun = perf_counter()
-    async with httpx.AsyncClient(base_url=url, timeout=900, limits=_connections(clients)) as http:
+    async with httpx.AsyncClient(
+        base_url=url, timeout=900, limits=httpx.Limits(max_connections=clients)
+    ) as http:
 
         async def client() -> None:
             while todo:
@@ -207,7 +209,9 @@ async def flood(url: str, bodies: Sequence[Body], rate: float, made: Callable[[i
     """Requests at so many a second, whether or not others are answered; `made` is told how many were, after each."""
     outcome = Outcome()
     begun = perf_counter()
-    async with httpx.AsyncClient(base_url=url, timeout=900, limits=_connections(None)) as http:
+    async with httpx.AsyncClient(
+        base_url=url, timeout=900, limits=httpx.Limits(max_connections=None)
+    ) as http:
 
         async def one(k: int, body: Body) -> None:
             await asyncio.sleep(begun + k / rate - perf_counter())
@@ -220,10 +224,6 @@ async def flood(url: str, bodies: Sequence[Body], rate: float, made: Callable[[i
         await asyncio.gather(*(one(k, body) for k, body in enumerate(bodies)))
     outcome.wall = perf_counter() - begun
     return outcome
-
-
-def _connections(count: int | None) -> httpx.Limits:
-    return httpx.Limits(max_connections=count)
 
 
 def batching(

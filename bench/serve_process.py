@@ -10,13 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 import httpx2 as httpx
-import numpy as np
 
 from ..errors import BenchmarkError
+from .stats import growth
 
 __all__ = ["Memory", "Running", "serving"]
 
@@ -56,10 +55,9 @@ class Memory:
 
     @property
     def slope(self) -> float:
-        """Kilobytes a request: the median over all pairs of the last half, which one step moves little (Theil, Sen)."""
-        late = list(self.resident.items())[len(self.resident) // 2 :]
-        slopes = [1024 * (b - a) / (k - j) for (j, a), (k, b) in combinations(late, 2)]
-        return float(np.median(slopes)) if slopes else 0.0
+        """Kilobytes a request, over the last half of them."""
+        late = slice(len(self.resident) // 2, None)
+        return 1024 * growth(list(self.resident.values())[late], list(self.resident)[late])
 
 
 @contextmanager

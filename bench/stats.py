@@ -66,13 +66,18 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Interval:
     return _median(np.asarray(numerator, np.float64) / np.asarray(denominator, np.float64))
 
 
-def growth(samples: Sequence[float]) -> float:
-    """Per sample: the median of the slopes between all pairs (Theil and Sen), which a single jump does not move."""
+def growth(samples: Sequence[float], at: Sequence[float] | None = None) -> float:
+    """The median of the slopes between all pairs (Theil and Sen), which a single jump does not move; 0 for no pair.
+
+    Args:
+        at: where each sample was taken, rising; by default one apart.
+    """
     values = np.asarray(samples, dtype=np.float64)
+    places = np.arange(len(values)) if at is None else np.asarray(at, dtype=np.float64)
     if len(values) < 2:
         return 0.0
     first, second = np.triu_indices(len(values), 1)
-    return float(np.median((values[second] - values[first]) / (second - first)))
+    return float(np.median((values[second] - values[first]) / (places[second] - places[first])))
 
 
 def _median(values: NDArray[np.float64]) -> Interval:

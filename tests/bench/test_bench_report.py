@@ -330,6 +330,7 @@ def test_statistics() -> None:
     whole = spread(list(map(float, range(101))))
     assert (whole.p10, whole.median.value, whole.p90, whole.p99) == (10, 50, 90, 99)
     assert growth([5, 7, 9, 400, 13]) == pytest.approx(2.0)
+    assert growth([5, 9, 15, 400, 19], at=[0, 2, 5, 6, 7]) == pytest.approx(2.0)
     assert growth([5]) == 0
     assert spread([1.0] * 3000).median.cover == pytest.approx(0.95, abs=0.005)
     with pytest.raises(ValueError, match="3 rounds beside 2"):

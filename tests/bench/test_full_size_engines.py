@@ -40,7 +40,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
     """What was asked of steps that do nothing: (step, checkpoint, component)."""
     asked: list[tuple[str, str, str]] = []
 
-    def step(function: Callable[..., Any], checkpoint: Path, name: str, cache: Path, sizes: Any) -> Any:
+    def step(function: Callable[..., Any], checkpoint: Path, name: str, cache: Path, *_: Any) -> Any:
         asked.append((function.__name__, checkpoint.name, name))
         assert (checkpoint / "unet" / "diffusion_pytorch_model.safetensors").is_file()
         if function.__name__ == "_export":
