@@ -16,11 +16,12 @@ import torch
 import torch._dynamo.config as dynamo
 import torch._inductor
 
+from ..runtime.place import release_memory
 from ..runtime.weights import refiner_source
 from .cases import Case
 from .models import checkpoint_folder
 from .monitor import Span
-from .side import Made, Side, give_back, now, take_quicker_layout, try_convolutions, vae_in
+from .side import Made, Side, now, take_quicker_layout, try_convolutions, vae_in
 
 __all__ = ["DiffusersSide", "compile_options", "load_pipelines", "open_side"]
 
@@ -86,7 +87,7 @@ class DiffusersSide(Side):
                 pipe.encode_prompt = self._timed_text(pipe.encode_prompt)
                 pipe.scheduler.scale_model_input = self._marking("loop", pipe.scheduler.scale_model_input)
         base.vae.decode = self._marking("decode", base.vae.decode)
-        give_back(device)  # what was moved, or replaced by sessions
+        release_memory()  # what was moved, or replaced by sessions; NVML would count it as this side's
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
         return self.make(prompts, seeds, self._case.steps)

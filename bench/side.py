@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..runtime.place import release_memory
 from .cases import SideSpec
 from .monitor import Span
 
@@ -24,7 +24,6 @@ __all__ = [
     "Side",
     "as_bytes",
     "factory",
-    "give_back",
     "now",
     "take_quicker_layout",
     "try_convolutions",
@@ -136,15 +135,8 @@ def take_quicker_layout(
         seconds[name] = min(times)
     best = min(seconds, key=lambda name: seconds[name])
     lay_out(formats[best])
-    give_back(device)
+    release_memory()  # or NVML would count it as this side's
     return f", {best}"
-
-
-def give_back(device: torch.device) -> None:
-    """Freed weights to the GPU: PyTorch would keep their memory, and NVML would count it as this side's."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def now(device: torch.device) -> float:

@@ -5,7 +5,6 @@ Both sides get the same inputs: drawn in the precision the back end runs in, and
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from ..runtime.engines.sizes import SizePolicy, profiles_for
 from ..runtime.loading import chosen, load_components
 from ..runtime.manifests import VERDICT, write_beside
 from ..runtime.pipeline import Pipeline
-from ..runtime.place import dtype_name
+from ..runtime.place import dtype_name, release_memory
 from ..runtime.weights import open_checkpoint, refiner_source
 from .check import relative_error
 from .measures import psnr, ssim
@@ -213,9 +212,9 @@ def verify_component(
     }
     with _float32_is_float32():
         eager = partial(EagerBackend().load, exact, device=device, cache_dir=cache_dir)
-        wanted = _run_once(eager, inputs, device)[0]
+        wanted = _run_once(eager, inputs)[0]
     load = load or partial(backend.load, component, device=device, cache_dir=cache_dir)
-    got, entry = _run_once(load, inputs, device)
+    got, entry = _run_once(load, inputs)
     pictures = component.name == "vae_decoder"
     verdict = Verdict(
         part=part or component.name,
@@ -236,7 +235,7 @@ def verify_component(
 
 
 def _run_once(
-    load: Callable[[], Engine], inputs: Mapping[str, Tensor], device: torch.device
+    load: Callable[[], Engine], inputs: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Path | None]:
     """Its outputs and the store's entry it came from; nothing stays in memory: two full-size UNets may not fit."""
     engine = load()
@@ -246,7 +245,7 @@ def _run_once(
     finally:
         engine.close()
         del engine
-        _free(device)
+        release_memory()
 
 
 def _verify_pipeline(
@@ -278,7 +277,7 @@ def _verify_pipeline(
 
     with _float32_is_float32():
         wanted = picture("eager", torch.float32)
-    _free(device)
+    release_memory()
     got = picture(backend.name, dtype)
     return Verdict(
         part="pipeline",
@@ -315,12 +314,6 @@ def _float32_is_float32() -> Iterator[None]:
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = multiplied
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _title(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ __all__ = [
     "free_memory",
     "memory_ran_out",
     "parse_bytes",
+    "release_memory",
 ]
 
 HOST_FLOATS: Mapping[str, Any] = {"dtype": torch.float32, "device": "cpu"}
@@ -140,3 +142,10 @@ def memory_ran_out(error: BaseException) -> bool:
 def dtype_name(dtype: torch.dtype | str) -> str:
     """Such as "float16", as it is written and read everywhere."""
     return str(dtype).removeprefix("torch.")
+
+
+def release_memory() -> None:
+    """Give back to the GPUs what nothing refers to any more: PyTorch keeps the memory of freed tensors for itself.
+    Nothing where CUDA was not used."""
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from argparse import Namespace
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.types import ASGIApp, Message
 
@@ -21,6 +19,7 @@ from ...errors import RequestError
 from ..commands import load
 from ..memory import Policy
 from ..pipeline import Pipeline
+from ..place import release_memory
 from .app import TAKEN_BEFORE, create_app
 from .engine import AsyncEngine
 from .metrics import Metrics
@@ -207,9 +206,7 @@ class _Held:
 
     def free(self) -> None:
         self._runner = None
-        gc.collect()  # an error's frames may hold it
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        release_memory()  # an error's frames may hold it
 
     @property
     def _there(self) -> Runner:

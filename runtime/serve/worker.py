@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import PIL.Image
-import torch
 
 from ...errors import EngineSizeError, LatentRTError, RequestError
 from ..budget import without_frames
+from ..place import release_memory
 from .jobs import Job
 from .requests import Progress
 from .runner import Runner, is_out_of_memory
@@ -110,7 +109,7 @@ class Worker:
             _log.warning("memory did not suffice for an image of the engine's own: %s", error)
         else:
             return
-        _release_memory()
+        release_memory()
 
     def _call(self, jobs: Sequence[Job]) -> Exception | None:
         """One call of the runner. The error it ended with holds no frames, and so none of their tensors."""
@@ -147,7 +146,7 @@ class Worker:
                     job.finish, replace(result, timings={"queue": job.waited or 0.0, **result.timings})
                 )
         if outcome == "out of memory":
-            _release_memory()
+            release_memory()
         cost = sum(job.group.cost for job in jobs)
         seconds = time.perf_counter() - begun
         waited = tuple(job.waited or 0.0 for job in jobs)
@@ -162,10 +161,3 @@ def _outcome(error: Exception) -> str:
     if is_out_of_memory(error):
         return "out of memory"
     return "refused" if isinstance(error, RequestError) else "failed"
-
-
-def _release_memory() -> None:
-    """What the call left behind, before the next one needs it."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
