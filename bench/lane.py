@@ -8,11 +8,12 @@ from statistics import median
 
 from .cases import SideSpec
 from .gates import Quality
-from .host import Host, Job, Run, Trace
+from .host import Host
 from .profile import Profile
 from .results import BatchFigures, Memory, Row
 from .side import Images
 from .stats import growth, ratio, spread
+from .worker import Job, Run, Trace
 
 __all__ = ["Lane"]
 

@@ -30,11 +30,12 @@ from ..errors import BenchmarkError
 from .cases import Case, SideSpec, eager_sides
 from .features import Judges
 from .gates import Gate, Quality, likeness, measure_quality
-from .host import Host, Job, Trace, job_for
+from .host import Host, job_for
 from .lane import Lane
 from .results import CaseResult
 from .room import Arrangement
 from .side import Images, Pictures, as_bytes, unit
+from .worker import Job, Trace
 
 __all__ = ["CaseRun", "Plan"]
 

@@ -16,7 +16,7 @@ from ..runtime.weights import open_checkpoint
 from . import report
 from .cases import Case, SideSpec
 from .features import ClipFeatures, Judges, demo_judges, demo_prompts, read_truth
-from .host import Host, Job, OwnProcess, job_for
+from .host import Host, OwnProcess, job_for
 from .inception import InceptionFeatures
 from .live import LiveTable
 from .lpips import Lpips
@@ -26,6 +26,7 @@ from .nvml import open_nvml
 from .results import CaseResult, Report, read_report, write_report
 from .room import arrange, room, too_little
 from .run import CaseRun, Plan
+from .worker import Job
 
 __all__ = ["METRICS", "Settings", "Suite"]
 

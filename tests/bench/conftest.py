@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from latentrt.bench.cases import Case, SideSpec
 from latentrt.bench.gates import GATES
-from latentrt.bench.host import Host, Job, Worker
+from latentrt.bench.host import Host
 from latentrt.bench.results import CaseResult
 from latentrt.bench.run import CaseRun, Plan
+from latentrt.bench.worker import Job, Worker
 from planted_sides import CASE
 
 

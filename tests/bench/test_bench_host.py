@@ -8,7 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 from latentrt.bench.cases import Case
-from latentrt.bench.host import Job, OwnProcess
+from latentrt.bench.host import OwnProcess
+from latentrt.bench.worker import Job
 from latentrt.errors import BenchmarkError
 from planted_sides import planted
 

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from latentrt.bench import host, machine
+from latentrt.bench import host, machine, worker
 from latentrt.bench.cases import CASES, DTYPES, SIDES, default_sides, sides_named
 from latentrt.bench.machine import describe_machine, installed_versions
 from latentrt.bench.monitor import BusyElsewhere, MemorySampler, Span, memory_now, peak_within
@@ -140,7 +140,8 @@ def test_a_repository_knows_better(changed: str, found: str, monkeypatch: pytest
 def test_what_was_built_is_used_again_only_by_the_same_sources(
     name: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host, "commit", lambda: name)
+    for module in (host, worker):
+        monkeypatch.setattr(module, "commit", lambda: name)
     job = host.job_for(CASES["demo"], SIDES["latentrt-triton"], "cpu", tmp_path)
     job.folder.mkdir()
     job.note_built()

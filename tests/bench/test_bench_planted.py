@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from fake_clock import FakeClock
 from latentrt.bench.cases import Case
-from latentrt.bench.host import Worker
 from latentrt.bench.results import CaseResult
 from latentrt.bench.run import CaseRun
+from latentrt.bench.worker import Worker
 from planted_sides import CASE, STEPS, planted, rows
 
 

@@ -14,10 +14,10 @@ import torch
 from latentrt.bench import report
 from latentrt.bench.cases import Case
 from latentrt.bench.gates import GATES
-from latentrt.bench.host import Worker
 from latentrt.bench.profile import BETWEEN, kind_of, profile_sessions, profiled
 from latentrt.bench.results import CaseResult, Report
 from latentrt.bench.run import CaseRun, Plan
+from latentrt.bench.worker import Worker
 from latentrt.errors import BenchmarkError
 from planted_sides import planted
 

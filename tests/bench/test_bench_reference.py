@@ -11,10 +11,11 @@ import pytest
 from latentrt.bench import tables
 from latentrt.bench.cases import Case, SideSpec, eager_sides, sides_named
 from latentrt.bench.gates import GATES
-from latentrt.bench.host import Host, Job, Run, Worker
+from latentrt.bench.host import Host
 from latentrt.bench.report import markdown
 from latentrt.bench.results import CaseResult
 from latentrt.bench.run import CaseRun, Plan
+from latentrt.bench.worker import Job, Run, Worker
 from planted_reports import report
 from planted_sides import planted
 

@@ -20,13 +20,13 @@ from latentrt.bench import report as reports
 from latentrt.bench.cases import Case
 from latentrt.bench.compare import compare
 from latentrt.bench.gates import GATES, Quality
-from latentrt.bench.host import Worker
 from latentrt.bench.live import LiveTable
 from latentrt.bench.plots import bars, lines
 from latentrt.bench.results import Report, read_report, write_report
 from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.side import as_bytes
 from latentrt.bench.stats import growth, ratio, spread
+from latentrt.bench.worker import Worker
 from latentrt.cli import _parser
 from latentrt.errors import BenchmarkError
 from planted_reports import MACHINE, report, with_figures

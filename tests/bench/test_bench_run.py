@@ -12,10 +12,11 @@ import pytest
 from fake_clock import FakeClock
 from latentrt.bench.cases import Case, SideSpec
 from latentrt.bench.gates import GATES
-from latentrt.bench.host import Host, Job, Worker
+from latentrt.bench.host import Host
 from latentrt.bench.results import CaseResult, Row
 from latentrt.bench.room import Arrangement
 from latentrt.bench.run import CaseRun, Plan
+from latentrt.bench.worker import Job, Worker
 from planted_sides import CASE, STEPS, planted, rows
 
 
@@ -79,7 +80,8 @@ def test_what_an_earlier_run_built_is_told_and_not_timed(
 ) -> None:
     opened = []
     now = ["0123abc"]
-    monkeypatch.setattr("latentrt.bench.host.commit", lambda: now[0])
+    for module in ("host", "worker"):
+        monkeypatch.setattr(f"latentrt.bench.{module}.commit", lambda: now[0])
 
     def counting(job: Job) -> Host:
         opened.append(job.folder)

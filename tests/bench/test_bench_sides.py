@@ -18,12 +18,12 @@ from latentrt.bench import onnxruntime_side
 from latentrt.bench.cases import Case, sides_named
 from latentrt.bench.diffusers_side import DiffusersSide, load_pipelines, open_side
 from latentrt.bench.gates import GATES, likeness
-from latentrt.bench.host import Job, Worker
 from latentrt.bench.latentrt_side import LatentrtSide
 from latentrt.bench.random_checkpoint import PUBLISHED, write_checkpoint, write_weights
 from latentrt.bench.results import CaseResult
 from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.side import factory
+from latentrt.bench.worker import Job, Worker
 from latentrt.errors import BackendUnavailableError, RequestError
 from latentrt.runtime.latents import NoiseSource
 from latentrt.runtime.pipeline import Pipeline

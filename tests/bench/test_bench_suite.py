@@ -18,10 +18,10 @@ from latentrt.bench import commands
 from latentrt.bench.cases import CASES, Case
 from latentrt.bench.features import Judges
 from latentrt.bench.gates import GATES
-from latentrt.bench.host import Worker
 from latentrt.bench.results import read_report, write_report
 from latentrt.bench.run import Plan
 from latentrt.bench.suite import Settings, Suite
+from latentrt.bench.worker import Worker
 from latentrt.errors import BackendUnavailableError, RequestError
 from planted_reports import report
 from planted_sides import planted

@@ -17,10 +17,10 @@ from latentrt.bench.cases import CASES, SideSpec, sides_named
 from latentrt.bench.demo_model.scenes import caption, random_scene, render
 from latentrt.bench.features import ClipFeatures, DemoFeatures, Judges, demo_prompts, read_truth
 from latentrt.bench.gates import GATES, measure_quality
-from latentrt.bench.host import Worker
 from latentrt.bench.quality import frechet_distance
 from latentrt.bench.results import Row
 from latentrt.bench.run import CaseRun, Plan
+from latentrt.bench.worker import Worker
 from latentrt.errors import RequestError
 from latentrt.runtime.engines import registry
 
