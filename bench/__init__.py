@@ -25,6 +25,7 @@ Whole models:
     full_size, full_size_engines          SDXL at its full size: a forward on the CPU, exports and engines
     proportions, sweep                    what the demo says of SDXL; time against quality, by steps
     random_checkpoint, demo_model         random weights at any size; the demo's training and evaluation
+    null_cuda                             a CUDA device that computes nothing: memory at full size without a GPU
 Serving:
     serve_load, serve_process, loadgen    `latentrt serve` under load; its process; MLPerf's LoadGen
 """
