@@ -41,7 +41,6 @@ from ..runtime.models.unet_blocks import TransformerBlock
 from ..runtime.models.unet_config import UNetConfig
 from .machine import describe_machine, module_command
 from .stats import Interval, ratio
-from .tables import as_markdown
 
 __all__ = [
     "BENCHMARK",
@@ -323,6 +322,8 @@ def estimate(found: Sequence[Measured]) -> dict[str, Any]:
 
 def table(found: Sequence[Mapping[str, Any]], whole: Mapping[str, Any]) -> list[str]:
     """In Markdown, of blocks as `Measured` has them."""
+    from .tables import as_markdown  # which imports what judges pictures
+
     others = [side for side in _SIDES if side != "eager"]
     head = ["block", "GFLOP", "eager's layout", *(f"{name}, GFLOP/s" for name in _SIDES.values())]
     head += [f"{_SIDES[side]} against eager" for side in others]

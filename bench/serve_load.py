@@ -384,7 +384,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds=args.seconds,
         backend=args.backend,
     )
-    write_json(args.out, {"command": module_command("latentrt.bench.serve_load", argv), **found}, indent=2)
+    found["command"] = module_command("latentrt.bench.serve_load", argv)
+    write_json(args.out, found, indent=2)
     print(json.dumps({name: found[name] for name in ("batching", "mixed", "overload", "checks")}, indent=2))
     return 0 if all(found["checks"].values()) else 1
 

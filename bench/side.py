@@ -135,7 +135,8 @@ def take_quicker_layout(
         seconds[name] = min(times)
     best = min(seconds, key=lambda name: seconds[name])
     lay_out(formats[best])
-    release_memory()  # or NVML would count it as this side's
+    if device.type == "cuda":
+        release_memory()  # or NVML would count it as this side's
     return f", {best}"
 
 

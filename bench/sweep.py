@@ -93,9 +93,8 @@ def sweep(
             [_point(setting, found[setting], done, prompts, judges) for setting in settings] if done else []
         )
 
-    for frac in dict.fromkeys(
-        fracs
-    ):  # warm-up: what only some shares ask for, the refiner, is loaded by then
+    # Warm-up: what only some shares ask for, the refiner, is loaded by then.
+    for frac in dict.fromkeys(fracs):
         make(prompts[:batch], list(range(seed, seed + min(batch, len(prompts)))), max(steps), frac)
     try:
         for first in range(0, len(prompts), batch):

@@ -56,11 +56,8 @@ def to_model(
     return model, run_passes(model, passes)
 
 
-def write_model(component: Component, model: ir.Model, path: Path) -> Path:
+def write_model(component: Component, model: ir.Model, path: Path) -> None:
     """Write the model to `path`, in a folder that exists, and its weights to `path` + ".data".
-
-    Returns:
-        `path`.
 
     Raises:
         ExportError: ONNX's checker refuses it.
@@ -71,7 +68,6 @@ def write_model(component: Component, model: ir.Model, path: Path) -> Path:
         onnx.checker.check_model(path)
     except onnx.checker.ValidationError as error:
         raise ExportError(f"{component.name} was exported to an invalid ONNX model: {error}") from error
-    return path
 
 
 def trace(component: Component, module: nn.Module) -> torch.export.ExportedProgram:

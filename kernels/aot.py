@@ -43,6 +43,7 @@ from .registry import specs
 __all__ = [
     "ARCHITECTURES",
     "SHARED_LIMIT",
+    "Job",
     "Report",
     "Request",
     "Trial",
@@ -323,10 +324,8 @@ def compiled(launch: Launch, arch: int) -> Any:
     from triton.compiler import ASTSource
 
     types, values, aligned = signature(launch)
-    if version_of(triton.__version__) >= (
-        3,
-        7,
-    ):  # as launches have it since then: so they find what is compiled here
+    # As launches have it since then: so they find what is compiled here.
+    if version_of(triton.__version__) >= (3, 7):
         aligned = {(i,): aligned.get((i,), []) for i, n in enumerate(types) if (i,) in aligned or n in values}
     source = ASTSource(launch.kernel.jitted, types, values, aligned)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}

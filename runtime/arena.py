@@ -30,9 +30,8 @@ def room_for(events: Sequence[Event]) -> int:
     """
     small, large = _parted(events)
     least, most = _live_peak(large), _filled(large)
-    while not _serves(
-        large, most
-    ):  # rare: a piece with an end may be filled in another order than one without
+    # Rare: a piece with an end may be filled in another order than one without.
+    while not _serves(large, most):
         most = _whole(most + most // 64 + 1)
     for _ in range(_TRIES):
         middle = _whole((least + most) // 2)

@@ -215,9 +215,8 @@ def _inode(entry: Path) -> int | None:
 
 def _mark_used(entry: Path) -> None:
     with suppress(OSError):  # a read-only cache is nobody's to prune
-        os.utime(
-            entry / MANIFEST, ns=(time.time_ns(),) * 2
-        )  # the kernel's own clock has steps of milliseconds
+        # By its own clock the kernel would write steps of milliseconds.
+        os.utime(entry / MANIFEST, ns=(time.time_ns(),) * 2)
 
 
 def no_room(error: OSError) -> str | None:

@@ -43,9 +43,8 @@ class DigestMemory:
         if isinstance(known, list) and known[:-1] == stamp:
             return str(known[-1])
         digest = sha256_of(path)
-        if (
-            file_identity(path) == stamp
-        ):  # else it changed while it was read: what was read is not to be remembered
+        # Else it changed while it was read: what was read is not to be remembered.
+        if file_identity(path) == stamp:
             self._remember(path, [*stamp, digest])
         return digest
 

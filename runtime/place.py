@@ -145,7 +145,7 @@ def dtype_name(dtype: torch.dtype | str) -> str:
 
 
 def release_memory() -> None:
-    """Give back to the GPUs what nothing refers to any more: PyTorch keeps the memory of freed tensors for itself.
-    Nothing where CUDA was not used."""
+    """Collect garbage, and give back to the GPUs what nothing refers to any more: PyTorch keeps the memory of freed
+    tensors for itself."""
     gc.collect()
     torch.cuda.empty_cache()

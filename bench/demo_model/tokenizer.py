@@ -11,9 +11,7 @@ import gzip
 import json
 from pathlib import Path
 
-from ..machine import ROOT
-
-DEMO = ROOT / "runtime" / "demo"  # the shipped checkpoint, tokenizers included
+DEMO = Path(__file__).resolve().parents[2] / "runtime" / "demo"  # the shipped checkpoint, tokenizers included
 MERGES = 3000
 MAX_LENGTH = 77
 START, END = "<|startoftext|>", "<|endoftext|>"

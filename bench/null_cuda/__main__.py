@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,10 @@ from ...kernels.whole_file import write_json
 from ...runtime.pipeline import Pipeline
 from ...runtime.planner import Planner
 from ..cases import case_named
-from ..machine import describe_machine, module_command
+from ..machine import ROOT, describe_machine, module_command
 from ..models import located
 from .build import build, environment
 
-_ROOT = Path(__file__).resolve().parents[2]
 _ROUNDED = 16 << 20
 
 
@@ -104,7 +103,7 @@ def measure(row: Row, library: Path, work: Path, trace: Path | None) -> dict[str
     return found
 
 
-def _child(row: Row, work: Path, device: dict[str, str] | Any) -> dict[str, int] | None:
+def _child(row: Row, work: Path, device: Mapping[str, str]) -> dict[str, int] | None:
     """What `make` tells; None where it failed, and the process says why."""
     command = [
         sys.executable,
@@ -142,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="latentrt-") as scratch:
-        library = build(_ROOT / "build" / "null_cuda")
+        library = build(ROOT / "build" / "null_cuda")
         work = args.work or Path(scratch)
         print(f"{'':<44}{'plan':>9}{'live':>9}{'reserved':>10}   made in the plan's bytes")
         for row in ROWS:

@@ -70,8 +70,7 @@ def environment(library: Path, **settings: object) -> Mapping[str, str]:
         "LD_PRELOAD": str(library),
         "LD_LIBRARY_PATH": folder,
         "TRITON_LIBCUDA_PATH": folder,
-        "TRITON_CACHE_DIR": str(
-            library.parent / "triton"
-        ),  # what was linked with a real driver is not to be used
+        # What was linked with a real driver is not to be used.
+        "TRITON_CACHE_DIR": str(library.parent / "triton"),
     }
     return found | {f"NULL_CUDA_{name.upper()}": str(value) for name, value in settings.items()}

@@ -9,7 +9,7 @@
  *   NULL_CUDA_WORKSPACE    bytes that cuDNN asks for in each convolution (default 0)
  *   NULL_CUDA_TRACE        a file that every call which matters is written to, one a line; `.PID` is added
  *
- * Functions that are not here and that the libraries need return 0: `__main__.py` writes them.
+ * Functions that are not here and that the libraries need return 0: `build.py` writes them.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
