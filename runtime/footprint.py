@@ -147,26 +147,30 @@ def follow(work: Callable[[], object], arch: int) -> Tracker:
     return tracker
 
 
-def measure(module: nn.Module, inputs: Sequence[Tensor], arch: int) -> Footprint:
+def measure(
+    module: nn.Module, inputs: Sequence[Tensor], arch: int, run: Callable[[], object] | None = None
+) -> Footprint:
     """Follow one forward.
 
     Args:
         module: on the meta device, in the dtype and memory format it is to run in.
         inputs: of its forward, on the meta device.
         arch: as in `follow`.
+        run: the forward as a back end does it, whose memory is told; the module's own by default.
     """
     parameters = list(module.parameters())
     weight_bytes = sum(p.nbytes for p in parameters)
     outputs: list[Tensor] = []
     tracker = follow(lambda: outputs.extend(_tensors(module(*inputs))), arch)
+    memory = tracker if run is None else follow(run, arch)
     return Footprint(
         parameters=sum(p.numel() for p in parameters),
         weight_bytes=weight_bytes,
         held_bytes=weight_bytes,
         flops=tracker.flops,
-        activation_bytes=tracker.peak,
-        scratch_bytes=tracker.scratch,
-        pool_bytes=tracker.room,
+        activation_bytes=memory.peak,
+        scratch_bytes=memory.scratch,
+        pool_bytes=memory.room,
         input_bytes=sum(t.nbytes for t in inputs),
         output_bytes=sum(t.nbytes for t in outputs),
     )

@@ -288,15 +288,9 @@ class Planner:
         if found is None:
             inputs = _inputs(component, rows, height, width)
             engine = self._engine(key, component)
-            found = measure(self._module(key, component), list(inputs.values()), self._arch)
-            call = follow((lambda: engine(inputs)) if loop is None else loop.step, self._arch)
-            found = replace(
-                found,
-                held_bytes=engine.weight_bytes,
-                activation_bytes=call.peak,
-                scratch_bytes=call.scratch,
-                pool_bytes=call.room,
-            )
+            run = (lambda: engine(inputs)) if loop is None else loop.step
+            found = measure(self._module(key, component), list(inputs.values()), self._arch, run)
+            found = replace(found, held_bytes=engine.weight_bytes)
             self._footprints[key, rows, height, width] = found
         return Network(dtype_name(component.dtype), rows, found)
 
