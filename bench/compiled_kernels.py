@@ -24,8 +24,8 @@ from torch import Tensor
 from ..errors import BackendError
 from ..kernels import aot, roofline
 from ..kernels._attention_triton import kernel_sizes, table_of
+from ..kernels.atomic_file import write_atomic
 from ..kernels.registry import specs
-from ..kernels.whole_file import write_whole
 from ..runtime.place import dtype_name
 from .machine import RESULTS, describe_machine, module_command
 
@@ -295,7 +295,7 @@ def _write(path: Path, result: Mapping[str, Any]) -> None:
         if isinstance(value, list):
             text = "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]"
         parts.append(f" {json.dumps(name)}: {text}")
-    write_whole(path, "{\n" + ",\n".join(parts) + "\n}\n")
+    write_atomic(path, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def _title(entry: Entry) -> str:

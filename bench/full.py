@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ..kernels.whole_file import write_json
+from ..kernels.atomic_file import write_json
 from ..runtime.digests import combined
 from ..runtime.host_memory import available_bytes
 from ..runtime.sha256 import digest_of_files

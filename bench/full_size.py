@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..kernels.whole_file import write_json
+from ..kernels.atomic_file import write_json
 from ..runtime.host_memory import forget_peak, peak_bytes
 from ..runtime.models.unet import UNet, UNetConfig, input_names
 from ..runtime.place import dtype_name

@@ -36,7 +36,7 @@ import torch
 
 from ..errors import CacheError, LatentRTError
 from ..export.build_process import build_bytes
-from ..kernels.whole_file import write_json
+from ..kernels.atomic_file import write_json
 from ..runtime.cache import Store
 from ..runtime.engine_store import EngineTarget
 from ..runtime.engines.base import Component

@@ -21,8 +21,8 @@ import torch
 
 from ..kernels import aot, tuning
 from ..kernels._triton import arch_of
+from ..kernels.atomic_file import write_json
 from ..kernels.registry import Case, OpSpec, specs
-from ..kernels.whole_file import write_json
 from .kernel_timing import (
     LOST,
     Float64Check,

@@ -24,8 +24,8 @@ import torch
 from ..errors import BackendUnavailableError
 from ..kernels import aot
 from ..kernels._triton import arch_of, counted, of_library
+from ..kernels.atomic_file import write_json
 from ..kernels.registry import Case, OpSpec, specs
-from ..kernels.whole_file import write_json
 from ..runtime.place import dtype_name
 from .kernel_timing import (
     LOST,
@@ -165,9 +165,9 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
         if "us" not in row:
             yield f"{name:58}  {row['error']}"
             continue
-        rivals = {rival: us for rival, us in row["rivals"].items() if isinstance(us, float)}
-        best = min(rivals, key=rivals.__getitem__, default="")
-        speedup = f"{row['speedup_over_best']:.2f}x" if rivals else "-"
+        baselines = {baseline: us for baseline, us in row["baselines"].items() if isinstance(us, float)}
+        best = min(baselines, key=baselines.__getitem__, default="")
+        speedup = f"{row['speedup_over_best']:.2f}x" if baselines else "-"
         figures = f"{row['us']:>10.1f}{_rate(row):>13}{row['share']:>7.0%}{speedup:>17}"
         ours = "; by PyTorch's libraries" if any(map(of_library, row["launches"])) else ""
         yield f"{name:58}{figures}  {best}{ours}".rstrip()
@@ -217,16 +217,16 @@ def _row(
         if not row["correct"]:
             return {**row, "error": "wrong result"}
         del out
-        rivals = _rivals(timing, spec)
-        for call in rivals.values():  # what has to be compiled takes its time before the watch begins
+        baselines = _baselines(timing, spec)
+        for call in baselines.values():  # what has to be compiled takes its time before the watch begins
             with watched(timing), suppress(Exception):
                 call(*fresh(inputs[0]))
         with watched(timing):
-            found = timing.timer({"ours": spec.op, **rivals}, inputs, 0.25)
+            found = timing.timer({"ours": spec.op, **baselines}, inputs, 0.25)
     except Exception as error:  # of one operator: the others are still to be timed
         return {**row, "error": f"{type(error).__name__}: {error}"[:300]}
     us = found.pop("ours")
-    row["rivals"] = found
+    row["baselines"] = found
     if isinstance(us, str):
         return {**row, "error": us}
     row["us"] = us
@@ -240,11 +240,11 @@ def _row(
     return row
 
 
-def _rivals(timing: Timing, spec: OpSpec) -> dict[str, Callable[..., Any]]:
+def _baselines(timing: Timing, spec: OpSpec) -> dict[str, Callable[..., Any]]:
     """PyTorch's own, and those that are several operators also compiled."""
-    rivals = dict(spec.rivals)
+    baselines = dict(spec.baselines)
     if timing.device.type == "cuda":
         torch._dynamo.reset()  # which gives up, silently, after a few shapes of one function
-        eager = {name: call for name, call in rivals.items() if not name.startswith("SDPA")}
-        rivals |= {f"{name}; compiled": torch.compile(call, dynamic=False) for name, call in eager.items()}
-    return rivals
+        eager = {name: call for name, call in baselines.items() if not name.startswith("SDPA")}
+        baselines |= {f"{name}; compiled": torch.compile(call, dynamic=False) for name, call in eager.items()}
+    return baselines

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.whole_file import write_json
+from ..kernels.atomic_file import write_json
 from ..runtime.engines.packing import Doubling, defer_in_resnet
 from ..runtime.models.layers import ResnetBlock, Upsample
 from ..runtime.place import dtype_name

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..errors import BenchmarkError
 from ..export.check import relative_error
 from ..export.verify import LIMITS
-from ..kernels.whole_file import write_json
+from ..kernels.atomic_file import write_json
 from ..runtime.engines.base import Component, Engine, TensorSpec
 from ..runtime.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine
 from ..runtime.models.layers import ResnetBlock

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import BenchmarkError
-from ..kernels.whole_file import write_whole
+from ..kernels.atomic_file import write_atomic
 from . import tables
 from .cases import SIDES
 from .machine import RESULTS, ROOT
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     source = args.result or RESULTS / _DEMO
     text = refreshed(README.read_text("utf-8"), read_report(source), RESULTS)
-    write_whole(RESULTS / _DEMO, source.read_text("utf-8"))
+    write_atomic(RESULTS / _DEMO, source.read_text("utf-8"))
     README.write_text(text, "utf-8")
     return 0
 

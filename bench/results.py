@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..errors import BenchmarkError
-from ..kernels.whole_file import write_json
+from ..kernels.atomic_file import write_json
 from .gates import Quality
 from .profile import Profile
 from .stats import Interval, Spread

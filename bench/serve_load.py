@@ -36,7 +36,7 @@ import numpy as np
 import PIL.Image
 
 from ..errors import BenchmarkError
-from ..kernels.whole_file import write_json
+from ..kernels.atomic_file import write_json
 from .machine import RESULTS, describe_machine, module_command
 from .serve_process import Memory, Running, serving
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import RequestError
-from ..kernels.whole_file import write_json, write_whole
+from ..kernels.atomic_file import write_atomic, write_json
 from .features import Judges
 from .gates import FID_LEAST
 from .plots import lines
@@ -179,4 +179,4 @@ def write_sweep(folder: Path, points: Sequence[Point], about: dict[str, Any], ti
         "points": [asdict(p) for p in points],
     }
     write_json(folder / "sweep.json", content)
-    write_whole(folder / "sweep.html", page(points, title))
+    write_atomic(folder / "sweep.html", page(points, title))

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from ..errors import BenchmarkError
-from ..kernels.whole_file import write_json
+from ..kernels.atomic_file import write_json
 from ..runtime.pipeline import Pipeline
 from .cases import CASES, DTYPES, Case, case_named
 from .machine import describe_machine, is_commit

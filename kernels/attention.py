@@ -147,7 +147,7 @@ register(
                 *_candidates([b for b in _BLOCKS_WIDE if b["BLOCK_M"] == 64], (1, 2), [_TMA]),
             ],
         },
-        rivals={
+        baselines={
             "SDPA flash": _sdpa(SDPBackend.FLASH_ATTENTION),
             "SDPA cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION),
             "SDPA memory-efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),

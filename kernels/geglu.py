@@ -158,7 +158,7 @@ register(
                 for w in (4, 8)
             ]
         },
-        rivals={"chunk, F.gelu, multiply": lambda x: x.chunk(2, -1)[0] * F.gelu(x.chunk(2, -1)[1])},
+        baselines={"chunk, F.gelu, multiply": lambda x: x.chunk(2, -1)[0] * F.gelu(x.chunk(2, -1)[1])},
     )
 )
 register(
@@ -194,6 +194,6 @@ register(
                 ),
             ]
         },
-        rivals={"F.linear, then gate": _linear_then_gate},
+        baselines={"F.linear, then gate": _linear_then_gate},
     )
 )

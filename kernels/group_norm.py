@@ -203,7 +203,7 @@ register(
         ],
         limit="copy",
         candidates=_CANDIDATES,
-        rivals={"F.group_norm": _torch_norm},
+        baselines={"F.group_norm": _torch_norm},
     )
 )
 register(
@@ -218,6 +218,6 @@ register(
         ],
         limit="copy",
         candidates=_CANDIDATES,
-        rivals={"F.group_norm, F.silu": lambda *args: F.silu(_torch_norm(*args))},
+        baselines={"F.group_norm, F.silu": lambda *args: F.silu(_torch_norm(*args))},
     )
 )

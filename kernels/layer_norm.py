@@ -149,7 +149,7 @@ register(
         ],
         limit="copy",
         candidates={"layer_norm": _CANDIDATES},
-        rivals={"F.layer_norm": lambda x, w, b, eps: F.layer_norm(x, x.shape[-1:], w, b, eps)},
+        baselines={"F.layer_norm": lambda x, w, b, eps: F.layer_norm(x, x.shape[-1:], w, b, eps)},
     )
 )
 register(
@@ -164,6 +164,6 @@ register(
         ],
         limit="copy",
         candidates={"layer_norm": _CANDIDATES},
-        rivals={"add + F.layer_norm": _add_then_norm},
+        baselines={"add + F.layer_norm": _add_then_norm},
     )
 )

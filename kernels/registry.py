@@ -73,7 +73,7 @@ class OpSpec:
     """Whether half types must be multiplied by tensor cores."""
     candidates: Mapping[str, Sequence[Mapping[str, int]]] = field(default_factory=dict)
     """Constants, by tuning table, that `latentrt kernels --tune` tries."""
-    rivals: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    baselines: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """PyTorch's own ways to the same result, by name, for `--measure`."""
 
     def launch(self, *args: Any) -> Any:

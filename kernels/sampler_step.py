@@ -316,6 +316,6 @@ register(
                 for warps in (2, 4, 8)
             ]
         },
-        rivals={"PyTorch's operators": _reference},
+        baselines={"PyTorch's operators": _reference},
     )
 )

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .whole_file import write_whole
+from .atomic_file import write_atomic
 
 __all__ = ["FOLDER", "LIBRARY", "architectures", "by_library", "constants", "load", "save", "trying", "width"]
 
@@ -130,7 +130,7 @@ def save(
         for name in sorted(tables)
     ]
     head = f'  "arch": {arch},\n  "measured_on": {json.dumps(data["measured_on"])},\n'
-    write_whole(path, "{\n" + head + '  "tables": {\n' + ",\n".join(rows) + "\n  }\n}\n")
+    write_atomic(path, "{\n" + head + '  "tables": {\n' + ",\n".join(rows) + "\n  }\n}\n")
     for function in (load, architectures, _with_data):
         function.cache_clear()
     return path

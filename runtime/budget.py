@@ -14,8 +14,8 @@ from ..errors import OutOfMemoryError
 from ..kernels._triton import arch_of
 from .engines.lazy import EngineLoader, LazyEngine
 from .expert import Expert
-from .kept import DEFAULT_LIMIT
-from .memory import POLICIES, Plan, Policy, kind_of, readable, stays
+from .graph_cache import DEFAULT_LIMIT
+from .memory import POLICIES, Plan, Policy, format_bytes, kind_of, stays
 from .place import free_memory
 from .planner import Planner
 from .request import GenerationRequest
@@ -60,7 +60,7 @@ class Budget:
             policy: which weights are on the device when.
             limit: bytes of the device that it may take; all that is free by default.
             loop_memory: bytes of recorded work that may be kept; by default what a request's plan leaves free, and
-                `kept.DEFAULT_LIMIT` where nothing bounds the memory.
+                `graph_cache.DEFAULT_LIMIT` where nothing bounds the memory.
 
         Raises:
             MemoryPlanError: the weights cannot fit.
@@ -73,7 +73,7 @@ class Budget:
         self._planners: dict[tuple[str, int], Planner] = {}
         self._seen: tuple[torch.device, int] | None = None
         if loop_memory is not None:
-            loader.kept.limit = loop_memory
+            loader.graph_cache.limit = loop_memory
         available = self.available()
         if available is not None:
             weights = self._among_others(self.planner.of_weights())
@@ -130,11 +130,11 @@ class Budget:
         "low" also what it will be given: other pipelines' networks, which leave for its own."""
         own, residency = self.planner.engines(), self._loader.residency
         held = {name: x.held_bytes for name, x in self._present().items()}
-        held["recorded"] = self._loader.kept.nbytes
+        held["recorded"] = self._loader.graph_cache.nbytes
         if residency is not None and residency.policy == "low":
             for x in residency.present:
                 if x.present and x.device == self._loader.device and x not in own.values():
-                    held[f"another {x.component.name}"] = x.held_bytes + x.kept.nbytes
+                    held[f"another {x.component.name}"] = x.held_bytes + x.graph_cache.nbytes
         return held
 
     def available(self, *, idle: bool = True) -> int | None:
@@ -216,7 +216,7 @@ class Budget:
             _log.warning(
                 "the VAE decodes in tiles, a little off the whole picture, which by plan would not fit"
             )
-        kept, graphs = self._loader.kept, self._loader.graphs
+        kept, graphs = self._loader.graph_cache, self._loader.graphs
         if self._loop_memory is None:
             kept.limit = DEFAULT_LIMIT if room is None else room
         if room is not None:
@@ -227,14 +227,14 @@ class Budget:
 
     def warn_of_evictions(self, before: int) -> None:
         """Say what a warm-up lost again; `before` is what `kept.evicted` was when it began."""
-        kept = self._loader.kept
+        kept = self._loader.graph_cache
         if kept.evicted > before:
             _log.warning(
                 "%d recordings of this warm-up are gone again: %s are kept, and there is room for %s; warm up fewer "
                 "sizes or batches, or give loop_memory=",
                 kept.evicted - before,
-                readable(kept.nbytes),
-                readable(kept.limit),
+                format_bytes(kept.nbytes),
+                format_bytes(kept.limit),
             )
 
     def retried(
@@ -264,14 +264,14 @@ class Budget:
             # Only now are the frames that failed gone, and what they held.
             if again or not (freed := self._freed()):
                 break
-            _log.warning("%s; let go %s that were kept, and begin again", failure, readable(freed))
+            _log.warning("%s; let go %s that were kept, and begin again", failure, format_bytes(freed))
             begin_again()
         raise OutOfMemoryError(f"{failure}. By plan, {told().told(self._policy)}") from failure.__cause__
 
     def _freed(self) -> int:
         """Let go of what no call uses; returns its bytes."""
         device = self._loader.device
-        freed = self._loader.kept.drop()
+        freed = self._loader.graph_cache.drop()
         gc.collect()
         if device.type == "cuda":
             reserved = torch.cuda.memory_reserved(device)

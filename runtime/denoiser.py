@@ -90,9 +90,9 @@ class Run:
     """A loop that has taken up a request, to be run once."""
 
     def __init__(
-        self, loop: _Loop, table: SamplerTable, turn: Callable[[], AbstractContextManager[None]]
+        self, loop: _Loop, table: SamplerTable, exclusive: Callable[[], AbstractContextManager[None]]
     ) -> None:
-        self._loop, self._table, self._turn = loop, table, turn
+        self._loop, self._table, self._exclusive = loop, table, exclusive
 
     def __call__(self, latents: Tensor, host: Host) -> Tensor:
         """Take every step of the table.
@@ -104,7 +104,7 @@ class Run:
             float32 [B, C, h, w], which the device may not have computed yet.
         """
         static = self._loop.state.latents
-        with self._turn():
+        with self._exclusive():
             static.copy_(latents)
             walk(static, self._loop.step, self._table, host)
             return static.clone()
@@ -136,18 +136,18 @@ class Denoiser:
         key = kind, 0 if first is None else first.shape[1]
         with unet.loop() as engine:
             # Not if it was loaded anew, or moved to another device.
-            loop: _Loop | None = unet.kept.take(unet.token, key, lambda loop: loop.engine is engine)
+            loop: _Loop | None = unet.graph_cache.take(unet.token, key, lambda loop: loop.engine is engine)
             try:
-                with unet.turn():
+                with unet.exclusive():
                     if loop is None:
                         with torch.inference_mode(False):  # a caller's own would mark the static tensors
                             loop = _Loop(unet, kind, asked.constants)
                     loop.start(asked)
-                yield Run(loop, asked.table, unet.turn)
+                yield Run(loop, asked.table, unet.exclusive)
             except BaseException:  # it is dropped, once what it has put on the device is done
                 queue_of(unet.device).record().synchronize()
                 raise
-            unet.kept.put(unet.token, key, loop, loop.nbytes, queue_of(unet.device).record())
+            unet.graph_cache.put(unet.token, key, loop, loop.nbytes, queue_of(unet.device).record())
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ..kernels.whole_file import write_json
+from ..kernels.atomic_file import write_json
 from .cache import cache_root
 from .sha256 import file_identity, sha256_of
 

@@ -65,9 +65,9 @@ class Graph(Protocol):
 
 
 class Graphs:
-    """Recordings on one device, which share their memory, and whose turn it is.
+    """Recordings on one device, which share their memory, one at a time.
 
-    Recordings that share memory must not run at once: `turn` is held while something is recorded or replayed.
+    Recordings that share memory must not run at once: `exclusive` is held while something is recorded or replayed.
 
     Attributes:
         room: bytes that the shared memory begins with in one piece, where somebody knows what is to be recorded (a
@@ -84,7 +84,7 @@ class Graphs:
         self._last: Any = None
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Nothing else is recorded or replayed meanwhile, in any thread or stream."""
         with self._lock:
             if self._last is not None:

@@ -32,8 +32,8 @@ __all__ = [
     "Policy",
     "Stage",
     "check_policy",
+    "format_bytes",
     "kind_of",
-    "readable",
     "stays",
 ]
 
@@ -173,22 +173,22 @@ class Plan:
         if max(need.values()) <= available:
             return
         raise MemoryPlanError(
-            f"{self.told(policy)}, and there are {readable(available)}; {self._remedy(available, remedy)}"
+            f"{self.told(policy)}, and there are {format_bytes(available)}; {self._remedy(available, remedy)}"
         )
 
     def told(self, policy: str) -> str:
         """What it needs and in which stage, for messages."""
         need = self.need(policy)
-        stages = ", ".join(f"{name} {readable(nbytes)}" for name, nbytes in need.items())
+        stages = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in need.items())
         unused = sorted(self.staying.get(policy, {}).keys() - self.used())
         beside = f", beside {', '.join(unused)} that stays there" if unused else ""
         return (
-            f"{self.subject} needs {readable(max(need.values()))} of device memory by policy {policy!r} "
+            f"{self.subject} needs {format_bytes(max(need.values()))} of device memory by policy {policy!r} "
             f"({stages}{beside})"
         )
 
     def _remedy(self, available: int, otherwise: str) -> str:
-        fitting = [f"{p!r} ({readable(self.peak(p))})" for p in POLICIES if self.peak(p) <= available]
+        fitting = [f"{p!r} ({format_bytes(self.peak(p))})" for p in POLICIES if self.peak(p) <= available]
         if fitting:
             smaller = ", or a smaller size or batch" if self.pool_bytes() else ""
             return f"take policy {' or '.join(fitting)}{smaller}"
@@ -197,10 +197,12 @@ class Plan:
         weights = self.networks[name].footprint.held_bytes
         if weights + RESERVE > available:
             return (
-                f"the weights of {name} alone are {readable(weights)}, and {readable(RESERVE)} are kept free for "
-                f"libraries: {otherwise}"
+                f"the weights of {name} alone are {format_bytes(weights)}, and {format_bytes(RESERVE)} are kept "
+                f"free for libraries: {otherwise}"
             )
-        return f"no policy fits, {least!r} needs {readable(self.peak(least))}: take a smaller size or batch"
+        return (
+            f"no policy fits, {least!r} needs {format_bytes(self.peak(least))}: take a smaller size or batch"
+        )
 
     def floor_ms(self, stage: Stage, gpu: Gpu) -> tuple[float, Limit]:
         """The least milliseconds a stage takes: products at the matrix rate, or weights, inputs and outputs once
@@ -268,7 +270,7 @@ def stays(policy: Policy, kind: Kind, running: Kind) -> bool:
     return policy == "resident"
 
 
-def readable(nbytes: int) -> str:
+def format_bytes(nbytes: int) -> str:
     """Such as 5.13 GB, 3.6 MB or 12 kB."""
     if nbytes >= 1e9:
         return f"{nbytes / 1e9:.2f} GB"

@@ -23,7 +23,7 @@ from .previews import Previewer
 from .progress import Watch
 from .record import records
 from .request import GenerationRequest, OutputType, Size
-from .residency import turns
+from .residency import exclusive
 from .sampler import SAMPLERS
 from .stages import Stage, stages_of_request, warn_of_late_start
 from .text_encoder import TextEncoder
@@ -248,7 +248,7 @@ class Pipeline:
             MemoryPlanError: the largest cannot fit. What fits by itself and cannot be kept beside the others is logged.
         """
         pixels = [(None, None)] if sizes is None else sorted(sizes, key=lambda size: -size[0] * size[1])
-        evicted = self._loader.kept.evicted
+        evicted = self._loader.graph_cache.evicted
         for height, width in pixels:
             for batch in sorted(batches, reverse=True):  # the largest first: others then fit its memory
                 call = self._arguments(
@@ -369,7 +369,7 @@ class Pipeline:
         }
         with (
             self._watched(stages, bar, previewer=call["previewer"], **callbacks) as watch,
-            turns(self._parts.engines()),
+            exclusive(self._parts.engines()),
             self._in_own_dtypes(),
             torch.no_grad(),
         ):
@@ -410,7 +410,7 @@ class Pipeline:
         """
         own, stages = self._staged(self._arguments(""))
         tile = self._budget.admit(own, stages, idle=not self._running, tiled=False)
-        with turns(self._parts.engines()), self._in_own_dtypes():
+        with exclusive(self._parts.engines()), self._in_own_dtypes():
             return Previewer.fit(self.vae, own.height, own.width, self.device, tile=tile)
 
     def _bound(self, name: str, callback: Callable[..., Any] | None) -> Callable[..., Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..kernels.roofline import Gpu
-from .memory import POLICIES, RESERVE, STAGING, Plan, readable
+from .memory import POLICIES, RESERVE, STAGING, Plan, format_bytes
 
 __all__ = ["lines"]
 
@@ -17,9 +17,10 @@ def lines(plan: Plan, gpu: Gpu) -> Iterator[str]:
     yield f"{'one forward':<24}{'dtype':<10}{'rows':>4}{'weights':>11}{'activations':>13}{'scratch':>10}{'TFLOP':>10}"
     for name, network in plan.networks.items():
         f = network.footprint
-        sizes = (
-            f"{readable(f.weight_bytes):>11}{readable(f.activation_bytes):>13}{readable(f.scratch_bytes):>10}"
+        weights, activations, scratch = map(
+            format_bytes, (f.weight_bytes, f.activation_bytes, f.scratch_bytes)
         )
+        sizes = f"{weights:>11}{activations:>13}{scratch:>10}"
         yield f"{name:<24}{network.dtype:<10}{network.rows:>4}{sizes}{f.flops / 1e12:>10.4f}"
     yield ""
     yield f"{'stage':<24}{'forwards':>14}{'graph pool':>12}{'TFLOP':>12}{'floor ms':>10}  limited by"
@@ -27,7 +28,7 @@ def lines(plan: Plan, gpu: Gpu) -> Iterator[str]:
         ms, limit = plan.floor_ms(stage, gpu)
         forwards = ", ".join(str(calls) for calls in stage.calls.values())
         pool = max(plan.networks[name].footprint.pool_bytes for name in stage.calls)
-        figures = f"{readable(pool):>12}{plan.flops(stage) / 1e12:>12.4f}{ms:>10.3f}"
+        figures = f"{format_bytes(pool):>12}{plan.flops(stage) / 1e12:>12.4f}{ms:>10.3f}"
         yield f"{stage.name:<24}{forwards:>14}{figures}  {limit}"
     total = sum(plan.floor_ms(stage, gpu)[0] for stage in plan.stages)
     yield f"{'all':<62}{total:>10.3f}  {gpu.name}, {gpu.source} ceilings"
@@ -36,9 +37,9 @@ def lines(plan: Plan, gpu: Gpu) -> Iterator[str]:
     yield f"{'device memory':<14}{''.join(f'{name:>11}' for name in names)}{'peak':>11}{'pinned host':>14}"
     for policy in POLICIES:
         need = plan.need(policy).values()
-        stages = "".join(f"{readable(nbytes):>11}" for nbytes in need)
-        yield f"{policy:<14}{stages}{readable(max(need)):>11}{readable(STAGING):>14}"
+        stages = "".join(f"{format_bytes(nbytes):>11}" for nbytes in need)
+        yield f"{policy:<14}{stages}{format_bytes(max(need)):>11}{format_bytes(STAGING):>14}"
     yield (
-        f"of it {readable(plan.buffer_bytes)} of buffers and {readable(RESERVE)} kept free for libraries; "
+        f"of it {format_bytes(plan.buffer_bytes)} of buffers and {format_bytes(RESERVE)} kept free for libraries; "
         "the CUDA context comes on top"
     )

@@ -70,7 +70,7 @@ _OTHERS = (
         "export/verify.py",
     ),
     *("export/plugin_kernels.py", "export/quick_plugins.py"),
-    *("kernels/binaries.py", "kernels/aot.py", "kernels/whole_file.py"),
+    *("kernels/binaries.py", "kernels/aot.py", "kernels/atomic_file.py"),
 )
 _MAKERS = ("torch", "onnx", "onnx-ir", "onnxscript")
 _CHECKERS = ("onnxruntime", "onnxruntime-gpu")

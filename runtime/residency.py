@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ..errors import RequestError
 from .engines.base import Component
-from .kept import Kept
+from .graph_cache import GraphCache
 from .memory import STAGING, Kind, Policy, kind_of, stays
 
-__all__ = ["Residency", "Resident", "Staging", "Weights", "turns"]
+__all__ = ["Residency", "Resident", "Staging", "Weights", "exclusive"]
 
 _ALIGNMENT = 512
 """Bytes; that of PyTorch's own allocations on a GPU."""
@@ -81,10 +81,10 @@ class Weights:
         self._there: Tensor | None = None  # uint8 [N], the piece on the device
         self._home: Tensor | None = None  # and on the host
         if device.type == "cuda":
-            self.arrive()
+            self.onload()
 
     @torch.inference_mode(False)
-    def arrive(self) -> None:
+    def onload(self) -> None:
         """Move to the device. Broken off midway, they are where they were."""
         if self._home is not None and self._there is not None:  # nobody heard of its end: not there twice
             self._point_into(self._home)
@@ -99,7 +99,7 @@ class Weights:
         self._point_into(there)
 
     @torch.inference_mode(False)
-    def leave(self) -> None:
+    def offload(self) -> None:
         """Move to the host, and give the device's memory back. Broken off midway, they can be told to leave again."""
         if self._home is None:
             self._home = self._copy()  # only once it is whole: weights come back from it
@@ -209,7 +209,7 @@ class Resident(Protocol):
         ...
 
     @property
-    def kept(self) -> Kept:
+    def graph_cache(self) -> GraphCache:
         """What is recorded of it, among others, and goes when it leaves."""
         ...
 
@@ -223,7 +223,7 @@ class Resident(Protocol):
         """What may make it leave, if anything does."""
         ...
 
-    def leave(self) -> None:
+    def offload(self) -> None:
         """Give back the device's memory until it is used again."""
         ...
 
@@ -233,11 +233,11 @@ class Residency:
 
     Attributes:
         policy: by which they leave.
-        turn: held by who uses any of the engines, from the first to the last: two at once would send each other's away.
+        lock: held by who uses any of the engines, from the first to the last: two at once would send each other's away.
     """
 
     def __init__(self, policy: Policy) -> None:
-        self.turn = threading.RLock()
+        self.lock = threading.RLock()
         self.policy = policy
         self._present: list[weakref.ref[Resident]] = []  # it is their owners that let go of them
 
@@ -272,7 +272,7 @@ class Residency:
                     "memory='balanced', or do it after the call; for pictures of steps call fit_previewer before it"
                 )
         for other in leaving:
-            other.leave()
+            other.offload()
         self._present = [weakref.ref(other) for other in self.present if other is not engine]
         self._present.append(weakref.ref(engine))
 
@@ -282,10 +282,10 @@ class Residency:
 
 
 @contextmanager
-def turns(engines: Iterable[Resident]) -> Iterator[None]:
+def exclusive(engines: Iterable[Resident]) -> Iterator[None]:
     """None of these leaves for another thread meanwhile."""
     found = {id(x.residency): x.residency for x in engines if x.residency is not None}
     with ExitStack() as stack:
         for _, residency in sorted(found.items()):  # in one order, whoever asks
-            stack.enter_context(residency.turn)
+            stack.enter_context(residency.lock)
         yield

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from scipy import ndimage
 
-from ...kernels.whole_file import write_json
+from ...kernels.atomic_file import write_json
 from ...runtime.vae import VAE
 from ..machine import describe_machine, module_command
 from ..quality import ImageTower, as_input, fid_difference, fid_features, frechet_distance

@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import AutoencoderKL
 
 from ...errors import RequestError
-from ...kernels.whole_file import write_json
+from ...kernels.atomic_file import write_json
 from ...runtime.sha256 import sha256_of
 from .loop import console
 

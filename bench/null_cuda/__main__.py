@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ...kernels.whole_file import write_json
+from ...kernels.atomic_file import write_json
 from ...runtime.pipeline import Pipeline
 from ...runtime.planner import Planner
 from ..cases import case_named

@@ -195,11 +195,11 @@ class Engine(Protocol):
 class Movable(Engine, Protocol):
     """An engine whose weights can leave the device and come back while it stays. Not while it runs."""
 
-    def leave(self) -> None:
+    def offload(self) -> None:
         """Give back the device's memory; what was recorded over the weights must not be replayed any more."""
         ...
 
-    def arrive(self) -> None:
+    def onload(self) -> None:
         """Come back."""
         ...
 

@@ -64,13 +64,13 @@ class EagerEngine:
     ) -> Program:
         return CallProgram(self, inputs, outputs, capturable=True)
 
-    def leave(self) -> None:
+    def offload(self) -> None:
         if self._weights is not None:
-            self._weights.leave()
+            self._weights.offload()
 
-    def arrive(self) -> None:
+    def onload(self) -> None:
         if self._weights is not None:
-            self._weights.arrive()
+            self._weights.onload()
 
     def close(self) -> None:
         self._module = self._weights = None

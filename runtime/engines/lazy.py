@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..graph import Graphs, expect_modes
-from ..kept import Kept
+from ..graph_cache import GraphCache
 from ..memory import Policy
 from ..residency import Residency
 from ..streams import queue_of
@@ -55,7 +55,7 @@ class EngineLoader:
         self._graphs = graphs
         self.dtype = dtype
         self.cache_dir = cache_dir
-        self.kept = Kept()
+        self.graph_cache = GraphCache()
         self.residency: Residency | None = None
         if memory != "resident":
             found = [x.residency for x in shared if x.residency is not None and x.residency.policy == memory]
@@ -142,7 +142,7 @@ class LazyEngine:
         self._loops = 0
         self.token = object()
         # Its loader may outlive it, by an engine that another pipeline shares.
-        weakref.finalize(self, loader.kept.forget, self.token).atexit = False
+        weakref.finalize(self, loader.graph_cache.forget, self.token).atexit = False
 
     @property
     def device(self) -> torch.device:
@@ -155,9 +155,9 @@ class LazyEngine:
         return self._loader.graphs
 
     @property
-    def kept(self) -> Kept:
+    def graph_cache(self) -> GraphCache:
         """Where what was recorded of it waits, by its token and its kind; it goes with the engine."""
-        return self._loader.kept
+        return self._loader.graph_cache
 
     @property
     def residency(self) -> Residency | None:
@@ -196,11 +196,11 @@ class LazyEngine:
     def load(self) -> Engine:
         """The engine itself, its weights on the device; exports or compiles the component when its cache lacks it.
 
-        Where there is a `residency`, to be called and used in its `turn`.
+        Where there is a `residency`, to be called and used with its `lock` held.
         """
         if self.residency is None:
             return self._loaded()
-        with self.residency.turn:
+        with self.residency.lock:
             self.residency.enter(self)
             return self._loaded()
 
@@ -214,62 +214,62 @@ class LazyEngine:
                         self.component, device=loader.device, cache_dir=loader.cache_dir
                     )
             if self._away and isinstance(self._engine, Movable):
-                self._engine.arrive()
+                self._engine.onload()
                 self._away = False
             return self._engine
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.residency is not None:  # a recording would not outlive the weights' stay
-            with self.residency.turn:
+            with self.residency.lock:
                 engine = self.load()
-                with self.turn():
+                with self.exclusive():
                     return engine(inputs)
         engine = self.load()
         if self.graphs is None:
             return engine(inputs)
-        with self.graphs.turn():
+        with self.graphs.exclusive():
             kind, call = self._taken(engine, inputs, self.graphs)
             if call is None:
                 return engine(inputs)
             result = call(inputs)
-            self.kept.put(self.token, kind, call, call.nbytes, queue_of(self.device).record())
+            self.graph_cache.put(self.token, kind, call, call.nbytes, queue_of(self.device).record())
             return result
 
-    def turn(self) -> AbstractContextManager[None]:
+    def exclusive(self) -> AbstractContextManager[None]:
         """Nothing that was recorded runs meanwhile, on whatever stream: it may share memory with what the engine runs
-        in. After its `residency`'s turn, where there is one."""
-        return nullcontext() if self.graphs is None else self.graphs.turn()
+        in. After its `residency`'s lock, where there is one."""
+        return nullcontext() if self.graphs is None else self.graphs.exclusive()
 
     def record(self, inputs: Mapping[str, Tensor]) -> None:
         """Load the engine and record its call for inputs of these shapes, where work is recorded and can be kept."""
         if self.graphs is None or self.residency is not None:
             return
         engine = self.load()
-        with self.graphs.turn():
+        with self.graphs.exclusive():
             kind, call = self._taken(engine, inputs, self.graphs)
             if call is not None:
-                self.kept.put(self.token, kind, call, call.nbytes, queue_of(self.device).record())
+                self.graph_cache.put(self.token, kind, call, call.nbytes, queue_of(self.device).record())
 
     def _taken(
         self, engine: Engine, inputs: Mapping[str, Tensor], graphs: Graphs
     ) -> tuple[Hashable, _Call | None]:
         """A call for such inputs that nobody else has, and its kind; None where it could not be kept."""
         kind = tuple((name, tuple(x.shape), x.dtype) for name, x in inputs.items())
-        call: _Call | None = self.kept.take(self.token, kind, lambda call: call.engine is engine)
+        call: _Call | None = self.graph_cache.take(self.token, kind, lambda call: call.engine is engine)
         if call is None:
             arguments(self.component, inputs)  # told of a wrong shape before anything is made of it
-            if _Call.size(self.component, inputs) > self.kept.limit:
+            if _Call.size(self.component, inputs) > self.graph_cache.limit:
                 return kind, None
             with torch.inference_mode(False):  # a caller's own would mark the static tensors
                 call = _Call(self.component, engine, inputs, graphs)
         return kind, call
 
-    def leave(self) -> None:
+    def offload(self) -> None:
         """Give the device's memory back until the next use: the weights move to the host where they can; else the
         engine is closed."""
         with self._idle():
             if isinstance(self._engine, Movable):
-                self._engine.leave()
+                self._engine.offload()
                 self._away = True
             else:
                 self._end()
@@ -282,16 +282,16 @@ class LazyEngine:
     @contextmanager
     def _idle(self) -> Iterator[None]:
         """Nothing of it is put on the device meanwhile, and then nothing is kept that was recorded over its weights."""
-        turns: list[AbstractContextManager[object]] = [self.turn(), self._lock]
+        locks: list[AbstractContextManager[object]] = [self.exclusive(), self._lock]
         if self.residency is not None:
-            turns.insert(0, self.residency.turn)
+            locks.insert(0, self.residency.lock)
         with ExitStack() as stack:
-            for turn in turns:
-                stack.enter_context(turn)
+            for lock in locks:
+                stack.enter_context(lock)
             try:
                 yield
             finally:  # last: an engine that must not lose what is running waits for it as it closes
-                self.kept.drop(self.token)
+                self.graph_cache.drop(self.token)
             if self.residency is not None:
                 self.residency.left(self)
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ...errors import BackendError, BackendUnavailableError, RequestError
 from ..engine_store import EngineTarget, StoredEngine
-from ..memory import RESERVE, readable
+from ..memory import RESERVE, format_bytes
 from ..prepare import Rebuild, engine
 from ..streams import between
 from . import plugins
@@ -231,7 +231,7 @@ class TensorRTEngine:
         self._engine.weight_streaming_budget_v2 = budget
         taken = int(self._engine.weight_streaming_budget_v2)
         if taken != budget:  # the binding does not say that it was refused
-            what = f"keeps {readable(taken)} of {name}'s weights on the GPU, and was told {readable(budget)}"
+            what = f"keeps {format_bytes(taken)} of {name}'s weights on the GPU, and was told {format_bytes(budget)}"
             _log.warning("%s %s", title, what)
         return size - taken
 
@@ -263,7 +263,7 @@ class TensorRTEngine:
 
     def _capturable(self, context: _Context) -> bool:
         if self._streamed:
-            why = f"{readable(self._streamed)} of its weights stay in host memory"
+            why = f"{format_bytes(self._streamed)} of its weights stay in host memory"
         elif self._product.needs_gpu:
             return True
         else:

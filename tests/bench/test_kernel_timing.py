@@ -43,7 +43,7 @@ def small_attention(**changes: Any) -> OpSpec:
         **vars(ATTENTION),
         "cases": [Case(name, inputs, 1e6, 5120, calls) for name, calls in (("one", 1), ("two", 3))],
         "candidates": {"attention_wide": SMALL_WIDE, "attention": SMALL},
-        "rivals": {"itself": ATTENTION.reference, "broken": fails},
+        "baselines": {"itself": ATTENTION.reference, "broken": fails},
         **changes,
     }
     return OpSpec(**fields)
@@ -77,7 +77,7 @@ BF16 = [torch.bfloat16]
 
 
 def test_measuring(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gate, launches counted, rivals that fail; what takes the most first."""
+    """The gate, launches counted, baselines that fail; what takes the most first."""
     path = here.folder / "kernels-a-fake.json"
     monkeypatch.setattr(sys, "argv", ["cli.py", "kernels", "--measure", "--out", "a folder"])
     with forced(), tuning.trying("attention", SMALL[1]):
@@ -97,7 +97,7 @@ def test_measuring(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["launches"] == {"_attention": 1}
     assert row["tflops"] == pytest.approx(1e6 / 19e-6 / 1e12)
     assert row["share"] == pytest.approx(row["tflops"] / result["ceilings"]["bfloat16"])
-    assert row["rivals"] == {"itself": 19.0, "broken": "RuntimeError: no such back end"}
+    assert row["baselines"] == {"itself": 19.0, "broken": "RuntimeError: no such back end"}
     assert row["speedup_over_best"] == 1.0
     table = list(timings.lines(result))
     assert table[1].split() == [
@@ -161,7 +161,7 @@ def test_a_wrong_kernel_is_not_timed(here: Timing) -> None:
 
 
 def test_each_part_of_a_row_has_its_own_time(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compiled for a rival is no reason to think that a kernel hangs."""
+    """What is compiled for a baseline is no reason to think that a kernel hangs."""
     begun: list[str] = []
 
     @contextmanager
@@ -179,7 +179,7 @@ def test_each_part_of_a_row_has_its_own_time(here: Timing, monkeypatch: pytest.M
 
     monkeypatch.setattr(timings, "watched", watched)
     with forced(), tuning.trying("attention", SMALL[1]):
-        spec = small_attention(op=noted("o"), rivals={"a": noted("a"), "b": noted("b")})
+        spec = small_attention(op=noted("o"), baselines={"a": noted("a"), "b": noted("b")})
         result = timings.measure(here, [spec], BF16)
     assert all("us" in row for row in result["rows"])
     assert begun == ["o", "", "a", "b", "oab"] * 2
@@ -475,7 +475,7 @@ def test_the_command_says_what_has_no_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = {"op": "geglu", "case": "one", "dtype": "bfloat16", "us": 1.0, "tflops": 0, "tbs": 1, "share": 0.5}
-    good |= {"rivals": {}, "launches": {"_geglu_kernel": 1}}
+    good |= {"baselines": {}, "launches": {"_geglu_kernel": 1}}
     bad = {"op": "geglu", "case": "two", "dtype": "bfloat16", "error": "wrong result"}
     result: dict[str, Any] = {"rows": [good], "left": [], "ceilings": {"copy": 4.0}}
     monkeypatch.setattr(kernel_timing, "require_gpu", lambda: torch.device("cpu"))

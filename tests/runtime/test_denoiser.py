@@ -223,13 +223,13 @@ def test_threads_record_no_more_loops_than_run_at_once(component: Component, cap
 
 def test_few_loops_are_kept(component: Component) -> None:
     lazy = engine(component, "eager", graphs=False)
-    lazy.kept.limit = 300_000
+    lazy.graph_cache.limit = 300_000
     loop = Denoiser(lazy)
     for seed in range(40):
         Request(component, seed).run(loop)
-        assert lazy.kept.nbytes <= lazy.kept.limit
-    assert len(lazy.kept) > 1
-    assert lazy.kept.evicted > 1
+        assert lazy.graph_cache.nbytes <= lazy.graph_cache.limit
+    assert len(lazy.graph_cache) > 1
+    assert lazy.graph_cache.evicted > 1
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -310,7 +310,7 @@ def test_loops_whose_unets_are_not_there_together_are_made_ready_one_by_one(
         found.append(latents)
         captures.clear()
         for loop in loops:
-            loop._unet.kept.drop(loop._unet.token)
+            loop._unet.graph_cache.drop(loop._unet.token)
     assert found[0].equal(found[1])
     with ready(asked, together=False) as runs:
         assert captures == []
@@ -348,6 +348,6 @@ def test_a_loop_goes_after_its_engine_was_closed(
     Request(component, 3, "euler-a").run(Denoiser(lazy))
     loaded, kept = lazy.load(), []
     close = loaded.close
-    monkeypatch.setattr(loaded, "close", lambda: (kept.append(len(lazy.kept)), close()))
+    monkeypatch.setattr(loaded, "close", lambda: (kept.append(len(lazy.graph_cache)), close()))
     lazy.close()
-    assert (kept, len(lazy.kept)) == ([1], 0)
+    assert (kept, len(lazy.graph_cache)) == ([1], 0)

@@ -58,7 +58,7 @@ def test_work_is_replayed_over_what_the_static_tensors_hold() -> None:
     second = graphs.capture(lambda: y.add_(x.sin()), "second")
     for value in (-3.0, 5.0):
         x.fill_(value)
-        with graphs.turn():
+        with graphs.exclusive():
             first.replay()
             second.replay()
         wanted = max(0.0, 2 * value + 1) + np.sin(value)
@@ -124,9 +124,9 @@ def test_weights_that_leave_give_their_memory_back() -> None:
     weights = Weights([torch.zeros(1 << 28)], torch.device("cuda"))
     for _ in range(2):
         there = torch.cuda.memory_reserved()
-        weights.leave()
+        weights.offload()
         assert torch.cuda.memory_reserved() <= there - (1 << 30)
-        weights.arrive()
+        weights.onload()
 
 
 def test_the_images_are_those_of_the_cpu(graphed: latentrt.Pipeline) -> None:

@@ -9,7 +9,7 @@ import pytest
 from latentrt.errors import MemoryPlanError, RequestError
 from latentrt.kernels.roofline import Gpu
 from latentrt.runtime.footprint import Footprint
-from latentrt.runtime.memory import POLICIES, RESERVE, STAGING, Network, Plan, Stage, readable
+from latentrt.runtime.memory import POLICIES, RESERVE, STAGING, Network, Plan, Stage, format_bytes
 
 GB = 10**9
 GPU = Gpu("G", 90, tflops=100.0, bandwidth=1.0, source="datasheet")
@@ -187,7 +187,7 @@ def test_json_has_every_figure() -> None:
 
 
 def test_readable() -> None:
-    assert [readable(n) for n in (0, 53_400, 3_560_000, 5_134_927_368)] == [
+    assert [format_bytes(n) for n in (0, 53_400, 3_560_000, 5_134_927_368)] == [
         "0 kB",
         "53 kB",
         "3.6 MB",

@@ -108,9 +108,9 @@ def test_what_stays_beside_a_pipeline_s_own_is_not_given_to_it(tiny: Tiny) -> No
         assert {name for name in held if name.startswith("another")} == given
         if given:
             unet = base._base.unet
-            assert held["another unet"] == unet.held_bytes + unet.kept.nbytes
+            assert held["another unet"] == unet.held_bytes + unet.graph_cache.nbytes
             assert unet.held_bytes >= unet.component.weight_bytes
-            assert unet.kept.nbytes > 0
+            assert unet.graph_cache.nbytes > 0
 
 
 def test_another_policy_is_another_s(tiny: Tiny, load: Load) -> None:
@@ -127,9 +127,9 @@ def test_engines_of_other_devices_stay() -> None:
 
         def __init__(self, device: str) -> None:
             self.component: Any = type("Named", (), {"name": "unet"})
-            self.device, self.residency, self.kept = torch.device(device), held, None
+            self.device, self.residency, self.graph_cache = torch.device(device), held, None
 
-        def leave(self) -> None:
+        def offload(self) -> None:
             held.left(self)
 
     held = Residency("low")
@@ -158,7 +158,7 @@ options = {
 pipe("a cat", **call)
 pipe("a cat", **call, **options)
 modules = {weakref.ref(x._engine._module) for x in pipe._parts.engines() if x._engine is not None}
-kept = weakref.ref(pipe._loader.kept)
+kept = weakref.ref(pipe._loader.graph_cache)
 del pipe, options
 print(json.dumps([len(heard), len(modules), sum(x() is not None for x in modules), kept() is None]))
 """
@@ -182,7 +182,7 @@ def test_what_was_dropped_is_gone_though_parts_of_it_are_shared(memory: str, tin
     base, refiner = two(tiny, memory, graphs=True)
     latents = base(**BASE).images
     unet = weakref.ref(base._base.unet._engine._module)
-    kept, residency = base._loader.kept, refiner._loader.residency
+    kept, residency = base._loader.graph_cache, refiner._loader.residency
     with uncollected():
         before = kept.nbytes
         del base
@@ -220,7 +220,7 @@ def test_a_departure_that_is_broken_off_is_made_up_for(load: Load, monkeypatch: 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(EagerEngine, "leave", broken)
+        patch.setattr(EagerEngine, "offload", broken)
         with pytest.raises(KeyboardInterrupt):
             pipe(**CALL)
     assert len(there(pipe)) == 1

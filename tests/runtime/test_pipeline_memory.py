@@ -17,7 +17,7 @@ import torch
 from latentrt.errors import MemoryPlanError, RequestError
 from latentrt.runtime import budget, residency
 from latentrt.runtime.graph import Graphs
-from latentrt.runtime.kept import DEFAULT_LIMIT
+from latentrt.runtime.graph_cache import DEFAULT_LIMIT
 from latentrt.runtime.memory import POLICIES, RESERVE
 from latentrt.runtime.planner import Planner
 from latentrt.runtime.stages import stages_of_request
@@ -62,7 +62,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_allocated(load: Load, bet
             str(caught.value),
         )
         assert held(pipe) == set()
-        assert pipe._loader.kept.nbytes == 0
+        assert pipe._loader.graph_cache.nbytes == 0
 
 
 def test_what_fits_is_made(load: Load, between: int, image: Any) -> None:
@@ -305,7 +305,7 @@ def test_what_leaves_and_comes_back_makes_the_same_image(
         assert held(pipe) == AFTER[policy]
         sizes = {name: n for name, n in pipe._budget.held().items() if name != "recorded"}
         # What was recorded over the UNets went with them.
-        assert (pipe._loader.kept.nbytes == 0) == (policy == "low")
+        assert (pipe._loader.graph_cache.nbytes == 0) == (policy == "low")
     assert there[2:] == list(WHILE[policy])
     # What came back is on the device once, and what may leave has a copy on the host.
     planner = pipe._budget.planner
@@ -451,9 +451,9 @@ def test_a_warm_up_of_more_than_may_be_kept_says_so(load: Load, caplog: pytest.L
     with caplog.at_level(logging.WARNING, "latentrt"):
         pipe.warmup([(32, 32)], sampler="euler-a")
         assert not caplog.messages
-        pipe._loader.kept.limit = room = pipe._loader.kept.nbytes
+        pipe._loader.graph_cache.limit = room = pipe._loader.graph_cache.nbytes
         pipe.warmup([(40, 32)], sampler="euler-a")
-    assert 0 < pipe._loader.kept.nbytes <= room
+    assert 0 < pipe._loader.graph_cache.nbytes <= room
     assert re.search(
         r"^\d+ recordings of this warm-up are gone again: [\d.]+ [kM]B are kept, and there is room for [\d.]+ [kM]B; "
         r"warm up fewer sizes or batches, or give loop_memory=$",
@@ -462,8 +462,8 @@ def test_a_warm_up_of_more_than_may_be_kept_says_so(load: Load, caplog: pytest.L
 
 
 def test_how_much_may_be_kept_can_be_said(load: Load) -> None:
-    assert load(loop_memory="5MB")._loader.kept.limit == 5_000_000
-    assert load()._loader.kept.limit == DEFAULT_LIMIT
+    assert load(loop_memory="5MB")._loader.graph_cache.limit == 5_000_000
+    assert load()._loader.graph_cache.limit == DEFAULT_LIMIT
 
 
 def test_more_than_eight_kinds_are_kept_where_there_is_room(
@@ -499,7 +499,7 @@ def test_what_cannot_be_kept_is_not_recorded_but_for_the_steps_of_a_loop(
     for _ in range(2):
         assert np.array_equal(pipe(**CALL).images, image)
         assert made == ["a denoising step of unet"] * 2  # the base's and the refiner's
-        assert len(pipe._loader.kept) == 0
+        assert len(pipe._loader.graph_cache) == 0
         made.clear()
 
 
@@ -508,8 +508,8 @@ def test_a_plan_says_how_much_may_be_kept(load: Load, between: int) -> None:
     pipe(**CALL)
     planned = pipe._budget.planner.plan(height=64, width=48, sampler="euler-a", high_noise_frac=0.5)
     room = between - planned.peak("resident") + planned.buffer_bytes
-    assert pipe._loader.kept.limit == room
-    assert 0 < pipe._loader.kept.nbytes <= room
+    assert pipe._loader.graph_cache.limit == room
+    assert 0 < pipe._loader.graph_cache.nbytes <= room
 
 
 def test_what_bounded_the_memory_before_does_not_bound_what_is_kept(
@@ -520,10 +520,10 @@ def test_what_bounded_the_memory_before_does_not_bound_what_is_kept(
     monkeypatch.setattr(budget, "free_memory", lambda _: free[0])
     pipe = load()
     pipe(**CALL)
-    assert pipe._loader.kept.limit < between
+    assert pipe._loader.graph_cache.limit < between
     free[0] = None
     pipe(**CALL)
-    assert pipe._loader.kept.limit == DEFAULT_LIMIT
+    assert pipe._loader.graph_cache.limit == DEFAULT_LIMIT
 
 
 def test_where_the_gpu_is_too_small_that_is_said(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,9 +70,9 @@ def used(load: Load) -> latentrt.Pipeline:
 def test_what_is_kept_goes_and_it_is_made_anew(
     where: str, used: latentrt.Pipeline, image: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    used._loader.kept.drop()
+    used._loader.graph_cache.drop()
     used(**OTHER)
-    assert used._loader.kept.nbytes > 0
+    assert used._loader.graph_cache.nbytes > 0
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING, "latentrt"):
         calls = fail(patch, place(where), 1)
         output = used(**CALL)
@@ -89,7 +89,7 @@ def test_what_is_kept_goes_and_it_is_made_anew(
 def test_where_that_does_not_help_the_plan_is_told_and_the_pipeline_stays_usable(
     where: str, used: latentrt.Pipeline, image: Any
 ) -> None:
-    used._loader.kept.drop()
+    used._loader.graph_cache.drop()
     used(**OTHER)
     with pytest.MonkeyPatch.context() as patch:
         fail(patch, place(where), 1000)

@@ -14,7 +14,7 @@ import tiny_components as tiny
 import torch
 from latentrt.runtime import residency
 from latentrt.runtime.engines.lazy import EngineLoader
-from latentrt.runtime.kept import Kept
+from latentrt.runtime.graph_cache import GraphCache
 from latentrt.runtime.memory import POLICIES, Policy, check_policy, stays
 from latentrt.runtime.residency import Residency, Weights
 from torch import Tensor, nn
@@ -28,12 +28,12 @@ class Resident:
 
     def __init__(self, name: str, there: Residency, gone: list[str]) -> None:
         self.component: Any = SimpleNamespace(name="unet" if name == "refiner" else name)
-        self.device, self.present, self.held_bytes, self.kept = CPU, True, 0, Kept()
+        self.device, self.present, self.held_bytes, self.graph_cache = CPU, True, 0, GraphCache()
         self.looping = False
         self.residency = there
         self._name, self._gone = name, gone
 
-    def leave(self) -> None:
+    def offload(self) -> None:
         self._gone.append(self._name)
         self.residency.left(self)
 
@@ -107,7 +107,7 @@ def test_weights_come_and_go_as_they_were(staging: int) -> None:
     before = [(t.clone(), t.stride()) for t in tensors]
     weights = Weights(tensors, CPU, staging)
     addresses = {t.data_ptr() for t in tensors}
-    for move in (weights.leave, weights.arrive, weights.leave, weights.arrive):
+    for move in (weights.offload, weights.onload, weights.offload, weights.onload):
         move()
         for tensor, (value, stride) in zip(tensors, before, strict=True):
             assert torch.equal(tensor, value)
@@ -123,13 +123,13 @@ def test_a_copy_at_home_stays_and_the_other_is_freed(live: dict[int, int]) -> No
     _, tensors = module()
     weights = Weights(tensors, CPU, 64)
     assert not live  # they lie where they were read to
-    weights.leave()
+    weights.offload()
     (nbytes,) = live.values()
     home = tensors[0].untyped_storage().data_ptr()
     for _ in range(2):
-        weights.arrive()
+        weights.onload()
         assert list(live.values()) == [nbytes, nbytes]
-        weights.leave()
+        weights.offload()
         assert list(live.values()) == [nbytes]
         assert tensors[0].untyped_storage().data_ptr() == home
 
@@ -138,10 +138,10 @@ def test_what_came_first_as_one_piece_is_let_go_when_it_leaves(live: dict[int, i
     """As on a GPU: there the host has no copy until the first time that they leave."""
     _, tensors = module()
     weights = Weights(tensors, CPU, 64)
-    weights.arrive()
+    weights.onload()
     (there,) = [t.untyped_storage().data_ptr() for t in tensors[:1]]
     assert len(live) == 1
-    weights.leave()
+    weights.offload()
     assert len(live) == 1
     assert tensors[0].untyped_storage().data_ptr() != there
     assert weights._home is not None
@@ -151,14 +151,14 @@ def test_it_is_gone_when_memory_is_given_back(live: dict[int, int], monkeypatch:
     """Not only soon after: the allocator would keep a piece that is freed later, and put small tensors into it."""
     _, tensors = module()
     weights = Weights(tensors, CPU, 64)
-    weights.arrive()
+    weights.onload()
     nbytes = sum(live.values())
     given_back = []
     monkeypatch.setattr(residency, "_give_back", lambda device: given_back.append(dict(live)))
     for _ in range(2):
-        weights.leave()
+        weights.offload()
         assert [sum(there.values()) for there in given_back] == [nbytes]  # what is at home
-        weights.arrive()
+        weights.onload()
         given_back.clear()
 
 
@@ -166,7 +166,7 @@ def test_only_what_is_used_of_a_larger_memory_is_moved(live: dict[int, int]) -> 
     """A checkpoint's tensors may be views of a fused one, of which the rest is another's."""
     fused = torch.randn(3, 100, 100)
     weights = Weights([fused[1]], CPU, 64)
-    weights.arrive()
+    weights.onload()
     assert list(live.values()) == [100 * 100 * 4]
 
 
@@ -179,7 +179,7 @@ def breaking(*_: Any) -> None:
 
 
 @pytest.mark.parametrize("where", ["__init__", "copy"])
-def test_an_arrival_that_is_broken_off_leaves_nothing_there(
+def test_an_onload_that_is_broken_off_leaves_nothing_there(
     where: str, live: dict[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where host memory is pinned, or as bytes are on their way."""
@@ -187,29 +187,29 @@ def test_an_arrival_that_is_broken_off_leaves_nothing_there(
     x = torch.randn(2, 3, 6, 6)
     expected = net(x)
     weights = Weights(tensors, CPU, 64)
-    weights.leave()
+    weights.offload()
     (home,) = live.values()
     with monkeypatch.context() as patch:
         patch.setattr(residency.Staging, where, breaking)
         with pytest.raises(Broken):
-            weights.arrive()
+            weights.onload()
     assert list(live.values()) == [home]
-    weights.arrive()
+    weights.onload()
     assert list(live.values()) == [home, home]
     assert torch.equal(net(x), expected)
 
 
-def test_an_arrival_whose_end_nobody_heard_of_is_not_there_twice(
+def test_an_onload_whose_end_nobody_heard_of_is_not_there_twice(
     live: dict[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, tensors = module()
     weights = Weights(tensors, CPU, 64)
-    weights.leave()
-    weights.arrive()
+    weights.offload()
+    weights.onload()
     most: list[int] = []
     room = residency._room
     monkeypatch.setattr(residency, "_room", lambda *a: (most.append(len(live)), room(*a))[1])
-    weights.arrive()
+    weights.onload()
     assert most == [1]  # the copy at home
     assert len(live) == 2
 
@@ -224,8 +224,8 @@ def test_what_left_half_way_comes_back_whole(monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(residency, "_room", lambda nbytes, _: nan((nbytes,)))
         patch.setattr(Tensor, "copy_", breaking)
         with pytest.raises(Broken):
-            weights.leave()
-    weights.arrive()
+            weights.offload()
+    weights.onload()
     assert torch.equal(net(x), expected)
 
 
@@ -233,8 +233,8 @@ def test_a_caller_s_inference_mode_does_not_mark_the_weights() -> None:
     _, tensors = module()
     weights = Weights(tensors, CPU, 64)
     with torch.inference_mode():
-        weights.leave()
-        weights.arrive()
+        weights.offload()
+        weights.onload()
     assert not any(t.is_inference() for t in tensors)
 
 
@@ -245,8 +245,8 @@ def test_on_the_host_weights_keep_where_they_begin_in_a_cache_line() -> None:
     assert before == [0, 8, 40, 0]
     weights = Weights(tensors, CPU)
     for _ in range(2):
-        weights.leave()
-        weights.arrive()
+        weights.offload()
+        weights.onload()
         assert [x.data_ptr() % 64 for x in tensors] == before
 
 
@@ -263,8 +263,8 @@ def test_what_lies_across_its_items_comes_back_as_it_was() -> None:
     wanted = [x.clone() for x in tensors]
     weights = Weights(tensors, CPU)
     for _ in range(2):
-        weights.leave()
-        weights.arrive()
+        weights.offload()
+        weights.onload()
         assert all(x.equal(y) for x, y in zip(tensors, wanted, strict=True))
 
 
@@ -276,7 +276,7 @@ def test_a_call_of_what_may_leave_has_the_turn_of_what_is_recorded() -> None:
     assert graphs is not None
 
     def elsewhere() -> None:
-        with graphs.turn():
+        with graphs.exclusive():
             taken.append("elsewhere")
 
     class Watched:

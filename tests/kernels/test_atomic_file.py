@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 from latentrt.kernels import tuning
-from latentrt.kernels.whole_file import write_json, write_whole
+from latentrt.kernels.atomic_file import write_atomic, write_json
 
 
 def test_a_file_and_its_folder(tmp_path: Path) -> None:
     file = tmp_path / "new" / "folder" / "a.json"
     write_json(file, {"a": [1, None]})
     assert json.loads(file.read_text("utf-8")) == {"a": [1, None]}
-    write_whole(file, "é\n")
+    write_atomic(file, "é\n")
     assert file.read_bytes() == b"\xc3\xa9\n"
     assert list(file.parent.iterdir()) == [file]
 

@@ -7,14 +7,14 @@ import logging
 import pytest
 import torch
 from fake_queue import FakeQueue
-from latentrt.runtime.kept import Kept
+from latentrt.runtime.graph_cache import GraphCache
 from latentrt.runtime.streams import queue_of
 
 DONE = queue_of(torch.device("cpu")).record()
 
 
 def test_what_is_taken_is_nobody_else_s() -> None:
-    kept = Kept(100)
+    kept = GraphCache(100)
     kept.put("unet", "a", 1, 10, DONE)
     assert kept.take("vae", "a") is None
     assert kept.take("unet", "a") == 1
@@ -24,7 +24,7 @@ def test_what_is_taken_is_nobody_else_s() -> None:
 
 def test_what_was_not_used_for_longest_goes_first(caplog: pytest.LogCaptureFixture) -> None:
     """And it is said once, with the numbers."""
-    kept = Kept(100_000)
+    kept = GraphCache(100_000)
     with caplog.at_level(logging.WARNING, "latentrt"):
         for kind in "abc":
             kept.put("unet", kind, kind, 30_000, DONE)
@@ -40,7 +40,7 @@ def test_what_was_not_used_for_longest_goes_first(caplog: pytest.LogCaptureFixtu
 
 
 def test_what_is_too_large_by_itself_is_not_kept() -> None:
-    kept = Kept(100)
+    kept = GraphCache(100)
     kept.put("unet", "b", 2, 50, DONE)
     kept.put("unet", "a", 1, 101, DONE)
     assert kept.take("unet", "a") is None
@@ -49,7 +49,7 @@ def test_what_is_too_large_by_itself_is_not_kept() -> None:
 
 
 def test_several_of_a_kind_are_kept_within_the_same_room() -> None:
-    kept = Kept(100)
+    kept = GraphCache(100)
     for value in range(4):
         kept.put("unet", "a", value, 30, DONE)
     assert (len(kept), kept.nbytes, kept.evicted) == (3, 90, 1)
@@ -58,7 +58,7 @@ def test_several_of_a_kind_are_kept_within_the_same_room() -> None:
 
 def test_what_the_device_may_still_use_is_waited_for_before_it_goes() -> None:
     """Over the limit at once, by a smaller limit, with its owner, and with all."""
-    kept, queue = Kept(100), FakeQueue()
+    kept, queue = GraphCache(100), FakeQueue()
     for kind in "abcd":
         kept.put("unet", kind, kind, 40, queue.record())
     kept.put("vae", "e", "e", 101, queue.record())
@@ -74,7 +74,7 @@ def test_what_the_device_may_still_use_is_waited_for_before_it_goes() -> None:
 
 
 def test_an_owner_s_own_go_with_it() -> None:
-    kept = Kept(100)
+    kept = GraphCache(100)
     kept.put("unet", "a", 1, 10, DONE)
     kept.put("unet", "b", 1, 20, DONE)
     kept.put("vae", "a", 2, 40, DONE)

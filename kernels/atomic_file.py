@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write_json", "write_whole"]
+__all__ = ["write_atomic", "write_json"]
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Write a file, and its folder where that is missing; an earlier one stays until all of it is written.
 
     Raises:
@@ -28,5 +28,5 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any], *, indent: int = 1) -> None:
-    """`write_whole` of an object."""
-    write_whole(path, json.dumps(content, indent=indent) + "\n")
+    """`write_atomic` of an object."""
+    write_atomic(path, json.dumps(content, indent=indent) + "\n")

@@ -8,10 +8,10 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .memory import readable
+from .memory import format_bytes
 from .streams import Event
 
-__all__ = ["DEFAULT_LIMIT", "Kept"]
+__all__ = ["DEFAULT_LIMIT", "GraphCache"]
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class _Item:
     used: Event
 
 
-class Kept:
+class GraphCache:
     """A bounded store; what was used longest ago goes first. For several threads, so it may hold several of one kind.
 
     The device may still be at work on what is put here, so whatever is let go is waited for: its memory would be given
@@ -95,9 +95,9 @@ class Kept:
             _log.warning(
                 "recorded work of %s was let go, there is room for %s of it (%s are kept): a request of its kind is "
                 "recorded anew; loop_memory= says how much may be kept. This is said once",
-                readable(sum(item.nbytes for item in gone)),
-                readable(limit),
-                readable(left),
+                format_bytes(sum(item.nbytes for item in gone)),
+                format_bytes(limit),
+                format_bytes(left),
             )
         _wait_for(gone)
 
