@@ -125,6 +125,7 @@ def steps(
         first["sdxl"],
         first["sdxl-refiner"],
         Step(_timeline("sdxl-refiner", results, work)),
+        Step(_tests("stream-tests", files["stream"])),
         Step(_part("packing", "-m", "latentrt.bench.packing", "--device", "cuda", "--out", str(found))),
         Step(
             replace(tune, verdict=partial(of_tuning, found)),
@@ -166,14 +167,14 @@ def _tests(name: str, files: Sequence[str], *options: str, workers: int = 0) -> 
 
 
 def _files() -> dict[str, list[str]]:
-    """Files that hold tests for a GPU: of graphs, of kernels, with the riskiest last, and of engines. No other is
-    imported: it may need what is not installed."""
-    found: dict[str, list[str]] = {"graph": [], "kernel": [], "engine": []}
+    """Files that hold tests for a GPU: of graphs, of streams, of kernels, with the riskiest last, and of engines. No
+    other is imported: it may need what is not installed."""
+    found: dict[str, list[str]] = {"graph": [], "stream": [], "kernel": [], "engine": []}
     for path in sorted(
         (ROOT / "tests").rglob("test_*.py"), key=lambda path: ("attention" in path.name, path)
     ):
         if "pytest.mark.gpu" in path.read_text("utf-8"):
-            kind = {"test_graphs_gpu": "graph"}.get(
+            kind = {"test_graphs_gpu": "graph", "test_stream_order_gpu": "stream"}.get(
                 path.stem, "kernel" if path.parent.name == "kernels" else "engine"
             )
             found[kind].append(path.relative_to(ROOT).as_posix())
