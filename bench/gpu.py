@@ -174,9 +174,12 @@ def _files() -> dict[str, list[str]]:
         (ROOT / "tests").rglob("test_*.py"), key=lambda path: ("attention" in path.name, path)
     ):
         if "pytest.mark.gpu" in path.read_text("utf-8"):
-            kind = {"test_graphs_gpu": "graph", "test_stream_order_gpu": "stream"}.get(
-                path.stem, "kernel" if path.parent.name == "kernels" else "engine"
-            )
+            known = {
+                "test_graphs_gpu": "graph",
+                "test_stream_order_gpu": "stream",
+                "test_second_device_gpu": "stream",
+            }
+            kind = known.get(path.stem, "kernel" if path.parent.name == "kernels" else "engine")
             found[kind].append(path.relative_to(ROOT).as_posix())
     return found
 

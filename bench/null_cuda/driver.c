@@ -5,7 +5,8 @@
  * PyTorch's allocator and its statistics, the order of work, graphs and what a capture forbids, Triton's compiler and
  * launcher, and the time that the host takes. Addresses are of memory that is mapped and never touched.
  *
- *   NULL_CUDA_BYTES        of the device (default 141 GB)
+ *   NULL_CUDA_BYTES        of a device (default 141 GB)
+ *   NULL_CUDA_DEVICES      how many there are (default 1); none may use what is another's
  *   NULL_CUDA_WORKSPACE    bytes that cuDNN asks for in each convolution (default 0)
  *   NULL_CUDA_TRACE        a file that every call which matters is written to, one a line; `.PID` is added
  *
@@ -27,7 +28,8 @@
 
 #define API __attribute__((visibility("default")))
 typedef int Status; /* 0 is success in all of these libraries */
-enum { OUT_OF_MEMORY = 2, INVALID_VALUE = 1, INVALID_DEVICE = 101, ILLEGAL_STATE = 401 };
+enum { OUT_OF_MEMORY = 2, INVALID_VALUE = 1, INVALID_DEVICE = 101, INVALID_HANDLE = 400, ILLEGAL_STATE = 401 };
+enum { MOST_DEVICES = 8 };
 enum { CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_ISOLATION = 905, CAPTURE_IMPLICIT = 906, CAPTURED_EVENT = 907 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -62,6 +64,12 @@ static size_t from_environment(const char *name, size_t otherwise) {
 static size_t device_bytes(void) { return from_environment("NULL_CUDA_BYTES", 141 * 1000000000ull); }
 static size_t workspace_bytes(void) { return from_environment("NULL_CUDA_WORKSPACE", 0); }
 
+static int device_count(void) {
+  size_t count = from_environment("NULL_CUDA_DEVICES", 1);
+  return count < MOST_DEVICES ? count : MOST_DEVICES;
+}
+
+static __thread int this_device;
 static __thread Status last_error;
 
 static Status failed(Status why) {
@@ -78,12 +86,13 @@ typedef struct {
 typedef struct Stream {
   void *unused;
   Capture *capture;
-  int priority;
+  int priority, device;
   struct Stream *next;
 } Stream;
 typedef struct {
   Capture *capture;
   double at;
+  int device;
 } Event;
 
 static Stream default_stream, *streams; /* every stream there is; they are never destroyed */
@@ -92,6 +101,13 @@ static int captures;
 static __thread int thread_mode; /* as cudaThreadExchangeStreamCaptureMode sets it: 0 global, 1 of the thread, 2 relaxed */
 
 static Stream *stream_of(void *handle) { return (uintptr_t)handle < 16 ? &default_stream : handle; }
+
+/* Of the current device, as all that a call is given has to be; the default stream is the current device's. */
+static Status of_another_device(int device) {
+  trace("of device %d where device %d is current\n", device, this_device);
+  return failed(INVALID_HANDLE);
+}
+static int is_foreign(Stream *stream) { return stream != &default_stream && stream->device != this_device; }
 
 static Status breaks(Capture *capture, Status why) {
   capture->invalid = 1;
@@ -108,7 +124,7 @@ static Capture *broken_by_unsafe(void) {
 
 API Status cudaStreamCreateWithPriority(void **handle, unsigned flags, int priority) {
   Stream *stream = calloc(1, sizeof *stream);
-  stream->priority = priority;
+  stream->priority = priority, stream->device = this_device;
   pthread_mutex_lock(&lock);
   stream->next = streams;
   streams = stream;
@@ -186,12 +202,19 @@ API Status cudaDeviceSynchronize(void) {
   return 0;
 }
 
-API Status cudaEventCreateWithFlags(void **handle, unsigned flags) { return *handle = calloc(1, sizeof(Event)), 0; }
+API Status cudaEventCreateWithFlags(void **handle, unsigned flags) {
+  Event *event = *handle = calloc(1, sizeof *event);
+  event->device = this_device;
+  return 0;
+}
 API Status cudaEventCreate(void **handle) { return cudaEventCreateWithFlags(handle, 0); }
 API Status cudaEventRecord(void *handle, void *stream) {
   struct timespec now;
+  Event *event = handle;
+  Stream *on = stream_of(stream);
+  if (event->device != (on == &default_stream ? this_device : on->device)) return of_another_device(event->device);
   clock_gettime(CLOCK_MONOTONIC, &now);
-  *(Event *)handle = (Event){stream_of(stream)->capture, now.tv_sec * 1e3 + now.tv_nsec / 1e6};
+  event->capture = on->capture, event->at = now.tv_sec * 1e3 + now.tv_nsec / 1e6;
   return 0;
 }
 API Status cudaEventRecordWithFlags(void *handle, void *stream, unsigned flags) { return cudaEventRecord(handle, stream); }
@@ -241,24 +264,25 @@ typedef struct Range {
   char *begin;
   size_t nbytes;
   int kind; /* as cudaMemoryType: 1 of the host, pinned; 2 of the device */
+  int device;
   struct Range *next;
 } Range;
 static Range *ranges;
-static size_t used;
+static size_t used[MOST_DEVICES];
 
 static Status mapped(void **pointer, size_t nbytes, int kind) {
   Capture *broken = broken_by_unsafe();
   if (broken) return breaks(broken, CAPTURE_UNSUPPORTED);
   nbytes = nbytes ? nbytes : 1;
   pthread_mutex_lock(&lock);
-  int fits = kind == 1 || used + nbytes <= device_bytes();
-  if (fits && kind == 2) used += nbytes;
+  int fits = kind == 1 || used[this_device] + nbytes <= device_bytes();
+  if (fits && kind == 2) used[this_device] += nbytes;
   pthread_mutex_unlock(&lock);
-  trace("%s %zu of kind %d, %zu used\n", fits ? "allocate" : "no room for", nbytes, kind, used);
+  trace("%s %zu of kind %d, %zu used\n", fits ? "allocate" : "no room for", nbytes, kind, used[this_device]);
   if (!fits) return failed(OUT_OF_MEMORY);
   Range *range = malloc(sizeof *range);
   int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-  *range = (Range){mmap(0, nbytes, PROT_READ | PROT_WRITE, flags, -1, 0), nbytes, kind};
+  *range = (Range){mmap(0, nbytes, PROT_READ | PROT_WRITE, flags, -1, 0), nbytes, kind, this_device};
   if (range->begin == MAP_FAILED) return free(range), failed(OUT_OF_MEMORY);
   pthread_mutex_lock(&lock);
   range->next = ranges;
@@ -277,25 +301,26 @@ static Status unmapped(void *pointer) {
     if ((*link)->begin == pointer) {
       found = *link;
       *link = found->next;
-      if (found->kind == 2) used -= found->nbytes;
+      if (found->kind == 2) used[found->device] -= found->nbytes;
     }
   pthread_mutex_unlock(&lock);
   if (!found) return pointer ? failed(INVALID_VALUE) : 0;
   munmap(found->begin, found->nbytes);
-  trace("free %zu of kind %d, %zu used\n", found->nbytes, found->kind, used);
+  trace("free %zu of kind %d, %zu used\n", found->nbytes, found->kind, used[found->device]);
   free(found);
   return 0;
 }
 
-/* 0 where it is not known: pageable memory of the host. */
-static int kind_of(const void *pointer) {
-  int kind = 0;
+/* Of no kind where it is not known: pageable memory of the host. */
+static Range range_of(const void *pointer) {
+  Range found = {0};
   pthread_mutex_lock(&lock);
-  for (Range *range = ranges; range && !kind; range = range->next)
-    if ((char *)pointer >= range->begin && (char *)pointer < range->begin + range->nbytes) kind = range->kind;
+  for (Range *range = ranges; range && !found.kind; range = range->next)
+    if ((char *)pointer >= range->begin && (char *)pointer < range->begin + range->nbytes) found = *range;
   pthread_mutex_unlock(&lock);
-  return kind;
+  return found;
 }
+static int kind_of(const void *pointer) { return range_of(pointer).kind; }
 
 API Status cudaMalloc(void **pointer, size_t nbytes) { return mapped(pointer, nbytes, 2); }
 API Status cudaFree(void *pointer) { return unmapped(pointer); }
@@ -304,12 +329,13 @@ API Status cudaMallocHost(void **pointer, size_t nbytes) { return mapped(pointer
 API Status cudaFreeHost(void *pointer) { return unmapped(pointer); }
 API Status cudaMemGetInfo(size_t *left, size_t *total) {
   *total = device_bytes();
-  *left = *total - used;
+  *left = *total - used[this_device];
   return 0;
 }
 API Status cudaPointerGetAttributes(struct cudaPointerAttributes *found, const void *pointer) {
-  int kind = kind_of(pointer);
-  *found = (struct cudaPointerAttributes){.type = kind};
+  Range range = range_of(pointer);
+  int kind = range.kind;
+  *found = (struct cudaPointerAttributes){.type = kind, .device = range.device};
   if (kind) found->devicePointer = (void *)pointer;
   if (kind == 1) found->hostPointer = (void *)pointer;
   return 0;
@@ -365,12 +391,16 @@ API Status cudaGetDeviceProperties(struct cudaDeviceProp *found, int device) {
   found->maxThreadsPerMultiProcessor = 2048, found->maxBlocksPerMultiProcessor = 32, found->memoryBusWidth = 6144;
   found->sharedMemPerMultiprocessor = attribute(81), found->sharedMemPerBlockOptin = attribute(97);
   found->regsPerMultiprocessor = 65536, found->unifiedAddressing = 1, found->asyncEngineCount = 3;
-  for (int k = 0; k < 16; k++) found->uuid.bytes[k] = k + 1;
+  for (int k = 0; k < 16; k++) found->uuid.bytes[k] = k + 1 + device;
   return 0;
 }
-API Status cudaGetDeviceCount(int *found) { return *found = 1, 0; }
-API Status cudaGetDevice(int *device) { return *device = 0, 0; }
-API Status cudaSetDevice(int device) { return device ? failed(INVALID_DEVICE) : 0; }
+API Status cudaGetDeviceCount(int *found) { return *found = device_count(), 0; }
+API Status cudaGetDevice(int *device) { return *device = this_device, 0; }
+API Status cudaSetDevice(int device) {
+  if (device < 0 || device >= device_count()) return failed(INVALID_DEVICE);
+  this_device = device;
+  return 0;
+}
 API Status cudaDriverGetVersion(int *version) { return *version = 13000, 0; }
 API Status cudaRuntimeGetVersion(int *version) { return *version = 13000, 0; }
 API Status cudaGetLastError(void) {
@@ -409,6 +439,7 @@ static Status launched(const char *name, unsigned x, unsigned y, unsigned z, uns
   Stream *stream = stream_of(handle);
   Capture *broken = stream == &default_stream && !stream->capture ? broken_by_unsafe() : 0;
   if (broken) return breaks(broken, CAPTURE_IMPLICIT);
+  if (is_foreign(stream)) return of_another_device(stream->device);
   count(stream->capture);
   trace("kernel%s %s grid %u,%u,%u block %u\n", stream->capture ? " in a capture" : "", name, x, y, z, threads);
   return 0;
@@ -485,13 +516,14 @@ typedef struct {
 
 API Status cuInit(unsigned flags) { return 0; }
 API Status cuDriverGetVersion(int *version) { return *version = 13000, 0; }
-API Status cuDeviceGetCount(int *found) { return *found = 1, 0; }
+API Status cuDeviceGetCount(int *found) { return *found = device_count(), 0; }
 API Status cuDeviceGet(int *device, int number) { return *device = number, 0; }
 API Status cuDeviceGetAttribute(int *value, int name, int device) { return *value = attribute(name), 0; }
 API Status cuDeviceTotalMem_v2(size_t *nbytes, int device) { return *nbytes = device_bytes(), 0; }
-API Status cuCtxGetCurrent(void **context) { return *context = (void *)1, 0; }
-API Status cuCtxGetDevice(int *device) { return *device = 0, 0; }
-API Status cuDevicePrimaryCtxRetain(void **context, int device) { return *context = (void *)1, 0; }
+API Status cuCtxGetCurrent(void **context) { return *context = (void *)(uintptr_t)(this_device + 1), 0; }
+API Status cuCtxSetCurrent(void *context) { return context ? cudaSetDevice((uintptr_t)context - 1) : 0; }
+API Status cuCtxGetDevice(int *device) { return *device = this_device, 0; }
+API Status cuDevicePrimaryCtxRetain(void **context, int device) { return *context = (void *)(uintptr_t)(device + 1), 0; }
 API Status cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { return *flags = 0, *active = 1, 0; }
 API Status cuGetErrorString(Status error, const char **text) { return *text = cudaGetErrorString(error), 0; }
 API Status cuModuleLoadData(void **module, const void *image) { return *module = (void *)image, 0; }
@@ -506,9 +538,10 @@ API Status cuLaunchKernelEx(const LaunchConfiguration *how, void *function, void
   return launched(function, how->grid[0], how->grid[1], how->grid[2], how->block[0], how->stream);
 }
 API Status cuPointerGetAttribute(void *value, int name, Address pointer) {
-  int kind = kind_of((void *)pointer);
+  Range range = range_of((void *)pointer);
   if (name != 3) return *(int *)value = 0, 0;
-  if (!kind) return INVALID_VALUE; /* of the host: Triton says so */
+  if (!range.kind) return INVALID_VALUE; /* of the host: Triton says so */
+  if (range.kind == 2 && range.device != this_device) return of_another_device(range.device);
   *(Address *)value = pointer;
   return 0;
 }

@@ -81,3 +81,28 @@ def test_a_stream_joins_the_capture_that_it_waits_for(cuda: ctypes.CDLL) -> None
     assert cuda.cudaStreamEndCapture(one, ctypes.byref(graph)) == 901
     cuda.cudaStreamIsCapturing(two, ctypes.byref(status))
     assert status.value == 0
+
+
+def test_a_device_uses_nothing_of_anothers(cuda: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NULL_CUDA_DEVICES", "2")
+    stream, event, mine, found = pointer(), pointer(), pointer(), ctypes.c_int()
+    zero, one = ctypes.c_size_t(0), (ctypes.c_uint * 3)(1, 1, 1)
+    assert cuda.cudaSetDevice(2) == 101
+    assert cuda.cudaSetDevice(1) == 0
+    cuda.cudaGetDevice(ctypes.byref(found))
+    assert found.value == 1
+    cuda.cudaStreamCreate(ctypes.byref(stream))
+    cuda.cudaEventCreate(ctypes.byref(event))
+    assert cuda.cudaMalloc(ctypes.byref(mine), ctypes.c_size_t(1 << 30)) == 0
+
+    def launch() -> int:
+        return int(cuda.cuLaunchKernel(b"kernel", *one, *one, 0, stream, None, None))
+
+    assert (launch(), cuda.cudaEventRecord(event, stream), cuda.cudaEventRecord(event, None)) == (0, 0, 0)
+    assert cuda.cuPointerGetAttribute(ctypes.byref(zero), 3, mine) == 0
+    cuda.cudaSetDevice(0)
+    assert (launch(), cuda.cudaEventRecord(event, stream), cuda.cudaEventRecord(event, None)) == (400, 0, 400)
+    assert cuda.cuPointerGetAttribute(ctypes.byref(zero), 3, mine) == 400
+    other = pointer()
+    assert cuda.cudaMalloc(ctypes.byref(other), ctypes.c_size_t(1 << 30)) == 0  # it has memory of its own
+    assert cuda.cudaFree(mine) == cuda.cudaFree(other) == 0

@@ -1,0 +1,102 @@
+"""A pipeline on another GPU than the current one: everything it launches and waits for is on its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import latentrt
+import pytest
+import torch
+from latentrt.runtime.memory import POLICIES
+from PIL import Image
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA GPU"),
+]
+
+FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
+
+
+@pytest.fixture(autouse=True)
+def first_is_current() -> Iterator[None]:
+    """With an attention of PyTorch's that `bench/null_cuda` has too, which can be as many devices as one likes."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.cuda.set_device(FIRST)
+    yield
+    assert torch.cuda.current_device() == FIRST.index
+    torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
+def load(device: torch.device | str = SECOND, **options: Any) -> latentrt.Pipeline:
+    options = {"backend": "triton", "dtype": "float16", "device": device, **options}
+    pipe = latentrt.Pipeline.from_pretrained("demo", "demo", **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call(pipe: latentrt.Pipeline, seed: int | None = 0, **options: Any) -> Any:
+    options = {"num_inference_steps": 4, "high_noise_frac": 0.7, "output_type": "pt", **options}
+    return pipe("a red circle", seed=seed, **options).images
+
+
+@pytest.mark.parametrize(
+    "options",
+    [*({"memory": policy} for policy in POLICIES), {"graphs": False}, {"backend": "eager"}],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_it_makes_images(options: dict[str, Any]) -> None:
+    pipe = load(**options)
+    assert call(pipe, output_type="latent").device == SECOND
+    assert len(call(pipe, num_images_per_prompt=2)) == 2
+    assert call(pipe, output_type="np").shape == (1, 128, 128, 3)
+
+
+def test_it_does_all_that_a_call_may_ask_for() -> None:
+    pipe = load()
+    pipe.warmup(sizes=[(64, 64)])
+    call(pipe, previewer=pipe.fit_previewer(), callback_on_progress=lambda *_: None)
+    call(pipe, callback_on_step_end=lambda pipe, step, t, found: {"latents": 0.5 * found["latents"]})
+    call(pipe, tiled_vae=True)
+    call(pipe, image=Image.new("RGB", (128, 128)), strength=0.5)
+    for device in (FIRST, SECOND, "cpu"):
+        call(pipe, None, generator=torch.Generator(device).manual_seed(1), sampler="euler-a")
+    for device in (FIRST, SECOND):
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            call(pipe)
+
+
+def test_two_pipelines_on_two_devices() -> None:
+    pipes = [load(FIRST), load(SECOND)]
+    failures: list[BaseException] = []
+
+    def work(pipe: latentrt.Pipeline) -> None:
+        try:
+            for seed in range(3):
+                call(pipe, seed)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(pipe,)) for pipe in pipes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(240)
+    assert not failures
+
+
+def test_it_moves_between_them() -> None:
+    pipe = load(FIRST)
+    for device in (FIRST, SECOND, FIRST):
+        assert call(pipe.to(device), output_type="latent").device == device
+
+
+def test_cuda_is_the_device_that_is_current_when_it_is_loaded() -> None:
+    with torch.cuda.device(SECOND):
+        pipe = load("cuda")
+        call(pipe)
+    assert pipe.device == SECOND
+    assert call(pipe, output_type="latent").device == SECOND
