@@ -109,10 +109,9 @@ def _require_libraries() -> None:
     Raises:
         BackendUnavailableError: it is not installed.
     """
-    lacking = [name for name in ("psutil", "torchmetrics") if find_spec(name) is None]
-    if lacking:
+    if find_spec("psutil") is None:
         raise BackendUnavailableError(
-            f'{" and ".join(lacking)} is not installed; pip install "latentrt[bench]" has what benchmarks need'
+            'psutil is not installed; pip install "latentrt[bench]" has what benchmarks need'
         )
 
 

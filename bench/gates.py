@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import RequestError
-from ..export.measures import MAX_PSNR
+from ..export.measures import MAX_PSNR, psnr, ssim
 from ..export.verify import LIMITS
 from .cases import DTYPES, MLPERF, Case
 from .features import Judges
@@ -57,10 +57,8 @@ class Quality:
 
 
 def likeness(images: Pictures, reference: Pictures) -> tuple[float, float]:
-    """PSNR in dB and SSIM of the worst picture, by torchmetrics; equal pictures have 200 dB. Where one or the other
-    is not finite it is minus infinity and -1."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-
+    """PSNR in dB and SSIM of the worst picture, by the measures that the limits of `latentrt verify` were set by; equal
+    pictures have 200 dB. Where one or the other is not finite it is minus infinity and -1."""
     if images.shape != reference.shape:
         return float("-inf"), -1.0
     worst_psnr, worst_ssim = MAX_PSNR, 1.0
@@ -68,9 +66,7 @@ def likeness(images: Pictures, reference: Pictures) -> tuple[float, float]:
         if not (np.isfinite(mine).all() and np.isfinite(theirs).all()):
             return float("-inf"), -1.0
         a, b = (torch.from_numpy(unit(x).transpose(2, 0, 1)[None]) for x in (mine, theirs))
-        worst_psnr = min(worst_psnr, float(peak_signal_noise_ratio(a, b, data_range=1.0)))
-        similarity = structural_similarity_index_measure(a, b, data_range=1.0)
-        worst_ssim = min(worst_ssim, float(torch.as_tensor(similarity)))
+        worst_psnr, worst_ssim = min(worst_psnr, psnr(a, b, peak=1.0)), min(worst_ssim, ssim(a, b))
     return worst_psnr, worst_ssim
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import RequestError
+from ..errors import BackendUnavailableError, RequestError
 from .inception import read_tensors
 
 __all__ = ["Lpips"]
@@ -30,11 +30,16 @@ class Lpips:
 
     Raises:
         RequestError: the file holds other weights.
+        BackendUnavailableError: torchmetrics is not installed.
     """
 
     def __init__(self, file: Path) -> None:
-        import torchmetrics.functional.image.lpips as shipped
-
+        try:
+            import torchmetrics.functional.image.lpips as shipped
+        except ImportError as error:
+            raise BackendUnavailableError(
+                'torchmetrics is not installed, which has the weights of LPIPS; pip install "latentrt[bench]"'
+            ) from error
         self.name = f"AlexNet ({file.name})"
         found = {name.removeprefix("features."): value.float() for name, value in read_tensors(file).items()}
         wanted = [f"{layer}.{part}" for layer, _, _ in _LAYERS for part in ("weight", "bias")]

@@ -85,6 +85,8 @@ def _judged(case: CaseResult) -> str:
             told.append(f"{name} is by {by}.")
         elif name == "FID" and qualities:
             told.append(f"{qualities[0].pictures} pictures are too few for FID, or nobody judges it.")
+    if any("(" in cell for row in case.rows for cell in _quality(row)):
+        told.append("In parentheses: of the reference's pictures.")
     return " ".join(told)
 
 
@@ -118,8 +120,18 @@ def _quality(row: Row) -> list[str]:
     q = row.quality
     if q is None:
         return ["-"] * 5
-    forms = (("psnr", ".1f"), ("ssim", ".4f"), ("lpips", ".4f"), ("clip", ".2f"), ("fid", ".4g"))
-    return [_number(getattr(q, name), form) for name, form in forms]
+    forms = (("psnr", ".1f"), ("ssim", ".4f"), ("lpips", ".4f"))
+    return [
+        *(_number(getattr(q, name), form) for name, form in forms),
+        _beside_reference(q.clip, q.clip_reference, ".2f"),
+        _beside_reference(q.fid, q.fid_reference, ".4g"),
+    ]
+
+
+def _beside_reference(value: float | None, reference: float | None, form: str) -> str:
+    """With that of the reference's pictures, in parentheses, where it is another."""
+    ours, theirs = _number(value, form), _number(reference, form)
+    return ours if reference is None or ours == theirs else f"{ours}\n({theirs})"
 
 
 def batches(case: CaseResult) -> Table:

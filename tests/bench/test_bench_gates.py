@@ -78,17 +78,20 @@ def test_mlperfs_gate_refuses_what_it_could_not_judge(tmp_path: Path) -> None:
     assert GATES["eager"].refuses(CASES["demo"], Judges()) == ""
 
 
-def test_likeness_is_that_of_the_verdict() -> None:
-    """torchmetrics beside the measures of `latentrt verify`, which are written by themselves."""
+def test_likeness_is_what_another_measures() -> None:
+    """torchmetrics', which pads a picture by its reflection, where here the window stays inside."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
     rng = np.random.default_rng(0)
     a = rng.random((2, 48, 40, 3), dtype=np.float32)
     b = np.clip(a + 0.05 * rng.standard_normal(a.shape), 0, 1).astype(np.float32)
-    x, y = (torch.from_numpy(i).permute(0, 3, 1, 2) for i in (a, b))
-    found = likeness(a, b)
-    assert found[0] == pytest.approx(min(measures.psnr(x[k], y[k], peak=1.0) for k in range(2)), abs=1e-3)
-    assert found[1] == pytest.approx(
-        min(measures.ssim(x[k : k + 1], y[k : k + 1]) for k in range(2)), abs=0.01
+    pairs = [tuple(torch.from_numpy(i[k : k + 1]).permute(0, 3, 1, 2) for i in (a, b)) for k in range(2)]
+    ratio, similarity = likeness(a, b)
+    assert ratio == pytest.approx(
+        min(float(peak_signal_noise_ratio(x, y, data_range=1.0)) for x, y in pairs), abs=1e-3
     )
+    theirs = [structural_similarity_index_measure(x, y, data_range=1.0) for x, y in pairs]
+    assert similarity == pytest.approx(min(float(torch.as_tensor(value)) for value in theirs), abs=0.01)
     assert likeness(a, a) == (measures.MAX_PSNR, 1.0)
     for x, y in ((np.full_like(a, np.nan), a), (a, np.full_like(a, np.nan))):
         assert likeness(x, y) == (float("-inf"), -1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from latentrt.bench.inception import Inception, InceptionFeatures, read_tensors
 from latentrt.bench.lpips import Lpips
-from latentrt.errors import RequestError
+from latentrt.errors import BackendUnavailableError, RequestError
 from safetensors.torch import save_file
 from tolerances import FEATURES, LPIPS_RELATIVE
 from torch import nn
@@ -128,3 +129,11 @@ def test_lpips_is_torchmetrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert lpips(a, b) == pytest.approx(wanted, rel=LPIPS_RELATIVE)
     assert lpips(a, a) == 0
     assert lpips(a, (a + 0.02 * b).clamp(0, 1)) < lpips(a, b)
+
+
+def test_lpips_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image.lpips", None)
+    with pytest.raises(
+        BackendUnavailableError, match=r'torchmetrics is not installed, .* "latentrt\[bench\]"'
+    ):
+        Lpips(tmp_path / "alexnet.safetensors")

@@ -160,6 +160,10 @@ def test_tables_tell_what_was_found_and_what_was_withheld() -> None:
     assert cells(text, "images/s")["batch 1"].endswith("(120 dB)")
     assert "the interval of its median (96.5 %)." in text
     assert "| kept |" in reports.markdown(report(built_before=True, build_seconds=None))
+    judged = Quality(60, 120.0, 1.0, clip=31.7, clip_reference=31.704, fid=23.1, fid_reference=22.9)
+    text = reports.markdown(report(quality=judged))
+    assert (cells(text, "side")["CLIP"], cells(text, "side")["FID"]) == ("31.70", "23.1 (22.9)")
+    assert "In parentheses: of the reference's pictures." in text
     hidden = reports.markdown(report(status="invalid", reason="PSNR 12 dB", batches=[]))
     assert cells(hidden, "side")["seconds"] == "invalid"
     assert " x (" not in hidden

@@ -205,8 +205,6 @@ def test_another_base_does_not_keep_the_cases_refiner() -> None:
 
 
 def test_what_benchmarks_need_is_asked_for_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "find_spec", lambda name: None if name == "torchmetrics" else object())
-    with pytest.raises(
-        BackendUnavailableError, match=r'^torchmetrics is not installed; .*"latentrt\[bench\]"'
-    ):
+    monkeypatch.setattr(commands, "find_spec", lambda name: None if name == "psutil" else object())
+    with pytest.raises(BackendUnavailableError, match=r'^psutil is not installed; .*"latentrt\[bench\]"'):
         next(commands.bench(Namespace()))
