@@ -54,7 +54,7 @@ _TYPES = {
 def error_body(
     status: int, message: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """What `error_response` says."""
+    """The body of an error as OpenAI's clients read it; `status` decides its `type`."""
     return {
         "error": {
             "message": message,
@@ -72,12 +72,12 @@ def error_response(
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    """An error as OpenAI's clients read it. `param` names the field it is about."""
+    """An error as OpenAI's clients read it; `param` names the field at fault."""
     return JSONResponse(error_body(status, message, param, code), status, headers)
 
 
 def refusal(error: BaseException) -> tuple[int, str, str | None, str, dict[str, str]]:
-    """(status, message, field, code, headers) for what an engine raises; of faults of our own nothing is told."""
+    """(status, message, field, code, headers) for what an engine raises; the details of internal errors stay hidden."""
     if isinstance(error, QueueFullError):
         return 429, str(error), None, "queue_full", {"Retry-After": str(math.ceil(error.retry_after))}
     if isinstance(error, DeadlineError):
@@ -161,10 +161,17 @@ def completed_event(result: ImageResult, png: bytes, image: int) -> dict[str, An
     }
 
 
-def error_event(message: str, param: str | None, code: str, image: int | None = None) -> dict[str, Any]:
-    """What ends a stream, whose status was sent before; `image` where the others go on."""
-    error: dict[str, Any] = {"message": message, "param": param, "code": code, "type": "server_error"}
-    return {"error": error if image is None else {**error, "image": image}}
+def error_event(
+    status: int, message: str, param: str | None, code: str, image: int | None = None
+) -> dict[str, Any]:
+    """The data of an event that ends a stream, or one image of it: `error_body`, and `image` where the others go on.
+
+    The stream has begun with status 200; `status` is that of the same error in a plain answer.
+    """
+    body = error_body(status, message, param, code)
+    if image is not None:
+        body["error"]["image"] = image
+    return body
 
 
 def sse(event: str, data: Mapping[str, Any]) -> str:

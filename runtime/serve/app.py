@@ -214,7 +214,7 @@ async def _events(
         except Exception as error:
             status, message, param, code, _ = refusal(error)
             _note(metrics, request, code, error, status)
-            await queue.put(sse("error", error_event(message, param, code, image)))
+            await queue.put(sse("error", error_event(status, message, param, code, image)))
         await queue.put(None)
 
     followers = [asyncio.create_task(follow(k, job)) for k, job in enumerate(jobs)]

@@ -240,5 +240,5 @@ def _refused(error: Exception, request_id: str) -> Response:
 
 
 def _ended(error: Exception, request_id: str) -> bytes:
-    _, message, param, code, _ = _refusal(error, request_id)
-    return sse("error", error_event(message, param, code)).encode()
+    status, message, param, code, _ = _refusal(error, request_id)
+    return sse("error", error_event(status, message, param, code)).encode()

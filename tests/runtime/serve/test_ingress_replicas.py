@@ -118,6 +118,7 @@ def test_a_stream_that_no_replica_ends_says_so() -> None:
     async def test(client: httpx.AsyncClient) -> None:
         events = told(await client.post(IMAGES, json=body(stream=True)))
         assert events[-1]["error"]["code"] == "replica_lost"
+        assert events[-1]["error"]["type"] == "server_error"
 
     asked(Replicas(*[2] * 9), test, tries=3)
 

@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 from fake_runner import FakeRunner
-from latentrt.errors import EngineSizeError
+from latentrt.errors import DeadlineError, EngineSizeError, QueueFullError
 from served import Served, events_of, served, until
 
 BAD: list[tuple[Any, int, str | None]] = [
@@ -200,6 +200,22 @@ def test_sizes_of_which_there_is_no_engine_are_the_field_size() -> None:
         answer = server.ask()
     error = {"message": why, "type": "invalid_request_error", "param": "size", "code": "invalid_value"}
     assert (answer.status_code, answer.json()["error"]) == (422, error)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (MemoryError(), "invalid_request_error"),
+        (QueueFullError("full", retry_after=2.0), "rate_limit_error"),
+        (DeadlineError("late"), "server_error"),
+    ],
+)
+def test_a_stream_says_whose_fault_an_error_is_as_a_plain_answer_does(error: Exception, kind: str) -> None:
+    with served(lambda: FakeRunner(lambda _: error)) as server:
+        plain = server.ask().json()["error"]
+        *_, streamed = events_of(server.ask(stream=True))
+    assert plain["type"] == kind
+    assert streamed["error"] == {**plain, "image": 0}
 
 
 def test_a_flood_of_fields_is_refused_before_each_is_looked_at() -> None:
