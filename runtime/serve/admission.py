@@ -1,4 +1,4 @@
-"""Who may wait: as many as fit, and only who can be made in time. Of clocks and threads it knows what it is told."""
+"""Who may wait: as many as fit, and only requests that can be made in time. It has no clock or thread of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from ...errors import QueueFullError, RequestError
 from ..request import Size
-from .pace import Pace
+from .call_times import CallTimes
 from .requests import Group
 from .scheduler import Schedulable, Scheduler
 
@@ -31,7 +31,7 @@ J = TypeVar("J", bound=Schedulable)
 
 
 class _Coming(NamedTuple):
-    """What would wait."""
+    """An image that would wait if it were admitted."""
 
     group: Group
     since: float
@@ -47,12 +47,12 @@ class _KeptOut:
 
 
 class Admission:
-    """At the door of a queue. Times are in seconds of one clock."""
+    """Admits requests to a queue, or refuses them. Times are in seconds of one clock."""
 
     def __init__(self, queue: Scheduler[J], *, max_waiting: int) -> None:
         """`max_waiting` images may wait."""
         self.max_waiting = max_waiting
-        self.pace = Pace()
+        self.call_times = CallTimes()
         self._queue = queue
         self._running: tuple[Size, float, float] | None = None
         self._kept_out: dict[Size, _KeptOut] = {}
@@ -62,7 +62,7 @@ class Admission:
         self._running = *_kind(jobs), now
 
     def end(self) -> None:
-        """It is no longer."""
+        """That call has ended."""
         self._running = None
 
     def check(
@@ -136,14 +136,14 @@ class Admission:
         after, slower = 0.0, 1.0
         if self._running is not None:
             size, cost, begun = self._running
-            expected, elapsed = self.pace.seconds(size, cost, now), now - begun
+            expected, elapsed = self.call_times.seconds(size, cost, now), now - begun
             after = max(0.0, expected - elapsed)
-            if elapsed > expected and self.pace.measured(size, cost, now):
+            if elapsed > expected and self.call_times.measured(size, cost, now):
                 slower = elapsed / expected  # what holds up this call holds up the next ones
         forecast = []
         ahead = self._queue.ahead(coming)
         while jobs := ahead.take_soon(now + after):
-            after += slower * self.pace.seconds(*_kind(jobs), now)
+            after += slower * self.call_times.seconds(*_kind(jobs), now)
             forecast += [(job, after) for job in jobs]
         return forecast
 

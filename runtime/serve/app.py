@@ -30,10 +30,10 @@ from .answers import (
     sse,
 )
 from .description import Model, Models, Readiness, describe, errors, images
-from .doors import Doors
 from .jobs import Job
 from .keys import Keys
 from .metrics import Metrics
+from .middleware import RequestMiddleware
 from .requests import Finished, ImageResult, Progress
 from .schema import FieldError, GenerationBody, Limits, image_requests
 from .service import Service
@@ -73,7 +73,7 @@ def create_app(
 
     app = FastAPI(title="latentrt", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     metrics.watch(service)
-    app.add_middleware(Doors, limits=bounds, metrics=metrics, keys=Keys(api_keys))
+    app.add_middleware(RequestMiddleware, limits=bounds, metrics=metrics, keys=Keys(api_keys))
     _handle_errors(app, metrics)
 
     @app.post("/v1/images/generations", responses=images(), tags=["OpenAI"])

@@ -130,8 +130,8 @@ class AsyncEngine:
         """Take requests, all of them or none.
 
         Args:
-            timeout: seconds from now until each must be made; refused at once where, by the pace so far, it cannot, or
-                others that wait could not.
+            timeout: seconds from now until each must be made; refused at once where, by the times of calls so far, it
+                cannot, or others that wait could not.
             previews: progress comes with pictures.
             again: they were taken before, by an engine that was lost: as long as there is room, they are taken.
 
@@ -269,5 +269,5 @@ class AsyncEngine:
         """Learn from what was made since then, the loop's own delays included."""
         delay = (now - begun) / (sum(report.seconds for report in self._made) or 1.0)
         for report in self._made:
-            self._admission.pace.learn(report.size, report.cost, report.seconds * delay, now)
+            self._admission.call_times.learn(report.size, report.cost, report.seconds * delay, now)
         self._made = []

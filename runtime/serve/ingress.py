@@ -18,8 +18,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ...errors import DeadlineError, DrainingError, QueueFullError
 from .answers import error_event, error_response, refusal, sse
-from .doors import request_id_of
 from .hosted import Forwarded, Head
+from .middleware import request_id_of
 from .retries import Accepted, ReplicaLostError, Told, is_stream, settled, until
 from .schema import Limits
 

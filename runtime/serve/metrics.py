@@ -1,4 +1,4 @@
-"""What a server counts, in Prometheus' terms, in a registry of its own."""
+"""A server's Prometheus metrics, in a registry of their own."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Metrics:
         )
 
     def watch(self, service: Service) -> None:
-        """Read the queue from here on."""
+        """Add gauges of the service's queue, read at each scrape."""
         gauges = (
             ("latentrt_waiting_images", "Images that wait.", lambda: service.waiting),
             ("latentrt_running_images", "Images being made.", lambda: service.running),
@@ -68,16 +68,15 @@ class Metrics:
         self._outcomes.labels(report.outcome).inc()
         self._steps.inc(report.steps)
         self._batch.observe(report.images)
-        if report.outcome == "made":
-            self._images.inc(report.images)
         for stage, seconds in report.timings.items():
             self._stages.labels(stage).observe(seconds)
         if report.outcome == "made":
+            self._images.inc(report.images)
             for seconds in report.waited:
                 self._stages.labels("queue").observe(seconds)
 
     def request(self, method: str, path: str, status: int, seconds: float) -> None:
-        """An answer has ended. `path` is the route's, so that there are few."""
+        """An answer has ended. `path` is the route's, which keeps the number of labels small."""
         known = method if method in _METHODS else "other"  # clients may invent any number of them
         self._requests.labels(known, path, str(status)).inc()
         self._latency.labels(path).observe(seconds)

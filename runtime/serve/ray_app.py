@@ -174,7 +174,7 @@ def application(args: dict[str, Any]) -> Any:
 
 
 def bound(deployed: Deployed) -> Any:
-    """For `serve.run`."""
+    """The application for `serve.run`: the ingress over its replicas."""
     per_replica = deployed.models_per_replica * (deployed.max_queue + deployed.max_batch)
     replicas = serve.deployment(
         name="replica",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from latentrt.errors import QueueFullError, RequestError
 from latentrt.runtime.serve.admission import Admission
-from latentrt.runtime.serve.pace import Pace
+from latentrt.runtime.serve.call_times import CallTimes
 from latentrt.runtime.serve.requests import Group
 from latentrt.runtime.serve.scheduler import Scheduler
 
@@ -19,84 +19,84 @@ LARGE = SMALL._replace(height=128, width=128)
 
 
 def test_estimates_are_what_the_measurements_prove() -> None:
-    pace, size, other = Pace(), (64, 64), (128, 128)
-    assert pace.seconds(size, 100.0, 0.0) == 0
-    pace.learn(size, 100.0, 2.0, 0.0)
+    times, size, other = CallTimes(), (64, 64), (128, 128)
+    assert times.seconds(size, 100.0, 0.0) == 0
+    times.learn(size, 100.0, 2.0, 0.0)
     for asked in (size, other):
-        assert pace.seconds(asked, 100.0, 0.0) == 2
-        assert pace.seconds(asked, 1e9, 0.0) == 2  # of more work it is known that it takes no less
-        assert pace.seconds(asked, 50.0, 0.0) == 1  # of less, that it takes at least its share
-    pace.learn(size, 1e6, 30.0, 0.0)
-    assert pace.seconds(size, 1e5, 0.0) == 3
-    assert pace.seconds(size, 100.0, 0.0) == 2
-    pace.learn(other, 100.0, 1.0, 0.0)
-    assert pace.seconds(other, 1e6, 0.0) == pytest.approx(1)  # its own size says more than others
+        assert times.seconds(asked, 100.0, 0.0) == 2
+        assert times.seconds(asked, 1e9, 0.0) == 2  # of more work it is known that it takes no less
+        assert times.seconds(asked, 50.0, 0.0) == 1  # of less, that it takes at least its share
+    times.learn(size, 1e6, 30.0, 0.0)
+    assert times.seconds(size, 1e5, 0.0) == 3
+    assert times.seconds(size, 100.0, 0.0) == 2
+    times.learn(other, 100.0, 1.0, 0.0)
+    assert times.seconds(other, 1e6, 0.0) == pytest.approx(1)  # its own size says more than others
 
 
 def test_measurements_are_averaged_and_forgotten() -> None:
-    pace, size = Pace(), (64, 64)
+    times, size = CallTimes(), (64, 64)
     for _ in range(30):
-        pace.learn(size, 100.0, 1.0, 0.0)
-    pace.learn(size, 100.0, 11.0, 1.0)
-    assert 2 < pace.seconds(size, 100.0, 1.0) < 6
-    assert pace.seconds(size, 100.0, 700.0) == 0  # what keeps requests out cannot be measured again
-    pace.learn(size, 100.0, 1.0, 700.0)
-    assert pace.seconds(size, 100.0, 700.0) == 1
+        times.learn(size, 100.0, 1.0, 0.0)
+    times.learn(size, 100.0, 11.0, 1.0)
+    assert 2 < times.seconds(size, 100.0, 1.0) < 6
+    assert times.seconds(size, 100.0, 700.0) == 0  # what keeps requests out cannot be measured again
+    times.learn(size, 100.0, 1.0, 700.0)
+    assert times.seconds(size, 100.0, 700.0) == 1
     for work in range(1, 1001):
-        pace.learn(size, float(work), 1.0, 700.0)
-    assert len(pace._seen) <= 64
+        times.learn(size, float(work), 1.0, 700.0)
+    assert len(times._seen) <= 64
 
 
 def test_other_work_on_the_machine_is_learnt_from_calls_of_any_kind() -> None:
-    pace, sizes = known(), SIZES
+    times, sizes = known(), SIZES
     for size in sizes[:3]:
-        pace.learn(size, 100.0, 2.0, 1.0)
-    assert 1.5 < pace.seconds(sizes[3], 100.0, 1.0) < 2
+        times.learn(size, 100.0, 2.0, 1.0)
+    assert 1.5 < times.seconds(sizes[3], 100.0, 1.0) < 2
     for _ in range(30):
         for size in sizes:
-            pace.learn(size, 100.0, 1.0, 2.0)
-    assert pace.seconds(sizes[3], 100.0, 2.0) == pytest.approx(1.0, rel=0.02)
-    pace.learn(sizes[0], 50.0, 0.75, 2.0)  # between its share and the whole
-    pace.learn((8, 8), 100.0, 0.01, 2.0)  # another size says nothing of these
-    assert pace.seconds(sizes[3], 100.0, 2.0) == pytest.approx(1.0, rel=0.02)
-    pace.learn(sizes[0], 200.0, 4.0, 2.0)  # twice of what twice the work can take
-    assert 1.2 < pace.seconds(sizes[3], 100.0, 2.0) < 1.4
+            times.learn(size, 100.0, 1.0, 2.0)
+    assert times.seconds(sizes[3], 100.0, 2.0) == pytest.approx(1.0, rel=0.02)
+    times.learn(sizes[0], 50.0, 0.75, 2.0)  # between its share and the whole
+    times.learn((8, 8), 100.0, 0.01, 2.0)  # another size says nothing of these
+    assert times.seconds(sizes[3], 100.0, 2.0) == pytest.approx(1.0, rel=0.02)
+    times.learn(sizes[0], 200.0, 4.0, 2.0)  # twice of what twice the work can take
+    assert 1.2 < times.seconds(sizes[3], 100.0, 2.0) < 1.4
 
 
 @pytest.mark.parametrize("jitter", [0.03, 0.1, 0.3])
 def test_chance_does_not_add_up(jitter: float) -> None:
     """Thousands of calls of one kind, as long or short as it happens, say nothing of another."""
-    pace, dice = known(), random.Random(4)
+    times, dice = known(), random.Random(4)
     for k in range(5000):
-        pace.learn(SIZES[0], 100.0, dice.uniform(1 - jitter, 1 + jitter), k / 10)
-        assert 1 - jitter < pace.seconds(SIZES[1], 100.0, k / 10) < 1 + jitter
+        times.learn(SIZES[0], 100.0, dice.uniform(1 - jitter, 1 + jitter), k / 10)
+        assert 1 - jitter < times.seconds(SIZES[1], 100.0, k / 10) < 1 + jitter
 
 
 def test_the_first_call_of_a_size_says_nothing_of_others_and_one_bad_call_little() -> None:
-    pace = known()
-    pace.learn((8, 8), 100.0, 10.0, 1.0)  # it allocates, or records a graph
+    times = known()
+    times.learn((8, 8), 100.0, 10.0, 1.0)  # it allocates, or records a graph
     for _ in range(5):
-        pace.learn((8, 8), 100.0, 1.0, 1.0)
-        assert pace.seconds(SIZES[0], 100.0, 1.0) == pytest.approx(1.0)
-    assert pace.seconds((8, 8), 100.0, 1.0) == pytest.approx(1.0)
-    pace.learn(SIZES[0], 100.0, 600.0, 2.0)  # it hung
-    assert pace.seconds(SIZES[1], 100.0, 2.0) < 2
+        times.learn((8, 8), 100.0, 1.0, 1.0)
+        assert times.seconds(SIZES[0], 100.0, 1.0) == pytest.approx(1.0)
+    assert times.seconds((8, 8), 100.0, 1.0) == pytest.approx(1.0)
+    times.learn(SIZES[0], 100.0, 600.0, 2.0)  # it hung
+    assert times.seconds(SIZES[1], 100.0, 2.0) < 2
     for _ in range(20):
-        pace.learn(SIZES[0], 100.0, 1.0, 2.0)
-    assert 0.9 < pace.seconds(SIZES[1], 100.0, 2.0) < 1.1
-    pace.learn(SIZES[0], 100.0, 0.0, 3.0)  # a clock that did not move
+        times.learn(SIZES[0], 100.0, 1.0, 2.0)
+    assert 0.9 < times.seconds(SIZES[1], 100.0, 2.0) < 1.1
+    times.learn(SIZES[0], 100.0, 0.0, 3.0)  # a clock that did not move
 
 
 SIZES = [(64, 64), (64, 72), (64, 80), (64, 88)]
 
 
-def known() -> Pace:
+def known() -> CallTimes:
     """Of each size it was seen that such a call takes a second."""
-    pace = Pace()
+    times = CallTimes()
     for size in SIZES:
         for _ in range(2):
-            pace.learn(size, 100.0, 1.0, 0.0)
-    return pace
+            times.learn(size, 100.0, 1.0, 0.0)
+    return times
 
 
 @dataclass(eq=False)
@@ -130,7 +130,7 @@ def test_the_queue_as_it_will_be_made() -> None:
 def test_what_has_few_before_it_is_let_in_beside_a_long_queue() -> None:
     queue: Scheduler[Waiting] = Scheduler(max_batch=1, window=0.0)
     admission = Admission(queue, max_waiting=60)
-    admission.pace.learn(SMALL.size, SMALL.cost, 1.0, 0.0)
+    admission.call_times.learn(SMALL.size, SMALL.cost, 1.0, 0.0)
     for _ in range(50):
         queue.add(Waiting(SMALL, 0.0))
     with pytest.raises(QueueFullError, match=r"with 50 images before it, .* take 51.0 to 127.5 s") as full:
@@ -164,7 +164,7 @@ def test_nobody_is_let_in_at_the_cost_of_who_was() -> None:
     for group in (SMALL, other, LARGE):
         for images in range(1, 5):
             work = images * group.cost
-            admission.pace.learn(group.size, work, work / SMALL.cost, 0.0)
+            admission.call_times.learn(group.size, work, work / SMALL.cost, 0.0)
     queue.add(Waiting(SMALL, 0.0, 6.0))
     admission.begin([Waiting(SMALL, 0.0)], 0.0)
     queue.add(Waiting(SMALL, 0.0, 6.0))  # made after 3 s, with a margin of two
@@ -206,7 +206,7 @@ def test_a_size_is_not_kept_out_for_ever() -> None:
     for group, seconds in takes.items():
         for images in (1, 8):
             for _ in range(2):
-                admission.pace.learn(group.size, images * group.cost, seconds * images / 8, 0.0)
+                admission.call_times.learn(group.size, images * group.cost, seconds * images / 8, 0.0)
     now = free = next_large = 0.0
     running: list[Waiting] = []
     let_in: list[float] = []
@@ -241,7 +241,7 @@ def test_a_first_call_that_takes_long_says_nothing_of_what_waits() -> None:
     queue: Scheduler[Waiting] = Scheduler(max_batch=4, window=0.0)
     admission = Admission(queue, max_waiting=60)
     for _ in range(2):
-        admission.pace.learn(SMALL.size, SMALL.cost, 1.0, 0.0)
+        admission.call_times.learn(SMALL.size, SMALL.cost, 1.0, 0.0)
     admission.begin([Waiting(LARGE, 0.0)], 0.0)  # of which nothing is known
     admission.check([SMALL], 60.0, 100.0)
     admission.begin([Waiting(SMALL, 0.0)], 0.0)  # should have been made long ago
@@ -303,7 +303,7 @@ def overloaded(
         for images in range(1, max_batch + 1):
             share = fixed + (1 - fixed) * images / max_batch
             for _ in range(2):
-                admission.pace.learn(group.size, images * group.cost, seconds * share, 0.0)
+                admission.call_times.learn(group.size, images * group.cost, seconds * share, 0.0)
     running: list[Waiting] = []
     refused = 0
     took: list[float] = []
@@ -311,7 +311,9 @@ def overloaded(
         now = min(came, free) if running else came
         if running and now >= free:
             admission.end()
-            admission.pace.learn(running[0].group.size, sum(job.group.cost for job in running), busy, now)
+            admission.call_times.learn(
+                running[0].group.size, sum(job.group.cost for job in running), busy, now
+            )
             took += [now - job.since for job in running]
             running = []
         if now >= came:

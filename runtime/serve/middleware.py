@@ -1,4 +1,4 @@
-"""What every request passes, as ASGI: an id, a key, a bound on its body, a log line, and a count."""
+"""ASGI middleware that gives every request an id, checks its key, bounds its body, logs it and counts it."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from .keys import Keys
 from .metrics import Metrics
 from .schema import Limits
 
-__all__ = ["Doors", "request_id_of"]
+__all__ = ["RequestMiddleware", "request_id_of"]
 
 _log = logging.getLogger("latentrt.access")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _DISCARD = 64 << 20
 """A body that is too long is read on to this many bytes, so that its sender gets to read the answer."""
 _OPEN = frozenset({"/", "/health", "/ready", "/openapi.json"})
-"""What needs no key."""
+"""Paths that need no key."""
 
 
 def request_id_of(headers: Headers) -> str:
-    """What the client calls its request, where that may stand in a log; else one of our own."""
+    """The client's x-request-id if it is safe to log, else a new random one."""
     given = headers.get("x-request-id", "")
     return given if _ID.fullmatch(given) else secrets.token_hex(8)
 
 
-class Doors:
-    """Around an application."""
+class RequestMiddleware:
+    """Wraps an application. Lifespan and websocket scopes pass through."""
 
     def __init__(self, app: ASGIApp, *, limits: Limits, metrics: Metrics, keys: Keys) -> None:
         self._app = app
@@ -63,19 +63,19 @@ class Doors:
             await send(message)
 
         try:
-            fits = scope["path"] in _OPEN or self._keys.fit(headers)
-            body = await self._body(scope, receive, _DISCARD if fits else self._limits.body)
-            if not fits:
+            authorized = scope["path"] in _OPEN or self._keys.fit(headers)
+            body, refusal = await self._body(scope, receive, _DISCARD if authorized else self._limits.body)
+            if not authorized:
                 self._metrics.error("http_401")
-                body = error_response(
+                refusal = error_response(
                     401,
                     "the API key is missing or wrong; send Authorization: Bearer KEY",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
-            if isinstance(body, Response):
-                await body(scope, receive, answer)
-            else:
+            if refusal is None:
                 await self._app(scope, _replayed(body, receive), answer)
+            else:
+                await refusal(scope, receive, answer)
         finally:
             seconds = time.perf_counter() - begun
             route = getattr(scope.get("route"), "path", "other")
@@ -91,30 +91,30 @@ class Doors:
             }
             _log.info("request", extra={"fields": fields})
 
-    async def _body(self, scope: Scope, receive: Receive, discard: int) -> bytes | Response:
-        """The whole body, or why not; of one that is too long at most `discard` bytes are read."""
+    async def _body(self, scope: Scope, receive: Receive, discard: int) -> tuple[bytes, Response | None]:
+        """The whole body, or the response that refuses it; at most `discard` bytes of one that is too long are read."""
         if scope["method"] not in ("POST", "PUT", "PATCH"):
-            return b""
+            return b"", None
         most = self._limits.body
         body, size = bytearray(), 0
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return Response(status_code=499)
+                return b"", Response(status_code=499)
             size += len(message.get("body", b""))
             if size <= most:
                 body += message.get("body", b"")
             if not message.get("more_body", False) or size > discard:
                 break
         if size > most:
-            return error_response(
+            return b"", error_response(
                 413, f"the body is longer than {most} bytes; ask for less at once", "prompt"
             )
-        return bytes(body)
+        return bytes(body), None
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """The body again, then what else comes: the client's leaving."""
+    """A `receive` that gives the body that was read, then what still comes: the client's disconnect."""
     given = False
 
     async def replay() -> Message:

@@ -1,10 +1,10 @@
-"""How long calls take, by the calls that were made.
+"""How long calls take, learnt from the calls that were made.
 
-A call costs something by itself, something a step, and something for its pixels, in shares that nobody knows
-beforehand. Of a call like one that was made the time is known. Of others two things are sure: more work takes no less
-time, and less work takes at least its share of the time. Estimates are the most that follows from these, so that
-ignorance lets a request in: it is then made, and learnt from. What other work on the machine does to calls of one kind
-it does to all, so they have a factor in common, which follows the last few calls of any kind.
+A call has a fixed cost, a cost per step and a cost per pixel, in shares that are unknown beforehand. The time of a call
+like an earlier one is known. Two things hold for any other: more work takes no less time, and less work takes at least
+its share of the time. Estimates are the highest lower bound that follows, so that ignorance admits a request, which is
+then made and learnt from. Other work on the machine slows calls of all kinds alike, so all estimates share a factor
+that follows the last few calls of any kind.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from dataclasses import dataclass
 
 from ..request import Size
 
-__all__ = ["Pace"]
+__all__ = ["CallTimes"]
 
 _FRESH = 600.0
-"""Seconds that a measurement counts for. What is refused is never measured, so an unlucky one must not last."""
+"""Seconds after which a measurement expires: refused calls are never measured, so an unlucky one must not last."""
 _KINDS = 64
-"""Remembered."""
+"""Kinds of call remembered."""
 _WEIGHT = 0.3
-"""Of the newest call in its kind's average."""
+"""Weight of the newest call in its kind's average."""
 _TREND = 0.4
-"""Of the newest call in what all kinds have in common lately."""
+"""Weight of the newest call in the common factor."""
 _FADING = 0.98
-"""What is left of that with each call: what lasts is the averages' to learn."""
+"""Decay of the common factor with each call: what lasts is left to the averages."""
 _JUMP = 3.0
-"""More than this factor one call does not count for: it may have had a bad time."""
+"""Most by which one call may seem slower or faster than expected: it may be an outlier."""
 _SHORTEST = 1e-6
-"""Seconds that a clock tells apart."""
+"""Seconds; resolution of the clock."""
 
 
 @dataclass
 class _Seen:
-    """The calls of one size and work: their average, as of a machine without other work, and when the last one was."""
+    """Calls of one size and work: their average on an otherwise idle machine, and when the last one was made."""
 
     seconds: float
     last: float
     calls: int
 
 
-class Pace:
+class CallTimes:
     """Measurements by size and work, the latter in the unit of `Group.cost`; times are in seconds of any one clock.
 
     Averages are geometric, so that the common factor and a kind's own average can be separated.
@@ -49,10 +49,10 @@ class Pace:
 
     def __init__(self) -> None:
         self._seen: dict[tuple[Size, float], _Seen] = {}
-        self._lately = 1.0  # times the averages, what calls take now
+        self._lately = 1.0  # the common factor: calls now take this times their averages
 
     def learn(self, size: Size, cost: float, seconds: float, now: float) -> None:
-        """A call of so much work took so long."""
+        """Record that a call of this size and cost took `seconds`."""
         seconds = max(seconds, _SHORTEST)
         old = self._seen.pop((size, cost), None)
         if old is not None and now - old.last > _FRESH:
@@ -67,23 +67,23 @@ class Pace:
         alone, calls = seconds / self._lately, 1
         if old is not None:
             calls = old.calls + 1
-            if old.calls > 1:  # the first of a kind allocates and records, and says little of the others
+            if old.calls > 1:  # the first of a kind allocates and captures, and says little about the others
                 alone = old.seconds * _bounded(alone / old.seconds) ** _WEIGHT
         self._seen[size, cost] = _Seen(alone, now, calls)
         if len(self._seen) > _KINDS:
             del self._seen[next(iter(self._seen))]  # the one not seen for longest
 
     def seconds(self, size: Size, cost: float, now: float) -> float:
-        """What a call of so much work takes at least; 0 while nothing is known."""
+        """Lower bound of the time of a call of this size and cost; 0 while nothing is known."""
         least, _ = _bounds(self._fresh(now, size) or self._fresh(now), cost)
         return self._lately * least
 
     def measured(self, size: Size, cost: float, now: float) -> bool:
-        """Whether that is of such calls themselves, and more than one."""
+        """Whether the estimate comes from at least two calls of this very size and cost."""
         return cost in self._fresh(now, size, calls=2)
 
     def _fresh(self, now: float, size: Size | None = None, *, calls: int = 1) -> dict[float, float]:
-        """Work -> seconds, of one size or the most of all; of what was called so often at least."""
+        """Cost -> seconds, of one size or the largest over all sizes, of kinds called at least `calls` times."""
         fresh: dict[float, float] = {}
         for (s, work), seen in self._seen.items():
             if size in (None, s) and now - seen.last <= _FRESH and seen.calls >= calls:
@@ -96,7 +96,7 @@ def _bounded(factor: float) -> float:
 
 
 def _bounds(known: dict[float, float], cost: float) -> tuple[float, float]:
-    """The least and the most seconds that so much work takes, by calls of other work."""
+    """Least and most seconds for a call of this cost, from the known times of other costs."""
     if cost in known:
         return known[cost], known[cost]
     least = max((seconds * min(1.0, cost / work) for work, seconds in known.items()), default=0.0)
