@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.atomic_file import write_json
-from ..runtime.engines.packing import Doubling, defer_in_resnet
+from ..runtime.engines.packing import FusedUpsample, defer_in_resnet
 from ..runtime.models.layers import ResnetBlock, Upsample
 from ..runtime.place import dtype_name
 from .kernel_timing import CACHE_BYTES, CALLS, Calls, cuda_microseconds, slug
@@ -137,7 +137,7 @@ def _packed(module: ResnetBlock | Upsample) -> tuple[nn.Module, Tensor]:
     bias = other.conv.bias
     assert bias is not None
     other.conv.bias = None
-    return Doubling(other, None), bias.float()
+    return FusedUpsample(other, None), bias.float()
 
 
 def _call(module: nn.Module, time_: Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -1,35 +1,39 @@
-"""Weights laid out for the back end `triton`, on the host, once: fewer kernels compute what they did, but for rounding.
+"""Weights laid out for the back end `triton`, once, on the host: fewer kernels compute the same, up to rounding.
 
-- A self-attention's three projections are one product.
-- 1x1 convolutions of images whose channels are last are products too, which add their bias and run no kernel for it.
-- The bias of any other convolution is left to the norm that follows. PyTorch adds it to what cuDNN computed in a
-  kernel of its own, which reads and writes the whole image once more; a norm reads the image anyway, and adds a shift
-  to each channel of it at no cost.
-- An image is doubled and convolved in one: a transposed convolution, with four ninths of the products, and without
-  the doubled image in between.
+- The three projections of a self-attention are one matmul (fused QKV).
+- A 1x1 convolution of a channels-last image is a matmul, which adds the bias without a kernel of its own.
+- The bias of any other convolution is left to the norm that follows: PyTorch adds it to cuDNN's result in a kernel of
+  its own, which reads and writes the whole image once more; a norm reads the image anyway, and adds a shift to each
+  channel at no cost. Until then the bias is *pending*.
+- An upsampling and its convolution are one transposed convolution, with four ninths of the multiplications and without
+  the upsampled image in between.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.layers import Downsample, GroupNorm, GroupNormSiLU, Upsample
+from ..models.layers import Downsample, GroupNorm, GroupNormSiLU, ResnetBlock, Upsample
 from ..models.unet import UNet
-from ..models.unet_blocks import TransformerBlock
+from ..models.unet_blocks import Transformer, TransformerBlock
 from ..models.vae import VAEDecoder, VAEEncoder
 
-__all__ = ["Doubling", "defer_biases", "defer_in_resnet", "doubling_weight", "pack", "pack_attention"]
+__all__ = ["FusedUpsample", "defer_biases", "defer_in_resnet", "pack", "pack_attention", "upsample_weight"]
 
-_ROWS = 16  # of a batch, up to which a constant shift is there for each row
+Norm = TypeVar("Norm", GroupNorm, GroupNormSiLU)
+
+_ROWS = 16
+"""Rows stored of a constant shift: the norm kernel wants a contiguous [B, C]. A larger batch expands one row, which the
+kernel's wrapper copies."""
 
 
 def pack(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """The weights and biases of linear layers over one input as one layer's, of which theirs become views.
+    """Concatenate the weights and biases of linear layers over one input; the layers' own become views of the result.
 
     Returns:
         Weight [sum of outputs, inputs] and bias [sum of outputs], None where they have none.
@@ -47,7 +51,7 @@ def pack(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
 
 
 def pack_attention(module: nn.Module) -> list[Tensor]:
-    """Make the three projections of each self-attention one product; returns their weights."""
+    """Fuse the three projections of each self-attention into one matmul; returns the fused weights [3C, C]."""
     packed = []
     for block in module.modules():
         if isinstance(block, TransformerBlock):
@@ -61,21 +65,22 @@ def pack_attention(module: nn.Module) -> list[Tensor]:
 
 
 def defer_biases(module: nn.Module) -> None:
-    """Follow through a network what is missing of its images while its convolutions add no bias, and hand it to the
-    layers that must know. A network of another kind is left as it is."""
+    """Take the biases from the convolutions of a UNet, VAE decoder or VAE encoder, follow each while it is pending, and
+    give it to the next layer that can add it. Any other network is left as it is."""
     if isinstance(module, UNet):
         _defer_in_unet(module)
     elif isinstance(module, VAEDecoder):
-        _defer_in_decoder(module.decoder)
+        _defer_in_decoder(module)
     elif isinstance(module, VAEEncoder):
-        _defer_in_encoder(module.encoder)
+        _defer_in_encoder(module)
 
 
-def doubling_weight(weight: Tensor) -> Tensor:
-    """The transposed convolution (4x4, stride 2, padding 1) that repeats every pixel and convolves the result.
+def upsample_weight(weight: Tensor) -> Tensor:
+    """The weight of the transposed convolution (4x4, stride 2, padding 1) that equals a nearest-neighbour upsampling
+    followed by a 3x3 convolution.
 
-    Every pixel of the doubled image sees two by two pixels of the small one, each through the sum of the weights that
-    met copies of it. Shi et al., "Is the deconvolution layer the same as a convolutional layer?" (2016), has the like.
+    Each pixel of the result sees 2x2 pixels of the small image, each through the sum of the weights that meet its
+    copies. Compare Shi et al., "Is the deconvolution layer the same as a convolutional layer?" (2016).
 
     Args:
         weight: [Cout, Cin, 3, 3], of a convolution with padding 1.
@@ -91,7 +96,7 @@ def doubling_weight(weight: Tensor) -> Tensor:
 
 
 class _Pointwise(nn.Module):
-    """A 1x1 convolution as a product."""
+    """A 1x1 convolution as a matmul."""
 
     def __init__(self, conv: nn.Conv2d, bias: Tensor) -> None:
         """`bias`: float32 [Cout], in place of the convolution's."""
@@ -104,48 +109,51 @@ class _Pointwise(nn.Module):
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-class _Shifted(nn.Module):
-    """A norm of x + offset."""
+class _BiasedNorm(nn.Module):
+    """A norm of x + bias."""
 
-    def __init__(self, norm: GroupNorm | GroupNormSiLU, offset: Tensor) -> None:
+    def __init__(self, norm: GroupNorm | GroupNormSiLU, bias: Tensor) -> None:
+        """`bias`: float32 [C]."""
         super().__init__()
         self.norm = norm
-        self.offset = _constant(offset.repeat(_ROWS, 1), norm.weight)
+        self.bias = _constant(bias.repeat(_ROWS, 1), norm.weight)
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        rows = self.offset[: len(x)] if len(x) <= _ROWS else self.offset[:1].expand(len(x), -1)
+        """x: [B, C, H, W]; shift: [B, C]."""
+        rows = self.bias[: len(x)] if len(x) <= _ROWS else self.bias[:1].expand(len(x), -1)
         out: Tensor = self.norm(x, rows if shift is None else rows + shift)
         return out
 
 
-class _Halving(nn.Module):
-    """A halving of x + offset. Zeros beyond the edge are zeros of the sum, so the convolution cannot take it over."""
+class _BiasedDownsample(nn.Module):
+    """A downsampling of x + bias. The convolution cannot absorb the bias: its padding is zeros of the sum."""
 
-    def __init__(self, halving: Downsample, offset: Tensor) -> None:
+    def __init__(self, downsample: Downsample, bias: Tensor) -> None:
+        """`bias`: float32 [C]."""
         super().__init__()
-        self.halving = halving
-        self.offset = _constant(offset[:, None, None], halving.conv.weight)
+        self.downsample = downsample
+        self.bias = _constant(bias[:, None, None], downsample.conv.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.halving(x + self.offset)
+        out: Tensor = self.downsample(x + self.bias)
         return out
 
 
-class Doubling(nn.Module):
-    """A doubling of x + offset, [B, C, H, W]; `offset`: float32 [C], or None."""
+class FusedUpsample(nn.Module):
+    """An upsampling of x + bias, [B, C, H, W], with its convolution; `bias`: float32 [C], or None."""
 
-    def __init__(self, doubling: Upsample, offset: Tensor | None) -> None:
+    def __init__(self, upsample: Upsample, bias: Tensor | None) -> None:
         super().__init__()
-        self.doubling = doubling
-        self.offset = None if offset is None else _constant(offset[:, None, None], doubling.conv.weight)
-        self.weight = nn.Parameter(doubling_weight(doubling.conv.weight), requires_grad=False)
+        self.upsample = upsample
+        self.bias = None if bias is None else _constant(bias[:, None, None], upsample.conv.weight)
+        self.weight = nn.Parameter(upsample_weight(upsample.conv.weight), requires_grad=False)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        if self.offset is not None:
-            x = x + self.offset
+        if self.bias is not None:
+            x = x + self.bias
         if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):
             return F.conv_transpose2d(x, self.weight, stride=2, padding=1)
-        out: Tensor = self.doubling(x, size)
+        out: Tensor = self.upsample(x, size)
         return out
 
 
@@ -153,136 +161,141 @@ def _constant(value: Tensor, like: Tensor) -> nn.Parameter:
     return nn.Parameter(value.to(like.dtype), requires_grad=False)
 
 
-def _take(conv: nn.Conv2d) -> Tensor:
-    """The convolution's bias, float32 [Cout], which it no longer has."""
+def _pop_bias(conv: nn.Conv2d) -> Tensor:
+    """Remove the convolution's bias and return it, float32 [Cout]; zeros if it had none."""
     bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
     conv.bias = None
     return bias.float()
 
 
-# Each function below takes the bias that its input images still lack (float32 [C], None for none) and returns the one
-# that its output images lack.
-# Layers are put in the place of others, which types do not allow: hence Any.
+# Each function below takes the bias that is pending for its input images (float32 [C], None for none) and returns the
+# one that is pending for its output images. Layers replace layers of another type, hence the casts; a ModuleList does
+# not say what is in it, hence Any.
 
 
-def defer_in_resnet(block: Any, offset: Tensor | None) -> Tensor | None:
+def defer_in_resnet(block: ResnetBlock, pending: Tensor | None) -> Tensor | None:
     """What `defer_biases` does in one residual block.
 
     Args:
-        block: a `ResnetBlock`.
-        offset: float32 [Cin], which its images lack, or None.
+        block: is changed.
+        pending: float32 [Cin], the bias its input images lack, or None.
 
     Returns:
-        float32 [Cout], which its results lack; None where that is nothing.
+        float32 [Cout], the bias its output images lack, or None.
     """
-    block.norm1 = _shifted(block.norm1, offset)
-    inner = _take(block.conv1)
+    block.norm1 = _with_bias(block.norm1, pending)
+    inner = _pop_bias(block.conv1)
     if block.time_emb_proj is None:
-        block.norm2 = _shifted(block.norm2, inner)
-    else:  # the norm is shifted by this one's result
+        block.norm2 = _with_bias(block.norm2, inner)
+    else:  # its result is the shift of norm2
         block.time_emb_proj.bias = _constant(block.time_emb_proj.bias + inner, block.time_emb_proj.weight)
-    lacking = _take(block.conv2)
+    outer = _pop_bias(block.conv2)
     shortcut = block.conv_shortcut
     if shortcut is None:
-        return lacking if offset is None else offset + lacking
-    bias = _take(shortcut) + lacking
-    if offset is not None:
-        bias = bias + shortcut.weight.flatten(1).float() @ offset
-    block.conv_shortcut = _Pointwise(shortcut, bias)
+        return outer if pending is None else pending + outer
+    bias = _pop_bias(shortcut) + outer
+    if pending is not None:
+        bias = bias + shortcut.weight.flatten(1).float() @ pending
+    block.conv_shortcut = cast(nn.Conv2d, _Pointwise(shortcut, bias))
     return None
 
 
-def _shifted(norm: Any, offset: Tensor | None) -> nn.Module:
-    return norm if offset is None else _Shifted(norm, offset)
+def _with_bias(norm: Norm, pending: Tensor | None) -> Norm:
+    return norm if pending is None else cast(Norm, _BiasedNorm(norm, pending))
 
 
-def _transformer(block: Any, offset: Tensor | None) -> None:
-    """Its last product adds what the image around it lacks, so that the sum lacks nothing."""
-    block.norm = _shifted(block.norm, offset)
+def _defer_in_transformer(block: Transformer, pending: Tensor | None) -> None:
+    """Its last projection adds the pending bias of the skip connection, so nothing stays pending."""
+    block.norm = _with_bias(block.norm, pending)
     last = block.proj_out
-    if block.linear:
-        if offset is not None:
-            last.bias = _constant(last.bias + offset, last.weight)
+    if isinstance(last, nn.Linear):
+        if pending is not None:
+            last.bias = _constant(last.bias + pending, last.weight)
     else:
-        block.proj_in = _Pointwise(block.proj_in, _take(block.proj_in))
-        bias = _take(last)
-        block.proj_out = _Pointwise(last, bias if offset is None else bias + offset)
+        first = cast(nn.Conv2d, block.proj_in)
+        block.proj_in = cast(nn.Conv2d, _Pointwise(first, _pop_bias(first)))
+        bias = _pop_bias(last)
+        block.proj_out = cast(nn.Conv2d, _Pointwise(last, bias if pending is None else bias + pending))
 
 
-def _halve(halvings: Any, offset: Tensor | None) -> Tensor | None:
-    for i, halving in enumerate(halvings):
-        bias = _take(halving.conv)
-        if offset is not None:
-            halvings[i] = _Halving(halving, offset)
-        offset = bias
-    return offset
+def _downsample(layers: Any, pending: Tensor | None) -> Tensor | None:
+    for i, layer in enumerate(layers):
+        bias = _pop_bias(layer.conv)
+        if pending is not None:
+            layers[i] = _BiasedDownsample(layer, pending)
+        pending = bias
+    return pending
 
 
-def _double(doublings: Any, offset: Tensor | None) -> Tensor | None:
-    for i, doubling in enumerate(doublings):
-        bias = _take(doubling.conv)
-        doublings[i] = Doubling(doubling, offset)
-        offset = bias
-    return offset
+def _upsample(layers: Any, pending: Tensor | None) -> Tensor | None:
+    for i, layer in enumerate(layers):
+        bias = _pop_bias(layer.conv)
+        layers[i] = FusedUpsample(layer, pending)
+        pending = bias
+    return pending
 
 
-def _defer_in_unet(unet: Any) -> None:
-    offset: Tensor | None = _take(unet.conv_in)
-    skips = [offset]
+def _defer_in_unet(unet: UNet) -> None:
+    down: Any
+    up: Any
+    pending: Tensor | None = _pop_bias(unet.conv_in)
+    skips = [pending]
     for down in unet.down_blocks:
         for i, resnet in enumerate(down.resnets):
-            offset = defer_in_resnet(resnet, offset)
+            pending = defer_in_resnet(resnet, pending)
             if down.attentions:
-                _transformer(down.attentions[i], offset)
-                offset = None
-            skips.append(offset)
+                _defer_in_transformer(down.attentions[i], pending)
+                pending = None
+            skips.append(pending)
         if down.downsamplers:
-            offset = _halve(down.downsamplers, offset)
-            skips.append(offset)
-    middle = unet.mid_block
-    _transformer(middle.attentions[0], defer_in_resnet(middle.resnets[0], offset))
-    offset = defer_in_resnet(middle.resnets[1], None)
+            pending = _downsample(down.downsamplers, pending)
+            skips.append(pending)
+    middle: Any = unet.mid_block
+    _defer_in_transformer(middle.attentions[0], defer_in_resnet(middle.resnets[0], pending))
+    pending = defer_in_resnet(middle.resnets[1], None)
     for up in unet.up_blocks:
         for i, resnet in enumerate(up.resnets):
-            offset = defer_in_resnet(resnet, _joined(offset, skips.pop(), resnet.conv1.in_channels))
+            pending = defer_in_resnet(resnet, _cat_pending(pending, skips.pop(), resnet.conv1.in_channels))
             if up.attentions:
-                _transformer(up.attentions[i], offset)
-                offset = None
-        offset = _double(up.upsamplers, offset)
-    unet.conv_norm_out = _shifted(unet.conv_norm_out, offset)
+                _defer_in_transformer(up.attentions[i], pending)
+                pending = None
+        pending = _upsample(up.upsamplers, pending)
+    unet.conv_norm_out = _with_bias(unet.conv_norm_out, pending)
 
 
-def _joined(first: Tensor | None, second: Tensor | None, channels: int) -> Tensor | None:
-    """What two images lack that are joined, of so many channels together."""
+def _cat_pending(first: Tensor | None, second: Tensor | None, channels: int) -> Tensor | None:
+    """The pending bias of two images concatenated to `channels` channels."""
     given = second if first is None else first
     if given is None:
         return None
-    nothing = given.new_zeros(channels - len(given))
-    return torch.cat([nothing if x is None else x for x in (first, second)])
+    zeros = given.new_zeros(channels - len(given))
+    return torch.cat([zeros if x is None else x for x in (first, second)])
 
 
-def _defer_in_decoder(net: Any) -> None:
-    offset = _defer_in_middle(net.mid_block, _take(net.conv_in))
-    offset = _defer_in_levels(net.up_blocks, offset)
-    net.conv_norm_out = _shifted(net.conv_norm_out, offset)
+def _defer_in_decoder(vae: VAEDecoder) -> None:
+    net = vae.decoder
+    pending = _defer_in_middle(net.mid_block, _pop_bias(net.conv_in))
+    pending = _defer_in_levels(net.up_blocks, pending)
+    net.conv_norm_out = _with_bias(net.conv_norm_out, pending)
 
 
-def _defer_in_encoder(net: Any) -> None:
-    offset = _defer_in_levels(net.down_blocks, _take(net.conv_in))
-    offset = _defer_in_middle(net.mid_block, offset)
-    net.conv_norm_out = _shifted(net.conv_norm_out, offset)
+def _defer_in_encoder(vae: VAEEncoder) -> None:
+    net = vae.encoder
+    pending = _defer_in_levels(net.down_blocks, _pop_bias(net.conv_in))
+    pending = _defer_in_middle(net.mid_block, pending)
+    net.conv_norm_out = _with_bias(net.conv_norm_out, pending)
 
 
-def _defer_in_levels(levels: Any, offset: Tensor | None) -> Tensor | None:
+def _defer_in_levels(levels: Any, pending: Tensor | None) -> Tensor | None:
     for level in levels:
         for resnet in level.resnets:
-            offset = defer_in_resnet(resnet, offset)
-        offset = _double(level.upsamplers, _halve(level.downsamplers, offset))
-    return offset
+            pending = defer_in_resnet(resnet, pending)
+        pending = _upsample(level.upsamplers, _downsample(level.downsamplers, pending))
+    return pending
 
 
-def _defer_in_middle(middle: Any, offset: Tensor | None) -> Tensor | None:
-    offset = defer_in_resnet(middle.resnets[0], offset)
+def _defer_in_middle(middle: Any, pending: Tensor | None) -> Tensor | None:
+    pending = defer_in_resnet(middle.resnets[0], pending)
     for attention in middle.attentions:
-        attention.group_norm = _shifted(attention.group_norm, offset)
-    return defer_in_resnet(middle.resnets[1], offset)
+        attention.group_norm = _with_bias(attention.group_norm, pending)
+    return defer_in_resnet(middle.resnets[1], pending)

@@ -1,7 +1,7 @@
 """A UNet as three engines: run once for a prompt, once for all timesteps of a loop, and once in every step.
 
-What a step is spared is little work in many small pieces: SDXL's 140 projections of the text and 17 of the time are
-under 1 % of its arithmetic and a fifth of its matrix products.
+This saves each step many small matmuls: SDXL's 140 projections of the text and 17 of the time are under 1 % of its
+arithmetic, but a fifth of its matmuls.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from .base import CallProgram, Component, Engine, Program, TensorSpec, Timesteps
 __all__ = ["STEPS_AT_ONCE", "SplitUNet", "in_parts", "unet_parts"]
 
 STEPS_AT_ONCE = 64
-"""Timesteps that one run of the part `time` takes, each with the rows of a step."""
+"""Timesteps embedded per call, each with the rows of a step: enough for a usual loop in one. All 1,000 at once would
+double the memory that their shifts take."""
 
 _ALIGNMENT = 256  # bytes, as CUDA's own allocations have it
 
 
 def in_parts(component: Component) -> tuple[Component, ...]:
-    """The parts of a component that has some; else the component itself."""
+    """The parts of a component in the order they run; the component itself if it has none."""
     return (component,) if component.parts is None else component.parts()
 
 
@@ -39,7 +40,7 @@ def unet_parts(
     Outputs of one are inputs of the next, by name.
 
     Args:
-        component: the whole.
+        component: the whole UNet.
         build: makes the module of that name in `models.unet_parts.PARTS`, with its weights in the component's dtype.
     """
     given = {spec.name: spec for spec in component.inputs}
@@ -95,7 +96,7 @@ def _part(
 
 
 class SplitUNet:
-    """The engine of a UNet that is made of those of its parts, of whatever back end."""
+    """A UNet's engine that runs the engines of its parts, which may be of any back end."""
 
     def __init__(self, component: Component, engines: Sequence[Engine]) -> None:
         """`engines`: of `in_parts(component)`, in that order."""
@@ -128,7 +129,7 @@ class SplitUNet:
 
 
 class _SplitProgram:
-    """Everything that the parts hand on lies in tensors that stay where they are."""
+    """The engines of the parts over static tensors, through which they pass their results on."""
 
     def __init__(
         self,
@@ -151,7 +152,7 @@ class _SplitProgram:
         self._shifts = _zeros(time.outputs, several, sample)
         self._time = time_engine.bind(self._of_time, self._shifts)
 
-        # The shifts of one step are one row of a table, in which each of them is a tensor of its own.
+        # The shifts of one step are one row of a table; each is an aligned slice of it.
         unit = _ALIGNMENT // sample.element_size()
         self._places: dict[str, slice] = {}
         end = 0

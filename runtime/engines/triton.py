@@ -1,8 +1,8 @@
 """The PyTorch modules over the project's Triton kernels, laid out for them.
 
-Weights are packed once, at load (`packing.py`): images have their channels last, and fewer kernels compute what the
-modules say. The projections of all cross-attentions are one product, once for a prompt, and those of all residual
-blocks' time embeddings another, once for all steps of a loop. What is left in a step depends on the latents.
+Weights are packed once, at load (`packing.py`): images are channels last, and fewer kernels compute the same. The text
+projections of all cross-attentions are one matmul, run once per prompt, and the time projections of all residual
+blocks another, run once for all steps of a loop. Only what depends on the latents is left in a step.
 
 On the CPU the operators are their PyTorch references: the same program, slowly.
 """
@@ -22,12 +22,13 @@ from ..models.unet import UNet
 from .base import Availability, Component, Engine, Program, Timesteps
 from .eager import EagerBackend, EagerEngine
 from .packing import defer_biases, pack, pack_attention
+from .split import STEPS_AT_ONCE
 
 __all__ = ["TritonBackend", "TritonEngine"]
 
 
 class TritonEngine(EagerEngine):
-    """One packed module on one device."""
+    """A packed module on one device."""
 
     _operators = nullcontext
     _unet: _PackedUNet | None = None
@@ -77,11 +78,12 @@ class TritonBackend:
 
 
 class _PackedUNet:
-    """A UNet whose projections of text and time are two products.
+    """A UNet whose text projections are one matmul and whose time projections are another.
 
     Attributes:
         tensors: the packed weights and biases.
-        text_widths, shift_widths: channels of each block's keys and values in turn, and of its shift.
+        text_widths: channels of each transformer block's keys, then of its values, in turn.
+        shift_widths: channels of each residual block's shift.
     """
 
     def __init__(self, unet: UNet) -> None:
@@ -95,12 +97,13 @@ class _PackedUNet:
         self.shift_widths = [linear.out_features for linear in shifted]
 
     def text(self, encoder_hidden_states: Tensor, out: Tensor) -> None:
-        """[R, S, D] -> keys and values of all blocks, into [R, S, sum of text_widths]: too large to be there twice."""
+        """[R, S, D] -> keys and values of all blocks, written into [R, S, sum of text_widths]: SDXL's are 51 MB for one
+        guided image in half precision, too much to copy."""
         torch.mm(encoder_hidden_states.flatten(0, 1), self._text.t(), out=out.flatten(0, 1))
 
     def shifts(self, timesteps: Tensor, constants: Mapping[str, Tensor], out: Tensor) -> None:
-        """[N] timesteps -> the shifts of all blocks, into [N, R * sum of shift_widths]: block by block, each
-        [R, width], so that a step's are one row, and each block's in it are contiguous, as kernels want them."""
+        """[N] timesteps -> the shifts of all blocks, into [N, R * sum of shift_widths]: a step's are one row, in which
+        each block's [R, width] are contiguous, as the kernels want them."""
         unet, text = self.unet, constants["encoder_hidden_states"]
         rows, steps, cond = len(text), len(timesteps), constants.get("timestep_cond")
         times = timesteps if cond is None else timesteps.repeat_interleave(rows)
@@ -110,16 +113,14 @@ class _PackedUNet:
             emb = emb + unet.embed_sizes(constants["text_embeds"], constants["time_ids"])
         weight, bias = self._time
         shifts = F.linear(F.silu(emb.expand(steps, rows, -1)), weight, bias).split(self.shift_widths, dim=-1)
-        rooms = out.split([rows * width for width in self.shift_widths], dim=1)
-        for block, room in zip(shifts, rooms, strict=True):
-            room.view(block.shape).copy_(block)
-
-
-_STEPS = 64
-"""Whose shifts are made at once: all of a usual loop's. A thousand steps' would take as much memory again."""
+        destinations = out.split([rows * width for width in self.shift_widths], dim=1)
+        for block, destination in zip(shifts, destinations, strict=True):
+            destination.view(block.shape).copy_(block)
 
 
 class _UNetProgram:
+    """A packed UNet over static tensors: `prepare` computes keys, values and shifts, `run` the rest of a step."""
+
     capturable = True
 
     def __init__(
@@ -135,8 +136,8 @@ class _UNetProgram:
     @torch.inference_mode()
     def prepare(self) -> None:
         self._packed.text(self._inputs["encoder_hidden_states"], self._text)
-        steps = self._timesteps.values.split(_STEPS)
-        for values, shifts in zip(steps, self._shifts.split(_STEPS), strict=True):
+        steps = self._timesteps.values.split(STEPS_AT_ONCE)
+        for values, shifts in zip(steps, self._shifts.split(STEPS_AT_ONCE), strict=True):
             self._packed.shifts(values, self._inputs, shifts)
 
     @torch.inference_mode()

@@ -56,7 +56,7 @@ _TRANSFORMERS = """
 
 @dataclass(frozen=True)
 class CLIPTextConfig:
-    """What a text encoder is made of.
+    """The configuration of a text encoder.
 
     Attributes:
         vocab_size: number of tokens; ids are below it.
@@ -65,8 +65,8 @@ class CLIPTextConfig:
         max_position_embeddings: longest sequence, in tokens.
         hidden_act: "quick_gelu" (CLIP) or "gelu" (OpenCLIP).
         layer_norm_eps: of every norm.
-        eos_token_id: marks the token whose state is pooled. 2 is what old configurations hold by mistake;
-            then it is the token with the highest id.
+        eos_token_id: the token whose state is pooled. Old configurations hold 2 by mistake; then it is the token with
+            the highest id.
         projection_dim: size of the pooled output where it is projected, else None.
     """
 
@@ -172,8 +172,8 @@ class _TextModel(nn.Module):
 
 
 def _embedding(count: int, width: int) -> nn.Embedding:
-    """Normal numbers, as PyTorch has it; but its own way to them imports its compiler where that is on the meta device:
-    half a second, and a cycle of the frames it was imported from, which hold the pipeline."""
+    """nn.Embedding with its own initialisation spelt out: on the meta device `init.normal_` imports torch._dynamo,
+    which takes half a second and leaves a cycle of frames that holds the pipeline."""
     return nn.Embedding(count, width, _weight=torch.randn(count, width))
 
 

@@ -164,7 +164,7 @@ class Upsample(nn.Module):
         """
         Args:
             x: [B, C, H, W].
-            size: of the result; twice H and W where None. One less than that undoes a rounded-up halving.
+            size: of the result; None for twice H and W. One less undoes a downsampling that rounded up.
         """
         if size is None:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")

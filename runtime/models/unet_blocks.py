@@ -11,7 +11,7 @@ from ...kernels import attention, linear_geglu
 from .layers import Downsample, GroupNorm, LayerNorm, ResnetBlock, Upsample, join_channels
 from .unet_config import UNetConfig
 
-__all__ = ["Attention", "DownBlock", "KeysValues", "MidBlock", "TransformerBlock", "UpBlock"]
+__all__ = ["Attention", "DownBlock", "KeysValues", "MidBlock", "Transformer", "TransformerBlock", "UpBlock"]
 
 KeysValues = tuple[Tensor, Tensor]
 """What a cross-attention attends to: [B, Sk, C] each."""
@@ -28,7 +28,7 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.to_qkv: Tensor | None = None  # the three weights in one, where they are packed
+        self.to_qkv: Tensor | None = None  # [3C, C], the fused weight, where they are packed
 
     def keys_values(self, context: Tensor) -> KeysValues:
         """[B, Sk, Cc] -> keys and values, [B, Sk, C] each."""
@@ -147,7 +147,7 @@ def _resnet(in_channels: int, out_channels: int, config: UNetConfig) -> ResnetBl
 
 
 class DownBlock(nn.Module):
-    """Residual blocks of one level, transformers where the level has them, then a halving of the image."""
+    """Residual blocks of one level, transformers where the level has them, then a downsampling."""
 
     def __init__(self, config: UNetConfig, level: int) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual blocks of one level, each fed a tensor kept on the way down, then a doubling of the image."""
+    """Residual blocks of one level, each fed a tensor kept on the way down, then an upsampling."""
 
     def __init__(self, config: UNetConfig, level: int, has_attention: bool) -> None:
         super().__init__()
@@ -221,8 +221,8 @@ class UpBlock(nn.Module):
     ) -> Tensor:
         """x: [B, Cin, H, W]; shifts and texts: for each residual and transformer block in turn.
 
-        `skips` is shared by all up blocks: each takes its own from the end. What is left tells the size to
-        grow to, which is odd where a halving was rounded up.
+        `skips` is shared by all up blocks: each takes its own from the end. The last one left has the size to
+        upsample to, which is odd where the downsampling rounded up.
         """
         for i, resnet in enumerate(self.resnets):
             x = resnet(join_channels(x, skips.pop()), next(shifts))

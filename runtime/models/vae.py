@@ -187,7 +187,7 @@ class _MidBlock(nn.Module):
 
 
 class _Level(nn.Module):
-    """Residual blocks, then a halving or doubling of the image."""
+    """Residual blocks, then a downsampling or an upsampling."""
 
     def __init__(
         self,

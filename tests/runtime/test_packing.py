@@ -1,4 +1,4 @@
-"""What `packing` makes of networks: the same function, with fewer additions and products."""
+"""What `packing` makes of networks: the same function, with fewer additions and multiplications."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from latentrt.kernels._triton import counted, forced
 from latentrt.runtime.engines.base import Component
 from latentrt.runtime.engines.eager import EagerBackend
-from latentrt.runtime.engines.packing import defer_biases, doubling_weight, pack_attention
+from latentrt.runtime.engines.packing import defer_biases, pack_attention, upsample_weight
 from latentrt.runtime.engines.triton import TritonBackend
 from latentrt.runtime.models.unet_blocks import Attention
 from tolerances import MODEL, MODEL_HALF_VERSUS_THEIRS, OPERATOR
@@ -39,13 +39,13 @@ def outputs(component: Component, backend: Any, **sizes: int) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 1, 5), (1, 4, 7, 6)], ids=str)
-def test_a_doubling_is_one_transposed_convolution(shape: tuple[int, ...]) -> None:
+def test_an_upsampling_is_one_transposed_convolution(shape: tuple[int, ...]) -> None:
     """At the borders too, where one pads with zeros what the other does not have."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator)
     weight = torch.randn(5, shape[1], 3, 3, generator=generator)
     wanted = F.conv2d(F.interpolate(x.double(), scale_factor=2.0), weight.double(), padding=1)
-    found = F.conv_transpose2d(x.double(), doubling_weight(weight).double(), stride=2, padding=1)
+    found = F.conv_transpose2d(x.double(), upsample_weight(weight).double(), stride=2, padding=1)
     assert (found - wanted).abs().max() < OPERATOR["float32"] * wanted.abs().max()
 
 
@@ -73,7 +73,7 @@ def test_a_packed_network_rounds_no_worse(name: str, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_biases_are_added_by_norms_and_products(name: str) -> None:
+def test_biases_are_added_by_norms_and_matmuls(name: str) -> None:
     """Of convolutions only those at the ends of a network, of few channels, have one left."""
     module = NETWORKS[name]().build()
     defer_biases(module)
