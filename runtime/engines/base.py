@@ -1,8 +1,8 @@
-"""What every back end agrees on: a component goes in, an engine that runs it comes out.
+"""The interface of back ends: a component goes in, an engine that runs it comes out.
 
 A `Component` is one neural network of a checkpoint with everything a back end needs to lower it. A `Backend`
 turns components into `Engine`s. An engine takes named tensors and returns named tensors; it knows nothing of
-prompts, samplers or of the engine that runs before or after it.
+prompts, samplers or the engines that run before and after it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ __all__ = [
     "TensorSpec",
     "Timesteps",
     "Values",
-    "arguments",
     "check_bound",
+    "check_inputs",
     "example_inputs",
+    "ordered_inputs",
     "output_shapes",
     "sizes_of",
     "still_open",
@@ -42,7 +43,7 @@ Held = TypeVar("Held")
 
 @dataclass(frozen=True)
 class Values:
-    """What an input may hold; examples are drawn from it, evenly.
+    """The range of an input's values; examples are drawn from it uniformly.
 
     Attributes:
         low, high: the bounds; `high` itself is never drawn. For integers both must be integers.
@@ -67,7 +68,7 @@ class TensorSpec:
     values: Values | None = None
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape once every named dimension is known."""
+        """The shape for given sizes of the named dimensions."""
         return tuple(sizes[d] if isinstance(d, str) else d for d in self.dims)
 
 
@@ -89,9 +90,9 @@ class Component:
         native_size: side, in pixels, of the images the model was trained for.
         latent_scale: pixels along a side that one latent stands for. Dimensions called `height` and `width` count
             latents, `image_height` and `image_width` pixels.
-        parts: makes the components that together are this one; see `split.in_parts`. None where it has none.
-        config: of the network, as the checkpoint has it; for whoever reads an exported model.
-        outline: makes the module on the meta device without reading a weight; where None, `build` is asked for it.
+        parts: makes the components that together are this one; see `split.in_parts`. None if it cannot be split.
+        config: of the network, as the checkpoint has it; written into exported models.
+        outline: makes the module on the meta device without reading a weight; if None, `build` is used and moved there.
     """
 
     name: str
@@ -108,7 +109,7 @@ class Component:
     outline: Callable[[], nn.Module] | None = None
 
     def on_meta(self) -> nn.Module:
-        """The module with its shapes and dtypes only."""
+        """The module on the meta device: shapes and dtypes, no data."""
         return self.build().to("meta") if self.outline is None else self.outline()
 
     @cached_property
@@ -124,7 +125,7 @@ class Timesteps:
 
     Attributes:
         values: float32 [N]; those after the last step are 0.
-        index: int64 [1], which of them the next run has.
+        index: int64 [1], the position in `values` of the next run.
     """
 
     values: Tensor
@@ -132,18 +133,18 @@ class Timesteps:
 
 
 class Program(Protocol):
-    """An engine bound to tensors that stay where they are. Not for several threads at once.
+    """An engine bound to static tensors. Not thread-safe.
 
     Attributes:
-        capturable: whether `run` may be recorded in a CUDA graph.
-        nbytes: of device memory that it holds beside the engine and the tensors it is bound to.
+        capturable: whether `run` can be captured in a CUDA graph.
+        nbytes: device memory that it holds besides the engine and the tensors it is bound to.
     """
 
     capturable: bool
     nbytes: int
 
     def prepare(self) -> None:
-        """Compute what does not depend on what changes from run to run; to be called when that was written."""
+        """Compute what is the same in all runs, from the inputs as they are now; call it whenever those change."""
         ...
 
     def run(self) -> None:
@@ -155,7 +156,7 @@ class Engine(Protocol):
     """A component ready to run.
 
     Attributes:
-        entry: the folder of the store it was loaded from; None for one that is made anew each time.
+        entry: the cache folder it was loaded from; None for an engine that is made anew each time.
     """
 
     entry: Path | None
@@ -187,25 +188,25 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Free what the engine holds; running it afterwards is an error, closing it again is not."""
+        """Free what the engine holds. Running it afterwards is an error, closing it again is not."""
         ...
 
 
 @runtime_checkable
 class Movable(Engine, Protocol):
-    """An engine whose weights can leave the device and come back while it stays. Not while it runs."""
+    """An engine whose weights can be moved to the host and back, while it is not running."""
 
     def offload(self) -> None:
-        """Give back the device's memory; what was recorded over the weights must not be replayed any more."""
+        """Move the weights to the host. CUDA graphs captured over them must not be replayed any more."""
         ...
 
     def onload(self) -> None:
-        """Come back."""
+        """Move the weights back to the device, to new addresses."""
         ...
 
 
 class CallProgram:
-    """A program that calls its engine and copies what it returns."""
+    """A program that calls its engine and copies the results to the bound outputs."""
 
     nbytes = 0
 
@@ -231,7 +232,7 @@ class CallProgram:
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a back end can run here; when not, why, and what would change that."""
+    """Whether a back end can run here; if not, why, and what would change that."""
 
     ok: bool
     reason: str = ""
@@ -242,7 +243,7 @@ class Backend(Protocol):
     """A way to run components. Chosen once, when a pipeline is loaded.
 
     Attributes:
-        upcast: what a network that overflows in float16 runs in: float32, or bfloat16 where that is much faster.
+        upcast: the dtype for a network that overflows in float16: float32, or bfloat16 where that is much faster.
     """
 
     name: str
@@ -253,7 +254,7 @@ class Backend(Protocol):
         ...
 
     def load(self, component: Component, *, device: torch.device, cache_dir: Path | None) -> Engine:
-        """Make the component runnable, exporting or compiling it first where that was not done yet.
+        """Make the component runnable; export or compile it first if the cache has no copy.
 
         Raises:
             BackendError, ExportError, CacheError
@@ -261,8 +262,8 @@ class Backend(Protocol):
         ...
 
 
-def arguments(component: Component, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """The inputs in the component's order, in its dtypes, once names and shapes are seen to fit.
+def check_inputs(component: Component, inputs: Mapping[str, Tensor]) -> None:
+    """Check names and shapes of inputs, not their dtypes.
 
     Raises:
         BackendError: naming the tensor, what it is and what it should be.
@@ -271,7 +272,6 @@ def arguments(component: Component, inputs: Mapping[str, Tensor]) -> list[Tensor
     if set(names) != set(inputs):
         raise BackendError(f"{component.name} takes {', '.join(names)}; got {', '.join(sorted(inputs))}")
     sizes: dict[str, int] = {}
-    ordered: list[Tensor] = []
     for spec in component.inputs:
         tensor = inputs[spec.name]
         fits = tensor.dim() == len(spec.dims)
@@ -282,17 +282,25 @@ def arguments(component: Component, inputs: Mapping[str, Tensor]) -> list[Tensor
             raise BackendError(
                 f"{component.name}: {spec.name} has shape {list(tensor.shape)}, should be [{wanted}]"
             )
-        ordered.append(tensor.to(spec.dtype))
-    return ordered
+
+
+def ordered_inputs(component: Component, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """The inputs in the component's order, cast to its dtypes.
+
+    Raises:
+        BackendError: as `check_inputs`.
+    """
+    check_inputs(component, inputs)
+    return [inputs[spec.name].to(spec.dtype) for spec in component.inputs]
 
 
 def check_bound(component: Component, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that cannot be bound: an engine gets their addresses once, and nothing converts or copies them.
+    """Check tensors that are to be bound: an engine gets their addresses once, and nothing casts or copies them.
 
     Raises:
         BackendError: naming a tensor that is missing, misshapen, of another dtype or not contiguous.
     """
-    arguments(component, inputs)
+    check_inputs(component, inputs)
     if missing := [spec.name for spec in component.outputs if spec.name not in outputs]:
         raise BackendError(f"{component.name} also writes {', '.join(missing)}; bound, it must be given them")
     for tensors, specs in ((inputs, component.inputs), (outputs, component.outputs)):
@@ -306,7 +314,7 @@ def check_bound(component: Component, inputs: Mapping[str, Tensor], outputs: Map
 
 
 def still_open(component: Component, held: Held | None) -> Held:
-    """What an engine holds until it is closed. Keep it while it is used: another thread may close the engine.
+    """`held`, which is None once an engine is closed. Keep the result: another thread may close the engine meanwhile.
 
     Raises:
         BackendError: it was closed.
@@ -317,7 +325,7 @@ def still_open(component: Component, held: Held | None) -> Held:
 
 
 def sizes_of(component: Component, inputs: Mapping[str, Tensor]) -> dict[str, int]:
-    """The named dimensions of inputs that fit the component."""
+    """Sizes of the named dimensions, from inputs that fit the component."""
     return {
         name: size
         for spec in component.inputs
@@ -327,7 +335,7 @@ def sizes_of(component: Component, inputs: Mapping[str, Tensor]) -> dict[str, in
 
 
 def output_shapes(component: Component, inputs: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The outputs' shapes for inputs that fit, by name."""
+    """Shapes of the outputs by name, for inputs that fit the component."""
     sizes = sizes_of(component, inputs)
     for side in ("height", "width"):
         if side in sizes:
@@ -338,7 +346,7 @@ def output_shapes(component: Component, inputs: Mapping[str, Tensor]) -> dict[st
 
 
 def example_inputs(component: Component, sizes: Mapping[str, int], seed: int = 0) -> tuple[Tensor, ...]:
-    """Inputs for tracing and checking, in the component's order, on the CPU; same seed, same inputs.
+    """Inputs for tracing and checking, in the component's order, on the CPU; the same for the same seed.
 
     Raises:
         BackendError: an integer input has no `values` to draw from.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...kernels import by_reference
 from ..residency import Weights
-from .base import Availability, CallProgram, Component, Engine, Program, Timesteps, arguments, still_open
+from .base import Availability, CallProgram, Component, Engine, Program, Timesteps, ordered_inputs, still_open
 
 __all__ = ["EagerBackend", "EagerEngine"]
 
@@ -51,7 +51,7 @@ class EagerEngine:
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         module = still_open(self._component, self._module)
         with torch.inference_mode(), self._operators():
-            result = module(*(x.to(self._device) for x in arguments(self._component, inputs)))
+            result = module(*(x.to(self._device) for x in ordered_inputs(self._component, inputs)))
         outputs = (result,) if isinstance(result, Tensor) else tuple(result)
         return {spec.name: x for spec, x in zip(self._component.outputs, outputs, strict=True)}
 

@@ -20,7 +20,7 @@ from ..graph_cache import GraphCache
 from ..memory import Policy
 from ..residency import Residency
 from ..streams import queue_of
-from .base import Component, Engine, Movable, arguments, output_shapes
+from .base import Component, Engine, Movable, check_inputs, output_shapes
 from .registry import choose
 
 __all__ = ["EngineLoader", "LazyEngine"]
@@ -257,7 +257,7 @@ class LazyEngine:
         kind = tuple((name, tuple(x.shape), x.dtype) for name, x in inputs.items())
         call: _Call | None = self.graph_cache.take(self.token, kind, lambda call: call.engine is engine)
         if call is None:
-            arguments(self.component, inputs)  # told of a wrong shape before anything is made of it
+            check_inputs(self.component, inputs)  # told of a wrong shape before anything is made of it
             if _Call.size(self.component, inputs) > self.graph_cache.limit:
                 return kind, None
             with torch.inference_mode(False):  # a caller's own would mark the static tensors

@@ -27,7 +27,7 @@ from torch import Tensor
 from ...errors import BackendError, BackendUnavailableError
 from ..prepare import onnx_model
 from ..streams import between
-from .base import Availability, Component, Engine, Program, Timesteps, arguments, check_bound, still_open
+from .base import Availability, Component, Engine, Program, Timesteps, check_bound, ordered_inputs, still_open
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -57,7 +57,7 @@ class OnnxRuntimeEngine:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         session = still_open(self._component, self._session)
-        tensors = arguments(self._component, inputs)
+        tensors = ordered_inputs(self._component, inputs)
         try:
             outputs = run_session(self._component, session, tensors, self._device, self._stream)
         except Exception as error:  # ONNX Runtime's errors have no base of their own

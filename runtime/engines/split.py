@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..models.unet import UNet, UNetConfig
 from ..models.unet_parts import PARTS
-from .base import CallProgram, Component, Engine, Program, TensorSpec, Timesteps, arguments, sizes_of
+from .base import CallProgram, Component, Engine, Program, TensorSpec, Timesteps, check_inputs, sizes_of
 
 __all__ = ["STEPS_AT_ONCE", "SplitUNet", "in_parts", "unet_parts"]
 
@@ -105,7 +105,7 @@ class SplitUNet:
         self._component = component
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        arguments(self._component, inputs)
+        check_inputs(self._component, inputs)
         values = dict(inputs)
         for part, engine in self.parts:
             values |= engine({spec.name: values[spec.name] for spec in part.inputs})
@@ -118,7 +118,7 @@ class SplitUNet:
         *,
         timesteps: Timesteps | None = None,
     ) -> Program:
-        arguments(self._component, inputs)
+        check_inputs(self._component, inputs)
         if timesteps is None:
             return CallProgram(self, inputs, outputs, capturable=False)
         return _SplitProgram(self.parts, inputs, outputs, timesteps)

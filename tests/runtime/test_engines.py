@@ -11,7 +11,14 @@ import pytest
 import tiny_components as tiny
 import torch
 from latentrt.errors import BackendError, BackendUnavailableError, UnknownBackendError
-from latentrt.runtime.engines.base import Component, TensorSpec, arguments, example_inputs, output_shapes
+from latentrt.runtime.engines.base import (
+    Component,
+    TensorSpec,
+    check_inputs,
+    example_inputs,
+    ordered_inputs,
+    output_shapes,
+)
 from latentrt.runtime.engines.eager import EagerBackend
 from latentrt.runtime.engines.lazy import EngineLoader
 from latentrt.runtime.engines.registry import (
@@ -87,12 +94,12 @@ def test_integers_without_values_cannot_be_drawn() -> None:
         example_inputs(component, {"batch": 2})
 
 
-def test_arguments_are_ordered_and_cast() -> None:
+def test_inputs_are_ordered_and_cast() -> None:
     component = tiny.unet()
     inputs = tiny.named_inputs(component)
     shuffled = {name: inputs[name] for name in sorted(inputs, reverse=True)}
     shuffled["timestep"] = shuffled["timestep"].long()
-    ordered = arguments(component, shuffled)
+    ordered = ordered_inputs(component, shuffled)
     assert [x.shape for x in ordered] == [inputs[s.name].shape for s in component.inputs]
     assert ordered[1].dtype == torch.float32
 
@@ -106,10 +113,10 @@ def test_arguments_are_ordered_and_cast() -> None:
         ({"x": torch.zeros(4)}, r"affine: x has shape \[4\], should be"),
     ],
 )
-def test_arguments_that_do_not_fit(change: dict[str, Any], message: str) -> None:
+def test_inputs_that_do_not_fit(change: dict[str, Any], message: str) -> None:
     inputs = {k: v for k, v in ({"x": torch.zeros(2, 4)} | change).items() if v is not None}
     with pytest.raises(BackendError, match=message):
-        arguments(tiny.affine(), inputs)
+        check_inputs(tiny.affine(), inputs)
 
 
 def test_a_shared_dimension_has_one_size() -> None:
@@ -117,7 +124,7 @@ def test_a_shared_dimension_has_one_size() -> None:
     inputs = tiny.named_inputs(component)
     inputs["timestep"] = torch.zeros(3)
     with pytest.raises(BackendError, match=r"unet: timestep has shape \[3\], should be \[batch=2\]"):
-        arguments(component, inputs)
+        check_inputs(component, inputs)
 
 
 # --- eager

@@ -212,7 +212,7 @@ def test_another_stream_waits_for_the_scratch(load: Load, cuda: FakeCuda, fake: 
     cuda.stream = second
     engine(x_of(1))
     assert (first.waited, second.waited) == (["stream 99"] * 2, ["event of 1", "stream 99"])
-    assert engine.stream.waited == ["stream 1", "stream 1", "stream 2"]  # type: ignore[attr-defined]
+    assert engine._stream.waited == ["stream 1", "stream 1", "stream 2"]  # type: ignore[attr-defined]
     assert [call[2] for call in fake.named("execute_async_v3")] == [99, 99, 99]
 
 
