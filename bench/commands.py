@@ -16,7 +16,7 @@ import torch
 from ..errors import BackendUnavailableError, BenchmarkError, RequestError
 from ..kernels import aot, roofline
 from ..kernels.registry import specs
-from ..runtime.place import device_named
+from ..runtime.place import parse_device
 from .cases import Case, SideSpec
 from .endings import signals_as_ctrl_c
 from .machine import RESULTS, command, describe_machine
@@ -36,7 +36,7 @@ def bench(args: argparse.Namespace) -> Iterator[str]:
     from .run import Plan
     from .suite import Settings, Suite
 
-    device = device_named(args.device)
+    device = parse_device(args.device)
     names = args.case or (["demo"] if device.type == "cpu" else ["sdxl", "sdxl-refiner"])
     work: list[tuple[Case, list[SideSpec]]] = []
     for name in dict.fromkeys(names):

@@ -82,10 +82,10 @@ def verify(args: argparse.Namespace) -> Iterator[str]:
     """Compare a back end with PyTorch; a line for each part."""
     from ..runtime.commands import refiner_of
     from ..runtime.parts import dtype_for
-    from ..runtime.place import device_named
+    from ..runtime.place import parse_device
     from .verify import verify_model
 
-    device = device_named(args.device)
+    device = parse_device(args.device)
     rows = verify_model(
         args.model,
         refiner_of(args),

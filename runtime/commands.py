@@ -105,12 +105,12 @@ def plan(args: argparse.Namespace) -> Iterator[str]:
     import torch
 
     from ..kernels import roofline
-    from .place import bytes_named
+    from .place import parse_bytes
     from .plan_table import lines
     from .planner import Planner
 
     gpu = roofline.gpu(args.gpu)
-    available = bytes_named("--memory-limit", args.memory_limit)
+    available = parse_bytes(args.memory_limit, "--memory-limit")
     height, width = args.size or (None, None)
     found = Planner.of(
         args.model,
@@ -180,7 +180,7 @@ def cache(args: argparse.Namespace) -> Iterator[str]:
     damage = verify(store) if args.action == "verify" else {}
     kept, last = entries, f"{len(entries)} entries"
     if args.action == "prune":
-        removed = prune(store, None if args.max_size is None else parse_bytes(args.max_size))
+        removed = prune(store, parse_bytes(args.max_size, "--max-size"))
         kept, entries = [entry for entry in entries if entry not in removed], removed
         last = f"removed {len(removed)}, kept {len(kept)} entries"
     if args.json:

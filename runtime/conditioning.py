@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .place import HOST_FLOATS
+from .place import CPU_FLOAT32
 from .text_encoder import TextEmbeddings
 
 __all__ = ["Conditioning", "MicroConditioning", "guidance_batch", "guidance_scale_embedding"]
@@ -94,7 +94,7 @@ def guidance_scale_embedding(scales: Sequence[float], dim: int) -> Tensor:
     """
     half = dim // 2
     # Each step in float32, as the models were trained: in angles this large its rounding reaches 2e-4.
-    step = torch.tensor(10000.0, **HOST_FLOATS).log() / (half - 1)
-    frequencies = torch.exp(torch.arange(half, **HOST_FLOATS) * -step)
-    angles = torch.tensor([[scale - 1.0] for scale in scales], **HOST_FLOATS) * 1000.0 * frequencies
-    return torch.cat([angles.sin(), angles.cos(), torch.zeros(len(scales), dim % 2, **HOST_FLOATS)], dim=1)
+    step = torch.tensor(10000.0, **CPU_FLOAT32).log() / (half - 1)
+    frequencies = torch.exp(torch.arange(half, **CPU_FLOAT32) * -step)
+    angles = torch.tensor([[scale - 1.0] for scale in scales], **CPU_FLOAT32) * 1000.0 * frequencies
+    return torch.cat([angles.sin(), angles.cos(), torch.zeros(len(scales), dim % 2, **CPU_FLOAT32)], dim=1)

@@ -16,7 +16,7 @@ from .engines.lazy import EngineLoader, LazyEngine
 from .expert import Expert, check_fit
 from .loading import load_expert, load_vae
 from .memory import check_policy
-from .place import bytes_named, device_named, dtype_named
+from .place import parse_bytes, parse_device, parse_dtype
 from .text_encoder import TextEncoder
 from .vae import VAE
 from .weights import open_checkpoint, refiner_source
@@ -46,7 +46,7 @@ def dtype_for(device: torch.device, dtype: torch.dtype | str | None) -> torch.dt
     Raises:
         RequestError: the project has no models of it.
     """
-    return dtype_named(dtype or ("float32" if device.type == "cpu" else "float16"))
+    return parse_dtype(dtype or ("float32" if device.type == "cpu" else "float16"))
 
 
 def load_parts(
@@ -75,10 +75,10 @@ def load_parts(
             raise RequestError(
                 f"a {type(part).__name__} was given to share; give the {kind.__name__} of a latentrt.Pipeline"
             )
-    place = device_named(device)
+    place = parse_device(device)
     precision = dtype_for(place, dtype)
     policy = check_policy(memory)
-    limit, loops = bytes_named("memory_limit", memory_limit), bytes_named("loop_memory", loop_memory)
+    limit, loops = parse_bytes(memory_limit, "memory_limit"), parse_bytes(loop_memory, "loop_memory")
     cache = None if cache_dir is None else Path(cache_dir)
     encoders = [encoder.engine for encoder in (text_encoder, text_encoder_2) if encoder is not None]
     lent = encoders if vae is None else [*encoders, vae.encoder, vae.decoder]

@@ -18,7 +18,7 @@ from ..errors import RequestError, UnsafeWeightsError
 from .flow import make_images
 from .latents import NoiseSource
 from .parts import Parts, load_parts
-from .place import device_named, dtype_named
+from .place import parse_device, parse_dtype
 from .previews import Previewer
 from .progress import Watch
 from .record import records
@@ -127,7 +127,7 @@ class Pipeline:
             raise UnsafeWeightsError(
                 "use_safetensors=False asks for pickled weights, which can run code; leave it out"
             )
-        if dtype is not None and torch_dtype is not None and dtype_named(dtype) != dtype_named(torch_dtype):
+        if dtype is not None and torch_dtype is not None and parse_dtype(dtype) != parse_dtype(torch_dtype):
             raise RequestError(f"dtype is {dtype} and torch_dtype {torch_dtype}; give one of them")
         return cls(
             load_parts(
@@ -201,7 +201,7 @@ class Pipeline:
             BackendUnavailableError: the back end cannot run there.
             RequestError: a call is in progress.
         """
-        place = device_named(device)
+        place = parse_device(device)
         if place != self._loader.device:
             if self._running:
                 raise RequestError(

@@ -1,4 +1,4 @@
-"""Where, in what precision and in how much memory a pipeline runs, from what a caller wrote."""
+"""Devices, dtypes and amounts of memory, parsed from what a caller wrote; and the memory that a device has."""
 
 from __future__ import annotations
 
@@ -13,35 +13,34 @@ import torch
 from ..errors import BackendUnavailableError, RequestError
 
 __all__ = [
-    "HOST_FLOATS",
-    "bytes_named",
-    "device_named",
+    "CPU_FLOAT32",
     "dtype_name",
-    "dtype_named",
     "free_memory",
     "memory_ran_out",
     "parse_bytes",
+    "parse_device",
+    "parse_dtype",
     "release_memory",
 ]
 
-HOST_FLOATS: Mapping[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-"""How tables are made, whatever a program has told PyTorch of the tensors that it makes itself."""
+CPU_FLOAT32: Mapping[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""Arguments for tables made by torch, which must not follow a program's torch.set_default_dtype or _device."""
 
 _UNITS = {"": 1} | {x + i: base**k for i, base in (("", 1000), ("I", 1024)) for k, x in enumerate("KMGT", 1)}
 _NO_MEMORY = (
     *("out of memory", "outofmemory", "allocate memory", "bad_alloc", "enough free memory"),
-    # Of PyTorch's convolutions: there was no room for the workspace of any of cuDNN's engines.
+    # PyTorch's convolutions, if no cuDNN engine's workspace fits.
     *("unable to find an engine to execute this computation", "unable to find a valid cudnn algorithm"),
     "cublas_status_alloc_failed",
 )
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def dtype_named(value: torch.dtype | str) -> torch.dtype:
+def parse_dtype(value: torch.dtype | str) -> torch.dtype:
     """A dtype from itself or its name.
 
     Raises:
-        RequestError: the project has no models of it.
+        RequestError: it is not float32, float16 or bfloat16.
     """
     name = dtype_name(value)
     if name not in _DTYPES:
@@ -49,13 +48,13 @@ def dtype_named(value: torch.dtype | str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def device_named(value: torch.device | str | None) -> torch.device:
-    """A device from itself or its name; by default the GPU where there is one. "cuda" is the calling thread's current
-    one, and said by its number: another thread's may be another.
+def parse_device(value: torch.device | str | None) -> torch.device:
+    """A device from itself or its name; None for the GPU if there is one, else the CPU. "cuda" becomes the calling
+    thread's current one by its number, since another thread's current one may differ.
 
     Raises:
-        RequestError: the project does not run on such a device.
-        BackendUnavailableError: there is none here.
+        RequestError: it is neither the CPU nor a CUDA device.
+        BackendUnavailableError: PyTorch sees no CUDA device.
     """
     if value is None:
         value = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,7 +74,7 @@ def device_named(value: torch.device | str | None) -> torch.device:
 
 
 def _why_no_cuda() -> str:
-    """Why there is none, and what to do about it."""
+    """Why PyTorch sees no CUDA device, and the remedy."""
     if torch.version.cuda is None:
         return "it is built for the CPU; install a CUDA build of PyTorch, or use device 'cpu'"
     try:
@@ -89,8 +88,9 @@ def _why_no_cuda() -> str:
     )
 
 
-def bytes_named(name: str, value: int | str | None) -> int | None:
-    """Bytes from themselves or such as "8GB".
+def parse_bytes(value: int | str | None, name: str) -> int | None:
+    """Bytes from a number of them, or from `20GB`, `500M`, `8GiB` or `1e9`: units of 1000, but KiB and so on of 1024.
+    None stays None.
 
     Args:
         name: of the argument, for messages.
@@ -101,18 +101,13 @@ def bytes_named(name: str, value: int | str | None) -> int | None:
     if value is None:
         return None
     if isinstance(value, str):
-        return parse_bytes(value)
+        return _parse_amount(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise RequestError(f'{name} is {value!r}; give a number of bytes, or such as "8GB"')
     return value
 
 
-def parse_bytes(text: str) -> int:
-    """`20GB`, `500M`, `8GiB` or `1e9` -> bytes; units of a thousand, but KiB and so on of 1024.
-
-    Raises:
-        RequestError: it is no such thing.
-    """
+def _parse_amount(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*((?:[KMGT]i?)?)B?", text.strip(), re.IGNORECASE)
     if found is None:
         raise RequestError(f"{text!r} is no amount of memory; write such as 20GB or 500MB")
@@ -123,7 +118,7 @@ def parse_bytes(text: str) -> int:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that could still be allocated on a GPU; None on the CPU, of which nobody asks for a bound."""
+    """Bytes that PyTorch could still allocate on a GPU; None on the CPU, whose memory is not bounded."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
@@ -131,8 +126,10 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def memory_ran_out(error: BaseException) -> bool:
-    """Whether that is what PyTorch, its libraries, ONNX Runtime or TensorRT mean. PyTorch has an error for it only on
-    CUDA, and only for what it allocates itself."""
+    """Whether an error of PyTorch, its libraries, ONNX Runtime or TensorRT means that memory ran out.
+
+    PyTorch has an error class for it on CUDA only, and only for what it allocates itself.
+    """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()
@@ -140,12 +137,11 @@ def memory_ran_out(error: BaseException) -> bool:
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
-    """Such as "float16", as it is written and read everywhere."""
+    """A dtype's name without "torch.", such as "float16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def release_memory() -> None:
-    """Collect garbage, and give back to the GPUs what nothing refers to any more: PyTorch keeps the memory of freed
-    tensors for itself."""
+    """Collect garbage, and return to the driver the GPU memory of freed tensors, which PyTorch otherwise caches."""
     gc.collect()
     torch.cuda.empty_cache()

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import RequestError
-from .place import HOST_FLOATS
+from .place import CPU_FLOAT32
 from .sampler_config import SamplerConfig
 
 __all__ = ["Schedule", "make_schedule", "step_range"]
@@ -151,15 +151,15 @@ def _cut(fraction: float, trained: int) -> int:
 def _alphas_cumprod(config: SamplerConfig) -> Tensor:
     T = config.num_train_timesteps
     if config.trained_betas is not None:
-        betas = torch.tensor(config.trained_betas, **HOST_FLOATS)
+        betas = torch.tensor(config.trained_betas, **CPU_FLOAT32)
     elif config.beta_schedule == "linear":
-        betas = torch.linspace(config.beta_start, config.beta_end, T, **HOST_FLOATS)
+        betas = torch.linspace(config.beta_start, config.beta_end, T, **CPU_FLOAT32)
     elif config.beta_schedule == "scaled_linear":
-        root = torch.linspace(math.sqrt(config.beta_start), math.sqrt(config.beta_end), T, **HOST_FLOATS)
+        root = torch.linspace(math.sqrt(config.beta_start), math.sqrt(config.beta_end), T, **CPU_FLOAT32)
         betas = root.square()
     else:  # squaredcos_cap_v2
         bar = np.square(np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2))
-        betas = torch.tensor(np.minimum(1 - bar[1:] / bar[:-1], 0.999), **HOST_FLOATS)
+        betas = torch.tensor(np.minimum(1 - bar[1:] / bar[:-1], 0.999), **CPU_FLOAT32)
     if config.rescale_betas_zero_snr:
         root = (1 - betas).cumprod(0).sqrt()
         rescaled = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()

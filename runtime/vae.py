@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 from .engines.lazy import LazyEngine
-from .place import HOST_FLOATS
+from .place import CPU_FLOAT32
 
 __all__ = ["TILE", "VAE", "Tiles"]
 
@@ -117,15 +117,15 @@ class Tiles:
     def of(cls, length: int, size: int | None, scale: int) -> Tiles:
         """Parts of at most `size` latents of a side of `length`; one where `size` is None."""
         if size is None or size >= length:
-            return cls(length, [0], [torch.ones(length * scale, **HOST_FLOATS)])
+            return cls(length, [0], [torch.ones(length * scale, **CPU_FLOAT32)])
         overlap = size // 4
         count = -(-(length - overlap) // (size - overlap))
         starts = [round(k * (length - size) / (count - 1)) for k in range(count)]
-        to_edge = torch.arange(1, size * scale + 1, **HOST_FLOATS)
-        total = torch.zeros(length * scale, **HOST_FLOATS)
+        to_edge = torch.arange(1, size * scale + 1, **CPU_FLOAT32)
+        total = torch.zeros(length * scale, **CPU_FLOAT32)
         weights = []
         for start in starts:
-            weight = torch.full((size * scale,), float(overlap * scale), **HOST_FLOATS)
+            weight = torch.full((size * scale,), float(overlap * scale), **CPU_FLOAT32)
             if start > 0:
                 weight = torch.minimum(weight, to_edge)
             if start + size < length:

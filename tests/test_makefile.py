@@ -92,7 +92,7 @@ def test_the_benchmark_is_the_demos_on_the_cpu_also_where_there_is_a_gpu(
 ) -> None:
     """README's figures are of that, and it takes ten minutes; profiles there are of a CPU only."""
     (folder / ".venv" / ".test-cpu").touch()
-    monkeypatch.setattr(commands, "device_named", lambda name: torch.device(name or "cuda"))
+    monkeypatch.setattr(commands, "parse_device", lambda name: torch.device(name or "cuda"))
     suites: list[Suite] = []
     monkeypatch.setattr(Suite, "run", lambda self: suites.append(self) or report())
     list(commands.bench(_parser().parse_args(handed_on(folder, "bench", "EXTRA=cpu"))))

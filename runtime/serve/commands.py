@@ -70,7 +70,7 @@ def _serve_by_ray(args: argparse.Namespace) -> None:
         raise BackendUnavailableError(
             f'--ray needs {error.name}, which is not installed; pip install "latentrt[ray]"'
         ) from error
-    from ..place import device_named
+    from ..place import parse_device
     from ..record import public_name
     from .logs import log_as_json
 
@@ -94,7 +94,7 @@ def _serve_by_ray(args: argparse.Namespace) -> None:
             ],
             "min_replicas": least,
             "max_replicas": most,
-            "gpus": 1 if device_named(args.device).type == "cuda" else 0,
+            "gpus": 1 if parse_device(args.device).type == "cuda" else 0,
             "cpus": args.cpus,
             "max_batch": args.max_batch,
             "max_queue": args.max_queue,

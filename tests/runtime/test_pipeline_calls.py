@@ -139,7 +139,7 @@ def test_threads_each_get_their_own_image(backend: str, tiny: Callable[..., Path
 def test_a_pipeline_does_not_move_under_a_call(
     both: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("latentrt.runtime.pipeline.device_named", torch.device)
+    monkeypatch.setattr("latentrt.runtime.pipeline.parse_device", torch.device)
     said: list[str] = []
 
     def callback(pipe: Any, step: int, timestep: float, tensors: Any) -> None:

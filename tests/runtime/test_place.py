@@ -9,7 +9,7 @@ import latentrt
 import pytest
 import torch
 from latentrt.errors import RequestError
-from latentrt.runtime.place import device_named, memory_ran_out, parse_bytes
+from latentrt.runtime.place import memory_ran_out, parse_bytes, parse_device
 
 
 @pytest.fixture
@@ -24,9 +24,9 @@ def current(monkeypatch: pytest.MonkeyPatch) -> threading.local:
 @pytest.mark.parametrize("name", [None, "cuda", torch.device("cuda")])
 def test_a_gpu_is_said_by_its_number(name: torch.device | str | None, current: threading.local) -> None:
     current.index = 1
-    assert device_named(name) == torch.device("cuda", 1)
-    assert device_named("cuda:0") == torch.device("cuda", 0)
-    assert device_named("cpu") == torch.device("cpu")
+    assert parse_device(name) == torch.device("cuda", 1)
+    assert parse_device("cuda:0") == torch.device("cuda", 0)
+    assert parse_device("cpu") == torch.device("cpu")
 
 
 def test_a_pipeline_stays_on_its_gpu(current: threading.local, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,19 +60,19 @@ def test_a_pipeline_stays_on_its_gpu(current: threading.local, monkeypatch: pyte
     ],
 )
 def test_amounts_of_memory(text: str, count: int) -> None:
-    assert parse_bytes(text) == count
+    assert parse_bytes(text, "memory_limit") == count
 
 
 @pytest.mark.parametrize("text", ["", "much", "GB", "-1", "1.2.3G", "20iB", "20GGB"])
 def test_what_is_no_amount(text: str) -> None:
     with pytest.raises(RequestError, match=r"is no amount of memory; write such as 20GB or 500MB"):
-        parse_bytes(text)
+        parse_bytes(text, "memory_limit")
 
 
 @pytest.mark.parametrize("text", ["1e999", "9" * 400, "1e308T"])
 def test_more_memory_than_there_is(text: str) -> None:
     with pytest.raises(RequestError, match=r"is more memory than there is; write such as 20GB"):
-        parse_bytes(text)
+        parse_bytes(text, "memory_limit")
 
 
 @pytest.mark.parametrize(
