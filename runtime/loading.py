@@ -1,4 +1,4 @@
-"""From a checkpoint to the parts of a pipeline: components, their engines, and what each expert needs to know."""
+"""From a checkpoint to the parts of a pipeline: components, their engines, and the experts and VAE that use them."""
 
 from __future__ import annotations
 
@@ -33,8 +33,15 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class _Weights:
-    """How one module is made and filled from a checkpoint's component."""
+class _ModuleSource:
+    """How a module is made and filled with weights.
+
+    Attributes:
+        source: the checkpoint's component that has the weights.
+        config: of that component; part of the fingerprint.
+        make: makes the module; called on the meta device.
+        rename: a weight's name in the file -> its name in the module, None to leave it out.
+    """
 
     checkpoint: Checkpoint
     source: str
@@ -43,13 +50,14 @@ class _Weights:
     rename: Callable[[str], str | None] | None = None
 
     def build(self, dtype: torch.dtype) -> nn.Module:
+        """The module in eval mode, with its weights in `dtype`."""
         with torch.device("meta"):
             module = self.make()
         self.checkpoint.weights(self.source).load_into(module, dtype, rename=self.rename)
         return module.eval()
 
     def outline(self, dtype: torch.dtype) -> nn.Module:
-        """The same on the meta device: no weight is read."""
+        """The module on the meta device; no weight is read."""
         return replace(self, checkpoint=self.checkpoint.unread()).build(dtype)
 
     def fingerprint(self, name: str, dtype: torch.dtype) -> str:
@@ -98,7 +106,7 @@ def load_components(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Com
 
 
 def chosen(found: Mapping[str, T], names: Sequence[str], model: str) -> dict[str, T]:
-    """Those of a model's components that are named, in that order; all where none is.
+    """The named ones of a model's components, in that order; all if `names` is empty.
 
     Raises:
         RequestError: the model has no such component.
@@ -119,28 +127,31 @@ def load_expert(
     """A checkpoint's UNet with the text encoders it was trained on.
 
     Args:
-        text_encoder, text_encoder_2: to share with another expert, in place of the checkpoint's own.
-        scheduler: fields in place of those of the checkpoint's scheduler_config.json.
+        text_encoder, text_encoder_2: shared by another expert, in place of the checkpoint's own.
+        scheduler: fields that override those of the checkpoint's scheduler_config.json.
 
     Raises:
         CheckpointError: the parts do not fit each other.
-        RequestError: `scheduler` is not that.
+        RequestError: `scheduler` has unknown fields or values.
     """
     config = UNetConfig.from_dict(checkpoint.config("unet"))
     index = checkpoint.model_index
     sdxl = config.takes_sizes
     overrides = {} if scheduler is None else scheduler
     aesthetic = sdxl and bool(index.get("requires_aesthetics_score", False))
-    encoders: dict[str, TextEncoder | None] = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
-    for name, shared in encoders.items():
-        if not checkpoint.has(name):
-            encoders[name] = shared if name == "text_encoder_2" and sdxl else None
-        elif shared is None:
-            encoders[name] = _load_text_encoder(checkpoint, name, loader, sdxl=sdxl)
-    present = [encoder for encoder in encoders.values() if encoder is not None]
+
+    def encoder(name: str, shared: TextEncoder | None) -> TextEncoder | None:
+        if checkpoint.has(name):
+            return shared or _load_text_encoder(checkpoint, name, loader, sdxl=sdxl)
+        # A refiner may come without its encoder, which is the base's second.
+        return shared if name == "text_encoder_2" and sdxl else None
+
+    text_encoder = encoder("text_encoder", text_encoder)
+    text_encoder_2 = encoder("text_encoder_2", text_encoder_2)
+    present = [x for x in (text_encoder, text_encoder_2) if x is not None]
     if not present:
         raise CheckpointError(f"{checkpoint.source} has no text encoder, and none was given to share")
-    width = sum(encoder.width for encoder in present)
+    width = sum(x.width for x in present)
     if width != config.cross_attention_dim:
         raise CheckpointError(
             f"the text encoders of {checkpoint.source} give {width} channels and its UNet reads "
@@ -152,8 +163,8 @@ def load_expert(
         unet=unet,
         config=config,
         loop=Denoiser(unet, config.block_out_channels[0]),
-        text_encoder=encoders["text_encoder"],
-        text_encoder_2=encoders["text_encoder_2"],
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
         scheduler=scheduler_fields(checkpoint.config("scheduler"), overrides, stable_diffusion=not sdxl),
         overrides=overrides,
         aesthetic=aesthetic,
@@ -171,7 +182,7 @@ def _load_text_encoder(checkpoint: Checkpoint, name: str, loader: EngineLoader, 
     raw = checkpoint.config(name)
     config = CLIPTextConfig.from_dict(raw)
     files = checkpoint.tokenizer_files(name.replace("text_encoder", "tokenizer"))
-    weights = _Weights(
+    source = _ModuleSource(
         checkpoint,
         name,
         {**raw, "normalize_sequence": not sdxl},
@@ -190,7 +201,7 @@ def _load_text_encoder(checkpoint: Checkpoint, name: str, loader: EngineLoader, 
             f"{config.vocab_size} tokens; they do not belong together"
         )
     pooled = config.projection_dim or config.hidden_size
-    component = weights.component(
+    component = source.component(
         name,
         loader.dtype,
         inputs=(
@@ -221,7 +232,7 @@ def _unet_component(
     """The UNet as a component.
 
     Args:
-        encoder: the text encoder whose pooled output it is told.
+        encoder: the text encoder whose pooled output conditions it.
         aesthetic: its size conditioning ends in an aesthetic score (five numbers), not in a target size (six).
     """
     dtype = loader.dtype
@@ -251,16 +262,16 @@ def _unet_component(
 
     def build(name: str) -> nn.Module:
         part = PARTS[name]
-        weights = _Weights(
+        source = _ModuleSource(
             checkpoint,
             "unet",
             raw,
             lambda: part(UNet(config)),
             lambda key: f"unet.{key}" if part.has(key) else None,
         )
-        return weights.build(dtype)
+        return source.build(dtype)
 
-    whole = _Weights(checkpoint, "unet", raw, lambda: UNet(config)).component(
+    whole = _ModuleSource(checkpoint, "unet", raw, lambda: UNet(config)).component(
         "unet",
         dtype,
         inputs=tuple(inputs),
@@ -273,22 +284,22 @@ def _unet_component(
 
 
 def load_vae(checkpoint: Checkpoint, loader: EngineLoader) -> VAE:
-    """Both halves of the VAE; where float16 would overflow (`force_upcast`), in what the back end has instead."""
+    """The VAE's decoder and encoder; if float16 would overflow (`force_upcast`), in the back end's `upcast` dtype."""
     raw = checkpoint.config("vae")
     config = VAEConfig.from_dict(raw)
     dtype = loader.backend.upcast if config.force_upcast and loader.dtype == torch.float16 else loader.dtype
     scale = config.scale
     unet = UNetConfig.from_dict(checkpoint.config("unet"))
-    # Not what it was trained at itself, which may be less: engines of one default have to make one picture.
+    # The UNet's, not the VAE's own, which may be smaller: their engines have to fit the same default size.
     sizes = {"native_size": _native_size(unet, scale), "latent_scale": scale}
 
-    def half(name: str, make: Callable[[], nn.Module]) -> _Weights:
+    def half(name: str, make: Callable[[], nn.Module]) -> _ModuleSource:
         wanted = ("decoder.", "post_quant_conv.") if name == "vae_decoder" else ("encoder.", "quant_conv.")
 
         def rename(key: str) -> str | None:
             return rename_legacy_vae_keys(key) if key.startswith(wanted) else None
 
-        return _Weights(checkpoint, "vae", raw, make, rename)
+        return _ModuleSource(checkpoint, "vae", raw, make, rename)
 
     latents = TensorSpec("latents", ("batch", config.latent_channels, "height", "width"), dtype)
     decoder = half("vae_decoder", lambda: VAEDecoder(config)).component(

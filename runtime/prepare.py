@@ -1,14 +1,14 @@
-"""Where the runtime asks for an export or an engine: from the cache, or made now.
+"""Exported models and engines for the runtime: from the cache, or made now.
 
-The only module of the runtime that imports `export`, and only when the cache lacks something: reading what it
-has needs neither torch.export nor onnx, nor TensorRT's builder.
+The only module of the runtime that imports `export`, and only when the cache lacks something: reading a cached model
+needs neither torch.export nor onnx, nor TensorRT's builder.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -41,25 +41,26 @@ if TYPE_CHECKING:
 __all__ = ["Rebuild", "engine", "exporter_digest", "onnx_model"]
 
 Rebuild = Literal["auto", "never", "always"]
-"""Whether an engine that is absent, damaged or stale is built, or one that is whole built anew."""
+"""Whether an engine is built if it is absent, damaged or stale ("auto"), never, or even if it is whole ("always")."""
 
 _log = logging.getLogger(__name__)
 
 MODEL_FILE = "model.onnx"
 
-# PyTorch's tracing is not meant for several threads.
+# PyTorch's tracing is not thread-safe.
 _ONE_AT_A_TIME = threading.Lock()
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# What an exported graph is made of, with its weights: a change in any of these sources is another graph.
+# Sources that decide what an exported graph is: a change in any of them makes cached exports stale. Whole folders, so
+# that a new file counts; the files named further below are left out.
 _SOURCES = ("kernels", "runtime/models", "export")
 _SOURCE_FILES = (
     *("runtime/engines/base.py", "runtime/engines/split.py"),
     *("runtime/loading.py", "runtime/single_file.py", "runtime/weight_set.py"),
 )
-# What makes engines of exported graphs: no part of the graphs.
+# Sources that build engines from exported graphs: a change makes cached engines stale, but no graph.
 _BUILDER = ("export/tensorrt.py", "export/build_process.py")
-# What neither writes nor checks a graph.
+# Sources that neither write nor check a graph.
 _OTHERS = (
     *(
         "export/arguments.py",
@@ -77,9 +78,9 @@ _CHECKERS = ("onnxruntime", "onnxruntime-gpu")
 
 
 def onnx_model(component: Component, *, cache_dir: Path | None) -> Path:
-    """The file of the component's ONNX model, with its weights beside it, in the cache.
+    """The file of the component's ONNX model in the cache, with its weights beside it.
 
-    Exported and checked against PyTorch when the cache has no whole copy made from the same weights by the
+    It is exported and checked against PyTorch unless the cache has a whole copy, made from the same weights by the
     same code and versions.
 
     Raises:
@@ -113,9 +114,9 @@ def engine(
 
     Args:
         target: product, architectures and options.
-        sizes: what it takes. Without them that engine which runs here and was asked for last is taken, whatever it
-            takes, and one for sizes around the model's own is built where there is none.
-        rebuild: "auto" builds what is absent, damaged or stale; "never" names it and raises; "always" builds.
+        sizes: the sizes that it takes. None for the last used engine that runs here, whatever its sizes; if there is
+            none, one for sizes around the model's own is built.
+        rebuild: "auto" builds what is absent, damaged or stale; "never" raises instead; "always" builds.
         device: the GPU that TensorRT builds on; the current one by default.
 
     Raises:
@@ -142,41 +143,26 @@ def engine(
         if found.failed:
             _refuse_or_warn(found, title, rebuild)
         description, key = dict(found.description), found.key
-        profiles = tuple(map(Profile.from_json, description["profiles"]))
-    build = _EngineBuild(component, target, profiles, description, store, title, device)
-
-    def entry() -> Path:
-        if rebuild != "never":
-            again = rebuild == "always" and not build.done
-            return store.get_or_build(key, description, build, again=again)
-        folder = store.get(key)
-        if folder is None:
-            raise BackendError(
-                f"the cache {store.root} has no {target.product} engine of {title} that runs here; `latentrt build` "
-                "makes one"
-            )
-        return folder
-
-    folder = entry()
+    build = _EngineBuild(component, target, description, store, title, device)
+    folder = _fetch(key, build, rebuild)
     try:
         return stored_engine(folder, built=build.done)
-    except FileNotFoundError:  # another process has removed it since, or is putting a new one there
-        return stored_engine(entry(), built=build.done)
+    except FileNotFoundError:  # another process has removed it since, or is replacing it
+        return stored_engine(_fetch(key, build, rebuild), built=build.done)
 
 
 @dataclass
 class _EngineBuild:
-    """What makes one engine, in a folder of the cache.
+    """Builds one engine into a folder of the cache.
 
     Attributes:
-        description: of the engine, its profiles among it.
-        device: the GPU that TensorRT builds on; the current one where None.
-        done: whether it has been made.
+        description: of the engine, with its profiles.
+        device: the GPU that TensorRT builds on; None for the current one.
+        done: whether it has been built.
     """
 
     component: Component
     target: EngineTarget
-    profiles: Sequence[Profile]
     description: Mapping[str, Any]
     store: Store
     title: str
@@ -184,7 +170,7 @@ class _EngineBuild:
     done: bool = False
 
     def __call__(self, directory: Path) -> Mapping[str, Any]:
-        """Write the engine's plan there; returns the figures of the build."""
+        """Write the engine's plan to `directory`; returns the figures of the build."""
         from ..export.build_process import build_in_child
 
         model = onnx_model(self.component, cache_dir=self.store.root)
@@ -197,7 +183,7 @@ class _EngineBuild:
         return figures
 
     def _kernels(self, model: Path) -> Mapping[str, Any]:
-        """Those of its plugins, compiled."""
+        """The compiled kernels of its plugins."""
         names = tuple(self.description["plugins"])
         if not names:
             return {}
@@ -209,7 +195,7 @@ class _EngineBuild:
     def _request(self, model: Path, kernels: Mapping[str, Any], directory: Path) -> EngineRequest:
         from ..export.tensorrt import EngineRequest
 
-        what, name = self.description, self.target.product
+        description, name = self.description, self.target.product
         return EngineRequest(
             component=self.component.name,
             product=name,
@@ -217,16 +203,34 @@ class _EngineBuild:
             plan=str(directory / PLAN_FILE),
             profiles=tuple(
                 {spec.name: profile.shapes(spec) for spec in self.component.inputs}
-                for profile in self.profiles
+                for profile in map(Profile.from_json, description["profiles"])
             ),
-            archs=tuple(what["archs"]),
-            weight_streaming=what["weight_streaming"],
-            hardware_compatibility=what["hardware_compatibility"],
-            plugins=tuple(what["plugins"]),
+            archs=tuple(description["archs"]),
+            weight_streaming=description["weight_streaming"],
+            hardware_compatibility=description["hardware_compatibility"],
+            plugins=tuple(description["plugins"]),
             kernels=kernels,
-            timing_cache=_timings(self.store, name, what["version"]),
+            timing_cache=_timings(self.store, name, description["version"]),
             gpu=_one_of_several(self.device) if product(name).needs_gpu else None,
         )
+
+
+def _fetch(key: str, build: _EngineBuild, rebuild: Rebuild) -> Path:
+    """The folder of the engine in the cache, built first as `rebuild` says, but not twice.
+
+    Raises:
+        BackendError: it is not there, and `rebuild` is "never".
+    """
+    if rebuild != "never":
+        again = rebuild == "always" and not build.done
+        return build.store.get_or_build(key, build.description, build, again=again)
+    folder = build.store.get(key)
+    if folder is None:
+        raise BackendError(
+            f"the cache {build.store.root} has no {build.target.product} engine of {build.title} that runs here; "
+            "`latentrt build` makes one"
+        )
+    return folder
 
 
 def _refuse_or_warn(found: Entry, title: str, rebuild: Rebuild) -> None:
@@ -240,14 +244,14 @@ def _refuse_or_warn(found: Entry, title: str, rebuild: Rebuild) -> None:
 
 
 def _one_of_several(device: torch.device | None) -> str | None:
-    """A GPU by the name that it has in every process; None where there is no other to take it for."""
+    """The UUID of a GPU, which is the same in every process; None if it is the only one."""
     if torch.cuda.device_count() < 2:
         return None
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def _timings(store: Store, name: str, version: str) -> str | None:
-    """The file in which builds of one version of TensorRT hand on what they timed; TensorRT for RTX times nothing."""
+    """The timing cache of one version of TensorRT; None for TensorRT for RTX, which times nothing."""
     if not product(name).needs_gpu:
         return None
     return str(store.root / "timings" / f"{digest_of({'of': version})[:12]}.cache")
@@ -263,7 +267,7 @@ def exporter_digest() -> str:
 
 
 def _describe_model(component: Component, distributions: Iterable[str]) -> dict[str, Any]:
-    """What decides what an exported model is."""
+    """Everything that an exported model depends on."""
     return {
         "name": component.name,
         "kind": "onnx",
@@ -281,7 +285,7 @@ def _interface(spec: TensorSpec) -> str:
 
 
 def _versions(distributions: Iterable[str]) -> dict[str, str]:
-    """Versions of those that are installed, without the suffix of a build for one CUDA or for none."""
+    """Versions of the installed distributions, without local suffixes such as +cu128 or +cpu."""
     versions = {}
     for name in distributions:
         try:
