@@ -95,7 +95,7 @@ def _linear_geglu(b: Builder, fake: Tensor, x: Operand, weight: Operand, bias: O
     return b.ours("LinearGeglu", x, _transposed(b, weight), bias)
 
 
-# --- products and convolutions
+# --- matmuls and convolutions
 
 
 @_of(_aten.linear.default)
@@ -148,7 +148,7 @@ def _causal_attention(
     dropout: float = 0.0,
     is_causal: bool = False,
 ) -> Any:
-    """[B, H, S, D], of a fixed S. In products and a softmax: TensorRT refuses ONNX's Attention in float32."""
+    """[B, H, S, D], of a fixed S. As matmuls and a softmax: TensorRT refuses ONNX's Attention in float32."""
     length, columns = fake.shape[-2:]
     if mask is not None or not is_causal or not isinstance(length, int):
         raise ExportError(
@@ -229,7 +229,7 @@ def _flatten(b: Builder, fake: Tensor, x: Operand, start: int = 0, end: int = -1
 
 @_of(_aten.unflatten.int)
 def _unflatten(b: Builder, fake: Tensor, x: Operand, dim: int, sizes: Sequence[Size]) -> Any:
-    """As above."""
+    """Dimensions before `dim` are kept, as a 0 says; those after the unflattened ones must be fixed."""
     dim %= fake.ndim - len(sizes) + 1
     return b.op("Reshape", x, b.sizes([*[0] * dim, *sizes, *fake.shape[dim + len(sizes) :]]))
 
@@ -354,12 +354,13 @@ def _size(b: Builder, fake: Any, x: Operand, dim: int) -> Any:
 
 
 def _arithmetic(kind: str) -> Translation:
-    """Floor division of sizes, which are not negative: ONNX rounds integer division to zero, Python down."""
+    """Integer arithmetic on symbolic sizes."""
     return lambda b, fake, x, y: b.op(kind, *(b.constant([n]) if isinstance(n, int) else n for n in (x, y)))
 
 
 TABLE[operator.add] = _arithmetic("Add")
 TABLE[operator.sub] = _arithmetic("Sub")
 TABLE[operator.mul] = _arithmetic("Mul")
+# ONNX rounds integer division toward zero and Python down, which is the same for sizes: none is negative.
 TABLE[operator.floordiv] = _arithmetic("Div")
 TABLE[operator.getitem] = lambda b, fake, several, i: several[i]

@@ -15,7 +15,7 @@ from .functions import DOMAIN, PLUGIN
 __all__ = ["TRANSPOSED", "Builder", "Weight"]
 
 TRANSPOSED = ".T"
-"""Ends the name of a weight that is stored transposed: [in, out], as a product of more than two dimensions has it."""
+"""Ends the name of a weight that is stored transposed: [in, out], as a MatMul of more than two dimensions wants it."""
 
 
 class Weight:

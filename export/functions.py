@@ -19,7 +19,7 @@ built, one operator at a time, by registering a creator or not; the file stays t
 | Geglu | x | |
 | LinearGeglu | x, weight, bias | |
 
-Shapes are those of `latentrt.kernels`, but for LinearGeglu's weight: [D, 2F], as a product wants it. Any of float16,
+Shapes are those of `latentrt.kernels`, but for LinearGeglu's weight: [D, 2F], as a matmul wants it. Any of float16,
 bfloat16 and float32 goes in and comes out. Inside, statistics, softmax and what a norm does before its result is
 rounded are float32 whatever goes in, by casts in the body, so that no builder has to guess them.
 
@@ -49,7 +49,7 @@ PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
 _FUSED_HEADS = range(16, 257, 8)  # columns of a head in TensorRT's fused attention
 
 # Weight and bias are applied by a BatchNormalization of mean 0 and variance 1, one node in place of a product, a sum
-# and a change of shape: to the same bits, and what is small spends much of its time between nodes.
+# and a reshape: the same bits, and small tensors spend much of their time between nodes.
 _GROUP_NORM = """
     xf = Cast <to = 1> (x)
     one = Constant <value_ints = [1]> ()
@@ -118,13 +118,13 @@ _BODIES = {
         "<epsilon> (x, residual, weight, bias) => (y, total)",
         "total = Add(x, residual)" + _LAYER_NORM.format(x="total"),
     ),
-    # Half types need no float32 here: a product overflows only where the result does.
+    # Half types need no float32 here: the matmul overflows only where the result does.
     "Geglu": ("(x) => (y)", _GATED.format(x="x")),
     "LinearGeglu": (
         "(x, weight, bias) => (y)",
         "product = MatMul(x, weight)\n    both = Add(product, bias)" + _GATED.format(x="both"),
     ),
-    # The scale goes into q, so that half-precision scores stay as small as they end up; right before the product, where
+    # The scale goes into q, so that half-precision scores stay as small as they end up; right before the matmul, where
     # ONNX Runtime makes it part of that.
     "DotProductAttention": (
         "<scale> (q, k, v) => (o)",
@@ -161,7 +161,7 @@ def function(name: str, *, casts: bool = True, fused_attention: bool = False) ->
     Args:
         name: one of the table's.
         casts: without them the body is for float32 only, and loads faster.
-        fused_attention: DotProductAttention by ONNX's own Attention, in place of products and a softmax.
+        fused_attention: DotProductAttention by ONNX's own Attention, in place of matmuls and a softmax.
     """
     signature, body = _BODIES[name]
     if name == "DotProductAttention" and fused_attention:

@@ -138,10 +138,10 @@ def transpose_pairs(model: ir.Model) -> None:
 
 
 def fused_qkv(model: ir.Model) -> None:
-    """Make one product of the projections that one module applies to one tensor: q, k and v, or k and v of a text.
+    """Fuse the projections that one module applies to one tensor into one matmul: q, k and v, or k and v of a text.
 
-    Their weights are put side by side, and so are the biases where each projection has one. Outputs of the model, such
-    as the keys and values that a part of a UNet hands on, stay as they are.
+    Their weights are concatenated, and so are their biases if each has one. Projections that are outputs of the model,
+    such as the keys and values of a UNet's part `prompt`, stay as they are.
     """
     groups: dict[tuple[ir.Value, str], list[_Projection]] = {}
     for node in model.graph:
@@ -182,7 +182,7 @@ def _bypass(node: ir.Node, source: ir.Value) -> None:
 
 @dataclass(frozen=True)
 class _Projection:
-    """A product with a weight, and the addition of its bias."""
+    """A matmul with a weight, and the addition of its bias."""
 
     x: ir.Value
     module: str
@@ -193,7 +193,7 @@ class _Projection:
 
 
 def _projection(graph: ir.Graph, node: ir.Node) -> _Projection | None:
-    """What a node is the product of, if it is a module's `to_q`, `k_proj` or the like."""
+    """The projection that a MatMul node computes; None if it is not a module's `to_q`, `k_proj` or the like."""
     if not _is(node, "MatMul"):
         return None
     x, weight = node.inputs[0], node.inputs[1]
@@ -213,16 +213,16 @@ def _projection(graph: ir.Graph, node: ir.Node) -> _Projection | None:
 def _fuse(graph: ir.Graph, x: ir.Value, module: str, projections: Sequence[_Projection]) -> None:
     name = f"{module}.{'+'.join(p.leaf for p in projections)}"
     first = min((p.weight.consumers()[0] for p in projections), key=list(graph).index)
-    product = ir.node(
+    matmul = ir.node(
         "MatMul",
         [x, _side_by_side(graph, [p.weight for p in projections], f"{name}.weight{TRANSPOSED}")],
         name=f"{name}/MatMul",
     )
-    made = [product]
+    made = [matmul]
     biases = [p.bias for p in projections if p.bias is not None]
     if biases:
         bias = _side_by_side(graph, biases, f"{name}.bias")
-        made.append(ir.node("Add", [product.outputs[0], bias], name=f"{name}/Add"))
+        made.append(ir.node("Add", [matmul.outputs[0], bias], name=f"{name}/Add"))
     widths = ir.tensor([_tensor(p.weight).shape.numpy()[-1] for p in projections], dtype=ir.DataType.INT64)
     sizes = _initializer(graph, f"{name}/widths", widths)
     split = ir.node(

@@ -11,7 +11,7 @@ from typing import Any
 from latentrt.kernels._triton import Launch
 from latentrt.kernels.aot import signature
 from latentrt.kernels.binaries import Kernels, parameters
-from latentrt.runtime.engines.plugin_code import Code, Image
+from latentrt.runtime.engines.plugin_code import Code, Cubin
 from torch import Tensor
 
 _READ = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
@@ -22,7 +22,7 @@ def code_of(kernels: Kernels, *, shared: int = 0) -> tuple[Code, dict[bytes, Lau
     launches, constants = kernels.launches()
     named = {f"{role}\0of sm_{kernels.arch}".encode(): launch for role, launch in launches.items()}
     images = {
-        role: Image(launch.kernel.name, tuple(parameters(launch)), shared, launch.num_warps, cubin)
+        role: Cubin(launch.kernel.name, tuple(parameters(launch)), shared, launch.num_warps, cubin)
         for (role, launch), cubin in zip(launches.items(), named, strict=True)
     }
     return Code({kernels.arch: constants}, {kernels.arch: images}), named

@@ -1,6 +1,6 @@
 """A plugin's compiled kernels as data, and their launch through the CUDA driver.
 
-Neither torch nor triton is imported here: an engine with plugins runs where they are absent.
+Imports neither torch nor triton: an engine with plugins runs without them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 from ...errors import BackendError
 from .plugin_launch import Buffer, Call
 
-__all__ = ["Code", "Driver", "Image", "Prepared", "driver"]
+__all__ = ["Code", "Cubin", "Driver", "Prepared", "driver"]
 
-_ALIGNMENT = 16  # of pointers, which the kernels were compiled for
+_ALIGNMENT = 16  # bytes; the kernels were compiled for pointers aligned to it
 _SCRATCH = 2  # pointers at the end of every Triton kernel's parameters: to global and to profiling scratch
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_STATIC_LIMIT = 48 * 1024  # more shared memory must be asked for
+_STATIC_LIMIT = 48 * 1024  # bytes of shared memory above which a kernel has to opt in
 
 _NUMBERS: Mapping[str, Callable[[Any], Any]] = {
     "i32": ctypes.c_int32,
@@ -36,71 +36,74 @@ _NUMBERS: Mapping[str, Callable[[Any], Any]] = {
 
 
 @dataclass(frozen=True)
-class Image:
+class Cubin:
     """One kernel's machine code.
 
     Attributes:
-        parameters: (name, Triton's type), in order; pointers begin with `*`.
-        shared: bytes of a block.
+        entry: name of the kernel in the cubin.
+        parameters: (name, Triton's type), in order; types of pointers begin with `*`.
+        shared: bytes of shared memory per block.
+        warps: per block.
+        code: the cubin file.
     """
 
     entry: str
     parameters: tuple[tuple[str, str], ...]
     shared: int
     warps: int
-    cubin: bytes
+    code: bytes
 
     @cached_property
     def digest(self) -> str:
-        return sha256(self.cubin).hexdigest()
+        return sha256(self.code).hexdigest()
 
 
 @dataclass(frozen=True)
 class Code:
-    """The kernels of one node: by architecture the constants of its grids, and the images by role."""
+    """The kernels of one node: for each architecture the constants of its grids, and a cubin for each role."""
 
     constants: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
-    images: Mapping[int, Mapping[str, Image]] = field(default_factory=dict)
+    cubins: Mapping[int, Mapping[str, Cubin]] = field(default_factory=dict)
 
     @staticmethod
     def of(files: Mapping[int, bytes]) -> Code:
-        """From what `kernels.binaries` wrote, by architecture."""
+        """From the files that `kernels.binaries` wrote, by architecture."""
         sets = {arch: json.loads(text) for arch, text in files.items()}
         return Code(
             {arch: found["constants"] for arch, found in sets.items()},
             {
-                arch: {role: _image(row) for role, row in found["images"].items()}
+                arch: {role: _cubin(row) for role, row in found["images"].items()}
                 for arch, found in sets.items()
             },
         )
 
     @cached_property
     def packed(self) -> bytes:
-        """To be kept in an engine."""
+        """The bytes that are stored in an engine."""
         rows = {
             arch: {
                 "constants": self.constants[arch],
                 "images": {
                     role: {
-                        "entry": image.entry,
-                        "parameters": image.parameters,
-                        "shared": image.shared,
-                        "warps": image.warps,
-                        "cubin": base64.b64encode(image.cubin).decode(),
+                        "entry": cubin.entry,
+                        "parameters": cubin.parameters,
+                        "shared": cubin.shared,
+                        "warps": cubin.warps,
+                        "cubin": base64.b64encode(cubin.code).decode(),
                     }
-                    for role, image in images.items()
+                    for role, cubin in cubins.items()
                 },
             }
-            for arch, images in self.images.items()
+            for arch, cubins in self.cubins.items()
         }
         return zlib.compress(json.dumps(rows).encode())
 
     @staticmethod
     def from_bytes(data: bytes) -> Code:
-        """What `packed` was.
+        """The inverse of `packed`.
 
         Raises:
-            BackendError: it is something else.
+            BackendError: the data are damaged.
         """
         try:
             rows = json.loads(zlib.decompress(data))
@@ -110,37 +113,37 @@ class Code:
                 f"the kernels of a plugin are damaged ({error}); build the engine again with `latentrt build`"
             ) from error
 
-    def of_arch(self, arch: int) -> tuple[Mapping[str, int], Mapping[str, Image]]:
-        """Constants, and images by role.
+    def of_arch(self, arch: int) -> tuple[Mapping[str, int], Mapping[str, Cubin]]:
+        """Constants, and cubins by role.
 
         Raises:
-            BackendError: there are none.
+            BackendError: there are none for `arch`.
         """
-        if arch not in self.images:
-            known = ", ".join(f"sm_{a}" for a in sorted(self.images))
+        if arch not in self.cubins:
+            known = ", ".join(f"sm_{a}" for a in sorted(self.cubins))
             raise BackendError(
                 f"the engine's kernels are for {known}, and this GPU is sm_{arch}; build it for this one with "
                 f"`latentrt build --arch sm_{arch}`"
             )
-        return self.constants[arch], self.images[arch]
+        return self.constants[arch], self.cubins[arch]
 
 
-def _image(row: Mapping[str, Any]) -> Image:
+def _cubin(row: Mapping[str, Any]) -> Cubin:
     parameters = tuple((str(name), str(kind)) for name, kind in row["parameters"])
-    return Image(
+    return Cubin(
         row["entry"], parameters, row["shared"], row["warps"], base64.b64decode(row["cubin"], validate=True)
     )
 
 
 class Prepared:
-    """One launch with its numbers in place; pointers are put in when it is launched."""
+    """A launch whose scalar arguments are set; its pointers are set when it is launched."""
 
-    def __init__(self, call: Call, image: Image, function: ctypes.c_void_p) -> None:
-        self._grid, self._block, self._shared = call.grid, 32 * image.warps, image.shared
+    def __init__(self, call: Call, cubin: Cubin, function: ctypes.c_void_p) -> None:
+        self._grid, self._block, self._shared = call.grid, 32 * cubin.warps, cubin.shared
         self._function = function
         self._pointers: list[tuple[ctypes.c_void_p, Buffer]] = []
         self._kept: list[Any] = []
-        for name, kind in image.parameters:
+        for name, kind in cubin.parameters:
             value = call.values[name]
             if isinstance(value, Buffer):
                 held: Any = ctypes.c_void_p()
@@ -155,7 +158,7 @@ class Prepared:
     def __call__(
         self, cuda: Driver, inputs: Sequence[int], outputs: Sequence[int], workspace: int, stream: int
     ) -> None:
-        """Put it on the stream.
+        """Launch on the stream.
 
         Raises:
             BackendError: a pointer is not aligned, or the driver refuses.
@@ -172,7 +175,7 @@ class Prepared:
 
 
 class Driver:
-    """The few calls of libcuda that a launch takes, on the thread's current context."""
+    """The few functions of libcuda that a launch needs, in the thread's current context."""
 
     def __init__(self, library: Any) -> None:
         self._library = library
@@ -191,30 +194,30 @@ class Driver:
         self._call("cuDeviceGetAttribute", ctypes.byref(minor), _MINOR, device)
         return 10 * major.value + minor.value
 
-    def function(self, image: Image) -> ctypes.c_void_p:
-        """A kernel in the current context, loaded the first time and kept as long as the process."""
+    def function(self, cubin: Cubin) -> ctypes.c_void_p:
+        """A kernel in the current context, loaded once and kept for the life of the process."""
         context = ctypes.c_void_p()
         self._call("cuCtxGetCurrent", ctypes.byref(context))
-        key = (context.value or 0, image.digest, image.entry)
+        key = (context.value or 0, cubin.digest, cubin.entry)
         with self._lock:
             if key not in self._functions:
                 module, function = ctypes.c_void_p(), ctypes.c_void_p()
-                self._call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(image.cubin))
-                self._call("cuModuleGetFunction", ctypes.byref(function), module, image.entry.encode())
-                if image.shared > _STATIC_LIMIT:
-                    self._call("cuFuncSetAttribute", function, _DYNAMIC_SHARED, ctypes.c_int(image.shared))
+                self._call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(cubin.code))
+                self._call("cuModuleGetFunction", ctypes.byref(function), module, cubin.entry.encode())
+                if cubin.shared > _STATIC_LIMIT:
+                    self._call("cuFuncSetAttribute", function, _DYNAMIC_SHARED, ctypes.c_int(cubin.shared))
                 self._functions[key] = function
             return self._functions[key]
 
     def load(self, code: Code) -> None:
-        """All kernels for the current context's GPU; none where there are none, as when building for others."""
-        for image in code.images.get(self.arch(), {}).values():
-            self.function(image)
+        """Load all kernels for the current context's GPU; there may be none, as when building for other GPUs."""
+        for cubin in code.cubins.get(self.arch(), {}).values():
+            self.function(cubin)
 
     def launch(
         self, function: ctypes.c_void_p, grid: int, block: int, shared: int, stream: int, arguments: Any
     ) -> None:
-        """Put a kernel on a stream; `arguments` is an array of addresses."""
+        """Launch a kernel on a stream; `arguments` is an array of addresses."""
         blocks, threads = (grid, 1, 1), (block, 1, 1)
         at = ctypes.c_void_p(stream)
         self._call("cuLaunchKernel", function, *blocks, *threads, shared, at, arguments, None)

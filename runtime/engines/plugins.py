@@ -53,16 +53,16 @@ __all__ = [
 ]
 
 NAMESPACE, _VERSION = "latentrt", "1"
-"""Namespace and version, as the exported nodes have them."""
+"""Namespace and version of the exported nodes."""
 
 AHEAD = "DotProductAttention:ahead"
-"""The one that is compiled into an engine of TensorRT, which needs no Python for it then: `export.quick_plugins`."""
+"""The plugin that is compiled into an engine of TensorRT, which then needs no Python: `export.quick_plugins`."""
 
 _FORMAT = "1"
-"""Of what is serialised. Engines of another one are refused."""
+"""Format of the serialised data. Engines of another format are refused."""
 
 _PACKAGE = Path(__file__).resolve().parents[2]
-# The kernels, what chooses and compiles them, and what launches them: a change in any is another engine.
+# The kernels and the code that chooses, compiles and launches them: a change in any makes cached engines stale.
 _SOURCES = (
     "kernels/_attention_triton.py",
     "kernels/_attention_ahead.py",
@@ -333,10 +333,10 @@ def _plugin_class(trt: Any, operator: Operator, session: Session) -> Any:
             shapes = [tuple(x.dims) for x in inputs]
             with session.watching(f"{operator.name} of {shapes}"):
                 cuda = driver()
-                constants, images = self._code.of_arch(cuda.arch())
+                constants, cubins = self._code.of_arch(cuda.arch())
                 plan = operator.plan(shapes, self._attributes, constants)
                 self._launches = [
-                    Prepared(call, images[call.role], cuda.function(images[call.role])) for call in plan.calls
+                    Prepared(call, cubins[call.role], cuda.function(cubins[call.role])) for call in plan.calls
                 ]
 
         def enqueue(

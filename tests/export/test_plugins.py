@@ -159,7 +159,7 @@ def test_the_plan_holds_the_kernels(compiled: list[Kernels], tmp_path: Path) -> 
     ((key, files),) = asked.kernels.items()
     assert key == "attention dtype=float16 columns=16 short=1 negative=0"
     code = Code.of({int(arch): Path(file).read_bytes() for arch, file in files.items()})
-    assert sorted(code.images) == [86, 89]
+    assert sorted(code.cubins) == [86, 89]
     assert code.packed in Path(asked.plan).read_bytes()
 
 

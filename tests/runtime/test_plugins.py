@@ -365,11 +365,11 @@ def test_plugins_run_where_torch_and_triton_are_not() -> None:
         import numpy as np, tensorrt_rtx_bindings as trt
         from types import SimpleNamespace as N
         from latentrt.runtime.engines import plugins, plugin_code
-        image = plugin_code.Image("k", (("x_ptr", "*fp16"), ("S", "i32")), 0, 4, b"code")
+        cubin = plugin_code.Cubin("k", (("x_ptr", "*fp16"), ("S", "i32")), 0, 4, b"code")
         roles = ("stats/even", "stats/any", "apply/even", "apply/any")
         constants = {"BLOCK_S": 64, "TILE_C": 2, "PROGRAM": 4096, "PROGRAMS": 8, "MOST_SPLITS": 8}
-        images = dict.fromkeys(roles, image)
-        code = plugin_code.Code({0: constants}, {0: images})
+        cubins = dict.fromkeys(roles, cubin)
+        code = plugin_code.Code({0: constants}, {0: cubins})
         launched = []
 
         class Cuda:
