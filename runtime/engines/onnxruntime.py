@@ -1,13 +1,13 @@
 """ONNX Runtime: each component exported once, checked against PyTorch, then run without PyTorch's exporter.
 
 On the CPU an image's bits do not depend on the batch it is computed in: weights are packed once, and packed
-products use the same blocks whatever the number of rows. tests/runtime/test_engines_onnxruntime.py holds that.
+matmuls use the same blocks whatever the number of rows. tests/runtime/test_engines_onnxruntime.py holds that.
 
 On a GPU a session computes on a stream of its own, which waits for PyTorch's and which PyTorch's waits for: the host
 waits for neither. `LATENTRT_ONNXRUNTIME` names options, `graph` and `tensorrt`, with commas between; never run yet,
 written without a GPU:
 
-    graph      the CUDA provider records a bound session as a CUDA graph and replays it, if all of its nodes run there
+    graph      the CUDA provider captures a bound session in a CUDA graph and replays it, if all of its nodes run there
     tensorrt   its TensorRT provider comes first. It builds its engines at each load; the back end tensorrt keeps them
 """
 
@@ -37,11 +37,11 @@ __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeEngine", "open_session", "run_sessi
 _NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64, torch.bool: np.bool_}
 _INSTALL = {"cpu": 'pip install "latentrt[cpu]"', "cuda": 'pip install "latentrt[gpu]"'}
 _OPTIONS = ("graph", "tensorrt")
-_graph_ids = itertools.count(1)  # of recorded programs, in ONNX Runtime's words their annotation
+_graph_ids = itertools.count(1)  # of captured programs; ONNX Runtime calls them graph annotations
 
 
 class OnnxRuntimeEngine:
-    """One session. Inputs and outputs that are on its device are handed over without a copy."""
+    """One session. Inputs and outputs that are on its device are not copied."""
 
     def __init__(
         self, component: Component, model: Path, device: torch.device, options: Sequence[str] = ()
@@ -49,7 +49,7 @@ class OnnxRuntimeEngine:
         self.entry: Path | None = model.parent
         self._component = component
         self._device = device
-        self._records = "graph" in options
+        self._captures = "graph" in options
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._session: onnxruntime.InferenceSession | None = open_session(
             model, device, stream=self._stream, options=options
@@ -71,11 +71,11 @@ class OnnxRuntimeEngine:
         *,
         timesteps: Timesteps | None = None,
     ) -> Program:
-        """Tensors must have the component's dtypes and be contiguous: the session is given their addresses, once."""
+        """Tensors must have the component's dtypes and be contiguous: the session gets their addresses, once."""
         session = still_open(self._component, self._session)
         check_bound(self._component, inputs, outputs)
         return _Program(
-            self._component, session, inputs, outputs, self._device, self._stream, records=self._records
+            self._component, session, inputs, outputs, self._device, self._stream, captures=self._captures
         )
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class OnnxRuntimeEngine:
 class _Program:
     """A session over static tensors, bound once: a run copies nothing."""
 
-    capturable = False  # by us; ONNX Runtime may record it
+    capturable = False  # by us; ONNX Runtime may capture it
     nbytes = 0
 
     def __init__(
@@ -97,16 +97,16 @@ class _Program:
         device: torch.device,
         stream: torch.cuda.Stream | None,
         *,
-        records: bool,
+        captures: bool,
     ) -> None:
         self._component, self._session, self._device, self._stream = component, session, device, stream
-        self._held = (dict(inputs), dict(outputs))  # the binding has no more than their addresses
+        self._held = (dict(inputs), dict(outputs))  # the binding has only their addresses
         self._binding = session.io_binding()
         for spec in component.inputs:
             _bind(self._binding.bind_input, spec.name, inputs[spec.name], device)
         for spec in component.outputs:
             _bind(self._binding.bind_output, spec.name, outputs[spec.name], device)
-        self._options = _run_options(stream, next(_graph_ids) if records else None)
+        self._options = _run_options(stream, next(_graph_ids) if captures else None)
 
     def prepare(self) -> None:
         pass
@@ -160,9 +160,9 @@ class OnnxRuntimeBackend:
 
 
 def _chosen() -> tuple[str, ...]:
-    """What `LATENTRT_ONNXRUNTIME` names."""
-    told = os.environ.get("LATENTRT_ONNXRUNTIME", "").split(",")
-    chosen = tuple(name.strip() for name in told if name.strip())
+    """The options in `LATENTRT_ONNXRUNTIME`."""
+    names = os.environ.get("LATENTRT_ONNXRUNTIME", "").split(",")
+    chosen = tuple(name.strip() for name in names if name.strip())
     for name in chosen:
         if name not in _OPTIONS:
             raise BackendError(f"LATENTRT_ONNXRUNTIME has {name!r}; it can have {', '.join(_OPTIONS)}")
@@ -200,16 +200,16 @@ def open_session(
     settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     settings.intra_op_num_threads = torch.get_num_threads()
     settings.inter_op_num_threads = 1
-    # Each session has threads of its own; those of one that is done would go on spinning on cores that the next needs.
+    # Each session has its own threads, which would keep spinning after a run on cores that the next session needs.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     settings.log_severity_level = 3
     providers = _providers(device, stream, options, tf32=tf32)
     try:
-        # Unless told not to, it prints that a provider failed and goes on with others.
+        # With fallback it would print that a provider failed and go on with others.
         session = ort.InferenceSession(model, settings, providers=providers, enable_fallback=0)
     except Exception as error:  # as above
         raise BackendError(f"ONNX Runtime cannot load {model}: {error}") from error
-    # One whose libraries are missing is left out even so.
+    # A provider whose libraries are missing is left out all the same.
     wanted = [provider if isinstance(provider, str) else provider[0] for provider in providers]
     if missing := [name for name in wanted if name not in session.get_providers()]:
         raise BackendError(
@@ -222,7 +222,7 @@ def open_session(
 def _providers(
     device: torch.device, stream: torch.cuda.Stream | None, options: Sequence[str], *, tf32: bool = False
 ) -> list[str | tuple[str, dict[str, str]]]:
-    """What runs a graph's nodes, best first, with settings."""
+    """The execution providers, best first, with their settings."""
     providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
     if device.type == "cuda":
         where = {"device_id": str(_index(device))}
@@ -237,7 +237,7 @@ def _providers(
 
 
 def _run_options(stream: torch.cuda.Stream | None, graph: int | None) -> onnxruntime.RunOptions:
-    """Settings of a run: on a stream its end is not waited for, and it is recorded as `graph`, if that is not None."""
+    """Options of a run: on a stream the host does not wait for its end, and it is captured as `graph` unless None."""
     options: onnxruntime.RunOptions = _import().RunOptions()
     if stream is not None:
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -273,12 +273,12 @@ def run_session(
 
 
 def _bind(bind: Callable[..., None], name: str, x: Tensor, device: torch.device) -> None:
-    """Hand a tensor on `device` over by its address, which is all that is kept of it."""
+    """Bind a tensor on `device` by its address; nothing keeps the tensor alive."""
     bind(name, device.type, _index(device), _NUMPY[x.dtype], list(x.shape), x.data_ptr())
 
 
 def _index(device: torch.device) -> int:
-    """The index of a device; of CUDA the current one where it names none."""
+    """The index of a device; for "cuda" without one, that of the current device."""
     index = cast("int | None", device.index)  # PyTorch's annotation forgets the None
     if index is not None:
         return index

@@ -141,8 +141,8 @@ class Session:
     _read: dict[str, Code] = field(default_factory=dict)
 
     def files(self, key: str) -> Mapping[int, Path]:
-        """The kernels of that key, else those for any number of keys: the model, by which they were compiled, does not
-        tell a number that the sizes of an engine fix."""
+        """The kernels of that key, else those for any number of attention keys: they are compiled from the model, which
+        does not say a number that only the engine's sizes fix."""
         return self.kernels.get(key) or self.kernels.get(key.replace(" short=1", " short=0"), {})
 
     def code(self, key: str) -> Code:

@@ -179,7 +179,7 @@ def _size(text: str) -> tuple[Axis, Axis]:
 
 
 def _axis(text: str, low: str, high: str | None, of: str | None) -> Axis:
-    """`of`: the step, if it is told."""
+    """`of`: the step, if one is given."""
     if max(len(number) for number in (low, high or "", of or "")) > _DIGITS:
         raise RequestError(f"{text[:80]!r} has a number of more than {_DIGITS} digits; write smaller ones")
     first, last, step = int(low), int(high or low), int(of or 0)

@@ -20,7 +20,7 @@ __all__ = ["UNet", "UNetConfig", "input_names"]
 
 
 def input_names(config: UNetConfig) -> tuple[str, ...]:
-    """The inputs a UNet of this configuration needs, in the order of `UNet.forward`'s parameters."""
+    """The inputs that a UNet of this configuration takes, in the order of `UNet.forward`'s parameters."""
     names = ["sample", "timestep", "encoder_hidden_states"]
     if config.takes_sizes:
         names += ["text_embeds", "time_ids"]
@@ -82,6 +82,7 @@ class UNet(nn.Module):
         Raises:
             TypeError: more or fewer inputs than `input_names` lists.
         """
+        # A guidance embedding without sizes comes as `text_embeds` if it is passed by position.
         names = input_names(self.config)
         given = [t for t in (text_embeds, time_ids, timestep_cond) if t is not None]
         if len(given) != len(names) - 3:
@@ -111,11 +112,11 @@ class UNet(nn.Module):
 
     def shifts(self, emb: Tensor) -> list[Tensor]:
         """What each residual block in turn adds to its channels: [B, T] -> [B, Cout] each."""
-        active = F.silu(emb)  # the one that each residual block starts with
+        active = F.silu(emb)  # the SiLU of every residual block, computed once
         return [block.time_emb_proj(active) for block in self.resnets() if block.time_emb_proj is not None]
 
     def keys_values(self, encoder_hidden_states: Tensor) -> list[KeysValues]:
-        """What each transformer block in turn attends to: of a text, [B, S, D]."""
+        """Keys and values of a text, [B, S, D], for each transformer block's cross-attention in turn."""
         return [block.attn2.keys_values(encoder_hidden_states) for block in self.transformers()]
 
     def step(self, sample: Tensor, shifts: Iterable[Tensor], texts: Iterable[KeysValues]) -> Tensor:

@@ -14,7 +14,7 @@ from .unet_config import UNetConfig
 __all__ = ["Attention", "DownBlock", "KeysValues", "MidBlock", "Transformer", "TransformerBlock", "UpBlock"]
 
 KeysValues = tuple[Tensor, Tensor]
-"""What a cross-attention attends to: [B, Sk, C] each."""
+"""Keys and values of a cross-attention: [B, Sk, C] each."""
 
 
 class Attention(nn.Module):

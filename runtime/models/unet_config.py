@@ -145,7 +145,7 @@ class UNetConfig:
 
     @property
     def takes_sizes(self) -> bool:
-        """Whether it is of SDXL's family, which is told sizes and crops."""
+        """Whether it is of SDXL's family, which is conditioned on sizes and crops."""
         return self.addition_embed_type == "text_time"
 
     @property

@@ -51,7 +51,7 @@ class AsyncEngine:
             max_batch: images in a call.
             max_waiting: images that may wait; beyond it requests are refused.
             window: seconds a request may wait for company while the device is idle.
-            on_batch: told of every call, in the event loop.
+            on_batch: called with a report of every call, in the event loop.
         """
         if max_batch < 1 or max_waiting < 1 or not window >= 0:
             raise RequestError(
@@ -208,7 +208,7 @@ class AsyncEngine:
             self._on_batch(report)
 
     def _stopped(self, serving: asyncio.Task[None]) -> None:
-        """The task that serves has ended; where nobody told it to, no request may wait for it."""
+        """The serving task has ended; unless it was told to stop, no request may wait for it any longer."""
         error = None if serving.cancelled() else serving.exception()
         if error is None and self._draining:
             return

@@ -20,7 +20,7 @@ from ...errors import DeadlineError, DrainingError, QueueFullError
 from .answers import error_event, error_response, refusal, sse
 from .hosted import Forwarded, Head
 from .middleware import request_id_of
-from .retries import Accepted, ReplicaLostError, Told, is_stream, settled, until
+from .retries import Accepted, ReplicaLostError, SentParts, is_stream, settled, until
 from .schema import Limits
 
 __all__ = ["Ingress", "Send"]
@@ -146,7 +146,7 @@ class Ingress:
         tries = self._tries if accepted is not None or asked.method == "GET" else 1
         given = None if accepted is None else accepted.timeout
         deadline = asyncio.get_running_loop().time() + (self._limits.timeout if given is None else given)
-        told = Told()
+        sent = SentParts()
         lost = 0
         with contextlib.nullcontext() if accepted is None else self._taken():
             while True:
@@ -154,7 +154,7 @@ class Ingress:
                     request = asked if accepted is None else accepted.request(again=lost > 0)
                     parts = until(deadline, self._send(model, request))
                     last = lost == tries - 1 or accepted is None
-                    async for part in told.new(settled(parts, last=last, taken=lost > 0)):
+                    async for part in sent.new(settled(parts, last=last, taken=lost > 0)):
                         yield part
                     return
                 except Exception as error:
@@ -164,7 +164,7 @@ class Ingress:
                         _log.warning("%s, the %d. of at most %d", error, lost, tries)
                     elif isinstance(error, QueueFullError) and lost and accepted is not None:
                         pauses = _FULL  # it was taken: it waits for a place, until its deadline
-                    elif told.begun:
+                    elif sent.begun:
                         yield _ended(error, request_id)
                         return
                     else:
@@ -195,9 +195,9 @@ def _named(answer: bytes, model: str) -> bytes:
 
 
 def _listed(answer: bytes, models: Sequence[str]) -> bytes:
-    told = json.loads(answer)
-    (entry,) = told["data"]
-    return json.dumps({**told, "data": [{**entry, "id": model} for model in models]}).encode()
+    listed = json.loads(answer)
+    (entry,) = listed["data"]
+    return json.dumps({**listed, "data": [{**entry, "id": model} for model in models]}).encode()
 
 
 def _described(answer: bytes, models: Sequence[str]) -> bytes:
@@ -210,7 +210,7 @@ def _described(answer: bytes, models: Sequence[str]) -> bytes:
 
 
 def _own(answer: Response, request: Request, request_id: str) -> Response:
-    """An answer of no replica's, told in the log as theirs are."""
+    """An answer of the ingress itself, logged as those of replicas are."""
     answer.headers["x-request-id"] = request_id
     fields = {
         "request_id": request_id,
@@ -229,10 +229,10 @@ def _refusal(error: Exception, request_id: str) -> tuple[int, str, str | None, s
         return 503, str(error), None, "replica_lost", {"Retry-After": "5"}
     if isinstance(error, TimeoutError):
         error = DeadlineError("no replica answered in time; try again, or give it more")
-    told = refusal(error)
-    if told[0] == 500:
+    refused = refusal(error)
+    if refused[0] == 500:
         _log.error("a request failed", exc_info=error, extra={"fields": {"request_id": request_id}})
-    return told
+    return refused
 
 
 def _refused(error: Exception, request_id: str) -> Response:

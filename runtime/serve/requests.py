@@ -18,7 +18,7 @@ class ImageRequest:
     Attributes:
         width, height: in pixels.
         steps: of the whole schedule, base and refiner together.
-        seed: drawn at random, and told in the result, when None.
+        seed: None for a random one, which the result has.
     """
 
     prompt: str

@@ -1,4 +1,4 @@
-"""One answer out of several replicas': what is left of a request's time, and what its client was told already."""
+"""One answer out of several replicas': what is left of a request's time, and what its client already has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from ...errors import DeadlineError, QueueFullError, ServiceError
 from .hosted import Forwarded, Head
 
-__all__ = ["Accepted", "ReplicaLostError", "Told", "is_stream", "settled", "until"]
+__all__ = ["Accepted", "ReplicaLostError", "SentParts", "is_stream", "settled", "until"]
 
 _GRACE = 1.0
 """Seconds in which a replica can tell that a request's time has ended, and what was made in time can come."""
@@ -124,11 +124,11 @@ class Accepted:
         return Forwarded(self._asked.method, self._asked.path, self._asked.query, tuple(headers), body, again)
 
 
-class Told:
-    """What a client has of an answer; of a stream a second replica tells some events again.
+class SentParts:
+    """The parts of an answer that its client has already: a second replica sends some events of a stream again.
 
     Attributes:
-        begun: whether it has any of it.
+        begun: whether the client has any part.
     """
 
     def __init__(self) -> None:
@@ -138,9 +138,9 @@ class Told:
         self._made: set[int] = set()
 
     async def new(self, parts: AsyncIterator[Head | bytes]) -> AsyncIterator[Head | bytes]:
-        """Of a replica's answer."""
+        """The parts of a replica's answer that the client does not have yet."""
         streams = False
-        self._held = b""  # half an event of the one before is nothing
+        self._held = b""  # half an event of the replica before is dropped
         async for part in parts:
             if isinstance(part, Head):
                 streams = is_stream(part)
@@ -153,7 +153,7 @@ class Told:
                 yield piece
 
     def _unknown(self, piece: bytes) -> bytes:
-        """The events that end in this piece and were not told."""
+        """The events that end in this piece and were not sent before."""
         *events, self._held = (self._held + piece).split(b"\n\n")
         return b"".join(event + b"\n\n" for event in events if self._is_new(event))
 
@@ -161,9 +161,9 @@ class Told:
         data = event.partition(b"data: ")[2]
         if not data.startswith(b"{"):
             return True
-        told = json.loads(data)
-        image, step = told.get("image", 0), told.get("step")
-        if told.get("type") == "image_generation.completed":
+        fields = json.loads(data)
+        image, step = fields.get("image", 0), fields.get("step")
+        if fields.get("type") == "image_generation.completed":
             known = image in self._made
             self._made.add(image)
             return not known

@@ -88,8 +88,8 @@ class Worker:
         if is_out_of_memory(error) or isinstance(error, EngineSizeError):
             size = live[0].group.size
             why = "memory did not suffice" if is_out_of_memory(error) else "no engine was built"
-            told = (why, len(live), size[1], size[0], half, error)
-            _log.warning("%s for %d images of %dx%d; from now on %d at once: %r", *told)
+            details = (why, len(live), size[1], size[0], half, error)
+            _log.warning("%s for %d images of %dx%d; from now on %d at once: %r", *details)
             self._tell(self._on_limit, size, half)
             parts = [live[:half], live[half:]]
         for part in parts:

@@ -274,16 +274,16 @@ class FakeStream:
         self._log.append((self.name, "waits for", other.name))
 
 
-@pytest.mark.parametrize("records", [False, True])
+@pytest.mark.parametrize("captures", [False, True])
 def test_on_a_gpu_streams_wait_for_each_other_and_the_host_for_none(
-    records: bool, monkeypatch: pytest.MonkeyPatch
+    captures: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = FakeSession()
     own, current = FakeStream("the session", session.log), FakeStream("torch", session.log)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     x, y = torch.zeros(2, 4), torch.zeros(2, 4)
     made = [
-        ort_engine._Program(tiny.affine(), session, {"x": x}, {"y": y}, own.device, own, records=records)  # type: ignore[arg-type]
+        ort_engine._Program(tiny.affine(), session, {"x": x}, {"y": y}, own.device, own, captures=captures)  # type: ignore[arg-type]
         for _ in range(2)
     ]
     assert session.log == 2 * [
@@ -298,8 +298,8 @@ def test_on_a_gpu_streams_wait_for_each_other_and_the_host_for_none(
         assert session.log[2] == ("torch", "waits for", "the session")
         assert session.log[1][:2] == ("run", "1")
         ids.append(session.log[1][2])
-    assert len(set(ids)) == (2 if records else 1)  # each its own graph, or none
-    assert ("-1" in ids) is not records
+    assert len(set(ids)) == (2 if captures else 1)  # each its own graph, or none
+    assert ("-1" in ids) is not captures
 
 
 def test_providers_and_their_settings() -> None:
