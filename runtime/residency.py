@@ -60,6 +60,12 @@ class Staging:
                 self._sent[self._turn] = torch.cuda.current_stream(self._device).record_event()
             self._turn = 1 - self._turn
 
+    def wait(self) -> None:
+        """Until everything copied so far is on the device."""
+        for sent in self._sent:
+            if sent is not None:
+                sent.synchronize()
+
 
 class Weights:
     """The weights of a network, which move between the host and a device as one piece of memory.
@@ -95,6 +101,7 @@ class Weights:
         staging = Staging(self._device, min(self._staging_bytes, 2 * max(nbytes, 1)))
         for source, begin in sources:
             staging.copy(source, there[begin : begin + len(source)])
+        staging.wait()  # streams are not ordered with each other, and any of them may use the weights next
         self._there = there
         self._point_into(there)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_components as tiny
 import torch
+from fake_queue import FakeQueue
 from latentrt.runtime import residency
 from latentrt.runtime.engines.lazy import EngineLoader
 from latentrt.runtime.graph_cache import GraphCache
@@ -168,6 +169,28 @@ def test_only_what_is_used_of_a_larger_memory_is_moved(live: dict[int, int]) -> 
     weights = Weights([fused[1]], CPU, 64)
     weights.onload()
     assert list(live.values()) == [100 * 100 * 4]
+
+
+@pytest.mark.parametrize("staging", [14, 1 << 12])
+def test_weights_are_on_the_device_when_onload_returns(staging: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever stream uses them next: none is ordered after the one that they were copied on."""
+    queue, empty = FakeQueue(), torch.empty
+
+    def unpinned(*sizes: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        return empty(*sizes, **options)
+
+    _, tensors = module()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", unpinned)
+        patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(record_event=queue.record))
+        patch.setattr(residency, "_room", lambda nbytes, _: empty(nbytes, dtype=torch.uint8))
+        patch.setattr(residency, "_give_back", lambda device: None)
+        weights = Weights(tensors, torch.device("cuda"), staging)
+        assert 0 < queue.places == queue.done
+        weights.offload()
+        queue.record()
+        weights.onload()
+        assert queue.places == queue.done
 
 
 class Broken(BaseException):
