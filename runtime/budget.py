@@ -266,7 +266,7 @@ class Budget:
                 break
             _log.warning("%s; let go %s that were kept, and begin again", failure, format_bytes(freed))
             begin_again()
-        raise OutOfMemoryError(f"{failure}. By plan, {told().told(self._policy)}") from failure.__cause__
+        raise OutOfMemoryError(f"{failure}. By plan, {told().describe(self._policy)}") from failure.__cause__
 
     def _freed(self) -> int:
         """Let go of what no call uses; returns its bytes."""
