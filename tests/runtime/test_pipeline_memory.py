@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from latentrt.errors import MemoryPlanError, RequestError
-from latentrt.runtime import budget, residency
+from latentrt.runtime import budget, offload
 from latentrt.runtime.graph import Graphs
 from latentrt.runtime.graph_cache import DEFAULT_LIMIT
 from latentrt.runtime.memory import POLICIES, RESERVE
@@ -264,19 +264,19 @@ def test_options_that_cannot_be_met(options: dict[str, Any], message: str, load:
 
 @pytest.fixture
 def live(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
-    """Bytes of the pieces that weights came back to, or wait in on the host."""
-    pieces: dict[int, int] = {}
-    make = residency._room
+    """Bytes of the blocks that hold weights, on the device or the host."""
+    blocks: dict[int, int] = {}
+    make = offload._allocate
 
-    def room(nbytes: int, device: torch.device) -> Tensor:
-        piece = make(nbytes, device)
-        key = piece.untyped_storage()._cdata
-        pieces[key] = nbytes
-        weakref.finalize(piece.untyped_storage(), pieces.pop, key)
-        return piece
+    def allocate(nbytes: int, device: torch.device) -> Tensor:
+        block = make(nbytes, device)
+        key = block.untyped_storage()._cdata
+        blocks[key] = nbytes
+        weakref.finalize(block.untyped_storage(), blocks.pop, key)
+        return block
 
-    monkeypatch.setattr(residency, "_room", room)
-    return pieces
+    monkeypatch.setattr(offload, "_allocate", allocate)
+    return blocks
 
 
 TEXT = {"text_encoder", "text_encoder_2"}
