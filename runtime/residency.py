@@ -63,7 +63,7 @@ class Residency:
                 raise RequestError(
                     f"a callback asks for {engine.component.name} while the {other.component.name} takes its steps, "
                     f"and by memory={self.policy!r} they are not on the device together: load the pipeline with "
-                    "memory='balanced', or do it after the call; for pictures of steps call fit_previewer before it"
+                    "memory='balanced', or do it after the call; for previews of its steps call fit_previewer before it"
                 )
         for other in leaving:
             other.offload()

@@ -81,7 +81,7 @@ class VAE:
         if self.decoder.graphs is not None:
             size = [Tiles.of(side // self.scale, tile, self.scale).size for side in (height, width)]
             blank = torch.zeros(1, self.channels, *size, dtype=self.dtype, device=self.decoder.device)
-            self.decoder.record({"latents": blank})
+            self.decoder.capture({"latents": blank})
 
     def encode(self, images: Tensor, draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
         """Sample latents of images.

@@ -238,7 +238,7 @@ class LazyEngine:
         in."""
         return nullcontext() if self.graphs is None else self.graphs.exclusive()
 
-    def record(self, inputs: Mapping[str, Tensor]) -> None:
+    def capture(self, inputs: Mapping[str, Tensor]) -> None:
         """Load the engine and capture its call for inputs of these shapes, where calls are captured and kept."""
         if self.graphs is not None and self.residency is None:
             with self._captured(self.load(), inputs, self.graphs):
