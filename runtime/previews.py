@@ -107,7 +107,7 @@ class StepReports:
             self._under_way.append((self._steps, self._queue.record(), None))
             return
         slot.latents.copy_(latents)  # the loop's own are overwritten by the next step
-        drawn = self._queue.beside(partial(_draw, self._previewer, slot))
+        drawn = self._queue.on_side_stream(partial(_draw, self._previewer, slot))
         self._under_way.append((self._steps, drawn, slot))
 
     def deliver(self) -> None:

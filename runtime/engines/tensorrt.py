@@ -36,7 +36,7 @@ from ...errors import BackendError, BackendUnavailableError, RequestError
 from ..engine_store import EngineTarget, StoredEngine
 from ..memory import RESERVE, format_bytes
 from ..prepare import Rebuild, engine
-from ..streams import between
+from ..streams import ordered_with_current
 from . import plugins
 from . import trt as products
 from .base import (
@@ -118,7 +118,7 @@ class _Context:
                 self.captured.append(scratch)
             self._execute(torch.cuda.current_stream(self._stream.device))
         else:
-            with between(self._stream):
+            with ordered_with_current(self._stream):
                 self._execute(self._stream)
 
     def _execute(self, stream: torch.cuda.Stream) -> None:

@@ -83,12 +83,12 @@ def test_nothing_waits_for_a_picture_that_is_late() -> None:
     queue = FakeQueue()
     late: list[Any] = []
 
-    def beside(work: Callable[[], None]) -> Any:
+    def on_side_stream(work: Callable[[], None]) -> Any:
         work()
         late.append(FakeEvent(queue, 10**6))
         return late[-1]
 
-    queue.beside = beside  # type: ignore[method-assign]
+    queue.on_side_stream = on_side_stream  # type: ignore[method-assign]
     told = walk_with_reports(queue, 12, brightness)
     assert len(late) == 4
     assert told == [(k, k if k <= 4 else None) for k in range(1, 13)]
@@ -97,7 +97,7 @@ def test_nothing_waits_for_a_picture_that_is_late() -> None:
 def test_without_a_previewer_steps_are_reported_all_the_same() -> None:
     queue = FakeQueue()
     assert walk_with_reports(queue, 5, None) == [(k, None) for k in range(1, 6)]
-    assert not any(line.startswith("beside") for line in queue.log)
+    assert not any(line.startswith("side") for line in queue.log)
 
 
 def test_on_the_cpu_a_step_is_reported_before_the_next_begins() -> None:

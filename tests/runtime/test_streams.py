@@ -91,7 +91,7 @@ def test_on_the_cpu_work_is_done_when_it_was_given() -> None:
     queue, done = queue_of(torch.device("cpu")), []
     begun = queue.record(timed=True)
     time.sleep(0.002)
-    ended = queue.beside(lambda: done.append(1))
+    ended = queue.on_side_stream(lambda: done.append(1))
     assert done == [1]
     assert ended.query()
     assert begun.elapsed_time(ended) >= 2
@@ -112,6 +112,6 @@ def test_all_work_beside_a_device_s_own_shares_a_stream(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     done: list[int] = []
     for k in range(3):
-        queue_of(here).beside(lambda k=k: done.append(k))  # type: ignore[misc]
-    queue_of(there).beside(lambda: done.append(3))
+        queue_of(here).on_side_stream(lambda k=k: done.append(k))  # type: ignore[misc]
+    queue_of(there).on_side_stream(lambda: done.append(3))
     assert (made, waited, done) == ([here, there], ["now"] * 4, [0, 1, 2, 3])
