@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from importlib import import_module
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -122,8 +122,8 @@ class Graphs:
             stream.wait_stream(current)
             graph, last_operation = torch.cuda.CUDAGraph(), _LastOperation()
             _choose_cudnn_algorithms(stream, work)
-            with _released_at_end(pool):
-                _warm_up(pool, stream, work, 0 if keep_alive else self.room)
+            with ExitStack() as held:
+                _warm_up(pool, stream, work, 0 if keep_alive else self.room, held)
                 try:
                     # Other threads may use the device meanwhile, so only what this one does counts.
                     captured: AbstractContextManager[None] = torch.cuda.graph(
@@ -176,15 +176,21 @@ def _choose_cudnn_algorithms(stream: torch.cuda.Stream, work: Callable[[], objec
         stream.synchronize()
 
 
-def _warm_up(pool: Any, stream: torch.cuda.Stream, work: Callable[[], object], room: int) -> None:
+def _warm_up(
+    pool: Any, stream: torch.cuda.Stream, work: Callable[[], object], room: int, held: ExitStack
+) -> None:
     """Run `work` before it is captured, so that kernels are compiled and libraries set up outside of the graph.
 
-    In the graphs' pool: elsewhere it would take as much memory again, which no plan counts. The pool is held from now
-    on: see `_released_at_end`. `room`: bytes of one block that the pool is to have.
+    In the graphs' pool: elsewhere it would take as much memory again, which no plan counts.
+
+    Args:
+        room: bytes of one block that the pool is to have; 0 for none.
+        held: keeps the pool until it is closed, by when a graph may have it.
     """
     device = torch.cuda.current_device()
     torch.cuda.empty_cache()  # an allocation that fails does not do so by itself while others go into a pool
     torch._C._cuda_beginAllocateCurrentThreadToPool(device, pool)
+    held.callback(torch._C._cuda_releasePool, device, pool)
     try:
         # cuBLAS's workspace for the stream must be in the pool: PyTorch would free one outside with the first graph
         # that goes, while others still write there. PyTorch hands out 32 streams in rotation, so this one may already
@@ -193,22 +199,12 @@ def _warm_up(pool: Any, stream: torch.cuda.Stream, work: Callable[[], object], r
         with torch.cuda.stream(stream):
             torch.cuda.current_blas_handle()  # allocates the workspace now: it must not lie in the block
             if room and not _splits_are_limited():
-                torch.empty(
-                    room, dtype=torch.uint8, device="cuda"
-                )  # freed at once, and split among what follows
+                # Freed at once, and split among what follows.
+                torch.empty(room, dtype=torch.uint8, device="cuda")
             work()
     finally:
         torch._C._cuda_endAllocateToPool(device, pool)
         stream.synchronize()
-
-
-@contextmanager
-def _released_at_end(pool: Any) -> Iterator[None]:
-    """Release the share in the pool that `_warm_up` takes, once a graph may have its own."""
-    try:
-        yield
-    finally:
-        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
 
 
 def _splits_are_limited() -> bool:

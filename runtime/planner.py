@@ -34,7 +34,7 @@ _META = torch.device("meta")
 
 @dataclass(frozen=True)
 class _PlanSize:
-    """What a plan depends on beside its loops: pixels, images, whether the VAE encodes and decodes, and its tile."""
+    """What a plan depends on beside its loops; as for `Planner.of_stages`."""
 
     height: int
     width: int

@@ -222,7 +222,7 @@ class LazyEngine:
             return self._engine
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.residency is not None:  # never captured: a graph would not outlive the weights' stay
+        if self.residency is not None:  # not captured: the graph would be dropped with the weights
             with self.residency.lock:
                 engine = self.load()
                 with self.exclusive():
