@@ -56,11 +56,11 @@ def make_images(
         for stage, run in zip(stages, runs, strict=True):
             with watch.stage(stage.name):
                 latents = run(latents, watch.host)
-    if request.output_type == "latent":
-        return latents
     watch.tell()
     if watch.discarded:
         return None
+    if request.output_type == "latent":
+        return latents
     with watch.stage("decode"):
         return from_tensor(vae.decode(latents, tile=tile), request.output_type)
 

@@ -379,6 +379,8 @@ class Pipeline:
                 told=lambda: self._budget.plan(request, stages, tile),
                 asking=lambda: watch.asking,
             )
+        if watch.discarded:  # of the last steps the callback may have been told after the images were made
+            images = None
         made = records(request, self._base, self._refiner, call["sampler"], self.backend)
         return PipelineOutput(images, made, watch.timings, watch.interrupted or images is None)
 
