@@ -242,14 +242,14 @@ class Budget:
         make: Callable[[], _Result],
         begin_again: Callable[[], None],
         told: Callable[[], Plan],
-        asking: Callable[[], bool],
+        in_callback: Callable[[], bool],
     ) -> _Result:
         """What `make` makes. Where memory runs out, what is kept of earlier requests goes and it is made anew, once.
 
         Args:
             begin_again: undoes what `make` did before it failed.
             told: the plan, for the message.
-            asking: whether it is a callback of the caller's that failed.
+            in_callback: whether it is a callback of the caller's that failed.
 
         Raises:
             OutOfMemoryError: with what the plan says; as it is where it comes from a callback.
@@ -258,7 +258,7 @@ class Budget:
             try:
                 return make()
             except OutOfMemoryError as error:
-                if asking():
+                if in_callback():
                     raise
                 failure = without_frames(error)
             # Only now are the frames that failed gone, and what they held.

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .denoise import DenoiseState, Host, LoopKind, require_channels, walk
+from .denoise import DenoiseState, LoopKind, StepHooks, require_channels, run_steps
 from .engines.base import Program
 from .engines.lazy import LazyEngine
 from .graph import Graph
@@ -94,7 +94,7 @@ class Run:
     ) -> None:
         self._loop, self._table, self._exclusive = loop, table, exclusive
 
-    def __call__(self, latents: Tensor, host: Host) -> Tensor:
+    def __call__(self, latents: Tensor, hooks: StepHooks) -> Tensor:
         """Take every step of the table.
 
         Args:
@@ -106,7 +106,7 @@ class Run:
         static = self._loop.state.latents
         with self._exclusive():
             static.copy_(latents)
-            walk(static, self._loop.step, self._table, host)
+            run_steps(static, self._loop.step, self._table, hooks)
             return static.clone()
 
 
@@ -153,7 +153,7 @@ class Denoiser:
 @contextmanager
 def ready(
     asked: Sequence[tuple[Denoiser, LoopRequest]], *, together: bool = True
-) -> Iterator[list[Callable[[Tensor, Host], Tensor]]]:
+) -> Iterator[list[Callable[[Tensor, StepHooks], Tensor]]]:
     """Runs of several loops, all made ready before the first begins; called as a `Run`.
 
     The largest is made, and so recorded, first: the others then find room in its part of the graphs' shared memory.
@@ -171,6 +171,6 @@ def ready(
         yield [runs[k] for k in range(len(asked))]
 
 
-def _run_alone(loop: Denoiser, asked: LoopRequest, latents: Tensor, host: Host) -> Tensor:
+def _run_alone(loop: Denoiser, asked: LoopRequest, latents: Tensor, hooks: StepHooks) -> Tensor:
     with loop.ready(asked) as run:
-        return run(latents, host)
+        return run(latents, hooks)

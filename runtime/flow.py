@@ -55,7 +55,7 @@ def make_images(
             runs = held.enter_context(ready(loops, together=together))
         for stage, run in zip(stages, runs, strict=True):
             with watch.stage(stage.name):
-                latents = run(latents, watch.host)
+                latents = run(latents, watch)
     watch.tell()
     if watch.discarded:
         return None

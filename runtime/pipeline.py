@@ -377,7 +377,7 @@ class Pipeline:
                 lambda: make_images(self._parts, request, stages, noise, watch, tile),
                 begin_again=_rewind(noise, watch),
                 told=lambda: self._budget.plan(request, stages, tile),
-                asking=lambda: watch.asking,
+                in_callback=lambda: watch.in_callback,
             )
         if watch.discarded:  # of the last steps the callback may have been told after the images were made
             images = None
