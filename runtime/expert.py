@@ -31,7 +31,7 @@ class Expert:
     Attributes:
         source: where its weights came from, for people to read.
         unet, config: the network.
-        loop: the denoising loop over it.
+        denoiser: runs the denoising loop over the UNet.
         text_encoder, text_encoder_2: those it was trained on; SDXL's refiner has only the second, SD 1.x and 2.x
             only the first.
         scheduler: the checkpoint's scheduler_config.json, with the overrides.
@@ -43,7 +43,7 @@ class Expert:
     source: str
     unet: LazyEngine
     config: UNetConfig
-    loop: Denoiser
+    denoiser: Denoiser
     text_encoder: TextEncoder | None
     text_encoder_2: TextEncoder | None
     scheduler: Mapping[str, Any]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .conditioning import Conditioning
-from .denoiser import Denoiser, LoopRequest, ready
+from .denoiser import Denoiser, LoopRequest, all_ready
 from .image import from_tensor
 from .latents import NoiseSource, initial_latents, noised_latents
 from .parts import Parts
@@ -52,7 +52,7 @@ def make_images(
         with watch.stage("prepare"):
             loops = _loops(request, stages, conditionings, latents, noise)
             together = residency is None or residency.together("denoise")
-            runs = held.enter_context(ready(loops, together=together))
+            runs = held.enter_context(all_ready(loops, together=together))
         for stage, run in zip(stages, runs, strict=True):
             with watch.stage(stage.name):
                 latents = run(latents, watch)
@@ -116,7 +116,7 @@ def _loops(
     scales = torch.tensor(request.guidance_scales, dtype=torch.float32, device=device)
     return [
         (
-            stage.expert.loop,
+            stage.expert.denoiser,
             LoopRequest(
                 (B, C, h, w),
                 stage.table,

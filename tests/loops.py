@@ -81,8 +81,7 @@ def run_loop(
     noise: Tensor | None = None,
     **hooks: Any,
 ) -> Tensor:
-    """Take up a request, as `LoopRequest` has it, and run it; `hooks` as for `Hooks`."""
+    """Run a `LoopRequest` of these; `hooks` as for `Hooks`."""
     B, C, h, w = latents.shape
-    asked = LoopRequest((B, C, h, w), table, constants, guidance_scale, guidance_rescale, noise)
-    with denoiser.ready(asked) as once:
-        return once(latents, Hooks(**hooks))
+    request = LoopRequest((B, C, h, w), table, constants, guidance_scale, guidance_rescale, noise)
+    return denoiser.run(request, latents, Hooks(**hooks))

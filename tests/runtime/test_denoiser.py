@@ -15,7 +15,7 @@ import pytest
 import tiny_components as tiny
 import torch
 from latentrt.errors import CaptureError
-from latentrt.runtime.denoiser import Denoiser, LoopRequest, ready
+from latentrt.runtime.denoiser import Denoiser, LoopRequest, all_ready
 from latentrt.runtime.engines.base import Component, example_inputs
 from latentrt.runtime.engines.lazy import EngineLoader, LazyEngine
 from latentrt.runtime.graph import Graph, Graphs
@@ -261,7 +261,7 @@ def test_loops_are_recorded_largest_first_and_all_before_the_first_step(
     first, second = Request(component, 3, "euler-a", batch=1), Request(component, 4, "euler-a", batch=1)
     asked = [(Denoiser(base.engine, 32), first.asked()), (Denoiser(refiner.engine, 48), second.asked())]
     hooks = Hooks(on_step=lambda *_: captures.append("step"))
-    with ready(asked) as runs:
+    with all_ready(asked) as runs:
         assert captures == [
             *("prepare refiner", "a denoising step of refiner", "prepare refiner"),
             *("prepare base", "a denoising step of base", "prepare base"),
@@ -302,7 +302,7 @@ def test_loops_whose_unets_are_not_there_together_are_made_ready_one_by_one(
     found = []
     for together in (True, False):
         latents = requests[0].latents
-        with ready(asked, together=together) as runs:
+        with all_ready(asked, together=together) as runs:
             for run in runs:
                 latents = run(latents, Hooks(on_step=lambda *_: captures.append("step")))
         found.append(latents)
@@ -310,7 +310,7 @@ def test_loops_whose_unets_are_not_there_together_are_made_ready_one_by_one(
         for loop in loops:
             loop._unet.graph_cache.drop(loop._unet.token)
     assert found[0].equal(found[1])
-    with ready(asked, together=False) as runs:
+    with all_ready(asked, together=False) as runs:
         assert captures == []
         for run in runs:
             latents = run(latents, Hooks(on_step=lambda *_: captures.append("step")))
@@ -331,7 +331,7 @@ def test_an_error_in_one_of_two_loops_leaves_both_usable(component: Component, g
 
     with (
         pytest.raises(ZeroDivisionError),
-        ready([(loops[0], first.asked()), (loops[1], second.asked())]) as runs,
+        all_ready([(loops[0], first.asked()), (loops[1], second.asked())]) as runs,
     ):
         runs[0](first.latents, Hooks(on_step=fail))
     assert first.run(loops[0]).equal(wanted[0])
