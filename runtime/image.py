@@ -25,7 +25,18 @@ from torch import Tensor
 
 from ..errors import RequestError
 
-__all__ = ["from_tensor", "parse_parameters", "png_bytes", "read_parameters", "save_png", "to_tensor"]
+__all__ = [
+    "Images",
+    "from_tensor",
+    "parse_parameters",
+    "png_bytes",
+    "read_parameters",
+    "save_png",
+    "to_tensor",
+]
+
+Images = list[PIL.Image.Image] | NDArray[np.float32] | Tensor
+"""What `from_tensor` returns, by its `output_type`."""
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +61,7 @@ _KEYS = {label: key for key, label in _LABELS.items()}
 _PAIR = re.compile(r'\s*([\w][\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
-def from_tensor(images: Tensor, output_type: str) -> Any:
+def from_tensor(images: Tensor, output_type: str) -> Images:
     """Hand images to the caller in the form asked for.
 
     Args:

@@ -57,9 +57,8 @@ class Pipeline:
     """Base and refiner behind one call. Safe to call from several threads: a call keeps its state to itself."""
 
     def __init__(self, parts: Parts) -> None:
-        """What `from_pretrained` loads."""
+        """`parts`: what `load_parts` returns."""
         self._parts = parts
-        self._base, self._refiner = parts.base, parts.refiner
         self._loader = parts.loader
         self._budget = parts.budget
         self._progress: dict[str, Any] = {}
@@ -153,16 +152,16 @@ class Pipeline:
     @property
     def text_encoder(self) -> TextEncoder | None:
         """The first text encoder, to share; None for a refiner."""
-        return self._base.text_encoder
+        return self._parts.base.text_encoder
 
     @property
     def text_encoder_2(self) -> TextEncoder | None:
         """SDXL's second text encoder, to share."""
-        return self._base.text_encoder_2
+        return self._parts.base.text_encoder_2
 
     @property
     def vae(self) -> VAE:
-        """To share."""
+        """The VAE, to share."""
         return self._parts.vae
 
     @vae.setter
@@ -174,7 +173,7 @@ class Pipeline:
     @property
     def scheduler(self) -> SimpleNamespace:
         """Its `config` is the base's scheduler_config.json, for those who look at it as they would in diffusers."""
-        return SimpleNamespace(config=dict(self._base.scheduler))
+        return SimpleNamespace(config=dict(self._parts.base.scheduler))
 
     @scheduler.setter
     def scheduler(self, value: object) -> NoReturn:
@@ -251,7 +250,7 @@ class Pipeline:
         evicted = self._loader.graph_cache.evicted
         for height, width in pixels:
             for batch in sorted(batches, reverse=True):  # the largest first: others then fit its memory
-                call = self._arguments(
+                request = self._request(
                     [""] * batch,
                     height=height,
                     width=width,
@@ -262,15 +261,8 @@ class Pipeline:
                     seed=0,
                     output_type="pt",
                 )
-                self._run(call, {"disable": True})
+                self._run(request, {"disable": True})
         self._budget.warn_of_evictions(evicted)
-
-    @contextmanager
-    def _in_own_dtypes(self) -> Iterator[None]:
-        """Turn off a caller's autocast: networks would run, be recorded and be exported in other dtypes than their
-        own."""
-        with torch.autocast("cpu", enabled=False), torch.autocast(self.device.type, enabled=False):
-            yield
 
     def __call__(
         self,
@@ -354,35 +346,39 @@ class Pipeline:
             RequestError: an argument cannot be met; the message names it. A MemoryPlanError says what it needs.
             OutOfMemoryError: the device had too little memory after all; the pipeline can still be used.
         """
-        return self._run(locals(), self._progress)
+        return self._run(
+            self._checked(locals()),
+            self._progress,
+            on_step=self._bound("callback_on_step_end", callback_on_step_end),
+            on_progress=self._bound("callback_on_progress", callback_on_progress),
+            previewer=previewer,
+        )
 
-    def _run(self, call: Mapping[str, Any], bar: Mapping[str, Any]) -> PipelineOutput:
-        """Make what a call asks for; `bar`: options of its progress bar."""
-        request, stages = self._staged(call)
-        tile = self._budget.admit(request, stages, idle=not self._running, tiled=call["tiled_vae"])
+    def _run(self, request: GenerationRequest, bar: Mapping[str, Any], **reporting: Any) -> PipelineOutput:
+        """Make the images of a request; `bar` and `reporting` are as for `Watch`."""
+        stages = self._stages(request)
+        tile = self._budget.admit(request, stages, idle=not self._running).tile
         if request.image is None:
             warn_of_late_start(stages[0].table)
         noise = NoiseSource(request.generators, request.batch)
-        callbacks = {
-            "on_step": self._bound("callback_on_step_end", call["callback_on_step_end"]),
-            "on_progress": self._bound("callback_on_progress", call["callback_on_progress"]),
-        }
-        with (
-            self._watched(stages, bar, previewer=call["previewer"], **callbacks) as watch,
-            exclusive(self._parts.engines()),
-            self._in_own_dtypes(),
-            torch.no_grad(),
-        ):
+        with self._watched(stages, bar, **reporting) as watch, self._executing():
+            states = noise.states()
+
+            def begin_again() -> None:
+                noise.restore(states)
+                watch.begin_again()
+
             images = self._budget.retried(
                 lambda: make_images(self._parts, request, stages, noise, watch, tile),
-                begin_again=_rewind(noise, watch),
-                told=lambda: self._budget.plan(request, stages, tile),
+                begin_again,
+                plan=lambda: self._budget.plan(request, stages, tile),
                 in_callback=lambda: watch.in_callback,
             )
-        if watch.discarded:  # of the last steps the callback may have been told after the images were made
+        if watch.discarded:  # the last steps may be reported after the images were made
             images = None
-        made = records(request, self._base, self._refiner, call["sampler"], self.backend)
-        return PipelineOutput(images, made, watch.timings, watch.interrupted or images is None)
+        return PipelineOutput(
+            images, records(request, self._parts), watch.timings, watch.interrupted or images is None
+        )
 
     def check(
         self, prompt: str | Sequence[str], *, planned: bool = True, **arguments: Any
@@ -398,10 +394,10 @@ class Pipeline:
         Raises:
             RequestError: as a call does.
         """
-        call = self._arguments(prompt, **arguments)
-        request, stages = self._staged(call)
+        request = self._request(prompt, **arguments)
+        stages = self._stages(request)
         if planned:
-            self._budget.require(request, stages, idle=not self._running, tiled=call["tiled_vae"])
+            self._budget.require(request, stages, idle=not self._running)
         return request, sum(len(stage.table) for stage in stages)
 
     def fit_previewer(self) -> Previewer:
@@ -410,38 +406,54 @@ class Pipeline:
         Raises:
             MemoryPlanError: that size does not fit.
         """
-        own, stages = self._staged(self._arguments(""))
-        tile = self._budget.admit(own, stages, idle=not self._running, tiled=False)
-        with exclusive(self._parts.engines()), self._in_own_dtypes():
-            return Previewer.fit(self.vae, own.height, own.width, self.device, tile=tile)
+        request = self._request("")
+        tile = self._budget.admit(request, self._stages(request), idle=not self._running).tile
+        with self._executing():
+            return Previewer.fit(self.vae, request.height, request.width, self.device, tile=tile)
 
     def _bound(self, name: str, callback: Callable[..., Any] | None) -> Callable[..., Any] | None:
-        """A callback that is told of this pipeline."""
+        """A callback with this pipeline as its first argument."""
         if callback is None:
             return None
         if not callable(callback):
             raise RequestError(f"{name} is {callback!r}; give a function, or None")
         return partial(callback, self)
 
-    def _arguments(self, *arguments: Any, **named: Any) -> Mapping[str, Any]:
-        """All arguments of a call, by name, with its defaults."""
+    def _request(self, *arguments: Any, **named: Any) -> GenerationRequest:
+        """The request that a call with these arguments would make."""
         call = _signature().bind(self, *arguments, **named)
         call.apply_defaults()
-        return call.arguments
+        return self._checked(call.arguments)
 
-    def _staged(self, call: Mapping[str, Any]) -> tuple[GenerationRequest, list[Stage]]:
-        """What a call asks for, checked, and who takes which steps."""
-        sdxl = self._base.config.takes_sizes
-        defaults = {"guidance_scale": 5.0 if sdxl else 7.5, "strength": 0.3 if sdxl else 0.8}
-        given = {**call, **{name: value for name, value in defaults.items() if call[name] is None}}
-        height, width = self._base.config.latent_size
-        request = GenerationRequest.create(
-            given,
-            default_size=(height * self.vae.scale, width * self.vae.scale),
-            latent_scale=self.vae.scale,
+    def _checked(self, arguments: Mapping[str, Any]) -> GenerationRequest:
+        """The request of a call with these arguments, all by name, with the model's defaults."""
+        config, scale = self._parts.base.config, self.vae.scale
+        defaults = {
+            "guidance_scale": 5.0 if config.takes_sizes else 7.5,
+            "strength": 0.3 if config.takes_sizes else 0.8,
+        }
+        height, width = config.latent_size
+        return GenerationRequest.create(
+            {**arguments, **{name: x for name, x in defaults.items() if arguments[name] is None}},
+            default_size=(height * scale, width * scale),
+            latent_scale=scale,
             latent_channels=self.vae.channels,
         )
-        return request, stages_of_request(self._base, self._refiner, request, call["sampler"])
+
+    def _stages(self, request: GenerationRequest) -> list[Stage]:
+        return stages_of_request(self._parts.base, self._parts.refiner, request)
+
+    @contextmanager
+    def _executing(self) -> Iterator[None]:
+        """No other thread runs these engines or offloads them; a caller's autocast, in whose dtypes they would run, be
+        captured and be exported, is off."""
+        with (
+            exclusive(self._parts.engines()),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast(self.device.type, enabled=False),
+            torch.no_grad(),
+        ):
+            yield
 
     @contextmanager
     def _watched(self, stages: Sequence[Stage], bar: Mapping[str, Any], **options: Any) -> Iterator[Watch]:
@@ -454,17 +466,6 @@ class Pipeline:
         finally:
             self._running.discard(watch)
             watch.close()
-
-
-def _rewind(noise: NoiseSource, watch: Watch) -> Callable[[], None]:
-    """What brings a call back to where it is now."""
-    states = noise.states()
-
-    def begin_again() -> None:
-        noise.restore(states)
-        watch.begin_again()
-
-    return begin_again
 
 
 @cache

@@ -172,7 +172,7 @@ class Planner:
         loops = []
         for stage in stages:  # also one that takes no steps: its networks are loaded all the same
             expert = stage.expert
-            kind = LoopKind.of(shape, stage.table, expert.guided(guided), expert.unet.component.dtype)
+            kind = LoopKind.of(shape, stage.table, expert.uses_cfg(guided), expert.unet.component.dtype)
             loops.append((stage.name, expert, kind))
         size = _PlanSize(height, width, batch, encoded, decoded, tile)
         key = (tuple((name, kind) for name, _, kind in loops), size)

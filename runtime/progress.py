@@ -143,9 +143,8 @@ class Watch:
     def _calling_back(self) -> Iterator[None]:
         self.in_callback = True
         yield
-        self.in_callback = (
-            False  # not in a `finally`: an error that passes `stage` and `Budget.retried` is a callback's
-        )
+        # Not in a `finally`: if the callback raised, `stage` and `Budget.retried` leave its error as it is.
+        self.in_callback = False
 
     def _report(self, steps: int, preview: Tensor | None) -> None:
         """Tell the caller of steps that are done.

@@ -68,6 +68,8 @@ class GenerationRequest:
     aesthetic_score: float
     negative_aesthetic_score: float
     output_type: OutputType
+    sampler: str | None
+    tiled_vae: bool
 
     @property
     def batch(self) -> int:
@@ -78,6 +80,11 @@ class GenerationRequest:
     def guided(self) -> bool:
         """Whether the images are guided; all of a request are, or none."""
         return self.guidance_scales[0] > 1
+
+    @property
+    def starts_from_pixels(self) -> bool:
+        """Whether `image` is pixels, to be encoded by the VAE, rather than latents."""
+        return self.image is not None and self.image.shape[1] == 3
 
     @classmethod
     def create(
@@ -158,6 +165,8 @@ class GenerationRequest:
                 "negative_aesthetic_score", a["negative_aesthetic_score"], -100, 100
             ),
             output_type=a["output_type"],
+            sampler=a["sampler"],
+            tiled_vae=bool(a["tiled_vae"]),
         )
 
 
@@ -248,17 +257,16 @@ def check_number(name: str, value: Any, low: float, high: float) -> float:
     """A number in bounds.
 
     Raises:
-        RequestError: it is none, or out of them.
+        RequestError: it is not a finite number, or out of bounds.
     """
-    # Integers may be too large for a float, but not for a comparison.
-    number = (
-        int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else math.nan
-    )
-    if isinstance(value, bool) or number != number or abs(number) == math.inf:
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    if (
+        not is_real or not abs(value) < math.inf
+    ):  # `not ... <` refuses NaN; huge integers compare without overflow
         raise RequestError(f"{name} must be a finite number; got {value!r}")
-    if not low <= number <= high:
-        raise RequestError(f"{name} is {number}; it must be between {low} and {high}")
-    return float(number)
+    if not low <= value <= high:
+        raise RequestError(f"{name} is {value}; it must be between {low} and {high}")
+    return float(value)
 
 
 def _scales(value: Any, batch: int) -> list[float]:
@@ -324,21 +332,13 @@ def _size_of(
     for name in ("height", "width"):
         value = a[name]
         asked.append(None if value is None else check_side(name, value, latent_scale))
-    given: Size | None = None
-    for name, rows in (("latents", latents), ("image", image)):
-        if rows is None:
-            continue
-        if name == "latents" and rows.shape[1] != latent_channels:
-            raise RequestError(f"latents have {rows.shape[1]} channels; this model's have {latent_channels}")
-        scale = 1 if rows.shape[1] == 3 else latent_scale
-        found = (rows.shape[2] * scale, rows.shape[3] * scale)
-        if given is not None and given != found:
-            raise RequestError(
-                f"latents are for {given[1]}x{given[0]} pixels, the image for {found[1]}x{found[0]}"
-            )
-        given = found
-    if given is None:
+    tensor = latents if image is None else image  # at most one of them is given
+    if tensor is None:
         return asked[0] or default[0], asked[1] or default[1]
+    if latents is not None and latents.shape[1] != latent_channels:
+        raise RequestError(f"latents have {latents.shape[1]} channels; this model's have {latent_channels}")
+    scale = 1 if tensor.shape[1] == 3 else latent_scale
+    given = (tensor.shape[2] * scale, tensor.shape[3] * scale)
     for side, value, actual in zip(("height", "width"), asked, given, strict=True):
         if value is not None and value != actual:
             raise RequestError(
@@ -355,7 +355,7 @@ def _generators(
     """One generator per image, and the seeds that are known.
 
     A seed s for several images stands for s, s + 1, ... A single torch generator for several images is drawn
-    from in diffusers' order. With neither, seeds are drawn at random, so that the result can be told.
+    from in diffusers' order. With neither, seeds are drawn at random, so that the result can be reproduced.
     """
     if seed is not None and generator is not None:
         raise RequestError("give seed= or generator=, not both")

@@ -87,7 +87,7 @@ def test_a_batch_that_by_plan_does_not_fit_is_halved(load: Load) -> None:
 
 
 def stages(pipe: latentrt.Pipeline, request: Any) -> Any:
-    return stages_of_request(pipe._base, pipe._refiner, request, ASKED.sampler)
+    return stages_of_request(pipe._parts.base, pipe._parts.refiner, request)
 
 
 def test_an_image_that_fits_in_tiles_alone_is_the_one_the_pipeline_makes(
