@@ -1,4 +1,4 @@
-"""How much of its device's memory a pipeline may take: asked before a request, and again when memory ran out."""
+"""A pipeline's memory budget: checked before each request, and again when memory ran out."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class Budget:
             base, refiner, vae, loader: the pipeline's.
             policy: which weights are on the device when.
             limit: bytes of the device that it may take; all that is free by default.
-            loop_memory: bytes of recorded work that may be kept; by default what a request's plan leaves free, and
-                `graph_cache.DEFAULT_LIMIT` where nothing bounds the memory.
+            loop_memory: bytes of captured graphs and their buffers that may be kept; by default what a request's plan
+                leaves free, and `graph_cache.DEFAULT_LIMIT` where nothing bounds the memory.
 
         Raises:
             MemoryPlanError: the weights cannot fit.
@@ -143,7 +143,7 @@ class Budget:
 
     def held(self) -> dict[str, int]:
         """Bytes that the pipeline holds on its device between requests: weights by network, and `recorded`. With policy
-        "low" also what it will be given: other pipelines' networks, which leave for its own."""
+        "low" also other pipelines' networks, which are offloaded to make room for its own."""
         own, residency = self.planner.engines(), self._loader.residency
         held = {name: x.held_bytes for name, x in self._present().items()}
         held["recorded"] = self._loader.graph_cache.nbytes
@@ -157,8 +157,8 @@ class Budget:
         """Bytes of the device that are free or held by this pipeline; None where nothing bounds them.
 
         Args:
-            idle: none of its calls runs. While one does, nobody can tell its memory from others', and what was found
-                the last time holds.
+            idle: no call of this pipeline is running. While one is, its memory cannot be told from that of other
+                programs, and the last figure is returned.
         """
         device = self._loader.device
         free = None
@@ -170,9 +170,8 @@ class Budget:
         return min((n for n in (self._limit, free) if n is not None), default=None)
 
     def _collected(self, available: int) -> int:
-        """Once more what is `available`, without what waits for the garbage collector (a pipeline that was dropped may
-        be among it, if what dropped it refers to itself) and without cuBLAS's workspaces of earlier calls, for which a
-        plan has `RESERVE`."""
+        """`available` again, after freeing what waits for the garbage collector (perhaps a pipeline that was part of a
+        reference cycle) and cuBLAS's workspaces of earlier calls, which plans count in `RESERVE`."""
         if available == self._limit:
             return available
         gc.collect()
@@ -181,7 +180,7 @@ class Budget:
         return self.available() or 0
 
     def _remedy(self, available: int) -> str:
-        """Where that is too little for any request."""
+        """What to do if that is too little for any request."""
         if available == self._limit:
             return "give a larger memory_limit"
         return "end what else is on the GPU, or take one with more memory"
@@ -226,7 +225,7 @@ class Budget:
         return admission
 
     def warn_of_evictions(self, before: int) -> None:
-        """Say what a warm-up lost again; `before` is what the cache's `evicted` was when it began."""
+        """Warn if a warm-up evicted graphs of its own; `before` is the cache's `evicted` when it began."""
         cache = self._loader.graph_cache
         if cache.evicted > before:
             _log.warning(
@@ -282,7 +281,7 @@ class Budget:
 
 
 def without_frames(error: _Error) -> _Error:
-    """An error, and what led to it, without their frames: these hold tensors."""
+    """The error, with the tracebacks of it and its causes removed: their frames hold tensors."""
     link: BaseException | None = error
     while link is not None:
         link.__traceback__ = None

@@ -1,8 +1,8 @@
 """The loop: latents in, denoised latents out.
 
-It knows nothing of prompts, of which UNet it runs, or of the one that runs before or after it. A step reads and
-writes static tensors only, and which step it is, is one of them: so a step can be recorded once (`graph.py`) and
-replayed for any prompt, seed, scale, sampler table and number of steps.
+It knows nothing of prompts, of which UNet it runs, or of the loop before or after it. A step reads and writes static
+tensors only, its own index among them, so it can be captured once (`graph.py`) and replayed for any prompt, seed,
+scale, sampler table and number of steps.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class StepHooks(Protocol):
 
 @dataclass(frozen=True)
 class LoopKind:
-    """What the static tensors of a loop, and so a recording of its step, depend on.
+    """What the static tensors of a loop, and so the captured graph of its step, depend on.
 
     Attributes:
         shape: of the latents, (B, C, h, w).
         capacity: steps there is room for.
         guided: the UNet runs on negative and positive rows.
-        history, noise, variance: what the sampler keeps, draws and is told.
+        history, noise, variance: whether the sampler keeps earlier outputs, draws noise, reads a predicted variance.
         dtype: of the UNet's sample and prediction.
     """
 
@@ -87,9 +87,9 @@ class DenoiseState:
 
     Attributes:
         latents: float32 [B, C, h, w], the sampler's x.
-        sample, timestep: what the UNet gets: [R, C, h, w] in the model's dtype, float32 [R].
-        prediction: what it gives: [R, C or 2C, h, w].
-        timesteps: of all steps, and the index of the next.
+        sample, timestep: inputs of the UNet, [R, C, h, w] in the model's dtype, float32 [R].
+        prediction: its output, [R, C or 2C, h, w].
+        timesteps: those of all steps, and the index of the next step.
     """
 
     def __init__(self, kind: LoopKind, device: torch.device) -> None:
@@ -189,7 +189,7 @@ def require_channels(channels: int | str, latent_channels: int, table: SamplerTa
     """Refuse a UNet whose output is not what the sampler reads.
 
     Raises:
-        KernelArgumentError: it is not.
+        KernelArgumentError: it has other channels.
     """
     needed = latent_channels * (2 if table.predicts_variance else 1)
     if channels != needed:

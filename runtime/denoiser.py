@@ -91,10 +91,10 @@ class _BoundLoop:
 
 
 class Denoiser:
-    """The denoising loop over one UNet. Loops stay ready for the next request of their kind."""
+    """The denoising loop over one UNet. Loops are kept for the next request of their kind."""
 
     def __init__(self, unet: LazyEngine, width: int = 1) -> None:
-        """`width`: channels of the UNet at its full resolution, by which loops of several are compared in size."""
+        """`width`: channels of the UNet at full resolution, to compare the memory of several UNets' loops."""
         self._unet = unet
         self._width = width
 
@@ -139,7 +139,7 @@ class Denoiser:
             unet.graph_cache.put(unet.token, key, loop, loop.nbytes, queue_of(unet.device).record())
 
     def run(self, request: LoopRequest, latents: Tensor, hooks: StepHooks) -> Tensor:
-        """As a `Run` does, of a loop that is held no longer than that."""
+        """Make a loop ready, run it and release it; as `Run`."""
         with self.ready(request) as run:
             return run(latents, hooks)
 

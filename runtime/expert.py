@@ -35,7 +35,7 @@ class Expert:
         text_encoder, text_encoder_2: those it was trained on; SDXL's refiner has only the second, SD 1.x and 2.x
             only the first.
         scheduler: the checkpoint's scheduler_config.json, with the overrides.
-        overrides: fields of it that were given by who loaded it.
+        overrides: fields of it that the caller gave as scheduler=.
         aesthetic: its size conditioning ends in an aesthetic score.
         zero_negative: an absent negative prompt is zeros, not the empty text.
     """
@@ -62,7 +62,7 @@ class Expert:
         return [e for e in (self.text_encoder, self.text_encoder_2) if e is not None]
 
     def sharing(self, other: Expert) -> Expert:
-        """The same expert, with the second text encoder of another one where they are equal."""
+        """This expert, with the other's second text encoder in place of an equal one of its own."""
         mine, theirs = self.text_encoder_2, other.text_encoder_2
         same = mine is not None and theirs is not None and mine.equals(theirs)
         return replace(self, text_encoder_2=theirs) if same else self

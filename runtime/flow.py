@@ -1,6 +1,6 @@
 """The whole flow of a call, top to bottom: text, first latents, the steps of each expert, pixels.
 
-No stage knows its neighbours: what one hands on is tensors.
+No stage knows its neighbours: they pass each other only tensors.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def make_images(
         for stage, run in zip(stages, runs, strict=True):
             with watch.stage(stage.name):
                 latents = run(latents, watch)
-    watch.tell()
+    watch.deliver()
     if watch.discarded:
         return None
     if request.output_type == "latent":

@@ -37,14 +37,14 @@ OnProgress = Callable[["Pipeline", int, dict[str, Any]], Mapping[str, Any] | Non
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """What a call made.
+    """The result of a call.
 
     Attributes:
-        images: a list of PIL images, an array, a tensor or latents, as `output_type` asked.
+        images: a list of PIL images, an array, a tensor or latents, by `output_type`; None if discarded.
         parameters: what made each image, ready for a PNG; a seed is None where a used generator was given.
-        timings: seconds of each stage: prepare (load, and export and record the first time), text, start, base,
+        timings: seconds of each stage: prepare (load, and export and capture the first time), text, start, base,
             refiner, decode, total.
-        interrupted: the images are unfinished, because the call was told to stop; None where they were not wanted.
+        interrupted: the call was stopped, so the images are unfinished or None.
     """
 
     images: Any
@@ -100,16 +100,16 @@ class Pipeline:
             revision: of a hub id.
             cache_dir: where exported models are kept; `LATENTRT_CACHE` or `~/.cache/latentrt` by default.
             device: `"cuda"` where there is one, else `"cpu"`, by default.
-            graphs: (*) record the work of engines once and replay it; by default on a GPU, as CUDA graphs.
+            graphs: (*) capture the work of engines once and replay it; by default on a GPU, as CUDA graphs.
             memory: (*) which weights are on the device when: "resident", all of them always; "balanced", text encoders
-                for the text only; "low", one network at a time. What leaves goes to the host and comes back through
-                pinned memory, and under ONNX Runtime and TensorRT is closed and loaded again; calls of several
-                threads then take turns, and so do pipelines that share parts. The images are the same.
+                for the text only; "low", one network at a time. Offloaded weights go to the host and come back through
+                pinned memory; an engine of ONNX Runtime or TensorRT is closed and loaded again. Calls of several
+                threads then run one at a time, and so do pipelines that share parts. The images are the same.
             memory_limit: (*) bytes of the device that it may take, or such as "8GB"; all that is free on a GPU, and no
                 bound on the CPU, by default. What takes more by plan (`latentrt plan`) is refused.
-            loop_memory: (*) bytes of recorded work that may be kept for later requests; by default what the plan of a
-                request leaves, and 1 GiB where there is no bound. Of what cannot be kept only denoising loops are
-                recorded, each for its own steps.
+            loop_memory: (*) bytes of captured graphs and their buffers that may be kept for later requests; by default
+                what the plan of a request leaves, and 1 GiB where there is no bound. Of what cannot be kept only
+                denoising loops are captured, each for its own steps.
             use_safetensors: accepted for diffusers' sake; latentrt reads nothing else.
             text_encoder, text_encoder_2, vae: parts of another pipeline to share instead of loading.
             scheduler: (*) fields in place of those of scheduler_config.json, such as
@@ -236,7 +236,7 @@ class Pipeline:
         guidance: bool = True,
         sampler: str | None = None,
     ) -> None:
-        """Load everything and record the work for these sizes, so that the first request is as fast as the others.
+        """Load everything and capture the work for these sizes, so that the first request is as fast as the others.
 
         Args:
             sizes: (height, width) in pixels; the model's own by default.
@@ -244,7 +244,7 @@ class Pipeline:
             guidance, sampler: as the requests will have them.
 
         Raises:
-            MemoryPlanError: the largest cannot fit. What fits by itself and cannot be kept beside the others is logged.
+            MemoryPlanError: the largest cannot fit. A size that fits alone but cannot be kept is logged.
         """
         pixels = [(None, None)] if sizes is None else sorted(sizes, key=lambda size: -size[0] * size[1])
         evicted = self._loader.graph_cache.evicted
@@ -329,16 +329,16 @@ class Pipeline:
             original_size, crops_coords_top_left, target_size: (height, width) or (top, left), for all images
                 or one per prompt; the image's size and (0, 0) by default.
             negative_original_size, negative_crops_coords_top_left, negative_target_size: of the negative half.
-            aesthetic_score, negative_aesthetic_score: told to a refiner.
+            aesthetic_score, negative_aesthetic_score: conditioning of a refiner.
             output_type: "pil", "np" (float32 `[B, H, W, 3]` in [0, 1]), "pt" (float32 `[B, 3, H, W]`) or "latent".
             callback_on_step_end: called after each step, which the device has done by then, as
                 `callback(pipeline, step, timestep, {"latents": x})`.
                 It may return `{"latents": y}` to go on with, or `{"interrupt": True}` to stop.
-            callback_on_progress: (*) called for each step once the device has done it, not waiting for that: on a GPU
+            callback_on_progress: (*) called for each step once the device has done it, without waiting: on a GPU
                 a step or two later. As `callback(pipeline, steps_done, {"preview": pictures})`, where pictures are
                 uint8 `[B, H/8, W/8, 3]` on the CPU, or None. It may return `{"interrupt": True}` to stop, or
-                `{"discard": True}` to stop and have no images.
-            previewer: (*) what makes them; `fit_previewer` gives one.
+                `{"discard": True}` to stop and return no images.
+            previewer: (*) makes the previews; `fit_previewer` returns one.
             tiled_vae: (*) decode in tiles of 512 x 512 pixels: less memory, and not quite the same picture; see
                 `VAE.decode`. It is done anyway where by plan the picture would not fit whole.
 
@@ -386,10 +386,10 @@ class Pipeline:
         """Refuse what a call with these arguments would refuse before its first step, and make nothing.
 
         Args:
-            planned: whether its memory is asked for too, whose plan takes up to a second for each new kind of request.
+            planned: whether to plan its memory too, which takes up to a second for each new kind of request.
 
         Returns:
-            what is asked for, and the steps it takes.
+            the request, and the steps it takes.
 
         Raises:
             RequestError: as a call does.
@@ -401,7 +401,7 @@ class Pipeline:
         return request, sum(len(stage.table) for stage in stages)
 
     def fit_previewer(self) -> Previewer:
-        """What makes previews of this model's latents, fitted to its VAE at the model's own size.
+        """A previewer of this model's latents, fitted to its VAE at the model's own size.
 
         Raises:
             MemoryPlanError: that size does not fit.
@@ -457,7 +457,7 @@ class Pipeline:
 
     @contextmanager
     def _watched(self, stages: Sequence[Stage], bar: Mapping[str, Any], **options: Any) -> Iterator[Watch]:
-        """A watch over one call, known to `interrupt` while it lasts."""
+        """A `Watch` of one call, which `interrupt` reaches while it lasts."""
         watch = Watch(sum(len(stage.table) for stage in stages), bar, self.device, **options)
         self._running.add(watch)
         try:
@@ -470,5 +470,5 @@ class Pipeline:
 
 @cache
 def _signature() -> inspect.Signature:
-    """The signature of a call; made once, as a server checks every request."""
+    """The signature of a call; cached, since a server checks every request."""
     return inspect.signature(Pipeline.__call__)

@@ -1,4 +1,4 @@
-"""What a call reports while it runs: a progress bar, the time each stage took, and whether to stop."""
+"""A call's progress: bar, callbacks, interruption, and the time of each stage."""
 
 from __future__ import annotations
 
@@ -65,12 +65,10 @@ class Watch:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time what happens inside, from when the device gets to it until it has done it; parts of one name are added.
-        The host does not wait for that.
+        """Time the block on the device, for which the host does not wait; blocks of one name are added up.
 
         Raises:
-            OutOfMemoryError: in place of what PyTorch or a back end says of that. What a callback raises is left as
-                it is.
+            OutOfMemoryError: in place of the error of PyTorch or a back end. Errors of a callback are left as they are.
         """
         self._bar.set_description(name)
         begun = self._queue.record(timed=True)
@@ -89,7 +87,7 @@ class Watch:
     def before_step(self) -> bool:
         """Wait for the step before the last, report those that are done, and say whether to go on."""
         self._pace.wait()
-        self.tell()
+        self.deliver()
         self.interrupted = self.stop.is_set()
         return not self.interrupted
 
@@ -111,13 +109,13 @@ class Watch:
             if replacement is not None:
                 latents.copy_(replacement)
 
-    def tell(self) -> None:
-        """Tell of the steps that are done by now; who hears of them may not want the images any more."""
+    def deliver(self) -> None:
+        """Report the steps that are done by now; the callback may then interrupt the call or discard its images."""
         if self._reports is not None:
             self._reports.deliver()
 
     def finish(self) -> None:
-        """Wait for the device, tell of the steps that were not told of, and sum the timings."""
+        """Wait for the device, report the remaining steps, and sum the timings."""
         if self._reports is not None:
             self._reports.finish()
         if self._stages:
@@ -127,7 +125,7 @@ class Watch:
         self.timings["total"] = sum(self.timings.values())
 
     def close(self) -> None:
-        """Remove the bar, and let go of callbacks: they hold the pipeline, and what calls them holds this."""
+        """Remove the bar, and drop the callbacks: they refer to the pipeline, and the reports to this (a cycle)."""
         self._bar.close()
         self._on_step = self._on_progress = self._reports = None
 
@@ -147,11 +145,7 @@ class Watch:
         self.in_callback = False
 
     def _report(self, steps: int, preview: Tensor | None) -> None:
-        """Tell the caller of steps that are done.
-
-        Raises:
-            RequestError: the callback returned something else than it may.
-        """
+        """Call the progress callback."""
         assert self._on_progress is not None
         with self._calling_back():
             answer = self._on_progress(steps, {"preview": preview})
