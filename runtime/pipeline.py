@@ -445,8 +445,8 @@ class Pipeline:
 
     @contextmanager
     def _executing(self) -> Iterator[None]:
-        """No other thread runs these engines or offloads them; a caller's autocast, in whose dtypes they would run, be
-        captured and be exported, is off."""
+        """Keep other threads from offloading these engines, and turn off a caller's autocast: networks would run, be
+        captured and be exported in its dtypes."""
         with (
             exclusive(self._parts.engines()),
             torch.autocast("cpu", enabled=False),

@@ -91,7 +91,7 @@ class StepReports:
     def __init__(
         self, queue: Queue, previewer: Previewer | None, report: Callable[[int, Tensor | None], object]
     ) -> None:
-        """`report`: called with the number of steps done, and the last one's preview, uint8 [B, h, w, 3] on the CPU."""
+        """`report`: called with the number of steps done, and a preview of the last, uint8 [B, h, w, 3] on the CPU."""
         self._queue = queue
         self._previewer = previewer
         self._report = report

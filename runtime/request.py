@@ -34,8 +34,8 @@ class GenerationRequest:
     """A validated request; every list has one entry per image unless said otherwise.
 
     `prompts`, `prompts_2`, `negatives`, `negatives_2` have one entry per prompt; image k belongs to prompt
-    `k // images_per_prompt`. A negative of None is "none given" (SDXL's base then uses zeros). `image` has the pictures
-    as they were given, and image k starts from row `image_rows[k]`.
+    `k // images_per_prompt`. A negative of None is "none given" (SDXL's base then uses zeros). `image` holds the
+    given images, pixels in [-1, 1] or latents, and image k starts from row `image_rows[k]`.
     """
 
     prompts: list[str]
