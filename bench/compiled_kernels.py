@@ -181,22 +181,16 @@ def _linear_geglu(dtype: torch.dtype) -> list[_Row]:
 def _sampler_step(dtype: torch.dtype) -> list[_Row]:
     """The model's output in `dtype`; the rest is float32."""
     (spec,) = specs(["sampler_step"])
-    x, out, history, noise, table, step, scale = spec.cases[0].inputs(dtype, _META)
-    each = torch.empty(1, device=_META)
+    x, out, history, noise, table, step, *guidance = spec.cases[0].inputs(dtype, _META)
     variance = torch.cat([out, out], 1)
     last = {"memory_format": torch.channels_last}
     calls: dict[str, tuple[Any, ...]] = {
         "unguided": (x, out[:1], history, noise, table, step),
         "unguided, without history and noise": (x, out[:1], None, None, table, step),
-        "without history and noise": (x, out, None, None, table, step, scale),
-        "a scale for each": (x, out, history, noise, table, step, each),
-        "rescaled": (x, out, history, noise, table, step, scale, 0.7),
-        "rescaled by each, a scale for each": (x, out, history, noise, table, step, each, each),
-        "channels_last": (x, out.contiguous(**last), history, noise, table, step, scale),
-        "variance": (x, variance, history, noise, table, step, scale),
-        "variance, channels_last, by each": (
-            *(x, variance.contiguous(**last), history, noise, table, step, each, each),
-        ),
+        "without history and noise": (x, out, None, None, table, step, *guidance),
+        "channels_last": (x, out.contiguous(**last), history, noise, table, step, *guidance),
+        "variance": (x, variance, history, noise, table, step, *guidance),
+        "variance, channels_last": (x, variance.contiguous(**last), history, noise, table, step, *guidance),
     }
     return [("sampler_step", case, args, None) for case, args in calls.items()]
 

@@ -171,7 +171,7 @@ class DenoiseState:
             self._rows,
             self._index,
             self._scale,
-            0.0 if self._rescale is None else self._rescale,
+            self._rescale,
         )
         self._index += 1
 

@@ -99,7 +99,8 @@ def test_the_matrix_asks_for_every_tuned_key(
             aot._launches(entry.request)
     tables = tuning.load(arch)["tables"]
     keys = {(table, key) for table, rows in tables.items() for key in rows if key.startswith("16/")}
-    assert asked == keys | {("sampler_step", key) for key in tables["sampler_step"]}
+    steps = ("sampler_step", "sampler_step_ratio")
+    assert asked == keys | {(table, key) for table in steps for key in tables[table]}
 
 
 @by_half
@@ -115,16 +116,9 @@ def test_the_matrix_has_every_variant(arch: int, dtype: torch.dtype) -> None:
     either = (
         *(
             f"_step_kernel.{name}"
-            for name in ("GUIDED", "VARIANCE", "CHANNELS_LAST", "history_ptr", "noise_ptr")
+            for name in ("VARIANCE", "CHANNELS_LAST", "history_ptr", "noise_ptr", "scale_ptr")
         ),
-        *(f"_step_kernel.{name}" for name in ("scale_ptr", "ratio_ptr", "rescale_ptr")),
-        *(
-            "_ratio_kernel.scale_ptr",
-            "_ratio_kernel.rescale_ptr",
-            "_stats_kernel.FULL",
-            "_stats_kernel.CHANNELS_LAST",
-            "_stats_kernel.shift_ptr",
-        ),
+        *("_stats_kernel.FULL", "_stats_kernel.CHANNELS_LAST", "_stats_kernel.shift_ptr"),
         *("_apply_kernel.SILU", "_apply_kernel.CHANNELS_LAST", "_apply_kernel.shift_ptr"),
         *("_linear_geglu_kernel.EVEN_K", "_linear_geglu_kernel.bias_ptr"),
         "_layer_norm_kernel.residual_ptr",

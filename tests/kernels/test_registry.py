@@ -58,7 +58,8 @@ def test_the_work_of_self_attention() -> None:
 
 def test_the_work_of_a_sampler_step() -> None:
     """The model's two outputs in its dtype; float32 are latents, noise and three of history, some read and written."""
-    (case,) = specs(["sampler_step"])[0].cases
+    case, rescaled = specs(["sampler_step"])[0].cases
+    assert case.nbytes(HALF) == rescaled.nbytes(HALF)
     x, out, history, noise, *_ = case.inputs(HALF, torch.device("meta"))
     assert case.nbytes(HALF) == 2 * x.nbytes + out.nbytes + 2 * history.nbytes + noise[0].nbytes
 
