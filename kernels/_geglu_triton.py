@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import tuning
 from ._check import fail
-from ._triton import Descriptor, Launch, Library, kernel, specializes_wide_sums, tl
+from ._triton import Descriptor, Launch, Library, cdiv, kernel, specializes_wide_sums, tl
 
 __all__ = ["plan", "plan_linear"]
 
@@ -151,7 +151,7 @@ def plan(x: Tensor, *, arch: int) -> tuple[Tensor, list[Launch]]:
     M = y.numel() // N
     sizes = tuning.constants("geglu", arch, x.dtype, "any")
     blocks = {name: sizes[name] for name in ("BLOCK_M", "BLOCK_N")}
-    grid = (-(-M // blocks["BLOCK_M"]) * -(-N // blocks["BLOCK_N"]),)
+    grid = (cdiv(M, blocks["BLOCK_M"]) * cdiv(N, blocks["BLOCK_N"]),)
     args = {"x_ptr": x, "y_ptr": y, "M": M}
     return y, [Launch(_geglu_kernel, grid, args, {"N": N, **blocks}, sizes["num_warps"], sizes["num_stages"])]
 
@@ -180,7 +180,7 @@ def plan_linear(
     if unaligned:  # loaded by single elements, through registers: larger tiles spill
         blocks["BLOCK_K"] = min(blocks["BLOCK_K"], 32)
     warps, stages = sizes["num_warps"], sizes["num_stages"]
-    grid = (-(-M // blocks["BLOCK_M"]) * -(-N // blocks["BLOCK_N"]),)
+    grid = (cdiv(M, blocks["BLOCK_M"]) * cdiv(N, blocks["BLOCK_N"]),)
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     args: dict[str, Any] = {"bias_ptr": bias, "y_ptr": y, "M": M, "K": K}

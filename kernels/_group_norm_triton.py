@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import KernelArgumentError
 from . import tuning
-from ._triton import Launch, kernel, tl
+from ._triton import Launch, cdiv, kernel, round_up, tl
 
 __all__ = ["MOST_SPLITS", "dense", "plan"]
 
@@ -238,9 +238,9 @@ def plan(
     tile = _tile(C, C // num_groups, S, sizes["BLOCK"], channels_last)
     tile_c, block_s = tile["TILE_GROUPS"] * tile["GROUP"], tile["BLOCK_S"]
     program = min(sizes["PROGRAM"], x.numel() // sizes["PROGRAMS"])  # elements of one
-    chunk = max(program // tile_c, -(-S // MOST_SPLITS), block_s)
-    chunk = -(-chunk // block_s) * block_s
-    splits = -(-S // chunk)
+    chunk = max(program // tile_c, cdiv(S, MOST_SPLITS), block_s)
+    chunk = round_up(chunk, block_s)
+    splits = cdiv(S, chunk)
     stats = torch.empty(2, N, num_groups, splits, dtype=torch.float32, device=x.device)
     common: dict[str, Any] = {
         "x_ptr": x,

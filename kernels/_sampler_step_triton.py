@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import tuning
-from ._triton import Launch, kernel, tl
+from ._triton import Launch, cdiv, kernel, tl
 
 __all__ = ["plan"]
 
@@ -180,7 +180,7 @@ def plan(
     launches.append(
         Launch(
             _step_kernel,
-            (B * -(-P // sizes["BLOCK"]),),
+            (B * cdiv(P, sizes["BLOCK"]),),
             {
                 "x_ptr": x,
                 "out_ptr": model_out,

@@ -30,10 +30,12 @@ __all__ = [
     "arch_of",
     "as_nodes",
     "by_reference",
+    "cdiv",
     "counted",
     "forced",
     "kernel",
     "of_library",
+    "round_up",
     "run",
     "specializes_wide_sums",
     "takes",
@@ -50,6 +52,17 @@ OLDEST_ARCH = 80
 
 tl: Any = None
 """Stands for `triton.language` in the source of kernels; `Kernel` puts the module in its place."""
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def round_up(a: int, b: int) -> int:
+    """The least multiple of b that is not below a."""
+    return cdiv(a, b) * b
+
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -31,7 +31,8 @@ import torch
 from ..errors import BackendError
 from . import tuning
 from ._attention_ahead import attention_ahead, attention_wide_ahead
-from ._attention_triton import SHORT, WIDE, in_powers_of_two, plan_kernel
+from ._attention_softmax import log2_scale
+from ._attention_triton import SHORT, WIDE, plan_kernel
 from ._group_norm_triton import MOST_SPLITS
 from ._group_norm_triton import plan as plan_group_norm
 from ._triton import Launch
@@ -148,7 +149,7 @@ class AheadAttentionKernels:
             launch,
             kernel=attention_wide_ahead if self.columns > WIDE else attention_ahead,
             args=args,
-            constants={"SCALE": in_powers_of_two(self.scale), **launch.constants},
+            constants={"SCALE": log2_scale(self.scale), **launch.constants},
         )
         return {"attention": ahead}, constants
 

@@ -59,7 +59,7 @@ def test_a_few_of_the_matrix() -> None:
 
 
 @pytest.mark.parametrize("variant", [{}, {"TMA": 1}], ids=["plain", "copied"])
-def test_a_projections_values_and_gates_are_one_product(variant: dict[str, int]) -> None:
+def test_a_projections_values_and_gates_are_one_matmul(variant: dict[str, int]) -> None:
     """And two blocks fit an SM, so that one multiplies while the other computes gates."""
     (spec,) = specs(["linear_geglu"])
     sizes = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 3}
