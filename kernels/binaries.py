@@ -86,7 +86,7 @@ class GroupNormKernels:
                 args = {**launch.args, "S": S, "chunk": block, "splits": 3, "partials": 7}
                 constants = dict(launch.constants)
                 if name == "stats":
-                    constants["FULL"] = which == "even" and constants["FULL"]
+                    constants["EVEN"] = which == "even" and constants["EVEN"]
                 else:
                     constants["PAD_SPLITS"] = MOST_SPLITS
                 found[f"{name}/{which}"] = replace(launch, args=args, constants=constants)
