@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ._check import FLOATS, fail, require_own_memory, require_tensors
 from ._sampler_step_triton import plan
-from ._triton import arch_of, run, takes, usable
+from ._triton import arch_of, launches_triton, run, uses_custom_op
 from .registry import Case, OpSpec, register
 
 __all__ = ["COLUMNS", "HISTORY", "KEEP_NOTHING", "KEEP_OUT", "KEEP_X0", "StepRow", "sampler_step", "step_row"]
@@ -112,7 +112,7 @@ def sampler_step(
         KernelArgumentError: naming the argument and what it got.
     """
     _check(x, model_out, history, noise, table, step, guidance_scale, guidance_rescale)
-    if takes(x):
+    if uses_custom_op(x):
         torch.ops.latentrt.sampler_step(
             x, model_out, history, noise, table, step, guidance_scale, guidance_rescale
         )
@@ -234,7 +234,7 @@ def _op(
     guidance_rescale: Tensor | None,
 ) -> None:
     guidance = guidance_scale, guidance_rescale
-    if not usable(x):
+    if not launches_triton(x):
         _reference(x, model_out, history, noise, table, step, *guidance)
         return
     dense_x = x.contiguous()
