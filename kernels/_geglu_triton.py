@@ -60,7 +60,7 @@ def _tile(M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROU
 def _store_gated(
     both, bias_ptr, y_ptr, tile_m, tile_n, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """What follows the products, values beside gates: biases, the gate, one rounding."""
+    """What follows the matmul, values beside gates: biases, the gate, one rounding."""
     value, gate = tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -88,7 +88,7 @@ def _linear_geglu_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """A tile's values and their gates are one product: its instructions are twice as wide as those of two would be.
+    """A tile's values and their gates are one matmul: its instructions are twice as wide as those of two would be.
 
     A thread holds values with their own gates, so that they part without an exchange.
     """

@@ -46,7 +46,7 @@ def test_every_case_is_planned_for_every_architecture(spec: OpSpec, arch: int) -
 
 
 def test_the_work_of_self_attention() -> None:
-    """Two products of 4096 x 4096 x 64 for each of 10 heads of 2 images; q, k, v and the result once."""
+    """Two matmuls of 4096 x 4096 x 64 for each of 10 heads of 2 images; q, k, v and the result once."""
     case = ATTENTION.cases[0]
     assert case.flops == 2 * (2 * 4096 * 4096 * 64) * 10 * 2
     assert case.elements == 4 * 2 * 4096 * 640
