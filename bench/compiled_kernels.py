@@ -49,7 +49,7 @@ CACHE = Path(sys.prefix) / "latentrt-aot"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
-"""The instructions that an architecture's matrix products should be: on sm_90, HMMA is the slower path."""
+"""The instructions that an architecture's matmuls should compile to: on sm_90, HMMA is the slower path."""
 
 COPIED = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "TMA": 1}
 SPECIALIZED = {**COPIED, "num_warps": 4, "num_stages": 2, "SPECIALIZE": 1}
@@ -181,22 +181,16 @@ def _linear_geglu(dtype: torch.dtype) -> list[_Row]:
 def _sampler_step(dtype: torch.dtype) -> list[_Row]:
     """The model's output in `dtype`; the rest is float32."""
     (spec,) = specs(["sampler_step"])
-    x, out, history, noise, table, step, scale = spec.cases[0].inputs(dtype, _META)
-    each = torch.empty(1, device=_META)
+    x, out, history, noise, table, step, *guidance = spec.cases[0].inputs(dtype, _META)
     variance = torch.cat([out, out], 1)
     last = {"memory_format": torch.channels_last}
     calls: dict[str, tuple[Any, ...]] = {
         "unguided": (x, out[:1], history, noise, table, step),
         "unguided, without history and noise": (x, out[:1], None, None, table, step),
-        "without history and noise": (x, out, None, None, table, step, scale),
-        "a scale for each": (x, out, history, noise, table, step, each),
-        "rescaled": (x, out, history, noise, table, step, scale, 0.7),
-        "rescaled by each, a scale for each": (x, out, history, noise, table, step, each, each),
-        "channels_last": (x, out.contiguous(**last), history, noise, table, step, scale),
-        "variance": (x, variance, history, noise, table, step, scale),
-        "variance, channels_last, by each": (
-            *(x, variance.contiguous(**last), history, noise, table, step, each, each),
-        ),
+        "without history and noise": (x, out, None, None, table, step, *guidance),
+        "channels_last": (x, out.contiguous(**last), history, noise, table, step, *guidance),
+        "variance": (x, variance, history, noise, table, step, *guidance),
+        "variance, channels_last": (x, variance.contiguous(**last), history, noise, table, step, *guidance),
     }
     return [("sampler_step", case, args, None) for case, args in calls.items()]
 
@@ -226,7 +220,7 @@ def faults(entry: Entry, report: aot.Report) -> Iterator[str]:
     if report.shared > aot.SHARED_LIMIT[report.arch] * 1024:
         yield f"{report.shared} bytes of shared memory, of {aot.SHARED_LIMIT[report.arch]} KiB"
     (spec,) = specs([report.op])
-    # Products of float32 are no tensor core's, and beside the libraries' products a kernel has none of its own.
+    # Tensor cores do no float32 matmuls, and beside the libraries' matmuls a kernel has none of its own.
     without = entry.dtype == torch.float32 or aot.by_library(entry.request)
     wanted = {TENSOR_CORES[report.arch]} if spec.tensor_cores and not without else set()
     if set(report.tensor_core) != wanted:
@@ -249,10 +243,10 @@ def compiled_matrix(
         BackendUnavailableError: Triton is not installed.
         BackendError: entries do not compile, or not in the time.
     """
-    jobs = os.cpu_count() or 1
+    processes = os.cpu_count() or 1
     rows, failed = [], []
     for entry, found in zip(
-        entries, aot.attempts([e.request for e in entries], cache, jobs, seconds), strict=True
+        entries, aot.attempts([e.request for e in entries], cache, processes, seconds), strict=True
     ):
         if isinstance(found, str):
             failed.append(f"{_title(entry)}: {found}")

@@ -174,7 +174,7 @@ def compile_ahead(timing: Timing, requests: Sequence[aot.Request]) -> None:
     """Fill Triton's cache, by as many processes as there are cores, for at most half of the time."""
     if timing.device.type != "cuda":
         return
-    found = aot.attempts(requests, jobs=os.cpu_count() or 1, seconds=timing.seconds / 2)
+    found = aot.attempts(requests, processes=os.cpu_count() or 1, seconds=timing.seconds / 2)
     for r, message in zip(requests, found, strict=True):
         if isinstance(message, str):
             _log.info("%s %s: %s", r.op, r.trial or "", message[:200])

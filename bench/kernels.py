@@ -51,7 +51,7 @@ _TOLD = 3  # cases of what is wrong; the file has all
 
 
 def ceilings(timing: Timing) -> dict[str, float]:
-    """TFLOP/s of an 8192^3 matrix product in each half type, TB/s of a copy (read and written), now.
+    """TFLOP/s of an 8192^3 matmul in each half type, TB/s of a copy (read and written), now.
 
     Of random numbers: zeros are quicker.
     """
@@ -146,7 +146,7 @@ def measured_requests(
 
 def dry_run(requests: Sequence[aot.Request], seconds: float) -> list[dict[str, Any]]:
     """What compiles, what spills and what does not compile of a run that is to come; without a GPU."""
-    found = aot.attempts(requests, jobs=os.cpu_count() or 1, seconds=seconds)
+    found = aot.attempts(requests, processes=os.cpu_count() or 1, seconds=seconds)
     return [
         {
             "op": r.op,
@@ -173,7 +173,7 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name:58}{figures}  {best}{ours}".rstrip()
     limits = result["ceilings"]
     matmul = ", ".join(f"{limits[name]:.0f} TFLOP/s in {name}" for name in limits if name != "copy")
-    yield f"shares of what this run measured: matrix products {matmul}; copies {limits['copy'] * 1e3:.0f} GB/s"
+    yield f"shares of what this run measured: matmuls {matmul}; copies {limits['copy'] * 1e3:.0f} GB/s"
     yield f"{len(result['left'])} left"
 
 

@@ -50,7 +50,7 @@ def plugin_kernels(
     wanted = {
         (key, arch): _kernels(key, arch) for key in dict.fromkeys(_keys(model, set(names))) for arch in archs
     }
-    files = binaries(list(wanted.values()), cache, jobs=os.cpu_count() or 1)
+    files = binaries(list(wanted.values()), cache, processes=os.cpu_count() or 1)
     found: dict[str, dict[str, str]] = {}
     for (key, arch), file in zip(wanted, files, strict=True):
         found.setdefault(key, {})[str(arch)] = str(file)

@@ -3,7 +3,7 @@
 Up to WIDE columns a head that is `F.scaled_dot_product_attention`. Wider heads have no good kernel there either: cuBLAS
 multiplies a chunk of queries with all keys, scores in float32; a kernel takes their exponentials, in the inputs' dtype,
 and each row's sum; and cuBLAS multiplies those with the values, in float32 until the sum has divided them. Nothing is
-rounded that the attention kernels do not round; float32 is multiplied as PyTorch is told to, TF32 included.
+rounded that the attention kernels do not round; float32 is multiplied as PyTorch is configured to, TF32 included.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._triton import Launch, Library, kernel, tl
+from ._attention_softmax import log2_scale, softmax_start
+from ._triton import Launch, Library, cdiv, kernel, tl
 
-__all__ = ["CHUNK_BYTES", "by_products", "by_sdpa"]
+__all__ = ["CHUNK_BYTES", "by_matmul", "by_sdpa"]
 
 CHUNK_BYTES = 384 << 20
 """Of the scores and exponentials of one chunk, at most: 4,096 of the 16,384 queries that a VAE has at 1024x1024. Fewer
-would leave multiprocessors idle in the second product; more are no quicker. Reasoned, not measured."""
+would leave multiprocessors idle in the second matmul; more are no quicker. Reasoned, not measured."""
 
 
 @kernel
@@ -37,12 +38,11 @@ def _exponentials(
     n = tl.arange(0, BLOCK)
     p_s = s_ptr + row.to(tl.int64) * Sk + n
     p_p = p_ptr + row.to(tl.int64) * Sk + n
-    b_max = tl.full([BLOCK], -3.4028234663852886e38, tl.float32)  # of keys that score -inf, less it, p is 0
+    b_max, b_sum = softmax_start(BLOCK)
     for start in range(0, Sk, BLOCK):
         b_s = tl.load(p_s + start, mask=start + n < Sk, other=0.0) * scale
         b_max = tl.maximum(b_max, tl.where(start + n < Sk, b_s, float("-inf")))
     most = tl.max(b_max, 0)
-    b_sum = tl.zeros([BLOCK], tl.float32)
     for start in range(0, Sk, BLOCK):
         b_s = tl.load(p_s + start, mask=start + n < Sk, other=0.0) * scale
         b_p = tl.exp2(b_s - most)
@@ -52,7 +52,7 @@ def _exponentials(
 
 
 def by_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, list[Library]]:
-    """A result without memory, which the one step makes itself."""
+    """A meta tensor in place of the output, which the one step allocates itself."""
     out = torch.empty(q.shape, dtype=q.dtype, device="meta")
     return out, [Library("attention", _sdpa, {"q": q, "k": k, "v": v, "scale": scale})]
 
@@ -61,19 +61,16 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     return reference.attention(q, k, v, scale).contiguous()
 
 
-def by_products(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None
-) -> tuple[Tensor, list[Launch | Library]]:
+def by_matmul(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, list[Launch | Library]]:
     """A fresh output, and three steps for each chunk of queries, with scratch that all chunks share."""
     B, Sq, H, D = q.shape
     Sk = k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    # Masked scores are -inf, and stay so unless multiplied by zero; this much makes all scores equal as well.
-    factor = (D**-0.5 if scale is None else scale) * math.log2(math.e)
-    factor = math.copysign(max(abs(factor), 1e-30), factor)
+    if scale is None:
+        scale = D**-0.5
     exact = q.dtype == torch.float32  # exponentials take the place of their scores
     most = max(1, CHUNK_BYTES // (H * Sk * (4 if exact else 4 + q.dtype.itemsize)))
-    rows = -(-Sq // -(-Sq // most))  # of chunks that are about equal
+    rows = cdiv(Sq, cdiv(Sq, most))  # as few chunks as may be, of about equal size
 
     def scratch(columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(H * rows * columns, dtype=dtype, device=q.device)
@@ -87,11 +84,17 @@ def by_products(
             size = chunk.shape[1]
             s_c, p_c = (t[: H * size * Sk].view(H, size, Sk) for t in (scores, p))
             sums_c, values_c = sums[: H * size].view(H, size, 1), values[: H * size * D].view(H, size, D)
-            exponentials = {"s_ptr": s_c, "p_ptr": p_c, "sum_ptr": sums_c, "Sk": Sk, "scale": factor}
+            exponentials = {
+                "s_ptr": s_c,
+                "p_ptr": p_c,
+                "sum_ptr": sums_c,
+                "Sk": Sk,
+                "scale": math.copysign(log2_scale(scale), scale),
+            }
             block = min(2048, max(16, 1 << (Sk - 1).bit_length()))
             weighed = {"p": p_c, "v": v[b].transpose(0, 1), "sums": sums_c, "values": values_c}
             steps += [
-                Library("attention, scores", _product, {"a": chunk, "b": k[b].permute(1, 2, 0), "out": s_c}),
+                Library("attention, scores", _matmul, {"a": chunk, "b": k[b].permute(1, 2, 0), "out": s_c}),
                 Launch(_exponentials, (H * size,), exponentials, {"BLOCK": block}, num_warps=8),
                 Library(
                     "attention, values",
@@ -102,7 +105,7 @@ def by_products(
     return out, steps
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a b of [H, M, K] and [H, K, N]; out is float32."""
     if a.dtype == torch.float32:
         torch.bmm(a, b, out=out)
@@ -114,5 +117,5 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def _mean(p: Tensor, v: Tensor, sums: Tensor, values: Tensor, out: Tensor) -> None:
     """out = p v / sums of [H, M, N], [H, N, D] and [H, M, 1]; by way of `values`, float32 [H, M, D]."""
-    _product(p, v, values)
+    _matmul(p, v, values)
     torch.div(values, sums, out=out)

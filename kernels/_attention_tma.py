@@ -1,11 +1,11 @@
 """The attention kernel for GPUs that copy blocks of tensors by themselves (TMA, from sm_90 on): see `attention`.
 
-One thread asks for a block and the copy engine brings it, zero beyond the end of the tensor; no thread computes
-addresses, and shared memory holds the queries too, which leaves registers for heads of 512 in one piece.
+One thread requests a block and the copy engine brings it, zero beyond the end of the tensor; no thread computes
+addresses, and shared memory holds the queries too, which leaves registers for whole heads of 512.
 
 Under SPECIALIZE the copies have warps of their own (on sm_90 one group feeds two that take half of the queries
-each; on sm_100 the products get a group as well). To split the queries Triton wants their descriptor made in the
-kernel, in global memory: so this variant needs scratch, and neither can be a TensorRT plugin.
+each; on sm_100 the matmuls get a group as well). To split the queries Triton wants their descriptor made in the
+kernel, in global memory: so this variant needs scratch. Neither variant can be a TensorRT plugin.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._triton import Descriptor, Launch, kernel, tl
+from ._attention_softmax import softmax_start, softmax_step
+from ._triton import Descriptor, Launch, cdiv, kernel, tl
 
 __all__ = ["describable", "launch"]
 
@@ -53,8 +54,7 @@ def _attention_tma(
         q = tl.make_tensor_descriptor(q, [rows, columns], [stride_qs, 1], [BLOCK_M, D])
     b_q = q.load([b * Sq + first, h * stride_qh])  # past Sq another image's queries, which are not stored
     b_acc = tl.zeros([BLOCK_M, D], tl.float32)
-    b_max = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)  # of keys that score -inf, less it, p is 0
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_max, b_sum = softmax_start(BLOCK_M)
     # One loop and no branch: Triton specialises nothing else.
     for start in tl.range(0, Sk, BLOCK_N, warp_specialize=SPECIALIZE):
         b_k = tl.reshape(k_desc.load([b, start, h, 0]), [BLOCK_N, D])
@@ -63,13 +63,9 @@ def _attention_tma(
             b_s = -b_s
         if not EVEN:
             b_s = tl.where((start + tl.arange(0, BLOCK_N) < Sk)[None, :], b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
-        b_p = tl.exp2(b_s * scale - b_new[:, None])
-        b_old = tl.exp2(b_max - b_new)
-        b_sum = b_sum * b_old + tl.sum(b_p, 1)
-        b_max = b_new
+        b_p, b_alpha, b_max, b_sum = softmax_step(b_s, b_max, b_sum, scale)
         b_v = tl.reshape(v_desc.load([b, start, h, 0]), [BLOCK_N, D])
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None])
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None])
 
     m = tl.arange(0, BLOCK_M)
     p_o = o_ptr + ((b.to(tl.int64) * Sq + first) * H + h) * D + m[:, None].to(tl.int64) * (H * D)
@@ -130,7 +126,7 @@ def launch(
         "scale": scale,
     }
     constants = {"D": D, "EVEN": Sk % block_n == 0, **constants}
-    grid = (B * H * -(-Sq // block_m),)
+    grid = (B * H * cdiv(Sq, block_m),)
     return Launch(_attention_tma, grid, args, constants, warps, stages, scratch=constants["SPECIALIZE"])
 
 

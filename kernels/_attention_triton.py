@@ -7,7 +7,6 @@ algorithm 3; Dao, "FlashAttention-2" (2023), algorithm 1. Exponentials are base 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor
 
 from . import tuning
-from ._attention_library import by_products, by_sdpa
+from ._attention_library import by_matmul, by_sdpa
+from ._attention_softmax import log2_scale, softmax_start, softmax_step
 from ._attention_tma import describable, launch
-from ._triton import Launch, Library, kernel, tl
+from ._triton import Launch, Library, cdiv, kernel, round_up, tl
 
-__all__ = ["SHORT", "WIDE", "in_powers_of_two", "kernel_sizes", "plan", "plan_kernel", "table_of"]
+__all__ = ["SHORT", "WIDE", "kernel_sizes", "plan", "plan_kernel", "table_of"]
 
 
 @kernel
@@ -48,8 +48,8 @@ def _attention(
     NEGATE: tl.constexpr,  # whether the true scale is negative
     PRECISION: tl.constexpr,
     EIGHTS: tl.constexpr,  # whether strides of batches, rows and heads are multiples of eight
-    BLOCK_D: tl.constexpr,  # a head is cut into BLOCK_D and BLOCK_E columns: 80 is 64 + 16, not a padded 128
-    BLOCK_E: tl.constexpr,  # 0 where the first are enough; else they fit D exactly
+    BLOCK_D: tl.constexpr,  # a head is split into BLOCK_D and BLOCK_E columns: 80 is 64 + 16, not a padded 128
+    BLOCK_E: tl.constexpr,  # 0 if BLOCK_D covers the head; else BLOCK_D + BLOCK_E == D
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -59,7 +59,7 @@ def _attention(
     first = (pid % blocks) * BLOCK_M
     b = (pid // blocks // H).to(tl.int64)
     h = (pid // blocks % H).to(tl.int64)
-    # Triton sees by itself multiples of sixteen only: heads of 40 would be loaded by single elements.
+    # Triton itself detects multiples of 16 only: heads of 40 would be loaded element by element.
     if EIGHTS:
         stride_qb, stride_qs, stride_qh = stride_qb // 8 * 8, stride_qs // 8 * 8, stride_qh // 8 * 8
         stride_kb, stride_ks, stride_kh = stride_kb // 8 * 8, stride_ks // 8 * 8, stride_kh // 8 * 8
@@ -81,11 +81,10 @@ def _attention(
     if BLOCK_E > 0:
         b_q_e = tl.load(p_q + e[None, :] * stride_qd, mask=m_m[:, None], other=0.0)
         b_acc_e = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-    b_max = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)  # of keys that score -inf, less it, p is 0
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_max, b_sum = softmax_start(BLOCK_M)
 
     full = Sk // BLOCK_N * BLOCK_N
-    for TAIL in tl.static_range(2):  # whole blocks of keys, then what is left
+    for TAIL in tl.static_range(2):  # whole blocks of keys, then the remainder
         for start in tl.range(full * TAIL, full + (Sk - full) * TAIL, BLOCK_N):
             m_n = start + n < Sk
             if TAIL == 0:
@@ -106,11 +105,7 @@ def _attention(
                 b_s = -b_s
             if TAIL == 1:
                 b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-            b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
-            b_p = tl.exp2(b_s * scale - b_new[:, None])
-            b_old = tl.exp2(b_max - b_new)
-            b_sum = b_sum * b_old + tl.sum(b_p, 1)
-            b_max = b_new
+            b_p, b_alpha, b_max, b_sum = softmax_step(b_s, b_max, b_sum, scale)
             b_p = b_p.to(v_ptr.dtype.element_ty)
 
             if TAIL == 0:
@@ -120,13 +115,13 @@ def _attention(
                     b_v = tl.load(p_v + d[None, :] * stride_vd)
             else:
                 b_v = tl.load(p_v + d[None, :] * stride_vd, mask=m_n[:, None] & m_d[None, :], other=0.0)
-            b_acc = tl.dot(b_p, b_v, b_acc * b_old[:, None], input_precision=PRECISION)
+            b_acc = tl.dot(b_p, b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
             if BLOCK_E > 0:
                 if TAIL == 0:
                     b_v_e = tl.load(p_v + e[None, :] * stride_vd)
                 else:
                     b_v_e = tl.load(p_v + e[None, :] * stride_vd, mask=m_n[:, None], other=0.0)
-                b_acc_e = tl.dot(b_p, b_v_e, b_acc_e * b_old[:, None], input_precision=PRECISION)
+                b_acc_e = tl.dot(b_p, b_v_e, b_acc_e * b_alpha[:, None], input_precision=PRECISION)
 
             p_k += BLOCK_N * stride_ks
             p_v += BLOCK_N * stride_vs
@@ -165,11 +160,11 @@ def _attention_wide(
     NEGATE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,  # columns of q and k multiplied at a time
-    BLOCK_V: tl.constexpr,  # columns of v, and of the result, of one program
+    BLOCK_V: tl.constexpr,  # columns of v, and of the output, of one program
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: BLOCK_M queries and BLOCK_V result columns of one head too wide to be held at once."""
+    """One program: BLOCK_M queries and BLOCK_V output columns of one head that is too wide for one tile."""
     slices = tl.cdiv(D, BLOCK_V)
     blocks = tl.cdiv(Sq, BLOCK_M)
     pid = tl.program_id(0)
@@ -190,8 +185,7 @@ def _attention_wide(
     p_v = v_ptr + b * stride_vb + h * stride_vh + n[:, None] * stride_vs + columns[None, :] * stride_vd
 
     b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    b_max = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)  # of keys that score -inf, less it, p is 0
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_max, b_sum = softmax_start(BLOCK_M)
     for start in tl.range(0, Sk, BLOCK_N):
         m_n = start + n < Sk
         b_s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -203,13 +197,9 @@ def _attention_wide(
         if NEGATE:
             b_s = -b_s
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
-        b_p = tl.exp2(b_s * scale - b_new[:, None])
-        b_old = tl.exp2(b_max - b_new)
-        b_sum = b_sum * b_old + tl.sum(b_p, 1)
-        b_max = b_new
+        b_p, b_alpha, b_max, b_sum = softmax_step(b_s, b_max, b_sum, scale)
         b_v = tl.load(p_v, mask=m_n[:, None] & m_v[None, :], other=0.0)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision=PRECISION)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
         p_k += BLOCK_N * stride_ks
         p_v += BLOCK_N * stride_vs
 
@@ -223,14 +213,8 @@ def plan(
     """A fresh output, and the steps that fill it: a kernel's launch, or by PyTorch's libraries where the data of `arch`
     choose them."""
     if q.numel() and tuning.by_library(_row(q, k, arch)):
-        return (by_products if q.shape[3] > WIDE else by_sdpa)(q, k, v, scale)
+        return (by_matmul if q.shape[3] > WIDE else by_sdpa)(q, k, v, scale)
     return plan_kernel(q, k, v, scale, arch=arch)
-
-
-def in_powers_of_two(scale: float) -> float:
-    """The scale's magnitude for scores that are exponents of 2, not of e; never zero."""
-    # Masked scores are -inf, and stay so unless multiplied by zero; this much makes all scores equal as well.
-    return max(abs(scale) * math.log2(math.e), 1e-30)
 
 
 def plan_kernel(
@@ -238,7 +222,7 @@ def plan_kernel(
 ) -> tuple[Tensor, list[Launch]]:
     """A fresh output, and the launch that fills it: by TMA where the data of `arch` say so and the tensors allow.
 
-    Without `descriptors` never by TMA, nor on copies: whoever launches it can make neither.
+    Without `descriptors` never by TMA, nor on copies: a plugin can make neither.
     """
     B, Sq, H, D = q.shape
     Sk = k.shape[1]
@@ -247,13 +231,13 @@ def plan_kernel(
         return out, []
     if scale is None:
         scale = D**-0.5
-    magnitude = in_powers_of_two(scale)
+    magnitude = log2_scale(scale)
     wide = D > WIDE
     tuned = dict(kernel_sizes(q, k, arch))
     warps, stages = tuned.pop("num_warps"), tuned.pop("num_stages")
-    # Within a block offsets have 32 bits.
+    # Offsets within a block are 32-bit.
     reach = max(tuned["BLOCK_M"], tuned["BLOCK_N"], 2 * D)
-    q, k, v = (t.contiguous() if max(t.stride()[1::2]) * reach >= 2**31 else t for t in (q, k, v))
+    q, k, v = (t.contiguous() if max(t.stride(1), t.stride(3)) * reach >= 2**31 else t for t in (q, k, v))
     tma, specialize = tuned.pop("TMA", 0), tuned.pop("SPECIALIZE", 0)
     if tma and descriptors and describable(q, k, v):
         blocks = {name: tuned[name] for name in ("BLOCK_M", "BLOCK_N")}
@@ -270,9 +254,9 @@ def plan_kernel(
     # TF32 would drop thirteen of float32's bits.
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
     constants = {"D": D, "NEGATE": scale < 0, "PRECISION": precision, **tuned}
-    programs = B * H * -(-Sq // tuned["BLOCK_M"])
+    programs = B * H * cdiv(Sq, tuned["BLOCK_M"])
     if wide:
-        programs *= -(-D // tuned["BLOCK_V"])
+        programs *= cdiv(D, tuned["BLOCK_V"])
         return out, [Launch(_attention_wide, (programs,), args, constants, warps, stages)]
     constants["BLOCK_D"], constants["BLOCK_E"] = _cut(D)
     constants["EIGHTS"] = all(_eights(t) for t in (q, k, v))
@@ -280,7 +264,7 @@ def plan_kernel(
 
 
 WIDE = 256
-"""Heads of more columns than this are cut."""
+"""Heads of more columns than this are split."""
 _HEADS = (40, 64, 80, 128, 160, WIDE)
 SHORT = 128
 """At most this many keys is a shape class of its own: a text's 77."""
@@ -305,17 +289,17 @@ def table_of(q: Tensor) -> str:
 
 
 def _eights(t: Tensor) -> bool:
-    """Whether rows of this [B, S, H, D] begin at multiples of eight elements from where it begins."""
+    """Whether every row of this [B, S, H, D] begins a multiple of eight elements after the first."""
     return all(size == 1 or stride % 8 == 0 for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True))
 
 
 def _aligned(t: Tensor) -> Tensor:
-    """Itself as a projection leaves it; else a copy whose rows begin at multiples of eight. Rows that begin anywhere,
-    or whose columns lie apart, are loaded by single elements, through registers, which spill."""
+    """t itself if laid out as by a projection; else a copy whose rows begin at multiples of eight elements. Other rows,
+    or columns that are not contiguous, would be loaded element by element through registers, which spill."""
     if _eights(t) and t.stride(3) == 1:
         return t
     *size, D = t.shape
-    return torch.empty((*size, -(-D // 8) * 8), dtype=t.dtype, device=t.device)[..., :D].copy_(t)
+    return torch.empty((*size, round_up(D, 8)), dtype=t.dtype, device=t.device)[..., :D].copy_(t)
 
 
 def _shape_class(D: int, Sk: int) -> str:
@@ -326,7 +310,7 @@ def _shape_class(D: int, Sk: int) -> str:
 
 
 def _cut(D: int) -> tuple[int, int]:
-    """Two powers of two that make up D; or the next power of two, whose rest is masked, and 0."""
+    """Two powers of two whose sum is D; or the next power of two, which is masked beyond D, and 0."""
     whole = max(16, 1 << (D - 1).bit_length())
     rest = D - whole // 2
     return (whole // 2, rest) if 16 <= rest < whole // 2 and rest & (rest - 1) == 0 else (whole, 0)

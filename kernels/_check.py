@@ -36,7 +36,7 @@ def fail(op: str, argument: str, need: str, got: object) -> KernelArgumentError:
 def require_tensors(
     op: str, tensors: Mapping[str, object], optional: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """All tensors, and dense ones; None only for those that are `optional`. Returns those that are given."""
+    """All must be dense tensors; only those that are `optional` may be None. Returns those that are given."""
     given = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor):
@@ -50,7 +50,7 @@ def require_tensors(
 
 
 def require_dtypes(op: str, tensors: Mapping[str, Tensor | None], optional: Collection[str] = ()) -> None:
-    """All tensors that are given: floating point, one dtype, one device. The first names both."""
+    """All tensors that are given must be floating point and have the first one's dtype and device."""
     first = ""
     for name, tensor in require_tensors(op, tensors, optional).items():
         if not first:
@@ -86,7 +86,7 @@ def require_multiple(op: str, argument: str, what: str, got: int, of: int) -> No
 
 
 def require_own_memory(op: str, argument: str, tensor: Tensor) -> None:
-    """What is written into: no two elements in one place."""
+    """A tensor that is written must not have two elements at one address."""
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride <= reach and tensor.numel():
@@ -96,6 +96,6 @@ def require_own_memory(op: str, argument: str, tensor: Tensor) -> None:
 
 
 def require_eps(op: str, eps: float) -> None:
-    """What a norm adds to the variance."""
+    """`eps`, which a norm adds to the variance, must be 0 or more."""
     if not (isinstance(eps, int | float) and eps >= 0):
         raise fail(op, "eps", "be zero or more", repr(eps))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import tuning
 from ._check import fail
-from ._triton import Descriptor, Launch, Library, kernel, specializes_wide_sums, tl
+from ._triton import Descriptor, Launch, Library, cdiv, kernel, specializes_wide_sums, tl
 
 __all__ = ["plan", "plan_linear"]
 
@@ -60,7 +60,7 @@ def _tile(M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROU
 def _store_gated(
     both, bias_ptr, y_ptr, tile_m, tile_n, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """What follows the products, values beside gates: biases, the gate, one rounding."""
+    """What follows the matmul, values beside gates: biases, the gate, one rounding."""
     value, gate = tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -88,7 +88,7 @@ def _linear_geglu_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """A tile's values and their gates are one product: its instructions are twice as wide as those of two would be.
+    """A tile's values and their gates are one matmul: its instructions are twice as wide as those of two would be.
 
     A thread holds values with their own gates, so that they part without an exchange.
     """
@@ -151,7 +151,7 @@ def plan(x: Tensor, *, arch: int) -> tuple[Tensor, list[Launch]]:
     M = y.numel() // N
     sizes = tuning.constants("geglu", arch, x.dtype, "any")
     blocks = {name: sizes[name] for name in ("BLOCK_M", "BLOCK_N")}
-    grid = (-(-M // blocks["BLOCK_M"]) * -(-N // blocks["BLOCK_N"]),)
+    grid = (cdiv(M, blocks["BLOCK_M"]) * cdiv(N, blocks["BLOCK_N"]),)
     args = {"x_ptr": x, "y_ptr": y, "M": M}
     return y, [Launch(_geglu_kernel, grid, args, {"N": N, **blocks}, sizes["num_warps"], sizes["num_stages"])]
 
@@ -180,7 +180,7 @@ def plan_linear(
     if unaligned:  # loaded by single elements, through registers: larger tiles spill
         blocks["BLOCK_K"] = min(blocks["BLOCK_K"], 32)
     warps, stages = sizes["num_warps"], sizes["num_stages"]
-    grid = (-(-M // blocks["BLOCK_M"]) * -(-N // blocks["BLOCK_N"]),)
+    grid = (cdiv(M, blocks["BLOCK_M"]) * cdiv(N, blocks["BLOCK_N"]),)
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     args: dict[str, Any] = {"bias_ptr": bias, "y_ptr": y, "M": M, "K": K}

@@ -1,11 +1,11 @@
 """The Triton kernels of group normalisation, and how they are launched: see `group_norm`.
 
-One kernel takes the statistics of part of a group in each program, the other puts them together and applies
-them: two launches, no atomics, and the same sum in the same order every time. Means and squared deviations are
-merged after Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
-Variances" (1979), equation 2.1; within a lane that is Welford's update (1962).
+In the first kernel each program takes the statistics of part of a group; the second merges and applies them: two
+launches, no atomics, and the same sum in the same order every time. Means and squared deviations are merged after
+Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979), equation
+2.1; within a lane that is Welford's update (1962).
 
-An image larger than the cache is read twice: its time cannot be less than half as much again as a copy's.
+An image larger than the cache is read twice, so it takes at least 1.5 times as long as a copy (two reads and a write).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ..errors import KernelArgumentError
 from . import tuning
-from ._triton import Launch, kernel, tl
+from ._triton import Launch, cdiv, kernel, round_up, tl
 
 __all__ = ["MOST_SPLITS", "dense", "plan"]
 
 MOST_SPLITS = 256
-"""Programs that share the statistics of one group: each of them reads all partial ones again to apply them."""
+"""Programs that share one group, at most: to apply the statistics each of them reads the partial ones of all."""
 
 
 @kernel
@@ -39,34 +39,52 @@ def _merge(n, mean, m2, AXIS: tl.constexpr):
 
 
 @kernel
-def _merge_equal(n, mean, m2, near, member, COUNT: tl.constexpr):
-    """The same along axis 1 for COUNT members that all count n: half of the sums. Means are summed as distances from a
-    value `near` them, which needs no correction."""
-    d = mean - near[:, None]
+def _merge_equal(n, mean, m2, pivot, member, COUNT: tl.constexpr):
+    """The same along axis 1 for COUNT members that all count n: half of the sums. Means are summed as distances from
+    `pivot`, a value near them (shifted-data variance), which needs no correction."""
+    d = mean - pivot[:, None]
     centre = tl.sum(tl.where(member, d, 0.0), 1) * (1.0 / COUNT)
     d -= centre[:, None]
-    return near + centre, tl.sum(tl.where(member, m2 + n * d * d, 0.0), 1)
+    return pivot + centre, tl.sum(tl.where(member, m2 + n * d * d, 0.0), 1)
 
 
 @kernel
-def _first(x_ptr, shift_ptr, n, c, m_c, s, S, C: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """x + shift of some channels at position s."""
-    at = (n * S + s) * C + c if CHANNELS_LAST else n * C * S + c.to(tl.int64) * S + s
+def _load_pivot(x_ptr, shift_ptr, b, c, m_c, s, S, C: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """x + shift of channels c at position s."""
+    at = (b * S + s) * C + c if CHANNELS_LAST else b * C * S + c.to(tl.int64) * S + s
     b_x = tl.load(x_ptr + at, mask=m_c, other=0.0).to(tl.float32)
     if shift_ptr is not None:
-        b_x += tl.load(shift_ptr + n * C + c, mask=m_c, other=0.0).to(tl.float32)
+        b_x += tl.load(shift_ptr + b * C + c, mask=m_c, other=0.0).to(tl.float32)
     return b_x
 
 
 @kernel
+def _welford_even(b_x, count, mean, m2):
+    """One more value in every lane; `count` is a scalar."""
+    count += 1.0
+    d = b_x - mean
+    mean += d * (1.0 / count)
+    return count, mean, m2 + d * (b_x - mean)
+
+
+@kernel
+def _welford_masked(b_x, m_x, count, mean, m2):
+    """One more value in the lanes of the mask; `count` is each lane's."""
+    count += m_x.to(tl.float32)
+    d = tl.where(m_x, b_x - mean, 0.0)
+    mean += d / tl.maximum(count, 1.0)
+    return count, mean, m2 + d * (b_x - mean)
+
+
+@kernel
 def _stats_kernel(
-    x_ptr,  # [N, C, S], or [N, S, C] where CHANNELS_LAST
-    shift_ptr,  # [N, C] or None
-    stats_ptr,  # float32 [2, N, G, splits]: mean, sum of squared deviations
+    x_ptr,  # [B, C, S], or [B, S, C] where CHANNELS_LAST
+    shift_ptr,  # [B, C] or None
+    stats_ptr,  # float32 [2, B, G, splits]: mean, sum of squared deviations
     S,
     chunk,
     splits,
-    partials,  # N G splits
+    partials,  # B G splits
     C: tl.constexpr,
     GROUP: tl.constexpr,
     TILE_GROUPS: tl.constexpr,
@@ -74,80 +92,68 @@ def _stats_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    FULL: tl.constexpr,
+    EVEN: tl.constexpr,  # whether blocks need no masks: they divide positions, and channels if there are several
 ):
     TILE_C: tl.constexpr = TILE_GROUPS * GROUP
     TILES: tl.constexpr = C // TILE_C
     pid = tl.program_id(0)
     split = pid % splits
     tile = (pid // splits) % TILES
-    n = (pid // (splits * TILES)).to(tl.int64)
+    b = (pid // (splits * TILES)).to(tl.int64)
     start = split * chunk
     end = tl.minimum(start + chunk, S)
     rows = tl.arange(0, BLOCK_C)
     cols = tl.arange(0, BLOCK_S)
 
     # Welford in every lane: nothing is reduced across threads until the end.
-    count = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
+    count = 0.0 if EVEN else tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     mean = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     m2 = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
-    seen = 0.0
     for c0 in range(0, TILE_C, BLOCK_C):
         c = tile * TILE_C + c0 + rows
         m_c = c0 + rows < TILE_C
         if shift_ptr is not None:
-            b_shift = tl.load(shift_ptr + n * C + c, mask=m_c, other=0.0).to(tl.float32)
+            b_shift = tl.load(shift_ptr + b * C + c, mask=m_c, other=0.0).to(tl.float32)
         for s0 in range(start, end, BLOCK_S):
             if CHANNELS_LAST:
-                p_x = x_ptr + (n * S + s0) * C + c[:, None] + (cols * C)[None, :]
+                p_x = x_ptr + (b * S + s0) * C + c[:, None] + (cols * C)[None, :]
             else:
-                p_x = x_ptr + n * C * S + s0 + c.to(tl.int64)[:, None] * S + cols[None, :]
-            if FULL:
-                b_x = tl.load(p_x, mask=m_c[:, None], other=0.0).to(tl.float32)
-                if shift_ptr is not None:
-                    b_x += b_shift[:, None]
-                seen += 1.0
-                d = b_x - mean
-                mean += d * (1.0 / seen)
-                m2 += d * (b_x - mean)
+                p_x = x_ptr + b * C * S + s0 + c.to(tl.int64)[:, None] * S + cols[None, :]
+            m_x = m_c[:, None] if EVEN else m_c[:, None] & (s0 + cols < end)[None, :]
+            b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
+            if shift_ptr is not None:
+                b_x += b_shift[:, None]
+            if EVEN:
+                count, mean, m2 = _welford_even(b_x, count, mean, m2)
             else:
-                m_x = m_c[:, None] & (s0 + cols < end)[None, :]
-                b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
-                if shift_ptr is not None:
-                    b_x += b_shift[:, None]
-                count += m_x.to(tl.float32)
-                d = tl.where(m_x, b_x - mean, 0.0)
-                mean += d / tl.maximum(count, 1.0)
-                m2 += d * (b_x - mean)
+                count, mean, m2 = _welford_masked(b_x, m_x, count, mean, m2)
+
+    # Merge lanes to channels [BLOCK_C], and channels to groups [PAD_GROUPS].
     g = tl.arange(0, PAD_GROUPS)
     member = (rows // GROUP)[None, :] == g[:, None]  # [PAD_GROUPS, BLOCK_C]
-    if FULL:
-        SAME: tl.constexpr = GROUP if GROUP < BLOCK_C else BLOCK_C
-        b_row = _first(x_ptr, shift_ptr, n, tile * TILE_C + rows, rows < TILE_C, start, S, C, CHANNELS_LAST)
-        first = g * GROUP
-        b_group = _first(
-            x_ptr, shift_ptr, n, tile * TILE_C + first, first < TILE_C, start, S, C, CHANNELS_LAST
-        )
-        b_mean, b_m2 = _merge_equal(seen, mean, m2, b_row, (rows < TILE_C)[:, None], BLOCK_S)  # [BLOCK_C]
-        b_mean, b_m2 = _merge_equal(seen * BLOCK_S, b_mean[None, :], b_m2[None, :], b_group, member, SAME)
+    if EVEN:
+        MEMBERS: tl.constexpr = GROUP if GROUP < BLOCK_C else BLOCK_C
+        base, first = tile * TILE_C, g * GROUP
+        b_row = _load_pivot(x_ptr, shift_ptr, b, base + rows, rows < TILE_C, start, S, C, CHANNELS_LAST)
+        b_group = _load_pivot(x_ptr, shift_ptr, b, base + first, first < TILE_C, start, S, C, CHANNELS_LAST)
+        b_mean, b_m2 = _merge_equal(count, mean, m2, b_row, (rows < TILE_C)[:, None], BLOCK_S)
+        b_mean, b_m2 = _merge_equal(count * BLOCK_S, b_mean[None, :], b_m2[None, :], b_group, member, MEMBERS)
     else:
-        b_n, b_mean, b_m2 = _merge(count, mean, m2, 1)  # [BLOCK_C]
-        b_mean = tl.where(member, b_mean[None, :], 0.0)
-        b_n, b_mean, b_m2 = _merge(
-            tl.where(member, b_n[None, :], 0.0), b_mean, tl.where(member, b_m2[None, :], 0.0), 1
-        )
-    p_stats = stats_ptr + (n * (C // GROUP) + tile * TILE_GROUPS + g) * splits + split
+        b_n, b_mean, b_m2 = _merge(count, mean, m2, 1)
+        b_n, b_mean = tl.where(member, b_n[None, :], 0.0), tl.where(member, b_mean[None, :], 0.0)
+        b_n, b_mean, b_m2 = _merge(b_n, b_mean, tl.where(member, b_m2[None, :], 0.0), 1)
+    p_stats = stats_ptr + (b * (C // GROUP) + tile * TILE_GROUPS + g) * splits + split
     tl.store(p_stats, b_mean, mask=g < TILE_GROUPS)
     tl.store(p_stats + partials, b_m2, mask=g < TILE_GROUPS)
 
 
 @kernel
 def _apply_kernel(
-    x_ptr,  # [N, C, S], or [N, S, C] where CHANNELS_LAST
-    shift_ptr,  # [N, C] or None
+    x_ptr,  # [B, C, S], or [B, S, C] where CHANNELS_LAST
+    shift_ptr,  # [B, C] or None
     weight_ptr,  # [C]
     bias_ptr,  # [C]
-    stats_ptr,  # float32 [2, N, G, splits]
+    stats_ptr,  # float32 [2, B, G, splits]
     y_ptr,  # as x
     S,
     chunk,
@@ -166,10 +172,12 @@ def _apply_kernel(
 ):
     TILE_C: tl.constexpr = TILE_GROUPS * GROUP
     TILES: tl.constexpr = C // TILE_C
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # what was read last may still be in the cache
+    pid = (
+        tl.num_programs(0) - 1 - tl.program_id(0)
+    )  # in reverse: what was read last may still be in the cache
     split = pid % splits
     tile = (pid // splits) % TILES
-    n = (pid // (splits * TILES)).to(tl.int64)
+    b = (pid // (splits * TILES)).to(tl.int64)
     start = split * chunk
     end = tl.minimum(start + chunk, S)
     rows = tl.arange(0, BLOCK_C)
@@ -178,7 +186,7 @@ def _apply_kernel(
     g = tl.arange(0, PAD_GROUPS)
     k = tl.arange(0, PAD_SPLITS)
     m_k = (g < TILE_GROUPS)[:, None] & (k < splits)[None, :]
-    p_stats = stats_ptr + ((n * (C // GROUP) + tile * TILE_GROUPS + g) * splits)[:, None] + k[None, :]
+    p_stats = stats_ptr + ((b * (C // GROUP) + tile * TILE_GROUPS + g) * splits)[:, None] + k[None, :]
     b_mean = tl.load(p_stats, mask=m_k, other=0.0)
     b_m2 = tl.load(p_stats + partials, mask=m_k, other=0.0)
     positions = tl.minimum(S - k * chunk, chunk)[None, :] * GROUP
@@ -192,19 +200,19 @@ def _apply_kernel(
         mean = tl.sum(tl.where(member, b_mean[:, None], 0.0), 0)  # [BLOCK_C]
         scale = tl.sum(tl.where(member, b_rstd[:, None], 0.0), 0)
         if shift_ptr is not None:
-            b_shift = tl.load(shift_ptr + n * C + c, mask=m_c, other=0.0).to(tl.float32)
+            b_shift = tl.load(shift_ptr + b * C + c, mask=m_c, other=0.0).to(tl.float32)
         scale *= tl.load(weight_ptr + c, mask=m_c, other=0.0).to(tl.float32)
         b_bias = tl.load(bias_ptr + c, mask=m_c, other=0.0).to(tl.float32)
         for s0 in range(start, end, BLOCK_S):
             if CHANNELS_LAST:
-                at = (n * S + s0) * C + c[:, None] + (cols * C)[None, :]
+                at = (b * S + s0) * C + c[:, None] + (cols * C)[None, :]
             else:
-                at = n * C * S + s0 + c.to(tl.int64)[:, None] * S + cols[None, :]
+                at = b * C * S + s0 + c.to(tl.int64)[:, None] * S + cols[None, :]
             m_x = m_c[:, None] & (s0 + cols < end)[None, :]
             b_x = tl.load(x_ptr + at, mask=m_x, other=0.0).to(tl.float32)
             if shift_ptr is not None:
                 b_x += b_shift[:, None]
-            # The mean is taken off first: x * scale - mean * scale cancels where the mean is large.
+            # The mean is subtracted first: x * scale - mean * scale cancels if the mean is large.
             y = (b_x - mean[:, None]) * scale[:, None] + b_bias[:, None]
             if SILU:
                 y = y / (1.0 + tl.exp(-y))
@@ -225,11 +233,11 @@ def plan(
     """A fresh output in the layout of `dense(x)`, and the launches that fill it."""
     x = dense(x)
     y = torch.empty_like(x)
-    N, C = x.shape[:2]
+    B, C = x.shape[:2]
     S = math.prod(x.shape[2:])
     if x.numel() == 0:
         return y, []
-    if S >= 2**31:  # by which positions are counted; there may be more elements
+    if S >= 2**31:  # positions are counted in 32 bits, elements in 64
         raise KernelArgumentError(
             f"group norm: x must have fewer than 2^31 positions, got shape {tuple(x.shape)}"
         )
@@ -238,22 +246,22 @@ def plan(
     tile = _tile(C, C // num_groups, S, sizes["BLOCK"], channels_last)
     tile_c, block_s = tile["TILE_GROUPS"] * tile["GROUP"], tile["BLOCK_S"]
     program = min(sizes["PROGRAM"], x.numel() // sizes["PROGRAMS"])  # elements of one
-    chunk = max(program // tile_c, -(-S // MOST_SPLITS), block_s)
-    chunk = -(-chunk // block_s) * block_s
-    splits = -(-S // chunk)
-    stats = torch.empty(2, N, num_groups, splits, dtype=torch.float32, device=x.device)
+    chunk = max(program // tile_c, cdiv(S, MOST_SPLITS), block_s)
+    chunk = round_up(chunk, block_s)
+    splits = cdiv(S, chunk)
+    stats = torch.empty(2, B, num_groups, splits, dtype=torch.float32, device=x.device)
     common: dict[str, Any] = {
         "x_ptr": x,
         "shift_ptr": None if shift is None else shift.contiguous(),
         "stats_ptr": stats,
     }
     common |= {"S": S, "chunk": chunk, "splits": splits, "partials": stats.numel() // 2}
-    grid = (N * (C // tile_c) * splits,)
+    grid = (B * (C // tile_c) * splits,)
     even = S % block_s == 0 and (tile_c <= tile["BLOCK_C"] or tile_c % tile["BLOCK_C"] == 0)
     warps, stages = sizes["num_warps"], sizes["num_stages"]
     affine = {"weight_ptr": weight.contiguous(), "bias_ptr": bias.contiguous()}
     return y, [
-        Launch(_stats_kernel, grid, common, {**tile, "FULL": even}, warps, stages),
+        Launch(_stats_kernel, grid, common, {**tile, "EVEN": even}, warps, stages),
         Launch(
             _apply_kernel,
             grid,
@@ -268,7 +276,7 @@ def plan(
 def _tile(C: int, group: int, S: int, block: int, channels_last: bool) -> dict[str, Any]:
     """The constants of a tile of about `block` elements: whole groups, or one group in several steps."""
     groups = 1
-    if channels_last:  # neighbours in memory are channels: enough groups that they fill whole sectors
+    if channels_last:  # channels are contiguous: take enough groups to fill whole sectors
         divisors = [g for g in range(1, C // group + 1) if C // group % g == 0 and g * group <= 256]
         groups = next(
             (g for g in divisors if g * group >= 64 and g * group % 8 == 0), max(divisors, default=1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import tuning
-from ._triton import Launch, kernel, tl
+from ._triton import Launch, cdiv, kernel, tl
 
 __all__ = ["plan", "plan_add"]
 
@@ -102,7 +102,7 @@ def _plan(
         "eps": eps,
     }
     constants = {"D": D, "BLOCK_M": sizes["BLOCK_M"], "BLOCK_D": block_d}
-    grid = (-(-M // sizes["BLOCK_M"]),)
+    grid = (cdiv(M, sizes["BLOCK_M"]),)
     launch = Launch(_layer_norm_kernel, grid, args, constants, sizes["num_warps"], sizes["num_stages"])
     return y, total, [launch]
 

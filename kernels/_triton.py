@@ -1,8 +1,16 @@
-"""How kernels are built late, launched and counted, and whether they can run here; `aot` compiles them without a GPU.
+"""How kernels are built lazily, launched and counted, and which path an operator takes.
 
 Importing `latentrt.kernels` neither needs nor imports Triton; a kernel is built when it is first launched or
-compiled. Every operator plans its work as a list of `Launch`, so that what runs on a GPU, what Triton's
-interpreter runs in the tests and what `aot` compiles without a GPU are the same thing.
+compiled. Every operator plans its work as a list of `Launch`: a GPU, Triton's interpreter in the tests and `aot`, which
+compiles without a GPU, all run the same plan.
+
+| tensors | custom op (`uses_custom_op`) | runs (`launches_triton`) |
+| --- | --- | --- |
+| on CUDA | yes | the Triton kernel; the reference for float64, or where Triton cannot run |
+| elsewhere | no | the reference |
+| elsewhere, `forced` | yes | the Triton kernel, in the interpreter; the reference for float64 |
+| elsewhere, `as_nodes` | yes, so that tracing sees one node | the reference |
+| anywhere, `by_reference` | no | the reference |
 """
 
 from __future__ import annotations
@@ -10,7 +18,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
@@ -30,16 +38,18 @@ __all__ = [
     "arch_of",
     "as_nodes",
     "by_reference",
+    "cdiv",
     "counted",
     "forced",
     "kernel",
+    "launches_triton",
     "of_library",
+    "round_up",
     "run",
     "specializes_wide_sums",
-    "takes",
     "tl",
     "unavailable",
-    "usable",
+    "uses_custom_op",
     "version_of",
 ]
 
@@ -51,11 +61,22 @@ OLDEST_ARCH = 80
 tl: Any = None
 """Stands for `triton.language` in the source of kernels; `Kernel` puts the module in its place."""
 
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def round_up(a: int, b: int) -> int:
+    """The least multiple of b that is not below a."""
+    return cdiv(a, b) * b
+
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Kernel:
-    """A Triton function, built at first use. May call others of its module, and `tl`."""
+    """A Triton function, built at first use. It may call `tl` and other kernels that its module names."""
 
     def __init__(self, function: FunctionType) -> None:
         self.function = function
@@ -94,7 +115,7 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 @cache
 def _mend_interpreter() -> None:
-    """What Triton's interpreter does not do by itself: bfloat16 products, and loops in 3.6 beside NumPy 2.4."""
+    """Patch what Triton's interpreter lacks: bfloat16 matmuls, and in 3.6 loops with NumPy 2.4."""
     import numpy as np
     import triton
     from triton import language
@@ -131,10 +152,10 @@ def version_of(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Descriptor:
-    """A tensor that a kernel takes in whole blocks: on the GPU a tensor map for the copy engine (TMA)."""
+    """A tensor that a kernel loads in whole blocks: on the GPU a tensor map for the copy engine (TMA)."""
 
     base: Tensor
-    """Its last dimension contiguous; the other strides, and where it begins, multiples of 16 bytes."""
+    """Its last dimension is contiguous; its other strides and its address are multiples of 16 bytes."""
     block: tuple[int, ...]
     """A block's size in each dimension of `base`."""
 
@@ -152,27 +173,27 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 1
     scratch: bool = False
-    """Whether the kernel wants global memory of its own, as one does that makes descriptors."""
+    """Whether the kernel needs global scratch memory, as one that makes descriptors does."""
 
     @property
     def label(self) -> str:
-        """What it is counted as."""
+        """Its name in `counted`."""
         return self.kernel.name
 
 
 @dataclass(frozen=True)
 class Library:
-    """A step that PyTorch's libraries take, where the tuned data choose them."""
+    """A step run by PyTorch's libraries, where the tuned data choose them."""
 
     name: str
     call: Callable[..., Tensor | None]
     """Called with `args`: fills tensors among them, or returns the result that the plan left to it."""
     args: Mapping[str, Any]
-    """By parameter; scratch is among them, so that who counts memory sees it."""
+    """By parameter; scratch is among them, so that it is seen when memory is counted."""
 
     @property
     def label(self) -> str:
-        """What it is counted as: no kernel of ours."""
+        """Its name in `counted`, which no kernel has."""
         return f"{_OF_LIBRARY}{self.name}"
 
 
@@ -185,14 +206,13 @@ def of_library(label: str) -> bool:
 
 
 _counts: list[Counter[str]] = []
-_forced = [False]
 
 
 def run(steps: Iterable[Launch | Library], out: Any = None) -> Any:
-    """Take a plan's steps on the tensors' device. Kernels on CPU tensors need Triton's interpreter.
+    """Run a plan's steps on the tensors' device. Kernels on CPU tensors need Triton's interpreter.
 
     Returns:
-        `out`, the plan's results; or what a library's step made in their place.
+        `out`, the plan's results; or what a library's step returned in their place.
 
     Raises:
         BackendUnavailableError: Triton cannot run on the tensors' device.
@@ -241,7 +261,7 @@ def _described(value: Any) -> Any:
 
 
 def _with_scratch(device: torch.device, call: Callable[[], object]) -> None:
-    """Torch gives what Triton asks for, so that it is ordered by the stream and belongs to a captured graph."""
+    """Triton's scratch comes from PyTorch's allocator, which orders it by stream and keeps it for captured graphs."""
     import triton
 
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
@@ -250,7 +270,7 @@ def _with_scratch(device: torch.device, call: Callable[[], object]) -> None:
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """Steps taken meanwhile, by kernel, or by `library: ` and what that did: a test's proof that nothing fell back."""
+    """Count the steps that run meanwhile, by kernel or by `library: NAME`: a test's proof that nothing fell back."""
     counts: Counter[str] = Counter()
     _counts.append(counts)
     try:
@@ -260,66 +280,58 @@ def counted() -> Iterator[Counter[str]]:
         _counts[:] = [c for c in _counts if c is not counts]
 
 
-@contextmanager
-def forced() -> Iterator[None]:
-    """CPU tensors take the custom operator and its Triton kernel too, in Triton's interpreter."""
-    _forced.append(True)
-    try:
-        yield
-    finally:
-        _forced.pop()
-
-
+_forced = ContextVar("forced", default=False)
 _as_nodes = ContextVar("as_nodes", default=False)
-
-
-@contextmanager
-def as_nodes() -> Iterator[None]:
-    """In this thread, operators are their custom ops on every device: tracing sees one node for each."""
-    token = _as_nodes.set(True)
-    try:
-        yield
-    finally:
-        _as_nodes.reset(token)
-
-
 _by_reference = ContextVar("by_reference", default=False)
 
 
 @contextmanager
-def by_reference() -> Iterator[None]:
-    """In this thread, operators are their PyTorch references on every device: nothing of the project's kernels runs."""
-    token = _by_reference.set(True)
+def _switched_on(switch: ContextVar[bool]) -> Iterator[None]:
+    token = switch.set(True)
     try:
         yield
     finally:
-        _by_reference.reset(token)
+        switch.reset(token)
 
 
-def takes(x: Tensor) -> bool:
-    """Whether an operator on `x` goes through its custom op: on CUDA always, elsewhere if `forced` or `as_nodes`; never
-    in `by_reference`.
+def forced() -> AbstractContextManager[None]:
+    """In this thread, operators on CPU tensors launch their Triton kernels too, in Triton's interpreter."""
+    return _switched_on(_forced)
 
-    On the CPU the references are called directly, which is quicker. Says so once.
-    """
+
+def as_nodes() -> AbstractContextManager[None]:
+    """In this thread, operators are their custom ops on every device: tracing sees one node for each."""
+    return _switched_on(_as_nodes)
+
+
+def by_reference() -> AbstractContextManager[None]:
+    """In this thread, operators are their PyTorch references on every device: none of the project's kernels runs."""
+    return _switched_on(_by_reference)
+
+
+def uses_custom_op(x: Tensor) -> bool:
+    """Whether an operator on `x` goes through its custom op. On the CPU calling the reference directly is quicker; that
+    is logged once."""
     if _by_reference.get():
         return False
-    if x.is_cuda or _forced[-1] or _as_nodes.get():
+    if x.is_cuda or _forced.get() or _as_nodes.get():
         return True
     if not torch.compiler.is_compiling():
         _say_once(f"operators on the {x.device.type} run their PyTorch references", logging.INFO)
     return False
 
 
-def usable(x: Tensor) -> bool:
-    """Whether a custom op on `x` launches Triton, rather than its reference. Says so once where it cannot."""
-    if x.dtype not in _DTYPES:
-        return False
-    if not (x.is_cuda or _forced[-1]):
+def launches_triton(x: Tensor) -> bool:
+    """Whether a custom op on `x` launches Triton rather than its reference. Logged once if Triton cannot run on CUDA.
+
+    Raises:
+        BackendUnavailableError: Triton cannot run, and `forced` asks for it.
+    """
+    if x.dtype not in _DTYPES or not (x.is_cuda or _forced.get()):
         return False
     reason = unavailable(x.device)
     if reason:
-        if _forced[-1]:
+        if _forced.get():
             raise BackendUnavailableError(
                 f"Triton kernels were asked for on the {x.device.type}, but {reason}"
             )
@@ -362,7 +374,7 @@ def _triton_missing() -> str:
 
 @cache
 def specializes_wide_sums(arch: int) -> bool:
-    """Whether Triton gives warps roles in a kernel whose one accumulator is parted in two: on sm_90 since 3.7."""
+    """Whether Triton specialises warps in a kernel whose one accumulator is split in two: on sm_90 since 3.7."""
     try:
         import triton
     except ImportError:

@@ -1,11 +1,11 @@
 """Compile kernels for an architecture without having one, and read the machine code.
 
-A request is an operator with its arguments on the meta device. What is compiled is the operator's own plan, as
-it would launch on that architecture; pointers are taken to be 16-byte aligned, as PyTorch's are. Triton's
-wheel carries the assembler and the disassembler. Compiling happens in a child process, because Triton decides
-between compiling and interpreting once a process, and because a compiler that crashes should not take the caller
-along. Reports are cached by the content of everything that goes in. What is compiled here lands in Triton's own
-cache as well, where a launch with the same arguments finds it.
+A request is an operator with its arguments on the meta device. What is compiled is the operator's own plan, as it would
+launch on that architecture; pointers are taken to be 16-byte aligned, as PyTorch's are. Triton's wheel includes the
+assembler and the disassembler. Compiling happens in a child process, because Triton decides between compiling and
+interpreting once per process, and because a compiler that crashes should not take the caller with it. Reports are
+cached by the content of all inputs. What is compiled here is in Triton's own cache as well, where a launch with the
+same arguments finds it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that one block may have: CUDA C++ Programming Guide, technical specifications."""
 
 TIME_LIMIT = 600.0
-"""Seconds for all that is compiled at once."""
+"""Seconds for all that one call compiles."""
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
 _TENSOR_CORE = re.compile(r"^(?:[A-Z]*GMMA|[HIDQBO]MMA|UTC[A-Z0-9]*MMA)$")
@@ -81,7 +81,7 @@ _POINTERS = {
 Trial = tuple[str, Mapping[str, int]]
 
 Job = Callable[[], bytes]
-"""What a child process is given to compile: returns what to write to the job's file; travels pickled."""
+"""What a child process runs: it returns the content of the job's file, and is pickled on the way."""
 
 
 @dataclass(frozen=True)
@@ -103,21 +103,21 @@ class Report:
     kernel: str
     arch: int
     registers: int
-    """A thread's."""
+    """Per thread."""
     spills: int
-    """Loads and stores of spilled registers, in instructions."""
+    """Instructions that load or store spilled registers."""
     stack: int
-    """Bytes a thread."""
+    """Bytes per thread."""
     shared: int
-    """Bytes a block."""
+    """Bytes per block."""
     scratch: int
-    """Bytes of global scratch; a TensorRT plugin can have none."""
+    """Bytes of global scratch, which a TensorRT plugin cannot provide."""
     tensor_core: Mapping[str, int]
     """Tensor-core instructions by name: HMMA up to sm_89 and on sm_120, HGMMA on sm_90, UTCHMMA on sm_100."""
     block_copies: int
-    """Copies of whole blocks by the copy engine (UTMALDG), in instructions."""
+    """Instructions that copy whole blocks by the copy engine (UTMALDG)."""
     specialized: bool
-    """Whether warps have roles, which shows in their handing registers to each other (USETMAXREG)."""
+    """Whether warps are specialised, which shows in their handing registers to each other (USETMAXREG)."""
     instructions: int
     num_warps: int
     num_stages: int
@@ -140,9 +140,9 @@ def reports(requests: Sequence[Request], cache: Path | None = None) -> list[list
 
 
 def attempts(
-    requests: Sequence[Request], cache: Path | None = None, jobs: int = 1, seconds: float = TIME_LIMIT
+    requests: Sequence[Request], cache: Path | None = None, processes: int = 1, seconds: float = TIME_LIMIT
 ) -> list[list[Report] | str]:
-    """As `reports`, by `jobs` processes for at most `seconds`; in place of what fails, the compiler's message.
+    """As `reports`, in `processes` for at most `seconds`; in place of what fails, the compiler's message.
 
     Raises:
         BackendUnavailableError: Triton is not installed.
@@ -150,7 +150,7 @@ def attempts(
     folder = cache or cache_folder()
     paths = [folder / f"{_digest(r)}.json" for r in requests]
     wanted = {path: partial(_content, r) for path, r in zip(paths, requests, strict=True)}
-    failed = compile_jobs(wanted, jobs, seconds)
+    failed = compile_jobs(wanted, processes, seconds)
     return [
         failed[path]
         if path in failed
@@ -162,9 +162,9 @@ def attempts(
 def compile_jobs(
     wanted: Mapping[Path, Job], processes: int = 1, seconds: float = TIME_LIMIT
 ) -> dict[Path, str]:
-    """Write the files that are not there yet, each whole or not at all; the compiler's messages for those that fail.
+    """Write the files that do not exist yet, each atomically; returns the compiler's messages for those that fail.
 
-    Whatever ends this call, Ctrl-C included, ends what compiles.
+    Whatever ends this call, Ctrl-C included, also ends its child processes.
     """
     missing = [(path, job) for path, job in wanted.items() if not path.exists()]
     for folder in {path.parent for path, _ in missing}:
@@ -189,7 +189,7 @@ def cache_folder() -> Path:
 
 
 def by_library(r: Request) -> bool:
-    """Whether PyTorch's libraries take steps of what is requested, which no report tells of."""
+    """Whether PyTorch's libraries run steps of what is requested, which are in no report."""
     return any(isinstance(step, Library) for step in _steps(r))
 
 
@@ -200,7 +200,7 @@ def _steps(r: Request) -> Sequence[Launch | Library]:
 
 
 def _launches(r: Request) -> list[Launch]:
-    """Of those that are the same to the compiler, as for parts of a tensor, one."""
+    """Each kernel once: launches that differ in data alone, as for chunks of a tensor, compile to the same code."""
     launches: dict[str, Launch] = {}
     for step in _steps(r):
         if isinstance(step, Launch):
@@ -281,13 +281,13 @@ def _compile_in_children(
         undone = [path for path, _ in left if not (path in errors or path.exists())]
         if not end:
             return errors | dict.fromkeys(undone, "there was no time left to compile it")
-        # The first that is neither done nor told of is what the child ended at; the others get another child.
+        # The child died at the first job without a file or message; the rest get another child.
         errors |= dict.fromkeys(undone[:1], end)
     return errors
 
 
 def _compile_in_child(jobs: Sequence[tuple[Path, Job]], until: float, stop: threading.Event) -> str:
-    """How the child ended, and what it said; empty where it was ended, for want of time or told to stop."""
+    """The child's exit status and output; empty if it was killed because time ran out or `stop` was set."""
     with (
         tempfile.TemporaryFile() as said,
         subprocess.Popen(
@@ -304,7 +304,7 @@ def _compile_in_child(jobs: Sequence[tuple[Path, Job]], until: float, stop: thre
             try:
                 child.stdin.write(pickle.dumps(jobs))
                 child.stdin.flush()  # and it stays open: its end is the child's
-            except BrokenPipeError:  # the child says why
+            except BrokenPipeError:  # the child's output says why
                 with suppress(BrokenPipeError):
                     child.stdin.close()
             while child.poll() is None:
@@ -375,11 +375,11 @@ def _output(*command: str) -> str:
 
 def _child(jobs: Iterable[tuple[Path, Job]]) -> None:
     for path, job in jobs:
-        # Whole or not at all: several processes may compile the same.
+        # Atomically: several processes may compile the same.
         aside = path.with_suffix(f".{os.getpid()}.partial")
         try:
             content = job()
-        except Exception as error:  # of whatever kind the compiler has: the caller is told
+        except Exception as error:  # whatever the compiler raises, the caller reports
             aside.write_text(f"{type(error).__name__}: {error}"[:2000], encoding="utf-8")
             aside.replace(path.with_suffix(".error"))
         else:
@@ -388,7 +388,7 @@ def _child(jobs: Iterable[tuple[Path, Job]]) -> None:
 
 
 def _end_with_parent() -> None:
-    os.read(0, 1)  # returns when the parent's end of the pipe is closed, by whatever
+    os.read(0, 1)  # returns when the parent's end of the pipe is closed, however that came about
     os.killpg(0, signal.SIGKILL)  # the assembler with it
 
 

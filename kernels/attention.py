@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import reference, tuning
 from ._attention_triton import plan
 from ._check import fail, require_dtypes, require_equal, require_rank
-from ._triton import arch_of, run, takes, usable
+from ._triton import arch_of, launches_triton, run, uses_custom_op
 from .registry import Case, OpSpec, register
 
 __all__ = ["attention"]
@@ -50,7 +50,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         raise fail("attention", "k", "hold at least one key", f"shape {tuple(k.shape)}")
     if not (scale is None or isinstance(scale, int | float | torch.SymFloat)):
         raise fail("attention", "scale", "be a number or None", repr(scale))
-    if takes(q):
+    if uses_custom_op(q):
         out: Tensor = torch.ops.latentrt.attention(q, k, v, scale)
         return out
     return reference.attention(q, k, v, scale)
@@ -58,7 +58,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
 
 @torch.library.custom_op("latentrt::attention", mutates_args=())
 def _op(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    if not usable(q):
+    if not launches_triton(q):
         return reference.attention(q, k, v, scale).contiguous()
     out, steps = plan(q, k, v, scale, arch=arch_of(q.device))
     done: Tensor = run(steps, out)

@@ -31,7 +31,8 @@ import torch
 from ..errors import BackendError
 from . import tuning
 from ._attention_ahead import attention_ahead, attention_wide_ahead
-from ._attention_triton import SHORT, WIDE, in_powers_of_two, plan_kernel
+from ._attention_softmax import log2_scale
+from ._attention_triton import SHORT, WIDE, plan_kernel
 from ._group_norm_triton import MOST_SPLITS
 from ._group_norm_triton import plan as plan_group_norm
 from ._triton import Launch
@@ -47,7 +48,7 @@ __all__ = [
 ]
 
 _POSITIONS = 1024
-"""What group norm's tiles are chosen for: a 1024x1024 image has 16384, 4096 or 1024 in SDXL's UNets."""
+"""Positions that group norm's tiles are chosen for: at 1024x1024 SDXL's UNets have 16384, 4096 or 1024."""
 
 # Sizes that stand for any: neither 1 nor a multiple of 16, which Triton would compile in.
 _ODD = 1023
@@ -85,7 +86,7 @@ class GroupNormKernels:
                 args = {**launch.args, "S": S, "chunk": block, "splits": 3, "partials": 7}
                 constants = dict(launch.constants)
                 if name == "stats":
-                    constants["FULL"] = which == "even" and constants["FULL"]
+                    constants["EVEN"] = which == "even" and constants["EVEN"]
                 else:
                     constants["PAD_SPLITS"] = MOST_SPLITS
                 found[f"{name}/{which}"] = replace(launch, args=args, constants=constants)
@@ -148,7 +149,7 @@ class AheadAttentionKernels:
             launch,
             kernel=attention_wide_ahead if self.columns > WIDE else attention_ahead,
             args=args,
-            constants={"SCALE": in_powers_of_two(self.scale), **launch.constants},
+            constants={"SCALE": log2_scale(self.scale), **launch.constants},
         )
         return {"attention": ahead}, constants
 
@@ -156,7 +157,7 @@ class AheadAttentionKernels:
 Kernels = GroupNormKernels | AttentionKernels | AheadAttentionKernels
 
 
-def binaries(wanted: Sequence[Kernels], cache: Path | None = None, jobs: int = 1) -> list[Path]:
+def binaries(wanted: Sequence[Kernels], cache: Path | None = None, processes: int = 1) -> list[Path]:
     """A file for each, compiled where the cache has none.
 
     Raises:
@@ -166,7 +167,7 @@ def binaries(wanted: Sequence[Kernels], cache: Path | None = None, jobs: int = 1
     folder = cache or cache_folder()
     paths = [folder / f"{_digest(kernels)}.kernels" for kernels in wanted]
     missing = {path: partial(_content, kernels) for path, kernels in zip(paths, wanted, strict=True)}
-    failed = compile_jobs(missing, jobs)
+    failed = compile_jobs(missing, processes)
     for path, kernels in zip(paths, wanted, strict=True):
         if path in failed:
             raise BackendError(f"compiling {kernels} failed: {failed[path]}")
@@ -174,9 +175,9 @@ def binaries(wanted: Sequence[Kernels], cache: Path | None = None, jobs: int = 1
 
 
 def _without_scratch(ptx: str) -> str:
-    """PTX whose entry takes what the kernel's source says, without the two pointers to scratch that Triton adds.
+    """PTX whose entry has the kernel's own parameters, without the two scratch pointers that Triton adds.
 
-    For a kernel that uses none: whoever launches it need not pass them.
+    For a kernel that uses no scratch: its launcher need not pass them.
     """
     begin = ptx.index("(", ptx.index(".entry"))
     end = ptx.index(")", begin)
@@ -185,7 +186,7 @@ def _without_scratch(ptx: str) -> str:
 
 
 def parameters(launch: Launch) -> list[tuple[str, str]]:
-    """What a launch passes, in order: names and Triton's types, without what is compiled in."""
+    """Names and Triton types of the arguments that a launch passes, in order; compile-time constants are left out."""
     types, _, _ = signature(launch)
     return [(name, kind) for name, kind in types.items() if kind != "constexpr"]
 

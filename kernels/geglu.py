@@ -18,7 +18,7 @@ from torch import Tensor
 from . import reference, tuning
 from ._check import fail, require_dtypes, require_equal, require_rank
 from ._geglu_triton import plan, plan_linear
-from ._triton import arch_of, run, takes, usable
+from ._triton import arch_of, launches_triton, run, uses_custom_op
 from .registry import Case, OpSpec, register
 
 __all__ = ["geglu", "linear_geglu"]
@@ -39,7 +39,7 @@ def geglu(x: Tensor) -> Tensor:
     require_dtypes("geglu", {"x": x})
     if x.ndim < 1 or (isinstance(x.shape[-1], int) and x.shape[-1] % 2 != 0):
         raise fail("geglu", "x", "be [..., 2F]", f"shape {tuple(x.shape)}")
-    if takes(x):
+    if uses_custom_op(x):
         out: Tensor = torch.ops.latentrt.geglu(x)
         return out
     return reference.geglu(x)
@@ -69,7 +69,7 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     if bias is not None:
         require_rank("linear_geglu", "bias", bias, "[2F]")
         require_equal("linear_geglu", "bias", "have weight's first dimension", bias.shape[0], weight.shape[0])
-    if takes(x):
+    if uses_custom_op(x):
         out: Tensor = torch.ops.latentrt.linear_geglu(x, weight, bias)
         return out
     return reference.linear_geglu(x, weight, bias)
@@ -77,7 +77,7 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 @torch.library.custom_op("latentrt::geglu", mutates_args=())
 def _geglu_op(x: Tensor) -> Tensor:
-    if not usable(x):
+    if not launches_triton(x):
         return reference.geglu(x).contiguous()
     y, launches = plan(x, arch=arch_of(x.device))
     run(launches)
@@ -91,7 +91,7 @@ def _(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("latentrt::linear_geglu", mutates_args=())
 def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not usable(x):
+    if not launches_triton(x):
         return reference.linear_geglu(x, weight, bias).contiguous()
     y, steps = plan_linear(x, weight, bias, arch=arch_of(x.device))
     run(steps)

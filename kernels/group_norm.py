@@ -22,7 +22,7 @@ from torch import Tensor
 from . import reference
 from ._check import fail, require_dtypes, require_eps, require_equal, require_multiple, require_rank
 from ._group_norm_triton import dense, plan
-from ._triton import arch_of, run, takes, usable
+from ._triton import arch_of, launches_triton, run, uses_custom_op
 from .registry import Case, OpSpec, register
 
 __all__ = ["group_norm", "group_norm_silu"]
@@ -47,7 +47,7 @@ def group_norm(
         KernelArgumentError: naming the argument and what it got.
     """
     _check("group_norm", x, weight, bias, num_groups, eps, shift)
-    if takes(x):
+    if uses_custom_op(x):
         out: Tensor = torch.ops.latentrt.group_norm(x, weight, bias, num_groups, eps, shift)
         return out
     return reference.group_norm(x, weight, bias, num_groups, eps, shift)
@@ -72,7 +72,7 @@ def group_norm_silu(
         KernelArgumentError: naming the argument and what it got.
     """
     _check("group_norm_silu", x, weight, bias, num_groups, eps, shift)
-    if takes(x):
+    if uses_custom_op(x):
         out: Tensor = torch.ops.latentrt.group_norm_silu(x, weight, bias, num_groups, eps, shift)
         return out
     return reference.group_norm_silu(x, weight, bias, num_groups, eps, shift)
@@ -103,7 +103,7 @@ _plan_norm, _plan_silu = partial(plan, silu=False), partial(plan, silu=True)
 def _norm_op(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, shift: Tensor | None = None
 ) -> Tensor:
-    if not usable(x):
+    if not launches_triton(x):
         return _like(reference.group_norm(x, weight, bias, num_groups, eps, shift), x)
     y, launches = _plan_norm(x, weight, bias, num_groups, eps, shift, arch=arch_of(x.device))
     run(launches)
@@ -121,7 +121,7 @@ def _(
 def _silu_op(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, shift: Tensor | None = None
 ) -> Tensor:
-    if not usable(x):
+    if not launches_triton(x):
         return _like(reference.group_norm_silu(x, weight, bias, num_groups, eps, shift), x)
     y, launches = _plan_silu(x, weight, bias, num_groups, eps, shift, arch=arch_of(x.device))
     run(launches)

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import reference
 from ._check import fail, require_dtypes, require_eps, require_equal, require_rank
 from ._layer_norm_triton import plan, plan_add
-from ._triton import arch_of, run, takes, usable
+from ._triton import arch_of, launches_triton, run, uses_custom_op
 from .registry import Case, OpSpec, register
 
 __all__ = ["add_layer_norm", "layer_norm"]
@@ -41,7 +41,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """
     require_dtypes("layer_norm", {"x": x, "weight": weight, "bias": bias})
     _check("layer_norm", x, weight, bias, eps)
-    if takes(x):
+    if uses_custom_op(x):
         out: Tensor = torch.ops.latentrt.layer_norm(x, weight, bias, eps)
         return out
     return reference.layer_norm(x, weight, bias, eps)
@@ -72,7 +72,7 @@ def add_layer_norm(
         require_equal(
             "add_layer_norm", "residual", f"have x's dimension {dim},", residual.shape[dim], x.shape[dim]
         )
-    if takes(x):
+    if uses_custom_op(x):
         normed, total = torch.ops.latentrt.add_layer_norm(x, residual, weight, bias, eps)
         return normed, total
     return reference.add_layer_norm(x, residual, weight, bias, eps)
@@ -89,7 +89,7 @@ def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None
 
 @torch.library.custom_op("latentrt::layer_norm", mutates_args=())
 def _norm_op(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    if not usable(x):
+    if not launches_triton(x):
         return reference.layer_norm(x, weight, bias, eps).contiguous()
     y, launches = plan(x, weight, bias, eps, arch=arch_of(x.device))
     run(launches)
@@ -103,7 +103,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 @torch.library.custom_op("latentrt::add_layer_norm", mutates_args=())
 def _add_op(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if not usable(x):
+    if not launches_triton(x):
         normed, total = reference.add_layer_norm(x, residual, weight, bias, eps)
         return normed.contiguous(), total.contiguous()
     both, launches = plan_add(x, residual, weight, bias, eps, arch=arch_of(x.device))

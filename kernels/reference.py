@@ -33,13 +33,13 @@ def _up(x: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """softmax(q k^T * scale) v for each head. See `latentrt.kernels.attention`."""
     # PyTorch's CPU and CUDA kernels keep scores, softmax and accumulation of half types in float32.
-    q, k, v = (_apart(t).transpose(1, 2) for t in (q, k, v))  # [B, S, H, D] -> [B, H, S, D]
+    q, k, v = (_without_overlap(t).transpose(1, 2) for t in (q, k, v))  # [B, S, H, D] -> [B, H, S, D]
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
-def _apart(t: Tensor) -> Tensor:
-    """[B, S, H, D], copied where rows begin within each other: PyTorch's CPU kernel gives those to BLAS, which has no
-    such matrices, and returns whatever was in memory."""
+def _without_overlap(t: Tensor) -> Tensor:
+    """[B, S, H, D], copied if rows overlap (stride(1) < D): PyTorch's CPU kernel passes them to BLAS as a matrix whose
+    leading dimension is too small, and returns uninitialised memory."""
     if not torch.compiler.is_compiling() and t.stride(3) == 1 and t.stride(1) < t.shape[3]:
         return t.contiguous()
     return t

@@ -1,4 +1,4 @@
-"""What is known of each operator: its reference, how far its kernels may be off, its work at SDXL's real shapes.
+"""What is known of each operator: its reference, the error its kernels may have, its work at SDXL's real shapes.
 
 Tests, the ahead-of-time report, the roofline, the measurement and the tuning all read this.
 """
@@ -34,9 +34,9 @@ class Case:
     inputs: Callable[[torch.dtype, torch.device], tuple[Any, ...]]
     """Arguments of the operator, drawn from the global generator; on the meta device for compiling."""
     flops: float
-    """FLOPs of the matrix products, two for a multiply and add; 0 where memory traffic is the whole cost."""
+    """FLOPs of the matmuls, two for a multiply and add; 0 if memory traffic is the whole cost."""
     elements: int
-    """Read and written at the least, each once."""
+    """Elements read and written at the least, each once."""
     calls: int = 1
     """How often one forward of SDXL's base UNet (or VAE decoder) at 1024x1024 makes this call."""
     float32: int = 0
@@ -77,7 +77,7 @@ class OpSpec:
     """PyTorch's own ways to the same result, by name, for `--measure`."""
 
     def launch(self, *args: Any) -> Any:
-        """Take the plan's steps on the arguments' device; on the CPU, kernels in Triton's interpreter."""
+        """Run the plan's steps on the arguments' device; on the CPU, kernels run in Triton's interpreter."""
         device = next(a.device for a in args if isinstance(a, Tensor))
         out, steps = self.plan(*args, arch=arch_of(device))
         return run(steps, out)

@@ -28,7 +28,7 @@ class Gpu:
     name: str
     arch: int
     tflops: float
-    """Dense fp16 or bf16 matrix products summed in fp32, in TFLOP/s."""
+    """Dense fp16 or bf16 matmuls summed in fp32, in TFLOP/s."""
     bandwidth: float
     """Bandwidth of its memory, in TB/s."""
     source: str
@@ -64,7 +64,7 @@ def gpu(name: str) -> Gpu:
 
 
 def floor_ms(flops: float, nbytes: float, on: Gpu) -> tuple[float, Limit]:
-    """Milliseconds, and what limits them. For float32 too: its products are no quicker than those of half types."""
+    """Milliseconds, and what limits them. For float32 too: its matmuls are no quicker than those of half types."""
     compute, traffic = flops / (on.tflops * 1e9), nbytes / (on.bandwidth * 1e9)
     return (compute, "matmul") if compute >= traffic else (traffic, "copy")
 

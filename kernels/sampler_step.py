@@ -2,9 +2,10 @@
 
 A sampler is a table `[N, COLUMNS]` with one row of coefficients for each step, so that this one operator
 serves them all. With `out` the guided model output, h_k what was kept k + 1 steps ago, z standard normal
-noise:
+noise, s the guidance scale and r its rescale:
 
     out   = out_uncond + s (out_cond - out_uncond)
+    out  <- (r std(out_cond) / std(out) + 1 - r) out
     x0    = clamp(x0_x x + x0_out out, -clamp, clamp)
     x    <- w_x x + w_x0 x0 + w_out out + sum_k w_hk h_k + w_noise exp(l / 2) z
     h    <- (x0 or out, h_0, h_1) where the row says that this step is kept
@@ -16,13 +17,13 @@ Sources: guidance: Ho and Salimans, "Classifier-Free Diffusion Guidance" (2022),
 Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed" (2023), equations 14 to 16; l:
 Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (2021), equation 15.
 
-Everything but the guidance rescaling is elementwise, so one pass over the latents is enough for it. Which
-step it is, is read from a tensor: a recorded CUDA graph replays it for any table, sampler and number of
-steps.
+All but the two standard deviations is elementwise: one pass over the latents. The index of the step is read from a
+tensor, so that one captured CUDA graph serves any table, sampler and number of steps.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from ._check import FLOATS, fail, require_own_memory, require_tensors
 from ._sampler_step_triton import plan
-from ._triton import arch_of, run, takes, usable
+from ._triton import arch_of, launches_triton, run, uses_custom_op
 from .registry import Case, OpSpec, register
 
 __all__ = ["COLUMNS", "HISTORY", "KEEP_NOTHING", "KEEP_OUT", "KEEP_X0", "StepRow", "sampler_step", "step_row"]
@@ -46,7 +47,7 @@ class StepRow(NamedTuple, Generic[_Number]):
     """The columns of a sampler table, in order."""
 
     timestep: _Number
-    """What the model is told, in training steps; not always whole."""
+    """The timestep that the model is conditioned on, in training steps; not always whole."""
     input_scale: _Number
     """The model sees the latents times this."""
     x0_x: _Number
@@ -83,11 +84,11 @@ def sampler_step(
     noise: Tensor | None,
     table: Tensor,
     step: Tensor,
-    guidance_scale: float | Tensor | None = None,
-    guidance_rescale: float | Tensor = 0.0,
+    guidance_scale: Tensor | None = None,
+    guidance_rescale: Tensor | None = None,
 ) -> Tensor:
-    """Take one step, in place. Computed in x's dtype whatever the model's; each image by itself, so that on
-    the CPU it does not depend, to the bit, on the batch it is in.
+    """Take one step, in place. It is computed in x's dtype, whatever the model's, and for each image by itself: on the
+    CPU the result is the same to the bit in any batch.
 
     Args:
         x: latents [B, C, h, w], float32 (or float64); overwritten with the next latents.
@@ -100,10 +101,9 @@ def sampler_step(
         table: [N, COLUMNS] of x's dtype; its columns are `StepRow`.
         step: int64, one element, on x's device: the row to take. The host does not read it: one outside the table makes
             x NaN where the kernel runs, and is refused on the CPU.
-        guidance_scale: s, a number or [B] of x's dtype; None for no guidance.
-        guidance_rescale: share in [0, 1] of the guided output rescaled to the conditional one's deviation: a number,
-            or [B] of x's dtype, whose range the host cannot check. 0 is as good as none, to the bit; as a number it
-            saves the deviations as well.
+        guidance_scale: s, [B] of x's dtype; None for no guidance.
+        guidance_rescale: r, [B] of x's dtype, in [0, 1] (the host does not read it); None where the scale is. 0 leaves
+            the guided output as it is, to the bit.
 
     Returns:
         x.
@@ -112,11 +112,9 @@ def sampler_step(
         KernelArgumentError: naming the argument and what it got.
     """
     _check(x, model_out, history, noise, table, step, guidance_scale, guidance_rescale)
-    if takes(x):
-        scale, scales = _number_or_tensor(guidance_scale)
-        rescale, rescales = _number_or_tensor(guidance_rescale)
+    if uses_custom_op(x):
         torch.ops.latentrt.sampler_step(
-            x, model_out, history, noise, table, step, scales, scale, rescales, rescale
+            x, model_out, history, noise, table, step, guidance_scale, guidance_rescale
         )
         return x
     return _reference(x, model_out, history, noise, table, step, guidance_scale, guidance_rescale)
@@ -129,15 +127,15 @@ def _reference(
     noise: Tensor | None,
     table: Tensor,
     step: Tensor,
-    guidance_scale: float | Tensor | None = None,
-    guidance_rescale: float | Tensor = 0.0,
+    guidance_scale: Tensor | None = None,
+    guidance_rescale: Tensor | None = None,
 ) -> Tensor:
     try:
         row = step_row(table, step)
     except IndexError as error:  # the CPU's; on a GPU nothing is read back to be looked at
         raise fail(_OP, "step", f"be one of the table's {table.shape[0]} rows", step.tolist()) from error
     out = model_out.to(x.dtype)
-    if guidance_scale is not None:
+    if guidance_scale is not None and guidance_rescale is not None:
         out = _guide(out, guidance_scale, guidance_rescale)
     log_var: Tensor | None = None
     if out.shape[1] != x.shape[1]:
@@ -160,26 +158,19 @@ def _reference(
     return x.copy_(following)
 
 
-def _number_or_tensor(value: float | Tensor | None) -> tuple[float | None, Tensor | None]:
-    """Each as an operator's argument of its own."""
-    return (None, value) if isinstance(value, Tensor) else (value, None)
-
-
-def _guide(out: Tensor, scale: float | Tensor, rescale: float | Tensor) -> Tensor:
-    """[2B, ...] -> [B, ...]"""
+def _guide(out: Tensor, scale: Tensor, rescale: Tensor) -> Tensor:
+    """[2B, ...] -> [B, ...]; scale and rescale are [B]."""
     uncond, cond = out.chunk(2)
-    if isinstance(scale, Tensor):
-        scale = scale.reshape(-1, 1, 1, 1)
+    scale, rescale = scale.reshape(-1, 1, 1, 1), rescale.reshape(-1, 1, 1, 1)
     guided = uncond + scale * (cond - uncond)
-    if len(guided) == 0 or (not isinstance(rescale, Tensor) and rescale == 0):
+    if len(guided) == 0:
         return guided
     # One reduction for each image: a batched one sums in an order that depends on the batch.
     ratio = torch.stack([c.std() / g.std() for c, g in zip(cond, guided, strict=True)]).reshape(-1, 1, 1, 1)
-    if not isinstance(rescale, Tensor):
-        return rescale * (guided * ratio) + (1 - rescale) * guided
-    rescale = rescale.reshape(-1, 1, 1, 1)
     rescaled = rescale * (guided * ratio) + (1 - rescale) * guided
-    return torch.where(rescale == 0, guided, rescaled)  # a flat output has no ratio
+    return torch.where(
+        rescale == 0, guided, rescaled
+    )  # a flat output's ratio is not finite, and 0 times it is NaN
 
 
 def _check(
@@ -189,20 +180,13 @@ def _check(
     noise: Tensor | None,
     table: Tensor,
     step: Tensor,
-    guidance_scale: float | Tensor | None,
-    guidance_rescale: float | Tensor,
+    guidance_scale: Tensor | None,
+    guidance_rescale: Tensor | None,
 ) -> None:
-    tensors = {
-        "x": x,
-        "model_out": model_out,
-        "history": history,
-        "noise": noise,
-        "table": table,
-        "step": step,
-    }
-    (_, scales), (rescale, rescales) = _number_or_tensor(guidance_scale), _number_or_tensor(guidance_rescale)
-    each = {"guidance_scale": scales, "guidance_rescale": rescales}
-    require_tensors(_OP, {**tensors, **each}, optional=["history", "noise", *each])
+    tensors = {"x": x, "model_out": model_out, "table": table, "step": step}
+    guidance = {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale}
+    optional = {"history": history, "noise": noise, **guidance}
+    require_tensors(_OP, {**tensors, **optional}, optional=optional)
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.float64):
         raise fail(_OP, "x", "be [B, C, h, w] in float32 or float64", f"{tuple(x.shape)} in {x.dtype}")
     B, C, *size = x.shape
@@ -220,15 +204,13 @@ def _check(
         raise fail(_OP, "history", f"be {(HISTORY, *x.shape)}", f"shape {tuple(history.shape)}")
     if noise is not None and tuple(noise.shape) != (table.shape[0], *x.shape):
         raise fail(_OP, "noise", f"be {(table.shape[0], *x.shape)}", f"shape {tuple(noise.shape)}")
-    for name, value in {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale}.items():
-        if not (isinstance(value, int | float | Tensor) or (value is None and name == "guidance_scale")):
-            raise fail(_OP, name, f"be a number or [{B}]", repr(value))
-    for name, tensor in each.items():
+    if (guidance_scale is None) != (guidance_rescale is None):
+        need = "be given with guidance_scale, and only then"
+        raise fail(_OP, "guidance_rescale", need, guidance_rescale)
+    for name, tensor in guidance.items():
         if tensor is not None and tuple(tensor.shape) != (B,):
-            raise fail(_OP, name, f"be a number or [{B}]", f"shape {tuple(tensor.shape)}")
-    if rescale is not None and not 0 <= rescale <= 1:
-        raise fail(_OP, "guidance_rescale", "be in [0, 1]", rescale)
-    others = {"table": table, "history": history, "noise": noise, **each}
+            raise fail(_OP, name, f"be [{B}]", f"shape {tuple(tensor.shape)}")
+    others = {"table": table, **optional}
     for name, tensor in others.items():
         if tensor is not None and tensor.dtype != x.dtype:
             raise fail(_OP, name, f"have x's dtype {x.dtype}", tensor.dtype)
@@ -248,16 +230,11 @@ def _op(
     noise: Tensor | None,
     table: Tensor,
     step: Tensor,
-    scale_tensor: Tensor | None,
-    scale: float | None,
-    rescale_tensor: Tensor | None,
-    rescale: float | None,
+    guidance_scale: Tensor | None,
+    guidance_rescale: Tensor | None,
 ) -> None:
-    guidance = (
-        scale if scale_tensor is None else scale_tensor,
-        (rescale or 0.0) if rescale_tensor is None else rescale_tensor,
-    )
-    if not usable(x):
+    guidance = guidance_scale, guidance_rescale
+    if not launches_triton(x):
         _reference(x, model_out, history, noise, table, step, *guidance)
         return
     dense_x = x.contiguous()
@@ -278,10 +255,8 @@ def _(
     noise: Tensor | None,
     table: Tensor,
     step: Tensor,
-    scale_tensor: Tensor | None,
-    scale: float | None,
-    rescale_tensor: Tensor | None,
-    rescale: float | None,
+    guidance_scale: Tensor | None,
+    guidance_rescale: Tensor | None,
 ) -> None:
     return None
 
@@ -291,14 +266,21 @@ _LATENTS = 4 * 128 * 128
 noise, and the history: read and written three times."""
 
 
-def _inputs(dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
-    """One image at 1024x1024 with guidance, history and noise; the model's output of `dtype`."""
+def _inputs(dtype: torch.dtype, device: torch.device, rescale: float) -> tuple[Any, ...]:
+    """One image at 1024x1024 with guidance, history and noise; the model's output in `dtype`."""
     x = torch.randn(1, 4, 128, 128, device=device)
     out = torch.randn(2, 4, 128, 128, device=device).to(dtype)
     history = torch.randn(HISTORY, *x.shape, device=device)
     noise = torch.randn(30, *x.shape, device=device)
     table = torch.rand(30, COLUMNS, device=device)
-    return x, out, history, noise, table, torch.zeros(1, dtype=torch.int64, device=device), 7.5
+    step = torch.zeros(1, dtype=torch.int64, device=device)
+    guidance = (torch.full((1,), value, device=device) for value in (7.5, rescale))
+    return x, out, history, noise, table, step, *guidance
+
+
+def _case(name: str, rescale: float, calls: int) -> Case:
+    inputs = partial(_inputs, rescale=rescale)
+    return Case(name, inputs, flops=0, elements=11 * _LATENTS, calls=calls, float32=9 * _LATENTS)
 
 
 register(
@@ -307,14 +289,20 @@ register(
         op=sampler_step,
         reference=_reference,
         plan=plan,
-        cases=[Case("1024 x 1024", _inputs, flops=0, elements=11 * _LATENTS, float32=9 * _LATENTS)],
+        # The same two launches: where the rescale is 0, as by default, the first has nothing to do.
+        cases=[_case("1024 x 1024", 0.0, calls=1), _case("1024 x 1024, rescaled", 0.2, calls=0)],
         limit="copy",
         candidates={
-            _OP: [
+            "sampler_step": [
                 {"BLOCK": block, "num_warps": warps, "num_stages": 1}
                 for block in (256, 512, 1024, 2048)
                 for warps in (2, 4, 8)
-            ]
+            ],
+            "sampler_step_ratio": [
+                {"BLOCK": block, "num_warps": warps, "num_stages": 1}
+                for block in (2048, 4096, 8192)
+                for warps in (8, 16, 32)
+            ],
         },
         baselines={"PyTorch's operators": _reference},
     )

@@ -30,13 +30,13 @@ _log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent / "tuned"
 
 LIBRARY: Mapping[str, int] = {"LIBRARY": 1}
-"""The row, and the candidate, that is no kernel."""
+"""The row, and the candidate, that stands for PyTorch's libraries."""
 
 _trials: list[tuple[str, Mapping[str, int], set[str]]] = []
 
 
 def constants(table: str, arch: int, dtype: torch.dtype, shape_class: str) -> Mapping[str, int]:
-    """What to launch `table`'s kernel with, from the data of `arch` or of the nearest older architecture.
+    """The constants to launch `table`'s kernel with, from the data of `arch` or of the nearest older architecture.
 
     Raises:
         KeyError: the data lack the table or the shape class, which is a mistake in this package.
@@ -104,8 +104,8 @@ def save(
     entries: Mapping[str, Mapping[str, int]],
     measured_on: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Put entries (by key) into one architecture's file, leaving the others; one line each, sorted. What the library
-    takes the place of is kept as the key's `-kernel`."""
+    """Put entries (by key) into one architecture's file, leaving the others; one line each, sorted. A kernel's row that
+    LIBRARY replaces is kept under its key with `-kernel`."""
     path = FOLDER / f"sm_{arch}.json"
     data: dict[str, Any] = {"arch": arch, "measured_on": {}, "tables": {}}
     if path.exists():
@@ -116,7 +116,7 @@ def save(
         if row != LIBRARY:
             rows_now.pop(f"{key}-kernel", None)
         elif rows_now.get(key, LIBRARY) != LIBRARY:
-            # A kernel's, still wanted where nothing else can be launched.
+            # Still used where only a kernel can be launched.
             rows_now[f"{key}-kernel"] = rows_now[key]
         rows_now[key] = row
     if measured_on is not None:

@@ -1,8 +1,10 @@
-"""How large a piece of memory has to be for PyTorch's allocator to serve a forward out of it.
+"""How large an arena has to be for PyTorch's allocator to serve a forward out of it.
 
-More than is live at once: what is free lies in several places, and a tensor needs one. Asked for piece by piece the
-allocator would take half as much again and more from the device, since what was asked for separately never grows
-together. It takes the smallest free place that is large enough, and parts it where over 1 MiB is left.
+More than what is live at once: free memory is in several places, and a tensor needs one block. If the arena grew tensor
+by tensor, the allocator would ask the device for half as much again and more, since segments never merge.
+
+The allocator is simulated. Best fit: the smallest free block that is large enough; it is split if more than 1 MiB would
+be left; freed neighbours coalesce.
 Source: PyTorch, c10/cuda/CUDACachingAllocator.cpp (get_free_block, should_split).
 """
 
@@ -10,54 +12,55 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["Event", "room_for"]
+__all__ = ["AllocatorEvent", "room_for"]
 
-Event = tuple[int, int]
-"""A tensor's number and its bytes, where it is made; its number and 0, where it ends."""
+AllocatorEvent = tuple[int, int]
+"""A tensor's number and its bytes, when it is allocated; its number and 0, when it is freed."""
 
 _ALIGNMENT = 512
 _SMALL = 1 << 20
 """Bytes up to which tensors share segments of `_SEGMENT`, apart from the others."""
 _SEGMENT = 2 << 20
-_TRIES = 6
+_BISECTIONS = 6
+"""They leave 1/64 of the gap between the bounds."""
 
 
-def room_for(events: Sequence[Event]) -> int:
-    """Bytes of one piece that serves all of this, and of the segments of small tensors; multiples of 2 MiB.
+def room_for(events: Sequence[AllocatorEvent]) -> int:
+    """Bytes of one arena that serves all of this, and of the segments of small tensors; multiples of 2 MiB.
 
     Args:
-        events: in their order. What never ends counts to the last.
+        events: in order. What is never freed counts to the end.
     """
-    small, large = _parted(events)
-    least, most = _live_peak(large), _filled(large)
-    # Rare: a piece with an end may be filled in another order than one without.
-    while not _serves(large, most):
-        most = _whole(most + most // 64 + 1)
-    for _ in range(_TRIES):
-        middle = _whole((least + most) // 2)
+    small, large = _by_size_class(events)
+    least, most = _live_peak(large), _grown(large)
+    # Rare: a bounded arena may be filled in another order than one that grows.
+    while not _fits(large, most):
+        most = _round_up(most + most // 64 + 1)
+    for _ in range(_BISECTIONS):
+        middle = _round_up((least + most) // 2)
         if middle >= most:
             break
-        if _serves(large, middle):
+        if _fits(large, middle):
             most = middle
         else:
             least = middle
-    return most + _whole(_live_peak(small))
+    return most + _round_up(_live_peak(small))
 
 
-def _parted(events: Sequence[Event]) -> tuple[list[Event], list[Event]]:
-    """Those of small tensors and those of others, their bytes as they are allocated."""
-    small: list[Event] = []
-    large: list[Event] = []
-    sizes: dict[int, list[Event]] = {}
+def _by_size_class(events: Sequence[AllocatorEvent]) -> tuple[list[AllocatorEvent], list[AllocatorEvent]]:
+    """Those of small tensors and those of others, with their bytes aligned."""
+    small: list[AllocatorEvent] = []
+    large: list[AllocatorEvent] = []
+    size_class: dict[int, list[AllocatorEvent]] = {}
     for number, nbytes in events:
         if nbytes:
-            sizes[number] = small if nbytes <= _SMALL else large
-        if number in sizes:
-            sizes[number].append((number, -(-nbytes // _ALIGNMENT) * _ALIGNMENT))
+            size_class[number] = small if nbytes <= _SMALL else large
+        if number in size_class:
+            size_class[number].append((number, -(-nbytes // _ALIGNMENT) * _ALIGNMENT))
     return small, large
 
 
-def _live_peak(events: Sequence[Event]) -> int:
+def _live_peak(events: Sequence[AllocatorEvent]) -> int:
     live: dict[int, int] = {}
     total = most = 0
     for number, nbytes in events:
@@ -68,64 +71,67 @@ def _live_peak(events: Sequence[Event]) -> int:
     return most
 
 
-def _whole(nbytes: int) -> int:
+def _round_up(nbytes: int) -> int:
     return -(-nbytes // _SEGMENT) * _SEGMENT
 
 
-class _Piece:
-    """Memory in places, in the order of their addresses: [bytes, the number of the tensor there, or None]."""
+class _Arena:
+    """Attributes:
+    blocks: in the order of their addresses: (bytes, the number of the tensor there, or None if free).
+    """
 
     def __init__(self, nbytes: int) -> None:
-        self.places: list[tuple[int, int | None]] = [(nbytes, None)] if nbytes else []
+        self.blocks: list[tuple[int, int | None]] = [(nbytes, None)] if nbytes else []
 
-    def take(self, number: int, nbytes: int) -> bool:
-        """Whether there was a place for it."""
+    def allocate(self, number: int, nbytes: int) -> bool:
+        """Whether there was a block for it."""
         fitting = [
-            (size, k) for k, (size, there) in enumerate(self.places) if there is None and size >= nbytes
+            (size, k) for k, (size, tensor) in enumerate(self.blocks) if tensor is None and size >= nbytes
         ]
         if not fitting:
             return False
         size, k = min(fitting)
         left = size - nbytes
-        self.places[k : k + 1] = [(nbytes, number), (left, None)] if left > _SMALL else [(size, number)]
+        self.blocks[k : k + 1] = [(nbytes, number), (left, None)] if left > _SMALL else [(size, number)]
         return True
 
-    def append(self, number: int, nbytes: int) -> None:
-        """Grow by as much as it needs."""
-        if self.places and self.places[-1][1] is None:
-            self.places.pop()
-        self.places.append((nbytes, number))
+    def grow(self, number: int, nbytes: int) -> None:
+        """Add a block for it at the end, over what is free there."""
+        if self.blocks and self.blocks[-1][1] is None:
+            self.blocks.pop()
+        self.blocks.append((nbytes, number))
 
     def free(self, number: int) -> None:
-        """It ends, and its place becomes one with those beside it that are free."""
-        k = next(k for k, (_, there) in enumerate(self.places) if there == number)
-        begin = k - (k > 0 and self.places[k - 1][1] is None)
-        end = k + 1 + (k + 1 < len(self.places) and self.places[k + 1][1] is None)
-        self.places[begin:end] = [(sum(size for size, _ in self.places[begin:end]), None)]
+        """Free its block, which coalesces with free neighbours."""
+        k = next(k for k, (_, tensor) in enumerate(self.blocks) if tensor == number)
+        begin = k - (k > 0 and self.blocks[k - 1][1] is None)
+        end = k + 1 + (k + 1 < len(self.blocks) and self.blocks[k + 1][1] is None)
+        self.blocks[begin:end] = [(sum(size for size, _ in self.blocks[begin:end]), None)]
 
     @property
     def nbytes(self) -> int:
-        return sum(size for size, _ in self.places)
+        return sum(size for size, _ in self.blocks)
 
 
-def _serves(events: Sequence[Event], nbytes: int) -> bool:
-    piece = _Piece(nbytes)
+def _fits(events: Sequence[AllocatorEvent], nbytes: int) -> bool:
+    """Whether an arena of so many bytes serves all of this."""
+    arena = _Arena(nbytes)
     for number, size in events:
         if not size:
-            piece.free(number)
-        elif not piece.take(number, size):
+            arena.free(number)
+        elif not arena.allocate(number, size):
             return False
     return True
 
 
-def _filled(events: Sequence[Event]) -> int:
-    """Bytes that a piece without an end is filled to."""
-    piece = _Piece(0)
+def _grown(events: Sequence[AllocatorEvent]) -> int:
+    """Bytes to which an arena without a bound grows."""
+    arena = _Arena(0)
     most = 0
     for number, size in events:
         if not size:
-            piece.free(number)
-        elif not piece.take(number, size):
-            piece.append(number, size)
-            most = max(most, piece.nbytes)
-    return _whole(most)
+            arena.free(number)
+        elif not arena.allocate(number, size):
+            arena.grow(number, size)
+            most = max(most, arena.nbytes)
+    return _round_up(most)

@@ -49,7 +49,7 @@ def _replicas(text: str) -> tuple[int, int]:
 
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
-    """What `commands.load` reads."""
+    """Add the arguments that `commands.load` reads."""
     parser.add_argument(
         "--model",
         default="demo",
@@ -90,7 +90,7 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
 
 
 def add_commands(commands: Commands) -> None:
-    """To the command line's parser."""
+    """Add these commands to the command line's parser."""
     _add_generate(commands)
     _add_plan(commands)
     _add_serve(commands)

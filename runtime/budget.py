@@ -1,11 +1,11 @@
-"""How much of its device's memory a pipeline may take: asked before a request, and again when memory ran out."""
+"""A pipeline's memory budget: checked before each request, and again when memory ran out."""
 
 from __future__ import annotations
 
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import torch
@@ -22,7 +22,7 @@ from .request import GenerationRequest
 from .stages import Stage
 from .vae import TILE, VAE
 
-__all__ = ["Budget", "without_frames"]
+__all__ = ["Admission", "Budget", "without_frames"]
 
 _log = logging.getLogger(__name__)
 
@@ -33,8 +33,23 @@ _Result = TypeVar("_Result")
 _Error = TypeVar("_Error", bound=Exception)
 
 
+@dataclass(frozen=True)
+class Admission:
+    """A request that fits.
+
+    Attributes:
+        plan: what it takes; None where nothing bounds the memory, and so nothing was planned.
+        tile: as for `VAE.decode`; set also where a whole image would not fit.
+        room: bytes that it leaves for captured graphs, those of its own loops included; None likewise.
+    """
+
+    plan: Plan | None
+    tile: int | None
+    room: int | None
+
+
 class Budget:
-    """Holds what requests take by plan against what there is.
+    """Compares what requests take by plan with what there is.
 
     A plan of a new kind takes up to a second, one of a kind that was asked for before microseconds. Where nothing
     bounds the memory, as on the CPU unless `limit` is given, nothing is planned.
@@ -59,8 +74,8 @@ class Budget:
             base, refiner, vae, loader: the pipeline's.
             policy: which weights are on the device when.
             limit: bytes of the device that it may take; all that is free by default.
-            loop_memory: bytes of recorded work that may be kept; by default what a request's plan leaves free, and
-                `graph_cache.DEFAULT_LIMIT` where nothing bounds the memory.
+            loop_memory: bytes of captured graphs and their buffers that may be kept; by default what a request's plan
+                leaves free, and `graph_cache.DEFAULT_LIMIT` where nothing bounds the memory.
 
         Raises:
             MemoryPlanError: the weights cannot fit.
@@ -101,14 +116,15 @@ class Budget:
             width=request.width,
             batch=request.batch,
             guided=request.guided,
-            encoded=request.image is not None and request.image.shape[1] == 3,
+            encoded=request.starts_from_pixels,
             decoded=request.output_type != "latent",
             tile=tile,
         )
         return self._among_others(plan)
 
     def _among_others(self, plan: Plan) -> Plan:
-        """With what does not leave for it: networks of other requests, and shared ones of another policy."""
+        """The plan plus the weights that stay on the device whatever this request does: networks of other requests, and
+        shared ones of a pipeline with another policy."""
         residency = self._loader.residency
         staying: dict[str, dict[str, int]] = {
             policy: {
@@ -127,7 +143,7 @@ class Budget:
 
     def held(self) -> dict[str, int]:
         """Bytes that the pipeline holds on its device between requests: weights by network, and `recorded`. With policy
-        "low" also what it will be given: other pipelines' networks, which leave for its own."""
+        "low" also other pipelines' networks, which are offloaded to make room for its own."""
         own, residency = self.planner.engines(), self._loader.residency
         held = {name: x.held_bytes for name, x in self._present().items()}
         held["recorded"] = self._loader.graph_cache.nbytes
@@ -141,8 +157,8 @@ class Budget:
         """Bytes of the device that are free or held by this pipeline; None where nothing bounds them.
 
         Args:
-            idle: none of its calls runs. While one does, nobody can tell its memory from others', and what was found
-                the last time holds.
+            idle: no call of this pipeline is running. While one is, its memory cannot be told from that of other
+                programs, and the last figure is returned.
         """
         device = self._loader.device
         free = None
@@ -154,9 +170,8 @@ class Budget:
         return min((n for n in (self._limit, free) if n is not None), default=None)
 
     def _collected(self, available: int) -> int:
-        """Once more what is `available`, without what waits for the garbage collector (a pipeline that was dropped may
-        be among it, if what dropped it refers to itself) and without cuBLAS's workspaces of earlier calls, for which a
-        plan has `RESERVE`."""
+        """`available` again, after freeing what waits for the garbage collector (perhaps a pipeline that was part of a
+        reference cycle) and cuBLAS's workspaces of earlier calls, which plans count in `RESERVE`."""
         if available == self._limit:
             return available
         gc.collect()
@@ -165,91 +180,75 @@ class Budget:
         return self.available() or 0
 
     def _remedy(self, available: int) -> str:
-        """Where that is too little for any request."""
+        """What to do if that is too little for any request."""
         if available == self._limit:
             return "give a larger memory_limit"
         return "end what else is on the GPU, or take one with more memory"
 
-    def require(
-        self, request: GenerationRequest, stages: Sequence[Stage], *, idle: bool, tiled: bool
-    ) -> tuple[int | None, int | None]:
-        """Refuse what cannot fit, before anything is allocated.
+    def require(self, request: GenerationRequest, stages: Sequence[Stage], *, idle: bool) -> Admission:
+        """Refuse what cannot fit, before anything is allocated. An image that would not fit whole is decoded in tiles.
 
         Args:
-            tiled: the VAE is to decode in tiles. It does so too where its picture would not fit whole.
-
-        Returns:
-            bytes that the request leaves free, what it keeps for the next one of its kind included, or None where
-            nothing bounds the memory; and the VAE's tile, as for `VAE.decode`.
+            idle: as for `available`.
 
         Raises:
             MemoryPlanError: what each stage needs, what there is, and what would fit.
         """
+        tile = TILE if request.tiled_vae else None
         available = self.available(idle=idle)
         if available is None:
-            return None, TILE if tiled else None
-        asked = self.plan(request, stages, TILE if tiled else None)
-        if asked.peak(self._policy) > available and idle:
-            available = self._collected(available)  # before tiles are taken, which make another picture
-        plan, tile = self._best(request, stages, tiled, available)
-        plan.require_fit(available, self._policy, self._remedy(available))
-        return available - plan.peak(self._policy) + plan.buffer_bytes, tile
-
-    def _best(
-        self, request: GenerationRequest, stages: Sequence[Stage], tiled: bool, available: int
-    ) -> tuple[Plan, int | None]:
-        """The plan with its tile: of whole pictures, unless tiles are asked for or only they fit."""
-        tile = TILE if tiled else None
+            return Admission(None, tile, None)
         plan = self.plan(request, stages, tile)
-        if plan.peak(self._policy) > available and not tiled:
-            in_tiles = self.plan(request, stages, TILE)
-            if in_tiles.peak(self._policy) <= available:
-                return in_tiles, TILE
-        return plan, tile
+        if plan.peak(self._policy) > available and idle:
+            available = self._collected(available)  # before tiles are taken, which make another image
+        if plan.peak(self._policy) > available and tile is None:
+            tiled = self.plan(request, stages, TILE)
+            if tiled.peak(self._policy) <= available:
+                plan, tile = tiled, TILE
+        plan.require_fit(available, self._policy, self._remedy(available))
+        return Admission(plan, tile, available - plan.peak(self._policy) + plan.buffer_bytes)
 
-    def admit(
-        self, request: GenerationRequest, stages: Sequence[Stage], *, idle: bool, tiled: bool
-    ) -> int | None:
-        """As `require`; and make room among what is kept of earlier requests. Returns the VAE's tile."""
-        room, tile = self.require(request, stages, idle=idle, tiled=tiled)
-        if tile is not None and not tiled:
+    def admit(self, request: GenerationRequest, stages: Sequence[Stage], *, idle: bool) -> Admission:
+        """As `require`; and make room for the request among the captured graphs of earlier ones."""
+        admission = self.require(request, stages, idle=idle)
+        if admission.tile is not None and not request.tiled_vae:
             _log.warning(
                 "the VAE decodes in tiles, a little off the whole picture, which by plan would not fit"
             )
-        kept, graphs = self._loader.graph_cache, self._loader.graphs
+        cache, graphs = self._loader.graph_cache, self._loader.graphs
         if self._loop_memory is None:
-            kept.limit = DEFAULT_LIMIT if room is None else room
-        if room is not None:
-            kept.shrink(min(room, kept.limit))
-            if graphs is not None and self._loader.backend.name in _OF_PYTORCH:
-                graphs.room = self.plan(request, stages, tile).graph_bytes(self._policy, kept.limit)
-        return tile
+            cache.limit = DEFAULT_LIMIT if admission.room is None else admission.room
+        if admission.room is not None:
+            cache.shrink(min(admission.room, cache.limit))
+        if admission.plan is not None and graphs is not None and self._loader.backend.name in _OF_PYTORCH:
+            graphs.room = admission.plan.graph_bytes(self._policy, cache.limit)
+        return admission
 
     def warn_of_evictions(self, before: int) -> None:
-        """Say what a warm-up lost again; `before` is what `kept.evicted` was when it began."""
-        kept = self._loader.graph_cache
-        if kept.evicted > before:
+        """Warn if a warm-up evicted graphs of its own; `before` is the cache's `evicted` when it began."""
+        cache = self._loader.graph_cache
+        if cache.evicted > before:
             _log.warning(
                 "%d recordings of this warm-up are gone again: %s are kept, and there is room for %s; warm up fewer "
                 "sizes or batches, or give loop_memory=",
-                kept.evicted - before,
-                format_bytes(kept.nbytes),
-                format_bytes(kept.limit),
+                cache.evicted - before,
+                format_bytes(cache.nbytes),
+                format_bytes(cache.limit),
             )
 
     def retried(
         self,
         make: Callable[[], _Result],
         begin_again: Callable[[], None],
-        told: Callable[[], Plan],
-        asking: Callable[[], bool],
+        plan: Callable[[], Plan],
+        in_callback: Callable[[], bool],
     ) -> _Result:
-        """What `make` makes. Where memory runs out, what is kept of earlier requests goes and it is made anew, once.
+        """What `make` returns. If memory runs out, free what is kept of earlier requests and call it once more.
 
         Args:
             begin_again: undoes what `make` did before it failed.
-            told: the plan, for the message.
-            asking: whether it is a callback of the caller's that failed.
+            plan: of the request, for the message.
+            in_callback: whether it is a callback of the caller's that failed.
 
         Raises:
             OutOfMemoryError: with what the plan says; as it is where it comes from a callback.
@@ -258,18 +257,18 @@ class Budget:
             try:
                 return make()
             except OutOfMemoryError as error:
-                if asking():
+                if in_callback():
                     raise
                 failure = without_frames(error)
-            # Only now are the frames that failed gone, and what they held.
+            # Only here are the frames that failed gone, with the tensors that they held.
             if again or not (freed := self._freed()):
                 break
             _log.warning("%s; let go %s that were kept, and begin again", failure, format_bytes(freed))
             begin_again()
-        raise OutOfMemoryError(f"{failure}. By plan, {told().told(self._policy)}") from failure.__cause__
+        raise OutOfMemoryError(f"{failure}. By plan, {plan().describe(self._policy)}") from failure.__cause__
 
     def _freed(self) -> int:
-        """Let go of what no call uses; returns its bytes."""
+        """Free what no call uses; returns its bytes."""
         device = self._loader.device
         freed = self._loader.graph_cache.drop()
         gc.collect()
@@ -282,7 +281,7 @@ class Budget:
 
 
 def without_frames(error: _Error) -> _Error:
-    """An error, and what led to it, without their frames: these hold tensors."""
+    """The error, with the tracebacks of it and its causes removed: their frames hold tensors."""
     link: BaseException | None = error
     while link is not None:
         link.__traceback__ = None

@@ -63,7 +63,7 @@ def refiner_of(args: argparse.Namespace) -> str | None:
 
 
 def generate(args: argparse.Namespace) -> Iterator[str]:
-    """Make pictures, and tell where they are and what they took."""
+    """Make images, and print where they are and how long each stage took."""
     if not args.prompt.strip():
         raise RequestError("the prompt is empty; say what the picture should show")
     if not 1 <= args.count <= 1024:  # before a path is made for each

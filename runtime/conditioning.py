@@ -1,4 +1,4 @@
-"""What the UNet is told besides the latents: text, sizes, crops and aesthetic scores.
+"""What the UNet is conditioned on: text, sizes, crops and aesthetic scores.
 
 Rows of the guidance batch are `[negative of every image..., positive of every image...]` in every tensor, so
 row k and row B + k always belong to image k.
@@ -22,8 +22,8 @@ __all__ = ["Conditioning", "MicroConditioning", "guidance_batch", "guidance_scal
 class MicroConditioning:
     """SDXL's size and crop conditioning of one image (Podell et al., 2023, sections 2.2 and 2.3).
 
-    Sizes are (height, width) in pixels, `crop` the (top, left) of the crop. The refiner knows an aesthetic score
-    (about 0 to 10) in the place of the target size.
+    Sizes are (height, width) in pixels, `crop` the (top, left) of the crop. The refiner takes an aesthetic score
+    (about 0 to 10) in place of the target size.
     """
 
     original_size: tuple[int, int]
@@ -61,24 +61,24 @@ class Conditioning:
 def guidance_batch(
     positive: TextEmbeddings,
     negative: TextEmbeddings | None,
-    sizes: Sequence[MicroConditioning] | None,
-    negative_sizes: Sequence[MicroConditioning] | None,
+    sizes: tuple[Sequence[MicroConditioning], Sequence[MicroConditioning]] | None,
     dtype: torch.dtype,
 ) -> Conditioning:
     """Join the negative and positive rows of every image.
 
     Args:
         positive, negative: B rows each; None for the negative without guidance.
-        sizes, negative_sizes: one per image; None where the model has no size conditioning.
+        sizes: those of the positive and of the negative rows, one per image each; None where the model has no size
+            conditioning.
         dtype: of the UNet. Sizes stay float32: float16 cannot hold every pixel count above 2,048.
     """
-
     hidden, pooled = positive.sequence, positive.pooled
     if negative is not None:
         hidden, pooled = torch.cat([negative.sequence, hidden]), torch.cat([negative.pooled, pooled])
     if sizes is None:
         return Conditioning(hidden.to(dtype))
-    rows = [*(negative_sizes or []), *sizes] if negative is not None else sizes
+    positive_sizes, negative_sizes = sizes
+    rows = positive_sizes if negative is None else [*negative_sizes, *positive_sizes]
     return Conditioning(
         encoder_hidden_states=hidden.to(dtype),
         text_embeds=pooled.to(dtype),

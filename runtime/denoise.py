@@ -1,8 +1,8 @@
 """The loop: latents in, denoised latents out.
 
-It knows nothing of prompts, of which UNet it runs, or of the one that runs before or after it. A step reads and
-writes static tensors only, and which step it is, is one of them: so a step can be recorded once (`graph.py`) and
-replayed for any prompt, seed, scale, sampler table and number of steps.
+It knows nothing of prompts, of which UNet it runs, or of the loop before or after it. A step reads and writes static
+tensors only, its own index among them, so it can be captured once (`graph.py`) and replayed for any prompt, seed,
+scale, sampler table and number of steps.
 """
 
 from __future__ import annotations
@@ -18,65 +18,43 @@ from ..errors import KernelArgumentError
 from ..kernels.sampler_step import COLUMNS, HISTORY, sampler_step, step_row
 from .engines.base import Timesteps
 from .sampler import SamplerTable
-from .streams import Pace
 
 __all__ = [
     "DenoiseState",
-    "Host",
     "LoopKind",
-    "OnStep",
-    "Reports",
+    "StepHooks",
     "require_channels",
-    "walk",
+    "run_steps",
 ]
-
-OnStep = Callable[[int, float, Tensor], Tensor | None]
-"""(step from 0, timestep, a copy of the latents after it) -> latents to go on with instead, or None. The device has
-been waited for."""
 
 _CAPACITIES = (64, 256, 1024)  # steps that static tensors have room for
 
 
-class Reports(Protocol):
-    """What is told of steps once the device has done them, without waiting for that."""
+class StepHooks(Protocol):
+    """What the host does before and after each step."""
 
-    def take(self, latents: Tensor) -> None:
-        """A step has been given to the device, after which the latents are these."""
+    def before_step(self) -> bool:
+        """Wait while the device is too far behind. False ends the loop with the latents as they are."""
         ...
 
-    def deliver(self) -> None:
-        """Tell of the steps that are done by now."""
+    def after_step(self, timestep: float, latents: Tensor) -> None:
+        """A step at this timestep has been submitted.
+
+        Args:
+            latents: float32 [B, C, h, w], as the step leaves them; the next step goes on from what is written to them.
+        """
         ...
-
-
-@dataclass(frozen=True)
-class Host:
-    """What the host does between the steps that it gives the device.
-
-    Attributes:
-        pace: how far it may be ahead of the device; before each step it waits for that alone.
-        should_stop: asked after that wait; true ends the loop with the latents as they are.
-        progress: called when a step has been given.
-        reports: of steps that are done.
-        on_step: called after each step, for which the device is waited for.
-    """
-
-    pace: Pace
-    should_stop: Callable[[], bool] | None = None
-    progress: Callable[[], None] | None = None
-    reports: Reports | None = None
-    on_step: OnStep | None = None
 
 
 @dataclass(frozen=True)
 class LoopKind:
-    """What the static tensors of a loop, and so a recording of its step, depend on.
+    """What the static tensors of a loop, and so the captured graph of its step, depend on.
 
     Attributes:
         shape: of the latents, (B, C, h, w).
         capacity: steps there is room for.
         guided: the UNet runs on negative and positive rows.
-        history, noise, variance: what the sampler keeps, draws and is told.
+        history, noise, variance: whether the sampler keeps earlier outputs, draws noise, reads a predicted variance.
         dtype: of the UNet's sample and prediction.
     """
 
@@ -109,9 +87,9 @@ class DenoiseState:
 
     Attributes:
         latents: float32 [B, C, h, w], the sampler's x.
-        sample, timestep: what the UNet gets: [R, C, h, w] in the model's dtype, float32 [R].
-        prediction: what it gives: [R, C or 2C, h, w].
-        timesteps: of all steps, and the index of the next.
+        sample, timestep: inputs of the UNet, [R, C, h, w] in the model's dtype, float32 [R].
+        prediction: its output, [R, C or 2C, h, w].
+        timesteps: those of all steps, and the index of the next step.
     """
 
     def __init__(self, kind: LoopKind, device: torch.device) -> None:
@@ -193,38 +171,25 @@ class DenoiseState:
             self._rows,
             self._index,
             self._scale,
-            0.0 if self._rescale is None else self._rescale,
+            self._rescale,
         )
         self._index += 1
 
 
-def walk(latents: Tensor, step: Callable[[], None], table: SamplerTable, host: Host) -> None:
+def run_steps(latents: Tensor, step: Callable[[], None], table: SamplerTable, hooks: StepHooks) -> None:
     """Call `step`, which updates the latents, for every row of the table."""
-    for index, timestep in enumerate(table.timesteps):
-        host.pace.wait()
-        if host.reports is not None:
-            host.reports.deliver()
-        if host.should_stop is not None and host.should_stop():
+    for timestep in table.timesteps:
+        if not hooks.before_step():
             break
         step()
-        host.pace.gave()
-        if host.reports is not None:
-            host.reports.take(latents)
-        if host.progress is not None:
-            host.progress()
-        if host.on_step is not None:
-            copy = latents.clone()
-            host.pace.drain()
-            replaced = host.on_step(index, timestep, copy)
-            if replaced is not None:
-                latents.copy_(replaced)
+        hooks.after_step(timestep, latents)
 
 
 def require_channels(channels: int | str, latent_channels: int, table: SamplerTable) -> None:
     """Refuse a UNet whose output is not what the sampler reads.
 
     Raises:
-        KernelArgumentError: it is not.
+        KernelArgumentError: it has other channels.
     """
     needed = latent_channels * (2 if table.predicts_variance else 1)
     if channels != needed:

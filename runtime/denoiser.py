@@ -1,36 +1,40 @@
-"""Denoising loops over UNets that stay ready, recorded where that was asked for, for the next request of their kind.
+"""Denoising loops bound to UNets and kept, with their captured graphs, for the next request of their kind.
 
-The loops of a call take up everything but their latents before the first of them begins (`ready`): so a base's last
-step and a refiner's first follow each other on the device, with nothing between that the host has to bring or wait for.
+The loops of a call are given everything but their latents before the first of them runs (`all_ready`), so that a base's
+last step and a refiner's first follow each other on the device with no work of the host between them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from .denoise import DenoiseState, Host, LoopKind, require_channels, walk
+from .denoise import DenoiseState, LoopKind, StepHooks, require_channels, run_steps
 from .engines.base import Program
 from .engines.lazy import LazyEngine
 from .graph import Graph
 from .sampler import SamplerTable
 from .streams import queue_of
 
-__all__ = ["Denoiser", "LoopRequest", "Run", "ready"]
+__all__ = ["Denoiser", "LoopRequest", "Run", "all_ready"]
+
+Run = Callable[[Tensor, StepHooks], Tensor]
+"""Takes every step of the request's table. (latents [B, C, h, w] at the noise level of the first step, which are left
+as they are, hooks) -> float32 [B, C, h, w], which the device may not have computed yet."""
 
 
 @dataclass(frozen=True)
 class LoopRequest:
-    """What a loop is asked for, all but the latents it begins with.
+    """What a loop is to run, except for the latents it starts from.
 
     Attributes:
         shape: of the latents, (B, C, h, w).
-        table: of whose steps it takes every one.
+        table: every step of it is taken.
         constants: the UNet's inputs that are the same in every step, by name.
         guidance_scale: a number or float32 [B]; None runs the UNet without its unconditional half.
         guidance_rescale: see `sampler_step`.
@@ -45,14 +49,14 @@ class LoopRequest:
     noise: Tensor | None = None
 
 
-class _Loop:
-    """A UNet bound to a loop's static tensors, and its step recorded where that was asked for."""
+class _BoundLoop:
+    """A UNet bound to a loop's static tensors, and the captured graph of its step if graphs are on."""
 
     def __init__(self, unet: LazyEngine, kind: LoopKind, constants: Mapping[str, Tensor]) -> None:
         self.engine = unet.load()
         device = unet.device
         self.state = DenoiseState(kind, device)
-        # In the order that engines can be bound to, whatever the caller's.
+        # Contiguous, whatever the strides of the caller are: engines are bound to such tensors only.
         self.constants = {
             name: torch.zeros(x.shape, dtype=x.dtype, device=device) for name, x in constants.items()
         }
@@ -68,14 +72,14 @@ class _Loop:
     def _step(self) -> None:
         self.state.step(self.program.run)
 
-    def start(self, asked: LoopRequest) -> None:
+    def start(self, request: LoopRequest) -> None:
         for name, x in self.constants.items():
-            x.copy_(asked.constants[name])
+            x.copy_(request.constants[name])
         self.state.start(
-            asked.table,
-            guidance_scale=asked.guidance_scale,
-            guidance_rescale=asked.guidance_rescale,
-            noise=asked.noise,
+            request.table,
+            guidance_scale=request.guidance_scale,
+            guidance_rescale=request.guidance_rescale,
+            noise=request.noise,
         )
         self.program.prepare()
 
@@ -86,91 +90,76 @@ class _Loop:
             self.graph.replay()
 
 
-class Run:
-    """A loop that has taken up a request, to be run once."""
-
-    def __init__(
-        self, loop: _Loop, table: SamplerTable, exclusive: Callable[[], AbstractContextManager[None]]
-    ) -> None:
-        self._loop, self._table, self._exclusive = loop, table, exclusive
-
-    def __call__(self, latents: Tensor, host: Host) -> Tensor:
-        """Take every step of the table.
-
-        Args:
-            latents: [B, C, h, w] at the noise level of the first step; left as they are.
-
-        Returns:
-            float32 [B, C, h, w], which the device may not have computed yet.
-        """
-        static = self._loop.state.latents
-        with self._exclusive():
-            static.copy_(latents)
-            walk(static, self._loop.step, self._table, host)
-            return static.clone()
-
-
 class Denoiser:
-    """The denoising loop over one UNet. Loops stay ready for the next request of their kind."""
+    """The denoising loop over one UNet. Loops are kept for the next request of their kind."""
 
     def __init__(self, unet: LazyEngine, width: int = 1) -> None:
-        """`width`: channels of the UNet at its full resolution, by which loops of several are compared in size."""
+        """`width`: channels of the UNet at full resolution, to compare the memory of several UNets' loops."""
         self._unet = unet
         self._width = width
 
-    def size(self, asked: LoopRequest) -> int:
+    def size(self, request: LoopRequest) -> int:
         """How much memory a step takes, in proportion: a UNet's largest tensors are those of its full resolution."""
-        B, _, h, w = asked.shape
-        rows = B if asked.guidance_scale is None else 2 * B
+        B, _, h, w = request.shape
+        rows = B if request.guidance_scale is None else 2 * B
         return rows * h * w * self._width * self._unet.component.dtype.itemsize
 
     @contextmanager
-    def ready(self, asked: LoopRequest) -> Iterator[Run]:
-        """A loop of the kind, which nobody else has meanwhile, with the request taken up."""
+    def ready(self, request: LoopRequest) -> Iterator[Run]:
+        """A loop for this request, prepared and exclusively held; its `Run` is to be called once.
+
+        Raises:
+            KernelArgumentError: the UNet's output is not what the sampler reads, or `noise` is missing.
+        """
         unet = self._unet
         dtype = unet.component.dtype
-        require_channels(unet.component.outputs[0].dims[1], asked.shape[1], asked.table)
-        kind = LoopKind.of(asked.shape, asked.table, asked.guidance_scale is not None, dtype)
-        # The only size of the constants that a kind does not have: the text's length, which varies with the model.
-        first = next(iter(asked.constants.values()), None)
-        key = kind, 0 if first is None else first.shape[1]
+        require_channels(unet.component.outputs[0].dims[1], request.shape[1], request.table)
+        kind = LoopKind.of(request.shape, request.table, request.guidance_scale is not None, dtype)
+        key = kind, tuple((name, tuple(x.shape)) for name, x in request.constants.items())
         with unet.loop() as engine:
-            # Not if it was loaded anew, or moved to another device.
-            loop: _Loop | None = unet.graph_cache.take(unet.token, key, lambda loop: loop.engine is engine)
+            # Not a loop over an engine that was closed since, or that runs on another device.
+            kept: _BoundLoop | None = unet.graph_cache.take(unet.token, key, lambda x: x.engine is engine)
             try:
                 with unet.exclusive():
-                    if loop is None:
-                        with torch.inference_mode(False):  # a caller's own would mark the static tensors
-                            loop = _Loop(unet, kind, asked.constants)
-                    loop.start(asked)
-                yield Run(loop, asked.table, unet.exclusive)
-            except BaseException:  # it is dropped, once what it has put on the device is done
+                    with torch.inference_mode(False):  # a caller's own would mark the static tensors
+                        loop = kept or _BoundLoop(unet, kind, request.constants)
+                    loop.start(request)
+
+                def run(latents: Tensor, hooks: StepHooks) -> Tensor:
+                    static = loop.state.latents
+                    with unet.exclusive():
+                        static.copy_(latents)
+                        run_steps(static, loop.step, request.table, hooks)
+                        return static.clone()
+
+                yield run
+            except BaseException:  # the loop is dropped, once the device has done what it was given
                 queue_of(unet.device).record().synchronize()
                 raise
             unet.graph_cache.put(unet.token, key, loop, loop.nbytes, queue_of(unet.device).record())
 
+    def run(self, request: LoopRequest, latents: Tensor, hooks: StepHooks) -> Tensor:
+        """Make a loop ready, run it and release it; as `Run`."""
+        with self.ready(request) as run:
+            return run(latents, hooks)
+
 
 @contextmanager
-def ready(
-    asked: Sequence[tuple[Denoiser, LoopRequest]], *, together: bool = True
-) -> Iterator[list[Callable[[Tensor, Host], Tensor]]]:
-    """Runs of several loops, all made ready before the first begins; called as a `Run`.
+def all_ready(
+    requests: Sequence[tuple[Denoiser, LoopRequest]], *, together: bool = True
+) -> Iterator[list[Run]]:
+    """Several loops, all ready before the first runs.
 
-    The largest is made, and so recorded, first: the others then find room in its part of the graphs' shared memory.
+    The largest is made, and so captured, first: the others then fit into its part of the graphs' shared memory.
 
     Args:
-        together: else each is made ready when it is called, and its loop set free when it has run: for UNets that are
-            not on the device at the same time.
+        together: if False, each is made ready when its `Run` is called and released after it: for UNets that are not
+            on the device at the same time.
     """
     if not together:
-        yield [partial(_run_alone, loop, request) for loop, request in asked]
+        yield [partial(denoiser.run, request) for denoiser, request in requests]
         return
-    order = sorted(range(len(asked)), key=lambda k: -asked[k][0].size(asked[k][1]))
+    order = sorted(range(len(requests)), key=lambda k: -requests[k][0].size(requests[k][1]))
     with ExitStack() as held:
-        runs = {k: held.enter_context(asked[k][0].ready(asked[k][1])) for k in order}
-        yield [runs[k] for k in range(len(asked))]
-
-
-def _run_alone(loop: Denoiser, asked: LoopRequest, latents: Tensor, host: Host) -> Tensor:
-    with loop.ready(asked) as run:
-        return run(latents, host)
+        runs = {k: held.enter_context(requests[k][0].ready(requests[k][1])) for k in order}
+        yield [runs[k] for k in range(len(requests))]

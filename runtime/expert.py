@@ -1,4 +1,4 @@
-"""An expert denoiser: a UNet together with what it was trained to be told.
+"""An expert denoiser: a UNet together with its conditioning.
 
 SDXL is an ensemble of two (Podell et al., 2023, section 2.5): the base, and a refiner for the last, low-noise part of
 the schedule. To the denoising loop they are the same thing with different data.
@@ -31,11 +31,11 @@ class Expert:
     Attributes:
         source: where its weights came from, for people to read.
         unet, config: the network.
-        loop: the denoising loop over it.
+        denoiser: runs the denoising loop over the UNet.
         text_encoder, text_encoder_2: those it was trained on; SDXL's refiner has only the second, SD 1.x and 2.x
             only the first.
         scheduler: the checkpoint's scheduler_config.json, with the overrides.
-        overrides: fields of it that were given by who loaded it.
+        overrides: fields of it that the caller gave as scheduler=.
         aesthetic: its size conditioning ends in an aesthetic score.
         zero_negative: an absent negative prompt is zeros, not the empty text.
     """
@@ -43,7 +43,7 @@ class Expert:
     source: str
     unet: LazyEngine
     config: UNetConfig
-    loop: Denoiser
+    denoiser: Denoiser
     text_encoder: TextEncoder | None
     text_encoder_2: TextEncoder | None
     scheduler: Mapping[str, Any]
@@ -62,7 +62,7 @@ class Expert:
         return [e for e in (self.text_encoder, self.text_encoder_2) if e is not None]
 
     def sharing(self, other: Expert) -> Expert:
-        """The same expert, with the second text encoder of another one where they are equal."""
+        """This expert, with the other's second text encoder in place of an equal one of its own."""
         mine, theirs = self.text_encoder_2, other.text_encoder_2
         same = mine is not None and theirs is not None and mine.equals(theirs)
         return replace(self, text_encoder_2=theirs) if same else self
@@ -71,49 +71,49 @@ class Expert:
         """Everything it runs."""
         return [*(encoder.engine for encoder in self.encoders), self.unet]
 
-    def sampler(self, override: str | None) -> SamplerConfig:
-        """Its sampler, or another one on the same noise schedule."""
+    def sampler_config(self, override: str | None) -> SamplerConfig:
+        """The checkpoint's sampler, or another one on the same noise schedule.
+
+        Raises:
+            RequestError: there is no such sampler.
+        """
         return SamplerConfig.from_dict(self.scheduler, override)
 
-    def guided(self, wanted: bool) -> bool:
-        """Whether a step runs the UNet on negative and positive rows both, where the guidance scale asks for it."""
-        return wanted and self.config.time_cond_proj_dim is None
+    def uses_cfg(self, guided: bool) -> bool:
+        """Whether a step runs the UNet on negative and positive rows: if the request is guided, and the guidance scale
+        is not an input of the UNet, as in distilled models."""
+        return guided and self.config.time_cond_proj_dim is None
 
     def condition(
         self, request: GenerationRequest, device: torch.device, *, from_image: bool
     ) -> Conditioning:
-        """Everything this UNet is told about every image of a request.
+        """The UNet's inputs for a request, other than latents and timesteps.
 
         Args:
-            from_image: it continues from a picture or latents rather than from noise.
+            from_image: it continues from pixels or latents rather than from noise.
         """
-        guided = self.guided(request.guided)
-        two = len(self.encoders) == 2
-        texts = [request.prompts, request.prompts_2] if two else [request.prompts]
+        texts = [request.prompts, request.prompts_2][: len(self.encoders)]
         positive = encode_prompts(self.encoders, texts, request.clip_skip, device)
-        negative = self._negative(request, positive, device) if guided else None
-        sizes, negative_sizes = None, None
-        if self.config.takes_sizes:
-            sizes, negative_sizes = self._sizes(request, from_image)
-        joined = guidance_batch(
+        negative = None
+        if self.uses_cfg(request.guided):
+            negative = self._negative(request, positive, device).repeat(request.images_per_prompt)
+        batch = guidance_batch(
             positive.repeat(request.images_per_prompt),
-            negative and negative.repeat(request.images_per_prompt),
-            sizes,
-            negative_sizes,
+            negative,
+            self._sizes(request, from_image) if self.config.takes_sizes else None,
             self.unet.component.dtype,
         )
         if self.config.time_cond_proj_dim is None:
-            return joined
+            return batch
         embedding = guidance_scale_embedding(request.guidance_scales, self.config.time_cond_proj_dim)
-        return Conditioning(**{**joined.named(), "timestep_cond": embedding.to(joined.encoder_hidden_states)})
+        return replace(batch, timestep_cond=embedding.to(batch.encoder_hidden_states))
 
     def _negative(
         self, request: GenerationRequest, positive: TextEmbeddings, device: torch.device
     ) -> TextEmbeddings:
         if self.zero_negative and all(text is None for text in request.negatives):
             return positive.zeros()
-        two = len(self.encoders) == 2
-        lists = [request.negatives, request.negatives_2] if two else [request.negatives]
+        lists = [request.negatives, request.negatives_2][: len(self.encoders)]
         # Like diffusers, clip_skip is for the positive prompt only.
         return encode_prompts(
             self.encoders, [[text or "" for text in texts] for texts in lists], None, device
@@ -122,9 +122,10 @@ class Expert:
     def _sizes(
         self, request: GenerationRequest, from_image: bool
     ) -> tuple[list[MicroConditioning], list[MicroConditioning]]:
+        """Of the positive and the negative rows."""
         r = request
-        # The negative crop that was not given is diffusers': (0, 0) for a refiner and beside negative sizes, else
-        # the positive one; its image-to-image pipeline does not look at the sizes.
+        # A negative crop that is not given is diffusers' default: (0, 0) for a refiner or if a negative size is given,
+        # else the positive crop. Its image-to-image pipeline ignores the sizes here.
         sized = r.negative_original_sizes is not None or r.negative_target_sizes is not None
         at_origin = self.aesthetic or (sized and not from_image)
         negative_crops = r.negative_crops or ([(0, 0)] * r.batch if at_origin else r.crops)

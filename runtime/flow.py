@@ -1,20 +1,19 @@
 """The whole flow of a call, top to bottom: text, first latents, the steps of each expert, pixels.
 
-No stage knows its neighbours: what one hands on is tensors.
+No stage knows its neighbours: they pass each other only tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .conditioning import Conditioning
-from .denoiser import Denoiser, LoopRequest, ready
-from .image import from_tensor
+from .denoiser import Denoiser, LoopRequest, all_ready
+from .image import Images, from_tensor
 from .latents import NoiseSource, initial_latents, noised_latents
 from .parts import Parts
 from .progress import Watch
@@ -32,12 +31,23 @@ def make_images(
     noise: NoiseSource,
     watch: Watch,
     tile: int | None,
-) -> Any:
-    """The images of a request, as its `output_type` asks; None where nobody wants them any more.
+) -> Images | None:
+    """The images of a request.
 
     Args:
-        stages: who takes which steps.
+        parts: the experts and the VAE.
+        stages: from `stages_of_request`: which expert takes which steps.
+        noise: drawn for the first latents and then for each stage, in this order.
+        watch: times the stages, calls back and may end the call; see `Watch`.
         tile: as for `VAE.decode`.
+
+    Returns:
+        By `output_type`, a list of PIL images, float32 [B, H, W, 3] in [0, 1], float32 [B, 3, H, W] or latents float32
+        [B, C, h, w]; None if the callback discarded them.
+
+    Raises:
+        OutOfMemoryError: the device has too little memory; the message names the stage.
+        RequestError: a callback returned something that it may not.
     """
     device, residency, vae = parts.loader.device, parts.loader.residency, parts.vae
     with watch.stage("prepare"):
@@ -52,52 +62,60 @@ def make_images(
         with watch.stage("prepare"):
             loops = _loops(request, stages, conditionings, latents, noise)
             together = residency is None or residency.together("denoise")
-            runs = held.enter_context(ready(loops, together=together))
+            runs = held.enter_context(all_ready(loops, together=together))
         for stage, run in zip(stages, runs, strict=True):
             with watch.stage(stage.name):
-                latents = run(latents, watch.host)
-    if request.output_type == "latent":
-        return latents
-    watch.tell()
+                latents = run(latents, watch)
+    watch.deliver()
     if watch.discarded:
         return None
+    if request.output_type == "latent":
+        return latents
     with watch.stage("decode"):
         return from_tensor(vae.decode(latents, tile=tile), request.output_type)
 
 
 def _prepare(parts: Parts, request: GenerationRequest, stages: Sequence[Stage], tile: int | None) -> None:
-    """Load what the stages need, so that their times are their own; where all of it may stay."""
+    """Load every engine first, so that loading is not timed as part of a stage. Only if all weights stay resident."""
     if parts.loader.residency is not None:
         return
     needed = [engine for stage in stages for engine in stage.expert.engines()]
-    if request.image is not None and request.image.shape[1] == 3:
+    if request.starts_from_pixels:
         needed.append(parts.vae.encoder)
     if request.output_type != "latent":
         needed.append(parts.vae.decoder)
     for engine in needed:
         engine.load()
     if request.output_type != "latent":
-        # Of all that is recorded it takes most memory, which the others then share.
+        # Captured first, since it takes the most memory of all graphs: the others then share that.
         parts.vae.record_decode(request.height, request.width, tile=tile)
 
 
 def first_latents(
     parts: Parts, request: GenerationRequest, table: SamplerTable, noise: NoiseSource
 ) -> Tensor:
-    """float32 [B, C, h, w] at the noise level of the table's first step."""
+    """The latents that the first step starts from.
+
+    Args:
+        table: of the first stage.
+        noise: drawn once for latents from noise; for those from an image, for encoding pixels and then for the noise.
+
+    Returns:
+        float32 [B, C, h, w] at the noise level of the table's first step.
+    """
     device, vae = parts.loader.device, parts.vae
     shape = (vae.channels, request.height // vae.scale, request.width // vae.scale)
     if request.image is None:
         given = noise.draw(shape) if request.latents is None else request.latents
         return initial_latents(given.to(device, torch.float32), table)
-    clean, rows = request.image.to(device, torch.float32), request.image_rows
-    if clean.shape[1] == 3 and isinstance(request.generators, torch.Generator):
-        # As in diffusers, a picture is drawn once from a generator of all images, and they start from the same.
-        clean = vae.encode(clean, NoiseSource(request.generators, len(clean)).draw)[rows]
-    elif clean.shape[1] == 3:
-        clean = vae.encode(clean[rows], noise.draw)
+    image, rows = request.image.to(device, torch.float32), request.image_rows
+    if not request.starts_from_pixels:
+        clean = image[rows]
+    elif isinstance(request.generators, torch.Generator):
+        # As in diffusers, a generator for all images encodes each given image once, for all that start from it.
+        clean = vae.encode(image, NoiseSource(request.generators, len(image)).draw)[rows]
     else:
-        clean = clean[rows]
+        clean = vae.encode(image[rows], noise.draw)
     if request.denoising_start is not None or not len(table):
         return clean
     return noised_latents(clean, noise.draw(shape).to(clean), table)
@@ -110,18 +128,18 @@ def _loops(
     latents: Tensor,
     noise: NoiseSource,
 ) -> list[tuple[Denoiser, LoopRequest]]:
-    """The denoising loops, over latents such as these; their noise is drawn in the order in which they run."""
+    """Each stage's denoiser with its request, over latents of this shape. Draws the noise of all steps, in order."""
     B, C, h, w = latents.shape
     device, host = latents.device, torch.device("cpu")  # the loops' own tensors have room for the noise
     scales = torch.tensor(request.guidance_scales, dtype=torch.float32, device=device)
     return [
         (
-            stage.expert.loop,
+            stage.expert.denoiser,
             LoopRequest(
                 (B, C, h, w),
                 stage.table,
                 conditioning.named(),
-                scales if stage.expert.guided(request.guided) else None,
+                scales if stage.expert.uses_cfg(request.guided) else None,
                 request.guidance_rescale,
                 noise.draw_steps(stage.table, (C, h, w), host),
             ),

@@ -1,8 +1,8 @@
-"""What a network takes, found by following one forward: its work, and the memory that is live at once.
+"""A network's footprint: FLOPs and live memory of one forward, traced on the meta device.
 
-On the meta device a forward computes nothing, so a network of any size is followed in a second, without a GPU
-and without weights. Every tensor that is made is followed to the end of its storage's life. An operator of
-`latentrt.kernels` counts as its Triton kernels: its results, and the workspace it plans for an architecture.
+A forward computes nothing there, so a network of any size is traced in a second, without a GPU and without weights.
+Every tensor that is made is followed until its storage is freed. An operator of `latentrt.kernels` counts as its Triton
+kernels do: its results, and the workspace that it plans for an architecture.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from ..kernels import as_nodes
 from ..kernels._triton import Descriptor
 from ..kernels.registry import OpSpec, specs
-from .arena import Event, room_for
+from .arena import AllocatorEvent, room_for
 from .graph import expect_modes
 
 __all__ = ["Footprint", "Tracker", "follow", "measure"]
@@ -31,17 +31,17 @@ _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 @dataclass(frozen=True)
 class Footprint:
-    """One forward of one network; without one, its weights only.
+    """One forward of one network; if none was traced, its weights only.
 
     Attributes:
-        parameters: how many numbers its weights are.
-        weight_bytes: of its weights, in their dtype.
-        held_bytes: of its weights as they lie on the device: laid out anew they may be more.
-        flops: of matrix products, convolutions and attention, two for a multiply and add.
-        activation_bytes: the most that is live at once of what the forward makes; weights and inputs are not.
+        parameters: the number of weights.
+        weight_bytes: of the weights, in their dtype.
+        held_bytes: of the weights on the device: packed for a back end, they may be more.
+        flops: of matmuls, convolutions and attention; a multiply-add is two.
+        activation_bytes: peak of what the forward allocates; weights and inputs do not count.
         scratch_bytes: the largest workspace that one of the project's kernels takes beside its results.
-        pool_bytes: of the piece of memory that PyTorch's allocator can serve the forward from: see `arena`.
-        input_bytes, output_bytes: of what goes in and comes out.
+        pool_bytes: of the arena from which PyTorch's allocator can serve the forward: see `arena`.
+        input_bytes, output_bytes: of the forward's inputs and outputs.
     """
 
     parameters: int
@@ -56,22 +56,22 @@ class Footprint:
 
 
 class Tracker(TorchDispatchMode):
-    """While entered, adds up the work of every operation and follows the storages they make.
+    """While entered, adds up the FLOPs of every operation and follows the storages that they make.
 
     Attributes:
         flops: so far.
         live: bytes of the storages made meanwhile that still exist.
         peak: the most `live` has been.
-        scratch: the largest workspace of one operator.
-        events: what came and went, workspaces too, for `arena.room_for`.
+        scratch: bytes of the largest workspace of one operator.
+        events: allocations and frees, workspaces' too, for `arena.room_for`.
     """
 
     def __init__(self, arch: int | None = None) -> None:
-        """`arch`, such as 90: operators of `latentrt.kernels` are planned for it, not run; run where None."""
+        """`arch`, such as 90: operators of `latentrt.kernels` are planned for it, not run; if None they are run."""
         expect_modes()
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = self.live = self.peak = self.scratch = 0
-        self.events: list[Event] = []
+        self.events: list[AllocatorEvent] = []
         self._arch = arch
         self._count = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -81,22 +81,13 @@ class Tracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        fused = func is torch.ops.aten.scaled_dot_product_attention.default and args[0].is_meta
-        if not fused and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
+        composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE)
+        if composite and not _is_fused(func, args):
             with self:  # run its parts under this mode: without gradients PyTorch leaves decomposing to modes
                 return func._op_dk(_COMPOSITE, *args, **kwargs)
         for storage in _storages((args, kwargs)):
-            self._follow(storage, 0)  # made before, so not the forward's: unless it is known already
-        workspace = 0
-        if self._arch is not None and func.namespace == "latentrt" and not func._schema.is_mutable:
-            out, workspace = _planned(self._specs[_operator(func)], self._arch, args, kwargs)
-        elif fused:  # on a device it is; on meta PyTorch would make all scores
-            out = torch.empty_like(args[0])
-        else:
-            out = func(*args, **kwargs)
-        if func is torch.ops.aten.convolution.default and out.is_meta:
-            # It forgets the layout there, and what follows would copy.
-            out = out.to(memory_format=_layout(*args[:2]))
+            self._follow(storage, 0)  # unless known already, it was made before, not by what is traced
+        out, workspace = self._run(func, args, kwargs)
         for storage in _storages(out):
             self._follow(storage, storage.nbytes())
         self.peak = max(self.peak, self.live)
@@ -107,20 +98,31 @@ class Tracker(TorchDispatchMode):
         self.flops += _flops(func, args, kwargs, out)
         return out
 
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, int]:
+        """The operation's results as a device would have them, and the bytes of its workspace."""
+        if self._arch is not None and func.namespace == "latentrt" and not func._schema.is_mutable:
+            return _planned(self._specs[_operator(func)], self._arch, args, kwargs)
+        if _is_fused(func, args):
+            return torch.empty_like(args[0]), 0
+        out = func(*args, **kwargs)
+        if func is torch.ops.aten.convolution.default and out.is_meta:
+            # On meta it forgets the memory format, and what follows would copy.
+            out = out.to(memory_format=_memory_format(*args[:2]))
+        return out, 0
+
     def _follow(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         key = storage._cdata
         if key in self._known:
             return
-
         number = self._number()
 
-        def ended(_: object) -> None:
+        def freed(_: object) -> None:
             del self._known[key]
             self.live -= nbytes
             if nbytes:
                 self.events.append((number, 0))
 
-        self._known[key] = weakref.ref(storage, ended)
+        self._known[key] = weakref.ref(storage, freed)
         self.live += nbytes
         if nbytes:
             self.events.append((number, nbytes))
@@ -131,12 +133,12 @@ class Tracker(TorchDispatchMode):
 
     @property
     def room(self) -> int:
-        """Bytes of the piece of memory that serves all this."""
+        """Bytes of the arena that serves all this."""
         return room_for(self.events)
 
 
 def follow(work: Callable[[], object], arch: int) -> Tracker:
-    """Do `work`, of tensors on the meta device, and say what it took.
+    """Run `work`, of tensors on the meta device, under a `Tracker`.
 
     Args:
         arch: the architecture whose kernels are planned, such as 90.
@@ -150,13 +152,13 @@ def follow(work: Callable[[], object], arch: int) -> Tracker:
 def measure(
     module: nn.Module, inputs: Sequence[Tensor], arch: int, run: Callable[[], object] | None = None
 ) -> Footprint:
-    """Follow one forward.
+    """Trace one forward.
 
     Args:
         module: on the meta device, in the dtype and memory format it is to run in.
         inputs: of its forward, on the meta device.
         arch: as in `follow`.
-        run: the forward as a back end does it, whose memory is told; the module's own by default.
+        run: the forward as a back end runs it, for its memory; by default the module's own.
     """
     parameters = list(module.parameters())
     weight_bytes = sum(p.nbytes for p in parameters)
@@ -176,8 +178,13 @@ def measure(
     )
 
 
-def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
-    """Of what a convolution gives: channels last where its image or its weight are."""
+def _is_fused(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether it is attention, which is one kernel on a device; on meta PyTorch would materialise the scores."""
+    return bool(func is torch.ops.aten.scaled_dot_product_attention.default and args[0].is_meta)
+
+
+def _memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """Of a convolution's result: channels last if its image or its weight is."""
     last = torch.channels_last
     either = x.is_contiguous(memory_format=last) or weight.is_contiguous(memory_format=last)
     return last if either and x.ndim == 4 else torch.contiguous_format
@@ -196,10 +203,10 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
 
 
 def _planned(spec: OpSpec, arch: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, int]:
-    """An operator's results, and the bytes of what its steps read or write besides them and its arguments."""
-    out, steps = spec.plan(*args, **kwargs, arch=arch)
+    """An operator's results, and the bytes that its launches use besides those and its arguments."""
+    out, launches = spec.plan(*args, **kwargs, arch=arch)
     own = {storage._cdata for storage in _storages((args, kwargs, out))}
-    used = [value for step in steps for value in step.args.values()]
+    used = [value for launch in launches for value in launch.args.values()]
     tensors = [value.base if isinstance(value, Descriptor) else value for value in used]
     taken = {s._cdata: s.nbytes() for s in _storages(tensors) if s._cdata not in own}
     return out, sum(taken.values())

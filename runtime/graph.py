@@ -1,12 +1,12 @@
-"""Work recorded once and replayed: CUDA graphs, and the same thing on the CPU.
+"""Work captured once and replayed: CUDA graphs, and the same thing on the CPU.
 
-What is recorded reads and writes tensors that were there before, the static ones; everything else it makes is its own
-and means nothing between two replays. Host values (sizes, scales, loop counts) are as they were when it was recorded.
+Captured work reads and writes static tensors, which exist before; everything else that it makes is its own and means
+nothing between two replays. Host values (sizes, scales, loop counts) stay as they were at capture.
 
-Without CUDA a recording is the list of PyTorch operations that the work ran, over the very tensors it ran them on.
-Replaying it overwrites its own tensors with NaN first, so that what a CUDA graph would get wrong by reading a buffer
-left from the replay before is wrong on the CPU as well; operations that read a value back to the host are refused. It
-cannot see what passes PyTorch's dispatcher by (`tolist`, `numpy`), nor a static tensor that was given other memory.
+On the CPU a graph is the list of PyTorch operations that the work ran, over the very tensors it ran them on. A replay
+first overwrites the graph's own tensors with NaN, so that reading a buffer left from the replay before, a mistake with
+CUDA graphs, is one here as well; operations that read a value back to the host are refused. What bypasses PyTorch's
+dispatcher (`tolist`, `numpy`) is not seen, nor is a static tensor that was given other memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from importlib import import_module
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -38,18 +38,16 @@ _HOST_READS = (
 """Operations that wait for the device to tell the host a value or a size."""
 
 _UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-"""Operations whose result holds nothing yet."""
-
+"""Operations whose result is uninitialised."""
 
 _CAPTURING = threading.RLock()
 
 
 def expect_modes() -> None:
-    """To be called before a dispatch mode is entered, once where it is certain that one will be: by them work is
-    recorded here, and followed in `footprint`.
+    """Call this before a dispatch mode is first entered: CPU graphs are captured by one, and `footprint` is another.
 
-    The first that is makes PyTorch import its compiler, which leaves a cycle of all frames that led there: a pipeline
-    would be held by its own call until garbage is collected, and a GPU's memory with it.
+    Entering the first makes PyTorch import its compiler, which leaves a reference cycle of all frames that led there: a
+    pipeline, and its GPU memory, would be held by its own call until garbage is collected.
     """
     if "torch._dynamo" not in sys.modules:
         import_module("torch._dynamo")
@@ -57,21 +55,21 @@ def expect_modes() -> None:
 
 
 class Graph(Protocol):
-    """Recorded work."""
+    """Captured work."""
 
     def replay(self) -> None:
-        """Do it again, over what its static tensors hold now; on a GPU, put it on the current stream."""
+        """Run it over what its static tensors hold now; on a GPU, launch it on the current stream."""
         ...
 
 
 class Graphs:
-    """Recordings on one device, which share their memory, one at a time.
+    """Captures graphs on one device, all in one memory pool.
 
-    Recordings that share memory must not run at once: `exclusive` is held while something is recorded or replayed.
+    Graphs that share a pool must not run at once: hold `exclusive` while one is captured or replayed.
 
     Attributes:
-        room: bytes that the shared memory begins with in one piece, where somebody knows what is to be recorded (a
-            plan does). Asked for tensor by tensor, it would be in pieces that a larger tensor does not fit into.
+        room: bytes of the one block that a new pool begins with, if a plan tells what will be captured. Grown tensor
+            by tensor, the pool would be many blocks, into which a larger tensor does not fit.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -85,7 +83,7 @@ class Graphs:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Nothing else is recorded or replayed meanwhile, in any thread or stream."""
+        """Nothing else is captured or replayed meanwhile, in any thread or stream."""
         with self._lock:
             if self._last is not None:
                 torch.cuda.current_stream(self.device).wait_event(self._last)
@@ -96,13 +94,14 @@ class Graphs:
                     self._last = torch.cuda.current_stream(self.device).record_event()
 
     def capture(self, work: Callable[[], object], what: str) -> Graph:
-        """Record `work`, which runs up to three times meanwhile: write the static tensors afterwards.
+        """Capture `work`. It is also run eagerly up to twice to warm up, so the static tensors hold garbage afterwards:
+        write them after this call.
 
         Args:
             what: its name, for messages.
 
         Raises:
-            CaptureError: it does something that cannot be recorded; the operation is named.
+            CaptureError: it does something that cannot be captured; the operation is named.
         """
         if self.device.type == "cuda":
             return self._capture_cuda(work, what)
@@ -112,34 +111,36 @@ class Graphs:
         return _RecordedGraph(recording)
 
     def _capture_cuda(self, work: Callable[[], object], what: str) -> Graph:
-        # One at a time on all devices: capturing begins by waiting for the device, which another capture does not bear.
+        # One at a time on all devices: a capture begins by waiting for the device, which breaks another one.
         with _CAPTURING, torch.cuda.device(self.device):
-            others = list(self._in_pool)  # of which none goes meanwhile
-            if not others:  # a pool that no graph has any more cannot be used again
+            keep_alive = list(self._in_pool)  # or the pool could go meanwhile
+            if not keep_alive:  # a pool that no graph has any more cannot be used again
                 self._pool = torch.cuda.graph_pool_handle()
             if self._stream is None:
                 self._stream = torch.cuda.Stream(self.device)
-            stream, current = self._stream, torch.cuda.current_stream(self.device)
+            pool, stream, current = self._pool, self._stream, torch.cuda.current_stream(self.device)
             stream.wait_stream(current)
-            graph, watch = torch.cuda.CUDAGraph(), _LastOperation()
-            with _run_in_pool(self._pool, stream, work, 0 if others else self.room):
+            graph, last_operation = torch.cuda.CUDAGraph(), _LastOperation()
+            _choose_cudnn_algorithms(stream, work)
+            with ExitStack() as held:
+                _warm_up(pool, stream, work, 0 if keep_alive else self.room, held)
                 try:
                     # Other threads may use the device meanwhile, so only what this one does counts.
                     captured: AbstractContextManager[None] = torch.cuda.graph(
-                        graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+                        graph, pool=pool, stream=stream, capture_error_mode="thread_local"
                     )
-                    with torch.cuda.stream(current), _uncollected(), captured, watch:
+                    with torch.cuda.stream(current), _uncollected(), captured, last_operation:
                         work()
                 except BaseException as error:
-                    # What a capture that failed leaves behind in its pool cannot be told: the next one gets another.
-                    _abandon(self._pool, graph)
+                    # What a failed capture leaves in its pool is unknown: the next one gets another.
+                    _abandon(pool, graph)
                     self._in_pool, self._stream = WeakSet(), None
                     torch.cuda.set_stream(current)
                     _reset_generator(self.device)
                     first = error.__context__ or error  # ending the capture fails too, for no other reason
                     if not isinstance(first, RuntimeError) or isinstance(first, LatentRTError):
                         raise
-                    raise _failed(what, watch.name, " ".join(str(first).split())[:300]) from error
+                    raise _failed(what, last_operation.name, " ".join(str(first).split())[:300]) from error
             self._in_pool.add(graph)
             current.wait_stream(stream)
             return graph
@@ -147,8 +148,8 @@ class Graphs:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without Python's collector, which may come upon graphs and events of others, and wait for these: what a capture
-    does not bear."""
+    """Without Python's garbage collector: it may free graphs and events of others, which waits for the device and so
+    breaks a capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -158,24 +159,13 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-@contextmanager
-def _run_in_pool(
-    pool: Any, stream: torch.cuda.Stream, work: Callable[[], object], room: int
-) -> Iterator[None]:
-    """Run `work` before it is captured, so that kernels are compiled and libraries choose their algorithms outside of
-    the graph; and hold the pool until that is done. `room`: bytes of one piece that the pool is to have.
+def _choose_cudnn_algorithms(stream: torch.cuda.Stream, work: Callable[[], object]) -> None:
+    """Run `work` outside of the graphs' pool if cuDNN is to time its algorithms (`torch.backends.cudnn.benchmark`).
 
-    It runs in the memory that the graphs share. Elsewhere it would take as much again, which no plan counts; and what
-    cuBLAS keeps as its workspace for the stream would be outside of the pool, where PyTorch frees it with the first
-    graph that goes, while others still write there. One that is there already, since PyTorch's streams are 32 that come
-    round again, is let go before; graphs that have it keep it with their pool.
-
-    cuDNN, where PyTorch was told to let it try its algorithms (`torch.backends.cudnn.benchmark`), takes the largest
-    workspace that any of them wants and gives it back to the allocator. To a pool that would be for as long as there
-    are graphs, so it tries them before, elsewhere; PyTorch remembers what it chose. Where there is no room for that
-    beside the graphs, it tries them in the pool after all.
+    For that it takes the largest workspace that any of them wants and returns it to the allocator; in a pool it would
+    stay for as long as there are graphs. PyTorch remembers the choice. If memory does not suffice beside the graphs,
+    the warm-up in the pool makes it.
     """
-    device = torch.cuda.current_device()
     if torch.backends.cudnn.benchmark:
         try:
             with torch.cuda.stream(stream):
@@ -184,35 +174,50 @@ def _run_in_pool(
             if not memory_ran_out(error):
                 raise
         stream.synchronize()
-    torch.cuda.empty_cache()  # an allocation does not do so by itself, for want of memory, while one goes into a pool
+
+
+def _warm_up(
+    pool: Any, stream: torch.cuda.Stream, work: Callable[[], object], room: int, held: ExitStack
+) -> None:
+    """Run `work` before it is captured, so that kernels are compiled and libraries set up outside of the graph.
+
+    In the graphs' pool: elsewhere it would take as much memory again, which no plan counts.
+
+    Args:
+        room: bytes of one block that the pool is to have; 0 for none.
+        held: keeps the pool until it is closed, by when a graph may have it.
+    """
+    device = torch.cuda.current_device()
+    torch.cuda.empty_cache()  # an allocation that fails does not do so by itself while others go into a pool
     torch._C._cuda_beginAllocateCurrentThreadToPool(device, pool)
+    held.callback(torch._C._cuda_releasePool, device, pool)
     try:
-        try:
-            torch._C._cuda_clearCublasWorkspaces()
-            with torch.cuda.stream(stream):
-                torch.cuda.current_blas_handle()  # makes its workspace, or it would lie in the piece, and keep that
-                if room and not _parts_no_large_piece():
-                    torch.empty(room, dtype=torch.uint8, device="cuda")  # let go: what follows finds it
-                work()
-        finally:
-            torch._C._cuda_endAllocateToPool(device, pool)
-            stream.synchronize()
-        yield
+        # cuBLAS's workspace for the stream must be in the pool: PyTorch would free one outside with the first graph
+        # that goes, while others still write there. PyTorch hands out 32 streams in rotation, so this one may already
+        # have a workspace from earlier use: drop it. Graphs captured with it keep it alive through their pool.
+        torch._C._cuda_clearCublasWorkspaces()
+        with torch.cuda.stream(stream):
+            torch.cuda.current_blas_handle()  # allocates the workspace now: it must not lie in the block
+            if room and not _splits_are_limited():
+                # Freed at once, and split among what follows.
+                torch.empty(room, dtype=torch.uint8, device="cuda")
+            work()
     finally:
-        torch._C._cuda_releasePool(device, pool)
+        torch._C._cuda_endAllocateToPool(device, pool)
+        stream.synchronize()
 
 
-def _parts_no_large_piece() -> bool:
-    """Whether PyTorch's allocator was told not to serve small tensors from large pieces of memory."""
-    told = (os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
-    return any("max_split_size_mb" in text for text in told)
+def _splits_are_limited() -> bool:
+    """Whether PyTorch's allocator is configured not to serve small tensors from large blocks."""
+    settings = (os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
+    return any("max_split_size_mb" in text for text in settings)
 
 
 def _abandon(pool: Any, graph: torch.cuda.CUDAGraph) -> None:
-    """A capture of the graph into the pool failed, on the current device.
+    """Clean up after a capture of the graph into the pool that failed, on the current device.
 
-    Before PyTorch 2.12 (pytorch/pytorch#180395) one whose end fails leaves the allocator believing that it goes on:
-    cached memory is never given back again, not even where there is no other. Later ones have ended it by then, and
+    Before PyTorch 2.12 (pytorch/pytorch#180395), if ending the capture fails, the allocator believes that it goes on:
+    cached memory is never given back again, even if there is no other. Later versions have ended it by then, and
     refuse to do so again; but a graph that was not captured never gives up its share of the pool (#190308).
     """
     end, release = (getattr(torch._C, f"_cuda_{name}", None) for name in ("endAllocateToPool", "releasePool"))
@@ -230,9 +235,9 @@ def _abandon(pool: Any, graph: torch.cuda.CUDAGraph) -> None:
 
 
 def _reset_generator(device: torch.device) -> None:
-    """After a capture that failed: PyTorch then leaves the device's own random generator as in one, and refuses all
-    random numbers outside of it (seen in 2.11). The end of one that does not fail sets it back."""
-    with suppress(RuntimeError):  # of a device that is lost, which whoever uses it next is told
+    """After a failed capture PyTorch leaves the device's default random generator in capture mode, and refuses all
+    random numbers outside of a capture (seen in 2.11). The end of a successful capture resets it."""
+    with suppress(RuntimeError):  # the device may be lost; whoever uses it next will see that
         x, graph = torch.empty(1, device=device), torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(device)
         captured: AbstractContextManager[None] = torch.cuda.graph(
@@ -244,7 +249,7 @@ def _reset_generator(device: torch.device) -> None:
 
 def _failed(what: str, operation: str, why: str) -> CaptureError:
     return CaptureError(
-        f"{what} cannot be recorded as a CUDA graph: {operation or 'its first operation'} failed ({why}); "
+        f"{what} cannot be captured as a CUDA graph: {operation or 'its first operation'} failed ({why}); "
         "run without graphs (graphs=False, or --no-graphs)"
     )
 
@@ -262,7 +267,7 @@ class _LastOperation(TorchDispatchMode):
 
 
 class _Recording(TorchDispatchMode):
-    """The operations of a piece of work, with the tensors they took and made."""
+    """The operations that ran, with the tensors they took and made."""
 
     def __init__(self, what: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -274,11 +279,11 @@ class _Recording(TorchDispatchMode):
         if func.overloadpacket.__name__ in _HOST_READS:
             raise _failed(self._what, func.name(), "it reads a value back to the host")
         out = func(*args, **kwargs)
-        given = {_memory(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        given = {_address(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         made = [
             (k, x)
             for k, x in enumerate(tree_leaves(out))
-            if isinstance(x, Tensor) and x.numel() and _memory(x) not in given
+            if isinstance(x, Tensor) and x.numel() and _address(x) not in given
         ]
         self.operations.append((func, args, kwargs, made))
         return out
@@ -301,12 +306,12 @@ class _RecordedGraph:
                 x.copy_(out[k])
 
 
-def _memory(x: Tensor) -> int:
+def _address(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
 def _poison(x: Tensor) -> None:
-    """NaN, or what is as far from sense."""
+    """Fill with NaN; integers with their minimum, booleans with the opposite."""
     if x.dtype.is_floating_point:
         x.fill_(float("nan"))
     elif x.dtype == torch.bool:

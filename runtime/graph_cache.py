@@ -1,9 +1,10 @@
-"""Recorded work kept ready for the next request of its kind, in bounded memory."""
+"""Captured graphs kept for the next request of their kind, in bounded memory."""
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ __all__ = ["DEFAULT_LIMIT", "GraphCache"]
 _log = logging.getLogger(__name__)
 
 DEFAULT_LIMIT = 1 << 30
-"""Bytes of what is kept where no plan says how much there is room for. Chosen, not measured."""
+"""Bytes of graphs that are kept where no plan says how much room there is. Chosen, not measured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,53 +30,55 @@ class _Item:
 
 
 class GraphCache:
-    """A bounded store; what was used longest ago goes first. For several threads, so it may hold several of one kind.
+    """A bounded cache; what was used longest ago is evicted first. Thread-safe: an item that is in use is not in the
+    cache, so there may be several of one kind.
 
-    The device may still be at work on what is put here, so whatever is let go is waited for: its memory would be given
-    to others too early, and TensorRT forbids to destroy a context that is running.
+    The device may still be at work on what is put here, so the cache waits for it before it frees anything: its memory
+    would be reused too early, and TensorRT forbids to destroy a context that is running.
 
     Attributes:
-        limit: bytes that all of it may take.
-        evicted: how many went for want of room so far.
+        limit: bytes that all items together may take.
+        evicted: how many were evicted for want of room so far.
     """
 
     def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
         self.limit = limit
         self.evicted = 0
         self._items: list[_Item] = []  # the one used last at the end
+        self._forgotten: deque[Hashable] = deque()  # owners whose items are yet to be removed
         self._lock = threading.Lock()
-        self._told = False
+        self._warned = False
 
     def __len__(self) -> int:
         return len(self._items)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is kept."""
+        """Bytes of all items."""
         with self._lock:
             return self._nbytes()
 
     def take(
         self, owner: Hashable, kind: Hashable, good: Callable[[Any], bool] = lambda _: True
     ) -> Any | None:
-        """What its owner put here last of this kind, which nobody else gets then; None where there is none.
+        """Remove and return what its owner put here last of this kind; None if there is nothing.
 
         Args:
-            good: whether it can still be used; what cannot is let go.
+            good: whether a value can still be used; those that cannot are freed.
         """
+        wanted = owner, kind
         with self._lock:
-            alike = [item for item in self._items if (item.owner, item.kind) == (owner, kind)]
-            gone = [item for item in alike if not good(item.value)]
-            found = next((item for item in reversed(alike) if item not in gone), None)
-            self._items = [item for item in self._items if item is not found and item not in gone]
+            gone = self._remove(lambda item: (item.owner, item.kind) == wanted and not good(item.value))
+            found = next((x for x in reversed(self._items) if (x.owner, x.kind) == wanted), None)
+            self._items = [item for item in self._items if item is not found]
         _wait_for(gone)
         return None if found is None else found.value
 
     def put(self, owner: Hashable, kind: Hashable, value: Any, nbytes: int, used: Event) -> None:
-        """Keep it as the one used last; where there is no room others go, or, where it is too large by itself, it does.
+        """Keep it as the one used last, and evict others to make room; if it alone is over the limit, it is freed.
 
         Args:
-            used: the place in the device's work after its last use.
+            used: recorded after its last use.
         """
         with self._lock:
             last = len(self._items) if nbytes <= self.limit else 0
@@ -83,44 +86,58 @@ class GraphCache:
         self.shrink(self.limit)
 
     def shrink(self, limit: int) -> None:
-        """Let go what is over so many bytes, which is logged the first time."""
+        """Evict until the rest is within so many bytes; a warning says so the first time."""
         with self._lock:
-            gone: list[_Item] = []
+            gone = self._remove()
+            evicted: list[_Item] = []
             while self._items and self._nbytes() > limit:
-                gone.append(self._items.pop(0))
-            self.evicted += len(gone)
-            tell, self._told = bool(gone) and not self._told, self._told or bool(gone)
+                evicted.append(self._items.pop(0))
+            self.evicted += len(evicted)
+            warn, self._warned = bool(evicted) and not self._warned, self._warned or bool(evicted)
             left = self._nbytes()
-        if tell:
+        if warn:
             _log.warning(
-                "recorded work of %s was let go, there is room for %s of it (%s are kept): a request of its kind is "
-                "recorded anew; loop_memory= says how much may be kept. This is said once",
-                format_bytes(sum(item.nbytes for item in gone)),
+                "captured graphs of %s were freed, since there is room for %s (%s are kept): a request of their kind "
+                "is captured anew; loop_memory= says how much may be kept. This is said once",
+                format_bytes(sum(item.nbytes for item in evicted)),
                 format_bytes(limit),
                 format_bytes(left),
             )
-        _wait_for(gone)
+        _wait_for([*gone, *evicted])
 
     def drop(self, owner: Hashable = None) -> int:
-        """Let go all there is of an owner, or of all; returns how many bytes that were."""
+        """Free all items of an owner, or all there are; returns their bytes."""
         with self._lock:
-            gone = [item for item in self._items if owner is None or item.owner == owner]
-            self._items = [item for item in self._items if item not in gone]
+            gone = self._remove(lambda item: owner is None or item.owner == owner)
         _wait_for(gone)
         return sum(item.nbytes for item in gone)
 
     def forget(self, owner: Hashable) -> None:
-        """`drop` of an owner that is no more. A garbage collector tells of it anywhere, in the midst of this class too;
-        then its things stay until there is no room for them."""
-        if self._lock.acquire(timeout=1):
-            self._lock.release()
-            self.drop(owner)
+        """Free the items of an owner that no longer exists; for a finalizer.
+
+        It may run anywhere, even in a thread that is inside another method and holds the lock. Then, or if another
+        thread holds it, the items are freed by the next call that changes the cache.
+        """
+        self._forgotten.append(owner)
+        if self._lock.acquire(blocking=False):
+            try:
+                gone = self._remove()
+            finally:
+                self._lock.release()
+            _wait_for(gone)
+
+    def _remove(self, unwanted: Callable[[_Item], bool] = lambda _: False) -> list[_Item]:
+        """Remove unwanted items, and those of forgotten owners; the caller holds the lock and waits for them."""
+        owners = [self._forgotten.popleft() for _ in range(len(self._forgotten))]
+        gone = [item for item in self._items if item.owner in owners or unwanted(item)]
+        self._items = [item for item in self._items if item not in gone]
+        return gone
 
     def _nbytes(self) -> int:
         return sum(item.nbytes for item in self._items)
 
 
 def _wait_for(items: Iterable[_Item]) -> None:
-    """Until the device has done what uses them."""
+    """Until the device has finished every last use."""
     for item in items:
         item.used.synchronize()

@@ -1,4 +1,4 @@
-"""What memory the host has left, and the most that this process has had of it, as Linux tells them."""
+"""The host's available memory, and this process's peak, as Linux reports them."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def available_bytes() -> int | None:
-    """Memory that can be had without swapping, within the limits of a container; None where nobody says (not Linux)."""
+    """Bytes that can be allocated without swapping, within a container's limit; None if unknown (not Linux)."""
     free = _field(_MEMINFO, "MemAvailable:")
     if free is None:
         return None
     try:
         limit, used = ((_CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
     except OSError:
-        return free * 1024  # no container, or one of the older kind of groups
+        return free * 1024  # no container, or cgroup v1
     if limit == "max":
         return free * 1024
-    # Cached files count as used, and go when their memory is wanted.
+    # Cached files count as used, but are evicted when memory is short.
     cached = _field(_CGROUP / "memory.stat", "inactive_file") or 0
     return min(free * 1024, int(limit) - int(used) + cached)
 
 
 def peak_bytes() -> int | None:
-    """The most memory this process has had, pages of mapped files included; None where nobody says.
+    """Bytes of this process's peak resident memory, pages of mapped files included; None if unknown (not Linux).
 
-    `getrusage` would count its parent's too, from before this program began.
+    `getrusage` would include the parent's, from before this program was executed.
     """
     peak = _field(_STATUS, "VmHWM:")
     return None if peak is None else peak * 1024
 
 
 def forget_peak() -> None:
-    """From here on `peak_bytes` counts from what the process has now.
+    """Reset `peak_bytes` to the memory that the process has now.
 
     Raises:
-        OSError: nobody counts it here (not Linux).
+        OSError: it is not counted here (not Linux).
     """
     _CLEAR.write_text("5")
 
 
 def _field(file: Path, name: str) -> int | None:
-    """The number after a name, at the beginning of a line of a file of the kernel's."""
+    """The number after a name, where a line of one of the kernel's files begins with it."""
     try:
         lines = file.read_text().splitlines()
     except OSError:

@@ -25,7 +25,18 @@ from torch import Tensor
 
 from ..errors import RequestError
 
-__all__ = ["from_tensor", "parse_parameters", "png_bytes", "read_parameters", "save_png", "to_tensor"]
+__all__ = [
+    "Images",
+    "from_tensor",
+    "parse_parameters",
+    "png_bytes",
+    "read_parameters",
+    "save_png",
+    "to_tensor",
+]
+
+Images = list[PIL.Image.Image] | NDArray[np.float32] | Tensor
+"""What `from_tensor` returns, by its `output_type`."""
 
 _log = logging.getLogger(__name__)
 
@@ -50,8 +61,8 @@ _KEYS = {label: key for key, label in _LABELS.items()}
 _PAIR = re.compile(r'\s*([\w][\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
-def from_tensor(images: Tensor, output_type: str) -> Any:
-    """Hand images to the caller in the form asked for.
+def from_tensor(images: Tensor, output_type: str) -> Images:
+    """Images in the form that the caller asked for.
 
     Args:
         images: `[B, 3, H, W]` in [0, 1].
@@ -63,7 +74,7 @@ def from_tensor(images: Tensor, output_type: str) -> Any:
     images = images.detach().float()
     if output_type == "np":
         return images.permute(0, 2, 3, 1).cpu().numpy()
-    # Made whole where they are: a quarter of the bytes come to the host, which has nothing left to compute.
+    # Rounded to 8 bits on the device: a quarter of the bytes to copy, and nothing left for the host to compute.
     broken = images.isnan().flatten(1).any(dim=1)
     eight_bit = images.nan_to_num().mul_(255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     pixels = eight_bit.cpu().numpy()
@@ -235,15 +246,15 @@ def _png_info(parameters: Mapping[str, Any] | None) -> PIL.PngImagePlugin.PngInf
 def save_png(
     image: PIL.Image.Image, path: str | os.PathLike[str], parameters: Mapping[str, Any] | None
 ) -> Path:
-    """Write a PNG whole or not at all: beside its place first, then renamed.
+    """Write a PNG atomically: to a temporary file beside it, then renamed.
 
     Args:
         image: what to save.
-        path: its place; missing folders are made.
+        path: the file; missing folders are made.
         parameters: what made it, embedded as text; None embeds nothing.
 
     Raises:
-        OSError: the disk is full, or the place cannot be written.
+        OSError: the disk is full, or the path cannot be written.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -162,7 +162,7 @@ def load_expert(
         source=checkpoint.source,
         unet=unet,
         config=config,
-        loop=Denoiser(unet, config.block_out_channels[0]),
+        denoiser=Denoiser(unet, config.block_out_channels[0]),
         text_encoder=text_encoder,
         text_encoder_2=text_encoder_2,
         scheduler=scheduler_fields(checkpoint.config("scheduler"), overrides, stable_diffusion=not sdxl),

@@ -1,18 +1,18 @@
-"""What a request takes of a device's memory, stage by stage and policy by policy, and its least time there.
+"""Device memory that a request needs, by stage and by policy, and the least time it can take there.
 
-A policy says which weights are on the device in which stage, and what is kept of the memory that forwards need:
+A policy says which weights are on the device in which stage, and how much of the forwards' memory is kept:
 
     resident   everything stays; all stages are captured, and their graphs share one pool
-    balanced   text encoders come for the text and leave; only denoising is captured, so its pool is kept, and what
-               text and pixels take is given back
-    low        one network at a time, and nothing is kept; weights stream in through pinned host memory
+    balanced   text encoders are offloaded after the text; only denoising is captured, so its pool is kept, and what
+               text and pixels take is freed
+    low        one network at a time, and nothing is kept; weights are copied in through pinned host memory
 
-A graph's pool is taken to be one piece of memory that one forward fits into (`arena`). `planner` makes plans.
+A graph's pool is taken to be one block that one forward fits into (`arena`). `planner` makes plans.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -29,8 +29,8 @@ __all__ = [
     "Kind",
     "Network",
     "Plan",
+    "PlannedStage",
     "Policy",
-    "Stage",
     "check_policy",
     "format_bytes",
     "kind_of",
@@ -41,15 +41,14 @@ Policy = Literal["resident", "balanced", "low"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 Kind = Literal["text", "pixels", "denoise"]
-"""Of a stage, and of the networks that run in it; pixels are the VAE's."""
+"""Of a stage, and of the networks that run in it; "pixels" is the VAE."""
 
 RESERVE = 256 << 20
 """Bytes left free for what no plan sees: workspaces of cuBLAS (32 MiB on Hopper) and cuDNN. Chosen, not
-measured. The CUDA context is not in it: free memory is asked for once that is there."""
+measured. The CUDA context is not in it: free memory is queried once the context exists."""
 
 STAGING = 2 * (64 << 20)
-"""Bytes of pinned host memory through which weights stream to a GPU, by any policy when they are loaded: two buffers
-that take turns."""
+"""Bytes of pinned host memory through which weights are copied to a GPU: a double buffer, used by every policy."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +67,15 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Stage:
+class PlannedStage:
     """A part of a request.
 
     Attributes:
         name: text, encode, base, refiner or decode, in the order in which they run.
         kind: of the networks.
         calls: how often each network runs, by its name.
-        extra_bytes: of what it holds for a time beside the network's own memory: images, or what a loop makes as it
-            takes up a request.
+        extra_bytes: temporaries beside the network's own memory: images, or what a loop makes as it prepares a
+            request.
     """
 
     name: str
@@ -87,19 +86,19 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one request takes.
+    """The memory and work of one request.
 
     Attributes:
         subject: model, size, batch and dtype, for messages.
-        networks: all that the models have, by name; those of no stage are not loaded.
+        networks: every network of the models, by name; one that no stage runs is not loaded.
         stages: in the order in which they run.
         buffers: bytes of the tensors that live from the first step to the last, by name.
-        staying: by policy, bytes of the networks that are on the device already and do not leave it for this request.
+        staying: by policy, bytes of the networks that are on the device already and are not offloaded for this request.
     """
 
     subject: str
     networks: Mapping[str, Network]
-    stages: tuple[Stage, ...]
+    stages: tuple[PlannedStage, ...]
     buffers: Mapping[str, int]
     staying: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
@@ -108,25 +107,25 @@ class Plan:
         """Bytes of all buffers."""
         return sum(self.buffers.values())
 
-    def pool_bytes(self, *kinds: str) -> int:
-        """What a pool needs that stages of these kinds, or all, share one after the other."""
-        return max((self.networks[name].footprint.pool_bytes for name in self.used(*kinds)), default=0)
-
-    def graph_bytes(self, policy: str, limit: int) -> int:
-        """What the memory needs that recordings share.
-
-        Args:
-            limit: bytes of a call's inputs and outputs up to which it is recorded; loops are in any case.
-        """
-        recorded = self.used("denoise")
-        if policy == "resident":
-            called = {name: self.networks[name].footprint for name in self.used()}
-            recorded |= {name for name, f in called.items() if f.input_bytes + f.output_bytes <= limit}
-        return max((self.networks[name].footprint.pool_bytes for name in recorded), default=0)
-
     def used(self, *kinds: str) -> set[str]:
         """Names of the networks that run in stages of these kinds, or in any."""
         return {name for stage in self.stages if not kinds or stage.kind in kinds for name in stage.calls}
+
+    def pool_bytes(self, names: Iterable[str]) -> int:
+        """Bytes of a pool that these networks share, one after the other."""
+        return max((self.networks[name].footprint.pool_bytes for name in names), default=0)
+
+    def graph_bytes(self, policy: str, limit: int) -> int:
+        """Bytes of the pool that captured graphs share.
+
+        Args:
+            limit: bytes of a call's inputs and outputs up to which it is captured; loops are in any case.
+        """
+        captured = self.used("denoise")
+        if policy == "resident":
+            called = {name: self.networks[name].footprint for name in self.used()}
+            captured |= {name for name, f in called.items() if f.input_bytes + f.output_bytes <= limit}
+        return self.pool_bytes(captured)
 
     def need(self, policy: str) -> dict[str, int]:
         """Device bytes that each stage needs, `RESERVE` included.
@@ -134,20 +133,19 @@ class Plan:
         Raises:
             RequestError: there is no such policy.
         """
-        check_policy(policy)
-        return {stage.name: self._need(policy, stage) for stage in self.stages}
+        checked = check_policy(policy)
+        return {stage.name: self._need(checked, stage) for stage in self.stages}
 
-    def _need(self, policy: str, stage: Stage) -> int:
+    def _need(self, policy: Policy, stage: PlannedStage) -> int:
         always = RESERVE + self.buffer_bytes + stage.extra_bytes
-        if policy == "resident":
-            return always + self._weights(policy, self.used()) + self.pool_bytes()
-        if policy == "balanced":
-            there = self.used() if stage.kind == "text" else self.used("denoise", "pixels")
-            given_back = 0 if stage.kind == "denoise" else self.pool_bytes(stage.kind)
-            return always + self._weights(policy, there) + self.pool_bytes("denoise") + given_back
-        return always + max(
-            self._weights(policy, {name}) + self.networks[name].footprint.pool_bytes for name in stage.calls
-        )
+        if not stays(policy, stage.kind, stage.kind):  # one network at a time, and no pool is kept
+            return always + max(
+                self._weights(policy, {name}) + self.pool_bytes({name}) for name in stage.calls
+            )
+        kinds = {other.kind for other in self.stages if stays(policy, other.kind, stage.kind)}
+        kept = self.used() if policy == "resident" else self.used("denoise")
+        pools = self.pool_bytes(kept) + self.pool_bytes(self.used(stage.kind) - kept)
+        return always + self._weights(policy, self.used(*kinds)) + pools
 
     def _weights(self, policy: str, names: set[str]) -> int:
         """Bytes of these networks' weights, and of what stays beside them."""
@@ -155,7 +153,7 @@ class Plan:
         return beside + sum(self.networks[name].footprint.held_bytes for name in names)
 
     def peak(self, policy: str) -> int:
-        """Device bytes that the hungriest stage needs."""
+        """Device bytes of the stage that needs most."""
         return max(self.need(policy).values())
 
     def require_fit(self, available: int, policy: str, remedy: str = "take a GPU with more memory") -> None:
@@ -173,11 +171,11 @@ class Plan:
         if max(need.values()) <= available:
             return
         raise MemoryPlanError(
-            f"{self.told(policy)}, and there are {format_bytes(available)}; {self._remedy(available, remedy)}"
+            f"{self.describe(policy)}, and there are {format_bytes(available)}; {self._remedy(available, remedy)}"
         )
 
-    def told(self, policy: str) -> str:
-        """What it needs and in which stage, for messages."""
+    def describe(self, policy: str) -> str:
+        """What it needs, stage by stage, for messages."""
         need = self.need(policy)
         stages = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in need.items())
         unused = sorted(self.staying.get(policy, {}).keys() - self.used())
@@ -190,7 +188,7 @@ class Plan:
     def _remedy(self, available: int, otherwise: str) -> str:
         fitting = [f"{p!r} ({format_bytes(self.peak(p))})" for p in POLICIES if self.peak(p) <= available]
         if fitting:
-            smaller = ", or a smaller size or batch" if self.pool_bytes() else ""
+            smaller = ", or a smaller size or batch" if self.pool_bytes(self.used()) else ""
             return f"take policy {' or '.join(fitting)}{smaller}"
         least = min(POLICIES, key=self.peak)
         name = max(self.used(), key=lambda name: self.networks[name].footprint.held_bytes)
@@ -204,9 +202,10 @@ class Plan:
             f"no policy fits, {least!r} needs {format_bytes(self.peak(least))}: take a smaller size or batch"
         )
 
-    def floor_ms(self, stage: Stage, gpu: Gpu) -> tuple[float, Limit]:
-        """The least milliseconds a stage takes: products at the matrix rate, or weights, inputs and outputs once
-        each at the memory bandwidth, whichever is longer; and which of them it is for the most part."""
+    def floor_ms(self, stage: PlannedStage, gpu: Gpu) -> tuple[float, Limit]:
+        """The least milliseconds that a stage takes, and which limit accounts for most of them. Of each network it is
+        the longer of its matmuls at the GPU's matrix rate, and its weights, inputs and outputs, once each, at the
+        memory bandwidth."""
         times: dict[Limit, float] = {"matmul": 0.0, "copy": 0.0}
         for name, calls in stage.calls.items():
             f = self.networks[name].footprint
@@ -215,7 +214,7 @@ class Plan:
             times[limit] += ms
         return sum(times.values()), max(times, key=lambda limit: times[limit])
 
-    def flops(self, stage: Stage) -> int:
+    def flops(self, stage: PlannedStage) -> int:
         """FLOPs of all forwards of a stage."""
         return sum(calls * self.networks[name].footprint.flops for name, calls in stage.calls.items())
 

@@ -1,4 +1,4 @@
-"""The parts of a pipeline, from what a caller wrote."""
+"""The parts of a pipeline, from the arguments of `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["Parts", "dtype_for", "load_parts"]
 
 @dataclass(frozen=True)
 class Parts:
-    """What belongs together: who denoises, the VAE, where they run, and in how much memory."""
+    """What a pipeline consists of: experts, VAE, the loader of their engines, and the memory budget."""
 
     base: Expert
     refiner: Expert | None
@@ -34,10 +34,14 @@ class Parts:
     loader: EngineLoader
     budget: Budget
 
+    @property
+    def experts(self) -> list[Expert]:
+        """The base, and the refiner if there is one."""
+        return [self.base] if self.refiner is None else [self.base, self.refiner]
+
     def engines(self) -> list[LazyEngine]:
-        """All there are."""
-        experts = [self.base] if self.refiner is None else [self.base, self.refiner]
-        return [*(x for expert in experts for x in expert.engines()), self.vae.encoder, self.vae.decoder]
+        """Every engine of the pipeline, in load order."""
+        return [*(x for expert in self.experts for x in expert.engines()), self.vae.encoder, self.vae.decoder]
 
 
 def dtype_for(device: torch.device, dtype: torch.dtype | str | None) -> torch.dtype:
@@ -68,7 +72,7 @@ def load_parts(
     vae: VAE | None,
     scheduler: Mapping[str, Any] | None,
 ) -> Parts:
-    """Arguments and errors are those of `Pipeline.from_pretrained`."""
+    """Load the parts. Arguments and errors are those of `Pipeline.from_pretrained`."""
     shared = ((text_encoder, TextEncoder), (text_encoder_2, TextEncoder), (vae, VAE))
     for part, kind in shared:
         if part is not None and not isinstance(part, kind):

@@ -37,14 +37,14 @@ OnProgress = Callable[["Pipeline", int, dict[str, Any]], Mapping[str, Any] | Non
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """What a call made.
+    """The result of a call.
 
     Attributes:
-        images: a list of PIL images, an array, a tensor or latents, as `output_type` asked.
+        images: a list of PIL images, an array, a tensor or latents, by `output_type`; None if discarded.
         parameters: what made each image, ready for a PNG; a seed is None where a used generator was given.
-        timings: seconds of each stage: prepare (load, and export and record the first time), text, start, base,
+        timings: seconds of each stage: prepare (load, and export and capture the first time), text, start, base,
             refiner, decode, total.
-        interrupted: the images are unfinished, because the call was told to stop; None where they were not wanted.
+        interrupted: the call was stopped, so the images are unfinished or None.
     """
 
     images: Any
@@ -57,9 +57,8 @@ class Pipeline:
     """Base and refiner behind one call. Safe to call from several threads: a call keeps its state to itself."""
 
     def __init__(self, parts: Parts) -> None:
-        """What `from_pretrained` loads."""
+        """`parts`: what `load_parts` returns."""
         self._parts = parts
-        self._base, self._refiner = parts.base, parts.refiner
         self._loader = parts.loader
         self._budget = parts.budget
         self._progress: dict[str, Any] = {}
@@ -101,16 +100,16 @@ class Pipeline:
             revision: of a hub id.
             cache_dir: where exported models are kept; `LATENTRT_CACHE` or `~/.cache/latentrt` by default.
             device: `"cuda"` where there is one, else `"cpu"`, by default.
-            graphs: (*) record the work of engines once and replay it; by default on a GPU, as CUDA graphs.
+            graphs: (*) capture the work of engines once and replay it; by default on a GPU, as CUDA graphs.
             memory: (*) which weights are on the device when: "resident", all of them always; "balanced", text encoders
-                for the text only; "low", one network at a time. What leaves goes to the host and comes back through
-                pinned memory, and under ONNX Runtime and TensorRT is closed and loaded again; calls of several
-                threads then take turns, and so do pipelines that share parts. The images are the same.
+                for the text only; "low", one network at a time. Offloaded weights go to the host and come back through
+                pinned memory; an engine of ONNX Runtime or TensorRT is closed and loaded again. Calls of several
+                threads then run one at a time, and so do pipelines that share parts. The images are the same.
             memory_limit: (*) bytes of the device that it may take, or such as "8GB"; all that is free on a GPU, and no
                 bound on the CPU, by default. What takes more by plan (`latentrt plan`) is refused.
-            loop_memory: (*) bytes of recorded work that may be kept for later requests; by default what the plan of a
-                request leaves, and 1 GiB where there is no bound. Of what cannot be kept only denoising loops are
-                recorded, each for its own steps.
+            loop_memory: (*) bytes of captured graphs and their buffers that may be kept for later requests; by default
+                what the plan of a request leaves, and 1 GiB where there is no bound. Of what cannot be kept only
+                denoising loops are captured, each for its own steps.
             use_safetensors: accepted for diffusers' sake; latentrt reads nothing else.
             text_encoder, text_encoder_2, vae: parts of another pipeline to share instead of loading.
             scheduler: (*) fields in place of those of scheduler_config.json, such as
@@ -153,16 +152,16 @@ class Pipeline:
     @property
     def text_encoder(self) -> TextEncoder | None:
         """The first text encoder, to share; None for a refiner."""
-        return self._base.text_encoder
+        return self._parts.base.text_encoder
 
     @property
     def text_encoder_2(self) -> TextEncoder | None:
         """SDXL's second text encoder, to share."""
-        return self._base.text_encoder_2
+        return self._parts.base.text_encoder_2
 
     @property
     def vae(self) -> VAE:
-        """To share."""
+        """The VAE, to share."""
         return self._parts.vae
 
     @vae.setter
@@ -174,7 +173,7 @@ class Pipeline:
     @property
     def scheduler(self) -> SimpleNamespace:
         """Its `config` is the base's scheduler_config.json, for those who look at it as they would in diffusers."""
-        return SimpleNamespace(config=dict(self._base.scheduler))
+        return SimpleNamespace(config=dict(self._parts.base.scheduler))
 
     @scheduler.setter
     def scheduler(self, value: object) -> NoReturn:
@@ -237,7 +236,7 @@ class Pipeline:
         guidance: bool = True,
         sampler: str | None = None,
     ) -> None:
-        """Load everything and record the work for these sizes, so that the first request is as fast as the others.
+        """Load everything and capture the work for these sizes, so that the first request is as fast as the others.
 
         Args:
             sizes: (height, width) in pixels; the model's own by default.
@@ -245,13 +244,13 @@ class Pipeline:
             guidance, sampler: as the requests will have them.
 
         Raises:
-            MemoryPlanError: the largest cannot fit. What fits by itself and cannot be kept beside the others is logged.
+            MemoryPlanError: the largest cannot fit. A size that fits alone but cannot be kept is logged.
         """
         pixels = [(None, None)] if sizes is None else sorted(sizes, key=lambda size: -size[0] * size[1])
         evicted = self._loader.graph_cache.evicted
         for height, width in pixels:
             for batch in sorted(batches, reverse=True):  # the largest first: others then fit its memory
-                call = self._arguments(
+                request = self._request(
                     [""] * batch,
                     height=height,
                     width=width,
@@ -262,15 +261,8 @@ class Pipeline:
                     seed=0,
                     output_type="pt",
                 )
-                self._run(call, {"disable": True})
+                self._run(request, {"disable": True})
         self._budget.warn_of_evictions(evicted)
-
-    @contextmanager
-    def _in_own_dtypes(self) -> Iterator[None]:
-        """Turn off a caller's autocast: networks would run, be recorded and be exported in other dtypes than their
-        own."""
-        with torch.autocast("cpu", enabled=False), torch.autocast(self.device.type, enabled=False):
-            yield
 
     def __call__(
         self,
@@ -337,16 +329,16 @@ class Pipeline:
             original_size, crops_coords_top_left, target_size: (height, width) or (top, left), for all images
                 or one per prompt; the image's size and (0, 0) by default.
             negative_original_size, negative_crops_coords_top_left, negative_target_size: of the negative half.
-            aesthetic_score, negative_aesthetic_score: told to a refiner.
+            aesthetic_score, negative_aesthetic_score: conditioning of a refiner.
             output_type: "pil", "np" (float32 `[B, H, W, 3]` in [0, 1]), "pt" (float32 `[B, 3, H, W]`) or "latent".
             callback_on_step_end: called after each step, which the device has done by then, as
                 `callback(pipeline, step, timestep, {"latents": x})`.
                 It may return `{"latents": y}` to go on with, or `{"interrupt": True}` to stop.
-            callback_on_progress: (*) called for each step once the device has done it, not waiting for that: on a GPU
+            callback_on_progress: (*) called for each step once the device has done it, without waiting: on a GPU
                 a step or two later. As `callback(pipeline, steps_done, {"preview": pictures})`, where pictures are
                 uint8 `[B, H/8, W/8, 3]` on the CPU, or None. It may return `{"interrupt": True}` to stop, or
-                `{"discard": True}` to stop and have no images.
-            previewer: (*) what makes them; `fit_previewer` gives one.
+                `{"discard": True}` to stop and return no images.
+            previewer: (*) makes the previews; `fit_previewer` returns one.
             tiled_vae: (*) decode in tiles of 512 x 512 pixels: less memory, and not quite the same picture; see
                 `VAE.decode`. It is done anyway where by plan the picture would not fit whole.
 
@@ -354,33 +346,39 @@ class Pipeline:
             RequestError: an argument cannot be met; the message names it. A MemoryPlanError says what it needs.
             OutOfMemoryError: the device had too little memory after all; the pipeline can still be used.
         """
-        return self._run(locals(), self._progress)
+        return self._run(
+            self._checked(locals()),
+            self._progress,
+            on_step=self._bound("callback_on_step_end", callback_on_step_end),
+            on_progress=self._bound("callback_on_progress", callback_on_progress),
+            previewer=previewer,
+        )
 
-    def _run(self, call: Mapping[str, Any], bar: Mapping[str, Any]) -> PipelineOutput:
-        """Make what a call asks for; `bar`: options of its progress bar."""
-        request, stages = self._staged(call)
-        tile = self._budget.admit(request, stages, idle=not self._running, tiled=call["tiled_vae"])
+    def _run(self, request: GenerationRequest, bar: Mapping[str, Any], **reporting: Any) -> PipelineOutput:
+        """Make the images of a request; `bar` and `reporting` are as for `Watch`."""
+        stages = self._stages(request)
+        tile = self._budget.admit(request, stages, idle=not self._running).tile
         if request.image is None:
             warn_of_late_start(stages[0].table)
         noise = NoiseSource(request.generators, request.batch)
-        callbacks = {
-            "on_step": self._bound("callback_on_step_end", call["callback_on_step_end"]),
-            "on_progress": self._bound("callback_on_progress", call["callback_on_progress"]),
-        }
-        with (
-            self._watched(stages, bar, previewer=call["previewer"], **callbacks) as watch,
-            exclusive(self._parts.engines()),
-            self._in_own_dtypes(),
-            torch.no_grad(),
-        ):
+        with self._watched(stages, bar, **reporting) as watch, self._executing():
+            states = noise.states()
+
+            def begin_again() -> None:
+                noise.restore(states)
+                watch.begin_again()
+
             images = self._budget.retried(
                 lambda: make_images(self._parts, request, stages, noise, watch, tile),
-                begin_again=_rewind(noise, watch),
-                told=lambda: self._budget.plan(request, stages, tile),
-                asking=lambda: watch.asking,
+                begin_again,
+                plan=lambda: self._budget.plan(request, stages, tile),
+                in_callback=lambda: watch.in_callback,
             )
-        made = records(request, self._base, self._refiner, call["sampler"], self.backend)
-        return PipelineOutput(images, made, watch.timings, watch.interrupted or images is None)
+        if watch.discarded:  # the last steps may be reported after the images were made
+            images = None
+        return PipelineOutput(
+            images, records(request, self._parts), watch.timings, watch.interrupted or images is None
+        )
 
     def check(
         self, prompt: str | Sequence[str], *, planned: bool = True, **arguments: Any
@@ -388,62 +386,78 @@ class Pipeline:
         """Refuse what a call with these arguments would refuse before its first step, and make nothing.
 
         Args:
-            planned: whether its memory is asked for too, whose plan takes up to a second for each new kind of request.
+            planned: whether to plan its memory too, which takes up to a second for each new kind of request.
 
         Returns:
-            what is asked for, and the steps it takes.
+            the request, and the steps it takes.
 
         Raises:
             RequestError: as a call does.
         """
-        call = self._arguments(prompt, **arguments)
-        request, stages = self._staged(call)
+        request = self._request(prompt, **arguments)
+        stages = self._stages(request)
         if planned:
-            self._budget.require(request, stages, idle=not self._running, tiled=call["tiled_vae"])
+            self._budget.require(request, stages, idle=not self._running)
         return request, sum(len(stage.table) for stage in stages)
 
     def fit_previewer(self) -> Previewer:
-        """What makes previews of this model's latents, fitted to its VAE at the model's own size.
+        """A previewer of this model's latents, fitted to its VAE at the model's own size.
 
         Raises:
             MemoryPlanError: that size does not fit.
         """
-        own, stages = self._staged(self._arguments(""))
-        tile = self._budget.admit(own, stages, idle=not self._running, tiled=False)
-        with exclusive(self._parts.engines()), self._in_own_dtypes():
-            return Previewer.fit(self.vae, own.height, own.width, self.device, tile=tile)
+        request = self._request("")
+        tile = self._budget.admit(request, self._stages(request), idle=not self._running).tile
+        with self._executing():
+            return Previewer.fit(self.vae, request.height, request.width, self.device, tile=tile)
 
     def _bound(self, name: str, callback: Callable[..., Any] | None) -> Callable[..., Any] | None:
-        """A callback that is told of this pipeline."""
+        """A callback with this pipeline as its first argument."""
         if callback is None:
             return None
         if not callable(callback):
             raise RequestError(f"{name} is {callback!r}; give a function, or None")
         return partial(callback, self)
 
-    def _arguments(self, *arguments: Any, **named: Any) -> Mapping[str, Any]:
-        """All arguments of a call, by name, with its defaults."""
+    def _request(self, *arguments: Any, **named: Any) -> GenerationRequest:
+        """The request that a call with these arguments would make."""
         call = _signature().bind(self, *arguments, **named)
         call.apply_defaults()
-        return call.arguments
+        return self._checked(call.arguments)
 
-    def _staged(self, call: Mapping[str, Any]) -> tuple[GenerationRequest, list[Stage]]:
-        """What a call asks for, checked, and who takes which steps."""
-        sdxl = self._base.config.takes_sizes
-        defaults = {"guidance_scale": 5.0 if sdxl else 7.5, "strength": 0.3 if sdxl else 0.8}
-        given = {**call, **{name: value for name, value in defaults.items() if call[name] is None}}
-        height, width = self._base.config.latent_size
-        request = GenerationRequest.create(
-            given,
-            default_size=(height * self.vae.scale, width * self.vae.scale),
-            latent_scale=self.vae.scale,
+    def _checked(self, arguments: Mapping[str, Any]) -> GenerationRequest:
+        """The request of a call with these arguments, all by name, with the model's defaults."""
+        config, scale = self._parts.base.config, self.vae.scale
+        defaults = {
+            "guidance_scale": 5.0 if config.takes_sizes else 7.5,
+            "strength": 0.3 if config.takes_sizes else 0.8,
+        }
+        height, width = config.latent_size
+        return GenerationRequest.create(
+            {**arguments, **{name: x for name, x in defaults.items() if arguments[name] is None}},
+            default_size=(height * scale, width * scale),
+            latent_scale=scale,
             latent_channels=self.vae.channels,
         )
-        return request, stages_of_request(self._base, self._refiner, request, call["sampler"])
+
+    def _stages(self, request: GenerationRequest) -> list[Stage]:
+        return stages_of_request(self._parts.base, self._parts.refiner, request)
+
+    @contextmanager
+    def _executing(self) -> Iterator[None]:
+        """Keep other threads from offloading these engines, and turn off a caller's autocast: networks would run, be
+        captured and be exported in its dtypes."""
+        with (
+            exclusive(self._parts.engines()),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast(self.device.type, enabled=False),
+            torch.no_grad(),
+        ):
+            yield
 
     @contextmanager
     def _watched(self, stages: Sequence[Stage], bar: Mapping[str, Any], **options: Any) -> Iterator[Watch]:
-        """A watch over one call, known to `interrupt` while it lasts."""
+        """A `Watch` of one call, which `interrupt` reaches while it lasts."""
         watch = Watch(sum(len(stage.table) for stage in stages), bar, self.device, **options)
         self._running.add(watch)
         try:
@@ -454,18 +468,7 @@ class Pipeline:
             watch.close()
 
 
-def _rewind(noise: NoiseSource, watch: Watch) -> Callable[[], None]:
-    """What brings a call back to where it is now."""
-    states = noise.states()
-
-    def begin_again() -> None:
-        noise.restore(states)
-        watch.begin_again()
-
-    return begin_again
-
-
 @cache
 def _signature() -> inspect.Signature:
-    """The signature of a call; made once, as a server checks every request."""
+    """The signature of a call; cached, since a server checks every request."""
     return inspect.signature(Pipeline.__call__)

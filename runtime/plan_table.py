@@ -11,7 +11,7 @@ __all__ = ["lines"]
 
 
 def lines(plan: Plan, gpu: Gpu) -> Iterator[str]:
-    """Networks, stages with the floors of a GPU, and what each policy needs."""
+    """Lines of three tables: networks, stages with their least time on a GPU, and bytes by policy and stage."""
     yield plan.subject
     yield ""
     yield f"{'one forward':<24}{'dtype':<10}{'rows':>4}{'weights':>11}{'activations':>13}{'scratch':>10}{'TFLOP':>10}"

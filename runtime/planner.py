@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,11 +20,10 @@ from .engines.registry import get_backend
 from .expert import Expert, check_fit
 from .footprint import Footprint, Tracker, follow, measure
 from .loading import load_expert, load_vae
-from .memory import Network, Plan, Stage
+from .memory import Network, Plan, PlannedStage
 from .place import dtype_name
 from .request import check_number, check_side
-from .stages import Stage as ExpertStage
-from .stages import stages_of
+from .stages import Stage, stages_of
 from .vae import VAE, Tiles
 from .weights import open_outline, refiner_source
 
@@ -33,11 +32,23 @@ __all__ = ["Planner"]
 _META = torch.device("meta")
 
 
+@dataclass(frozen=True)
+class _PlanSize:
+    """What a plan depends on beside its loops; as for `Planner.of_stages`."""
+
+    height: int
+    width: int
+    batch: int
+    encoded: bool
+    decoded: bool
+    tile: int | None
+
+
 class Planner:
     """Plans for one model, and a refiner.
 
-    A network is followed through one forward for every batch and size that is asked for, which takes up to a second;
-    what was found is kept, and a plan of a kind that was planned before takes microseconds. For several threads.
+    Each network is followed through one forward for each batch and size, which takes up to a second. Results are
+    cached, so that another plan of the same kind takes microseconds. Thread-safe.
     """
 
     def __init__(
@@ -63,7 +74,7 @@ class Planner:
         self._arch = arch
         self._modules: dict[str, nn.Module] = {}
         self._engines: dict[str, EagerEngine] = {}
-        self._footprints: dict[tuple[str, int, int, int], Footprint] = {}
+        self._footprints: dict[Hashable, Footprint] = {}
         self._plans: dict[Hashable, Plan] = {}
         self._lock = threading.RLock()
 
@@ -116,7 +127,7 @@ class Planner:
             height, width: in pixels; the model's own by default.
             batch: images, each with a prompt of its own and no negative prompt.
             steps, guidance_scale, sampler, high_noise_frac: as in `Pipeline.__call__`.
-            from_image: it starts from a picture, so the VAE's encoder runs too.
+            from_image: it starts from an image, so the VAE's encoder runs too.
 
         Raises:
             RequestError: an argument cannot be met.
@@ -136,7 +147,7 @@ class Planner:
 
     def of_stages(
         self,
-        stages: Sequence[ExpertStage],
+        stages: Sequence[Stage],
         *,
         height: int,
         width: int,
@@ -153,22 +164,24 @@ class Planner:
             height, width: in pixels.
             batch: as for `plan`.
             guided: whether its guidance scale is above 1.
-            encoded, decoded: it starts from a picture; it ends in one.
-            tile: latents along a side of the tiles in which it is decoded; None for whole pictures.
+            encoded, decoded: whether it starts from an image; whether it ends in one.
+            tile: latents along a side of the tiles in which it is decoded; None for whole images.
         """
         scale = self._vae.scale
         shape = (batch, self._vae.channels, height // scale, width // scale)
         loops = []
         for stage in stages:  # also one that takes no steps: its networks are loaded all the same
             expert = stage.expert
-            kind = LoopKind.of(shape, stage.table, expert.guided(guided), expert.unet.component.dtype)
+            kind = LoopKind.of(shape, stage.table, expert.uses_cfg(guided), expert.unet.component.dtype)
             loops.append((stage.name, expert, kind))
-        key = (tuple((name, kind) for name, _, kind in loops), encoded, decoded, tile)
+        size = _PlanSize(height, width, batch, encoded, decoded, tile)
+        key = (tuple((name, kind) for name, _, kind in loops), size)
         with self._lock:
             if key not in self._plans:
                 with torch.inference_mode(False):
-                    self._plans[key] = self._made(loops, height, width, batch, encoded, decoded, tile)
+                    self._plans[key] = self._build(loops, size)
             plan = self._plans[key]
+        # What is cached has one step in each loop: their number differs from request to request, and costs no memory.
         steps = {stage.name: len(stage.table) for stage in stages}
         counted = [
             replace(stage, calls=dict.fromkeys(stage.calls, steps[stage.name]))
@@ -178,20 +191,12 @@ class Planner:
         ]
         return replace(plan, stages=tuple(counted))
 
-    def _made(
-        self,
-        loops: Sequence[tuple[str, Expert, LoopKind]],
-        height: int,
-        width: int,
-        batch: int,
-        encoded: bool,
-        decoded: bool,
-        tile: int | None,
-    ) -> Plan:
+    def _build(self, loops: Sequence[tuple[str, Expert, LoopKind]], size: _PlanSize) -> Plan:
+        height, width, batch = size.height, size.width, size.batch
         networks: dict[str, Network] = {}
         text: dict[str, int] = {}
         buffers: dict[str, int] = {}
-        stages: list[Stage] = []
+        stages: list[PlannedStage] = []
         for name, expert, kind in loops:
             for encoder in expert.encoders:
                 key = self._key(expert, encoder.engine.component)
@@ -200,55 +205,56 @@ class Planner:
             component = expert.unet.component
             key = self._key(expert, component)
             rows = 2 * batch if kind.guided else batch
-            loop = _LoopOnMeta(self._engine(key, component), kind, _inputs(component, rows, height, width))
+            inputs = _inputs(component, rows, height, width)
+            loop = _LoopOnMeta(self._engine(key, component), component, kind, inputs)
             buffers |= {f"{name} {part}": nbytes for part, nbytes in loop.buffers.items()}
             networks[key] = self._network(key, component, rows, height, width, loop)
-            stages.append(Stage(name, "denoise", {key: 1}, follow(loop.prepare, self._arch).peak))
-        # A picture in float32, once by itself and once in the batch.
+            stages.append(PlannedStage(name, "denoise", {key: 1}, follow(loop.prepare, self._arch).peak))
+        # An image in float32, once by itself and once in the batch.
         image_bytes = 2 * 4 * batch * 3 * height * width
         scale = self._vae.scale
-        down, across = (Tiles.of(side // scale, tile, scale) for side in (height, width))
+        down, across = (Tiles.of(side // scale, size.tile, scale) for side in (height, width))
         sizes = {
             self._vae.encoder: (height, width),
             self._vae.decoder: (down.size * scale, across.size * scale),
         }
-        for half, size in sizes.items():
+        for half, (rows, columns) in sizes.items():
             name = half.component.name
-            networks[name] = self._network(name, half.component, 1, *size)
-        if decoded:
+            networks[name] = self._network(name, half.component, 1, rows, columns)
+        if size.decoded:
             calls = batch * len(down.starts) * len(across.starts)
-            stages.append(Stage("decode", "pixels", {"vae_decoder": calls}, image_bytes))
-        if encoded:
-            stages.insert(0, Stage("encode", "pixels", {"vae_encoder": batch}, image_bytes))
-        stages.insert(0, Stage("text", "text", text))
+            stages.append(PlannedStage("decode", "pixels", {"vae_decoder": calls}, image_bytes))
+        if size.encoded:
+            stages.insert(0, PlannedStage("encode", "pixels", {"vae_encoder": batch}, image_bytes))
+        stages.insert(0, PlannedStage("text", "text", text))
         subject = f"{self._sources} at {width}x{height}, batch {batch}, {self._dtype}"
         return Plan(subject, networks, tuple(stages), buffers)
 
     def of_weights(self) -> Plan:
-        """What any request takes at the least: the weights, without the VAE's encoder."""
+        """The least that any request needs: the weights, without the VAE's encoder."""
         networks: dict[str, Network] = {}
-        stages: list[Stage] = []
+        stages: list[PlannedStage] = []
         text: dict[str, int] = {}
         with self._lock, torch.inference_mode(False):
             for name, expert in self._experts.items():
                 for encoder in expert.encoders:
                     text[self._weighed(networks, expert, encoder.engine.component)] = 1
                 stages.append(
-                    Stage(name, "denoise", {self._weighed(networks, expert, expert.unet.component): 1})
+                    PlannedStage(name, "denoise", {self._weighed(networks, expert, expert.unet.component): 1})
                 )
             decoder = self._weighed(networks, self._base, self._vae.decoder.component)
-            stages.append(Stage("decode", "pixels", {decoder: 1}))
-        stages.insert(0, Stage("text", "text", text))
+            stages.append(PlannedStage("decode", "pixels", {decoder: 1}))
+        stages.insert(0, PlannedStage("text", "text", text))
         return Plan(f"the weights of {self._sources}, {self._dtype},", networks, tuple(stages), {})
 
     def engines(self) -> dict[str, LazyEngine]:
-        """The experts' and the VAE's by the names that their networks have in plans."""
+        """The experts' and the VAE's engines, by their networks' names in plans."""
         experts = self._experts.values()
         found = {self._key(expert, x.component): x for expert in experts for x in expert.engines()}
         return found | {half.component.name: half for half in (self._vae.encoder, self._vae.decoder)}
 
     def _weighed(self, networks: dict[str, Network], expert: Expert, component: Component) -> str:
-        """The name of a network that is added to `networks` with its weights only."""
+        """Add a network, with its weights only, to `networks`; returns its name."""
         key = self._key(expert, component)
         parameters = list(self._module(key, component).parameters())
         numbers, nbytes = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
@@ -267,7 +273,7 @@ class Planner:
         return " + ".join(expert.source for expert in self._experts.values())
 
     def _key(self, expert: Expert, component: Component) -> str:
-        """The component's name; with the refiner's before it where the base has another of that name."""
+        """The component's name; one that only the refiner has is prefixed with "refiner"."""
         if expert is not self._refiner:
             return component.name
         shared = [encoder.engine.component for encoder in self._base.encoders]
@@ -282,27 +288,28 @@ class Planner:
         width: int,
         loop: _LoopOnMeta | None = None,
     ) -> Network:
-        """One forward. FLOPs and weights are the model's; memory is the back end's, which lays weights out anew. For a
-        UNet it is a step of the loop."""
-        found = self._footprints.get((key, rows, height, width))
+        """One forward. FLOPs and weights are the model's; memory is the back end's, which repacks weights. For a UNet
+        that is the memory of a whole step of `loop`, sampler and guidance included, so it differs by kind."""
+        of = (key, rows, height, width, None if loop is None else loop.kind)
+        found = self._footprints.get(of)
         if found is None:
             inputs = _inputs(component, rows, height, width)
             engine = self._engine(key, component)
             run = (lambda: engine(inputs)) if loop is None else loop.step
             found = measure(self._module(key, component), list(inputs.values()), self._arch, run)
             found = replace(found, held_bytes=engine.weight_bytes)
-            self._footprints[key, rows, height, width] = found
+            self._footprints[of] = found
         return Network(dtype_name(component.dtype), rows, found)
 
     def _module(self, key: str, component: Component) -> nn.Module:
-        """On the meta device, its channels last."""
+        """The module on the meta device, in channels last."""
         if key not in self._modules:
             module = component.on_meta()
             self._modules[key] = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self._modules[key]
 
     def _engine(self, key: str, component: Component) -> EagerEngine:
-        """The back end's own on the meta device, which lays the weights out."""
+        """The back end's own engine on the meta device, its weights repacked."""
         if key not in self._engines:
             outline = replace(component, build=component.on_meta)
             engine = self._backend.load(outline, device=_META, cache_dir=None)
@@ -334,27 +341,30 @@ class _LoopOnMeta:
     """The denoising loop's static tensors on the meta device, and the work over them.
 
     Attributes:
-        buffers: bytes by what they are for.
+        buffers: bytes of the static tensors, by what they are for.
     """
 
-    def __init__(self, engine: Engine, kind: LoopKind, inputs: Mapping[str, Tensor]) -> None:
-        told = {name: x for name, x in inputs.items() if name not in ("sample", "timestep")}
+    def __init__(
+        self, engine: Engine, component: Component, kind: LoopKind, inputs: Mapping[str, Tensor]
+    ) -> None:
+        constants = {name: x for name, x in inputs.items() if name not in ("sample", "timestep")}
+        self.kind = kind
         with Tracker() as tracker:
             self._state = DenoiseState(kind, _META)
-        self.buffers = {"loop": tracker.live, "conditioning": sum(x.nbytes for x in told.values())}
+        self.buffers = {"loop": tracker.live, "conditioning": sum(x.nbytes for x in constants.values())}
         state = self._state
         with Tracker() as tracker:
             self._program: Program = engine.bind(
-                {"sample": state.sample, "timestep": state.timestep, **told},
-                {"prediction": state.prediction},
+                {"sample": state.sample, "timestep": state.timestep, **constants},
+                {component.outputs[0].name: state.prediction},
                 timesteps=state.timesteps,
             )
         self.buffers["keys, values, times"] = tracker.live
 
     def prepare(self) -> None:
-        """Take up a request, which is not recorded: what it makes is not in the memory that a step has."""
+        """Prepare a request. Not captured, so its temporaries are outside the graph pool."""
         self._program.prepare()
 
     def step(self) -> None:
-        """Take one."""
+        """One denoising step."""
         self._state.step(self._program.run)

@@ -1,10 +1,10 @@
-"""Small pictures of latents, at a pixel for each: what can be shown while an image is made.
+"""Previews: small RGB images of latents, one pixel per latent, to show while an image is made.
 
-The VAE is nearly local, and colour nearly linear in its latents, so a matrix of [C + 1, 3] stands for it. It is fitted
+The VAE is nearly local, and colour nearly linear in its latents, so a matrix [C + 1, 3] approximates it. It is fitted
 by least squares to the VAE itself, on blocks of random colour; no table of any one model's factors is needed.
 
-Nothing waits for a picture: the loop leaves a copy of its latents, and a stream of its own makes the picture of it and
-brings that to the host, which finds it there a step or two later.
+Nothing waits for a preview: the loop leaves a copy of its latents, from which a side stream makes the preview and
+copies it to the host, where it is found a step or two later.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = ["Previewer", "StepReports"]
 
 _BLOCK = 8
 _COLOURS = 32
-_SLOTS = 4  # the device is up to two steps behind; one more is being given, and one may be late
+_SLOTS = 4  # the device is up to two steps behind, one more is being submitted, and one may be late
 
 
 @dataclass(frozen=True)
 class Previewer:
-    """Latents to pictures.
+    """Latents to previews.
 
     Attributes:
         weights: [C + 1, 3] on the device, the last row a constant.
@@ -43,7 +43,7 @@ class Previewer:
     def fit(
         cls, vae: VAE, height: int, width: int, device: torch.device, *, tile: int | None = None
     ) -> Previewer:
-        """Decode random pictures of `height` x `width` pixels, one where they are large, and fit to them.
+        """Decode random images of `height` x `width` pixels, a single one if that is large, and fit to them.
 
         Args:
             tile: as for `VAE.decode`.
@@ -68,13 +68,13 @@ class Previewer:
         """
         deviation = latents.float().flatten(1).std(dim=1).clamp(min=1.0)
         rows = (latents.float() / deviation.view(-1, 1, 1, 1)).movedim(1, 3)
-        # No matrix product: cuBLAS would keep 32 MiB for the stream beside the loop's.
+        # Not a matmul: cuBLAS would keep 32 MiB for the stream beside the loop's.
         rgb = (_with_one(rows)[..., None] * self.weights).sum(dim=-2)
         return (rgb.clamp(0, 1).nan_to_num() * 255).round().to(torch.uint8)
 
 
 class _Slot:
-    """Room for one step's latents, and for their picture on the host."""
+    """Buffers for one step's latents, and for their preview on the host."""
 
     def __init__(self, latents: Tensor) -> None:
         B, _, h, w = latents.shape
@@ -83,42 +83,42 @@ class _Slot:
 
 
 class StepReports:
-    """Tells of each step once the device has done it, with a picture where there is a previewer.
+    """Reports each step once the device has done it, with a preview if there is a previewer.
 
-    A picture that finds every slot still on its way is left out, rather than waited for.
+    If every slot is still under way, a step is reported without a preview, rather than waited for.
     """
 
     def __init__(
-        self, queue: Queue, previewer: Previewer | None, tell: Callable[[int, Tensor | None], object]
+        self, queue: Queue, previewer: Previewer | None, report: Callable[[int, Tensor | None], object]
     ) -> None:
-        """`tell`: called with the number of steps done, and their picture, uint8 [B, h, w, 3] on the CPU."""
+        """`report`: called with the number of steps done, and a preview of the last, uint8 [B, h, w, 3] on the CPU."""
         self._queue = queue
         self._previewer = previewer
-        self._tell = tell
+        self._report = report
         self._steps = 0
         self._free: list[_Slot] = []
-        self._slots = 0
+        self._made = 0
         self._under_way: deque[tuple[int, Event, _Slot | None]] = deque()
 
     def take(self, latents: Tensor) -> None:
-        """A step has been given to the device, after which the latents are these."""
+        """A step has been submitted, which leaves these latents."""
         self._steps += 1
-        if self._previewer is None or (slot := self._slot(latents)) is None:
+        if self._previewer is None or (slot := self._acquire(latents)) is None:
             self._under_way.append((self._steps, self._queue.record(), None))
             return
         slot.latents.copy_(latents)  # the loop's own are overwritten by the next step
-        drawn = self._queue.beside(partial(_draw, self._previewer, slot))
+        drawn = self._queue.on_side_stream(partial(_draw, self._previewer, slot))
         self._under_way.append((self._steps, drawn, slot))
 
     def deliver(self) -> None:
-        """Tell of the steps that are done by now, in their order."""
+        """Report the steps that are done by now, in order."""
         while self._under_way and self._under_way[0][1].query():
             steps, _, slot = self._under_way.popleft()
-            picture = None
+            preview = None
             if slot is not None:
-                picture = slot.pixels.clone()
+                preview = slot.pixels.clone()
                 self._free.append(slot)
-            self._tell(steps, picture)
+            self._report(steps, preview)
 
     def begin_again(self) -> None:
         """Forget the steps so far."""
@@ -130,17 +130,17 @@ class StepReports:
         self._steps = 0
 
     def finish(self) -> None:
-        """Wait for the steps that are left, and tell of them."""
+        """Wait for the remaining steps, and report them."""
         while self._under_way:
             self._under_way[0][1].synchronize()
             self.deliver()
 
-    def _slot(self, latents: Tensor) -> _Slot | None:
+    def _acquire(self, latents: Tensor) -> _Slot | None:
         if self._free:
             return self._free.pop()
-        if self._slots == _SLOTS:
+        if self._made == _SLOTS:
             return None
-        self._slots += 1
+        self._made += 1
         return _Slot(latents)
 
 

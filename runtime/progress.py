@@ -1,4 +1,4 @@
-"""What a call reports while it runs: a progress bar, the time each stage took, and whether to stop."""
+"""A call's progress: bar, callbacks, interruption, and the time of each stage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import BackendError, OutOfMemoryError, RequestError
-from .denoise import Host
 from .place import memory_ran_out
 from .previews import Previewer, StepReports
 from .streams import Event, Pace, queue_of
@@ -29,15 +28,14 @@ ProgressCallback = Callable[[int, dict[str, Any]], Mapping[str, Any] | None]
 
 
 class Watch:
-    """One call's progress.
+    """One call's progress; the `StepHooks` of its loops.
 
     Attributes:
-        stop: set to end the call after the step it is at.
-        interrupted: whether a loop has ended for that, with steps left.
-        discarded: whether nobody wants what it makes.
-        asking: a callback runs, or has raised something.
-        timings: seconds of each stage, once the call has ended, and `total`.
-        host: what the loops are to do between their steps.
+        stop: set to end the call after the current step.
+        interrupted: whether a loop ended early because of that.
+        discarded: whether the caller no longer wants the images.
+        in_callback: a callback is running, or has raised an error.
+        timings: seconds of each stage, and their `total`, once the call has ended.
     """
 
     def __init__(
@@ -54,7 +52,7 @@ class Watch:
         self.stop = threading.Event()
         self.interrupted = False
         self.discarded = False
-        self.asking = False
+        self.in_callback = False
         self.timings: dict[str, float] = {}
         self._bar = tqdm(total=steps, **{"disable": None, "leave": False, "unit": "step", **options})
         self._on_step, self._on_progress = on_step, on_progress
@@ -63,29 +61,21 @@ class Watch:
         self._queue = queue_of(device)
         self._stages: list[tuple[str, Event, Event]] = []
         self._reports = None if on_progress is None else StepReports(self._queue, previewer, self._report)
-        self.host = Host(
-            Pace(self._queue),
-            should_stop=self._should_stop,
-            progress=self._count,
-            reports=self._reports,
-            on_step=None if on_step is None else self._ask,
-        )
+        self._pace = Pace(self._queue)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time what happens inside, from when the device gets to it until it has done it; parts of one name are added.
-        The host does not wait for that.
+        """Time the block on the device, for which the host does not wait; blocks of one name are added up.
 
         Raises:
-            OutOfMemoryError: in place of what PyTorch or a back end says of that. What a callback raises is left as
-                it is.
+            OutOfMemoryError: in place of the error of PyTorch or a back end. Errors of a callback are left as they are.
         """
         self._bar.set_description(name)
         begun = self._queue.record(timed=True)
         try:
             yield
         except (RuntimeError, MemoryError, BackendError) as error:
-            if self.asking or not memory_ran_out(error):
+            if self.in_callback or not memory_ran_out(error):
                 raise
             why = next(iter(str(error).splitlines()), "")
             raise OutOfMemoryError(
@@ -94,13 +84,38 @@ class Watch:
             ) from error
         self._stages.append((name, begun, self._queue.record(timed=True)))
 
-    def tell(self) -> None:
-        """Tell of the steps that are done by now; who hears of them may not want the images any more."""
+    def before_step(self) -> bool:
+        """Wait for the step before the last, report those that are done, and say whether to go on."""
+        self._pace.wait()
+        self.deliver()
+        self.interrupted = self.stop.is_set()
+        return not self.interrupted
+
+    def after_step(self, timestep: float, latents: Tensor) -> None:
+        """Count the step; where there is a step callback, wait for the device and take its answer.
+
+        Raises:
+            RequestError: the callback returned something that it may not.
+        """
+        self._pace.gave()
+        if self._reports is not None:
+            self._reports.take(latents)
+        self._step += 1
+        self._bar.update()
+        if self._on_step is not None:
+            copy = latents.clone()
+            self._pace.drain()
+            replacement = self._replacement(timestep, copy)
+            if replacement is not None:
+                latents.copy_(replacement)
+
+    def deliver(self) -> None:
+        """Report the steps that are done by now; the callback may then interrupt the call or discard its images."""
         if self._reports is not None:
             self._reports.deliver()
 
     def finish(self) -> None:
-        """Wait for the device, tell of the steps that were not told of, and sum the timings."""
+        """Wait for the device, report the remaining steps, and sum the timings."""
         if self._reports is not None:
             self._reports.finish()
         if self._stages:
@@ -110,10 +125,9 @@ class Watch:
         self.timings["total"] = sum(self.timings.values())
 
     def close(self) -> None:
-        """Remove the bar, and let go of callbacks: they hold the pipeline, and what calls them holds this."""
+        """Remove the bar, and drop the callbacks: they refer to the pipeline, and the reports to this (a cycle)."""
         self._bar.close()
         self._on_step = self._on_progress = self._reports = None
-        del self.host
 
     def begin_again(self) -> None:
         """Forget the steps and stages so far."""
@@ -123,31 +137,17 @@ class Watch:
         if self._reports is not None:
             self._reports.begin_again()
 
-    def _should_stop(self) -> bool:
-        """Asked before a step."""
-        self.interrupted = self.stop.is_set()
-        return self.interrupted
-
-    def _count(self) -> None:
-        """A step of whichever expert."""
-        self._step += 1
-        self._bar.update()
-
     @contextmanager
-    def _caller(self) -> Iterator[None]:
-        """While a callback runs, and once it has raised something."""
-        self.asking = True
+    def _calling_back(self) -> Iterator[None]:
+        self.in_callback = True
         yield
-        self.asking = False
+        # Not in a `finally`: if the callback raised, `stage` and `Budget.retried` leave its error as it is.
+        self.in_callback = False
 
     def _report(self, steps: int, preview: Tensor | None) -> None:
-        """Tell the caller of steps that are done.
-
-        Raises:
-            RequestError: the callback returned something else than it may.
-        """
+        """Call the progress callback."""
         assert self._on_progress is not None
-        with self._caller():
+        with self._calling_back():
             answer = self._on_progress(steps, {"preview": preview})
         if answer is None:
             return
@@ -160,14 +160,10 @@ class Watch:
         if answer.get("interrupt") or self.discarded:
             self.stop.set()
 
-    def _ask(self, _: int, timestep: float, latents: Tensor) -> Tensor | None:
-        """Hear the caller.
-
-        Raises:
-            RequestError: the callback returned something else than it may.
-        """
+    def _replacement(self, timestep: float, latents: Tensor) -> Tensor | None:
+        """The latents that the step callback returns, if any; it may also interrupt the call."""
         assert self._on_step is not None
-        with self._caller():
+        with self._calling_back():
             answer = self._on_step(self._step - 1, timestep, {"latents": latents})
         if answer is None:
             return None

@@ -6,34 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from .expert import Expert
+from .parts import Parts
 from .request import GenerationRequest, Size
 
 __all__ = ["public_name", "records"]
 
 
-def records(
-    request: GenerationRequest, base: Expert, refiner: Expert | None, sampler: str | None, backend: str
-) -> list[dict[str, Any]]:
-    """One record for each image. What has its default value is left out, but for the essentials.
-
-    Args:
-        request: what was asked for.
-        base, refiner: who made it.
-        sampler: given in place of the checkpoint's.
-        backend: its name.
-    """
-    r = request
-    scheduled = base.sampler(sampler)
-    experts = [base] if refiner is None else [base, refiner]
+def records(request: GenerationRequest, parts: Parts) -> list[dict[str, Any]]:
+    """One record for each image of a request that these parts made. Except for the essentials, arguments that have
+    their default value are left out."""
+    r, base, refiner = request, parts.base, parts.refiner
+    sampler = base.sampler_config(r.sampler)
     common: dict[str, Any] = {
         "steps": r.steps,
-        "sampler": sampler or scheduled.name,
-        # Not what another sampler than this one would have made of it.
-        **{name: value for name, value in base.overrides.items() if getattr(scheduled, name, value) == value},
+        "sampler": r.sampler or sampler.name,
+        # Only those that were in effect: a sampler may set such a field itself.
+        **{name: value for name, value in base.overrides.items() if getattr(sampler, name, value) == value},
         "size": _wide((r.height, r.width)),
         "model": public_name(base.source),
-        "backend": backend,
+        "backend": parts.loader.backend.name,
         "version": f"latentrt {__version__}",
     }
     if refiner is not None:
@@ -49,10 +40,10 @@ def records(
         "denoising_start": None,
         "denoising_end": None,
     }
-    if any(expert.aesthetic for expert in experts):
+    if any(expert.aesthetic for expert in parts.experts):
         defaults |= {"aesthetic_score": 6.0, "negative_aesthetic_score": 2.5}
     common |= {name: getattr(r, name) for name, default in defaults.items() if getattr(r, name) != default}
-    sized = any(expert.config.takes_sizes for expert in experts)
+    sized = any(expert.config.takes_sizes for expert in parts.experts)
     return [
         {
             **_texts(r, k),

@@ -1,4 +1,4 @@
-"""What may be asked for, checked once, before anything is computed.
+"""The arguments of a call, checked and normalised once, before anything is computed.
 
 `GenerationRequest.create` takes diffusers' arguments in all their forms (one prompt or many, one seed or a list,
 sizes as pairs or per prompt) and gives back plain lists with one entry per image.
@@ -34,8 +34,8 @@ class GenerationRequest:
     """A validated request; every list has one entry per image unless said otherwise.
 
     `prompts`, `prompts_2`, `negatives`, `negatives_2` have one entry per prompt; image k belongs to prompt
-    `k // images_per_prompt`. A negative of None is "none given" (SDXL's base then uses zeros). `image` has the pictures
-    as they were given, and image k starts from row `image_rows[k]`.
+    `k // images_per_prompt`. A negative of None is "none given" (SDXL's base then uses zeros). `image` holds the
+    given images, pixels in [-1, 1] or latents, and image k starts from row `image_rows[k]`.
     """
 
     prompts: list[str]
@@ -68,6 +68,8 @@ class GenerationRequest:
     aesthetic_score: float
     negative_aesthetic_score: float
     output_type: OutputType
+    sampler: str | None
+    tiled_vae: bool
 
     @property
     def batch(self) -> int:
@@ -78,6 +80,11 @@ class GenerationRequest:
     def guided(self) -> bool:
         """Whether the images are guided; all of a request are, or none."""
         return self.guidance_scales[0] > 1
+
+    @property
+    def starts_from_pixels(self) -> bool:
+        """Whether `image` is pixels, to be encoded by the VAE, rather than latents."""
+        return self.image is not None and self.image.shape[1] == 3
 
     @classmethod
     def create(
@@ -94,37 +101,36 @@ class GenerationRequest:
         Raises:
             RequestError: naming the argument, the value and what is allowed.
         """
-        a = arguments
-        prompts, prompts_2 = _prompts(a)
+        prompts, prompts_2 = _prompts(arguments)
         count = len(prompts)
-        negatives, negatives_2 = _negatives(a, count)
-        per_prompt = _integer("num_images_per_prompt", a["num_images_per_prompt"], 1, 1024)
+        negatives, negatives_2 = _negatives(arguments, count)
+        per_prompt = _integer("num_images_per_prompt", arguments["num_images_per_prompt"], 1, 1024)
         batch = count * per_prompt
 
-        image = None if a["image"] is None else to_tensor(a["image"])
+        image = None if arguments["image"] is None else to_tensor(arguments["image"])
         image_rows = [] if image is None else _rows("image", image, batch, per_prompt)
-        latents = a["latents"]
+        latents = arguments["latents"]
         if latents is not None:
             latents = latents[_rows("latents", latents, batch, per_prompt)]
         if image is not None and latents is not None:
             raise RequestError(
                 "give image= or latents=, not both; to continue from latents, pass them as image="
             )
-        height, width = _size_of(a, image, latents, default_size, latent_scale, latent_channels)
-        start, end = _part_of_the_schedule(a)
-        if a["output_type"] not in ("pil", "np", "pt", "latent"):
+        height, width = _size_of(arguments, image, latents, default_size, latent_scale, latent_channels)
+        start, end = _part_of_the_schedule(arguments)
+        if arguments["output_type"] not in ("pil", "np", "pt", "latent"):
             raise RequestError(
-                f"output_type is {a['output_type']!r}; it can be 'pil', 'np', 'pt' or 'latent'"
+                f"output_type is {arguments['output_type']!r}; it can be 'pil', 'np', 'pt' or 'latent'"
             )
-        generators, seeds = _generators(a["seed"], a["generator"], batch)
+        generators, seeds = _generators(arguments["seed"], arguments["generator"], batch)
 
         def pairs(name: str, default: Size) -> list[Size]:
-            return _pairs(name, default if a[name] is None else a[name], count, per_prompt)
+            return _pairs(name, default if arguments[name] is None else arguments[name], count, per_prompt)
 
         def optional_pairs(name: str) -> list[Size] | None:
-            return None if a[name] is None else _pairs(name, a[name], count, per_prompt)
+            return None if arguments[name] is None else _pairs(name, arguments[name], count, per_prompt)
 
-        clip_skip = a["clip_skip"]
+        clip_skip = arguments["clip_skip"]
         return cls(
             prompts=prompts,
             prompts_2=prompts_2,
@@ -133,63 +139,65 @@ class GenerationRequest:
             images_per_prompt=per_prompt,
             height=height,
             width=width,
-            steps=_integer("num_inference_steps", a["num_inference_steps"], 1, None),
-            guidance_scales=_scales(a["guidance_scale"], batch),
-            guidance_rescale=check_number("guidance_rescale", a["guidance_rescale"], 0, 1),
-            eta=check_number("eta", a["eta"], 0, 1),
+            steps=_integer("num_inference_steps", arguments["num_inference_steps"], 1, None),
+            guidance_scales=_scales(arguments["guidance_scale"], batch),
+            guidance_rescale=check_number("guidance_rescale", arguments["guidance_rescale"], 0, 1),
+            eta=check_number("eta", arguments["eta"], 0, 1),
             clip_skip=None if clip_skip is None else _integer("clip_skip", clip_skip, 0, None),
             generators=generators,
             seeds=seeds,
             image=image,
             image_rows=image_rows,
             latents=latents,
-            strength=check_number("strength", a["strength"], 0, 1),
+            strength=check_number("strength", arguments["strength"], 0, 1),
             denoising_start=start,
             denoising_end=end,
-            high_noise_frac=check_number("high_noise_frac", a["high_noise_frac"], 0, 1),
+            high_noise_frac=check_number("high_noise_frac", arguments["high_noise_frac"], 0, 1),
             original_sizes=pairs("original_size", (height, width)),
             crops=pairs("crops_coords_top_left", (0, 0)),
             target_sizes=pairs("target_size", (height, width)),
             negative_original_sizes=optional_pairs("negative_original_size"),
             negative_crops=optional_pairs("negative_crops_coords_top_left"),
             negative_target_sizes=optional_pairs("negative_target_size"),
-            aesthetic_score=check_number("aesthetic_score", a["aesthetic_score"], -100, 100),
+            aesthetic_score=check_number("aesthetic_score", arguments["aesthetic_score"], -100, 100),
             negative_aesthetic_score=check_number(
-                "negative_aesthetic_score", a["negative_aesthetic_score"], -100, 100
+                "negative_aesthetic_score", arguments["negative_aesthetic_score"], -100, 100
             ),
-            output_type=a["output_type"],
+            output_type=arguments["output_type"],
+            sampler=arguments["sampler"],
+            tiled_vae=bool(arguments["tiled_vae"]),
         )
 
 
-def _prompts(a: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def _prompts(arguments: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """For the first and the second text encoder."""
-    prompts = _texts("prompt", a["prompt"], None)
-    if a["prompt_2"] in (None, ""):
+    prompts = _texts("prompt", arguments["prompt"], None)
+    if arguments["prompt_2"] in (None, ""):
         return prompts, prompts
-    return prompts, _texts("prompt_2", a["prompt_2"], len(prompts))
+    return prompts, _texts("prompt_2", arguments["prompt_2"], len(prompts))
 
 
-def _negatives(a: Mapping[str, Any], count: int) -> tuple[list[str | None], list[str | None]]:
+def _negatives(arguments: Mapping[str, Any], count: int) -> tuple[list[str | None], list[str | None]]:
     """For the first and the second text encoder; None where there is no negative prompt."""
     negatives: list[str | None] = [None] * count
-    if a["negative_prompt"] is not None:
-        negatives = [*_texts("negative_prompt", a["negative_prompt"], count)]
-    if a["negative_prompt_2"] in (None, ""):
+    if arguments["negative_prompt"] is not None:
+        negatives = [*_texts("negative_prompt", arguments["negative_prompt"], count)]
+    if arguments["negative_prompt_2"] in (None, ""):
         return negatives, negatives
-    second: list[str | None] = [*_texts("negative_prompt_2", a["negative_prompt_2"], count)]
+    second: list[str | None] = [*_texts("negative_prompt_2", arguments["negative_prompt_2"], count)]
     return ["" if text is None else text for text in negatives], second
 
 
-def _part_of_the_schedule(a: Mapping[str, Any]) -> tuple[float | None, float | None]:
+def _part_of_the_schedule(arguments: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """Where denoising starts and ends."""
-    start, end = a["denoising_start"], a["denoising_end"]
+    start, end = arguments["denoising_start"], arguments["denoising_end"]
     start = None if start is None else check_number("denoising_start", start, 0, 1)
     end = None if end is None else check_number("denoising_end", end, 0, 1)
     if start is not None and end is not None and start >= end:
         raise RequestError(
             f"denoising_start is {start} and denoising_end {end}; the start must come before the end"
         )
-    if start is not None and a["image"] is None:
+    if start is not None and arguments["image"] is None:
         raise RequestError(
             f"denoising_start={start} continues from latents; pass them as image= "
             '(the result of a call with denoising_end and output_type="latent")'
@@ -248,17 +256,16 @@ def check_number(name: str, value: Any, low: float, high: float) -> float:
     """A number in bounds.
 
     Raises:
-        RequestError: it is none, or out of them.
+        RequestError: it is not a finite number, or out of bounds.
     """
-    # Integers may be too large for a float, but not for a comparison.
-    number = (
-        int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else math.nan
-    )
-    if isinstance(value, bool) or number != number or abs(number) == math.inf:
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    if (
+        not is_real or not abs(value) < math.inf
+    ):  # `not ... <` refuses NaN; huge integers compare without overflow
         raise RequestError(f"{name} must be a finite number; got {value!r}")
-    if not low <= number <= high:
-        raise RequestError(f"{name} is {number}; it must be between {low} and {high}")
-    return float(number)
+    if not low <= value <= high:
+        raise RequestError(f"{name} is {value}; it must be between {low} and {high}")
+    return float(value)
 
 
 def _scales(value: Any, batch: int) -> list[float]:
@@ -312,7 +319,7 @@ def _rows(name: str, value: Any, batch: int, per_prompt: int) -> list[int]:
 
 
 def _size_of(
-    a: Mapping[str, Any],
+    arguments: Mapping[str, Any],
     image: Tensor | None,
     latents: Tensor | None,
     default: Size,
@@ -322,23 +329,15 @@ def _size_of(
     """Height and width in pixels, from the image or latents where they are given."""
     asked: list[int | None] = []
     for name in ("height", "width"):
-        value = a[name]
+        value = arguments[name]
         asked.append(None if value is None else check_side(name, value, latent_scale))
-    given: Size | None = None
-    for name, rows in (("latents", latents), ("image", image)):
-        if rows is None:
-            continue
-        if name == "latents" and rows.shape[1] != latent_channels:
-            raise RequestError(f"latents have {rows.shape[1]} channels; this model's have {latent_channels}")
-        scale = 1 if rows.shape[1] == 3 else latent_scale
-        found = (rows.shape[2] * scale, rows.shape[3] * scale)
-        if given is not None and given != found:
-            raise RequestError(
-                f"latents are for {given[1]}x{given[0]} pixels, the image for {found[1]}x{found[0]}"
-            )
-        given = found
-    if given is None:
+    tensor = latents if image is None else image  # at most one of them is given
+    if tensor is None:
         return asked[0] or default[0], asked[1] or default[1]
+    if latents is not None and latents.shape[1] != latent_channels:
+        raise RequestError(f"latents have {latents.shape[1]} channels; this model's have {latent_channels}")
+    scale = 1 if tensor.shape[1] == 3 else latent_scale
+    given = (tensor.shape[2] * scale, tensor.shape[3] * scale)
     for side, value, actual in zip(("height", "width"), asked, given, strict=True):
         if value is not None and value != actual:
             raise RequestError(
@@ -355,7 +354,7 @@ def _generators(
     """One generator per image, and the seeds that are known.
 
     A seed s for several images stands for s, s + 1, ... A single torch generator for several images is drawn
-    from in diffusers' order. With neither, seeds are drawn at random, so that the result can be told.
+    from in diffusers' order. With neither, seeds are drawn at random, so that the result can be reproduced.
     """
     if seed is not None and generator is not None:
         raise RequestError("give seed= or generator=, not both")

@@ -40,7 +40,7 @@ _OVERRIDES: Mapping[str, tuple[str, _Fields]] = {
 SAMPLERS = tuple(_OVERRIDES)
 """Names that `sampler=` takes."""
 
-# What a field is when the file lacks it: the defaults of diffusers' classes.
+# The defaults of diffusers' classes, for fields that the file lacks.
 _COMMON: _Fields = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
@@ -125,13 +125,13 @@ _ALLOWED: Mapping[str, tuple[Any, ...]] = {
     "use_lu_lambdas": _OFF,
     "use_dynamic_shifting": _OFF,
 }
-# diffusers' fixed_large_log takes the root of a negative number, and its "learned" the root of a raw output.
+# Not DDPM's "fixed_large_log" and "learned": in diffusers they take the root of a negative number and of a raw output.
 _VARIANCES: Mapping[str, tuple[Any, ...]] = {
     "ddpm": (None, "fixed_small", "fixed_small_log", "fixed_large", "learned_range"),
     "dpm++2m": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
 }
 
-# Fields of these classes that only matter beside one that is refused.
+# Fields of these classes that only matter together with one that is refused.
 _IDLE = {"dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"}
 _KNOWN = frozenset[str]().union(*_DEFAULTS.values()) | _IDLE
 
@@ -175,11 +175,11 @@ class SamplerConfig:
         """Read a `scheduler_config.json`.
 
         Args:
-            config: its content. Fields that only other samplers know are passed over, as diffusers does:
-                files keep them from conversions.
+            config: its content. Fields that only other samplers have are ignored, as in diffusers: files keep them
+                from conversions.
             sampler: one of `SAMPLERS` to use instead of the checkpoint's. As with diffusers'
-                `Scheduler.from_config`, it takes over every field it knows that the file gives, and its own
-                defaults for the rest.
+                `Scheduler.from_config`, it takes every field of its own that the file gives, and defaults for the
+                rest.
 
         Raises:
             RequestError: no sampler of that name.
@@ -202,7 +202,7 @@ class SamplerConfig:
 
     @property
     def name(self) -> str:
-        """The name in `SAMPLERS` that stands for it."""
+        """Its name in `SAMPLERS`."""
         return f"{self.kind}-karras" if self.kind == "dpm++2m" and self.use_karras_sigmas else self.kind
 
 
@@ -212,12 +212,12 @@ def scheduler_fields(
     """A `scheduler_config.json` with some of its fields replaced.
 
     Args:
-        stable_diffusion: as diffusers' StableDiffusionPipeline (SD 1.x and 2.x, not SDXL) mends an outdated file when
-            it loads one: `steps_offset` 1 and no clipping, whatever it says.
+        stable_diffusion: correct an outdated file as diffusers' StableDiffusionPipeline (SD 1.x and 2.x, not SDXL) does
+            when it loads one: `steps_offset` 1 and no clipping, whatever it says.
 
     Raises:
-        RequestError: `overrides` are no fields that a sampler here knows, or have values that the checkpoint's cannot
-            have.
+        RequestError: `overrides` are not fields of any sampler here, or have values that the checkpoint's sampler
+            cannot have.
     """
     if not isinstance(overrides, Mapping):
         raise RequestError(
@@ -243,7 +243,7 @@ def scheduler_fields(
 
 
 def _explicit(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that the file itself gives; in memory diffusers marks those it filled in."""
+    """The fields that the file itself gives; diffusers marks those that it filled in."""
     filled_in = config.get("_use_default_values", ())
     given = {k: v for k, v in config.items() if not k.startswith("_") and k not in filled_in}
     if unknown := sorted(given.keys() - _KNOWN):
@@ -252,7 +252,7 @@ def _explicit(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _require_own_schedule(name: Any, given: _Fields) -> None:
-    """Refuse a model whose noise or timesteps no sampler here has: with another sampler its pictures would be wrong.
+    """Refuse a model whose noise or timesteps no sampler here has: with another sampler its images would be wrong.
 
     Raises:
         UnsupportedConfigError: naming the class or the field.
@@ -336,7 +336,7 @@ def _refuse_unsupported(kind: str, f: _Fields) -> None:
 
 
 def _betas(kind: str, betas: Any, steps: int) -> tuple[float, ...] | None:
-    """`trained_betas`, one for each of the training's steps; None where none are given."""
+    """`trained_betas`, one for each step of training; None if they are not given."""
     if betas is None:
         return None
     if not isinstance(betas, (list, tuple)) or len(betas) != steps:

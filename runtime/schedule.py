@@ -1,7 +1,7 @@
-"""When a sampler looks at the model: noise levels of training, and the timesteps chosen from them.
+"""The timesteps at which a sampler calls the model, and their noise levels.
 
-The noise levels are those of training: float32, rounded where diffusers rounds them, since the models saw
-these numbers and no others. All that follows from them is float64.
+Noise levels are those of training: float32, rounded where diffusers rounds them, since the models saw these numbers and
+no others. All that follows from them is float64.
 
 Sources: betas: Ho et al., "Denoising Diffusion Probabilistic Models" (2020), section 4, and Nichol and
 Dhariwal, "Improved DDPM" (2021), equation 17; zero terminal SNR and spacings: Lin et al. (2023), algorithm 1
@@ -30,7 +30,7 @@ __all__ = ["Schedule", "make_schedule", "step_range"]
 Array = NDArray[np.float64]
 
 _NEARLY_ZERO = 2.0**-24
-"""Samplers that divide by the signal's share keep this much of it at zero terminal SNR, as diffusers does."""
+"""alpha_bar at the last timestep for samplers that divide by it, at zero terminal SNR, as in diffusers."""
 _KARRAS_RHO = 7.0
 
 
@@ -40,9 +40,9 @@ class Schedule:
 
     Attributes:
         timesteps: [N], descending; PNDM's second one comes twice.
-        sigmas: [N + 1], noise level over signal level before each step and after the last one. Empty for
-            samplers that look noise levels up by timestep.
-        alphas_cumprod: [T], share of the signal's variance left at each training step.
+        sigmas: [N + 1], noise over signal, before each step and after the last one. Empty for samplers that take
+            noise levels from alphas_cumprod, by timestep.
+        alphas_cumprod: [T], alpha_bar: the share of the signal's variance left at each timestep of training.
         num_steps: what was asked for; N differs from it for PNDM.
     """
 
@@ -57,33 +57,33 @@ class Schedule:
 
 @lru_cache(maxsize=256)
 def make_schedule(config: SamplerConfig, num_steps: int) -> Schedule:
-    """The timesteps and noise levels of a request for `num_steps`; remembered, so the arrays are read-only.
+    """The timesteps and noise levels of a request for `num_steps`; cached, so the arrays are read-only.
 
     Raises:
         RequestError: the sampler has no schedule of that many steps.
     """
-    trained = config.num_train_timesteps
-    if num_steps < 1 or num_steps > trained:
-        raise RequestError(f"{num_steps} steps were asked for; this schedule has 1 to {trained}")
-    trained_levels = _alphas_cumprod(config)
-    alphas_cumprod: Array = trained_levels.double().numpy()
-    levels: Array = ((1 - trained_levels) / trained_levels).sqrt().double().numpy()  # [T], ascending
+    T = config.num_train_timesteps
+    if num_steps < 1 or num_steps > T:
+        raise RequestError(f"{num_steps} steps were asked for; this schedule has 1 to {T}")
+    alpha_bar = _alphas_cumprod(config)
+    alphas_cumprod: Array = alpha_bar.double().numpy()
+    training_sigmas: Array = ((1 - alpha_bar) / alpha_bar).sqrt().double().numpy()  # [T], ascending
     sigmas = np.empty(0)
     if config.kind == "lcm":
         timesteps = _lcm_timesteps(config, num_steps)
     elif config.kind == "dpm++2m":
-        timesteps, sigmas = _dpm_steps(config, num_steps, levels)
+        timesteps, sigmas = _dpm_steps(config, num_steps, training_sigmas)
     elif config.kind in ("euler", "euler-a"):
-        timesteps, sigmas = _euler_steps(config, num_steps, levels)
+        timesteps, sigmas = _euler_steps(config, num_steps, training_sigmas)
     else:
         timesteps = _spaced(config, num_steps).round()
         if config.kind == "pndm":
             timesteps = np.concatenate([timesteps[:2], timesteps[1:]])
-    # Interpolated noise levels stop at the last timestep; levels looked up, or divided by each other, cannot.
-    if config.kind not in ("euler", "euler-a") and timesteps.max() >= trained:
+    # Interpolation stops at the last timestep's noise level; a lookup by timestep cannot, nor a ratio of two levels.
+    if config.kind not in ("euler", "euler-a") and timesteps.max() >= T:
         raise RequestError(
             f"{num_steps} steps, {config.timestep_spacing} spacing, steps_offset {config.steps_offset}: the "
-            f"first timestep is {int(timesteps.max())}, beyond the last one, {trained - 1}; ask for fewer"
+            f"first timestep is {int(timesteps.max())}, beyond the last one, {T - 1}; ask for fewer"
         )
     for array in (timesteps, sigmas, alphas_cumprod):
         array.flags.writeable = False
@@ -102,12 +102,12 @@ def step_range(
 
     A fraction f of the schedule ends at the timestep T - f T. Unlike in diffusers, 0 and 1 mean what they
     say: `denoising_start=1` takes no step (there: img2img at strength 0.3), `denoising_end=0` none either
-        (there: all).
+    (there: all).
 
     Args:
         denoising_start: the latents are the result of this fraction of the schedule.
         denoising_end: stop after this fraction.
-        strength: image to image: take the last steps, this share of them. Not used with `denoising_start`. Less than
+        strength: image to image: take the last steps, this share of them. Ignored with `denoising_start`. Less than
             one step is none (in diffusers' SDXL an error, in its SD 1.x one step with PNDM).
 
     Returns:
@@ -128,24 +128,25 @@ def step_range(
             f"denoising_start is {denoising_start} and denoising_end {denoising_end}; start before the end"
         )
     schedule = make_schedule(config, num_steps)
-    timesteps, trained = schedule.timesteps, config.num_train_timesteps
+    timesteps, T = schedule.timesteps, config.num_train_timesteps
     begin, end = 0, len(schedule)
     if denoising_start is not None:
         if denoising_start == 1:
             begin = end
         elif denoising_start > 0:
-            begin = end - int((timesteps < _cut(denoising_start, trained)).sum())
+            begin = end - int((timesteps < _cut(denoising_start, T)).sum())
     elif strength is not None:
         taken = min(int(num_steps * strength), num_steps)
         begin = min(num_steps - taken, end) if taken else end  # PNDM has a timestep more than steps
     if denoising_end is not None and denoising_end < 1:
-        kept = 0 if denoising_end == 0 else int((timesteps[begin:] >= _cut(denoising_end, trained)).sum())
+        kept = 0 if denoising_end == 0 else int((timesteps[begin:] >= _cut(denoising_end, T)).sum())
         end = begin + kept
     return begin, end
 
 
-def _cut(fraction: float, trained: int) -> int:
-    return round(trained - fraction * trained)
+def _cut(fraction: float, T: int) -> int:
+    """The timestep at which this fraction of the schedule ends."""
+    return round(T - fraction * T)
 
 
 def _alphas_cumprod(config: SamplerConfig) -> Tensor:
@@ -187,28 +188,28 @@ def _trailing(last: int, stride: float, num_steps: int) -> Array:
     return timesteps
 
 
-def _euler_steps(config: SamplerConfig, num_steps: int, levels: Array) -> tuple[Array, Array]:
+def _euler_steps(config: SamplerConfig, num_steps: int, training_sigmas: Array) -> tuple[Array, Array]:
     timesteps = _spaced(config, num_steps)
     if config.timestep_spacing == "linspace":
         timesteps = timesteps.astype(np.float32).astype(np.float64)
-    sigmas = np.interp(timesteps, np.arange(len(levels)), levels)
+    sigmas = np.interp(timesteps, np.arange(len(training_sigmas)), training_sigmas)
     if config.use_karras_sigmas:
         low = sigmas[-1] if config.sigma_min is None else config.sigma_min
         high = sigmas[0] if config.sigma_max is None else config.sigma_max
         sigmas = _karras(low, high, num_steps)
-        timesteps = _nearest_timesteps(sigmas, levels)
-    return timesteps, np.append(sigmas, _last_sigma(config, levels))
+        timesteps = _nearest_timesteps(sigmas, training_sigmas)
+    return timesteps, np.append(sigmas, _last_sigma(config, training_sigmas))
 
 
-def _dpm_steps(config: SamplerConfig, num_steps: int, levels: Array) -> tuple[Array, Array]:
+def _dpm_steps(config: SamplerConfig, num_steps: int, training_sigmas: Array) -> tuple[Array, Array]:
     # log(alpha_t / sigma_t) falls with t; steps below the configured bound are left out.
-    usable = int((-np.log(levels) >= config.lambda_min_clipped).sum())
+    usable = int((-np.log(training_sigmas) >= config.lambda_min_clipped).sum())
     if config.use_karras_sigmas:
-        sigmas = _karras(levels[0], levels[-1], num_steps)
-        timesteps = _nearest_timesteps(sigmas, levels)
+        sigmas = _karras(training_sigmas[0], training_sigmas[-1], num_steps)
+        timesteps = _nearest_timesteps(sigmas, training_sigmas)
         if config.beta_schedule == "squaredcos_cap_v2":
             timesteps = np.floor(timesteps)
-        return timesteps.round(), np.append(sigmas, _last_sigma(config, levels))
+        return timesteps.round(), np.append(sigmas, _last_sigma(config, training_sigmas))
     if config.timestep_spacing != "trailing" and num_steps >= usable:
         raise RequestError(
             f"{num_steps} steps were asked for; with {config.timestep_spacing} spacing this sampler has up to "
@@ -221,12 +222,12 @@ def _dpm_steps(config: SamplerConfig, num_steps: int, levels: Array) -> tuple[Ar
         timesteps = np.arange(num_steps, 0, -1).astype(np.float64) * ratio + config.steps_offset
     else:
         timesteps = _trailing(usable, config.num_train_timesteps / num_steps, num_steps)
-    sigmas = np.interp(timesteps, np.arange(len(levels)), levels)
-    return timesteps, np.append(sigmas, _last_sigma(config, levels))
+    sigmas = np.interp(timesteps, np.arange(len(training_sigmas)), training_sigmas)
+    return timesteps, np.append(sigmas, _last_sigma(config, training_sigmas))
 
 
 def _lcm_timesteps(config: SamplerConfig, num_steps: int) -> Array:
-    """Evenly spaced picks from the steps the model was distilled on."""
+    """Evenly spaced picks from the timesteps that the model was distilled on."""
     original = config.original_inference_steps
     if num_steps > original:
         raise RequestError(
@@ -244,11 +245,13 @@ def _karras(low: float, high: float, num_steps: int) -> Array:
     return sigmas
 
 
-def _nearest_timesteps(sigmas: Array, levels: Array) -> Array:
-    """Timesteps with these noise levels, interpolated in log sigma and kept within the trained ones."""
+def _nearest_timesteps(sigmas: Array, training_sigmas: Array) -> Array:
+    """Timesteps of these sigmas, interpolated in log sigma and kept within the trained ones."""
     # Where the result is cut to a whole number, the float32 logarithm decides between 998 and 999.
-    return np.interp(np.log(sigmas), np.log(levels.astype(np.float32)), np.arange(len(levels)))
+    return np.interp(
+        np.log(sigmas), np.log(training_sigmas.astype(np.float32)), np.arange(len(training_sigmas))
+    )
 
 
-def _last_sigma(config: SamplerConfig, levels: Array) -> float:
-    return float(levels[0]) if config.final_sigmas_type == "sigma_min" else 0.0
+def _last_sigma(config: SamplerConfig, training_sigmas: Array) -> float:
+    return float(training_sigmas[0]) if config.final_sigmas_type == "sigma_min" else 0.0

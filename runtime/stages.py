@@ -16,12 +16,19 @@ __all__ = ["Stage", "stages_of", "stages_of_request", "warn_of_late_start"]
 
 _log = logging.getLogger(__name__)
 
-_MOST_SIGNAL = 0.2  # SDXL's at the first of 1000, 5 and 4 steps with leading spacing: 0.07, 0.19, 0.24
+_MOST_SIGNAL = 0.2
+"""Share of the image in the model's input at the first step, alpha / hypot(alpha, sigma). SDXL's with leading spacing
+and 1000, 5 and 4 steps: 0.07, 0.19, 0.24."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of steps that one expert takes; `from_image` when it does not begin with noise of its own."""
+    """The steps of a call that one expert takes.
+
+    Attributes:
+        name: for timings and messages, such as "base".
+        from_image: it continues from an image, or from another expert's latents, rather than from noise.
+    """
 
     name: str
     expert: Expert
@@ -42,15 +49,15 @@ def stages_of(
     strength: float | None = None,
     eta: float = 0.0,
 ) -> list[Stage]:
-    """Who takes which steps. Stages without steps are left out; if none has any the first is kept, since its schedule
-    says where latents start. Each hands over latents scaled as the next one's sampler expects.
+    """Divide the schedule among the experts. Stages without steps are left out; if none has any, the first is kept,
+    since its schedule says where latents start. Each hands over latents scaled as the next one's sampler expects.
 
     Args:
         sampler, steps, high_noise_frac, denoising_start, denoising_end, eta: as in `Pipeline.__call__`.
-        from_image: it begins with a picture or latents, of which `strength`, where given, says how many steps to take.
+        from_image: it starts from pixels or latents; `strength`, if given, is the share of the steps to take.
 
     Raises:
-        RequestError: the schedule is divided twice.
+        RequestError: denoising_start or denoising_end together with a refiner, or there is no such sampler.
     """
     if refiner is None:
         experts = [base]
@@ -65,7 +72,7 @@ def stages_of(
         windows = [(None, high_noise_frac), (high_noise_frac, None)]
     stages = []
     for k, (expert, (start, end)) in enumerate(zip(experts, windows, strict=True)):
-        config = expert.sampler(sampler)
+        config = expert.sampler_config(sampler)
         first, last = step_range(config, steps, denoising_start=start, denoising_end=end)
         if strength is not None:
             first = min(last, max(first, step_range(config, steps, strength=strength)[0]))
@@ -78,19 +85,17 @@ def stages_of(
     return stages
 
 
-def stages_of_request(
-    base: Expert, refiner: Expert | None, request: GenerationRequest, sampler: str | None
-) -> list[Stage]:
-    """`stages_of` what is asked for.
+def stages_of_request(base: Expert, refiner: Expert | None, request: GenerationRequest) -> list[Stage]:
+    """`stages_of` a request.
 
     Raises:
-        RequestError: the schedule is divided twice.
+        RequestError: as of `stages_of`.
     """
     r = request
     return stages_of(
         base,
         refiner,
-        sampler,
+        r.sampler,
         steps=r.steps,
         high_noise_frac=r.high_noise_frac,
         denoising_start=r.denoising_start,
@@ -102,7 +107,8 @@ def stages_of_request(
 
 
 def warn_of_late_start(first: SamplerTable) -> None:
-    """Of a schedule from noise that begins far below the last trained timestep, as few steps of leading spacing do."""
+    """Warn if a schedule that starts from noise begins far below the last trained timestep, as leading spacing does
+    with few steps."""
     share = first.add_noise[0] / math.hypot(*first.add_noise)
     if len(first) and share > _MOST_SIGNAL:
         _log.warning(

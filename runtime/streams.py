@@ -1,6 +1,6 @@
-"""What the host asks of the work it has given a device: is this done, wait for it, do that beside it.
+"""Events and streams, for work that a device does asynchronously.
 
-On the CPU work is done when the call that gave it returns, and the same questions have short answers.
+On the CPU work is done when the call that submitted it returns, and the same interface has nothing to wait for.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any, Protocol
 
 import torch
 
-__all__ = ["Event", "Pace", "Queue", "between", "queue_of"]
+__all__ = ["Event", "Pace", "Queue", "ordered_with_current", "queue_of"]
 
 
 class Event(Protocol):
-    """A place in a device's work, as `torch.cuda.Event`."""
+    """A point in a device's work, as `torch.cuda.Event`."""
 
     def query(self) -> bool:
-        """Whether the device has got there."""
+        """Whether the device has reached it."""
         ...
 
     def synchronize(self) -> None:
@@ -29,7 +29,7 @@ class Event(Protocol):
         ...
 
     def elapsed_time(self, end_event: Any) -> float:
-        """Milliseconds from here to there; both must have been recorded with their times, and be past."""
+        """Milliseconds between two events that were recorded with `timed` and have been reached."""
         ...
 
 
@@ -37,40 +37,40 @@ class Queue(Protocol):
     """A device's work, in the order of the current stream."""
 
     def record(self, *, timed: bool = False) -> Event:
-        """The place after everything given so far."""
+        """The point after everything submitted so far."""
         ...
 
-    def beside(self, work: Callable[[], None]) -> Event:
-        """Give `work` to a stream beside the current one, to begin after everything given so far. The place where it
-        ends."""
+    def on_side_stream(self, work: Callable[[], None]) -> Event:
+        """Submit `work` to another stream than the current one, to begin after everything submitted so far. Returns the
+        point where it ends."""
         ...
 
 
 class Pace:
-    """Keeps the host at most two pieces of work ahead of the device: enough that the device never waits, and few
-    enough that one can be told to stop."""
+    """Keeps the host at most two steps ahead of the device: enough that the device never waits, and few enough to
+    interrupt."""
 
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
-        self._given: deque[Event] = deque()
+        self._submitted: deque[Event] = deque()
 
     def wait(self) -> None:
-        """Before a piece of work is given: until the one before the last is done."""
-        while len(self._given) > 1:
-            self._given.popleft().synchronize()
+        """Before a step is submitted: wait until the one before the last is done."""
+        while len(self._submitted) > 1:
+            self._submitted.popleft().synchronize()
 
     def gave(self) -> None:
-        """A piece of work has been given."""
-        self._given.append(self._queue.record())
+        """A step has been submitted."""
+        self._submitted.append(self._queue.record())
 
     def drain(self) -> None:
-        """Wait for everything that was given."""
-        self._given.clear()
+        """Wait for everything that was submitted."""
+        self._submitted.clear()
         self._queue.record().synchronize()
 
 
-class _Past:
-    """An event on the CPU."""
+class _HostEvent:
+    """An event on the CPU, which is reached as soon as it is recorded."""
 
     def __init__(self) -> None:
         self._at = time.perf_counter()
@@ -82,17 +82,17 @@ class _Past:
         pass
 
     def elapsed_time(self, end_event: Any) -> float:
-        assert isinstance(end_event, _Past)
+        assert isinstance(end_event, _HostEvent)
         return 1000 * (end_event._at - self._at)
 
 
 class _HostQueue:
     def record(self, *, timed: bool = False) -> Event:
-        return _Past()
+        return _HostEvent()
 
-    def beside(self, work: Callable[[], None]) -> Event:
+    def on_side_stream(self, work: Callable[[], None]) -> Event:
         work()
-        return _Past()
+        return _HostEvent()
 
 
 class _CudaQueue:
@@ -100,12 +100,12 @@ class _CudaQueue:
         self._device = device
 
     def record(self, *, timed: bool = False) -> Event:
-        # A thread that waits for a blocking event leaves its core to others.
+        # blocking: a thread that waits for it sleeps, and leaves its core to others.
         event = torch.cuda.Event(enable_timing=timed, blocking=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def beside(self, work: Callable[[], None]) -> Event:
+    def on_side_stream(self, work: Callable[[], None]) -> Event:
         side = _side(self._device)
         side.wait_event(torch.cuda.current_stream(self._device).record_event())
         with torch.cuda.stream(side):
@@ -115,14 +115,14 @@ class _CudaQueue:
 
 @cache
 def _side(device: torch.device) -> torch.cuda.Stream:
-    """The one stream beside the others: what libraries and PyTorch's allocator keep for a stream is kept for good."""
+    """The one side stream of a device: libraries and PyTorch's allocator keep memory for each stream for good."""
     return torch.cuda.Stream(device)
 
 
 @contextmanager
-def between(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Order work on `stream` after what PyTorch's current stream has been given and before what it is given next. Does
-    nothing for None: a device without streams."""
+def ordered_with_current(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Order work that is put on `stream` meanwhile with PyTorch's current stream: after what was put there before, and
+    before what is put there next. Does nothing for None: a device without streams."""
     if stream is None:
         yield
         return
@@ -133,5 +133,5 @@ def between(stream: torch.cuda.Stream | None) -> Iterator[None]:
 
 
 def queue_of(device: torch.device) -> Queue:
-    """The work given to a device."""
+    """The queue of a device's work."""
     return _CudaQueue(device) if device.type == "cuda" else _HostQueue()

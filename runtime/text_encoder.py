@@ -21,7 +21,7 @@ __all__ = ["TextEmbeddings", "TextEncoder", "encode_prompts"]
 
 @dataclass(frozen=True)
 class TextEmbeddings:
-    """What the UNet is told about the text.
+    """The text conditioning of the UNet.
 
     Attributes:
         sequence: `[B, tokens, D]`, for cross-attention.

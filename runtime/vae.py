@@ -46,9 +46,9 @@ class VAE:
 
         Args:
             tile: decode squares of this many latents a side, and blend them where they overlap, by a quarter or more.
-                The memory the decoder takes is then that of a tile, whatever the picture's size. It is not quite the
-                same picture: the decoder's group norms and its attention see a tile alone, so that tones can differ
-                a little from tile to tile. Where one tile covers the picture it is the same to the bit.
+                The memory the decoder takes is then that of a tile, whatever the image's size. It is not quite the
+                same image: the decoder's group norms and its attention see a tile alone, so that tones can differ
+                a little from tile to tile. If one tile covers the image, the result is the same to the bit.
 
         Raises:
             RequestError: a tile of less than 8 latents.
@@ -77,11 +77,11 @@ class VAE:
         return (image.float() / 2 + 0.5).clamp(0, 1)
 
     def record_decode(self, height: int, width: int, *, tile: int | None = None) -> None:
-        """Have `decode` recorded for pictures of `height` x `width` pixels, where work is recorded."""
+        """Capture `decode` for images of `height` x `width` pixels, if graphs are on."""
         if self.decoder.graphs is not None:
             size = [Tiles.of(side // self.scale, tile, self.scale).size for side in (height, width)]
             blank = torch.zeros(1, self.channels, *size, dtype=self.dtype, device=self.decoder.device)
-            self.decoder.record({"latents": blank})
+            self.decoder.capture({"latents": blank})
 
     def encode(self, images: Tensor, draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
         """Sample latents of images.
@@ -101,7 +101,7 @@ class VAE:
 
 @dataclass(frozen=True)
 class Tiles:
-    """A side of a picture in overlapping parts of one size.
+    """One side of an image in overlapping parts of equal size.
 
     Attributes:
         size: latents of a part.

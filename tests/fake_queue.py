@@ -32,28 +32,28 @@ class FakeEvent:
 class FakeQueue:
     """Attributes:
     log: what the host did, in order; tests add their own lines.
-    places: given so far; each record and each piece of work beside is one.
+    places: so far; each record, and each work on the side stream, is one.
     done: the place the device has got to.
     """
 
     log: list[str] = field(default_factory=list)
     places: int = 0
     done: int = 0
-    _beside: deque[tuple[int, Callable[[], None]]] = field(default_factory=deque)
+    _side: deque[tuple[int, Callable[[], None]]] = field(default_factory=deque)
 
     def record(self, *, timed: bool = False) -> Event:
         self.places += 1
         self.log.append(f"record {self.places}")
         return FakeEvent(self, self.places)
 
-    def beside(self, work: Callable[[], None]) -> Event:
+    def on_side_stream(self, work: Callable[[], None]) -> Event:
         self.places += 1
-        self.log.append(f"beside {self.places}")
-        self._beside.append((self.places, work))
+        self.log.append(f"side {self.places}")
+        self._side.append((self.places, work))
         return FakeEvent(self, self.places)
 
     def get_to(self, place: int) -> None:
         """Do what was given up to there."""
-        while self._beside and self._beside[0][0] <= place:
-            self._beside.popleft()[1]()
+        while self._side and self._side[0][0] <= place:
+            self._side.popleft()[1]()
         self.done = max(self.done, place)

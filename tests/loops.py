@@ -6,15 +6,36 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from latentrt.runtime.denoise import DenoiseState, Host, LoopKind, OnStep, require_channels, walk
+from latentrt.runtime.denoise import DenoiseState, LoopKind, require_channels, run_steps
 from latentrt.runtime.denoiser import Denoiser, LoopRequest
 from latentrt.runtime.sampler import SamplerTable
-from latentrt.runtime.streams import Pace, queue_of
 from torch import Tensor
 
 UNetCall = Callable[[Tensor, Tensor], Tensor]
 """(sample [R, C, h, w], timestep float32 [R]) -> output [R, C or 2C, h, w], with R = B, or 2B with guidance
 (the unconditional half first)."""
+
+OnStep = Callable[[int, float, Tensor], Tensor | None]
+"""(step from 0, timestep, a copy of the latents after it) -> latents to go on with instead, or None."""
+
+
+class Hooks:
+    """`StepHooks` for the CPU: `should_stop` is asked before each step and `on_step` is called after it."""
+
+    def __init__(
+        self, *, on_step: OnStep | None = None, should_stop: Callable[[], bool] | None = None
+    ) -> None:
+        self._on_step, self._should_stop = on_step, should_stop
+        self._step = 0
+
+    def before_step(self) -> bool:
+        return self._should_stop is None or not self._should_stop()
+
+    def after_step(self, timestep: float, latents: Tensor) -> None:
+        replacement = None if self._on_step is None else self._on_step(self._step, timestep, latents.clone())
+        self._step += 1
+        if replacement is not None:
+            latents.copy_(replacement)
 
 
 def denoise(
@@ -44,8 +65,8 @@ def denoise(
         require_channels(out.shape[1], C, table)
         state.prediction.copy_(out)
 
-    host = Host(Pace(queue_of(latents.device)), should_stop=should_stop, on_step=on_step)
-    walk(state.latents, lambda: state.step(predict), table, host)
+    hooks = Hooks(on_step=on_step, should_stop=should_stop)
+    run_steps(state.latents, lambda: state.step(predict), table, hooks)
     return state.latents
 
 
@@ -60,8 +81,7 @@ def run_loop(
     noise: Tensor | None = None,
     **hooks: Any,
 ) -> Tensor:
-    """Take up a request, as `LoopRequest` has it, and run it; `hooks` are `Host`'s."""
+    """Run a `LoopRequest` of these; `hooks` as for `Hooks`."""
     B, C, h, w = latents.shape
-    asked = LoopRequest((B, C, h, w), table, constants, guidance_scale, guidance_rescale, noise)
-    with denoiser.ready(asked) as once:
-        return once(latents, Host(Pace(queue_of(latents.device)), **hooks))
+    request = LoopRequest((B, C, h, w), table, constants, guidance_scale, guidance_rescale, noise)
+    return denoiser.run(request, latents, Hooks(**hooks))

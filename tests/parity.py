@@ -175,7 +175,7 @@ class Rig:
             return pipe
         base, refiner = (
             expert and replace(expert, scheduler={**expert.scheduler, **scheduler})
-            for expert in (pipe._base, pipe._refiner)
+            for expert in (pipe._parts.base, pipe._parts.refiner)
         )
         return latentrt.Pipeline(replace(pipe._parts, base=base, refiner=refiner))
 

@@ -1,7 +1,7 @@
 """The PyTorch modules as they are, on any device and in any dtype of PyTorch: the reference back end.
 
-Their operators are PyTorch too, on a GPU as well: what is held against this back end is not held against itself. The
-sampler's step is the loop's, whatever the back end, and has tests of its own.
+On a GPU, too, their operators are plain PyTorch, so that no back end is compared with its own kernels. The sampler's
+step belongs to the loop, whatever the back end, and has tests of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import by_reference
-from ..residency import Weights
+from ..offload import OffloadableWeights
 from .base import Availability, CallProgram, Component, Engine, Program, Timesteps, ordered_inputs, still_open
 
 __all__ = ["EagerBackend", "EagerEngine"]
@@ -24,7 +24,7 @@ class EagerEngine:
     """One module on one device. Its outputs are inference tensors: not to be written in place elsewhere.
 
     Attributes:
-        weight_bytes: of its weights as they are laid out.
+        weight_bytes: of its weights as they are packed.
     """
 
     _operators: Callable[[], AbstractContextManager[None]] = staticmethod(by_reference)
@@ -38,13 +38,13 @@ class EagerEngine:
         self._module: nn.Module | None = module
         weights = [*module.parameters(), *module.buffers()]
         self.weight_bytes = sum(x.nbytes for x in weights)
-        self._weights: Weights | None = Weights([*weights, *packed], device)
+        self._weights: OffloadableWeights | None = OffloadableWeights([*weights, *packed], device)
 
     def _lay_out(self, module: nn.Module) -> Sequence[Tensor]:
-        """Change how the weights lie in memory, while they are on the host.
+        """Repack the weights, while they are on the host.
 
         Returns:
-            the tensors over them that are no parameters.
+            the tensors over them that are not parameters.
         """
         return ()
 

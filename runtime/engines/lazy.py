@@ -1,4 +1,4 @@
-"""Engines made when first used, all on one back end and device, and their calls recorded as graphs.
+"""Engines loaded when first used, all on one back end and device, and their calls captured as graphs.
 
 A pipeline that never starts from an image never exports the VAE's encoder.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from math import prod
 from pathlib import Path
@@ -30,9 +30,9 @@ class EngineLoader:
     """Where and how components run; chosen once for a pipeline and changed only by `Pipeline.to`.
 
     Attributes:
-        graphs: records the work of engines that bear it; None to run everything as it comes.
-        kept: what was recorded, and waits to be used again.
-        residency: sends weights from the device; None where all may stay.
+        graphs: captures engines whose work can be captured; None to run everything eagerly.
+        graph_cache: captured graphs that are not in use.
+        residency: offloads weights; None where all may stay.
     """
 
     def __init__(
@@ -47,9 +47,10 @@ class EngineLoader:
     ) -> None:
         """
         Args:
-            graphs: whether to record work; by default where the device is a GPU.
-            memory: the policy by which weights leave the device.
-            shared: engines of other pipelines that run beside its own; by one policy they make room for each other.
+            graphs: whether to capture graphs; by default where the device is a GPU.
+            memory: the policy by which weights are offloaded.
+            shared: engines of other pipelines that run beside its own; under the same policy, they are offloaded for
+                each other.
         """
         self._name = backend
         self._graphs = graphs
@@ -69,7 +70,7 @@ class EngineLoader:
         Raises:
             BackendUnavailableError: the back end cannot run there; nothing has changed then.
         """
-        # A VAE that float16 would overflow has another, which was chosen for the device it was loaded for.
+        # A VAE that would overflow in float16 has another dtype, chosen for the device it was loaded for.
         dtypes = dict.fromkeys([self.dtype, *(engine.component.dtype for engine in self._engines)])
         self.backend = choose(self._name, device, *dtypes)
         self.device = device
@@ -81,14 +82,14 @@ class EngineLoader:
             engine.close()
 
     def engine(self, component: Component) -> LazyEngine:
-        """An engine of a component, not loaded yet."""
+        """A component's engine, not loaded yet."""
         lazy = LazyEngine(component, self)
         self._engines.add(lazy)
         return lazy
 
 
 class _Call:
-    """An engine over static tensors of one set of shapes, its run recorded where the engine bears it."""
+    """An engine over static tensors of one set of shapes, its run captured where it can be."""
 
     @staticmethod
     def size(component: Component, inputs: Mapping[str, Tensor]) -> int:
@@ -111,7 +112,7 @@ class _Call:
             for spec in component.outputs
         }
         self.nbytes = self.size(component, inputs)
-        # A CUDA graph has addresses only: what they are of lives as long as the program.
+        # A CUDA graph only has addresses: the program keeps alive what is there.
         self._program = engine.bind(self._inputs, self._outputs)
         self._run: Callable[[], None] = self._program.run
         if self._program.capturable:
@@ -127,10 +128,12 @@ class _Call:
 class LazyEngine:
     """An engine that is loaded when first called, once however many threads call it.
 
-    Whoever owns it owns what it loaded: nothing that it refers to refers to it.
+    Locks are taken in this order: its residency's, its graphs' (`exclusive`), its own.
+
+    No reference cycles: what it loaded is freed as soon as its last owner is.
 
     Attributes:
-        token: stands for it where what was recorded of it is kept.
+        token: its key in the graph cache.
     """
 
     def __init__(self, component: Component, loader: EngineLoader) -> None:
@@ -138,10 +141,10 @@ class LazyEngine:
         self._loader = loader
         self._lock = threading.Lock()
         self._engine: Engine | None = None
-        self._away = False
+        self._offloaded = False
         self._loops = 0
         self.token = object()
-        # Its loader may outlive it, by an engine that another pipeline shares.
+        # Its loader may outlive it, held by an engine that another pipeline shares.
         weakref.finalize(self, loader.graph_cache.forget, self.token).atexit = False
 
     @property
@@ -151,40 +154,40 @@ class LazyEngine:
 
     @property
     def graphs(self) -> Graphs | None:
-        """What records its work, if anything does."""
+        """Captures its work; None where nothing is captured."""
         return self._loader.graphs
 
     @property
     def graph_cache(self) -> GraphCache:
-        """Where what was recorded of it waits, by its token and its kind; it goes with the engine."""
+        """Where its captured graphs are kept between uses, by its token and their kind."""
         return self._loader.graph_cache
 
     @property
     def residency(self) -> Residency | None:
-        """What may send its weights away between two uses, if anything does."""
+        """Offloads its weights between two uses; None if they stay."""
         return self._loader.residency
 
     @property
     def present(self) -> bool:
         """Whether its weights are on the device."""
-        return self._engine is not None and not self._away
+        return self._engine is not None and not self._offloaded
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of its weights on the device, as its engine lays them out where it says so."""
+        """Bytes of its weights on the device: the engine's own figure, for it may repack them, or the checkpoint's."""
         if not self.present:
             return 0
-        laid_out: int | None = getattr(self._engine, "weight_bytes", None)
-        return self.component.weight_bytes if laid_out is None else laid_out
+        repacked: int | None = getattr(self._engine, "weight_bytes", None)
+        return self.component.weight_bytes if repacked is None else repacked
 
     @property
     def looping(self) -> bool:
-        """Whether a loop runs over it, whose weights may not leave before its end."""
+        """Whether a loop runs over it, until whose end its weights may not be offloaded."""
         return self._loops > 0
 
     @contextmanager
     def loop(self) -> Iterator[Engine]:
-        """What `load` gives, for a loop: until its end nothing makes it leave."""
+        """As `load`, for a loop: until the context ends, it is not offloaded for another engine."""
         with self._lock:
             self._loops += 1
         try:
@@ -196,15 +199,15 @@ class LazyEngine:
     def load(self) -> Engine:
         """The engine itself, its weights on the device; exports or compiles the component when its cache lacks it.
 
-        Where there is a `residency`, to be called and used with its `lock` held.
+        Where there is a `residency`, hold its `lock` for this call and while the engine is used.
         """
         if self.residency is None:
-            return self._loaded()
+            return self._load()
         with self.residency.lock:
             self.residency.enter(self)
-            return self._loaded()
+            return self._load()
 
-    def _loaded(self) -> Engine:
+    def _load(self) -> Engine:
         with self._lock:
             if self._engine is None:
                 loader = self._loader
@@ -213,13 +216,13 @@ class LazyEngine:
                     self._engine = loader.backend.load(
                         self.component, device=loader.device, cache_dir=loader.cache_dir
                     )
-            if self._away and isinstance(self._engine, Movable):
+            if self._offloaded and isinstance(self._engine, Movable):
                 self._engine.onload()
-                self._away = False
+                self._offloaded = False
             return self._engine
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.residency is not None:  # a recording would not outlive the weights' stay
+        if self.residency is not None:  # not captured: the graph would be dropped with the weights
             with self.residency.lock:
                 engine = self.load()
                 with self.exclusive():
@@ -227,67 +230,62 @@ class LazyEngine:
         engine = self.load()
         if self.graphs is None:
             return engine(inputs)
-        with self.graphs.exclusive():
-            kind, call = self._taken(engine, inputs, self.graphs)
-            if call is None:
-                return engine(inputs)
-            result = call(inputs)
-            self.graph_cache.put(self.token, kind, call, call.nbytes, queue_of(self.device).record())
-            return result
+        with self._captured(engine, inputs, self.graphs) as call:
+            return engine(inputs) if call is None else call(inputs)
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """Nothing that was recorded runs meanwhile, on whatever stream: it may share memory with what the engine runs
-        in. After its `residency`'s lock, where there is one."""
+        """No graph of the device is replayed meanwhile, on any stream: it may share memory with what the engine runs
+        in."""
         return nullcontext() if self.graphs is None else self.graphs.exclusive()
 
-    def record(self, inputs: Mapping[str, Tensor]) -> None:
-        """Load the engine and record its call for inputs of these shapes, where work is recorded and can be kept."""
-        if self.graphs is None or self.residency is not None:
-            return
-        engine = self.load()
-        with self.graphs.exclusive():
-            kind, call = self._taken(engine, inputs, self.graphs)
-            if call is not None:
-                self.graph_cache.put(self.token, kind, call, call.nbytes, queue_of(self.device).record())
+    def capture(self, inputs: Mapping[str, Tensor]) -> None:
+        """Load the engine and capture its call for inputs of these shapes, where calls are captured and kept."""
+        if self.graphs is not None and self.residency is None:
+            with self._captured(self.load(), inputs, self.graphs):
+                pass
 
-    def _taken(
+    @contextmanager
+    def _captured(
         self, engine: Engine, inputs: Mapping[str, Tensor], graphs: Graphs
-    ) -> tuple[Hashable, _Call | None]:
-        """A call for such inputs that nobody else has, and its kind; None where it could not be kept."""
+    ) -> Iterator[_Call | None]:
+        """A call for inputs of these shapes, taken from the graph cache or captured now, and put back at the end; None
+        if it would be too large to keep."""
         kind = tuple((name, tuple(x.shape), x.dtype) for name, x in inputs.items())
-        call: _Call | None = self.graph_cache.take(self.token, kind, lambda call: call.engine is engine)
-        if call is None:
-            check_inputs(self.component, inputs)  # told of a wrong shape before anything is made of it
-            if _Call.size(self.component, inputs) > self.graph_cache.limit:
-                return kind, None
-            with torch.inference_mode(False):  # a caller's own would mark the static tensors
-                call = _Call(self.component, engine, inputs, graphs)
-        return kind, call
+        with graphs.exclusive():
+            call: _Call | None = self.graph_cache.take(self.token, kind, lambda call: call.engine is engine)
+            if call is None:
+                check_inputs(self.component, inputs)  # refuses wrong shapes before anything is made of them
+                if _Call.size(self.component, inputs) > self.graph_cache.limit:
+                    yield None
+                    return
+                with torch.inference_mode(False):  # a caller's own would mark the static tensors
+                    call = _Call(self.component, engine, inputs, graphs)
+            yield call
+            self.graph_cache.put(self.token, kind, call, call.nbytes, queue_of(self.device).record())
 
     def offload(self) -> None:
-        """Give the device's memory back until the next use: the weights move to the host where they can; else the
-        engine is closed."""
+        """Free the device's memory until the next use: weights move to the host if the engine can do that; else it is
+        closed."""
         with self._idle():
             if isinstance(self._engine, Movable):
                 self._engine.offload()
-                self._away = True
+                self._offloaded = True
             else:
-                self._end()
+                self._close()
 
     def close(self) -> None:
         """Free the engine; the next call loads it again."""
         with self._idle():
-            self._end()
+            self._close()
 
     @contextmanager
     def _idle(self) -> Iterator[None]:
-        """Nothing of it is put on the device meanwhile, and then nothing is kept that was recorded over its weights."""
-        locks: list[AbstractContextManager[object]] = [self.exclusive(), self._lock]
-        if self.residency is not None:
-            locks.insert(0, self.residency.lock)
-        with ExitStack() as stack:
-            for lock in locks:
-                stack.enter_context(lock)
+        """Nothing else uses it meanwhile; afterwards its captured graphs are dropped, and it is off the device."""
+        with ExitStack() as held:
+            if self.residency is not None:
+                held.enter_context(self.residency.lock)
+            held.enter_context(self.exclusive())
+            held.enter_context(self._lock)
             try:
                 yield
             finally:  # last: an engine that must not lose what is running waits for it as it closes
@@ -295,7 +293,7 @@ class LazyEngine:
             if self.residency is not None:
                 self.residency.left(self)
 
-    def _end(self) -> None:
+    def _close(self) -> None:
         if self._engine is not None:
             self._engine.close()
-        self._engine, self._away = None, False
+        self._engine, self._offloaded = None, False

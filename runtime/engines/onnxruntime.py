@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ...errors import BackendError, BackendUnavailableError
 from ..prepare import onnx_model
-from ..streams import between
+from ..streams import ordered_with_current
 from .base import Availability, Component, Engine, Program, Timesteps, check_bound, ordered_inputs, still_open
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class _Program:
 
     def run(self) -> None:
         try:
-            with between(self._stream):
+            with ordered_with_current(self._stream):
                 self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # ONNX Runtime's errors have no base of their own
             raise BackendError(f"ONNX Runtime failed on {self._component.name}: {error}") from error
@@ -264,7 +264,7 @@ def run_session(
         _bind(binding.bind_input, spec.name, x, device)
     for spec in component.outputs:
         binding.bind_output(spec.name, device.type, _index(device))
-    with between(stream):
+    with ordered_with_current(stream):
         session.run_with_iobinding(binding, _run_options(stream, None))
     if stream is not None:
         for x in held:

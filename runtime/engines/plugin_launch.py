@@ -129,7 +129,7 @@ def _attention_plan(shapes: Shapes, attributes: Mapping[str, Number], constants:
     }
     for name, S in (("q", Sq), ("k", Sk), ("v", Sk)):
         values |= {f"stride_{name}b": S * H * D, f"stride_{name}s": H * D, f"stride_{name}h": D}
-    # As in the operator's plan: never zero, and in powers of two.
+    # `kernels._attention_softmax.log2_scale`, without importing torch.
     magnitude = max(abs(attributes["scale"]) * math.log2(math.e), 1e-30)
     values |= {"H": H, "Sq": Sq, "Sk": Sk, "scale": magnitude}
     grid = B * H * -(-Sq // constants["BLOCK_M"]) * -(-D // constants["BLOCK_V"])

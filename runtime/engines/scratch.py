@@ -1,4 +1,4 @@
-"""The one buffer that all TensorRT engines of a device compute in, and whose turn it is."""
+"""The one workspace of all TensorRT engines of a device, which they use one after another."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["Scratch"]
 
 
 class Scratch:
-    """The memory that the engines of one device compute in, and whose turn it is.
+    """The workspace of one device's engines, whose uses are ordered whatever streams they are on.
 
     Attributes:
-        lock: held while a call is put on its stream.
+        lock: hold it while a call is put on its stream, from `begin` to `end`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,25 +26,29 @@ class Scratch:
         self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
 
     def begin(self, stream: torch.cuda.Stream, size: int) -> Tensor:
-        """At least `size` bytes, for work put on `stream` from now on."""
+        """The workspace, uint8 of at least `size` bytes, for work that is put on `stream` from now on.
+
+        Raises:
+            BackendError: it is too small, and cannot grow while a graph is captured.
+        """
         if torch.cuda.is_current_stream_capturing():
             if self._buffer.numel() < size:
                 raise BackendError("an engine was captured before it had run; run it once at these sizes")
             return self._buffer
         self._follow(stream)
         if self._buffer.numel() < size:
-            # torch keeps the old one until the work that was put on this stream has used it.
+            # PyTorch reuses the old one only after the work that was put on this stream.
             self._buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
         return self._buffer
 
     def end(self, stream: torch.cuda.Stream) -> None:
-        """What was put on `stream` since `begin` is all."""
+        """Call this after the last work that `begin` was called for."""
         if not torch.cuda.is_current_stream_capturing():
             self._buffer.record_stream(stream)
             self._last = (stream, stream.record_event())
 
     def wait(self) -> None:
-        """Until the device has done what was put on streams between `begin` and `end`, and on the current stream.
+        """Wait for all work put on streams between `begin` and `end`, and for the current stream.
 
         TensorRT forbids to destroy a context that is running.
         """
@@ -53,6 +57,6 @@ class Scratch:
         stream.synchronize()
 
     def _follow(self, stream: torch.cuda.Stream) -> None:
-        """What is put on `stream` from now on runs after all that ran in the buffer: each waited for the one before."""
+        """Order `stream` after the last use, which was ordered after those before it."""
         if self._last is not None and self._last[0] != stream:
             stream.wait_event(self._last[1])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError
-from ..streams import between
+from ..streams import ordered_with_current
 from .base import Component
 
 __all__ = ["BoundContext"]
@@ -87,7 +87,7 @@ class BoundContext:
                 self.captured.append(scratch)
             self._execute(torch.cuda.current_stream(self._stream.device))
         else:
-            with between(self._stream):
+            with ordered_with_current(self._stream):
                 self._execute(self._stream)
 
     def _execute(self, stream: torch.cuda.Stream) -> None:

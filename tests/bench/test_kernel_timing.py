@@ -441,7 +441,7 @@ def test_a_dry_run_compiles_what_the_real_one_would(
 ) -> None:
     asked: list[aot.Request] = []
 
-    def attempts(requests: list[aot.Request], jobs: int, seconds: float) -> list[Any]:
+    def attempts(requests: list[aot.Request], processes: int, seconds: float) -> list[Any]:
         asked.extend(requests)
         return ["does not compile", *[[] for _ in requests[1:]]]
 

@@ -87,7 +87,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Kernels]:
     """What was asked to be compiled."""
     asked: list[Kernels] = []
 
-    def binaries(wanted: Sequence[Kernels], cache: Path | None, jobs: int) -> list[Path]:
+    def binaries(wanted: Sequence[Kernels], cache: Path | None, processes: int) -> list[Path]:
         files = []
         for kernels in wanted:
             launches, constants = kernels.launches()

@@ -59,7 +59,7 @@ def test_a_few_of_the_matrix() -> None:
 
 
 @pytest.mark.parametrize("variant", [{}, {"TMA": 1}], ids=["plain", "copied"])
-def test_a_projections_values_and_gates_are_one_product(variant: dict[str, int]) -> None:
+def test_a_projections_values_and_gates_are_one_matmul(variant: dict[str, int]) -> None:
     """And two blocks fit an SM, so that one multiplies while the other computes gates."""
     (spec,) = specs(["linear_geglu"])
     sizes = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 3}
@@ -99,7 +99,8 @@ def test_the_matrix_asks_for_every_tuned_key(
             aot._launches(entry.request)
     tables = tuning.load(arch)["tables"]
     keys = {(table, key) for table, rows in tables.items() for key in rows if key.startswith("16/")}
-    assert asked == keys | {("sampler_step", key) for key in tables["sampler_step"]}
+    steps = ("sampler_step", "sampler_step_ratio")
+    assert asked == keys | {(table, key) for table in steps for key in tables[table]}
 
 
 @by_half
@@ -115,16 +116,9 @@ def test_the_matrix_has_every_variant(arch: int, dtype: torch.dtype) -> None:
     either = (
         *(
             f"_step_kernel.{name}"
-            for name in ("GUIDED", "VARIANCE", "CHANNELS_LAST", "history_ptr", "noise_ptr")
+            for name in ("VARIANCE", "CHANNELS_LAST", "history_ptr", "noise_ptr", "scale_ptr")
         ),
-        *(f"_step_kernel.{name}" for name in ("scale_ptr", "ratio_ptr", "rescale_ptr")),
-        *(
-            "_ratio_kernel.scale_ptr",
-            "_ratio_kernel.rescale_ptr",
-            "_stats_kernel.FULL",
-            "_stats_kernel.CHANNELS_LAST",
-            "_stats_kernel.shift_ptr",
-        ),
+        *("_stats_kernel.EVEN", "_stats_kernel.CHANNELS_LAST", "_stats_kernel.shift_ptr"),
         *("_apply_kernel.SILU", "_apply_kernel.CHANNELS_LAST", "_apply_kernel.shift_ptr"),
         *("_linear_geglu_kernel.EVEN_K", "_linear_geglu_kernel.bias_ptr"),
         "_layer_norm_kernel.residual_ptr",

@@ -47,7 +47,7 @@ def in_chunks(count: int) -> Counter[str]:
 
 @by_dtype
 @pytest.mark.parametrize("scale", [None, -0.3, 0.0])
-def test_wide_heads_by_products(
+def test_wide_heads_by_matmul(
     scale: float | None,
     dtype: torch.dtype,
     device: torch.device,

@@ -253,7 +253,7 @@ def test_a_gpu_without_triton_says_so_once(
 
     monkeypatch.setattr(_triton, "unavailable", lambda device: "there is none")
     on_a_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=torch.device("cuda"))
-    assert [_triton.usable(on_a_gpu) for _ in range(3)] == [False] * 3  # type: ignore[arg-type]
+    assert [_triton.launches_triton(on_a_gpu) for _ in range(3)] == [False] * 3  # type: ignore[arg-type]
     assert [r.getMessage() for r in caplog.records] == [
         "operators on the GPU run their PyTorch references: there is none"
     ]

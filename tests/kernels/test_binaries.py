@@ -124,7 +124,9 @@ def test_files_are_by_content(tmp_path: Path) -> None:
 
 def test_what_does_not_compile_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = AttentionKernels(HALF, 64, False, False, 89)
-    monkeypatch.setattr(binaries, "compile_jobs", lambda wanted, jobs: dict.fromkeys(wanted, "no such thing"))
+    monkeypatch.setattr(
+        binaries, "compile_jobs", lambda wanted, processes: dict.fromkeys(wanted, "no such thing")
+    )
     with pytest.raises(
         BackendError, match=r"compiling AttentionKernels\(.*columns=64.*arch=89\) failed: no such thing"
     ):

@@ -46,7 +46,7 @@ def test_every_case_is_planned_for_every_architecture(spec: OpSpec, arch: int) -
 
 
 def test_the_work_of_self_attention() -> None:
-    """Two products of 4096 x 4096 x 64 for each of 10 heads of 2 images; q, k, v and the result once."""
+    """Two matmuls of 4096 x 4096 x 64 for each of 10 heads of 2 images; q, k, v and the result once."""
     case = ATTENTION.cases[0]
     assert case.flops == 2 * (2 * 4096 * 4096 * 64) * 10 * 2
     assert case.elements == 4 * 2 * 4096 * 640
@@ -58,7 +58,8 @@ def test_the_work_of_self_attention() -> None:
 
 def test_the_work_of_a_sampler_step() -> None:
     """The model's two outputs in its dtype; float32 are latents, noise and three of history, some read and written."""
-    (case,) = specs(["sampler_step"])[0].cases
+    case, rescaled = specs(["sampler_step"])[0].cases
+    assert case.nbytes(HALF) == rescaled.nbytes(HALF)
     x, out, history, noise, *_ = case.inputs(HALF, torch.device("meta"))
     assert case.nbytes(HALF) == 2 * x.nbytes + out.nbytes + 2 * history.nbytes + noise[0].nbytes
 

@@ -36,6 +36,11 @@ def random_table(rows: int, *, keep: float, seed: int = 0, clamp: float = math.i
     return table
 
 
+def guidance(scale: float | None, rescale: float, images: int) -> tuple[Tensor | None, Tensor | None]:
+    """The operator's last two arguments."""
+    return (None, None) if scale is None else (torch.full((images,), scale), torch.full((images,), rescale))
+
+
 def expected(
     x: Tensor,
     out: Tensor,
@@ -74,7 +79,7 @@ def test_formula(
     shape: tuple[int, ...], keep: float, variance: bool, scale: float | None, rescale: float, clamp: float
 ) -> None:
     B, C, *size = shape
-    if rescale and C * size[0] == 1:
+    if scale is not None and C * size[0] == 1:
         shape = B, C, *size = (2, 2, 1, 1)  # one number has no deviation
     g = torch.Generator().manual_seed(1)
     table = random_table(5, keep=keep, clamp=clamp)
@@ -84,7 +89,7 @@ def test_formula(
     noise = torch.full((5, *shape), math.nan)
     noise[3] = torch.randn(shape, generator=g)
     y, h = x.clone(), history.clone()
-    returned = sampler_step(y, out, h, noise, table, torch.tensor([3]), scale, rescale)
+    returned = sampler_step(y, out, h, noise, table, torch.tensor([3]), *guidance(scale, rescale, B))
     assert returned is y
     for k in range(B):
         rows = out[k::B]
@@ -102,31 +107,31 @@ def test_an_image_does_not_depend_on_its_batch(shape: tuple[int, ...], rescale: 
     table = random_table(2, keep=KEEP_X0, seed=3)
     x, out = torch.randn(shape, generator=g), torch.randn((2 * B, 2 * C, *size), generator=g)
     history, noise = torch.randn((HISTORY, *shape), generator=g), torch.randn((2, *shape), generator=g)
-    scales = torch.linspace(1.5, 9, B)
+    scales, rescales = torch.linspace(1.5, 9, B), torch.full((B,), rescale)
     step = torch.tensor([1])
     y, h = x.clone(), history.clone()
-    sampler_step(y, out, h, noise, table, step, scales, rescale)
+    sampler_step(y, out, h, noise, table, step, scales, rescales)
     for k in range(B):
         alone, h_alone = x[k : k + 1].clone(), history[:, k : k + 1].clone()
-        scale = float(scales[k])
-        sampler_step(alone, out[k::B], h_alone, noise[:, k : k + 1], table, step, scale, rescale)
+        each = scales[k : k + 1], rescales[k : k + 1]
+        sampler_step(alone, out[k::B], h_alone, noise[:, k : k + 1], table, step, *each)
         assert alone[0].equal(y[k])
         assert h_alone[:, 0].equal(h[:, k])
 
 
-def test_a_rescale_of_each_image_is_read_from_the_tensor() -> None:
-    """0 is no rescaling, to the bit, even of a flat output, whose ratio is no number."""
+def test_a_rescale_of_0_is_none() -> None:
+    """To the bit, even of a flat output, whose ratio is no number; other images of the batch are rescaled."""
     g = torch.Generator().manual_seed(2)
     table, step = random_table(2, keep=KEEP_NOTHING, seed=3), torch.tensor([1])
     x, out = torch.randn(3, 4, 6, 5, generator=g), torch.randn(6, 4, 6, 5, generator=g)
     out[1::3] = 0.25
-    y = sampler_step(x.clone(), out, None, None, table, step, 3.0, torch.tensor([0.7, 0.0, 0.0]))
-    for k, rescale in enumerate((0.7, 0.0, 0.0)):
-        alone = sampler_step(x[k : k + 1].clone(), out[k::3], None, None, table, step, 3.0, rescale)
-        if rescale:
-            torch.testing.assert_close(y[k], alone[0], rtol=0, atol=SAMPLER_STEP)
-        else:
-            assert y[k].equal(alone[0])
+    scale = torch.full((3,), 3.0)
+    y = sampler_step(x.clone(), out, None, None, table, step, scale, torch.tensor([0.7, 0.0, 0.0]))
+    uncond, cond = out.chunk(2)
+    guided = uncond + 3.0 * (cond - uncond)
+    plain = sampler_step(x.clone(), guided, None, None, table, step)
+    assert y[1:].equal(plain[1:])
+    assert not y[0].allclose(plain[0])
     assert y.isfinite().all()
 
 
@@ -136,8 +141,8 @@ def test_half_precision_models_do_not_touch_the_latents_precision(dtype: torch.d
     table = random_table(1, keep=KEEP_NOTHING)
     x, out = torch.randn(2, 4, 8, 8, generator=g), torch.randn(4, 4, 8, 8, generator=g).to(dtype)
     step = torch.tensor([0])
-    y = sampler_step(x.clone(), out, None, None, table, step, 7.5)
-    same = sampler_step(x.clone(), out.float(), None, None, table, step, 7.5)
+    y = sampler_step(x.clone(), out, None, None, table, step, *guidance(7.5, 0.0, 2))
+    same = sampler_step(x.clone(), out.float(), None, None, table, step, *guidance(7.5, 0.0, 2))
     assert y.dtype == torch.float32
     assert y.equal(same)
 
@@ -163,7 +168,8 @@ def good() -> dict[str, object]:
         "noise": torch.zeros(6, 2, 4, 8, 8),
         "table": torch.zeros(6, COLUMNS),
         "step": torch.zeros(1, dtype=torch.int64),
-        "guidance_scale": 7.5,
+        "guidance_scale": torch.full((2,), 7.5),
+        "guidance_rescale": torch.zeros(2),
     }
 
 
@@ -173,8 +179,8 @@ def good() -> dict[str, object]:
         ("x", None, "x must be a torch.Tensor, got NoneType"),
         ("table", [[0.0] * COLUMNS], "table must be a torch.Tensor, got list"),
         ("step", 3, "step must be a torch.Tensor, got int"),
-        ("guidance_scale", "7", "guidance_scale must be a number or .*, got '7'"),
-        ("guidance_rescale", None, "guidance_rescale must be .*, got None"),
+        ("guidance_scale", 7.5, "guidance_scale must be a torch.Tensor, got float"),
+        ("guidance_rescale", None, "guidance_rescale must be given with guidance_scale, .*, got None"),
         ("x", torch.zeros(2, 4, 8), "x must be"),
         ("x", torch.zeros(2, 4, 8, 8).half(), "x must be"),
         ("model_out", torch.zeros(2, 4, 8, 8), "model_out must be"),  # guided, but only one half
@@ -183,8 +189,6 @@ def good() -> dict[str, object]:
         ("guidance_scale", None, "model_out must be"),  # two halves, but not guided
         ("guidance_scale", torch.ones(3), "guidance_scale must be"),
         ("guidance_scale", torch.ones(2).double(), "guidance_scale must have"),
-        ("guidance_rescale", 1.5, "guidance_rescale must be"),
-        ("guidance_rescale", math.nan, "guidance_rescale must be"),
         ("guidance_rescale", torch.ones(3), "guidance_rescale must be"),
         ("guidance_rescale", torch.ones(2).double(), "guidance_rescale must have"),
         ("table", torch.zeros(6, 4), "table must be"),
@@ -203,3 +207,9 @@ def test_arguments_are_checked(argument: str, value: object, named: str) -> None
     sampler_step(**good())  # type: ignore[arg-type]
     with pytest.raises(KernelArgumentError, match=f"sampler_step: {named}"):
         sampler_step(**{**good(), argument: value})  # type: ignore[arg-type]
+
+
+def test_a_rescale_without_a_scale() -> None:
+    unguided = {**good(), "model_out": torch.zeros(2, 4, 8, 8), "guidance_scale": None}
+    with pytest.raises(KernelArgumentError, match="guidance_rescale must be given with guidance_scale"):
+        sampler_step(**unguided)  # type: ignore[arg-type]

@@ -1,10 +1,10 @@
-"""How large a piece of memory must be, by hand and for orders drawn at random."""
+"""How large an arena must be, by hand and for orders drawn at random."""
 
 from __future__ import annotations
 
 import random
 
-from latentrt.runtime.arena import Event, room_for
+from latentrt.runtime.arena import AllocatorEvent, room_for
 
 MB = 1 << 20
 
@@ -52,7 +52,7 @@ def test_small_tensors_have_segments_of_their_own() -> None:
 def test_any_order() -> None:
     rng = random.Random(0)
     for _ in range(50):
-        events: list[Event] = []
+        events: list[AllocatorEvent] = []
         live: dict[int, int] = {}
         most = 0
         for number in range(1, 80):

@@ -39,7 +39,7 @@ def test_ids() -> None:
 
 def test_rows_of_an_image_lie_a_batch_apart_in_every_tensor() -> None:
     joined = guidance_batch(
-        embeddings(1, 2, 3), embeddings(-1, -2, -3), sizes(10, 20, 30), sizes(11, 21, 31), torch.float32
+        embeddings(1, 2, 3), embeddings(-1, -2, -3), (sizes(10, 20, 30), sizes(11, 21, 31)), torch.float32
     )
     wanted = [-1, -2, -3, 1, 2, 3]
     assert joined.encoder_hidden_states[:, 0, 0].tolist() == wanted
@@ -50,20 +50,20 @@ def test_rows_of_an_image_lie_a_batch_apart_in_every_tensor() -> None:
 
 
 def test_without_guidance_there_is_no_negative_row() -> None:
-    joined = guidance_batch(embeddings(1, 2), None, sizes(10, 20), sizes(11, 21), torch.float32)
+    joined = guidance_batch(embeddings(1, 2), None, (sizes(10, 20), sizes(11, 21)), torch.float32)
     assert joined.encoder_hidden_states.shape[0] == 2
     assert joined.time_ids is not None
     assert joined.time_ids[:, 0].tolist() == [10, 20]
 
 
 def test_without_sizes_only_the_text_is_told() -> None:
-    joined = guidance_batch(embeddings(1), embeddings(-1), None, None, torch.float32)
+    joined = guidance_batch(embeddings(1), embeddings(-1), None, torch.float32)
     assert list(joined.named()) == ["encoder_hidden_states"]
 
 
 def test_sizes_stay_exact_in_half_precision() -> None:
     """float16 counts in twos above 2,048; a crop of 2,049 is not 2,048."""
-    joined = guidance_batch(embeddings(1), None, sizes(2049), None, torch.float16)
+    joined = guidance_batch(embeddings(1), None, (sizes(2049), sizes(2049)), torch.float16)
     assert joined.encoder_hidden_states.dtype == torch.float16
     assert joined.time_ids is not None
     assert joined.time_ids.dtype == torch.float32
@@ -113,13 +113,13 @@ class Listener:
 def told(rig: Rig, kind: str, arguments: dict[str, Any]) -> dict[str, Tensor]:
     """What our UNet is told at the first step of a call, beside the latents."""
     pipe = rig.pipeline(kind, "eager")
-    engine = pipe._base.unet.load()
+    engine = pipe._parts.base.unet.load()
     listener = Listener(engine)
-    pipe._base.unet._engine = listener
+    pipe._parts.base.unet._engine = listener
     try:
         pipe(**arguments, num_inference_steps=1, height=64, width=48, output_type="latent", seed=0)
     finally:
-        pipe._base.unet._engine = engine
+        pipe._parts.base.unet._engine = engine
     return listener.seen[0]
 
 

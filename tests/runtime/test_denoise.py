@@ -131,7 +131,8 @@ def test_a_recorded_step_serves_another_sampler() -> None:
     """What a CUDA graph does: record one step with one table, replay it with another in its place."""
 
     def step(x: Tensor, out: Tensor, history: Tensor, noise: Tensor, table: Tensor, i: Tensor) -> None:
-        sampler_step(x, out, history, noise, table, i, 5.0)
+        each = torch.full((len(x),), 5.0), torch.zeros(len(x))
+        sampler_step(x, out, history, noise, table, i, *each)
 
     def buffers(name: str) -> tuple[Tensor, ...]:
         table = table_for(name, 5)

@@ -15,15 +15,13 @@ import pytest
 import tiny_components as tiny
 import torch
 from latentrt.errors import CaptureError
-from latentrt.runtime.denoise import Host
-from latentrt.runtime.denoiser import Denoiser, LoopRequest, ready
+from latentrt.runtime.denoiser import Denoiser, LoopRequest, all_ready
 from latentrt.runtime.engines.base import Component, example_inputs
 from latentrt.runtime.engines.lazy import EngineLoader, LazyEngine
 from latentrt.runtime.graph import Graph, Graphs
 from latentrt.runtime.latents import NoiseSource
 from latentrt.runtime.sampler import SamplerTable, build_table
-from latentrt.runtime.streams import Pace, queue_of
-from loops import denoise, run_loop
+from loops import Hooks, denoise, run_loop
 from sampler_oracle import CLASSES, config_of, generators, make_scheduler, noise_like
 from torch import Tensor
 
@@ -211,7 +209,7 @@ def test_threads_record_no_more_loops_than_run_at_once(component: Component, cap
         for _ in range(6):
             with loop.ready(request.asked()) as run:
                 both.wait()
-                made.append(run(request.latents, Host(Pace(queue_of(CPU)))))
+                made.append(run(request.latents, Hooks()))
             both.wait()
         return made
 
@@ -262,8 +260,8 @@ def test_loops_are_recorded_largest_first_and_all_before_the_first_step(
     refiner = LazyEngineSpy(component, "refiner", captures)
     first, second = Request(component, 3, "euler-a", batch=1), Request(component, 4, "euler-a", batch=1)
     asked = [(Denoiser(base.engine, 32), first.asked()), (Denoiser(refiner.engine, 48), second.asked())]
-    host = Host(Pace(queue_of(CPU)), progress=lambda: captures.append("step"))
-    with ready(asked) as runs:
+    hooks = Hooks(on_step=lambda *_: captures.append("step"))
+    with all_ready(asked) as runs:
         assert captures == [
             *("prepare refiner", "a denoising step of refiner", "prepare refiner"),
             *("prepare base", "a denoising step of base", "prepare base"),
@@ -271,7 +269,7 @@ def test_loops_are_recorded_largest_first_and_all_before_the_first_step(
         captures.clear()
         latents = first.latents
         for run in runs:
-            latents = run(latents, host)
+            latents = run(latents, hooks)
     assert captures == ["step"] * (first.steps + second.steps)
     plain = Denoiser(engine(component, graphs=False))
     between = first.run(plain)
@@ -304,18 +302,18 @@ def test_loops_whose_unets_are_not_there_together_are_made_ready_one_by_one(
     found = []
     for together in (True, False):
         latents = requests[0].latents
-        with ready(asked, together=together) as runs:
+        with all_ready(asked, together=together) as runs:
             for run in runs:
-                latents = run(latents, Host(Pace(queue_of(CPU)), progress=lambda: captures.append("step")))
+                latents = run(latents, Hooks(on_step=lambda *_: captures.append("step")))
         found.append(latents)
         captures.clear()
         for loop in loops:
             loop._unet.graph_cache.drop(loop._unet.token)
     assert found[0].equal(found[1])
-    with ready(asked, together=False) as runs:
+    with all_ready(asked, together=False) as runs:
         assert captures == []
         for run in runs:
-            latents = run(latents, Host(Pace(queue_of(CPU)), progress=lambda: captures.append("step")))
+            latents = run(latents, Hooks(on_step=lambda *_: captures.append("step")))
     assert captures == [
         *("a denoising step of base", *["step"] * requests[0].steps),
         *("a denoising step of refiner", *["step"] * requests[1].steps),
@@ -333,9 +331,9 @@ def test_an_error_in_one_of_two_loops_leaves_both_usable(component: Component, g
 
     with (
         pytest.raises(ZeroDivisionError),
-        ready([(loops[0], first.asked()), (loops[1], second.asked())]) as runs,
+        all_ready([(loops[0], first.asked()), (loops[1], second.asked())]) as runs,
     ):
-        runs[0](first.latents, Host(Pace(queue_of(CPU)), on_step=fail))
+        runs[0](first.latents, Hooks(on_step=fail))
     assert first.run(loops[0]).equal(wanted[0])
     assert second.run(loops[1]).equal(wanted[1])
 

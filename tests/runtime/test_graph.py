@@ -261,7 +261,7 @@ def test_work_that_fails_leaves_the_next_a_pool(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(RuntimeError, match=r"^out of luck$"):
         graphs.capture(fail(0), "work")
     assert "reset the generator" not in cuda.log
-    with pytest.raises(CaptureError, match="the work cannot be recorded"):
+    with pytest.raises(CaptureError, match="the work cannot be captured"):
         graphs.capture(fail(1), "the work")
     assert cuda.log[-1] == "reset the generator"
     gc.collect()  # frames of errors hold graphs
@@ -307,5 +307,5 @@ def test_sizes_and_numbers_are_as_recorded() -> None:
 )
 def test_reading_a_value_back_is_an_error_that_names_the_operation(work: object, operation: str) -> None:
     x = torch.ones(2)
-    with pytest.raises(CaptureError, match=rf"the step cannot be recorded.*({operation}).*--no-graphs"):
+    with pytest.raises(CaptureError, match=rf"the step cannot be captured.*({operation}).*--no-graphs"):
         Graphs(CPU).capture(lambda: work(x), "the step")  # type: ignore[operator]

@@ -1,8 +1,9 @@
-"""Recorded work that is kept: how much of it, and whose."""
+"""Captured graphs that are kept: how many, and whose."""
 
 from __future__ import annotations
 
 import logging
+import time
 
 import pytest
 import torch
@@ -34,8 +35,8 @@ def test_what_was_not_used_for_longest_goes_first(caplog: pytest.LogCaptureFixtu
         kept.put("unet", "e", "e", 40_000, DONE)
     assert [kept.take("unet", kind) for kind in "abcde"] == [None, None, None, "d", "e"]
     assert kept.evicted == 3
-    (message,) = [text for text in caplog.messages if "recorded work" in text]
-    assert "recorded work of 30 kB was let go, there is room for 100 kB of it (100 kB are kept)" in message
+    (message,) = [text for text in caplog.messages if "captured graphs" in text]
+    assert "captured graphs of 30 kB were freed, since there is room for 100 kB (100 kB are kept)" in message
     assert "loop_memory=" in message
 
 
@@ -82,3 +83,24 @@ def test_an_owner_s_own_go_with_it() -> None:
     assert kept.take("vae", "a") == 2
     kept.put("vae", "a", 2, 40, DONE)
     assert kept.drop() == 40
+
+
+def test_a_finalizer_inside_a_call_leaves_its_owner_s_to_the_next() -> None:
+    """A garbage collection in the thread that holds the lock: neither stalled nor lost."""
+    kept, queue = GraphCache(100), FakeQueue()
+    for owner in ("unet", "vae"):
+        kept.put(owner, "a", owner, 10, queue.record())
+    begun = time.perf_counter()
+    assert kept.take("unet", "a", lambda _: kept.forget("vae") is None) == "unet"
+    assert time.perf_counter() - begun < 0.5
+    assert queue.done == 0
+    kept.put("unet", "a", "unet", 10, queue.record())
+    assert (len(kept), queue.log[-1]) == (1, "wait 2")
+
+
+def test_a_finalizer_drops_its_owner_s_at_once() -> None:
+    kept, queue = GraphCache(100), FakeQueue()
+    kept.put("vae", "a", 1, 10, queue.record())
+    kept.put("unet", "a", 2, 10, queue.record())
+    kept.forget("vae")
+    assert (len(kept), queue.log[-1]) == (1, "wait 1")

@@ -19,8 +19,8 @@ from latentrt.runtime.graph import Graphs
 from latentrt.runtime.loading import load_components
 from latentrt.runtime.models.layers import GroupNorm, GroupNormSiLU
 from latentrt.runtime.models.unet_blocks import TransformerBlock
+from latentrt.runtime.offload import OffloadableWeights
 from latentrt.runtime.previews import Previewer
-from latentrt.runtime.residency import Weights
 from latentrt.runtime.weights import open_checkpoint
 from tolerances import PIPELINE_GPU
 
@@ -121,7 +121,7 @@ def test_the_memory_of_graphs_begins_as_one_piece() -> None:
 
 
 def test_weights_that_leave_give_their_memory_back() -> None:
-    weights = Weights([torch.zeros(1 << 28)], torch.device("cuda"))
+    weights = OffloadableWeights([torch.zeros(1 << 28)], torch.device("cuda"))
     for _ in range(2):
         there = torch.cuda.memory_reserved()
         weights.offload()

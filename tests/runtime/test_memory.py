@@ -9,7 +9,7 @@ import pytest
 from latentrt.errors import MemoryPlanError, RequestError
 from latentrt.kernels.roofline import Gpu
 from latentrt.runtime.footprint import Footprint
-from latentrt.runtime.memory import POLICIES, RESERVE, STAGING, Network, Plan, Stage, format_bytes
+from latentrt.runtime.memory import POLICIES, RESERVE, STAGING, Network, Plan, PlannedStage, format_bytes
 
 GB = 10**9
 GPU = Gpu("G", 90, tflops=100.0, bandwidth=1.0, source="datasheet")
@@ -43,10 +43,10 @@ PLAN = Plan(
         "vae_decoder": network(1024 * MB, 2048 * MB),
     },
     stages=(
-        Stage("text", "text", {"te1": 1, "te2": 3}),
-        Stage("base", "denoise", {"unet": 24}),
-        Stage("refiner", "denoise", {"refiner unet": 6}),
-        Stage("decode", "pixels", {"vae_decoder": 1}, extra_bytes=4096 * MB),
+        PlannedStage("text", "text", {"te1": 1, "te2": 3}),
+        PlannedStage("base", "denoise", {"unet": 24}),
+        PlannedStage("refiner", "denoise", {"refiner unet": 6}),
+        PlannedStage("decode", "pixels", {"vae_decoder": 1}, extra_bytes=4096 * MB),
     ),
     buffers={"latents": 8000 * MB, "noise": 192 * MB},
 )
@@ -90,7 +90,7 @@ def test_low_has_one_network_at_a_time() -> None:
 
 
 def test_a_network_that_does_not_run_is_not_loaded() -> None:
-    stages = (Stage("encode", "pixels", {"vae_encoder": 1}), *PLAN.stages)
+    stages = (PlannedStage("encode", "pixels", {"vae_encoder": 1}), *PLAN.stages)
     encoded = replace(PLAN, stages=stages).need("resident")
     assert encoded["base"] - PLAN.need("resident")["base"] == 256 * MB
 
@@ -110,7 +110,7 @@ def test_what_stays_on_the_device_is_needed_beside_what_runs() -> None:
         }
         for other in set(POLICIES) - {policy}:
             assert plan.need(other) == PLAN.need(other)
-        assert plan.told(policy).endswith(", beside vae_encoder that stays there)")
+        assert plan.describe(policy).endswith(", beside vae_encoder that stays there)")
 
 
 def test_what_fits_passes() -> None:
@@ -123,7 +123,7 @@ def test_what_fits_passes() -> None:
 SMALL = Plan(
     "sdxl at 1024x1024, batch 2, float16",
     networks={"te": network(2 * GB, GB), "unet": network(5 * GB, 2 * GB)},
-    stages=(Stage("text", "text", {"te": 1}), Stage("base", "denoise", {"unet": 30})),
+    stages=(PlannedStage("text", "text", {"te": 1}), PlannedStage("base", "denoise", {"unet": 30})),
     buffers={},
 )
 

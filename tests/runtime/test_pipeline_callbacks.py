@@ -201,6 +201,20 @@ def test_what_nobody_wants_any_more_is_not_decoded(
     assert both(**PLAIN, seed=6, callback_on_progress=lambda *_: {"discard": False}).images is not None
 
 
+@pytest.mark.parametrize("output_type", ["pt", "latent"])
+@pytest.mark.parametrize("lagging", [False, True])  # then only the wait at the end finds the last step done
+def test_discarded_images_are_not_returned(
+    output_type: str, lagging: bool, both: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = FakeQueue()
+    if lagging:
+        monkeypatch.setattr("latentrt.runtime.progress.queue_of", lambda device: queue)
+    call = {**PLAIN, "seed": 6, "output_type": output_type}
+    dropped = both(**call, callback_on_progress=lambda _, done, __: {"discard": done == 4})
+    assert dropped.images is None
+    assert dropped.interrupted
+
+
 def test_the_host_waits_for_the_device_between_steps_and_at_the_end_alone(
     both: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

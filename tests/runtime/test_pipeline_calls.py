@@ -185,8 +185,8 @@ def test_parameters_tell_how_to_make_it_again(both: latentrt.Pipeline) -> None:
         "guidance_scale": 3.0,
         "size": "48x64",
         "seed": 9,
-        "model": both._base.source.rsplit("/", 1)[-1],
-        "refiner": both._refiner.source.rsplit("/", 1)[-1],
+        "model": both._parts.base.source.rsplit("/", 1)[-1],
+        "refiner": both._parts.refiner.source.rsplit("/", 1)[-1],
         "high_noise_frac": 0.5,
         "clip_skip": 1,
         "backend": "eager",
@@ -295,7 +295,7 @@ def test_a_warm_up_shows_no_bar_and_takes_none_from_calls_meanwhile(
 
 def test_moving_where_it_is_already_keeps_what_is_loaded(pipe: latentrt.Pipeline) -> None:
     pipe(**PLAIN)
-    engine = pipe._base.unet.load()
+    engine = pipe._parts.base.unet.load()
     assert pipe.to("cpu") is pipe
     assert pipe.to(torch.device("cpu")) is pipe
-    assert pipe._base.unet.load() is engine
+    assert pipe._parts.base.unet.load() is engine

@@ -51,7 +51,7 @@ def there(*pipes: latentrt.Pipeline) -> dict[int, int]:
 
 def peak(pipe: latentrt.Pipeline, call: dict[str, Any]) -> int:
     request, _ = pipe.check(**call)
-    stages = stages_of_request(pipe._base, pipe._refiner, request, None)
+    stages = stages_of_request(pipe._parts.base, pipe._parts.refiner, request)
     return pipe._budget.plan(request, stages).peak("low")
 
 
@@ -59,7 +59,7 @@ def test_noise_is_on_the_device_once(load: Load) -> None:
     """In the loops' own tensors, which are what a plan counts."""
     pipe = load()
     request, _ = pipe.check(**CALL)
-    stages = stages_of_request(pipe._base, pipe._refiner, request, CALL["sampler"])
+    stages = stages_of_request(pipe._parts.base, pipe._parts.refiner, request)
     noise = NoiseSource(request.generators, request.batch)
     latents = torch.empty(1, 4, 8, 6, device="meta")  # as of a device that is not the host
     told = [stage.expert.condition(request, CPU, from_image=stage.from_image) for stage in stages]
@@ -103,11 +103,11 @@ def test_what_stays_beside_a_pipeline_s_own_is_not_given_to_it(tiny: Tiny) -> No
     for memory, given in (("low", {"another unet"}), ("balanced", set())):
         base, refiner = two(tiny, memory)
         base(**BASE)
-        assert base.text_encoder_2.engine.residency is refiner._base.unet.residency
+        assert base.text_encoder_2.engine.residency is refiner._parts.base.unet.residency
         held = refiner._budget.held()
         assert {name for name in held if name.startswith("another")} == given
         if given:
-            unet = base._base.unet
+            unet = base._parts.base.unet
             assert held["another unet"] == unet.held_bytes + unet.graph_cache.nbytes
             assert unet.held_bytes >= unet.component.weight_bytes
             assert unet.graph_cache.nbytes > 0
@@ -181,7 +181,7 @@ def test_a_dropped_pipeline_is_gone_at_once(memory: str, graphs: bool, limit: st
 def test_what_was_dropped_is_gone_though_parts_of_it_are_shared(memory: str, tiny: Tiny) -> None:
     base, refiner = two(tiny, memory, graphs=True)
     latents = base(**BASE).images
-    unet = weakref.ref(base._base.unet._engine._module)
+    unet = weakref.ref(base._parts.base.unet._engine._module)
     kept, residency = base._loader.graph_cache, refiner._loader.residency
     with uncollected():
         before = kept.nbytes

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from latentrt.errors import MemoryPlanError, RequestError
-from latentrt.runtime import budget, residency
+from latentrt.runtime import budget, offload
 from latentrt.runtime.graph import Graphs
 from latentrt.runtime.graph_cache import DEFAULT_LIMIT
 from latentrt.runtime.memory import POLICIES, RESERVE
@@ -79,7 +79,7 @@ def test_a_picture_that_would_not_fit_whole_is_decoded_in_tiles(
     monkeypatch.setattr(budget, "TILE", 8)
     free, call = load(), {**CALL, "height": 128, "width": 96}
     request, _ = free.check(**call)
-    stages = stages_of_request(free._base, free._refiner, request, call["sampler"])
+    stages = stages_of_request(free._parts.base, free._parts.refiner, request)
     whole, tiled = (free._budget.plan(request, stages, tile).peak("resident") for tile in (None, 8))
     assert tiled < whole
     pipe = load(memory_limit=(whole + tiled) // 2)
@@ -95,13 +95,13 @@ def test_tiles_are_taken_only_once_nothing_more_can_be_freed(
     """They make another picture: not for what waits for the garbage collector, or what libraries hold."""
     pipe, call = load(), {**CALL, "height": 128, "width": 96}
     request, _ = pipe.check(**call)
-    stages = stages_of_request(pipe._base, pipe._refiner, request, call["sampler"])
+    stages = stages_of_request(pipe._parts.base, pipe._parts.refiner, request)
     whole = pipe._budget.plan(request, stages).peak("resident")
     monkeypatch.setattr(budget, "TILE", 8)
     monkeypatch.setattr(budget, "free_memory", lambda device: whole - 1)
     monkeypatch.setattr(budget.Budget, "_collected", lambda self, available: available + 1)
-    assert pipe._budget.require(request, stages, idle=True, tiled=False)[1] is None
-    assert pipe._budget.require(request, stages, idle=False, tiled=False)[1] == 8
+    assert pipe._budget.require(request, stages, idle=True).tile is None
+    assert pipe._budget.require(request, stages, idle=False).tile == 8
 
 
 def test_previews_are_fitted_in_the_tiles_in_which_a_picture_fits(
@@ -112,7 +112,7 @@ def test_previews_are_fitted_in_the_tiles_in_which_a_picture_fits(
     monkeypatch.setattr(
         VAE, "decode", lambda self, x, *, tile: tiles.append(tile) or decode(self, x, tile=tile)
     )
-    monkeypatch.setattr(budget.Budget, "admit", lambda *_, **__: 8)
+    monkeypatch.setattr(budget.Budget, "admit", lambda *_, **__: budget.Admission(None, 8, None))
     assert load().fit_previewer().weights.shape == (5, 3)
     assert tiles == [8]
 
@@ -142,16 +142,16 @@ def test_recordings_are_told_how_much_memory_they_share(load: Load, options: Any
     pipe = load(memory_limit="1GB", graphs=True, **options)
     pipe(**CALL)
     request, _ = pipe.check(**CALL)
-    plan = pipe._budget.plan(request, stages_of_request(pipe._base, pipe._refiner, request, CALL["sampler"]))
+    plan = pipe._budget.plan(request, stages_of_request(pipe._parts.base, pipe._parts.refiner, request))
     found = pipe._loader.graphs.room if pipe._loader.backend.name in ("eager", "triton") else 0
-    assert found == plan.pool_bytes(*kinds) > 0
+    assert found == plan.pool_bytes(plan.used(*kinds)) > 0
 
 
 def test_a_kind_is_planned_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts, seeds, scales and numbers of steps do not matter."""
     planned: list[Any] = []
-    made = Planner._made
-    monkeypatch.setattr(Planner, "_made", lambda self, *a: planned.append(a) or made(self, *a))
+    made = Planner._build
+    monkeypatch.setattr(Planner, "_build", lambda self, *a: planned.append(a) or made(self, *a))
     pipe = load(memory_limit="1GB")
     pipe.check(**CALL)
     for change in ({"seed": 9}, {"prompt": "storm"}, {"guidance_scale": 2.0}, {"num_inference_steps": 30}):
@@ -172,7 +172,7 @@ def test_a_request_of_no_steps_is_planned_too(policy: str, load: Load) -> None:
         call = {**NO_SIZE, "image": latents, "strength": 0.0}
         request, steps = pipe.check(**call)
         assert steps == 0
-        plan = pipe._budget.plan(request, stages_of_request(pipe._base, pipe._refiner, request, "euler-a"))
+        plan = pipe._budget.plan(request, stages_of_request(pipe._parts.base, pipe._parts.refiner, request))
         assert {"text_encoder", "text_encoder_2", "unet", "vae_decoder"} == plan.used()
         peaks.append(plan.peak(policy))
         assert np.array_equal(pipe(**call).images, free(**call).images)
@@ -183,7 +183,7 @@ def test_without_a_bound_nothing_is_planned(load: Load, monkeypatch: pytest.Monk
     def plan(*_: Any) -> None:
         raise AssertionError("it was planned")
 
-    monkeypatch.setattr(Planner, "_made", plan)
+    monkeypatch.setattr(Planner, "_build", plan)
     load().check(**LARGE)
 
 
@@ -215,7 +215,7 @@ def test_a_network_of_another_request_that_stays_is_no_room(policy: str, load: L
     alone = {**LARGE, "high_noise_frac": 1.0}
     fresh = load(memory=policy)
     request, _ = fresh.check(**alone)
-    stages = stages_of_request(fresh._base, fresh._refiner, request, alone["sampler"])
+    stages = stages_of_request(fresh._parts.base, fresh._parts.refiner, request)
     pipe = load(memory=policy, memory_limit=fresh._budget.plan(request, stages).peak(policy))
     pipe.check(**alone)
     pipe(**{**CALL, "high_noise_frac": 0.0})
@@ -232,7 +232,7 @@ def test_what_another_pipeline_keeps_is_no_room(load: Load) -> None:
     one = load()
     two = load(memory="low", vae=one.vae)
     request, _ = two.check(**CALL)
-    stages = stages_of_request(two._base, two._refiner, request, CALL["sampler"])
+    stages = stages_of_request(two._parts.base, two._parts.refiner, request)
     before = two._budget.plan(request, stages).need("low")
     one(**CALL)
     more = {name: n - before[name] for name, n in two._budget.plan(request, stages).need("low").items()}
@@ -264,19 +264,19 @@ def test_options_that_cannot_be_met(options: dict[str, Any], message: str, load:
 
 @pytest.fixture
 def live(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
-    """Bytes of the pieces that weights came back to, or wait in on the host."""
-    pieces: dict[int, int] = {}
-    make = residency._room
+    """Bytes of the blocks that hold weights, on the device or the host."""
+    blocks: dict[int, int] = {}
+    make = offload._allocate
 
-    def room(nbytes: int, device: torch.device) -> Tensor:
-        piece = make(nbytes, device)
-        key = piece.untyped_storage()._cdata
-        pieces[key] = nbytes
-        weakref.finalize(piece.untyped_storage(), pieces.pop, key)
-        return piece
+    def allocate(nbytes: int, device: torch.device) -> Tensor:
+        block = make(nbytes, device)
+        key = block.untyped_storage()._cdata
+        blocks[key] = nbytes
+        weakref.finalize(block.untyped_storage(), blocks.pop, key)
+        return block
 
-    monkeypatch.setattr(residency, "_room", room)
-    return pieces
+    monkeypatch.setattr(offload, "_allocate", allocate)
+    return blocks
 
 
 TEXT = {"text_encoder", "text_encoder_2"}

@@ -105,7 +105,7 @@ def test_shared_parts_are_the_same_and_loaded_once(tiny: Callable[..., Path]) ->
 
 def test_a_refiner_that_brings_the_same_encoder_uses_the_base_s(rig: Rig) -> None:
     both = rig.pipeline("ensemble", "eager")
-    assert both._refiner.text_encoder_2 is both._base.text_encoder_2
+    assert both._parts.refiner.text_encoder_2 is both._parts.base.text_encoder_2
 
 
 def test_a_refiner_s_own_encoder_is_kept_when_it_differs(tiny: Callable[..., Path]) -> None:

@@ -17,7 +17,7 @@ from latentrt.runtime.digests import DigestMemory
 from latentrt.runtime.engines.triton import TritonBackend
 from latentrt.runtime.footprint import Tracker
 from latentrt.runtime.loading import load_components
-from latentrt.runtime.memory import POLICIES, Plan
+from latentrt.runtime.memory import POLICIES, Network, Plan
 from latentrt.runtime.planner import Planner
 from latentrt.runtime.sampler import SamplerConfig, build_table
 from latentrt.runtime.weights import open_checkpoint
@@ -145,6 +145,20 @@ def test_what_a_loop_prepares_is_not_there_twice(full: Planner) -> None:
         for name, least in (("base", 430e6), ("refiner", 140e6)):
             assert plan.buffers[f"{name} keys, values, times"] > least
             assert 0 < made[name] < 60e6
+
+
+def test_a_plan_does_not_depend_on_those_before_it(tiny: Tiny) -> None:
+    """Two rows of the UNet are two images, or one that is guided, whose step holds other temporaries."""
+
+    def plans(*order: int) -> dict[int, Network]:
+        planner = Planner.of(tiny("sdxl"))
+        found: dict[int, Network] = {}
+        for batch in order:
+            plan = planner.plan(height=64, width=64, batch=batch, guidance_scale=1.0 if batch == 2 else 5.0)
+            found[batch] = plan.networks["unet"]
+        return found
+
+    assert plans(1, 2) == plans(2, 1)
 
 
 def stored_numbers(folder: Path) -> int:

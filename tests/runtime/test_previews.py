@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from fake_queue import FakeEvent, FakeQueue
-from latentrt.runtime.denoise import Host, walk
-from latentrt.runtime.previews import Previewer, StepReports
+from latentrt.runtime.denoise import run_steps
+from latentrt.runtime.previews import Previewer
+from latentrt.runtime.progress import Watch
 from latentrt.runtime.sampler import build_table
-from latentrt.runtime.streams import Pace, queue_of
 from sampler_oracle import config_of, make_scheduler
 from torch.nn import functional as F
 
@@ -55,60 +55,62 @@ def brightness(latents: torch.Tensor) -> torch.Tensor:
     return latents[:, :1].movedim(1, 3).expand(-1, -1, -1, 3).to(torch.uint8)
 
 
-def walk_with_reports(queue: FakeQueue, steps: int, previewer: Any) -> list[tuple[int, int | None]]:
-    """(steps done, the picture's brightness) as they were told; step k leaves latents of k."""
-    told: list[tuple[int, int | None]] = []
-    reports = StepReports(
-        queue, previewer, lambda n, picture: told.append((n, None if picture is None else int(picture.max())))
-    )
+@pytest.fixture
+def queue(monkeypatch: pytest.MonkeyPatch) -> FakeQueue:
+    fake = FakeQueue()
+    monkeypatch.setattr("latentrt.runtime.progress.queue_of", lambda device: fake)
+    return fake
+
+
+def reported(steps: int, previewer: Any) -> list[tuple[int, int | None]]:
+    """(steps done, the picture's brightness) as the callback got them; step k leaves latents of k."""
+    calls: list[tuple[int, int | None]] = []
+
+    def on_progress(done: int, values: dict[str, Any]) -> None:
+        picture = values["preview"]
+        calls.append((done, None if picture is None else int(picture.max())))
+
     latents = torch.zeros(2, 4, 3, 5)
     table = build_table(config_of(make_scheduler("euler")), steps)
-    walk(latents, lambda: latents.add_(1), table, Host(Pace(queue), reports=reports))
-    reports.finish()
-    return told
+    watch = Watch(steps, {"disable": True}, CPU, on_progress=on_progress, previewer=previewer)
+    run_steps(latents, lambda: latents.add_(1), table, watch)
+    watch.finish()
+    return calls
 
 
-def test_pictures_arrive_a_step_or_two_later_each_of_its_own_step() -> None:
+def test_pictures_arrive_a_step_or_two_later_each_of_its_own_step(queue: FakeQueue) -> None:
     """The latents are overwritten by the next step long before the picture of this one is made."""
-    queue = FakeQueue()
-    told = walk_with_reports(queue, 12, brightness)
+    told = reported(12, brightness)
     assert told == [(k, k) for k in range(1, 13)]
     waits = [line for line in queue.log if line.startswith("wait")]
     assert waits[:10] == [f"wait {k}" for k in range(1, 20, 2)]  # the loop's own
     assert len(waits) <= 10 + 3  # and those of the end
 
 
-def test_nothing_waits_for_a_picture_that_is_late() -> None:
+def test_nothing_waits_for_a_picture_that_is_late(queue: FakeQueue) -> None:
     """The side stream stands still: pictures are left out, and the loop goes on."""
-    queue = FakeQueue()
     late: list[Any] = []
 
-    def beside(work: Callable[[], None]) -> Any:
+    def on_side_stream(work: Callable[[], None]) -> Any:
         work()
         late.append(FakeEvent(queue, 10**6))
         return late[-1]
 
-    queue.beside = beside  # type: ignore[method-assign]
-    told = walk_with_reports(queue, 12, brightness)
+    queue.on_side_stream = on_side_stream  # type: ignore[method-assign]
+    told = reported(12, brightness)
     assert len(late) == 4
     assert told == [(k, k if k <= 4 else None) for k in range(1, 13)]
 
 
-def test_without_a_previewer_steps_are_reported_all_the_same() -> None:
-    queue = FakeQueue()
-    assert walk_with_reports(queue, 5, None) == [(k, None) for k in range(1, 6)]
-    assert not any(line.startswith("beside") for line in queue.log)
+def test_without_a_previewer_steps_are_reported_all_the_same(queue: FakeQueue) -> None:
+    assert reported(5, None) == [(k, None) for k in range(1, 6)]
+    assert not any(line.startswith("side") for line in queue.log)
 
 
 def test_on_the_cpu_a_step_is_reported_before_the_next_begins() -> None:
     told: list[int] = []
-    reports = StepReports(queue_of(CPU), brightness, lambda n, _: told.append(n))  # type: ignore[arg-type]
+    watch = Watch(4, {"disable": True}, CPU, on_progress=lambda n, _: told.append(n))
     table = build_table(config_of(make_scheduler("euler")), 4)
     before: list[int] = []
-    walk(
-        torch.zeros(1, 4, 2, 2),
-        lambda: before.append(len(told)),
-        table,
-        Host(Pace(queue_of(CPU)), reports=reports),
-    )
+    run_steps(torch.zeros(1, 4, 2, 2), lambda: before.append(len(told)), table, watch)
     assert before == [0, 1, 2, 3]

@@ -40,6 +40,8 @@ DEFAULTS: dict[str, Any] = {
     "aesthetic_score": 6.0,
     "negative_aesthetic_score": 2.5,
     "output_type": "pil",
+    "sampler": None,
+    "tiled_vae": False,
 }
 TWO = ["a cat", "a dog"]
 

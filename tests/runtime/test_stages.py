@@ -25,7 +25,7 @@ def divided(base: str, refiner: str, split: float, steps: int = STEPS, **fields:
     experts: list[Any] = []
     for name in (base, refiner):
         config = config_of(make_scheduler(name, **fields))
-        experts.append(SimpleNamespace(name=name, sampler=lambda _, config=config: config))
+        experts.append(SimpleNamespace(name=name, sampler_config=lambda _, config=config: config))
     return stages_of(experts[0], experts[1], None, steps=steps, high_noise_frac=split)
 
 

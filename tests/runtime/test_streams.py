@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import nullcontext
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from fake_queue import FakeQueue
 from latentrt.runtime import streams
-from latentrt.runtime.denoise import Host, walk
+from latentrt.runtime.denoise import run_steps
+from latentrt.runtime.progress import Watch
 from latentrt.runtime.sampler import SamplerTable, build_table
-from latentrt.runtime.streams import Pace, queue_of
+from latentrt.runtime.streams import queue_of
 from sampler_oracle import config_of, make_scheduler
 
 LATENTS = torch.zeros(1, 4, 2, 2)
@@ -23,15 +26,30 @@ def table(steps: int) -> SamplerTable:
     return build_table(config_of(make_scheduler("euler")), steps)
 
 
-def host(queue: FakeQueue, pace: Pace, stop_before: int | None = None) -> Host:
-    asked = [0]
+@pytest.fixture
+def queue(monkeypatch: pytest.MonkeyPatch) -> FakeQueue:
+    fake = FakeQueue()
+    monkeypatch.setattr("latentrt.runtime.progress.queue_of", lambda device: fake)
+    return fake
 
-    def should_stop() -> bool:
-        queue.log.append("stop?")
-        asked[0] += 1
-        return asked[0] - 1 == stop_before
 
-    return Host(pace, should_stop=should_stop)
+class Stop(threading.Event):
+    """Set when it is asked for the `before`th time, from 0; each time is logged."""
+
+    def __init__(self, queue: FakeQueue, before: int | None = None) -> None:
+        super().__init__()
+        self._log, self._before, self._asked = queue.log, before, 0
+
+    def is_set(self) -> bool:
+        self._log.append("stop?")
+        self._asked += 1
+        return self._asked - 1 == self._before
+
+
+def watched(queue: FakeQueue, stop_before: int | None = None) -> Watch:
+    watch = Watch(4, {"disable": True}, LATENTS.device)
+    watch.stop = Stop(queue, stop_before)
+    return watch
 
 
 def step(queue: FakeQueue) -> None:
@@ -40,9 +58,10 @@ def step(queue: FakeQueue) -> None:
     queue.log.append("step")
 
 
-def test_before_a_step_the_host_waits_for_the_one_before_the_last_and_asks_whether_to_stop() -> None:
-    queue = FakeQueue()
-    walk(LATENTS, lambda: step(queue), table(4), host(queue, Pace(queue)))
+def test_before_a_step_the_host_waits_for_the_one_before_the_last_and_asks_whether_to_stop(
+    queue: FakeQueue,
+) -> None:
+    run_steps(LATENTS, lambda: step(queue), table(4), watched(queue))
     assert queue.log == [
         *("stop?", "step", "record 1"),
         *("stop?", "step", "record 2"),
@@ -51,38 +70,34 @@ def test_before_a_step_the_host_waits_for_the_one_before_the_last_and_asks_wheth
     ]
 
 
-def test_the_host_waits_for_nothing_else() -> None:
+def test_the_host_waits_for_nothing_else(queue: FakeQueue) -> None:
     """Of 30 steps the last two are still under way when the loop has ended."""
-    queue = FakeQueue()
-    walk(LATENTS, lambda: step(queue), table(30), host(queue, Pace(queue)))
+    run_steps(LATENTS, lambda: step(queue), table(30), watched(queue))
     assert [line for line in queue.log if line.startswith("wait")] == [f"wait {k}" for k in range(1, 29)]
 
 
-def test_an_interruption_is_seen_before_the_next_step_is_given() -> None:
-    queue = FakeQueue()
-    walk(LATENTS, lambda: step(queue), table(30), host(queue, Pace(queue), stop_before=3))
+def test_an_interruption_is_seen_before_the_next_step_is_given(queue: FakeQueue) -> None:
+    run_steps(LATENTS, lambda: step(queue), table(30), watched(queue, stop_before=3))
     assert queue.log.count("step") == 3
     assert queue.log[-2:] == ["wait 2", "stop?"]
 
 
-def test_a_loop_that_follows_another_keeps_its_distance_too() -> None:
-    queue = FakeQueue()
-    pace = Pace(queue)
+def test_a_loop_that_follows_another_keeps_its_distance_too(queue: FakeQueue) -> None:
+    watch = watched(queue)
     for _ in range(2):
-        walk(LATENTS, lambda: step(queue), table(3), host(queue, pace))
+        run_steps(LATENTS, lambda: step(queue), table(3), watch)
     second = queue.log.index("record 3") + 1
     assert queue.log[second : second + 4] == ["wait 2", "stop?", "step", "record 4"]
     assert [line for line in queue.log if line.startswith("wait")] == [f"wait {k}" for k in range(1, 5)]
 
 
-def test_a_callback_sees_a_step_that_is_done() -> None:
-    queue = FakeQueue()
-
-    def on_step(index: int, timestep: float, latents: torch.Tensor) -> None:
+def test_a_callback_sees_a_step_that_is_done(queue: FakeQueue) -> None:
+    def on_step(index: int, timestep: float, values: dict[str, Any]) -> None:
         assert queue.done == queue.places
         queue.log.append("callback")
 
-    walk(LATENTS, lambda: step(queue), table(2), Host(Pace(queue), on_step=on_step))
+    watch = Watch(2, {"disable": True}, LATENTS.device, on_step=on_step)
+    run_steps(LATENTS, lambda: step(queue), table(2), watch)
     first = ("step", "record 1", "record 2", "wait 2", "callback")
     assert queue.log == [*first, "step", "record 3", "record 4", "wait 4", "callback"]
 
@@ -91,7 +106,7 @@ def test_on_the_cpu_work_is_done_when_it_was_given() -> None:
     queue, done = queue_of(torch.device("cpu")), []
     begun = queue.record(timed=True)
     time.sleep(0.002)
-    ended = queue.beside(lambda: done.append(1))
+    ended = queue.on_side_stream(lambda: done.append(1))
     assert done == [1]
     assert ended.query()
     assert begun.elapsed_time(ended) >= 2
@@ -112,6 +127,6 @@ def test_all_work_beside_a_device_s_own_shares_a_stream(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     done: list[int] = []
     for k in range(3):
-        queue_of(here).beside(lambda k=k: done.append(k))  # type: ignore[misc]
-    queue_of(there).beside(lambda: done.append(3))
+        queue_of(here).on_side_stream(lambda k=k: done.append(k))  # type: ignore[misc]
+    queue_of(there).on_side_stream(lambda: done.append(3))
     assert (made, waited, done) == ([here, there], ["now"] * 4, [0, 1, 2, 3])

@@ -87,7 +87,7 @@ def test_a_batch_that_by_plan_does_not_fit_is_halved(load: Load) -> None:
 
 
 def stages(pipe: latentrt.Pipeline, request: Any) -> Any:
-    return stages_of_request(pipe._base, pipe._refiner, request, ASKED.sampler)
+    return stages_of_request(pipe._parts.base, pipe._parts.refiner, request)
 
 
 def test_an_image_that_fits_in_tiles_alone_is_the_one_the_pipeline_makes(
@@ -108,13 +108,13 @@ def test_an_image_that_fits_in_tiles_alone_is_the_one_the_pipeline_makes(
 def test_plans_do_not_hold_up_the_event_loop(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are made in the thread that makes images; what cannot fit is refused there."""
     threads: list[str] = []
-    plan = Planner._made
+    plan = Planner._build
 
     def noting(self: Planner, *rest: Any) -> Any:
         threads.append(threading.current_thread().name)
         return plan(self, *rest)
 
-    monkeypatch.setattr(Planner, "_made", noting)
+    monkeypatch.setattr(Planner, "_build", noting)
     least = load()._budget.planner.of_weights().peak("resident")
     (error,), reports = made(load(memory_limit=least), seeds(1))
     assert isinstance(error, MemoryPlanError)
