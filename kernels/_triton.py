@@ -16,6 +16,7 @@ compiles without a GPU, all run the same plan.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -228,6 +229,14 @@ def run(steps: Iterable[Launch | Library], out: Any = None) -> Any:
     return out
 
 
+_LAUNCHING = threading.RLock()
+"""Triton compiles and loads kernels as they are launched, for one thread at a time only."""
+
+_loaded: set[Any] = set()
+"""Every compiled kernel that was launched. Captured graphs know its machine code by address, and Triton unloads it with
+the last reference."""
+
+
 def _launch(launch: Launch) -> None:
     if 0 in launch.grid:
         return
@@ -237,19 +246,18 @@ def _launch(launch: Launch) -> None:
         raise BackendUnavailableError(f"the Triton kernel {launch.kernel.name} cannot run: {reason}")
     for counts in _counts:
         counts[launch.label] += 1
-    call = partial(
-        launch.kernel.jitted[launch.grid],
-        **{name: _described(value) for name, value in launch.args.items()},
-        **launch.constants,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        enable_fp_fusion=True,  # whose default changed between Triton versions
-    )
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        if launch.scratch:
-            copy_context().run(_with_scratch, device, call)  # the caller's allocator stays the caller's
-        else:
-            call()
+    with _LAUNCHING, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        call = partial(
+            launch.kernel.jitted[launch.grid],
+            **{name: _described(value) for name, value in launch.args.items()},
+            **launch.constants,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+            enable_fp_fusion=True,  # whose default changed between Triton versions
+        )
+        # The caller's allocator stays the caller's.
+        compiled = copy_context().run(_with_scratch, device, call) if launch.scratch else call()
+        _loaded.add(compiled)
 
 
 def _described(value: Any) -> Any:
@@ -260,12 +268,12 @@ def _described(value: Any) -> Any:
     return TensorDescriptor.from_tensor(value.base, list(value.block))
 
 
-def _with_scratch(device: torch.device, call: Callable[[], object]) -> None:
+def _with_scratch(device: torch.device, call: Callable[[], Any]) -> Any:
     """Triton's scratch comes from PyTorch's allocator, which orders it by stream and keeps it for captured graphs."""
     import triton
 
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
-    call()
+    return call()
 
 
 @contextmanager

@@ -118,7 +118,9 @@ class Denoiser:
         key = kind, tuple((name, tuple(x.shape)) for name, x in request.constants.items())
         with unet.loop() as engine:
             # Not a loop over an engine that was closed since, or that runs on another device.
-            kept: _BoundLoop | None = unet.graph_cache.take(unet.token, key, lambda x: x.engine is engine)
+            kept: _BoundLoop | None = unet.graph_cache.take(
+                unet.token, key, queue_of(unet.device), lambda x: x.engine is engine
+            )
             try:
                 with unet.exclusive():
                     with torch.inference_mode(False):  # a caller's own would mark the static tensors

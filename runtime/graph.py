@@ -42,6 +42,9 @@ _UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_st
 
 _CAPTURING = threading.RLock()
 
+_BROKEN = "previous error during capture"
+"""What CUDA says of a capture that something else than its own operation broke."""
+
 
 def expect_modes() -> None:
     """Call this before a dispatch mode is first entered: CPU graphs are captured by one, and `footprint` is another.
@@ -79,19 +82,32 @@ class Graphs:
         self._pool: Any = None
         self._in_pool: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
         self._stream: Any = None
-        self._last: Any = None
+        self._last: Any = None  # the event after what ran last
+        self._holder: Any = None  # the stream of who is exclusive now
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Nothing else is captured or replayed meanwhile, in any thread or stream."""
+        """Nothing else is captured or replayed meanwhile, in any thread or stream.
+
+        It may be entered again within, on another stream too, as a callback does that decodes between two steps: that
+        runs after what was submitted before it, and before what is submitted after it.
+        """
         with self._lock:
-            if self._last is not None:
-                torch.cuda.current_stream(self.device).wait_event(self._last)
+            if self.device.type != "cuda":
+                yield
+                return
+            outer, stream = self._holder, torch.cuda.current_stream(self.device)
+            if outer is not None:
+                stream.wait_stream(outer)
+            elif self._last is not None:
+                stream.wait_event(self._last)
+            self._holder = stream
             try:
                 yield
             finally:
-                if self.device.type == "cuda":
-                    self._last = torch.cuda.current_stream(self.device).record_event()
+                self._holder, self._last = outer, stream.record_event()
+                if outer is not None:
+                    outer.wait_event(self._last)
 
     def capture(self, work: Callable[[], object], what: str) -> Graph:
         """Capture `work`. It is also run eagerly up to twice to warm up, so the static tensors hold garbage afterwards:
@@ -104,7 +120,12 @@ class Graphs:
             CaptureError: it does something that cannot be captured; the operation is named.
         """
         if self.device.type == "cuda":
-            return self._capture_cuda(work, what)
+            try:
+                return self._capture_cuda(work, what)
+            except CaptureError as error:
+                if _BROKEN not in str(error):
+                    raise
+            return self._capture_cuda(work, what)  # another thread waited for the whole device meanwhile
         recording = _Recording(what)
         with recording:
             work()
@@ -117,7 +138,9 @@ class Graphs:
             if not keep_alive:  # a pool that no graph has any more cannot be used again
                 self._pool = torch.cuda.graph_pool_handle()
             if self._stream is None:
-                self._stream = torch.cuda.Stream(self.device)
+                # Of high priority: PyTorch hands out 32 streams of each priority in rotation, and the one that is
+                # captured must not be a caller's.
+                self._stream = torch.cuda.Stream(self.device, priority=-1)
             pool, stream, current = self._pool, self._stream, torch.cuda.current_stream(self.device)
             stream.wait_stream(current)
             graph, last_operation = torch.cuda.CUDAGraph(), _LastOperation()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .memory import format_bytes
-from .streams import Event
+from .streams import Event, Queue
 
 __all__ = ["DEFAULT_LIMIT", "GraphCache"]
 
@@ -59,11 +59,12 @@ class GraphCache:
             return self._nbytes()
 
     def take(
-        self, owner: Hashable, kind: Hashable, good: Callable[[Any], bool] = lambda _: True
+        self, owner: Hashable, kind: Hashable, queue: Queue, good: Callable[[Any], bool] = lambda _: True
     ) -> Any | None:
         """Remove and return what its owner put here last of this kind; None if there is nothing.
 
         Args:
+            queue: where it will be used, after its last use on whatever stream.
             good: whether a value can still be used; those that cannot are freed.
         """
         wanted = owner, kind
@@ -72,7 +73,10 @@ class GraphCache:
             found = next((x for x in reversed(self._items) if (x.owner, x.kind) == wanted), None)
             self._items = [item for item in self._items if item is not found]
         _wait_for(gone)
-        return None if found is None else found.value
+        if found is None:
+            return None
+        queue.wait_for(found.used)
+        return found.value
 
     def put(self, owner: Hashable, kind: Hashable, value: Any, nbytes: int, used: Event) -> None:
         """Keep it as the one used last, and evict others to make room; if it alone is over the limit, it is freed.

@@ -40,6 +40,10 @@ class Queue(Protocol):
         """The point after everything submitted so far."""
         ...
 
+    def wait_for(self, event: Event) -> None:
+        """Let what is submitted from now on run after an event of this device. The host does not wait."""
+        ...
+
     def on_side_stream(self, work: Callable[[], None]) -> Event:
         """Submit `work` to another stream than the current one, to begin after everything submitted so far. Returns the
         point where it ends."""
@@ -90,6 +94,9 @@ class _HostQueue:
     def record(self, *, timed: bool = False) -> Event:
         return _HostEvent()
 
+    def wait_for(self, event: Event) -> None:
+        pass
+
     def on_side_stream(self, work: Callable[[], None]) -> Event:
         work()
         return _HostEvent()
@@ -104,6 +111,10 @@ class _CudaQueue:
         event = torch.cuda.Event(enable_timing=timed, blocking=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+    def wait_for(self, event: Event) -> None:
+        assert isinstance(event, torch.cuda.Event)
+        torch.cuda.current_stream(self._device).wait_event(event)
 
     def on_side_stream(self, work: Callable[[], None]) -> Event:
         side = _side(self._device)
@@ -122,14 +133,17 @@ def _side(device: torch.device) -> torch.cuda.Stream:
 @contextmanager
 def ordered_with_current(stream: torch.cuda.Stream | None) -> Iterator[None]:
     """Order work that is put on `stream` meanwhile with PyTorch's current stream: after what was put there before, and
-    before what is put there next. Does nothing for None: a device without streams."""
+    before what is put there next, also if putting it there fails midway. Does nothing for None: a device without
+    streams."""
     if stream is None:
         yield
         return
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
-    yield
-    current.wait_stream(stream)
+    try:
+        yield
+    finally:
+        current.wait_stream(stream)
 
 
 def queue_of(device: torch.device) -> Queue:

@@ -46,6 +46,10 @@ class FakeQueue:
         self.log.append(f"record {self.places}")
         return FakeEvent(self, self.places)
 
+    def wait_for(self, event: Event) -> None:
+        assert isinstance(event, FakeEvent)
+        self.log.append(f"order after {event.place}")
+
     def on_side_stream(self, work: Callable[[], None]) -> Event:
         self.places += 1
         self.log.append(f"side {self.places}")

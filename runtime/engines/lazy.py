@@ -72,14 +72,14 @@ class EngineLoader:
         """
         # A VAE that would overflow in float16 has another dtype, chosen for the device it was loaded for.
         dtypes = dict.fromkeys([self.dtype, *(engine.component.dtype for engine in self._engines)])
-        self.backend = choose(self._name, device, *dtypes)
-        self.device = device
+        backend = choose(self._name, device, *dtypes)
+        for engine in self._engines:
+            engine.close()  # on the device that it leaves, and under the lock of its graphs there
+        self.backend, self.device = backend, device
         wanted = device.type == "cuda" if self._graphs is None else self._graphs
         if wanted:
             expect_modes()
         self.graphs = Graphs(device) if wanted else None
-        for engine in self._engines:
-            engine.close()
 
     def engine(self, component: Component) -> LazyEngine:
         """A component's engine, not loaded yet."""
@@ -252,7 +252,9 @@ class LazyEngine:
         if it would be too large to keep."""
         kind = tuple((name, tuple(x.shape), x.dtype) for name, x in inputs.items())
         with graphs.exclusive():
-            call: _Call | None = self.graph_cache.take(self.token, kind, lambda call: call.engine is engine)
+            call: _Call | None = self.graph_cache.take(
+                self.token, kind, queue_of(self.device), lambda call: call.engine is engine
+            )
             if call is None:
                 check_inputs(self.component, inputs)  # refuses wrong shapes before anything is made of them
                 if _Call.size(self.component, inputs) > self.graph_cache.limit:
@@ -260,7 +262,11 @@ class LazyEngine:
                     return
                 with torch.inference_mode(False):  # a caller's own would mark the static tensors
                     call = _Call(self.component, engine, inputs, graphs)
-            yield call
+            try:
+                yield call
+            except BaseException:  # it is freed, once the device has done what it was given
+                queue_of(self.device).record().synchronize()
+                raise
             self.graph_cache.put(self.token, kind, call, call.nbytes, queue_of(self.device).record())
 
     def offload(self) -> None:
@@ -286,6 +292,7 @@ class LazyEngine:
                 held.enter_context(self.residency.lock)
             held.enter_context(self.exclusive())
             held.enter_context(self._lock)
+            queue_of(self.device).record().synchronize()  # its last use may have been on another stream
             try:
                 yield
             finally:  # last: an engine that must not lose what is running waits for it as it closes

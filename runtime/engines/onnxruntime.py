@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -27,7 +28,17 @@ from torch import Tensor
 from ...errors import BackendError, BackendUnavailableError
 from ..prepare import onnx_model
 from ..streams import ordered_with_current
-from .base import Availability, Component, Engine, Program, Timesteps, check_bound, ordered_inputs, still_open
+from .base import (
+    Availability,
+    Component,
+    Engine,
+    Program,
+    Timesteps,
+    check_bound,
+    ordered_inputs,
+    output_shapes,
+    still_open,
+)
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -51,9 +62,10 @@ class OnnxRuntimeEngine:
         self._device = device
         self._captures = "graph" in options
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._session: onnxruntime.InferenceSession | None = open_session(
-            model, device, stream=self._stream, options=options
-        )
+        with _current(device):
+            self._session: onnxruntime.InferenceSession | None = open_session(
+                model, device, stream=self._stream, options=options
+            )
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         session = still_open(self._component, self._session)
@@ -113,7 +125,7 @@ class _Program:
 
     def run(self) -> None:
         try:
-            with ordered_with_current(self._stream):
+            with _current(self._device), ordered_with_current(self._stream):
                 self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # ONNX Runtime's errors have no base of their own
             raise BackendError(f"ONNX Runtime failed on {self._component.name}: {error}") from error
@@ -262,14 +274,25 @@ def run_session(
     held = [x.detach().to(device).contiguous() for x in tensors]
     for spec, x in zip(component.inputs, held, strict=True):
         _bind(binding.bind_input, spec.name, x, device)
-    for spec in component.outputs:
-        binding.bind_output(spec.name, device.type, _index(device))
-    with ordered_with_current(stream):
+    if stream is None:
+        for spec in component.outputs:
+            binding.bind_output(spec.name, device.type, _index(device))
         session.run_with_iobinding(binding, _run_options(stream, None))
-    if stream is not None:
-        for x in held:
-            x.record_stream(stream)
-    return [torch.utils.dlpack.from_dlpack(value) for value in binding.get_outputs()]
+        return [torch.utils.dlpack.from_dlpack(value) for value in binding.get_outputs()]
+    # In PyTorch's memory: ONNX Runtime would reuse its own for the next run, which another caller's stream may be ahead
+    # of this one's with.
+    shapes = output_shapes(component, dict(zip((spec.name for spec in component.inputs), held, strict=True)))
+    outputs = [torch.empty(shapes[spec.name], dtype=spec.dtype, device=device) for spec in component.outputs]
+    for spec, y in zip(component.outputs, outputs, strict=True):
+        _bind(binding.bind_output, spec.name, y, device)
+    with _current(device), ordered_with_current(stream):
+        session.run_with_iobinding(binding, _run_options(stream, None))
+    return outputs
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Restores the thread's current GPU, as which ONNX Runtime leaves its own."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _bind(bind: Callable[..., None], name: str, x: Tensor, device: torch.device) -> None:

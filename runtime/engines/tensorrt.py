@@ -198,8 +198,11 @@ class TensorRTEngine:
     def _scratch_for(self, context: BoundContext) -> Iterator[Tensor]:
         """The scratch buffer, for work that is enqueued within and runs after all that used the buffer before."""
         stream = torch.cuda.current_stream(self.device)
-        yield self._scratch.begin(stream, context.scratch_bytes)
-        self._scratch.end(stream)
+        scratch = self._scratch.begin(stream, context.scratch_bytes)
+        try:
+            yield scratch
+        finally:  # what was enqueued before a failure uses the buffer, too
+            self._scratch.end(stream)
 
     def close(self) -> None:
         with torch.cuda.device(self.device), self._scratch.lock:

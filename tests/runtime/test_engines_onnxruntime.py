@@ -7,6 +7,8 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +29,7 @@ from latentrt.runtime.engines.lazy import EngineLoader
 from latentrt.runtime.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine
 from latentrt.runtime.prepare import onnx_model
 from latentrt.runtime.sampler import build_table
+from latentrt.runtime.streams import ordered_with_current
 from loops import denoise, run_loop
 from sampler_oracle import config_of, make_scheduler, noise_like
 from tolerances import EXPORT_FLOAT32
@@ -281,6 +284,14 @@ def test_on_a_gpu_streams_wait_for_each_other_and_the_host_for_none(
     session = FakeSession()
     own, current = FakeStream("the session", session.log), FakeStream("torch", session.log)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+
+    @contextmanager
+    def of(device: torch.device) -> Iterator[None]:
+        session.log.append(("current", device.index))
+        yield
+        session.log.append(("current", 0))
+
+    monkeypatch.setattr(torch.cuda, "device", of)
     x, y = torch.zeros(2, 4), torch.zeros(2, 4)
     made = [
         ort_engine._Program(tiny.affine(), session, {"x": x}, {"y": y}, own.device, own, captures=captures)  # type: ignore[arg-type]
@@ -294,12 +305,22 @@ def test_on_a_gpu_streams_wait_for_each_other_and_the_host_for_none(
     for program in made:
         session.log.clear()
         program.run()
-        assert session.log[0] == ("the session", "waits for", "torch")
-        assert session.log[2] == ("torch", "waits for", "the session")
-        assert session.log[1][:2] == ("run", "1")
-        ids.append(session.log[1][2])
+        assert session.log[:2] == [("current", 1), ("the session", "waits for", "torch")]
+        assert session.log[3:] == [("torch", "waits for", "the session"), ("current", 0)]
+        assert session.log[2][:2] == ("run", "1")
+        ids.append(session.log[2][2])
     assert len(set(ids)) == (2 if captures else 1)  # each its own graph, or none
     assert ("-1" in ids) is not captures
+
+
+def test_a_run_that_fails_leaves_streams_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Part of its work may be on the device."""
+    session = FakeSession()
+    own, current = FakeStream("the session", session.log), FakeStream("torch", session.log)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    with pytest.raises(RuntimeError), ordered_with_current(own):  # type: ignore[arg-type]
+        raise RuntimeError
+    assert session.log[-1] == ("torch", "waits for", "the session")
 
 
 def test_providers_and_their_settings() -> None:

@@ -96,7 +96,7 @@ class FakeAllocator:
         patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
         patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(torch.cuda, "current_stream", lambda device: FakeStream("current", self.log))
-        patch.setattr(torch.cuda, "Stream", lambda device: FakeStream("side", self.log))
+        patch.setattr(torch.cuda, "Stream", lambda device, priority: FakeStream("side", self.log))
         patch.setattr(torch.cuda, "set_stream", lambda stream: None)
         patch.setattr(torch.cuda, "empty_cache", lambda: self.log.append("empty the cache"))
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))

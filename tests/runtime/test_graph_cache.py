@@ -11,15 +11,16 @@ from fake_queue import FakeQueue
 from latentrt.runtime.graph_cache import GraphCache
 from latentrt.runtime.streams import queue_of
 
-DONE = queue_of(torch.device("cpu")).record()
+QUEUE = queue_of(torch.device("cpu"))
+DONE = QUEUE.record()
 
 
 def test_what_is_taken_is_nobody_else_s() -> None:
     kept = GraphCache(100)
     kept.put("unet", "a", 1, 10, DONE)
-    assert kept.take("vae", "a") is None
-    assert kept.take("unet", "a") == 1
-    assert kept.take("unet", "a") is None
+    assert kept.take("vae", "a", QUEUE) is None
+    assert kept.take("unet", "a", QUEUE) == 1
+    assert kept.take("unet", "a", QUEUE) is None
     assert (len(kept), kept.nbytes) == (0, 0)
 
 
@@ -29,11 +30,11 @@ def test_what_was_not_used_for_longest_goes_first(caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.WARNING, "latentrt"):
         for kind in "abc":
             kept.put("unet", kind, kind, 30_000, DONE)
-        kept.put("unet", "a", kept.take("unet", "a"), 30_000, DONE)  # used again
+        kept.put("unet", "a", kept.take("unet", "a", QUEUE), 30_000, DONE)  # used again
         assert not caplog.messages
         kept.put("unet", "d", "d", 40_000, DONE)
         kept.put("unet", "e", "e", 40_000, DONE)
-    assert [kept.take("unet", kind) for kind in "abcde"] == [None, None, None, "d", "e"]
+    assert [kept.take("unet", kind, QUEUE) for kind in "abcde"] == [None, None, None, "d", "e"]
     assert kept.evicted == 3
     (message,) = [text for text in caplog.messages if "captured graphs" in text]
     assert "captured graphs of 30 kB were freed, since there is room for 100 kB (100 kB are kept)" in message
@@ -44,8 +45,8 @@ def test_what_is_too_large_by_itself_is_not_kept() -> None:
     kept = GraphCache(100)
     kept.put("unet", "b", 2, 50, DONE)
     kept.put("unet", "a", 1, 101, DONE)
-    assert kept.take("unet", "a") is None
-    assert kept.take("unet", "b") == 2  # no other went for it
+    assert kept.take("unet", "a", QUEUE) is None
+    assert kept.take("unet", "b", QUEUE) == 2  # no other went for it
     assert kept.evicted == 1
 
 
@@ -54,7 +55,7 @@ def test_several_of_a_kind_are_kept_within_the_same_room() -> None:
     for value in range(4):
         kept.put("unet", "a", value, 30, DONE)
     assert (len(kept), kept.nbytes, kept.evicted) == (3, 90, 1)
-    assert [kept.take("unet", "a") for _ in range(4)] == [3, 2, 1, None]
+    assert [kept.take("unet", "a", QUEUE) for _ in range(4)] == [3, 2, 1, None]
 
 
 def test_what_the_device_may_still_use_is_waited_for_before_it_goes() -> None:
@@ -74,13 +75,22 @@ def test_what_the_device_may_still_use_is_waited_for_before_it_goes() -> None:
     assert queue.log[-1] == "wait 7"
 
 
+def test_what_is_taken_is_used_after_its_last_use() -> None:
+    """By another thread it may be used on another stream; the host does not wait for that."""
+    kept, queue = GraphCache(100), FakeQueue()
+    kept.put("unet", "a", 1, 10, queue.record())
+    kept.put("unet", "a", 2, 10, queue.record())
+    kept.take("unet", "a", queue)
+    assert (queue.log[-1], queue.done) == ("order after 2", 0)
+
+
 def test_an_owner_s_own_go_with_it() -> None:
     kept = GraphCache(100)
     kept.put("unet", "a", 1, 10, DONE)
     kept.put("unet", "b", 1, 20, DONE)
     kept.put("vae", "a", 2, 40, DONE)
     assert kept.drop("unet") == 30
-    assert kept.take("vae", "a") == 2
+    assert kept.take("vae", "a", QUEUE) == 2
     kept.put("vae", "a", 2, 40, DONE)
     assert kept.drop() == 40
 
@@ -91,7 +101,7 @@ def test_a_finalizer_inside_a_call_leaves_its_owner_s_to_the_next() -> None:
     for owner in ("unet", "vae"):
         kept.put(owner, "a", owner, 10, queue.record())
     begun = time.perf_counter()
-    assert kept.take("unet", "a", lambda _: kept.forget("vae") is None) == "unet"
+    assert kept.take("unet", "a", QUEUE, lambda _: kept.forget("vae") is None) == "unet"
     assert time.perf_counter() - begun < 0.5
     assert queue.done == 0
     kept.put("unet", "a", "unet", 10, queue.record())

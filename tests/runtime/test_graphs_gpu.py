@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import latentrt
@@ -79,6 +82,39 @@ def test_what_cannot_be_recorded_is_named() -> None:
     held = torch.cuda.memory_reserved()
     torch.cuda.empty_cache()  # does nothing while the allocator believes that a capture goes on
     assert torch.cuda.memory_reserved() <= held - (1 << 28)
+
+
+def test_a_capture_that_another_thread_breaks_is_made_again() -> None:
+    x, y = torch.ones(4, device="cuda"), torch.zeros(4, device="cuda")
+    captures: list[int] = []
+
+    def wait() -> None:
+        with suppress(RuntimeError):  # in some versions it is refused
+            torch.cuda.synchronize()
+
+    def work() -> None:
+        if torch.cuda.is_current_stream_capturing():
+            captures.append(1)
+            if len(captures) == 1:
+                waiting = threading.Thread(target=wait)
+                waiting.start()
+                waiting.join()
+        y.copy_(x * 2)
+
+    Graphs(x.device).capture(work, "the work").replay()
+    assert float(y.sum()) == 8
+    assert len(captures) <= 2
+
+
+def test_a_graph_outlives_the_thread_that_captured_it(graphed: latentrt.Pipeline) -> None:
+    """cuDNN's plans are kept for each thread."""
+    pipe = load(backend="triton")
+    thread = threading.Thread(target=pipe, kwargs={**CALL, "seed": 1})
+    thread.start()
+    thread.join()
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert np.array_equal(pipe(**CALL, seed=2).images, graphed(**CALL, seed=2).images)
 
 
 def test_graphs_take_the_memory_of_one_run_however_many_are_recorded() -> None:

@@ -117,13 +117,17 @@ def test_requests_on_one_stream_after_another(order: StreamOrder, memory: Any) -
                 call(pipe, seed, num_images_per_prompt=2, sampler="ddpm")
 
 
-@pytest.mark.parametrize("memory", POLICIES)
+@pytest.mark.parametrize(
+    "options",
+    [*({"memory": policy} for policy in POLICIES), {"graphs": False}, {"backend": "eager", "graphs": False}],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
 def test_threads_with_streams_of_their_own(
-    order: StreamOrder, memory: Any, monkeypatch: pytest.MonkeyPatch
+    order: StreamOrder, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Graphs, "exclusive", slow(Graphs.exclusive))
     with following(order):
-        pipe = load(memory=memory)
+        pipe = load(**options)
         failures: list[BaseException] = []
 
         def work(first: int) -> None:
@@ -183,6 +187,23 @@ def test_callbacks_that_change_latents_or_fail(order: StreamOrder, memory: Any) 
                 call(pipe, seed, callback_on_step_end=fail)
             with torch.cuda.stream(torch.cuda.Stream()):
                 call(pipe, seed)
+
+
+def test_callbacks_that_decode_on_a_stream_of_their_own(order: StreamOrder) -> None:
+    side = torch.cuda.Stream()
+
+    with following(order):
+        pipe = load()
+        x = torch.zeros(1, 4, 16, 16, device="cuda")
+
+        def decode(*_: Any) -> None:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                pipe.vae.decode(x)
+
+        for name in ("callback_on_step_end", "callback_on_progress"):
+            call(pipe, **{name: decode})
+            call(pipe, num_images_per_prompt=2)
 
 
 def test_warm_up_and_two_pipelines(order: StreamOrder) -> None:
