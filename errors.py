@@ -14,7 +14,7 @@ LatentRTError
 │   ├── UnknownBackendError      no back end of that name
 │   ├── OutOfMemoryError         it had too little memory for what was asked
 │   ├── BackendUnavailableError  known, but it cannot run on this machine
-│   └── CaptureError             its work could not be recorded as a CUDA graph
+│   └── CaptureError             its work could not be captured as a CUDA graph
 ├── ExportError                  a component could not be written as ONNX, or its check failed
 ├── BuildError                   an exported component could not be compiled to an engine
 ├── ServiceError                 a service did not make it, for no fault of the request
@@ -115,7 +115,7 @@ class BackendUnavailableError(BackendError):
 
 
 class CaptureError(BackendError):
-    """Work could not be recorded as a CUDA graph; the message names the operation."""
+    """Work could not be captured as a CUDA graph; the message names the operation."""
 
 
 class ExportError(LatentRTError):

@@ -125,7 +125,6 @@ def steps(
         first["sdxl"],
         first["sdxl-refiner"],
         Step(_timeline("sdxl-refiner", results, work)),
-        Step(_tests("stream-tests", files["stream"])),
         Step(_part("packing", "-m", "latentrt.bench.packing", "--device", "cuda", "--out", str(found))),
         Step(
             replace(tune, verdict=partial(of_tuning, found)),
@@ -137,6 +136,7 @@ def steps(
             left=partial(is_left, found, "kernels"),
             seconds=kernel_seconds,
         ),
+        Step(_tests("stream-tests", files["stream"])),
         Step(
             _tests("engine-tests", files["engine"]),
             ("latentrt-tensorrt", "latentrt-tensorrt-rtx"),

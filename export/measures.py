@@ -50,10 +50,11 @@ def ssim(a: Tensor, b: Tensor) -> float:
     channels, size = a.shape[1], min(_WINDOW, *a.shape[2:])
     at = torch.arange(size, dtype=torch.float64, device=a.device) - (size - 1) / 2
     line = torch.exp(-at.square() / (2 * _SIGMA**2))
-    window = (line[:, None] * line / line.sum() ** 2).expand(channels, 1, size, size)
+    line = (line / line.sum()).expand(channels, 1, 1, size)
 
     def mean(x: Tensor) -> Tensor:
-        return F.conv2d(x, window, groups=channels)
+        """Under the window, a product of two lines."""
+        return F.conv2d(F.conv2d(x, line, groups=channels), line.mT, groups=channels)
 
     mean_a, mean_b = mean(a), mean(b)
     var_a, var_b = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2

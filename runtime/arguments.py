@@ -73,7 +73,7 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--graphs",
         action=argparse.BooleanOptionalAction,
-        help="record a denoising step once and replay it (default: on a GPU, as a CUDA graph)",
+        help="capture a denoising step once and replay it (default: on a GPU, as a CUDA graph)",
     )
     parser.add_argument(
         "--memory",

@@ -229,8 +229,8 @@ class Budget:
         cache = self._loader.graph_cache
         if cache.evicted > before:
             _log.warning(
-                "%d recordings of this warm-up are gone again: %s are kept, and there is room for %s; warm up fewer "
-                "sizes or batches, or give loop_memory=",
+                "%d captured graphs of this warm-up were freed again: %s are kept, and there is room for %s; "
+                "warm up fewer sizes or batches, or give loop_memory=",
                 cache.evicted - before,
                 format_bytes(cache.nbytes),
                 format_bytes(cache.limit),

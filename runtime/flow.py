@@ -88,7 +88,7 @@ def _prepare(parts: Parts, request: GenerationRequest, stages: Sequence[Stage], 
         engine.load()
     if request.output_type != "latent":
         # Captured first, since it takes the most memory of all graphs: the others then share that.
-        parts.vae.record_decode(request.height, request.width, tile=tile)
+        parts.vae.capture_decode(request.height, request.width, tile=tile)
 
 
 def first_latents(

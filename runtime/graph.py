@@ -47,7 +47,8 @@ _BROKEN = "previous error during capture"
 
 
 def expect_modes() -> None:
-    """Call this before a dispatch mode is first entered: CPU graphs are captured by one, and `footprint` is another.
+    """Call this before a dispatch mode is first entered: captures enter one (on a GPU too, to name the operation that
+    fails), and `footprint` does.
 
     Entering the first makes PyTorch import its compiler, which leaves a reference cycle of all frames that led there: a
     pipeline, and its GPU memory, would be held by its own call until garbage is collected.
@@ -105,13 +106,14 @@ class Graphs:
             try:
                 yield
             finally:
-                self._holder, self._last = outer, stream.record_event()
+                self._holder = outer
+                self._last = stream.record_event()
                 if outer is not None:
                     outer.wait_event(self._last)
 
     def capture(self, work: Callable[[], object], what: str) -> Graph:
         """Capture `work`. It is also run eagerly up to twice to warm up, so the static tensors hold garbage afterwards:
-        write them after this call.
+        write them after this call. If another thread breaks the capture, all of that is done once more.
 
         Args:
             what: its name, for messages.
@@ -262,7 +264,7 @@ def _reset_generator(device: torch.device) -> None:
     random numbers outside of a capture (seen in 2.11). The end of a successful capture resets it."""
     with suppress(RuntimeError):  # the device may be lost; whoever uses it next will see that
         x, graph = torch.empty(1, device=device), torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(device)
+        stream = torch.cuda.Stream(device, priority=-1)
         captured: AbstractContextManager[None] = torch.cuda.graph(
             graph, stream=stream, capture_error_mode="thread_local"
         )

@@ -123,7 +123,7 @@ class GraphCache:
         thread holds it, the items are freed by the next call that changes the cache.
         """
         self._forgotten.append(owner)
-        if self._lock.acquire(blocking=False):
+        while self._forgotten and self._lock.acquire(blocking=False):
             try:
                 gone = self._remove()
             finally:

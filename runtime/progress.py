@@ -97,7 +97,7 @@ class Watch:
         Raises:
             RequestError: the callback returned something that it may not.
         """
-        self._pace.gave()
+        self._pace.submitted()
         if self._reports is not None:
             self._reports.take(latents)
         self._step += 1

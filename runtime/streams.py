@@ -63,7 +63,7 @@ class Pace:
         while len(self._submitted) > 1:
             self._submitted.popleft().synchronize()
 
-    def gave(self) -> None:
+    def submitted(self) -> None:
         """A step has been submitted."""
         self._submitted.append(self._queue.record())
 

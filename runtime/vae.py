@@ -76,7 +76,7 @@ class VAE:
         image = self.decoder({"latents": (latents / self.scaling_factor).to(self.dtype)})["image"]
         return (image.float() / 2 + 0.5).clamp(0, 1)
 
-    def record_decode(self, height: int, width: int, *, tile: int | None = None) -> None:
+    def capture_decode(self, height: int, width: int, *, tile: int | None = None) -> None:
         """Capture `decode` for images of `height` x `width` pixels, if graphs are on."""
         if self.decoder.graphs is not None:
             size = [Tiles.of(side // self.scale, tile, self.scale).size for side in (height, width)]

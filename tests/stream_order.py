@@ -1,9 +1,12 @@
 """Whether what a program gives a GPU's streams is ordered: every read after its write, and no write beside either.
 
-A race is found by what orders the work (events, waits of the host), not by what came out: it is seen the first time,
-on any device, also on `bench/null_cuda`, which computes nothing. Seen are PyTorch's operators, custom ones, graphs and
-memory; accesses are those that an operator's schema tells, of whole blocks of memory. What passes PyTorch's dispatcher
-by, as engines do that run in place of it, is not.
+A race is found by what orders the work (events, waits of the host), not by what came out, so it is seen on any
+device, also on `bench/null_cuda`, which computes nothing. Seen are PyTorch's operators, custom ones, graphs and
+memory; accesses are those that an operator's schema tells, of whole blocks of memory.
+
+Not seen are: what passes PyTorch's dispatcher by, as engines do that run in place of it; memory in a graphs' pool other
+than what replays access; and a race between threads that some host's wait lies in, since locks are not followed and
+a wait counts for all threads. What is found is real, in the order in which it ran.
 
 Clocks are those of PyTorch's own sanitizer (`torch.cuda._sanitizer`), which knows neither graphs, nor the host's
 memory, nor memory that is freed while a stream uses it.
@@ -29,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["StreamOrder", "following"]
 
-_NO_ACCESS = re.compile(r"aten::(empty|new_empty|set_$|is_pinned|detach|record_stream)|profiler::|\w+_like$")
+_NO_ACCESS = re.compile(r"aten::(empty|new_empty|set_$|is_pinned|detach|record_stream)|profiler::")
 """Operators that make tensors of no content, or look at nothing but a tensor's kind."""
 
 _WAITS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero")
@@ -222,7 +225,7 @@ class _Mode(TorchDispatchMode):
         reads, writes, host_reads, host_writes = set[int](), set[int](), set[int](), set[int]()
         for argument, value in zip_arguments(schema, args, kwargs):
             is_written = argument.alias_info is not None and argument.alias_info.is_write
-            for x in _tensors(value):
+            for x in () if name.endswith("_like") else _tensors(value):
                 on_device = writes if is_written else reads
                 on_host = host_writes if is_written else host_reads
                 (on_device if x.is_cuda else on_host).add(_address(x))

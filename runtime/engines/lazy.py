@@ -72,14 +72,23 @@ class EngineLoader:
         """
         # A VAE that would overflow in float16 has another dtype, chosen for the device it was loaded for.
         dtypes = dict.fromkeys([self.dtype, *(engine.component.dtype for engine in self._engines)])
-        backend = choose(self._name, device, *dtypes)
-        for engine in self._engines:
-            engine.close()  # on the device that it leaves, and under the lock of its graphs there
-        self.backend, self.device = backend, device
+        self.backend = choose(self._name, device, *dtypes)
+        before = getattr(self, "graphs", None)
+        self.device = device
         wanted = device.type == "cuda" if self._graphs is None else self._graphs
         if wanted:
             expect_modes()
         self.graphs = Graphs(device) if wanted else None
+        with ExitStack() as held:
+            if self.residency is not None:
+                held.enter_context(self.residency.lock)
+            if (
+                before is not None
+            ):  # engines that another pipeline shares may be running on the device they leave
+                held.enter_context(before.exclusive())
+                queue_of(before.device).record().synchronize()
+            for engine in self._engines:
+                engine.close()
 
     def engine(self, component: Component) -> LazyEngine:
         """A component's engine, not loaded yet."""
@@ -292,7 +301,11 @@ class LazyEngine:
                 held.enter_context(self.residency.lock)
             held.enter_context(self.exclusive())
             held.enter_context(self._lock)
-            queue_of(self.device).record().synchronize()  # its last use may have been on another stream
+            # Its last use may have been on another stream, which only graphs order this one after.
+            if self.graphs is None and self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            else:
+                queue_of(self.device).record().synchronize()
             try:
                 yield
             finally:  # last: an engine that must not lose what is running waits for it as it closes

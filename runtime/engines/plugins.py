@@ -65,6 +65,7 @@ _PACKAGE = Path(__file__).resolve().parents[2]
 # The kernels and the code that chooses, compiles and launches them: a change in any makes cached engines stale.
 _SOURCES = (
     "kernels/_attention_triton.py",
+    "kernels/_attention_softmax.py",
     "kernels/_attention_ahead.py",
     "kernels/_group_norm_triton.py",
     "kernels/_triton.py",

@@ -455,7 +455,8 @@ def test_a_warm_up_of_more_than_may_be_kept_says_so(load: Load, caplog: pytest.L
         pipe.warmup([(40, 32)], sampler="euler-a")
     assert 0 < pipe._loader.graph_cache.nbytes <= room
     assert re.search(
-        r"^\d+ recordings of this warm-up are gone again: [\d.]+ [kM]B are kept, and there is room for [\d.]+ [kM]B; "
+        r"^\d+ captured graphs of this warm-up were freed again: [\d.]+ [kM]B are kept, "
+        r"and there is room for [\d.]+ [kM]B; "
         r"warm up fewer sizes or batches, or give loop_memory=$",
         caplog.messages[-1],
     )

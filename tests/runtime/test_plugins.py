@@ -5,6 +5,7 @@ The classes are made over TensorRT for RTX; that its builder takes them is in te
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -327,6 +328,17 @@ def test_a_version_follows_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert before != after
     assert before.partition("-")[0] == after.partition("-")[0] == "1"
     assert all((plugins._PACKAGE / source).exists() for source in plugins._SOURCES)
+
+
+def test_every_module_of_a_plugin_s_kernels_counts() -> None:
+    """Those that its kernels' modules import, too; plugins run no attention by TMA or by PyTorch's libraries."""
+    listed = [source for source in plugins._SOURCES if source.startswith("kernels/_")]
+    imported = {
+        f"kernels/{name}.py"
+        for source in listed
+        for name in re.findall(r"^from \.(_\w+) import", (plugins._PACKAGE / source).read_text("utf-8"), re.M)
+    }
+    assert imported - set(listed) <= {"kernels/_attention_tma.py", "kernels/_attention_library.py"}
 
 
 @pytest.mark.parametrize(

@@ -80,12 +80,13 @@ def test_two_pipelines_on_two_devices() -> None:
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(pipe,)) for pipe in pipes]
+    threads = [threading.Thread(target=work, args=(pipe,), daemon=True) for pipe in pipes]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(240)
+        thread.join(80)
     assert not failures
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_it_moves_between_them() -> None:

@@ -138,22 +138,24 @@ def test_threads_with_streams_of_their_own(
             except BaseException as error:
                 failures.append(error)
 
-        threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
+        threads = [threading.Thread(target=work, args=(k,), daemon=True) for k in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(240)
+            thread.join(80)
         assert not failures
+        assert not any(thread.is_alive() for thread in threads)
 
 
 def slow(exclusive: Callable[[Graphs], Any]) -> Callable[[Graphs], Any]:
     """Others come in between, which they rarely do otherwise."""
+    rng = random.Random(0)
 
     @contextmanager
     def exclusive_and_slow(self: Graphs) -> Iterator[None]:
         with exclusive(self):
             yield
-        time.sleep(random.uniform(0, 0.01))
+        time.sleep(rng.uniform(0, 0.01))
 
     return exclusive_and_slow
 

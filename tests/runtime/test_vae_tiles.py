@@ -124,7 +124,7 @@ def test_all_tiles_are_one_recording(
 
     monkeypatch.setattr(Graphs, "capture", counting)
     vae, latents = tiny_vae(True), smooth(12, 20)
-    vae.record_decode(96, 160, tile=8)
+    vae.capture_decode(96, 160, tile=8)
     assert made == ["vae_decoder"]
     tiled = vae.decode(latents, tile=8)
     assert made == ["vae_decoder"]
