@@ -301,17 +301,21 @@ class LazyEngine:
                 held.enter_context(self.residency.lock)
             held.enter_context(self.exclusive())
             held.enter_context(self._lock)
-            # Its last use may have been on another stream, which only graphs order this one after.
-            if self.graphs is None and self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            else:
-                queue_of(self.device).record().synchronize()
+            if self._engine is not None:
+                self._wait()
             try:
                 yield
             finally:  # last: an engine that must not lose what is running waits for it as it closes
                 self.graph_cache.drop(self.token)
             if self.residency is not None:
                 self.residency.left(self)
+
+    def _wait(self) -> None:
+        """Until the device has done what was submitted to the engine, on whatever stream."""
+        if self.graphs is None and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # nothing orders other streams before this one
+        else:
+            queue_of(self.device).record().synchronize()
 
     def _close(self) -> None:
         if self._engine is not None:
