@@ -168,9 +168,8 @@ def _guide(out: Tensor, scale: Tensor, rescale: Tensor) -> Tensor:
     # One reduction for each image: a batched one sums in an order that depends on the batch.
     ratio = torch.stack([c.std() / g.std() for c, g in zip(cond, guided, strict=True)]).reshape(-1, 1, 1, 1)
     rescaled = rescale * (guided * ratio) + (1 - rescale) * guided
-    return torch.where(
-        rescale == 0, guided, rescaled
-    )  # a flat output's ratio is not finite, and 0 times it is NaN
+    # A flat output's ratio is not finite, and 0 times it is NaN.
+    return torch.where(rescale == 0, guided, rescaled)
 
 
 def _check(

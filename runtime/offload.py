@@ -104,9 +104,8 @@ class OffloadableWeights:
     def offload(self) -> None:
         """Move to the host, and free the device's memory. If it is interrupted, it can be called again."""
         if self._host_copy is None:
-            self._host_copy = (
-                self._copy_to_host()
-            )  # set only once it is complete: weights are onloaded from it
+            # Set only once it is complete: weights are onloaded from it.
+            self._host_copy = self._copy_to_host()
         self._point_into(self._host_copy)
         self._device_copy = None
         _empty_cache(self._device)

@@ -259,9 +259,8 @@ def check_number(name: str, value: Any, low: float, high: float) -> float:
         RequestError: it is not a finite number, or out of bounds.
     """
     is_real = isinstance(value, Real) and not isinstance(value, bool)
-    if (
-        not is_real or not abs(value) < math.inf
-    ):  # `not ... <` refuses NaN; huge integers compare without overflow
+    # `not ... <` refuses NaN; huge integers compare without overflow.
+    if not is_real or not abs(value) < math.inf:
         raise RequestError(f"{name} must be a finite number; got {value!r}")
     if not low <= value <= high:
         raise RequestError(f"{name} is {value}; it must be between {low} and {high}")

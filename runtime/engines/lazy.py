@@ -62,6 +62,8 @@ class EngineLoader:
             found = [x.residency for x in shared if x.residency is not None and x.residency.policy == memory]
             self.residency = found[0] if found else Residency(memory)
         self._engines: weakref.WeakSet[LazyEngine] = weakref.WeakSet()  # they belong to the networks' owners
+        self.device = device
+        self.graphs: Graphs | None = None
         self.move(device)
 
     def move(self, device: torch.device) -> None:
@@ -73,7 +75,7 @@ class EngineLoader:
         # A VAE that would overflow in float16 has another dtype, chosen for the device it was loaded for.
         dtypes = dict.fromkeys([self.dtype, *(engine.component.dtype for engine in self._engines)])
         self.backend = choose(self._name, device, *dtypes)
-        before = getattr(self, "graphs", None)
+        before, graphs = self.device, self.graphs
         self.device = device
         wanted = device.type == "cuda" if self._graphs is None else self._graphs
         if wanted:
@@ -82,11 +84,10 @@ class EngineLoader:
         with ExitStack() as held:
             if self.residency is not None:
                 held.enter_context(self.residency.lock)
-            if (
-                before is not None
-            ):  # engines that another pipeline shares may be running on the device they leave
-                held.enter_context(before.exclusive())
-                queue_of(before.device).record().synchronize()
+            if graphs is not None:
+                held.enter_context(graphs.exclusive())
+            if self._engines:  # those that another pipeline shares may be running on the device they leave
+                _wait(before, graphs)
             for engine in self._engines:
                 engine.close()
 
@@ -302,7 +303,7 @@ class LazyEngine:
             held.enter_context(self.exclusive())
             held.enter_context(self._lock)
             if self._engine is not None:
-                self._wait()
+                _wait(self.device, self.graphs)
             try:
                 yield
             finally:  # last: an engine that must not lose what is running waits for it as it closes
@@ -310,14 +311,15 @@ class LazyEngine:
             if self.residency is not None:
                 self.residency.left(self)
 
-    def _wait(self) -> None:
-        """Until the device has done what was submitted to the engine, on whatever stream."""
-        if self.graphs is None and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # nothing orders other streams before this one
-        else:
-            queue_of(self.device).record().synchronize()
-
     def _close(self) -> None:
         if self._engine is not None:
             self._engine.close()
         self._engine, self._offloaded = None, False
+
+
+def _wait(device: torch.device, graphs: Graphs | None) -> None:
+    """Until the device has done what was submitted to it, on whatever stream; hold the graphs' `exclusive`."""
+    if graphs is None and device.type == "cuda":
+        torch.cuda.synchronize(device)  # nothing orders other streams before this one
+    else:
+        queue_of(device).record().synchronize()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import latentrt
@@ -11,6 +11,7 @@ import pytest
 import torch
 from latentrt.runtime.memory import POLICIES
 from PIL import Image
+from threads import in_threads
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,22 +72,12 @@ def test_it_does_all_that_a_call_may_ask_for() -> None:
 
 def test_two_pipelines_on_two_devices() -> None:
     pipes = [load(FIRST), load(SECOND)]
-    failures: list[BaseException] = []
 
     def work(pipe: latentrt.Pipeline) -> None:
-        try:
-            for seed in range(3):
-                call(pipe, seed)
-        except BaseException as error:
-            failures.append(error)
+        for seed in range(3):
+            call(pipe, seed)
 
-    threads = [threading.Thread(target=work, args=(pipe,), daemon=True) for pipe in pipes]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(80)
-    assert not failures
-    assert not any(thread.is_alive() for thread in threads)
+    in_threads(partial(work, pipe) for pipe in pipes)
 
 
 def test_it_moves_between_them() -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import latentrt
@@ -15,6 +15,7 @@ import torch
 from latentrt.runtime.graph import Graphs
 from latentrt.runtime.memory import POLICIES
 from stream_order import StreamOrder, following
+from threads import in_threads
 
 pytestmark = pytest.mark.gpu
 
@@ -128,23 +129,13 @@ def test_threads_with_streams_of_their_own(
     monkeypatch.setattr(Graphs, "exclusive", slow(Graphs.exclusive))
     with following(order):
         pipe = load(**options)
-        failures: list[BaseException] = []
 
         def work(first: int) -> None:
-            try:
-                with torch.cuda.stream(torch.cuda.Stream()):
-                    for seed in range(first, first + 3):
-                        call(pipe, seed, num_images_per_prompt=1 + seed % 2)
-            except BaseException as error:
-                failures.append(error)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for seed in range(first, first + 3):
+                    call(pipe, seed, num_images_per_prompt=1 + seed % 2)
 
-        threads = [threading.Thread(target=work, args=(k,), daemon=True) for k in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(80)
-        assert not failures
-        assert not any(thread.is_alive() for thread in threads)
+        in_threads(partial(work, k) for k in range(3))
 
 
 def slow(exclusive: Callable[[Graphs], Any]) -> Callable[[Graphs], Any]:
