@@ -4,12 +4,16 @@ A race is found by what orders the work (events, waits of the host), not by what
 device, also on `bench/null_cuda`, which computes nothing. Seen are PyTorch's operators, custom ones, graphs and
 memory; accesses are those that an operator's schema tells, of whole blocks of memory.
 
-Not seen are: what passes PyTorch's dispatcher by, as engines do that run in place of it; memory in a graphs' pool other
-than what replays access; and a race between threads that some host's wait lies in, since locks are not followed and
-a wait counts for all threads. What is found is real, in the order in which it ran.
+A thread's wait counts for what this thread launches afterwards, and for others once they take a lock that it gave
+back, or are started or joined by it. Followed are the locks that are made meanwhile: those of a pipeline that is loaded
+there. Not followed are those of modules, which only keep calls of a library apart (Triton's launches, captures): an
+order that rests on one of them alone is reported.
 
-Clocks are those of PyTorch's own sanitizer (`torch.cuda._sanitizer`), which knows neither graphs, nor the host's
-memory, nor memory that is freed while a stream uses it.
+Not seen are: what passes PyTorch's dispatcher by, as engines do that run in place of it; and memory in a graphs' pool
+other than what replays access.
+
+PyTorch's own sanitizer (`torch.cuda._sanitizer`) knows neither threads, nor graphs, nor the host's memory, nor memory
+that is freed while a stream uses it.
 """
 
 from __future__ import annotations
@@ -17,16 +21,18 @@ from __future__ import annotations
 import re
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
 from torch import Tensor
 from torch.cuda import _gpu_trace as trace
-from torch.cuda._sanitizer import StreamSynchronizations, zip_arguments
+from torch.cuda._sanitizer import zip_arguments
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -64,6 +70,97 @@ class _Block:
         yield from self.reads.values()
 
 
+_Clock = dict[int, int]
+"""Of each stream the number of the last work that is known to be done: vector clocks, as race detectors have them."""
+
+
+def _merge(into: _Clock, known: _Clock) -> None:
+    for stream, number in known.items():
+        into[stream] = max(number, into.get(stream, 0))
+
+
+class _Clocks:
+    """What each stream and each thread of the host comes after."""
+
+    def __init__(self) -> None:
+        self._streams = defaultdict[int, _Clock](dict)
+        self._events = dict[int, _Clock]()
+        self._host = threading.local()
+
+    @property
+    def host(self) -> _Clock:
+        """The current thread's."""
+        if not hasattr(self._host, "clock"):
+            self._host.clock = _Clock()
+        return self._host.clock
+
+    def stream(self, stream: int) -> _Clock:
+        """What comes after all that the current thread puts on a stream now."""
+        clock = self._streams[stream]
+        _merge(clock, self.host)
+        return clock
+
+    def record(self, event: int, stream: int) -> None:
+        self._events[event] = dict(self.stream(stream))
+
+    def wait(self, event: int, stream: int) -> None:
+        _merge(self.stream(stream), self._events.get(event, {}))
+
+    def synchronize_event(self, event: int) -> None:
+        _merge(self.host, self._events.get(event, {}))
+
+    def synchronize_stream(self, stream: int) -> None:
+        _merge(self.host, self._streams[stream])
+
+    def synchronize_device(self) -> None:
+        for clock in self._streams.values():
+            _merge(self.host, clock)
+
+
+class _FollowedLock:
+    """A lock whose holder comes after those who held it before."""
+
+    def __init__(self, lock: Any, clocks: _Clocks) -> None:
+        self._lock, self._clocks, self._clock = lock, clocks, _Clock()
+
+    def acquire(self, *args: Any, **kwargs: Any) -> bool:
+        taken: bool = self._lock.acquire(*args, **kwargs)
+        if taken:
+            _merge(self._clocks.host, self._clock)
+        return taken
+
+    def release(self) -> None:
+        _merge(self._clock, self._clocks.host)
+        self._lock.release()
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def locked(self) -> bool:
+        return self._lock.locked()  # type: ignore[no-any-return]
+
+    # What `threading.Condition` asks of a lock that may be taken again by who has it.
+
+    def _is_owned(self) -> bool:
+        if hasattr(self._lock, "_is_owned"):
+            return self._lock._is_owned()  # type: ignore[no-any-return]
+        return self.locked()
+
+    def _release_save(self) -> Any:
+        _merge(self._clock, self._clocks.host)
+        return self._lock._release_save() if hasattr(self._lock, "_release_save") else self._lock.release()
+
+    def _acquire_restore(self, state: Any) -> None:
+        if hasattr(self._lock, "_acquire_restore"):
+            self._lock._acquire_restore(state)
+        else:
+            self._lock.acquire()
+        _merge(self._clocks.host, self._clock)
+
+
 class StreamOrder:
     """Follows one process's work, in the threads that are in its `mode`.
 
@@ -74,7 +171,7 @@ class StreamOrder:
     def __init__(self) -> None:
         self.races: dict[str, None] = {}
         self._lock = threading.RLock()
-        self._clocks = StreamSynchronizations()
+        self.clocks = _Clocks()
         self._number = 0
         self._blocks: dict[int, _Block] = {}
         self._host: dict[
@@ -82,16 +179,12 @@ class StreamOrder:
         ] = {}  # memory under a copy, and whether that writes to it
         self._graphs: dict[int, tuple[set[int], set[int]]] = {}
         self._captured = threading.local()
-        clocks = self._clocks
         for name, follow in {
-            "event_creation": clocks.create_event,
-            "event_deletion": clocks.delete_event,
-            "event_record": clocks.record_state,
-            "event_wait": lambda event, stream: clocks.stream_wait_for_event(stream, event),
-            "event_synchronization": clocks.all_streams_wait_for_event,
-            "stream_creation": clocks.create_stream,
-            "stream_synchronization": clocks.all_streams_wait_for_stream,
-            "device_synchronization": clocks.sync_all_streams,
+            "event_record": self.clocks.record,
+            "event_wait": self.clocks.wait,
+            "event_synchronization": self.clocks.synchronize_event,
+            "stream_synchronization": self.clocks.synchronize_stream,
+            "device_synchronization": self.clocks.synchronize_device,
             "memory_allocation": self._allocated,
             "memory_deallocation": self._freed,
         }.items():
@@ -110,7 +203,7 @@ class StreamOrder:
 
     def _allocated(self, address: int) -> None:
         if not torch.cuda.is_current_stream_capturing():
-            self._blocks[address] = _Block(owner=_stream())
+            self._block(address).owner = _stream()  # of a pool, replays may have accessed it before
 
     def _freed(self, address: int) -> None:
         block = None if torch.cuda.is_current_stream_capturing() else self._blocks.pop(address, None)
@@ -139,7 +232,7 @@ class StreamOrder:
         with self._lock:
             self._number += 1
             now = _Access(_stream(), self._number, what, _where())
-            self._clocks.update_seq_num(now.stream, now.number)
+            self.clocks.stream(now.stream)[now.stream] = now.number
             for address in reads - writes:
                 block = self._block(address)
                 self._check("reads what is written", now, block.write)
@@ -159,7 +252,7 @@ class StreamOrder:
         self.launched("a graph", reads, writes)
 
     def _is_after(self, stream: int, access: _Access) -> bool:
-        return access.stream == stream or self._clocks.is_ordered_after(stream, access.number, access.stream)
+        return access.stream == stream or self.clocks.stream(stream).get(access.stream, 0) >= access.number
 
     def _check(self, how: str, now: _Access, before: _Access | None) -> None:
         if before is not None and not self._is_after(now.stream, before):
@@ -175,31 +268,31 @@ class StreamOrder:
         waits until it is free."""
         with self._lock:
             if waited:
-                self._clocks.all_streams_wait_for_stream(copy.stream)
+                self.clocks.synchronize_stream(copy.stream)
                 return
             for address in sources | targets:
                 copies = self._host.setdefault(address, [])
                 for before, to_host in copies:
                     if to_host or address in targets:
                         self._check("uses memory that is copied", copy, before)
+                if address in targets:
+                    copies.clear()
                 copies.append((copy, address in targets))
 
     def waited(self, stream: int) -> None:
         with self._lock:
-            self._clocks.all_streams_wait_for_stream(stream)
+            self.clocks.synchronize_stream(stream)
 
     def waited_for(self, event: torch.cuda.Event) -> None:
         with self._lock:
-            self._clocks.all_streams_wait_for_event(event.cuda_event)
+            self.clocks.synchronize_event(event.cuda_event)
 
     def host_accessed(self, what: str, reads: set[int], writes: set[int]) -> None:
         with self._lock:
-            done = self._clocks.host_sync_state
+            done = self.clocks.host
             for address in reads | writes:
-                copies = self._host.get(address, [])
-                copies[:] = [(copy, to) for copy, to in copies if copy.number > done.get(copy.stream, -1)]
-                for copy, to_host in copies:
-                    if to_host or address in writes:
+                for copy, to_host in self._host.get(address, []):
+                    if copy.number > done.get(copy.stream, 0) and (to_host or address in writes):
                         self._found(f"the host's {what} uses memory", _where(), copy)
 
     @property
@@ -252,7 +345,14 @@ def following(order: StreamOrder) -> Iterator[StreamOrder]:
         AssertionError: at the end, where a race was found.
     """
     begin, replay = torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.replay
-    query, run = torch.cuda.Event.query, threading.Thread.run
+    query = torch.cuda.Event.query
+    make_lock, make_rlock = threading.Lock, threading.RLock
+    start, run, join = threading.Thread.start, threading.Thread.run, threading.Thread.join
+    clocks = order.clocks
+    parents, ended = (
+        WeakKeyDictionary[threading.Thread, _Clock](),
+        WeakKeyDictionary[threading.Thread, _Clock](),
+    )
 
     def noted_begin(self: torch.cuda.CUDAGraph, *args: Any, **kwargs: Any) -> None:
         order.begin_capture(self)
@@ -268,16 +368,33 @@ def following(order: StreamOrder) -> Iterator[StreamOrder]:
             order.waited_for(self)
         return done
 
+    def followed_start(self: threading.Thread) -> None:
+        parents[self] = dict(clocks.host)
+        start(self)
+
     def followed_run(self: threading.Thread) -> None:
-        with order.mode:
-            run(self)
+        _merge(clocks.host, parents[self])
+        try:
+            with order.mode:
+                run(self)
+        finally:
+            ended[self] = dict(clocks.host)
+
+    def followed_join(self: threading.Thread, timeout: float | None = None) -> None:
+        join(self, timeout)
+        if not self.is_alive():
+            _merge(clocks.host, ended.get(self, {}))
 
     order.races.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda.CUDAGraph, "capture_begin", noted_begin)
         patch.setattr(torch.cuda.CUDAGraph, "replay", noted_replay)
         patch.setattr(torch.cuda.Event, "query", noted_query)
+        patch.setattr(threading, "Lock", lambda: _FollowedLock(make_lock(), clocks))
+        patch.setattr(threading, "RLock", lambda: _FollowedLock(make_rlock(), clocks))
+        patch.setattr(threading.Thread, "start", followed_start)
         patch.setattr(threading.Thread, "run", followed_run)
+        patch.setattr(threading.Thread, "join", followed_join)
         with order.mode:
             yield order
     assert not order.races, "\n".join(order.races)

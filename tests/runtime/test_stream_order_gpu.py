@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ import latentrt
 import pytest
 import torch
 from latentrt.runtime.graph import Graphs
+from latentrt.runtime.graph_cache import GraphCache
 from latentrt.runtime.memory import POLICIES
 from stream_order import StreamOrder, following
 from threads import in_threads
@@ -95,6 +97,35 @@ def test_the_checker_sees_a_host_buffer_used_under_its_copy(order: StreamOrder, 
     expect(order, work, [] if waits else ["the host's aten::fill_", "the host's aten::sum"])
 
 
+@pytest.mark.parametrize("tells", [True, False])
+def test_the_checker_sees_threads_that_do_not_tell_of_a_wait(order: StreamOrder, tells: bool) -> None:
+    x, waited = torch.zeros(1000, device="cuda"), list[bool]()
+
+    def work() -> None:
+        lock = threading.Lock()
+        sides = torch.cuda.Stream(), torch.cuda.Stream()
+        torch.cuda.synchronize()
+
+        def first() -> None:
+            with torch.cuda.stream(sides[0]):
+                x.add_(1)
+                torch.cuda.current_stream().synchronize()
+            with lock:
+                waited.append(True)
+
+        def second() -> None:
+            while not waited:
+                time.sleep(0.001)
+            with lock if tells else nullcontext(), torch.cuda.stream(sides[1]):
+                x.add_(1)
+                torch.cuda.current_stream().synchronize()
+
+        in_threads([first, second])
+        x.add_(1)
+
+    expect(order, work, [] if tells else ["aten::add_ writes what is in use"])
+
+
 def expect(order: StreamOrder, work: Callable[[], None], races: list[str]) -> None:
     try:
         with following(order):
@@ -126,7 +157,24 @@ def test_requests_on_one_stream_after_another(order: StreamOrder, memory: Any) -
 def test_threads_with_streams_of_their_own(
     order: StreamOrder, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Graphs, "exclusive", slow(Graphs.exclusive))
+    rng = random.Random(0)
+    exclusive, put = Graphs.exclusive, GraphCache.put
+
+    def others_come_in() -> None:  # which they rarely do otherwise
+        time.sleep(rng.uniform(0, 0.01))
+
+    @contextmanager
+    def exclusive_and_slow(self: Graphs) -> Iterator[None]:
+        with exclusive(self):
+            yield
+        others_come_in()
+
+    def put_and_slow(self: GraphCache, *args: Any) -> None:
+        put(self, *args)
+        others_come_in()
+
+    monkeypatch.setattr(Graphs, "exclusive", exclusive_and_slow)
+    monkeypatch.setattr(GraphCache, "put", put_and_slow)
     with following(order):
         pipe = load(**options)
 
@@ -136,19 +184,6 @@ def test_threads_with_streams_of_their_own(
                     call(pipe, seed, num_images_per_prompt=1 + seed % 2)
 
         in_threads(partial(work, k) for k in range(3))
-
-
-def slow(exclusive: Callable[[Graphs], Any]) -> Callable[[Graphs], Any]:
-    """Others come in between, which they rarely do otherwise."""
-    rng = random.Random(0)
-
-    @contextmanager
-    def exclusive_and_slow(self: Graphs) -> Iterator[None]:
-        with exclusive(self):
-            yield
-        time.sleep(rng.uniform(0, 0.01))
-
-    return exclusive_and_slow
 
 
 def test_previews_beside_the_loop(order: StreamOrder) -> None:
