@@ -87,9 +87,8 @@ class DiffusersSide(Side):
                 pipe.encode_prompt = self._timed_text(pipe.encode_prompt)
                 pipe.scheduler.scale_model_input = self._marking("loop", pipe.scheduler.scale_model_input)
         base.vae.decode = self._marking("decode", base.vae.decode)
-        if (
-            device.type == "cuda"
-        ):  # what was moved, or replaced by sessions; NVML would count it as this side's
+        # What was moved, or replaced by sessions: NVML would count it as this side's.
+        if device.type == "cuda":
             release_memory()
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Made:

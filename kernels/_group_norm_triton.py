@@ -172,9 +172,8 @@ def _apply_kernel(
 ):
     TILE_C: tl.constexpr = TILE_GROUPS * GROUP
     TILES: tl.constexpr = C // TILE_C
-    pid = (
-        tl.num_programs(0) - 1 - tl.program_id(0)
-    )  # in reverse: what was read last may still be in the cache
+    # In reverse: what the statistics read last may still be in the cache.
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
     split = pid % splits
     tile = (pid // splits) % TILES
     b = (pid // (splits * TILES)).to(tl.int64)

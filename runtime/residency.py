@@ -80,8 +80,6 @@ def exclusive(engines: Iterable[LazyEngine]) -> Iterator[None]:
     """Hold the locks of these engines' residencies: no other thread offloads or uses them meanwhile."""
     found = {id(x.residency): x.residency for x in engines if x.residency is not None}
     with ExitStack() as stack:
-        for _, residency in sorted(
-            found.items()
-        ):  # always in the same order, so that no two threads deadlock
+        for _, residency in sorted(found.items()):  # in one order, so that no two threads deadlock
             stack.enter_context(residency.lock)
         yield
