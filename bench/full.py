@@ -88,10 +88,14 @@ _NAMED = (
     Part(
         "demo",
         5400,
-        ("tests/export/test_demo.py", "tests/export/test_demo_engines.py", "tests/export/test_verify.py"),
+        (
+            "tests/export/test_export_demo.py",
+            "tests/export/test_demo_engines.py",
+            "tests/export/test_verify.py",
+        ),
     ),
-    Part("combinations", 5400, ("tests/export/test_combinations.py",), workers=2),
-    Part("damage", 3600, ("tests/export/test_damage.py",)),
+    Part("combinations", 5400, ("tests/export/test_export_matrix.py",), workers=2),
+    Part("damage", 3600, ("tests/export/test_damaged_exports.py",)),
     Part("parity", 10800, ("tests/runtime/test_pipeline_parity.py",), workers=2),
     Part("kernels", 7200, ("tests/kernels/test_aot.py",), workers=2),
     Part(
@@ -257,7 +261,8 @@ def _package_digest(apart: tuple[str, ...]) -> str:
     files = [
         path for path in files if path.suffix in _KINDS and not set(apart) & set(path.relative_to(ROOT).parts)
     ]
-    files += [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "tests").glob("*.py")), ROOT / "pyproject.toml"]
+    files += [*sorted(ROOT.glob("*.py")), ROOT / "pyproject.toml"]
+    files += [*sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "tests" / "helpers").glob("*.py"))]
     return digest_of_files(files, ROOT)
 
 

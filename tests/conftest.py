@@ -66,7 +66,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     folders: dict[tuple[Any, ...], Path] = {}
 
     def make(kind: str, **options: Any) -> Path:
-        from tiny_checkpoints import save_tiny
+        from helpers.tiny_checkpoints import save_tiny
 
         key = (kind, *sorted(options.items()))
         if key not in folders:
@@ -108,7 +108,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 # Three minutes are the most that the demo's exports and builds may take on two cores. What is held is the time that
 # processors worked, all worker processes and their children together: clocks go on while other programs run.
-_DEMO = ("tests/export/test_demo.py", "tests/export/test_demo_engines.py")
+_DEMO = ("tests/export/test_export_demo.py", "tests/export/test_demo_engines.py")
 _DEMO_SECONDS = 2 * 180
 _WORKED = "processor seconds"
 

@@ -254,7 +254,7 @@ def test_json_is_json_whatever_the_encoding(run: Run, monkeypatch: pytest.Monkey
     assert json.loads(narrow.read()) == {"prompt": "é 日 🙂"}
 
 
-def test_a_closed_stream_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_stdout_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `>&-` leaves it, and some service managers: the work is done all the same."""
     monkeypatch.setattr(sys, "stdout", None)
     assert main(["backends"]) == 0

@@ -12,12 +12,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from helpers.planted_reports import report
 from latentrt.bench import commands
 from latentrt.bench.demo_model.checker import Verdict, find_objects, judge
 from latentrt.bench.demo_model.scenes import Scene, Thing
 from latentrt.bench.suite import Suite
 from latentrt.cli import _parser
-from planted_reports import report
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.planted_sides import CASE
 from latentrt.bench.cases import Case, SideSpec
 from latentrt.bench.gates import GATES
 from latentrt.bench.host import Host
 from latentrt.bench.results import CaseResult
 from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.worker import Job, Worker
-from planted_sides import CASE
 
 
 @pytest.fixture

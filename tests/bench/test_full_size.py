@@ -10,8 +10,8 @@ from textwrap import dedent
 
 import pytest
 import torch
+from helpers.published_configs import sdxl
 from latentrt.bench import full_size
-from published_configs import sdxl
 from safetensors.torch import load_file
 
 SMALL = {

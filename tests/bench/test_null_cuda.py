@@ -45,7 +45,7 @@ def test_memory_is_bounded(cuda: ctypes.CDLL) -> None:
     assert cuda.cudaSomethingElse() == 0
 
 
-def test_a_capture_bears_no_waiting_and_no_allocation(cuda: ctypes.CDLL) -> None:
+def test_waiting_or_allocating_during_capture_fails(cuda: ctypes.CDLL) -> None:
     stream, graph, memory, status = pointer(), pointer(), pointer(), ctypes.c_int()
     cuda.cudaStreamCreate(ctypes.byref(stream))
     for breaks, how in (

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.planted_reports import report
 from latentrt.bench import verdicts
 from latentrt.bench.results import write_report
-from planted_reports import report
 
 SIDE = "latentrt-eager"
 
@@ -32,7 +32,7 @@ def test_one_that_was_not_fails_whatever_was_measured_beside_it(status: str, tmp
     assert verdicts.of_side(folder, "diffusers") == (True, f"{SIDE} {status}: it broke")
 
 
-def test_a_reference_is_not_told_of(tmp_path: Path) -> None:
+def test_the_reference_side_gets_no_verdict(tmp_path: Path) -> None:
     folder = written(tmp_path, status="reference", reason="only its pictures are taken", batches=[])
     assert verdicts.of_side(folder, "diffusers") == (True, "")
 

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.timeout(900)
 ALL_ARCHS = (80, 86, 89, 120)
 ONE = (89,)
 
-# In the precisions that tests/export/test_demo.py exports in any case. The VAE stays in float32 beside float16.
+# In the precisions that tests/export/test_export_demo.py exports in any case. The VAE stays in float32 beside float16.
 CASES = [
     ("demo", "text_encoder", torch.float32, ONE, "all"),
     ("demo", "text_encoder_2", torch.float16, ONE, "all"),

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import onnx
 import pytest
-import tiny_components as tiny
 import torch
+from helpers import tiny_components as tiny
 from latentrt.errors import ExportError
 from latentrt.export.check import LIMITS, check_export, expected_outputs, relative_error
 from latentrt.export.checked import export_checked

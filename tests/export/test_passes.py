@@ -9,8 +9,8 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-import tiny_components as tiny
 import torch
+from helpers import tiny_components as tiny
 from latentrt.errors import RequestError
 from latentrt.export.check import relative_error
 from latentrt.export.onnx import to_model

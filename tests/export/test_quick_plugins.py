@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import assert_as_good
+from helpers.kernel_checks import assert_as_good
 from latentrt.errors import BackendError, RequestError
 from latentrt.export import plugin_kernels
 from latentrt.export.quick_plugins import key_of, register

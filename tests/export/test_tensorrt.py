@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-import tiny_onnx
+from helpers import tiny_onnx
 from latentrt.errors import BuildError
 from latentrt.export import build_process
 from latentrt.export.build_process import build_in_child
@@ -314,7 +314,7 @@ def test_the_estimate_covers_what_was_measured(tmp_path: Path) -> None:
         assert peak < build_process.estimated_bytes(tmp_path / "model.onnx") < 1.2 * peak
 
 
-def test_memory_that_nobody_tells_of_stops_nothing(
+def test_unknown_free_memory_does_not_refuse_a_build(
     request_: EngineRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path(f"{request_.model}.data").write_bytes(b"")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_components as tiny
 import torch
-from fake_tensorrt import install
+from helpers import tiny_components as tiny
+from helpers.fake_tensorrt import install
 from latentrt.errors import BackendUnavailableError, RequestError
 from latentrt.export.verify import LIMITS, Verdict, verify_component, verify_model
 from latentrt.runtime.cache import Store

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from kernel_checks import assert_as_good
+from helpers.kernel_checks import assert_as_good
 from latentrt.kernels import _attention_library, attention, reference, tuning
 from latentrt.kernels._attention_triton import plan, plan_kernel
 from latentrt.kernels._triton import Launch

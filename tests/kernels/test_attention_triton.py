@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_checks import assert_as_good
+from helpers.kernel_checks import assert_as_good
 from latentrt.errors import BackendUnavailableError
 from latentrt.kernels import attention, geglu, reference, tuning
 from latentrt.kernels._attention_triton import plan

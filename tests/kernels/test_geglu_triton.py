@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from kernel_checks import assert_as_good
+from helpers.kernel_checks import assert_as_good
 from latentrt.kernels import geglu, linear_geglu, reference, tuning
 from latentrt.kernels._geglu_triton import plan_linear
 from latentrt.kernels._triton import specializes_wide_sums

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from kernel_checks import assert_as_good
+from helpers.kernel_checks import assert_as_good
 from latentrt.kernels import group_norm, group_norm_silu, reference, tuning
 from torch import Tensor
 

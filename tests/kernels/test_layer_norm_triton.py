@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from kernel_checks import assert_as_good
+from helpers.kernel_checks import assert_as_good
 from latentrt.kernels import add_layer_norm, layer_norm, reference, tuning
 from torch import Tensor
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.published_configs import sdxl
 from latentrt import cli
 from latentrt.errors import RequestError
 from latentrt.kernels import aot, as_nodes, registry, roofline, tuning
@@ -18,7 +19,6 @@ from latentrt.kernels.registry import Case, OpSpec, allowed_error, specs
 from latentrt.runtime.engines.packing import defer_biases
 from latentrt.runtime.models.unet import UNet, UNetConfig
 from latentrt.runtime.models.vae import VAEConfig, VAEDecoder
-from published_configs import sdxl
 from tolerances import KERNEL_ULPS, KERNEL_VERSUS_REFERENCE
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import assert_as_good
+from helpers.kernel_checks import assert_as_good
 from latentrt.kernels import sampler_step
 from latentrt.kernels._triton import forced
 from latentrt.kernels.aot import signature

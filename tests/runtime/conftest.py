@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from helpers.parity import Rig
     from latentrt import Pipeline
-    from parity import Rig
 
 
 @pytest.fixture(scope="session")
 def rig(tiny: Callable[..., Path], exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Rig:
     """Both sides' pipelines."""
-    from parity import Rig
-    from tiny_checkpoints import save_lcm
+    from helpers.parity import Rig
+    from helpers.tiny_checkpoints import save_lcm
 
     def folder(kind: str) -> Path:
         if kind != "lcm":
@@ -57,6 +57,6 @@ def load(tiny: Callable[..., Path]) -> Callable[..., Pipeline]:
 @pytest.fixture(scope="module")
 def image(load: Callable[..., Pipeline]) -> Any:
     """Of `small_request.CALL`, by a pipeline whose memory nobody looks at."""
-    from small_request import CALL
+    from helpers.tiny_requests import CALL
 
     return load(graphs=False)(**CALL).images

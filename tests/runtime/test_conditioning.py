@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from helpers.parity import Rig
 from latentrt.runtime.conditioning import (
     Conditioning,
     MicroConditioning,
@@ -16,7 +17,6 @@ from latentrt.runtime.conditioning import (
 )
 from latentrt.runtime.engines.base import CallProgram
 from latentrt.runtime.text_encoder import TextEmbeddings
-from parity import Rig
 from tolerances import GUIDANCE_EMBEDDING, TEXT_ROWS
 from torch import Tensor
 
@@ -132,7 +132,7 @@ def told(rig: Rig, kind: str, arguments: dict[str, Any]) -> dict[str, Tensor]:
         ({"negative_crops_coords_top_left": (1, 2)}, [64, 48, 1, 2, 64, 48]),
     ],
 )
-def test_what_the_negative_half_is_told_by_default(
+def test_default_size_ids_of_the_negative_rows(
     arguments: dict[str, Any], negative: list[float], rig: Rig
 ) -> None:
     ids = told(rig, "sdxl", {"prompt": "storm", "crops_coords_top_left": (8, 16), **arguments})["time_ids"]

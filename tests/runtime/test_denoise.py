@@ -5,13 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
-from latentrt.errors import KernelArgumentError
-from latentrt.kernels.sampler_step import sampler_step
-from latentrt.runtime.denoise import DenoiseState, LoopKind
-from latentrt.runtime.latents import NoiseSource
-from latentrt.runtime.sampler import SamplerTable, build_table
-from loops import denoise
-from sampler_oracle import (
+from helpers.loops import denoise
+from helpers.sampler_oracle import (
     CLASSES,
     config_of,
     diffusers_steps,
@@ -21,6 +16,11 @@ from sampler_oracle import (
     model,
     noise_like,
 )
+from latentrt.errors import KernelArgumentError
+from latentrt.kernels.sampler_step import sampler_step
+from latentrt.runtime.denoise import DenoiseState, LoopKind
+from latentrt.runtime.latents import NoiseSource
+from latentrt.runtime.sampler import SamplerTable, build_table
 from tolerances import SAMPLER_TRAJECTORY
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx

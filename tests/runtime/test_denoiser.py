@@ -12,8 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import tiny_components as tiny
 import torch
+from helpers import tiny_components as tiny
+from helpers.loops import Hooks, denoise, run_loop
+from helpers.sampler_oracle import CLASSES, config_of, generators, make_scheduler, noise_like
 from latentrt.errors import CaptureError
 from latentrt.runtime.denoiser import Denoiser, LoopRequest, all_ready
 from latentrt.runtime.engines.base import Component, example_inputs
@@ -21,8 +23,6 @@ from latentrt.runtime.engines.lazy import EngineLoader, LazyEngine
 from latentrt.runtime.graph import Graph, Graphs
 from latentrt.runtime.latents import NoiseSource
 from latentrt.runtime.sampler import SamplerTable, build_table
-from loops import Hooks, denoise, run_loop
-from sampler_oracle import CLASSES, config_of, generators, make_scheduler, noise_like
 from torch import Tensor
 
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny_components as tiny
 import torch
+from helpers import tiny_components as tiny
 from latentrt.errors import BackendError, BackendUnavailableError, CacheError, RequestError
 from latentrt.export import build_process, plugin_kernels
 from latentrt.export.tensorrt import EngineRequest

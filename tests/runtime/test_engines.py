@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_components as tiny
 import torch
+from helpers import tiny_components as tiny
 from latentrt.errors import BackendError, BackendUnavailableError, UnknownBackendError
 from latentrt.runtime.engines.base import (
     Component,

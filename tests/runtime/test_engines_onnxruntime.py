@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_components as tiny
 import torch
+from helpers import tiny_components as tiny
+from helpers.loops import denoise, run_loop
+from helpers.sampler_oracle import config_of, make_scheduler, noise_like
 from latentrt.errors import BackendError, BackendUnavailableError, CacheError
 from latentrt.export import checked
 from latentrt.export.check import relative_error
@@ -30,8 +32,6 @@ from latentrt.runtime.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntime
 from latentrt.runtime.prepare import onnx_model
 from latentrt.runtime.sampler import build_table
 from latentrt.runtime.streams import ordered_with_current
-from loops import denoise, run_loop
-from sampler_oracle import config_of, make_scheduler, noise_like
 from tolerances import EXPORT_FLOAT32
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -92,7 +92,7 @@ def test_a_process_that_finds_the_export_imports_no_exporter(cache_dir: Path) ->
     script = textwrap.dedent("""
         import sys
         import torch
-        import tiny_components as tiny
+        from helpers import tiny_components as tiny
         from latentrt.runtime.engines.registry import get_backend
 
         component = tiny.affine()

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_components as tiny
 import torch
-from fake_tensorrt import FakeCuda, FakeTensorRT, install
+from helpers import tiny_components as tiny
+from helpers.fake_tensorrt import FakeCuda, FakeTensorRT, install
+from helpers.loops import run_loop
 from latentrt.errors import BackendError, RequestError
 from latentrt.runtime.denoiser import Denoiser
 from latentrt.runtime.engine_store import EngineTarget, StoredEngine
@@ -27,7 +28,6 @@ from latentrt.runtime.loading import load_components
 from latentrt.runtime.sampler import build_table
 from latentrt.runtime.sampler_config import SamplerConfig
 from latentrt.runtime.weights import open_checkpoint
-from loops import run_loop
 from tolerances import MODEL
 from torch import Tensor
 

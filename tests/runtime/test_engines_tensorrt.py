@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import tensorrt_rtx_bindings as rtx
 import torch
-from fake_tensorrt import ADD_ONE, FakeContext, FakeCuda, FakeEngine, FakeStream, FakeTensorRT, install
+from helpers.fake_tensorrt import (
+    ADD_ONE,
+    FakeContext,
+    FakeCuda,
+    FakeEngine,
+    FakeStream,
+    FakeTensorRT,
+    install,
+)
 from latentrt.errors import BackendError, EngineSizeError, RequestError
 from latentrt.runtime.engine_store import StoredEngine
 from latentrt.runtime.engines import lazy, plugins, trt

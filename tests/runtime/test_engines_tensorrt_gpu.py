@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from engine_checks import assert_replays, inputs
+from helpers.engine_checks import assert_replays, inputs
 from latentrt.export.check import relative_error
 from latentrt.runtime.engines.base import Component, Engine, Timesteps
 from latentrt.runtime.engines.eager import EagerBackend

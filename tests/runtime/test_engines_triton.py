@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_components
 import torch
+from helpers import tiny_components
 from latentrt.kernels._triton import counted, forced
 from latentrt.runtime.engines.base import Component, Timesteps, example_inputs
 from latentrt.runtime.engines.eager import EagerBackend

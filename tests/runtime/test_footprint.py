@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from helpers.tiny_checkpoints import UNETS
 from latentrt import kernels
 from latentrt.kernels.registry import Case, OpSpec, specs
 from latentrt.runtime.footprint import Tracker, measure
 from latentrt.runtime.models.unet import UNet, UNetConfig
-from tiny_checkpoints import UNETS
 from torch import Tensor, nn
 
 META = torch.device("meta")

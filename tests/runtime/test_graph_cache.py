@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from fake_queue import FakeQueue
+from helpers.fake_queue import FakeQueue
 from latentrt.runtime.graph_cache import GraphCache
 from latentrt.runtime.streams import queue_of
 
@@ -15,7 +15,7 @@ QUEUE = queue_of(torch.device("cpu"))
 DONE = QUEUE.record()
 
 
-def test_what_is_taken_is_nobody_else_s() -> None:
+def test_a_taken_graph_is_not_given_out_twice() -> None:
     kept = GraphCache(100)
     kept.put("unet", "a", 1, 10, DONE)
     assert kept.take("vae", "a", QUEUE) is None

@@ -27,7 +27,7 @@ def test_memory_within_a_container(
     assert host_memory.available_bytes() == available
 
 
-def test_nobody_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_proc_files_memory_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for file in ("_MEMINFO", "_STATUS", "_CLEAR"):
         monkeypatch.setattr(host_memory, file, tmp_path / "none" / "of it")
     assert host_memory.available_bytes() is None

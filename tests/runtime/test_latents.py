@@ -5,10 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from latentrt.errors import RequestError
-from latentrt.runtime.latents import NoiseSource, initial_latents, noised_latents
-from latentrt.runtime.sampler import build_table, step_range
-from sampler_oracle import (
+from helpers.sampler_oracle import (
     CLASSES,
     config_of,
     diffusers_steps,
@@ -17,6 +14,9 @@ from sampler_oracle import (
     noise_like,
     refiner_timesteps,
 )
+from latentrt.errors import RequestError
+from latentrt.runtime.latents import NoiseSource, initial_latents, noised_latents
+from latentrt.runtime.sampler import build_table, step_range
 
 CPU = torch.device("cpu")
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.published_configs import SD21_TEXT_ENCODER, sdxl
+from helpers.tiny_checkpoints import randomize
 from latentrt.errors import UnsupportedConfigError
 from latentrt.runtime.models.clip import CLIPTextConfig, CLIPTextEncoder, rename_clip_keys
-from published_configs import SD21_TEXT_ENCODER, sdxl
-from tiny_checkpoints import randomize
 from tolerances import MODEL
 from torch import Tensor
 from transformers import CLIPTextConfig as TheirConfig

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from helpers.published_configs import SD15_UNET, SD15_VAE, SD21_TEXT_ENCODER, SD21_UNET, sdxl
 from latentrt.runtime.models.clip import CLIPTextConfig, CLIPTextEncoder, rename_clip_keys
 from latentrt.runtime.models.unet import UNet, UNetConfig
 from latentrt.runtime.models.vae import VAEConfig, VAEDecoder, VAEEncoder
-from published_configs import SD15_UNET, SD15_VAE, SD21_TEXT_ENCODER, SD21_UNET, sdxl
 from torch import Tensor, nn
 from transformers import CLIPTextConfig as TheirConfig
 from transformers import CLIPTextModel, CLIPTextModelWithProjection

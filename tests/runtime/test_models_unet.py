@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from helpers.tiny_checkpoints import UNETS, randomize
 from latentrt.errors import UnsupportedConfigError
 from latentrt.runtime.models import unet_blocks
 from latentrt.runtime.models.layers import join_channels
 from latentrt.runtime.models.unet import UNet, UNetConfig, input_names
-from tiny_checkpoints import UNETS, randomize
 from tolerances import MODEL, MODEL_HALF_VERSUS_THEIRS
 from torch import Tensor
 

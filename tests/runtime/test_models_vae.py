@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from helpers.tiny_checkpoints import VAE, randomize
 from latentrt.errors import UnsupportedConfigError
 from latentrt.runtime.models.vae import VAEConfig, VAEDecoder, VAEEncoder, rename_legacy_vae_keys
-from tiny_checkpoints import VAE, randomize
 from tolerances import MODEL, MODEL_HALF_VERSUS_THEIRS
 from torch import Tensor
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_queue import FakeQueue
+from helpers.fake_queue import FakeQueue
 from latentrt.runtime import offload
 from latentrt.runtime.offload import OffloadableWeights
 from torch import Tensor, nn

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny_components
 import torch
 import torch.nn.functional as F
+from helpers import tiny_components
 from latentrt.kernels._triton import counted, forced
 from latentrt.runtime.engines.base import Component
 from latentrt.runtime.engines.eager import EagerBackend

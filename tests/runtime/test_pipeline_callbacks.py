@@ -10,12 +10,12 @@ import latentrt
 import numpy as np
 import pytest
 import torch
-from fake_queue import FakeQueue
+from helpers.fake_queue import FakeQueue
+from helpers.parity import Rig
+from helpers.tiny_requests import PLAIN
 from latentrt.errors import RequestError
 from latentrt.runtime.previews import Previewer
 from latentrt.runtime.vae import VAE
-from parity import Rig
-from small_request import PLAIN
 from tolerances import PIPELINE_EAGER
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from helpers.parity import Rig
+from helpers.parity_cases import SEEDS, Case
+from helpers.tiny_requests import PLAIN
 from latentrt.errors import RequestError
-from parity import Rig
-from parity_cases import SEEDS, Case
-from small_request import PLAIN
 from tolerances import PIPELINE_EAGER
 
 

@@ -16,6 +16,8 @@ import latentrt
 import numpy as np
 import pytest
 import torch
+from helpers.parity import Rig
+from helpers.tiny_checkpoints import write_json
 from latentrt.errors import (
     BackendError,
     BackendUnavailableError,
@@ -30,8 +32,6 @@ from latentrt.errors import (
     UnsupportedConfigError,
 )
 from latentrt.runtime import flow
-from parity import Rig
-from tiny_checkpoints import write_json
 from tolerances import PIPELINE_ONNXRUNTIME
 
 SMALL: dict[str, Any] = {"height": 64, "width": 48, "num_inference_steps": 2, "output_type": "np"}

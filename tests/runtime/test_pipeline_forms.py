@@ -20,9 +20,9 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
-from parity import Rig
-from parity_cases import Case
-from tiny_checkpoints import save_beside
+from helpers.parity import Rig
+from helpers.parity_cases import Case
+from helpers.tiny_checkpoints import save_beside
 from tolerances import PIPELINE_EAGER, PIPELINE_ONNXRUNTIME
 
 SIZE = {"height": 64, "width": 48}

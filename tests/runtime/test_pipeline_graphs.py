@@ -8,9 +8,9 @@ from typing import Any
 import latentrt
 import numpy as np
 import pytest
+from helpers.parity import Rig
 from latentrt.runtime import flow
 from latentrt.runtime.graph import Graph, Graphs
-from parity import Rig
 
 CALL: dict[str, Any] = {"prompt": "a red cat on the hill", "height": 64, "width": 48, "output_type": "np"}
 REQUESTS: list[dict[str, Any]] = [

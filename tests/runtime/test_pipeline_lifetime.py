@@ -16,12 +16,12 @@ import latentrt
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_requests import CALL
 from latentrt.runtime import budget, flow
 from latentrt.runtime.engines.eager import EagerEngine
 from latentrt.runtime.latents import NoiseSource
 from latentrt.runtime.residency import Residency
 from latentrt.runtime.stages import stages_of_request
-from small_request import CALL
 
 CPU = torch.device("cpu")
 Load = Callable[..., latentrt.Pipeline]

@@ -14,6 +14,7 @@ import latentrt
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_requests import CALL
 from latentrt.errors import MemoryPlanError, RequestError
 from latentrt.runtime import budget, offload
 from latentrt.runtime.graph import Graphs
@@ -22,7 +23,6 @@ from latentrt.runtime.memory import POLICIES, RESERVE
 from latentrt.runtime.planner import Planner
 from latentrt.runtime.stages import stages_of_request
 from latentrt.runtime.vae import VAE
-from small_request import CALL
 from torch import Tensor
 
 Load = Callable[..., latentrt.Pipeline]
@@ -138,7 +138,7 @@ def test_weights_that_cannot_fit_are_refused_when_they_are_loaded(load: Load) ->
         ({"loop_memory": 20_000}, ("text", "denoise")),  # of which the VAE's call is not recorded
     ],
 )
-def test_recordings_are_told_how_much_memory_they_share(load: Load, options: Any, kinds: Any) -> None:
+def test_graphs_get_their_pool_size_from_the_plan(load: Load, options: Any, kinds: Any) -> None:
     pipe = load(memory_limit="1GB", graphs=True, **options)
     pipe(**CALL)
     request, _ = pipe.check(**CALL)
@@ -382,7 +382,7 @@ ASKING: dict[str, Callable[[latentrt.Pipeline, Tensor], object]] = {
 
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("asks", ASKING)
-def test_a_callback_cannot_send_the_running_unet_away(
+def test_a_callback_cannot_offload_the_unet_between_steps(
     asks: str, graphs: bool, load: Load, image: Any
 ) -> None:
     """Its recorded step would go on over memory that is others', and be kept for later requests."""
@@ -435,7 +435,7 @@ def test_the_command(run: Any, tiny: Callable[..., Path]) -> None:
     assert "and there are 100.0 MB" in err
 
 
-def test_moving_to_another_device_forgets_who_is_there(load: Load, image: Any) -> None:
+def test_moving_to_another_device_offloads_everything(load: Load, image: Any) -> None:
     pipe = load(memory="low")
     pipe(**CALL)
     pipe._loader.move(torch.device("cpu"))
@@ -513,7 +513,7 @@ def test_a_plan_says_how_much_may_be_kept(load: Load, between: int) -> None:
     assert 0 < pipe._loader.graph_cache.nbytes <= room
 
 
-def test_what_bounded_the_memory_before_does_not_bound_what_is_kept(
+def test_the_graph_cache_limit_follows_the_current_device(
     load: Load, between: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of a pipeline that moved to the CPU."""
@@ -527,7 +527,9 @@ def test_what_bounded_the_memory_before_does_not_bound_what_is_kept(
     assert pipe._loader.graph_cache.limit == DEFAULT_LIMIT
 
 
-def test_where_the_gpu_is_too_small_that_is_said(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_too_small_for_the_weights_is_refused_at_load(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(budget, "free_memory", lambda _: RESERVE + 100_000)
     with pytest.raises(MemoryPlanError, match=r"end what else is on the GPU, or take one with more memory$"):
         load()

@@ -13,6 +13,7 @@ import latentrt
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_requests import CALL
 from latentrt.errors import CaptureError, OutOfMemoryError
 from latentrt.runtime.denoise import DenoiseState
 from latentrt.runtime.engines.lazy import LazyEngine
@@ -20,7 +21,6 @@ from latentrt.runtime.engines.triton import _UNetProgram
 from latentrt.runtime.graph import Graphs
 from latentrt.runtime.latents import NoiseSource
 from latentrt.runtime.vae import VAE
-from small_request import CALL
 
 Load = Callable[..., latentrt.Pipeline]
 
@@ -67,7 +67,7 @@ def used(load: Load) -> latentrt.Pipeline:
 
 
 @pytest.mark.parametrize("where", PLACES)
-def test_what_is_kept_goes_and_it_is_made_anew(
+def test_out_of_memory_frees_cached_graphs_and_retries_once(
     where: str, used: latentrt.Pipeline, image: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     used._loader.graph_cache.drop()

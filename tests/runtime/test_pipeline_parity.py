@@ -1,4 +1,4 @@
-"""Whole pipelines against diffusers on the same weights, prompt by prompt. The cases are in tests/parity_cases.py."""
+"""Whole pipelines against diffusers on the same weights, prompt by prompt; the cases are in helpers/parity_cases.py."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from itertools import combinations, product
 from typing import Any
 
 import pytest
-from parity import Rig
-from parity_cases import (
+from helpers.parity import Rig
+from helpers.parity_cases import (
     BACKENDS,
     KINDS,
     NATIVE,

@@ -15,9 +15,9 @@ import latentrt
 import numpy as np
 import pytest
 import torch
+from helpers.parity import Rig
 from latentrt.errors import RequestError
 from latentrt.runtime.engines import registry
-from parity import Rig
 from tolerances import PIPELINE_EAGER
 
 PROMPT = "storm over the old town"

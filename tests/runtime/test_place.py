@@ -88,6 +88,6 @@ def test_more_memory_than_there_is(text: str) -> None:
         ),
     ],
 )
-def test_how_a_want_of_memory_is_told(error: Exception) -> None:
+def test_out_of_memory_errors_of_every_library_are_recognised(error: Exception) -> None:
     assert memory_ran_out(error)
     assert not memory_ran_out(RuntimeError("an illegal memory access was encountered"))

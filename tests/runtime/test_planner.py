@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.original_layout import to_original
+from helpers.tiny_checkpoints import SCHEDULERS
 from latentrt.errors import CheckpointNotFoundError, RequestError, WeightsMismatchError
 from latentrt.kernels import as_nodes
 from latentrt.runtime import weight_set
@@ -21,9 +23,7 @@ from latentrt.runtime.memory import POLICIES, Network, Plan
 from latentrt.runtime.planner import Planner
 from latentrt.runtime.sampler import SamplerConfig, build_table
 from latentrt.runtime.weights import open_checkpoint
-from original_layout import to_original
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import SCHEDULERS
 
 Run = Callable[..., tuple[int, str, str]]
 Tiny = Callable[..., Path]

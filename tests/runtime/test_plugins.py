@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import tensorrt_rtx_bindings as rtx
 import torch
-from fake_cuda import FakeCuda, code_of
-from kernel_checks import assert_as_good
+from helpers.fake_cuda import FakeCuda, code_of
+from helpers.kernel_checks import assert_as_good
 from latentrt.errors import BackendError, RequestError
 from latentrt.kernels import reference
 from latentrt.kernels._group_norm_triton import plan as plan_group_norm

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_checks import assert_replays, inputs
+from helpers.engine_checks import assert_replays, inputs
 from latentrt.export.check import relative_error
 from latentrt.runtime.engines import plugins
 from latentrt.runtime.engines.base import Component, Engine

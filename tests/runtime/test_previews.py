@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_queue import FakeEvent, FakeQueue
+from helpers.fake_queue import FakeEvent, FakeQueue
+from helpers.sampler_oracle import config_of, make_scheduler
 from latentrt.runtime.denoise import run_steps
 from latentrt.runtime.previews import Previewer
 from latentrt.runtime.progress import Watch
 from latentrt.runtime.sampler import build_table
-from sampler_oracle import config_of, make_scheduler
 from torch.nn import functional as F
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny_components as tiny
 import torch
+from helpers import tiny_components as tiny
 from latentrt.runtime.engines.lazy import EngineLoader
 from latentrt.runtime.graph_cache import GraphCache
 from latentrt.runtime.memory import POLICIES, Policy, check_policy, stays

@@ -10,10 +10,7 @@ from typing import Any
 
 import diffusers
 import pytest
-from latentrt.errors import RequestError, UnsupportedConfigError
-from latentrt.runtime.sampler import SAMPLERS, SamplerConfig, build_table
-from latentrt.runtime.sampler_config import scheduler_fields
-from sampler_oracle import (
+from helpers.sampler_oracle import (
     CLASSES,
     config_of,
     diffusers_steps,
@@ -24,6 +21,9 @@ from sampler_oracle import (
     start_at,
     table_steps,
 )
+from latentrt.errors import RequestError, UnsupportedConfigError
+from latentrt.runtime.sampler import SAMPLERS, SamplerConfig, build_table
+from latentrt.runtime.sampler_config import scheduler_fields
 from tolerances import SAMPLER_TRAJECTORY
 
 X = noise_like(1, 4, 6, 6)
@@ -241,7 +241,7 @@ def test_continuous_timesteps_do_not_matter_where_noise_is_predicted(sampler: st
     assert SamplerConfig.from_dict(config, sampler) == SamplerConfig.from_dict(PUBLISHED["SDXL"], sampler)
 
 
-def test_what_is_passed_over_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_ignored_scheduler_fields_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="latentrt"):
         for name in CLASSES:
             config_of(make_scheduler(name))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.sampler_oracle import CLASSES, base_timesteps, config_of, make_scheduler, refiner_timesteps
 from latentrt.errors import RequestError
 from latentrt.kernels.sampler_step import COLUMNS, StepRow
 from latentrt.runtime.sampler import SamplerConfig, build_table, step_range
 from latentrt.runtime.schedule import make_schedule
-from sampler_oracle import CLASSES, base_timesteps, config_of, make_scheduler, refiner_timesteps
 from tolerances import SCHEDULE_KARRAS_EULER, SCHEDULE_SIGMAS
 
 # All small counts, then some; the last ones are where float32 rounding decides about a half.

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from latentrt.runtime.sampler import build_table, step_range
-from sampler_oracle import (
+from helpers.sampler_oracle import (
     CLASSES,
     Fields,
     base_timesteps,
@@ -25,6 +24,7 @@ from sampler_oracle import (
     table_steps,
     text_to_image,
 )
+from latentrt.runtime.sampler import build_table, step_range
 from tolerances import SAMPLER_TRAJECTORY, SAMPLER_ZERO_SNR_EULER
 from torch import Tensor
 

@@ -9,9 +9,9 @@ from typing import Any
 import latentrt
 import pytest
 import torch
+from helpers.threads import in_threads
 from latentrt.runtime.memory import POLICIES
 from PIL import Image
-from threads import in_threads
 
 pytestmark = [
     pytest.mark.gpu,

@@ -20,12 +20,12 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
+from helpers.original_layout import State, to_original
 from latentrt.errors import CheckpointError, UnsafeWeightsError, WeightsMismatchError
 from latentrt.runtime import parts, single_file, weights
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.weight_set import TensorRef
 from latentrt.runtime.weights import Checkpoint, open_checkpoint
-from original_layout import State, to_original
 from safetensors.torch import load_file, save_file
 from tolerances import PIPELINE_EAGER
 from torch import Tensor, nn

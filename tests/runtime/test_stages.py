@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.loops import denoise
+from helpers.sampler_oracle import config_of, make_scheduler
 from latentrt.runtime.latents import NoiseSource, initial_latents
 from latentrt.runtime.sampler import build_table
 from latentrt.runtime.schedule import make_schedule
 from latentrt.runtime.stages import Stage, stages_of
-from loops import denoise
-from sampler_oracle import config_of, make_scheduler
 from torch import Tensor
 
 STEPS = 10
@@ -58,7 +58,9 @@ def seen(stages: list[Stage]) -> list[list[tuple[int, float]]]:
 
 @pytest.mark.parametrize("split", [0.8, 0.5])
 @pytest.mark.parametrize(("base", "refiner"), list(product(KINDS, KINDS)))
-def test_a_refiner_is_given_the_level_that_it_is_told(base: str, refiner: str, split: float) -> None:
+def test_the_refiner_starts_at_the_noise_level_of_its_first_timestep(
+    base: str, refiner: str, split: float
+) -> None:
     """With trailing spacing and ten steps all samplers, LCM's too, stop at the same timesteps."""
     stages = divided(base, refiner, split, timestep_spacing="trailing")
     levels = make_schedule(config_of(make_scheduler("euler")), STEPS).alphas_cumprod

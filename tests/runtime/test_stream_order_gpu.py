@@ -13,11 +13,11 @@ from typing import Any
 import latentrt
 import pytest
 import torch
+from helpers.stream_order import StreamOrder, following
+from helpers.threads import in_threads
 from latentrt.runtime.graph import Graphs
 from latentrt.runtime.graph_cache import GraphCache
 from latentrt.runtime.memory import POLICIES
-from stream_order import StreamOrder, following
-from threads import in_threads
 
 pytestmark = pytest.mark.gpu
 

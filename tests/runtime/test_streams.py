@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from fake_queue import FakeQueue
+from helpers.fake_queue import FakeQueue
+from helpers.sampler_oracle import config_of, make_scheduler
 from latentrt.runtime import streams
 from latentrt.runtime.denoise import run_steps
 from latentrt.runtime.progress import Watch
 from latentrt.runtime.sampler import SamplerTable, build_table
 from latentrt.runtime.streams import queue_of
-from sampler_oracle import config_of, make_scheduler
 
 LATENTS = torch.zeros(1, 4, 2, 2)
 

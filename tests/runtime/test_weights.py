@@ -11,6 +11,8 @@ from textwrap import dedent
 
 import pytest
 import torch
+from helpers.tiny_checkpoints import KINDS
+from helpers.tiny_net import STATE, folder_with, on_meta
 from latentrt.errors import (
     CheckpointError,
     WeightsMismatchError,
@@ -20,8 +22,6 @@ from latentrt.runtime.models.unet import UNet, UNetConfig
 from latentrt.runtime.models.vae import VAEConfig, VAEDecoder, VAEEncoder, rename_legacy_vae_keys
 from latentrt.runtime.weights import open_checkpoint
 from safetensors.torch import load_file
-from small_net import STATE, folder_with, on_meta
-from tiny_checkpoints import KINDS
 from torch import Tensor, nn
 
 Tiny = Callable[..., Path]

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_checkpoints import write_json
+from helpers.tiny_net import STATE, folder_with, on_meta
 from latentrt.errors import CheckpointError, CheckpointNotFoundError, UnsafeWeightsError
 from latentrt.runtime import weights
 from latentrt.runtime.weights import Checkpoint, open_checkpoint
 from safetensors.torch import save_file
-from small_net import STATE, folder_with, on_meta
-from tiny_checkpoints import write_json
 
 Tiny = Callable[..., Path]
 

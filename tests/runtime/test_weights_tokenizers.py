@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.tiny_checkpoints import save_tokenizer, write_json
 from latentrt.errors import CheckpointError
 from latentrt.runtime.prompt import ClipTokenizer
 from latentrt.runtime.tokenizer_files import END_TOKEN, clip_merges, clip_vocabulary, read_tokenizer
-from tiny_checkpoints import save_tokenizer, write_json
 from transformers import CLIPTokenizer
 
 Tiny = Callable[..., Path]

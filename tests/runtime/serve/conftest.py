@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from fake_runner import FakeRunner
+from helpers.fake_runner import FakeRunner
+from helpers.served import Served, served
 from latentrt.runtime.serve.schema import Limits
-from served import Served, served
 
 
 @pytest.fixture(scope="module")

@@ -127,7 +127,7 @@ def test_the_queue_as_it_will_be_made() -> None:
     assert len(queue) == 12  # nothing was taken
 
 
-def test_what_has_few_before_it_is_let_in_beside_a_long_queue() -> None:
+def test_a_rare_size_is_admitted_despite_a_long_queue_of_another() -> None:
     queue: Scheduler[Waiting] = Scheduler(max_batch=1, window=0.0)
     admission = Admission(queue, max_waiting=60)
     admission.call_times.learn(SMALL.size, SMALL.cost, 1.0, 0.0)
@@ -157,7 +157,7 @@ def test_more_at_once_than_may_ever_wait_are_refused_for_good() -> None:
     admission.check([SMALL] * 3, None, 0.0)
 
 
-def test_nobody_is_let_in_at_the_cost_of_who_was() -> None:
+def test_a_request_that_would_delay_admitted_ones_is_refused() -> None:
     queue: Scheduler[Waiting] = Scheduler(max_batch=4, window=0.0)
     admission = Admission(queue, max_waiting=60)
     other = SMALL._replace(width=72)

@@ -13,10 +13,10 @@ from typing import Any
 import PIL.Image
 import pytest
 import uvicorn
-from fake_runner import FakeRunner, FakeTime, in_loop, pass_time
+from helpers.fake_runner import FakeRunner, FakeTime, in_loop, pass_time
+from helpers.served import Served, served, until
 from latentrt.runtime.serve.connection import bounded
 from latentrt.runtime.serve.schema import Limits
-from served import Served, served, until
 from uvicorn.server import ServerState
 
 
@@ -50,7 +50,7 @@ def test_a_client_that_hangs_up_frees_the_device(server: Served, runner: FakeRun
         assert runner.steps[-2] - taken <= 2
 
 
-def test_who_hangs_up_while_waiting_is_never_made(server: Served, runner: FakeRunner) -> None:
+def test_hanging_up_in_the_queue_cancels_the_request(server: Served, runner: FakeRunner) -> None:
     runner.hold()
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(server.ask, seed=1, size="8x8")
@@ -256,7 +256,7 @@ def test_a_request_may_take_its_time_but_not_more() -> None:
     in_loop(main(), loop=FakeTime)
 
 
-def test_what_is_no_http_is_told_so(server: Served) -> None:
+def test_garbage_gets_400(server: Served) -> None:
     answer = server.raw(half_close=False, data=b"\x16\x03\x01\x02\x00\x01\xfc\x03\x03\r\n\r\n")
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")

@@ -9,7 +9,7 @@ from contextlib import aclosing, asynccontextmanager
 
 import pytest
 import torch
-from fake_runner import FakeRunner, ask, busy, held, in_loop, seed_of
+from helpers.fake_runner import FakeRunner, ask, busy, held, in_loop, seed_of
 from latentrt.errors import (
     BackendError,
     EngineSizeError,
@@ -25,7 +25,7 @@ from latentrt.runtime.serve.requests import Finished, ImageResult, Progress
 from latentrt.runtime.serve.worker import BatchReport
 
 
-def test_what_comes_together_is_made_together_and_each_gets_its_own() -> None:
+def test_requests_within_the_window_share_a_batch() -> None:
     async def main() -> None:
         runner = FakeRunner()
         async with AsyncEngine(runner, window=0.05) as engine:
@@ -39,7 +39,7 @@ def test_what_comes_together_is_made_together_and_each_gets_its_own() -> None:
     in_loop(main())
 
 
-def test_while_the_device_is_busy_company_gathers() -> None:
+def test_requests_that_arrive_during_a_batch_share_the_next() -> None:
     async def main() -> None:
         runner = FakeRunner()
         async with AsyncEngine(runner, max_batch=3, window=0) as engine:
@@ -93,7 +93,7 @@ def test_a_slow_reader_misses_steps_and_nothing_piles_up() -> None:
     in_loop(main())
 
 
-def test_steps_that_are_made_again_are_not_told_again() -> None:
+def test_retried_steps_are_reported_once() -> None:
     """As where a batch fails after them, and each of it is made alone."""
 
     async def main() -> None:
@@ -120,7 +120,7 @@ def test_steps_that_are_made_again_are_not_told_again() -> None:
     in_loop(main())
 
 
-def test_who_leaves_does_not_stop_the_others() -> None:
+def test_cancelling_one_request_keeps_its_batch_running() -> None:
     async def main() -> None:
         runner = FakeRunner()
         async with AsyncEngine(runner, window=0.05) as engine:
@@ -159,7 +159,7 @@ def test_the_last_to_leave_frees_the_device_within_two_steps() -> None:
     in_loop(main())
 
 
-def test_who_leaves_the_queue_is_never_made() -> None:
+def test_a_cancelled_request_in_the_queue_is_not_made() -> None:
     async def main() -> None:
         runner = FakeRunner()
         async with AsyncEngine(runner, window=0) as engine, busy(runner, engine):
@@ -257,7 +257,7 @@ def test_a_batch_too_large_is_halved_and_that_is_remembered(
     ]
 
 
-def test_want_of_memory_for_one_is_told() -> None:
+def test_out_of_memory_for_a_single_image_raises() -> None:
     async def main() -> None:
         runner = FakeRunner(lambda _: MemoryError("none left"))
         async with AsyncEngine(runner) as engine:
@@ -282,7 +282,7 @@ def test_sizes_of_which_there_is_no_engine_are_no_fault_of_the_device() -> None:
     in_loop(main())
 
 
-def test_an_error_of_nobodys_making_does_not_stop_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_transient_device_error_does_not_stop_the_engine(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         runner = FakeRunner(one_is_bad(1, ZeroDivisionError("mine")))
         async with AsyncEngine(runner) as engine:

@@ -11,7 +11,7 @@ import latentrt
 import numpy as np
 import pytest
 import torch
-from fake_runner import in_loop
+from helpers.fake_runner import in_loop
 from latentrt.errors import BackendError, MemoryPlanError
 from latentrt.runtime import budget
 from latentrt.runtime.planner import Planner

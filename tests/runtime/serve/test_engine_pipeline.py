@@ -11,13 +11,13 @@ import latentrt
 import numpy as np
 import PIL.Image
 import pytest
-from fake_runner import in_loop
+from helpers.fake_runner import in_loop
+from helpers.parity import Rig
 from latentrt.errors import RequestError, ServiceError
 from latentrt.runtime.serve.engine import AsyncEngine
 from latentrt.runtime.serve.requests import Finished, ImageRequest, ImageResult, Progress
 from latentrt.runtime.serve.runner import PipelineRunner
 from latentrt.runtime.serve.worker import BatchReport
-from parity import Rig
 
 REQUESTS = [
     ImageRequest("a red cat", "blurry", 48, 64, 4, 7.5, 3, "euler-a", 0.5),
@@ -107,7 +107,7 @@ def test_leaving_stops_the_pipeline_itself(demo: latentrt.Pipeline) -> None:
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_an_unfinished_image_is_nobodys(
+def test_an_interrupted_image_is_not_returned(
     times: int, demo: latentrt.Pipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
     """`interrupt()` from elsewhere is meant for another call, and stops the engine's as well."""

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from fake_runner import FakeRunner, FakeTime, ask, busy, held, in_loop, pass_time, seed_of
+from helpers.fake_runner import FakeRunner, FakeTime, ask, busy, held, in_loop, pass_time, seed_of
 from latentrt.errors import (
     BackendError,
     DeadlineError,
@@ -125,7 +125,7 @@ def test_draining_makes_what_was_taken_and_takes_nothing_new() -> None:
     in_loop(main())
 
 
-def test_what_draining_has_no_time_for_is_told_so() -> None:
+def test_requests_left_after_the_drain_timeout_get_a_draining_error() -> None:
     async def main() -> None:
         runner = FakeRunner()
         engine = AsyncEngine(runner, window=0)

@@ -10,7 +10,8 @@ from typing import Any
 import httpx2 as httpx
 import PIL.Image
 import pytest
-from fake_runner import FakeRunner, in_loop, seed_of
+from helpers.fake_runner import FakeRunner, in_loop, seed_of
+from helpers.served import served
 from latentrt.errors import (
     BackendError,
     DeadlineError,
@@ -23,7 +24,6 @@ from latentrt.runtime.image import save_png
 from latentrt.runtime.serve.engine import AsyncEngine
 from latentrt.runtime.serve.examples import fastapi_service, openai_client, queue_worker
 from latentrt.runtime.serve.examples.queue_worker import Task
-from served import served
 
 
 class Picky(FakeRunner):

@@ -14,11 +14,11 @@ from functools import partial
 from typing import Any
 
 import pytest
-from fake_runner import FakeRunner
+from helpers.fake_runner import FakeRunner
+from helpers.served import Served, served, until
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from latentrt.runtime.serve.schema import GenerationBody, Limits
-from served import Served, served, until
 
 FIELDS = st.sampled_from(sorted(GenerationBody.model_fields))
 NASTY = st.sampled_from(

@@ -11,13 +11,13 @@ from importlib import resources
 from typing import Any
 
 import pytest
-import ray_runner
 import yaml
-from fake_runner import FakeRunner, in_loop
+from helpers import ray_runner
+from helpers.fake_runner import FakeRunner, in_loop
+from helpers.ray_runner import HELD
+from helpers.replicas import DEPLOYED, IMAGES, body
 from latentrt.errors import RequestError
 from latentrt.runtime.serve.hosted import Deployed, Forwarded, HostedModel
-from ray_runner import HELD
-from replicas import DEPLOYED, IMAGES, body
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -39,7 +39,7 @@ def test_the_shipped_configuration_is_one() -> None:
 
 def test_a_client_that_leaves_frees_the_replica() -> None:
     async def run() -> None:
-        settings = Deployed.of({"models": [{"id": "cat", "source": "ray_runner:held"}]})
+        settings = Deployed.of({"models": [{"id": "cat", "source": "helpers.ray_runner:held"}]})
         hosted = HostedModel(settings.models[0], settings, ())
         await hosted.start()
         try:

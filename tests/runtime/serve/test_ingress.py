@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator
 
 import httpx2 as httpx
 import pytest
-from fake_runner import in_loop
+from helpers.fake_runner import in_loop
+from helpers.ray_runner import HELD
+from helpers.replicas import IMAGES, Replicas, asked, body, client_of
 from latentrt.runtime.serve.hosted import Deployed, Forwarded, Head, HostedModel
 from latentrt.runtime.serve.ingress import Ingress
 from latentrt.runtime.serve.schema import Limits
-from ray_runner import HELD
-from replicas import IMAGES, Replicas, asked, body, client_of
 
 
 def test_what_is_refused_is_refused_once_by_the_application() -> None:
@@ -71,7 +71,7 @@ def test_its_own_refusals_have_an_id_and_a_line_in_the_log(caplog: pytest.LogCap
 
 def test_it_drains() -> None:
     """What was taken is answered, streamed or not; what is new is told to go elsewhere."""
-    settings = Deployed.of({"models": [{"id": "cat", "source": "ray_runner:held"}]})
+    settings = Deployed.of({"models": [{"id": "cat", "source": "helpers.ray_runner:held"}]})
 
     async def run() -> None:
         hosted = HostedModel(settings.models[0], settings, ())

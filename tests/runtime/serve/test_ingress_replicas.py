@@ -9,7 +9,9 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
-from fake_runner import FakeTime, in_loop, pass_time
+from helpers.fake_runner import FakeTime, in_loop, pass_time
+from helpers.replicas import IMAGES, Replicas, asked, body
+from helpers.served import events_of
 from latentrt.errors import QueueFullError
 from latentrt.runtime.serve import retries
 from latentrt.runtime.serve.engine import AsyncEngine
@@ -17,12 +19,10 @@ from latentrt.runtime.serve.hosted import Deployed, Forwarded, Head, HostedModel
 from latentrt.runtime.serve.ingress import Ingress
 from latentrt.runtime.serve.retries import ReplicaLostError
 from latentrt.runtime.serve.schema import Limits
-from replicas import IMAGES, Replicas, asked, body
-from served import events_of
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-BROKEN = Deployed.of({"models": [{"id": "cat", "source": "ray_runner:broken"}]})
+BROKEN = Deployed.of({"models": [{"id": "cat", "source": "helpers.ray_runner:broken"}]})
 FULL = QueueFullError("all replicas are busy; try again in 2 s", 2.0)
 REFUSED = Head(429, ((b"content-type", b"application/json"), (b"retry-after", b"2")))
 LOST = ReplicaLostError("the replica was lost")
@@ -54,7 +54,7 @@ def test_a_lost_replica_loses_no_request_and_the_seed_stays() -> None:
     asked(replicas, test)
 
 
-def test_a_request_is_let_in_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_retried_request_skips_admission(monkeypatch: pytest.MonkeyPatch) -> None:
     """The replica that makes it after another was lost does not ask again whether there is time enough."""
     seen = []
     submit = AsyncEngine.submit
@@ -123,7 +123,7 @@ def test_a_stream_that_no_replica_ends_says_so() -> None:
     asked(Replicas(*[2] * 9), test, tries=3)
 
 
-def test_half_an_event_is_not_told() -> None:
+def test_a_truncated_event_is_not_forwarded() -> None:
     async def send(model: str, request: Forwarded) -> AsyncIterator[Head | bytes]:
         yield STREAM
         if not tried:
@@ -245,7 +245,9 @@ def test_it_waits_no_longer_than_it_has_time(given: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_nor_for_a_place_or_a_model_to_be_loaded(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_deadline_covers_waiting_for_a_place_or_a_model(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(retries, "_GRACE", 0.1)
     replicas = Replicas()
 
@@ -292,7 +294,7 @@ def test_who_reads_slowly_is_sent_what_was_made_in_time() -> None:
 
 
 @pytest.mark.parametrize("full", [FULL, REFUSED])
-def test_full_replicas_are_told_at_once(full: Exception | Head) -> None:
+def test_full_replicas_answer_429_without_a_retry(full: Exception | Head) -> None:
     replicas = Replicas()
     ending(replicas, repeat(full))
 

@@ -14,11 +14,11 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from fake_runner import FakeRunner
+from helpers.fake_runner import FakeRunner
+from helpers.served import served, until
 from latentrt.errors import CheckpointNotFoundError
 from latentrt.runtime.serve import app
 from latentrt.runtime.serve.logs import log_as_json
-from served import served, until
 
 
 def test_a_server_is_ready_when_it_is_warm_and_not_before() -> None:

@@ -14,13 +14,13 @@ import httpx2 as httpx
 import numpy as np
 import PIL.Image
 import pytest
-from fake_runner import FakeRunner, in_loop, picture
+from helpers.fake_runner import FakeRunner, in_loop, picture
+from helpers.served import Served, served
 from latentrt.bench import serve_load, serve_process
 from latentrt.bench.serve_load import Outcome, mixed_bodies, send
 from latentrt.bench.serve_process import Running, serving
 from latentrt.runtime.serve.requests import ImageResult
 from latentrt.runtime.serve.runner import OnStep
-from served import Served, served
 
 
 class Timed(FakeRunner):

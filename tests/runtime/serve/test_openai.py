@@ -11,13 +11,13 @@ from typing import Any
 import openai
 import PIL.Image
 import pytest
-from fake_runner import FakeRunner, seed_of
+from helpers.fake_runner import FakeRunner, seed_of
+from helpers.served import Served, events_of
 from latentrt.errors import BackendError, DeadlineError, StoppedError
 from latentrt.runtime.image import read_parameters
 from latentrt.runtime.serve import app
 from latentrt.runtime.serve.answers import sse
 from latentrt.runtime.serve.app import preview_is_due
-from served import Served, events_of
 
 
 def image_of(b64: str) -> PIL.Image.Image:

@@ -13,12 +13,12 @@ import latentrt
 import numpy as np
 import PIL.Image
 import pytest
-from fake_runner import seed_of
+from helpers.fake_runner import seed_of
+from helpers.page_tab import DONE, SECONDS, PageRunner, Tab
+from helpers.served import Served, served, until
 from latentrt.runtime.serve.runner import PipelineRunner
 from latentrt.runtime.serve.schema import Limits
-from page_tab import DONE, SECONDS, PageRunner, Tab
 from playwright.sync_api import Browser, Route, expect, sync_playwright
-from served import Served, served, until
 
 pytestmark = pytest.mark.browser
 RUNNER = PageRunner()
@@ -244,7 +244,7 @@ def test_a_server_that_goes_away_midway(browser: Browser) -> None:
         tab.close()
 
 
-def test_it_tells_when_the_model_is_there(browser: Browser) -> None:
+def test_the_page_shows_when_the_model_is_ready(browser: Browser) -> None:
     warm = threading.Event()
 
     class Slow(PageRunner):

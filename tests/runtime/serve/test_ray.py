@@ -19,8 +19,8 @@ import httpx2 as httpx
 import PIL.Image
 import psutil
 import pytest
-from fake_runner import seed_of
-from served import events_of, until
+from helpers.fake_runner import seed_of
+from helpers.served import events_of, until
 
 pytestmark = [pytest.mark.full, pytest.mark.ray, pytest.mark.timeout(1500)]
 SECONDS = 400
@@ -33,7 +33,11 @@ class Cluster:
 
     def __init__(self, **deployed: Any) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])}
-        command = [sys.executable, str(TESTS / "ray_server.py"), json.dumps({"cpus": 0.1, **deployed})]
+        command = [
+            sys.executable,
+            str(TESTS / "helpers" / "ray_server.py"),
+            json.dumps({"cpus": 0.1, **deployed}),
+        ]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.DEVNULL,  # Ray tells there of workers that died
@@ -86,7 +90,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    models = [{"id": name, "source": "ray_runner:steady"} for name in ("cat", "dog")]
+    models = [{"id": name, "source": "helpers.ray_runner:steady"} for name in ("cat", "dog")]
     one = Cluster(models=models, models_per_replica=2, min_replicas=2, max_replicas=2)
     yield one
     one.close()
@@ -167,7 +171,7 @@ def taken(cluster: Cluster, pool: ThreadPoolExecutor, **fields: Any) -> Future[h
 def test_what_killed_replicas_had_waits_for_a_place() -> None:
     """Five places in each of three, and four more before them, for fifteen: none is refused that was taken."""
     own = Cluster(
-        models=[{"id": "cat", "source": "ray_runner:steady"}],
+        models=[{"id": "cat", "source": "helpers.ray_runner:steady"}],
         min_replicas=3,
         max_replicas=3,
         max_batch=1,
@@ -195,7 +199,7 @@ def changing() -> Iterator[Cluster]:
     """A replica with a place for one of three models; or two."""
     sources = {"cat": "steady", "dog": "steady", "fish": "broken"}
     one = Cluster(
-        models=[{"id": name, "source": f"ray_runner:{source}"} for name, source in sources.items()],
+        models=[{"id": name, "source": f"helpers.ray_runner:{source}"} for name, source in sources.items()],
         models_per_replica=1,
         max_replicas=2,
         max_batch=1,
@@ -227,7 +231,7 @@ def test_replicas_are_added_under_load(changing: Cluster) -> None:
 
 def test_it_drains_and_ends() -> None:
     """Twenty requests, of which eight are being made: SIGTERM ends it when all are answered; others are sent away."""
-    own = Cluster(models=[{"id": "cat", "source": "ray_runner:steady"}])
+    own = Cluster(models=[{"id": "cat", "source": "helpers.ray_runner:steady"}])
     try:
         with ThreadPoolExecutor(20) as pool:
             asked = [pool.submit(own.ask, seed=k, steps=40, stream=k % 3 == 0) for k in range(20)]
@@ -245,7 +249,7 @@ def test_it_drains_and_ends() -> None:
 
 
 def test_a_model_that_does_not_load_says_why() -> None:
-    own = Cluster(models=[{"id": "cat", "source": "ray_runner:broken"}])
+    own = Cluster(models=[{"id": "cat", "source": "helpers.ray_runner:broken"}])
     try:
         answer = own.client.get("/ready")
         assert answer.status_code == 503

@@ -14,8 +14,8 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+from helpers.served import until
 from latentrt.runtime.serve.hosted import Deployed
-from served import until
 
 DEPLOYED = Deployed.of({"models": [{"id": "cat"}], "min_replicas": 2, "max_replicas": 2, "gpus": 1})
 OURS = [f"latentrt.runtime.serve.{name}" for name in ("ray_app", "ray_local")]

@@ -9,9 +9,9 @@ from typing import Any
 
 import openai
 import pytest
-from fake_runner import FakeRunner
+from helpers.fake_runner import FakeRunner
+from helpers.served import Served, events_of, served, until
 from latentrt.errors import DeadlineError, EngineSizeError, QueueFullError
-from served import Served, events_of, served, until
 
 BAD: list[tuple[Any, int, str | None]] = [
     (b"{", 400, None),

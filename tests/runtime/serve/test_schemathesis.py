@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import schemathesis
-from fake_runner import FakeRunner
+from helpers.fake_runner import FakeRunner
+from helpers.served import Served, served, until
 from hypothesis import HealthCheck, assume, given, settings
 from latentrt.runtime.serve.app import create_app
 from latentrt.runtime.serve.engine import AsyncEngine
@@ -17,7 +18,6 @@ from latentrt.runtime.serve.metrics import Metrics
 from latentrt.runtime.serve.schema import Limits
 from latentrt.runtime.serve.service import Service
 from schemathesis import GenerationMode
-from served import Served, served, until
 
 LIMITS = Limits(pixels=512 * 512, steps=50, images=3, prompt=50)
 # A queue may be full, and a time too short; whether a size or seeds are beyond a limit is left out of what is asked.

@@ -23,8 +23,8 @@ import openai
 import PIL.Image
 import psutil
 import pytest
+from helpers.served import until
 from latentrt.runtime.serve import commands
-from served import until
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -127,7 +127,7 @@ sys.exit(main())
 
 
 @pytest.mark.parametrize("signals", [1, pytest.param(2, marks=pytest.mark.full)])
-def test_a_load_does_not_hold_up_the_end(signals: int) -> None:
+def test_sigterm_ends_the_server_while_the_model_loads(signals: int) -> None:
     server = Process(entry=("-c", LOADS_FOR_EVER))
     assert httpx.get(f"{server.urls[0]}/ready").json()["reason"] == "the model is being loaded"
     for _ in range(signals):

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.planted_reports import report
+from helpers.planted_sides import planted
 from latentrt.bench import commands
 from latentrt.bench.cases import CASES, Case
 from latentrt.bench.features import Judges
@@ -23,8 +25,6 @@ from latentrt.bench.run import Plan
 from latentrt.bench.suite import Settings, Suite
 from latentrt.bench.worker import Worker
 from latentrt.errors import BackendUnavailableError, RequestError
-from planted_reports import report
-from planted_sides import planted
 
 CASE = Case("planted", "nothing real", "none", steps=5)
 
@@ -155,7 +155,7 @@ def test_a_whole_run_in_processes_ends_by_ctrl_c_with_its_report(tmp_path: Path)
         "import sys, torch; from pathlib import Path; from dataclasses import replace\n"
         "from latentrt.bench.cases import CASES; from latentrt.bench.gates import GATES\n"
         "from latentrt.bench.run import Plan; from latentrt.bench.suite import Settings, Suite\n"
-        "from planted_sides import planted\n"
+        "from helpers.planted_sides import planted\n"
         "import signal\n"
         "if __name__ == '__main__':\n"
         "    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in a shell's background ignore it\n"

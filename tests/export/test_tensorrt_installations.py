@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import tensorrt_rtx_bindings as rtx
-import tiny_onnx
+from helpers import tiny_onnx
 from latentrt.errors import BackendUnavailableError, BuildError
 from latentrt.export import tensorrt as builder
 from latentrt.export.tensorrt import EngineRequest, build_engine

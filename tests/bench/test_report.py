@@ -16,6 +16,8 @@ from xml.etree import ElementTree
 import numpy as np
 import PIL.Image
 import pytest
+from helpers.planted_reports import MACHINE, report, with_figures
+from helpers.planted_sides import planted
 from latentrt.bench import report as reports
 from latentrt.bench.cases import Case
 from latentrt.bench.compare import compare
@@ -29,8 +31,6 @@ from latentrt.bench.stats import growth, ratio, spread
 from latentrt.bench.worker import Worker
 from latentrt.cli import _parser
 from latentrt.errors import BenchmarkError
-from planted_reports import MACHINE, report, with_figures
-from planted_sides import planted
 from rich.console import Console
 
 Run = Callable[..., tuple[int, str, str]]

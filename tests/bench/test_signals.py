@@ -74,7 +74,7 @@ def test_what_is_to_outlive_its_terminal_does(handlers: Callable[[signal.Signals
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
-def test_commands_elsewhere_than_in_the_main_thread_are_let_be() -> None:
+def test_signal_handlers_are_untouched_outside_the_main_thread() -> None:
     before = signal.getsignal(signal.SIGTERM)
     ended: list[bool] = []
 
@@ -164,7 +164,7 @@ time.sleep(600)
 """
 
 
-def test_who_does_not_wait_for_a_part_to_end_ends_it_all_the_same(
+def test_a_second_ctrl_c_kills_a_part_that_ignores_the_first(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -194,7 +194,7 @@ def test_who_does_not_wait_for_a_part_to_end_ends_it_all_the_same(
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("number", ASKED)
-def test_a_part_ends_with_who_runs_it(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_part_dies_with_its_runner(number: signal.Signals, tmp_path: Path) -> None:
     script, note = tmp_path / "script.py", tmp_path / "pid"
     script.write_text(
         "import signal, sys; from pathlib import Path; from latentrt.bench import full\n"

@@ -8,16 +8,22 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import httpx2 as httpx
-from fake_runner import in_loop
 from latentrt.runtime.serve.hosted import Deployed, Forwarded, Head, HostedModel
 from latentrt.runtime.serve.ingress import Ingress
 from latentrt.runtime.serve.retries import ReplicaLostError
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
+from helpers.fake_runner import in_loop
+
 IMAGES = "/v1/images/generations"
 DEPLOYED = Deployed.of(
-    {"models": [{"id": "cat", "source": "ray_runner:quick"}, {"id": "dog", "source": "ray_runner:quick"}]}
+    {
+        "models": [
+            {"id": "cat", "source": "helpers.ray_runner:quick"},
+            {"id": "dog", "source": "helpers.ray_runner:quick"},
+        ]
+    }
 )
 
 

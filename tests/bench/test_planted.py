@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_clock import FakeClock
+from helpers.fake_clock import FakeClock
+from helpers.planted_sides import CASE, STEPS, planted, rows
 from latentrt.bench.cases import Case
 from latentrt.bench.results import CaseResult
 from latentrt.bench.run import CaseRun
 from latentrt.bench.worker import Worker
-from planted_sides import CASE, STEPS, planted, rows
 
 
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.full)])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from fake_runner import FakeRunner
 from latentrt.errors import CheckpointNotFoundError
 from latentrt.runtime.serve.requests import CheckedRequest, ImageResult
 from latentrt.runtime.serve.runner import OnStep
+
+from helpers.fake_runner import FakeRunner
 
 STEP = 0.05
 HELD = FakeRunner()

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from fake_clock import FakeClock
+from helpers.fake_clock import FakeClock
 from latentrt.bench.cases import CASES, SideSpec, sides_named
 from latentrt.bench.demo_model.scenes import caption, random_scene, render
 from latentrt.bench.features import ClipFeatures, DemoFeatures, Judges, demo_prompts, read_truth
@@ -47,7 +47,10 @@ def test_a_back_end_that_sleeps_20_ms_a_step(
 ) -> None:
     if not real:
         FakeClock().install(monkeypatch)
-    known = {"quick": ("planted_sides", "QuickBackend"), "slow": ("planted_sides", "SlowBackend")}
+    known = {
+        "quick": ("helpers.planted_sides", "QuickBackend"),
+        "slow": ("helpers.planted_sides", "SlowBackend"),
+    }
     monkeypatch.setattr(registry, "_BACKENDS", known)
     sides = [SideSpec(name, "", LATENTRT, {"backend": name}) for name in known]
     found = measured(sides, tmp_path, rounds=7)
@@ -57,7 +60,7 @@ def test_a_back_end_that_sleeps_20_ms_a_step(
 
 def test_a_wrong_sampler_has_no_speed(tmp_path: Path) -> None:
     eager = sides_named(["latentrt-eager"])[0]
-    wrong = replace(eager, name="wrong", factory="planted_sides:open_wrong_sampler")
+    wrong = replace(eager, name="wrong", factory="helpers.planted_sides:open_wrong_sampler")
     found = measured([eager, wrong], tmp_path, rounds=1)
     assert found["wrong"].status == "invalid"
     assert found["wrong"].batches == []
@@ -130,7 +133,7 @@ def test_quality_of_pictures_beside_the_references(
 
 
 def test_clip_from_a_folder_sees_as_transformers_does(tmp_path: Path) -> None:
-    from tiny_checkpoints import MERGES, save_tokenizer
+    from helpers.tiny_checkpoints import MERGES, save_tokenizer
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
     small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}

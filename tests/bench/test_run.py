@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_clock import FakeClock
+from helpers.fake_clock import FakeClock
+from helpers.planted_sides import CASE, STEPS, planted, rows
 from latentrt.bench.cases import Case, SideSpec
 from latentrt.bench.gates import GATES
 from latentrt.bench.host import Host
@@ -17,7 +18,6 @@ from latentrt.bench.results import CaseResult, Row
 from latentrt.bench.room import Arrangement
 from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.worker import Job, Worker
-from planted_sides import CASE, STEPS, planted, rows
 
 
 def test_trying_settings_out_is_no_part_of_the_first_picture(
@@ -49,7 +49,7 @@ def test_a_side_that_builds_is_first_measured_in_a_process_before(measure: Calla
         opened.append(job.side.name)
         return Worker(job)
 
-    builds = SideSpec("builds", "", "planted_sides:open_planted", {"step_seconds": 0.01}, builds=True)
+    builds = SideSpec("builds", "", "helpers.planted_sides:open_planted", {"step_seconds": 0.01}, builds=True)
     found = rows(measure(planted("plain"), builds, open_host=counting, rounds=1))
     # One that builds nothing has a process before as well: its files are in memory like those of one that builds.
     assert opened == ["builds", "plain", "plain", "builds"]
@@ -69,7 +69,7 @@ def test_as_many_sides_build_at_the_same_time_as_asked(measure: Callable[..., Ca
                 both.wait(20)  # broken where the other one only comes later
             return super().open()
 
-    a, b = (SideSpec(name, "", "planted_sides:open_planted", builds=True) for name in "ab")
+    a, b = (SideSpec(name, "", "helpers.planted_sides:open_planted", builds=True) for name in "ab")
     found = measure(planted("plain"), a, b, open_host=Waiting, rounds=1, builders=2)
     assert [row.status for row in found.rows] == ["measured"] * 3
     assert found.builders == 2
@@ -88,7 +88,7 @@ def test_what_an_earlier_run_built_is_told_and_not_timed(
         return Worker(job)
 
     def build(**options: Any) -> Row:
-        side = SideSpec("builds", "", "planted_sides:open_planted", options, builds=True)
+        side = SideSpec("builds", "", "helpers.planted_sides:open_planted", options, builds=True)
         return measure(side, open_host=counting, rounds=1).rows[0]
 
     first, second, other = build(), build(), build(step_seconds=0.001)
@@ -197,7 +197,7 @@ def test_rounds_take_turns(measure: Callable[..., CaseResult]) -> None:
 def test_a_side_that_compiles_for_each_size_is_measured_at_the_first_on_a_cpu(
     measure: Callable[..., CaseResult],
 ) -> None:
-    compiled = SideSpec("compiled", "", "planted_sides:open_planted", compiles_each_size=True)
+    compiled = SideSpec("compiled", "", "helpers.planted_sides:open_planted", compiles_each_size=True)
     case = Case("planted", "nothing real", "none", steps=1, batches=(2, 3))
     found = rows(measure(planted("plain"), compiled, case=case, rounds=2))
     assert [b.batch for b in found["plain"].batches] == [2, 3]

@@ -10,10 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 import PIL.Image
-from fake_runner import FakeRunner, picture
 from latentrt.runtime.serve.requests import CheckedRequest, ImageResult
 from latentrt.runtime.serve.runner import OnStep
 from playwright.sync_api import Browser, Page, expect
+
+from helpers.fake_runner import FakeRunner, picture
 
 DONE = re.compile(r"^Done in \d+\.\d\d s\.$")
 SECONDS = 120  # for anything to happen in the browser: machines that test may be slow

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import tiny_components as tiny
 import torch
 from latentrt.runtime.engines.base import Component, Engine
 from torch import Tensor
+
+from helpers import tiny_components as tiny
 
 SIZES = ({"batch": 2, "height": 16, "width": 16}, {"batch": 4, "height": 12, "width": 20})
 """Of the demo's UNet."""

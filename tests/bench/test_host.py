@@ -7,11 +7,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers.planted_sides import planted
 from latentrt.bench.cases import Case
 from latentrt.bench.host import OwnProcess
 from latentrt.bench.worker import Job
 from latentrt.errors import BenchmarkError
-from planted_sides import planted
 
 CASE = Case("planted", "nothing real", "none", steps=5)
 

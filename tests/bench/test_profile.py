@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from helpers.planted_sides import planted
 from latentrt.bench import report
 from latentrt.bench.cases import Case
 from latentrt.bench.gates import GATES
@@ -19,7 +20,6 @@ from latentrt.bench.results import CaseResult, Report
 from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.worker import Worker
 from latentrt.errors import BenchmarkError
-from planted_sides import planted
 
 SIDE = 256
 

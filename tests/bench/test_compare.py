@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.planted_reports import MACHINE, noisy, report, row, with_figures
 from latentrt.bench.compare import TOLERANCE, compare, differences
 from latentrt.bench.gates import Quality
 from latentrt.bench.results import Report, write_report
 from latentrt.cli import _parser
 from latentrt.errors import BenchmarkError, RequestError
-from planted_reports import MACHINE, noisy, report, row, with_figures
 
 Run = Callable[..., tuple[int, str, str]]
 

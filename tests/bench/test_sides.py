@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.planted_sides import planted
 from latentrt.bench import onnxruntime_side
 from latentrt.bench.cases import Case, sides_named
 from latentrt.bench.diffusers_side import DiffusersSide, load_pipelines, open_side
@@ -27,7 +28,6 @@ from latentrt.bench.worker import Job, Worker
 from latentrt.errors import BackendUnavailableError, RequestError
 from latentrt.runtime.latents import NoiseSource
 from latentrt.runtime.pipeline import Pipeline
-from planted_sides import planted
 
 SMALL_UNET = {
     "block_out_channels": [32, 64, 64],

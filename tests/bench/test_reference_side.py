@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.planted_reports import report
+from helpers.planted_sides import planted
 from latentrt.bench import tables
 from latentrt.bench.cases import Case, SideSpec, eager_sides, sides_named
 from latentrt.bench.gates import GATES
@@ -16,15 +18,13 @@ from latentrt.bench.report import markdown
 from latentrt.bench.results import CaseResult
 from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.worker import Job, Run, Worker
-from planted_reports import report
-from planted_sides import planted
 
 CASE = Case("planted", "nothing real", "none", steps=1, dtype="float16")
 
 
 def eager(dtype: str | None = None) -> SideSpec:
     name = "latentrt-eager" + (f"@{dtype}" if dtype else "")
-    return SideSpec(name, "", "planted_sides:open_backend", {"backend": "eager"}, dtype=dtype)
+    return SideSpec(name, "", "helpers.planted_sides:open_backend", {"backend": "eager"}, dtype=dtype)
 
 
 def measure(

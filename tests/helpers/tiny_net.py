@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tiny_checkpoints import write_json
 from torch import Tensor, nn
+
+from helpers.tiny_checkpoints import write_json
 
 
 class Net(nn.Module):

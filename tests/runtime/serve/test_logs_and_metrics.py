@@ -7,10 +7,10 @@ import logging
 import re
 
 import pytest
-from fake_runner import FakeRunner
+from helpers.fake_runner import FakeRunner
+from helpers.served import Served, events_of, until
 from latentrt.runtime.serve.logs import JsonFormatter
 from latentrt.runtime.serve.metrics import Metrics
-from served import Served, events_of, until
 
 
 def test_metrics_count(server: Served) -> None:

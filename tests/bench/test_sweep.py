@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_clock import FakeClock
+from helpers.fake_clock import FakeClock
 from latentrt.bench.features import Judges
 from latentrt.bench.quality import Moments
 from latentrt.bench.sweep import Point, page, sweep, table, write_sweep

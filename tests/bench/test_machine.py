@@ -84,7 +84,7 @@ class InContainer(Library):
         return SimpleNamespace(used=self.used)
 
 
-def test_a_share_of_the_gpu_is_told_by_turns_where_processes_are_not_told_apart() -> None:
+def test_gpu_memory_without_per_process_figures() -> None:
     library = InContainer()
     mine, theirs = (GpuShare(Nvml(library, object())) for _ in range(2))
 

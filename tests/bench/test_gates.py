@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.planted_sides import planted
 from latentrt.bench.cases import CASES
 from latentrt.bench.features import Judges
 from latentrt.bench.gates import GATES, Quality, likeness
@@ -16,7 +17,6 @@ from latentrt.bench.run import Plan
 from latentrt.bench.suite import Settings, Suite
 from latentrt.errors import RequestError
 from latentrt.export import measures
-from planted_sides import planted
 
 
 def test_half_precision_may_be_as_far_off_as_eager_pytorch_is() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import latentrt
 import pytest
+from helpers.served import Served, served
 from latentrt.runtime.serve.runner import PipelineRunner
 from latentrt.runtime.serve.schema import Limits
-from served import Served, served
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
 from latentrt.runtime.latents import NoiseSource, initial_latents, noised_latents
 from latentrt.runtime.sampler import SamplerConfig, build_table, step_range
-from loops import denoise
 from torch import Tensor
+
+from helpers.loops import denoise
 
 Fields = dict[str, Any]
 Model = Callable[[Tensor, Tensor], Tensor]

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
-from parity_cases import NATIVE, PREDICTIONS, SAMPLERS, SEEDS, SPLITS, STRENGTHS, Case, Options
 from tolerances import PIPELINE_EAGER
+
+from helpers.parity_cases import NATIVE, PREDICTIONS, SAMPLERS, SEEDS, SPLITS, STRENGTHS, Case, Options
 
 Images = NDArray[np.float32]
 

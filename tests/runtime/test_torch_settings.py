@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_components as tiny
 import torch
+from helpers import tiny_components as tiny
+from helpers.tiny_requests import CALL
 from latentrt import Pipeline
 from latentrt.runtime.conditioning import guidance_scale_embedding
 from latentrt.runtime.engines.base import Component
@@ -19,7 +20,6 @@ from latentrt.runtime.prepare import onnx_model
 from latentrt.runtime.sampler import build_table
 from latentrt.runtime.sampler_config import SamplerConfig
 from latentrt.runtime.schedule import make_schedule
-from small_request import CALL
 from torch import Tensor
 
 

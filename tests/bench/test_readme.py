@@ -9,13 +9,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from helpers.planted_reports import MACHINE, report, with_figures
 from latentrt.bench import readme
 from latentrt.bench.machine import RESULTS
 from latentrt.bench.profile import Profile
 from latentrt.bench.proportions import BENCHMARK, SCHEMA, Measured, estimate
 from latentrt.bench.results import read_report, write_report
 from latentrt.errors import BenchmarkError
-from planted_reports import MACHINE, report, with_figures
 
 DEMO = RESULTS / "demo_bench_cpu.json"
 

@@ -122,7 +122,7 @@ def open_planted(
 
 def planted(name: str, **options: Any) -> SideSpec:
     """`planted("slow", step_seconds=0.02)`."""
-    return SideSpec(name, "planted", "planted_sides:open_planted", options)
+    return SideSpec(name, "planted", "helpers.planted_sides:open_planted", options)
 
 
 def rows(result: CaseResult) -> dict[str, Row]:

@@ -1,0 +1,12 @@
+"""What several tests share. Imported as `helpers`: `from helpers.served import served`.
+
+tiny_checkpoints, tiny_components, tiny_net, tiny_onnx, tiny_requests     small random models and calls of them
+published_configs, original_layout    configurations of real models; SDXL's keys in a single file
+parity, parity_cases, sampler_oracle  what diffusers computes, and which calls are compared with it
+kernel_checks, engine_checks          an operator against float64; an engine that is replayed
+loops, threads, stream_order          run a loop; work in several threads; whether streams are ordered
+fake_*                                stands in for a clock, a device, its queue, an engine's runner, TensorRT
+planted_sides, planted_reports        sides of the benchmark with known faults, and their reports
+served, page_tab                      the application over a real socket; its page in Chromium
+replicas, ray_runner, ray_server      an ingress over replicas of the tests' own; the same under Ray
+"""
