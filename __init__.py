@@ -17,10 +17,17 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .runtime.pipeline import Pipeline as Pipeline
     from .runtime.pipeline import PipelineOutput as PipelineOutput
+    from .runtime.serve.engine import AsyncEngine as AsyncEngine
+    from .runtime.serve.requests import ImageRequest as ImageRequest
 
-_LAZY = {"Pipeline": ".runtime.pipeline", "PipelineOutput": ".runtime.pipeline"}
+_LAZY = {
+    "AsyncEngine": ".runtime.serve.engine",
+    "ImageRequest": ".runtime.serve.requests",
+    "Pipeline": ".runtime.pipeline",
+    "PipelineOutput": ".runtime.pipeline",
+}
 
-__all__ = ["Pipeline", "PipelineOutput", "__version__"]
+__all__ = ["AsyncEngine", "ImageRequest", "Pipeline", "PipelineOutput", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

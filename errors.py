@@ -3,27 +3,27 @@
 LatentRTError
 ├── RequestError                 what was asked for cannot be made (also a ValueError)
 │   ├── EngineSizeError          no engine was built for such sizes, or for so many images at once
-│   └── MemoryPlanError          it needs more device memory than there is
+│   └── MemoryPlanError          by plan it needs more device memory than is free
 ├── KernelArgumentError          an operator got a tensor it cannot take (also a ValueError)
 ├── CheckpointError              a checkpoint is missing, damaged or not understood
 │   ├── CheckpointNotFoundError  no such folder, file or hub id
 │   ├── UnsafeWeightsError       pickled weights, which can run code, are refused
 │   ├── WeightsMismatchError     keys or shapes differ from the model's
 │   └── UnsupportedConfigError   a configuration field asks for what latentrt lacks
-├── BackendError                 a back end failed
+├── BackendError                 a back end could not prepare or run a network
 │   ├── UnknownBackendError      no back end of that name
-│   ├── OutOfMemoryError         it had too little memory for what was asked
+│   ├── OutOfMemoryError         the device ran out of memory while it ran
 │   ├── BackendUnavailableError  known, but it cannot run on this machine
 │   └── CaptureError             its work could not be captured as a CUDA graph
 ├── ExportError                  a component could not be written as ONNX, or its check failed
 ├── BuildError                   an exported component could not be compiled to an engine
-├── ServiceError                 a service did not make it, for no fault of the request
-│   ├── QueueFullError           as many wait as may, or it would be too late; says when to try again
-│   ├── DeadlineError            its time ran out
-│   ├── DrainingError            shutting down
-│   └── StoppedError             a fault has ended it
+├── ServiceError                 a service could not serve a valid request
+│   ├── QueueFullError           refused for now; `retry_after` says when to try again
+│   ├── DeadlineError            the request's timeout has passed
+│   ├── DrainingError            the service is shutting down
+│   └── StoppedError             a fault has ended the service
 ├── CacheError                   the store of exported models cannot be read or written
-└── BenchmarkError               a side could not be measured, or results not read, or they got worse
+└── BenchmarkError               a benchmark could not be run, read or compared, or found a regression
 
 A message names the value that was refused and what to do instead.
 """

@@ -32,11 +32,11 @@ class Gpu:
     bandwidth: float
     """Bandwidth of its memory, in TB/s."""
     source: str
-    """`measured` on such a GPU, or `datasheet`."""
+    """`datasheet`, or `reported`: measured on such a GPU, but not by this project."""
 
 
 GPUS = (
-    Gpu("H200", 90, 790.0, 4.3, "measured"),
+    Gpu("H200", 90, 790.0, 4.3, "reported"),
     Gpu("H100", 90, 989.0, 3.35, "datasheet"),  # SXM
     Gpu("B200", 100, 2250.0, 8.0, "datasheet"),
     Gpu("A100", 80, 312.0, 2.039, "datasheet"),  # SXM, 80 GB

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
-from latentrt import Pipeline
+from latentrt import AsyncEngine, ImageRequest, Pipeline
 from latentrt.errors import (
     DeadlineError,
     DrainingError,
@@ -22,8 +22,6 @@ from latentrt.errors import (
     StoppedError,
 )
 from latentrt.runtime.image import png_bytes
-from latentrt.runtime.serve.engine import AsyncEngine
-from latentrt.runtime.serve.requests import ImageRequest
 
 
 def demo() -> Any:

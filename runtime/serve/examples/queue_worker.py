@@ -13,11 +13,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentrt import Pipeline
+from latentrt import AsyncEngine, ImageRequest, Pipeline
 from latentrt.errors import QueueFullError, RequestError
 from latentrt.runtime.image import save_png
-from latentrt.runtime.serve.engine import AsyncEngine
-from latentrt.runtime.serve.requests import ImageRequest
 
 
 @dataclass(frozen=True)
