@@ -23,9 +23,9 @@ def attention_ahead(
     o_ptr,  # [B, Sq, H, D]
     SCALE: tl.constexpr,
     D: tl.constexpr,
-    NEGATE: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
-    EIGHTS: tl.constexpr,
+    ALIGNED_TO_8: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -38,7 +38,7 @@ def attention_ahead(
         *(Sk * row, row, D, 1),
         *(Sk * row, row, D, 1),
         *(H, Sq, Sk, SCALE),
-        *(D, NEGATE, PRECISION, EIGHTS, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N),
+        *(D, NEGATIVE_SCALE, PRECISION, ALIGNED_TO_8, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N),
     )
 
 
@@ -53,7 +53,7 @@ def attention_wide_ahead(
     o_ptr,  # [B, Sq, H, D]
     SCALE: tl.constexpr,
     D: tl.constexpr,
-    NEGATE: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -67,5 +67,5 @@ def attention_wide_ahead(
         *(Sk * row, row, D, 1),
         *(Sk * row, row, D, 1),
         *(H, Sq, Sk, SCALE),
-        *(D, NEGATE, PRECISION, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N),
+        *(D, NEGATIVE_SCALE, PRECISION, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N),
     )

@@ -37,7 +37,7 @@ def _attention_tma(
     Sk,
     scale,  # of the scores, times log2(e); positive
     D: tl.constexpr,
-    NEGATE: tl.constexpr,  # whether the true scale is negative
+    NEGATIVE_SCALE: tl.constexpr,  # whether the true scale is negative
     EVEN: tl.constexpr,  # whether BLOCK_N divides Sk
     SPECIALIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -59,7 +59,7 @@ def _attention_tma(
     for start in tl.range(0, Sk, BLOCK_N, warp_specialize=SPECIALIZE):
         b_k = tl.reshape(k_desc.load([b, start, h, 0]), [BLOCK_N, D])
         b_s = tl.dot(b_q, tl.trans(b_k))
-        if NEGATE:
+        if NEGATIVE_SCALE:
             b_s = -b_s
         if not EVEN:
             b_s = tl.where((start + tl.arange(0, BLOCK_N) < Sk)[None, :], b_s, float("-inf"))
@@ -106,7 +106,7 @@ def launch(
     warps: int,
     stages: int,
 ) -> Launch:
-    """`scale` as the kernel takes it; `constants` with NEGATE, SPECIALIZE, BLOCK_M and BLOCK_N."""
+    """`scale` as the kernel takes it; `constants` with NEGATIVE_SCALE, SPECIALIZE, BLOCK_M and BLOCK_N."""
     B, Sq, H, D = q.shape
     Sk = k.shape[1]
     block_m, block_n = constants["BLOCK_M"], constants["BLOCK_N"]

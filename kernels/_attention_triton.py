@@ -45,9 +45,9 @@ def _attention(
     Sk,
     scale,  # of the scores, times log2(e); positive
     D: tl.constexpr,
-    NEGATE: tl.constexpr,  # whether the true scale is negative
+    NEGATIVE_SCALE: tl.constexpr,  # whether the true scale is negative
     PRECISION: tl.constexpr,
-    EIGHTS: tl.constexpr,  # whether strides of batches, rows and heads are multiples of eight
+    ALIGNED_TO_8: tl.constexpr,  # whether strides of batches, rows and heads are multiples of eight
     BLOCK_D: tl.constexpr,  # a head is split into BLOCK_D and BLOCK_E columns: 80 is 64 + 16, not a padded 128
     BLOCK_E: tl.constexpr,  # 0 if BLOCK_D covers the head; else BLOCK_D + BLOCK_E == D
     BLOCK_M: tl.constexpr,
@@ -60,7 +60,7 @@ def _attention(
     b = (pid // blocks // H).to(tl.int64)
     h = (pid // blocks % H).to(tl.int64)
     # Triton itself detects multiples of 16 only: heads of 40 would be loaded element by element.
-    if EIGHTS:
+    if ALIGNED_TO_8:
         stride_qb, stride_qs, stride_qh = stride_qb // 8 * 8, stride_qs // 8 * 8, stride_qh // 8 * 8
         stride_kb, stride_ks, stride_kh = stride_kb // 8 * 8, stride_ks // 8 * 8, stride_kh // 8 * 8
         stride_vb, stride_vs, stride_vh = stride_vb // 8 * 8, stride_vs // 8 * 8, stride_vh // 8 * 8
@@ -101,7 +101,7 @@ def _attention(
                 else:
                     b_k_e = tl.load(p_k + e[:, None] * stride_kd, mask=m_n[None, :], other=0.0)
                 b_s = tl.dot(b_q_e, b_k_e, b_s, input_precision=PRECISION)
-            if NEGATE:
+            if NEGATIVE_SCALE:
                 b_s = -b_s
             if TAIL == 1:
                 b_s = tl.where(m_n[None, :], b_s, float("-inf"))
@@ -157,7 +157,7 @@ def _attention_wide(
     Sk,
     scale,
     D: tl.constexpr,
-    NEGATE: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,  # columns of q and k multiplied at a time
     BLOCK_V: tl.constexpr,  # columns of v, and of the output, of one program
@@ -194,7 +194,7 @@ def _attention_wide(
             b_q = tl.load(p_q + (c + d)[None, :] * stride_qd, mask=m_m[:, None] & m_d[None, :], other=0.0)
             b_k = tl.load(p_k + (c + d)[:, None] * stride_kd, mask=m_d[:, None] & m_n[None, :], other=0.0)
             b_s = tl.dot(b_q, b_k, b_s, input_precision=PRECISION)
-        if NEGATE:
+        if NEGATIVE_SCALE:
             b_s = -b_s
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
         b_p, b_alpha, b_max, b_sum = softmax_step(b_s, b_max, b_sum, scale)
@@ -241,7 +241,7 @@ def plan_kernel(
     tma, specialize = tuned.pop("TMA", 0), tuned.pop("SPECIALIZE", 0)
     if tma and descriptors and describable(q, k, v):
         blocks = {name: tuned[name] for name in ("BLOCK_M", "BLOCK_N")}
-        constants = {"NEGATE": scale < 0, "SPECIALIZE": bool(specialize), **blocks}
+        constants = {"NEGATIVE_SCALE": scale < 0, "SPECIALIZE": bool(specialize), **blocks}
         return out, [launch(q, k, v, out, magnitude, constants, warps=warps, stages=stages)]
 
     if descriptors and q.dtype != torch.float32:
@@ -253,13 +253,13 @@ def plan_kernel(
     args["scale"] = magnitude
     # TF32 would drop thirteen of float32's bits.
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
-    constants = {"D": D, "NEGATE": scale < 0, "PRECISION": precision, **tuned}
+    constants = {"D": D, "NEGATIVE_SCALE": scale < 0, "PRECISION": precision, **tuned}
     programs = B * H * cdiv(Sq, tuned["BLOCK_M"])
     if wide:
         programs *= cdiv(D, tuned["BLOCK_V"])
         return out, [Launch(_attention_wide, (programs,), args, constants, warps, stages)]
-    constants["BLOCK_D"], constants["BLOCK_E"] = _cut(D)
-    constants["EIGHTS"] = all(_eights(t) for t in (q, k, v))
+    constants["BLOCK_D"], constants["BLOCK_E"] = _split_head(D)
+    constants["ALIGNED_TO_8"] = all(_is_aligned_to_8(t) for t in (q, k, v))
     return out, [Launch(_attention, (programs,), args, constants, warps, stages)]
 
 
@@ -288,7 +288,7 @@ def table_of(q: Tensor) -> str:
     return "attention_wide" if q.shape[3] > WIDE else "attention"
 
 
-def _eights(t: Tensor) -> bool:
+def _is_aligned_to_8(t: Tensor) -> bool:
     """Whether every row of this [B, S, H, D] begins a multiple of eight elements after the first."""
     return all(size == 1 or stride % 8 == 0 for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True))
 
@@ -296,7 +296,7 @@ def _eights(t: Tensor) -> bool:
 def _aligned(t: Tensor) -> Tensor:
     """t itself if laid out as by a projection; else a copy whose rows begin at multiples of eight elements. Other rows,
     or columns that are not contiguous, would be loaded element by element through registers, which spill."""
-    if _eights(t) and t.stride(3) == 1:
+    if _is_aligned_to_8(t) and t.stride(3) == 1:
         return t
     *size, D = t.shape
     return torch.empty((*size, round_up(D, 8)), dtype=t.dtype, device=t.device)[..., :D].copy_(t)
@@ -309,7 +309,7 @@ def _shape_class(D: int, Sk: int) -> str:
     return "d64-long" if width == "d64" and Sk > LONG else width
 
 
-def _cut(D: int) -> tuple[int, int]:
+def _split_head(D: int) -> tuple[int, int]:
     """Two powers of two whose sum is D; or the next power of two, which is masked beyond D, and 0."""
     whole = max(16, 1 << (D - 1).bit_length())
     rest = D - whole // 2

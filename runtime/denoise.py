@@ -94,7 +94,7 @@ class DenoiseState:
 
     def __init__(self, kind: LoopKind, device: torch.device) -> None:
         B, C, h, w = kind.shape
-        rows = 2 * B if kind.guided else B
+        R = 2 * B if kind.guided else B
         steps = kind.capacity
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -102,10 +102,10 @@ class DenoiseState:
 
         self.kind = kind
         self.latents = zeros(B, C, h, w)
-        self.sample = zeros(rows, C, h, w, dtype=kind.dtype)
-        self.timestep = zeros(rows)
-        self.prediction = zeros(rows, 2 * C if kind.variance else C, h, w, dtype=kind.dtype)
-        self._rows = zeros(steps, COLUMNS)
+        self.sample = zeros(R, C, h, w, dtype=kind.dtype)
+        self.timestep = zeros(R)
+        self.prediction = zeros(R, 2 * C if kind.variance else C, h, w, dtype=kind.dtype)
+        self._table = zeros(steps, COLUMNS)
         self._index = zeros(1, dtype=torch.int64)
         self._scale = zeros(B) if kind.guided else None
         self._rescale = zeros(B) if kind.guided else None
@@ -150,15 +150,14 @@ class DenoiseState:
             self._rescale.fill_(guidance_rescale)
         if self._history is not None:
             self._history.zero_()
-        rows = table.on(self.latents.device)
-        self._rows.zero_()
-        self._rows[: len(table)].copy_(rows)
-        self.timesteps.values.copy_(self._rows[:, 0])
+        self._table.zero_()
+        self._table[: len(table)].copy_(table.on(self.latents.device))
+        self.timesteps.values.copy_(self._table[:, 0])
         self._index.zero_()
 
     def step(self, predict: Callable[[], None]) -> None:
         """Scale the latents, have the prediction written, update latents, history and index."""
-        row = step_row(self._rows, self._index)
+        row = step_row(self._table, self._index)
         scaled = self.latents * row.input_scale
         self.sample.copy_(scaled.repeat(len(self.sample) // len(scaled), 1, 1, 1))
         self.timestep.copy_(row.timestep.expand_as(self.timestep))
@@ -168,7 +167,7 @@ class DenoiseState:
             self.prediction,
             self._history,
             self._noise,
-            self._rows,
+            self._table,
             self._index,
             self._scale,
             self._rescale,

@@ -134,17 +134,17 @@ def step_range(
         if denoising_start == 1:
             begin = end
         elif denoising_start > 0:
-            begin = end - int((timesteps < _cut(denoising_start, T)).sum())
+            begin = end - int((timesteps < _timestep_at(denoising_start, T)).sum())
     elif strength is not None:
         taken = min(int(num_steps * strength), num_steps)
         begin = min(num_steps - taken, end) if taken else end  # PNDM has a timestep more than steps
     if denoising_end is not None and denoising_end < 1:
-        kept = 0 if denoising_end == 0 else int((timesteps[begin:] >= _cut(denoising_end, T)).sum())
+        kept = 0 if denoising_end == 0 else int((timesteps[begin:] >= _timestep_at(denoising_end, T)).sum())
         end = begin + kept
     return begin, end
 
 
-def _cut(fraction: float, T: int) -> int:
+def _timestep_at(fraction: float, T: int) -> int:
     """The timestep at which this fraction of the schedule ends."""
     return round(T - fraction * T)
 

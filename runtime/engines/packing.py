@@ -65,8 +65,11 @@ def pack_attention(module: nn.Module) -> list[Tensor]:
 
 
 def defer_biases(module: nn.Module) -> None:
-    """Take the biases from the convolutions of a UNet, VAE decoder or VAE encoder, follow each while it is pending, and
-    give it to the next layer that can add it. Any other network is left as it is."""
+    """Move each convolution's bias, in a UNet, VAE decoder or VAE encoder, to the next layer that adds a vector anyway: a
+    norm's shift, or a projection's bias. PyTorch adds a convolution's own in a kernel by itself.
+
+    Until that layer the images lack the bias: it is pending. Any other network is left as it is.
+    """
     if isinstance(module, UNet):
         _defer_in_unet(module)
     elif isinstance(module, VAEDecoder):
