@@ -105,7 +105,12 @@ def _add_bench(commands: Commands) -> None:
     parser.add_argument(
         "--rounds", type=int, default=9, help="timed calls of each side and batch size (default 9)"
     )
-    parser.add_argument("--pictures", type=int, default=4, help="for the gate (default 4); 50 for FID")
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        default=4,
+        help="compared with the reference's (default 4); FID by --inception needs 2049",
+    )
     parser.add_argument("--gate", default="eager", help="what a speed has to pass (default eager)")
     parser.add_argument(
         "--metric", action="append", default=[], help="psnr, ssim, lpips, clip, fid (default: all there are)"
@@ -213,7 +218,7 @@ def _add_sweep(actions: Commands) -> None:
     parser.add_argument(
         "--share", type=shares, metavar="F,G,...", default=(0.6, 0.8, 1.0), help="default 0.6,0.8,1"
     )
-    parser.add_argument("--pictures", type=int, default=56, help="of each setting (default 56; FID takes 50)")
+    parser.add_argument("--pictures", type=int, default=56, help="of each setting (default 56)")
     parser.add_argument("--batch", type=int, default=8, help="pictures at once (default 8)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", default="auto", help="see `latentrt backends` (default auto)")

@@ -193,7 +193,8 @@ def bench_loadgen(args: argparse.Namespace) -> Iterator[str]:
 def bench_sweep(args: argparse.Namespace) -> Iterator[str]:
     """Time against quality over steps and the refiner's share, on the demo."""
     from ..runtime.pipeline import Pipeline
-    from .features import demo_judges, demo_prompts
+    from .demo_model.evaluate import grammar_prompts
+    from .features import DemoFeatures
     from .live import LiveTable
     from .sweep import sweep, table, write_sweep
 
@@ -213,8 +214,8 @@ def bench_sweep(args: argparse.Namespace) -> Iterator[str]:
     with LiveTable("sweep", ["demo"]) as live:
         points = sweep(
             make,
-            demo_prompts(args.pictures, args.seed),
-            demo_judges(),
+            grammar_prompts(args.pictures, args.seed),
+            DemoFeatures(),
             steps=args.steps,
             fracs=args.share,
             batch=args.batch,

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from ..errors import RequestError
 from ..runtime.pipeline import Pipeline
-from .demo_model.scenes import caption, random_scene, render
+from .demo_model.scenes import caption, random_scene
 from .lpips import Lpips
 from .models import checkpoint_folder
-from .quality import Features, ImageTower, Moments, clip_scores, fid_features
+from .quality import Features, ImageTower, Moments, clip_scores, pictures_for_fid
 from .side import Picture
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "read_truth",
 ]
 
-_TRUTH = 200
 _CLIP_SIZES = {(12, 768): "ViT-B", (24, 1024): "ViT-L", (32, 1280): "ViT-H"}
 """(layers, width) of the picture's side."""
 
@@ -79,7 +78,7 @@ class Judges:
 
 
 class DemoFeatures:
-    """The shipped image tower beside the demo's second text encoder; truth are drawn scenes."""
+    """The shipped image tower with the demo's second text encoder, for CLIP score."""
 
     def __init__(self) -> None:
         self.name = "the demo's image tower"
@@ -88,11 +87,6 @@ class DemoFeatures:
         if pipe.text_encoder_2 is None:
             raise AssertionError("the demo has two text encoders")
         self._encoder = pipe.text_encoder_2
-        rng = random.Random("latentrt bench truth")
-        self.truth = Moments.of(self.see([render(random_scene(rng)) for _ in range(_TRUTH)]))
-
-    def see(self, pictures: Sequence[Picture]) -> Features:
-        return fid_features(self._tower, pictures)
 
     @torch.no_grad()
     def scores(self, pictures: Sequence[Picture], prompts: Sequence[str]) -> NDArray[np.float64]:
@@ -101,9 +95,9 @@ class DemoFeatures:
 
 
 def demo_judges() -> Judges:
-    """The shipped ones, for the demo's world."""
-    demo = DemoFeatures()
-    return Judges(clip=demo, fid=demo, truth=demo.truth)
+    """The shipped ones, for the demo's world. FID is not among them: it needs more pictures than a benchmark makes (see
+    `demo_model/evaluate.py`)."""
+    return Judges(clip=DemoFeatures())
 
 
 class ClipFeatures:
@@ -164,10 +158,16 @@ def read_truth(source: Path, judge: FidNetwork) -> Moments:
     """Of true pictures in a folder, or of an `.npz` file with `mu` and `sigma`, as FID's statistics are passed around.
 
     Raises:
-        RequestError: it is neither.
+        RequestError: it is neither, or there are too few pictures.
     """
     if source.suffix != ".npz":
-        return Moments.of(judge.see(read_pictures(source)))
+        features = judge.see(read_pictures(source))
+        if (least := pictures_for_fid(features.shape[1])) > len(features):
+            raise RequestError(
+                f"{source} has {len(features)} pictures; FID over the {features.shape[1]} features of {judge.name} "
+                f"needs {least} or more"
+            )
+        return Moments.of(features)
     try:
         with np.load(source) as found:
             return Moments(found["mu"].astype(np.float64), found["sigma"].astype(np.float64))

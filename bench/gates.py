@@ -15,17 +15,15 @@ from ..export.verify import LIMITS
 from .cases import DTYPES, MLPERF, Case
 from .features import Judges
 from .lpips import Lpips
-from .quality import frechet_distance
+from .quality import frechet_distance, pictures_for_fid
 from .side import Images, Picture, Pictures, as_bytes, unit
 
-__all__ = ["FID_LEAST", "GATES", "Gate", "Quality", "gate_named", "likeness", "measure_quality"]
+__all__ = ["GATES", "Gate", "Quality", "gate_named", "likeness", "measure_quality"]
 
 _LEAST_DB = 20.0  # of eager PyTorch in half precision; below it there is something wrong with itself
 _WORSE_DB = 3.0
 """Twice the squared error of eager PyTorch in the same dtype: what rounding in another order may cost."""
 _WORSE_SSIM = 0.02
-FID_LEAST = 50
-"""Pictures below which FID is not told: of a handful, noise does not move it."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Quality:
         lpips: of the worst picture.
         clip: mean CLIP score.
         clip_reference: the same of the reference's pictures.
-        fid: to true pictures, from `FID_LEAST` pictures on.
+        fid: to true pictures, if there are enough of them (`pictures_for_fid`).
         fid_reference: the same of the reference's pictures.
         lpips_by, clip_by, fid_by: the networks.
     """
@@ -85,8 +83,9 @@ def measure_quality(images: Pictures, reference: Pictures, prompts: Sequence[str
     if judges.clip is not None:
         scores = [float(judges.clip.scores(pictures, prompts).mean()) for pictures in (mine, theirs)]
         found = replace(found, clip=scores[0], clip_reference=scores[1], clip_by=judges.clip.name)
-    if judges.fid is not None and judges.truth is not None and len(images) >= FID_LEAST:
-        fids = [frechet_distance(judges.truth, judges.fid.see(pictures)) for pictures in (mine, theirs)]
+    truth = judges.truth
+    if judges.fid is not None and truth is not None and len(images) >= pictures_for_fid(len(truth.mean)):
+        fids = [frechet_distance(truth, judges.fid.see(pictures)) for pictures in (mine, theirs)]
         found = replace(found, fid=fids[0], fid_reference=fids[1], fid_by=judges.fid.name)
     return found
 

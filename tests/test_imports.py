@@ -93,7 +93,13 @@ def test_unknown_names_say_what_there_is() -> None:
 
     with pytest.raises(AttributeError, match=r"no attribute 'Pipelin'; it has .*Pipeline"):
         _ = latentrt.Pipelin
-    assert set(latentrt.__all__) == {"AsyncEngine", "ImageRequest", "Pipeline", "PipelineOutput", "__version__"}
+    assert set(latentrt.__all__) == {
+        "AsyncEngine",
+        "ImageRequest",
+        "Pipeline",
+        "PipelineOutput",
+        "__version__",
+    }
     assert all(getattr(latentrt, name) is not None for name in latentrt.__all__)
 
 

@@ -65,8 +65,8 @@ def pack_attention(module: nn.Module) -> list[Tensor]:
 
 
 def defer_biases(module: nn.Module) -> None:
-    """Move each convolution's bias, in a UNet, VAE decoder or VAE encoder, to the next layer that adds a vector anyway: a
-    norm's shift, or a projection's bias. PyTorch adds a convolution's own in a kernel by itself.
+    """Move each convolution's bias, in a UNet, VAE decoder or VAE encoder, to the next layer that adds a vector anyway:
+    a norm's shift, or a projection's bias. PyTorch adds a convolution's own in a kernel by itself.
 
     Until that layer the images lack the bias: it is pending. Any other network is left as it is.
     """

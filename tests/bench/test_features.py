@@ -15,11 +15,19 @@ import torch
 from helpers.fake_clock import FakeClock
 from latentrt.bench.cases import CASES, SideSpec, sides_named
 from latentrt.bench.demo_model.scenes import caption, random_scene, render
-from latentrt.bench.features import ClipFeatures, DemoFeatures, Judges, demo_prompts, read_truth
+from latentrt.bench.features import (
+    ClipFeatures,
+    DemoFeatures,
+    Judges,
+    demo_prompts,
+    read_pictures,
+    read_truth,
+)
 from latentrt.bench.gates import GATES, measure_quality
-from latentrt.bench.quality import frechet_distance
+from latentrt.bench.quality import Features, Moments, fid_features, frechet_distance
 from latentrt.bench.results import Row
 from latentrt.bench.run import CaseRun, Plan
+from latentrt.bench.side import Picture
 from latentrt.bench.worker import Worker
 from latentrt.errors import RequestError
 from latentrt.runtime.engines import registry
@@ -80,14 +88,17 @@ def test_the_same_run_twice_differs_by_less_than_its_interval(tmp_path: Path) ->
 
 
 def test_fid_of_true_scenes_to_themselves_is_0_and_rises_with_noise(features: DemoFeatures) -> None:
+    def see(pictures: Sequence[Picture]) -> Features:
+        return fid_features(features._tower, pictures)
+
     rng = random.Random(5)
     scenes = [render(random_scene(rng)) for _ in range(60)]
     noise = np.random.default_rng(0).normal(size=(60, *scenes[0].shape))
-    truth = features.see(scenes)
+    truth = see(scenes)
     fids = []
     for level in (0, 6, 15, 40, 90):
         noisy = [np.clip(s + level * n, 0, 255).astype(np.uint8) for s, n in zip(scenes, noise, strict=True)]
-        fids.append(frechet_distance(truth, features.see(noisy)))
+        fids.append(frechet_distance(truth, see(noisy)))
     print(fids)
     assert fids[0] == pytest.approx(0, abs=1e-4)  # fewer pictures than features: rounding
     assert all(later > 1.5 * earlier for earlier, later in pairwise(fids[1:]))
@@ -106,9 +117,16 @@ def test_clip_score_orders_right_captions_above_wrong_ones(features: DemoFeature
     assert right.mean() > wrong.mean() + 10
 
 
-def test_quality_of_pictures_beside_the_references(
-    features: DemoFeatures, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Colours:
+    """Three features of a picture, for FID: its mean red, green and blue."""
+
+    name = "mean colours"
+
+    def see(self, pictures: Sequence[Picture]) -> Features:
+        return np.stack([picture.mean((0, 1)) for picture in pictures]).astype(np.float64)
+
+
+def test_quality_of_pictures_beside_the_references(features: DemoFeatures) -> None:
     rng = random.Random(9)
     scenes = [random_scene(rng) for _ in range(6)]
     captions = [caption(rng, scene) for scene in scenes]
@@ -116,20 +134,20 @@ def test_quality_of_pictures_beside_the_references(
     damaged = np.clip(clean + 0.2 * np.random.default_rng(0).standard_normal(clean.shape), 0, 1).astype(
         np.float32
     )
-    judges = Judges(clip=features, fid=features, truth=features.truth)
+    truth = Moments.of(Colours().see([render(random_scene(rng)) for _ in range(30)]))
+    judges = Judges(clip=features, fid=Colours(), truth=truth)
     same, other = (measure_quality(x, clean, captions, judges) for x in (clean, damaged))
     assert (same.psnr, same.pictures) == (200.0, 6)
     assert same.ssim == pytest.approx(1, abs=1e-9)
     assert same.clip == same.clip_reference
-    assert same.fid is None  # of six
+    assert other.fid > 0
+    assert same.fid == other.fid_reference != other.fid
+    few = measure_quality(clean[:3], clean[:3], captions[:3], judges)
+    assert few.fid is None  # three pictures for three features
     assert other.psnr == pytest.approx(14, abs=3)
     assert other.ssim < 0.7
     assert other.clip < same.clip
     assert other.clip_by == "the demo's image tower"
-    monkeypatch.setattr("latentrt.bench.gates.FID_LEAST", 6)
-    again = measure_quality(clean, damaged, captions, judges)
-    assert again.fid > 0
-    assert again.fid != again.fid_reference
 
 
 def test_clip_from_a_folder_sees_as_transformers_does(tmp_path: Path) -> None:
@@ -139,8 +157,11 @@ def test_clip_from_a_folder_sees_as_transformers_does(tmp_path: Path) -> None:
     small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
     ids = {"vocab_size": 514 + MERGES, "bos_token_id": 512 + MERGES, "eos_token_id": 513 + MERGES}
     torch.manual_seed(0)
+    width = 16
     config = CLIPConfig(
-        text_config={**small, **ids}, vision_config={**small, "image_size": 32, "patch_size": 8}
+        projection_dim=width,
+        text_config={**small, **ids},
+        vision_config={**small, "image_size": 32, "patch_size": 8},
     )
     model = CLIPModel(config).eval()
     model.save_pretrained(tmp_path / "clip")
@@ -162,8 +183,16 @@ def test_clip_from_a_folder_sees_as_transformers_does(tmp_path: Path) -> None:
     wanted = 100 * (out.image_embeds * out.text_embeds).sum(-1)
     # They resize bytes and round; PyTorch resizes numbers.
     assert clip.scores(pictures, prompts) == pytest.approx(wanted.numpy(), abs=0.5)
+    with pytest.raises(
+        RequestError, match=rf"has 3 pictures; FID over the {width} features of .* needs {width + 1}"
+    ):
+        read_truth(tmp_path / "truth", clip)
+    for k in range(3, width + 1):
+        PIL.Image.fromarray(render(random_scene(random.Random(k)))[:, :96]).save(
+            tmp_path / "truth" / f"{k}.png"
+        )
     truth = read_truth(tmp_path / "truth", clip)
-    assert np.allclose(truth.mean, clip.see(pictures).mean(0))
+    assert np.allclose(truth.mean, clip.see(read_pictures(tmp_path / "truth")).mean(0))
     np.savez(tmp_path / "truth.npz", mu=truth.mean, sigma=truth.covariance)
     again = read_truth(tmp_path / "truth.npz", clip)
     assert np.array_equal(again.mean, truth.mean)
