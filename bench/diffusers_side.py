@@ -29,8 +29,14 @@ _FROM_NOISE = 1e-6
 """Of the schedule, so that diffusers' refiner takes every step: at 0 it falls back to image to image."""
 
 
-def load_pipelines(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any | None]:
-    """diffusers' own pipelines of base and refiner, sharing the second text encoder and the VAE."""
+def load_pipelines(
+    case: Case, device: torch.device, dtype: torch.dtype, *, upcast: torch.dtype = torch.float32
+) -> tuple[Any, Any | None]:
+    """diffusers' own pipelines of base and refiner, sharing the second text encoder and the VAE.
+
+    Args:
+        upcast: dtype of a VAE that would overflow in float16, where `dtype` is that.
+    """
     import diffusers
     import transformers
 
@@ -54,17 +60,17 @@ def load_pipelines(case: Case, device: torch.device, dtype: torch.dtype) -> tupl
             pipe.to(device)
             pipe.set_progress_bar_config(disable=True)
     if dtype == torch.float16 and base.vae.config.force_upcast:
-        _keep_in_float32(base.vae)
+        _upcast(base.vae, upcast)
     return base, refiner
 
 
-def _keep_in_float32(vae: Any) -> None:
-    """Where float16 would overflow: the pipelines would move its weights to float32 and back for every picture."""
-    vae.to(torch.float32)
+def _upcast(vae: Any, dtype: torch.dtype) -> None:
+    """Once: the pipelines would move its weights to float32 and back for every picture."""
+    vae.to(dtype)
     decode = vae.decode
 
     def from_half(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return decode(latents.float(), *args, **kwargs)
+        return decode(latents.to(dtype), *args, **kwargs)
 
     vae.decode = from_half
 
@@ -193,7 +199,9 @@ def open_side(
     case: Case, device: torch.device, dtype: torch.dtype, folder: Path, *, mode: str | None = None
 ) -> DiffusersSide:
     """diffusers eager, or compiled in a mode of `torch.compile`; its process says where compiled code is kept."""
-    base, refiner = load_pipelines(case, device, dtype)
+    # In bfloat16 on a GPU, as latentrt's own: float32 would cost diffusers a good part of its decoding.
+    upcast = torch.bfloat16 if device.type == "cuda" else torch.float32
+    base, refiner = load_pipelines(case, device, dtype, upcast=upcast)
     also = try_convolutions(device)
     if mode is None:
         return _Eager(case, device, base, refiner, "eager, SDPA" + also)

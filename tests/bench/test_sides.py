@@ -88,16 +88,17 @@ def test_diffusers_does_latentrts_work_where_one_expert_takes_all(
     assert likeness(made[0].images, made[1].images)[0] > 100
 
 
-def test_a_vae_that_float16_would_overflow_stays_in_float32(case: Case) -> None:
-    base, refiner = load_pipelines(case, torch.device("cpu"), torch.float16)
+@pytest.mark.parametrize("upcast", [torch.float32, torch.bfloat16])
+def test_a_vae_that_float16_would_overflow_is_upcast_once(case: Case, upcast: torch.dtype) -> None:
+    base, refiner = load_pipelines(case, torch.device("cpu"), torch.float16, upcast=upcast)
     assert base.vae.config.force_upcast
-    assert (base.unet.dtype, base.vae.dtype) == (torch.float16, torch.float32)
+    assert (base.unet.dtype, base.vae.dtype) == (torch.float16, upcast)
     assert refiner.vae is base.vae
     latents = torch.zeros((1, base.vae.config.latent_channels, 8, 8), dtype=torch.float16)
     with torch.no_grad():
-        assert base.vae.decode(latents, return_dict=False)[0].dtype == torch.float32
+        assert base.vae.decode(latents, return_dict=False)[0].dtype == upcast
     side = DiffusersSide(case, torch.device("cpu"), base, refiner, "eager")
-    assert side.settings == "eager, VAE in float32"
+    assert side.settings == f"eager, VAE in {str(upcast).removeprefix('torch.')}"
     # What the pipelines ask before they move it for a picture.
     assert not (base.vae.dtype == torch.float16 and base.vae.config.force_upcast)
 
@@ -277,7 +278,11 @@ def test_torch_compile_is_set_up_as_its_guides_say(
 ) -> None:
     base, refiner = StandIn(), StandIn()
     decode: dict[str, Any] = {}
-    monkeypatch.setattr("latentrt.bench.diffusers_side.load_pipelines", lambda *_: (base, refiner))
+    upcasts: list[torch.dtype] = []
+    monkeypatch.setattr(
+        "latentrt.bench.diffusers_side.load_pipelines",
+        lambda *_, upcast: upcasts.append(upcast) or (base, refiner),
+    )
     monkeypatch.setattr(torch, "compile", lambda call, **how: decode.update(how) or call)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     case = replace(case, batches=(1, 2, 4, 8))
@@ -295,6 +300,7 @@ def test_torch_compile_is_set_up_as_its_guides_say(
     assert ("fused QKV" in side.settings) is guided
     assert ("conv_1x1_as_mm" in decode["options"]) is guided
     assert decode["options"].get("epilogue_fusion", True) is not guided
+    assert upcasts == [torch.bfloat16 if place == "cuda" else torch.float32]  # as latentrt's own
     assert torch.backends.cudnn.benchmark is (place == "cuda")
     assert ("cudnn.benchmark" in side.settings) is (place == "cuda")
 
@@ -311,7 +317,7 @@ def test_freed_weights_are_no_memory_of_a_side(
         module.__dict__["itself"] = module  # as an exporter's graphs hold theirs
         held.append(weakref.ref(module))
 
-    def loaded(*_: Any) -> tuple[StandIn, None]:
+    def loaded(*_: Any, **__: Any) -> tuple[StandIn, None]:
         leave()
         return StandIn(), None
 
