@@ -108,7 +108,7 @@ def build_engines(
     """
     asked = SizePolicy.parse(sizes or ("1024x1024",), batch)  # said before weights are looked for
     checkpoint = open_checkpoint(model, variant=variant)
-    found = load_components(checkpoint, dtype)
+    found = load_components(checkpoint, dtype, upcast=_backend_of(target).upcast)
     wanted = list(chosen(found, components, model).values())
     policies = [asked if sizes else replace(SizePolicy.around(c), batch=asked.batch) for c in wanted]
     for component, policy in zip(wanted, policies, strict=True):
@@ -144,9 +144,13 @@ def _kept_verdict(made: StoredEngine) -> Mapping[str, Any] | None:
     return next((entry.verdict for entry in entries if entry.key == made.key), None)
 
 
+def _backend_of(target: EngineTarget) -> type[TensorRTBackend]:
+    return TensorRTBackend if target.product == "tensorrt" else TensorRTRTXBackend
+
+
 def _backend_here(target: EngineTarget, dtype: torch.dtype, *, split: bool) -> TensorRTBackend | None:
     """What runs such engines, if this machine can."""
-    kind = TensorRTBackend if target.product == "tensorrt" else TensorRTRTXBackend
+    kind = _backend_of(target)
     backend, device = kind(with_plugins=tuple(target.plugins), split=split), torch.device("cuda")
     if not backend.availability(device, dtype).ok:
         return None

@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from ..errors import ExportError, RequestError
 from ..runtime.cache import locked, no_room
+from ..runtime.engines.onnxruntime import OnnxRuntimeBackend
 from ..runtime.engines.split import in_parts
 from ..runtime.loading import chosen, load_components
 from ..runtime.place import dtype_name
@@ -101,7 +102,8 @@ def export_model(
         OSError: the folder cannot be written.
     """
     check_names(passes)
-    found = load_components(open_checkpoint(model, variant=variant), dtype)
+    # ONNX Runtime checks each export.
+    found = load_components(open_checkpoint(model, variant=variant), dtype, upcast=OnnxRuntimeBackend.upcast)
     named = chosen(found, components, model).values()
     wanted = [part for whole in named for part in (in_parts(whole) if split else (whole,))]
     for component in wanted:

@@ -162,7 +162,7 @@ def verify_model(
             continue
         checkpoint = open_checkpoint(source, variant=variant, cache_dir=cache_dir)
         exact = load_components(checkpoint, torch.float32)
-        for name, component in load_components(checkpoint, dtype).items():
+        for name, component in load_components(checkpoint, dtype, upcast=taken.upcast).items():
             if component.fingerprint not in known:
                 known.add(component.fingerprint)
                 found[prefix + name] = (component, exact[name])

@@ -90,17 +90,23 @@ class _ModuleSource:
         )
 
 
-def load_components(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Component]:
+def load_components(
+    checkpoint: Checkpoint, dtype: torch.dtype, *, upcast: torch.dtype = torch.float32
+) -> dict[str, Component]:
     """Every component of a checkpoint by name, ready to be exported; no weights are read yet.
+
+    Args:
+        dtype: of weights and activations.
+        upcast: of a VAE that overflows in float16: the `upcast` of the back end that the components are for.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or its parts do not fit each other.
     """
-    loader = EngineLoader("eager", torch.device("cpu"), dtype, None)
+    loader = EngineLoader("eager", torch.device("cpu"), dtype, None)  # its engines are never loaded
     expert = load_expert(checkpoint, loader)
     engines = expert.engines()
     if checkpoint.has("vae"):
-        vae = load_vae(checkpoint, loader)
+        vae = load_vae(checkpoint, loader, upcast=upcast)
         engines += [vae.decoder, vae.encoder]
     return {engine.component.name: engine.component for engine in engines}
 
@@ -283,11 +289,16 @@ def _unet_component(
     return replace(whole, parts=lambda: unet_parts(whole, config, build))
 
 
-def load_vae(checkpoint: Checkpoint, loader: EngineLoader) -> VAE:
-    """The VAE's decoder and encoder; if float16 would overflow (`force_upcast`), in the back end's `upcast` dtype."""
+def load_vae(checkpoint: Checkpoint, loader: EngineLoader, *, upcast: torch.dtype | None = None) -> VAE:
+    """The VAE's decoder and encoder.
+
+    Args:
+        upcast: their dtype where float16 would overflow (`force_upcast`); by default the loader's back end's.
+    """
     raw = checkpoint.config("vae")
     config = VAEConfig.from_dict(raw)
-    dtype = loader.backend.upcast if config.force_upcast and loader.dtype == torch.float16 else loader.dtype
+    overflows = config.force_upcast and loader.dtype == torch.float16
+    dtype = (upcast or loader.backend.upcast) if overflows else loader.dtype
     scale = config.scale
     unet = UNetConfig.from_dict(checkpoint.config("unet"))
     # The UNet's, not the VAE's own, which may be smaller: their engines have to fit the same default size.

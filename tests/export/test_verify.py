@@ -14,6 +14,7 @@ import torch
 from helpers import tiny_components as tiny
 from helpers.fake_tensorrt import install
 from latentrt.errors import BackendUnavailableError, RequestError
+from latentrt.export import verify as verify_module
 from latentrt.export.verify import LIMITS, Verdict, verify_component, verify_model
 from latentrt.runtime.cache import Store
 from latentrt.runtime.cache_contents import contents
@@ -25,6 +26,7 @@ from latentrt.runtime.engines.onnxruntime import OnnxRuntimeBackend
 from latentrt.runtime.engines.sizes import SizePolicy, profiles_for
 from latentrt.runtime.engines.tensorrt import TensorRTRTXBackend
 from latentrt.runtime.manifests import damage_of
+from latentrt.runtime.pipeline import Pipeline
 from torch import Tensor
 
 Run = Callable[..., tuple[int, str, str]]
@@ -46,6 +48,7 @@ class WrongBackend:
     """Eager PyTorch with a fault in the outputs of one component."""
 
     name = "wrong"
+    upcast = torch.float32
 
     def __init__(self, fault: Callable[[Tensor], Tensor], component: str = "vae_decoder") -> None:
         self._fault, self._component = fault, component
@@ -217,6 +220,30 @@ def test_refusals(tiny: Callable[..., Path]) -> None:
         verify(batch=0)
     with pytest.raises(BackendUnavailableError, match="'tensorrt' cannot run here"):
         verify("tensorrt")
+
+
+HALF = torch.float16
+RUNS_HALF_HERE = [
+    name for name in registry.backend_names() if registry.get_backend(name).availability(CPU, HALF).ok
+]
+
+
+@pytest.mark.parametrize("backend", RUNS_HALF_HERE)
+def test_what_is_judged_has_the_dtypes_of_what_a_pipeline_runs(
+    backend: str, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a float16 model whose VAE overflows, too: it runs in another dtype, which depends on the back end."""
+
+    def judged(component: Component, exact: Component, backend: Backend, **_: Any) -> tuple[str, torch.dtype]:
+        return component.name, component.dtype
+
+    monkeypatch.setattr(verify_module, "verify_component", judged)
+    model = str(tiny("sdxl"))
+    found = dict(verify_model(model, None, backend, device=CPU, dtype=HALF, components=PARTS[:-1]))
+    parts = Pipeline.from_pretrained(model, backend=backend, device="cpu", dtype=HALF)._parts
+    engines = [*parts.base.engines(), parts.vae.decoder, parts.vae.encoder]
+    assert found == {engine.component.name: engine.component.dtype for engine in engines}
+    assert (found["unet"], found["vae_decoder"]) == (HALF, registry.get_backend(backend).upcast)
 
 
 @pytest.mark.full
