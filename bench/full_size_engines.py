@@ -42,6 +42,7 @@ from ..runtime.engine_store import EngineTarget
 from ..runtime.engines.base import Component
 from ..runtime.engines.sizes import SizePolicy
 from ..runtime.engines.split import in_parts
+from ..runtime.engines.tensorrt import TensorRTRTXBackend
 from ..runtime.host_memory import available_bytes, peak_bytes
 from ..runtime.loading import load_components
 from ..runtime.models.unet_parts import PARTS
@@ -189,7 +190,8 @@ def _in_a_process(step: Callable[..., dict[str, Any]], *args: Any) -> dict[str, 
 
 
 def _component(checkpoint: Path, name: str, cache_dir: Path) -> Component:
-    found = load_components(open_checkpoint(checkpoint, cache_dir=cache_dir), torch.float16)
+    half, upcast = torch.float16, TensorRTRTXBackend.upcast
+    found = load_components(open_checkpoint(checkpoint, cache_dir=cache_dir), half, upcast=upcast)
     whole, _, part = name.partition(".")
     return next(c for c in in_parts(found[whole]) if c.name == name) if part else found[whole]
 

@@ -43,6 +43,7 @@ class EngineRequest:
         archs: compute capabilities such as 89. Of TensorRT one, its GPU's, for which plugins have kernels.
         weight_streaming: weights may stay in host memory at run time.
         hardware_compatibility: "none", "same-capability" or "ampere-plus".
+        tf32: float32 may be rounded to TF32; otherwise float32 means float32.
         timing_cache: file to keep the timings of kernels in (TensorRT only).
         plugins: operators that plugins take.
         kernels: theirs: by key and architecture, files of `plugin_kernels`.
@@ -57,6 +58,7 @@ class EngineRequest:
     archs: tuple[int, ...] = ()
     weight_streaming: bool = False
     hardware_compatibility: str = "none"
+    tf32: bool = False
     timing_cache: str | None = None
     plugins: tuple[str, ...] = ()
     kernels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -66,8 +68,9 @@ class EngineRequest:
 def build_engine(request: EngineRequest, on_phase: Callable[[str], None]) -> dict[str, Any]:
     """Parse the model, build the engine and write it to `request.plan`.
 
-    The network is strongly typed: precisions are those of the ONNX graph. float32 stays float32 (no TF32), and an
-    engine uses one stream and memory that its caller gives it, so that it can be captured in a CUDA graph.
+    The network is strongly typed: precisions are those of the ONNX graph, and float32 stays float32 unless the request
+    allows TF32. An engine uses one stream and memory that its caller gives it, so that it can be captured in a CUDA
+    graph.
 
     Args:
         on_phase: told what the builder is doing, at times from other threads.
@@ -177,7 +180,7 @@ class _Build:
         trt, request = self.trt, self.request
         config = self.builder.create_builder_config()
         config.progress_monitor = _monitor(trt, on_phase)
-        config.clear_flag(trt.BuilderFlag.TF32)
+        (config.set_flag if request.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
         config.max_aux_streams = 0
         if request.weight_streaming:
             config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)

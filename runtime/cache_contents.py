@@ -54,7 +54,8 @@ class Entry:
         if d.get("kind") == "engine":
             archs = ",".join(f"sm_{arch}" for arch in d.get("archs", ()))
             sizes = "; ".join(str(Profile.from_json(axes)) for axes in d.get("profiles", ()))
-            parts += [d.get("product", ""), d.get("version", ""), archs, f"({sizes})"]
+            tf32 = "with TF32" if d.get("tf32") else ""
+            parts += [tf32, d.get("product", ""), d.get("version", ""), archs, f"({sizes})"]
         if self.verdict is not None:
             found = "FAILED" if self.failed else "passed"
             parts.append(f"[{found} on {self.verdict.get('backend')}, {self.verdict.get('device')}]")

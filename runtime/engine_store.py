@@ -137,6 +137,7 @@ def describe_engine(
         "kind": "engine",
         "fingerprint": component.fingerprint,
         "dtype": dtype_name(component.dtype),
+        "tf32": component.tf32,
         **asdict(target),
         "archs": list(target.archs),
         "version": str(trt.load(product).__version__),
@@ -189,6 +190,8 @@ def mismatches(have: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
         found.append(f"it was built for {_names(archs)}, wanted is {_names(here)}")
     elif gpu and wanted["gpu"] not in ("", gpu):
         found.append(f"it was built on {gpu}, this is {wanted['gpu']}")
+    if _tf32(have) != _tf32(wanted):
+        found.append(f"it was built {_tf32(have)}, wanted is {_tf32(wanted)}")
     # Not the digests of what their kernels were made of: an engine holds its kernels.
     if plugins.formats(have.get("plugins", {})) != plugins.formats(wanted["plugins"]):
         found.append(f"it was built with the plugins {have.get('plugins')}, wanted are {wanted['plugins']}")
@@ -223,6 +226,10 @@ def stored_engine(folder: Path, *, built: bool) -> StoredEngine:
 def _same(have: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     fields = ("kind", "name", "product", "fingerprint")
     return all(have.get(name) == wanted[name] for name in fields)
+
+
+def _tf32(description: Mapping[str, Any]) -> str:
+    return "with TF32" if description.get("tf32") else "without TF32"
 
 
 def _names(archs: Sequence[int]) -> str:

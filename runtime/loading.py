@@ -74,6 +74,8 @@ class _ModuleSource:
         example_sizes: Mapping[str, int],
         native_size: int = 512,
         latent_scale: int = 8,
+        *,
+        tf32: bool = False,
     ) -> Component:
         return Component(
             name=name,
@@ -87,6 +89,7 @@ class _ModuleSource:
             latent_scale=latent_scale,
             config=self.config,
             outline=lambda: self.outline(dtype),
+            tf32=tf32,
         )
 
 
@@ -303,6 +306,7 @@ def load_vae(checkpoint: Checkpoint, loader: EngineLoader, *, upcast: torch.dtyp
     unet = UNetConfig.from_dict(checkpoint.config("unet"))
     # The UNet's, not the VAE's own, which may be smaller: their engines have to fit the same default size.
     sizes = {"native_size": _native_size(unet, scale), "latent_scale": scale}
+    tf32 = overflows and dtype == torch.float32
 
     def half(name: str, make: Callable[[], nn.Module]) -> _ModuleSource:
         wanted = ("decoder.", "post_quant_conv.") if name == "vae_decoder" else ("encoder.", "quant_conv.")
@@ -319,6 +323,7 @@ def load_vae(checkpoint: Checkpoint, loader: EngineLoader, *, upcast: torch.dtyp
         inputs=(latents,),
         outputs=(TensorSpec("image", ("batch", 3, "image_height", "image_width"), dtype),),
         example_sizes={"batch": 2, "height": 8, "width": 10},
+        tf32=tf32,
         **sizes,
     )
     encoder = half("vae_encoder", lambda: VAEEncoder(config)).component(
@@ -327,6 +332,7 @@ def load_vae(checkpoint: Checkpoint, loader: EngineLoader, *, upcast: torch.dtyp
         inputs=(TensorSpec("image", ("batch", 3, "image_height", "image_width"), dtype),),
         outputs=(TensorSpec("moments", ("batch", 2 * config.latent_channels, "height", "width"), dtype),),
         example_sizes={"batch": 2, "image_height": 8 * scale, "image_width": 10 * scale},
+        tf32=tf32,
         **sizes,
     )
     return VAE(

@@ -208,6 +208,7 @@ class _EngineBuild:
             archs=tuple(description["archs"]),
             weight_streaming=description["weight_streaming"],
             hardware_compatibility=description["hardware_compatibility"],
+            tf32=description["tf32"],
             plugins=tuple(description["plugins"]),
             kernels=kernels,
             timing_cache=_timings(self.store, name, description["version"]),

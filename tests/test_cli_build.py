@@ -69,6 +69,17 @@ def test_what_is_there_is_found(build: Run, requests: list[EngineRequest]) -> No
     assert len(requests) == 2
 
 
+@pytest.mark.parametrize("upcast", ["float32", "bfloat16"])
+def test_a_vae_that_overflows_is_built_as_its_back_end_runs_it(
+    build: Run, requests: list[EngineRequest], upcast: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines.TensorRTRTXBackend, "upcast", getattr(torch, upcast))
+    code, out, _ = build("--component", "vae_decoder")
+    assert code == 0
+    assert out.split()[:2] == ["vae_decoder", upcast]
+    assert [request.tf32 for request in requests] == [upcast == "float32"]
+
+
 def test_options_reach_the_builder(run: Run, requests: list[EngineRequest]) -> None:
     code, out, err = run(
         *("build", "demo", "--engine", "tensorrt-rtx", "--arch", "sm_120, sm_89", "--dtype", "float32"),
@@ -259,6 +270,8 @@ def test_where_engines_run_they_are_verified(
     here, asked, loaded = [89], [], []
 
     class Backend:
+        upcast = torch.float32
+
         def __init__(self, with_plugins: Sequence[str], split: bool) -> None:
             assert (with_plugins, split) == (
                 ("GroupNorm",),

@@ -93,6 +93,7 @@ class Component:
         parts: makes the components that together are this one; see `split.in_parts`. None if it cannot be split.
         config: of the network, as the checkpoint has it; written into exported models.
         outline: makes the module on the meta device without reading a weight; if None, `build` is used and moved there.
+        tf32: on a GPU an engine may round its float32 to TF32: it is a float16 model's, in float32 for the range alone.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Component:
     parts: Callable[[], tuple[Component, ...]] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     outline: Callable[[], nn.Module] | None = None
+    tf32: bool = False
 
     def on_meta(self) -> nn.Module:
         """The module on the meta device: shapes and dtypes, no data."""
@@ -243,7 +245,8 @@ class Backend(Protocol):
     """A way to run components. Chosen once, when a pipeline is loaded.
 
     Attributes:
-        upcast: the dtype for a network that overflows in float16: float32, or bfloat16 where that is much faster.
+        upcast: the dtype for a network that overflows in float16: float32, which may be rounded to TF32 there
+            (`Component.tf32`), or bfloat16 where that is much faster.
     """
 
     name: str

@@ -64,7 +64,7 @@ class OnnxRuntimeEngine:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with _current(device):
             self._session: onnxruntime.InferenceSession | None = open_session(
-                model, device, stream=self._stream, options=options
+                model, device, stream=self._stream, options=options, tf32=component.tf32
             )
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

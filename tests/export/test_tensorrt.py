@@ -60,6 +60,7 @@ def test_an_engine_is_built(request_: EngineRequest) -> None:
     [
         {"archs": (80, 86, 89, 120)},
         {"weight_streaming": True},
+        {"tf32": True},
         {"profiles": (SHAPES, {"x": [[8, 8], [8, 8], [8, 8]]})},
     ],
     ids=lambda option: next(iter(option)),

@@ -81,6 +81,8 @@ def test_engines_say_what_they_are_for(store: Store) -> None:
     assert contents(store)[0].summary == (
         "engine unet float16 tensorrt-rtx 1.7.1 sm_89,sm_120 (batch 1..8, height 64..160 step 8)"
     )
+    add(store, "e", 10, 5000, **{**ENGINE, "dtype": "float32", "tf32": True})
+    assert contents(store)[0].summary.startswith("engine unet float32 with TF32 tensorrt-rtx 1.7.1 ")
 
 
 def test_an_entry_that_is_removed_while_it_is_listed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

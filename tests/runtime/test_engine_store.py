@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,7 +85,10 @@ def test_built_once_then_found(builder: Builder, component: Component, tmp_path:
 def test_what_the_builder_is_asked_for(builder: Builder, component: Component, tmp_path: Path) -> None:
     target = EngineTarget("tensorrt-rtx", (86, 89), weight_streaming=True)
     engine(component, target, MORE, cache_dir=tmp_path)
-    (request,) = builder.requests
+    engine(replace(component, tf32=True), target, MORE, cache_dir=tmp_path)
+    request, rounded = builder.requests
+    assert asdict(rounded) == {**asdict(request), "plan": rounded.plan, "tf32": True}
+    assert not request.tf32
     assert (request.component, request.product, request.archs) == ("vae_decoder", "tensorrt-rtx", (86, 89))
     assert (request.weight_streaming, request.hardware_compatibility) == (True, "none")
     assert request.profiles == ({"latents": [[1, 4, 8, 8], [1, 4, 16, 16], [2, 4, 16, 16]]},)
@@ -113,6 +116,8 @@ def test_everything_that_decides_an_engine_makes_another(
         (component, replace(RTX, plugins={"GroupNorm": "1"}), ONE),
         (replace(component, fingerprint="0"), RTX, ONE),
         (replace(component, dtype=torch.bfloat16), RTX, ONE),
+        (replace(component, dtype=torch.float32), RTX, ONE),
+        (replace(component, dtype=torch.float32, tf32=True), RTX, ONE),
     ]
     for other in others:
         engine(*other, cache_dir=tmp_path)
@@ -227,6 +232,7 @@ def test_builds_anew_when_told_so(builder: Builder, component: Component, tmp_pa
             {"plugins": {"GroupNorm": "0-x"}},
             "it was built with the plugins {'GroupNorm': '0-x'}, wanted are {}",
         ),
+        ({"tf32": True}, "it was built with TF32, wanted is without TF32"),
         ({"plugins": {"A": "1"}}, "it was built with the plugins {'A': '1'}, wanted are {}"),
         ({"onnx": "0"}, "it is stale: exported by other versions of latentrt, PyTorch or onnxscript"),
         ({"builder": "0"}, "it is stale: built by other code of latentrt"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,30 @@ def test_outputs_have_the_shapes_that_their_inputs_say() -> None:
         found = load(component)(inputs)
         assert output_shapes(component, inputs) == {name: tuple(x.shape) for name, x in found.items()}
         assert {spec.name: spec.dtype for spec in component.outputs} == {n: x.dtype for n, x in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "upcast", "runs_in", "tf32"),
+    [
+        ("sdxl", torch.float16, torch.float32, torch.float32, True),
+        ("sdxl", torch.float16, torch.bfloat16, torch.bfloat16, False),
+        ("sdxl", torch.float32, torch.float32, torch.float32, False),
+        ("sd15", torch.float16, torch.float32, torch.float16, False),
+    ],
+)
+def test_a_vae_that_is_in_float32_for_its_range_alone_may_be_rounded(
+    model: str,
+    dtype: torch.dtype,
+    upcast: torch.dtype,
+    runs_in: torch.dtype,
+    tf32: bool,
+    tiny: Callable[..., Path],
+) -> None:
+    """Only it: where float32 was asked for, so was its accuracy."""
+    found = load_components(open_checkpoint(tiny(model)), dtype, upcast=upcast)
+    for name, component in found.items():
+        wanted = (runs_in, tf32) if name.startswith("vae") else (dtype, False)
+        assert (component.dtype, component.tf32) == wanted, name
 
 
 def test_integers_without_values_cannot_be_drawn() -> None:

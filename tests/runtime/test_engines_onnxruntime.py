@@ -340,6 +340,16 @@ def test_providers_and_their_settings() -> None:
     assert settings == {"device_id": "1", "use_tf32": "1", "enable_cuda_graph": "0"}
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_session_uses_tf32_where_its_component_allows_it(
+    allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(ort_engine, "open_session", lambda *_, tf32, **others: asked.append(tf32))
+    OnnxRuntimeEngine(replace(tiny.affine(), tf32=allowed), Path("model.onnx"), CPU)
+    assert asked == [allowed]
+
+
 @pytest.mark.parametrize(
     ("told", "device", "providers", "message"),
     [
