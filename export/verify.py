@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -214,7 +214,9 @@ def verify_component(
         eager = partial(EagerBackend().load, exact, device=device, cache_dir=cache_dir)
         wanted = _run_once(eager, inputs)[0]
     load = load or partial(backend.load, component, device=device, cache_dir=cache_dir)
-    got, entry = _run_once(load, inputs)
+    precision = _F16 if component.tf32 else component.dtype  # as many bits of mantissa
+    with _precisely(precision):
+        got, entry = _run_once(load, inputs)
     pictures = component.name == "vae_decoder"
     verdict = Verdict(
         part=part or component.name,
@@ -226,7 +228,7 @@ def verify_component(
         psnr=-_worst([-psnr(got[name], wanted[name]) for name in wanted]),
         # The decoder's values are in [-1, 1].
         ssim=ssim(got["image"] / 2 + 0.5, wanted["image"] / 2 + 0.5) if pictures else None,
-        limits=LIMITS[component.name][component.dtype],
+        limits=LIMITS[component.name][precision],
     )
     if entry is not None:
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -278,7 +280,8 @@ def _verify_pipeline(
     with _float32_is_float32():
         wanted = picture("eager", torch.float32)
     release_memory()
-    got = picture(backend.name, dtype)
+    with _precisely(dtype):
+        got = picture(backend.name, dtype)
     return Verdict(
         part="pipeline",
         backend=_title(backend, device, dtype),
@@ -314,6 +317,11 @@ def _float32_is_float32() -> Iterator[None]:
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = multiplied
+
+
+def _precisely(dtype: torch.dtype) -> AbstractContextManager[None]:
+    """As what is judged runs: where float32's limits apply, without TF32; else under the process's own settings."""
+    return _float32_is_float32() if dtype == torch.float32 else nullcontext()
 
 
 def _title(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:

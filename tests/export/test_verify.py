@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,6 +141,74 @@ def test_a_fault_fails(fault: Callable[[Tensor], Tensor], failures: list[str]) -
 
 
 @pytest.fixture
+def tf32() -> Iterator[None]:
+    """Allowed in convolutions, as is PyTorch's default, and in matmuls."""
+    places = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = True
+    yield
+    for place, value in zip(places, before, strict=True):
+        place.allow_tf32 = value
+
+
+def tf32_allowed() -> tuple[bool, bool]:
+    """In convolutions, in matmuls."""
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize(
+    ("component", "judged_as", "allowed"),
+    [
+        (tiny.vae_decoder(), torch.float32, False),
+        (tiny.vae_decoder(torch.bfloat16), torch.bfloat16, True),
+        (replace(tiny.vae_decoder(), tf32=True), torch.float16, True),
+    ],
+    ids=["float32", "bfloat16", "float32 of a float16 model"],
+)
+def test_only_what_is_judged_as_float32_runs_without_tf32(
+    component: Component, judged_as: torch.dtype, allowed: bool
+) -> None:
+    """Whose limits are met without only. What was asked for in float16 has as many bits of mantissa in TF32."""
+    seen: list[tuple[bool, bool]] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(tf32_allowed())
+        return x
+
+    verdict = verify_component(
+        component, tiny.vae_decoder(), WrongBackend(look), device=CPU, sizes=SIZES, cache_dir=None
+    )
+    assert seen == [(allowed, allowed)]
+    assert verdict.limits == LIMITS["vae_decoder"][judged_as]
+    assert verdict.failures == []
+    assert tf32_allowed() == (True, True)
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, False), (torch.float16, True)])
+def test_only_pictures_in_float32_are_made_without_tf32(dtype: torch.dtype, allowed: bool) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def load(backend: str, dtype: torch.dtype) -> Any:
+        def picture(prompt: str, **_: Any) -> SimpleNamespace:
+            seen.append((backend, dtype, *tf32_allowed()))
+            return SimpleNamespace(
+                images=torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+            )
+
+        pipe: Any = picture
+        pipe.set_progress_bar_config = lambda disable: None
+        return pipe
+
+    judged = WrongBackend(lambda x: x)
+    verdict = verify_module._verify_pipeline(load, judged, CPU, dtype, size=None, batch=1)
+    assert seen == [("eager", torch.float32, False, False), ("wrong", dtype, allowed, allowed)]
+    assert verdict.failures == []
+
+
+@pytest.fixture
 def verify(run: Run, tiny: Callable[..., Path]) -> Run:
     """`latentrt verify` of the tiny SDXL checkpoint."""
     return lambda *more: run("verify", str(tiny("sdxl")), "--size", "64x48", *more)
@@ -164,12 +234,15 @@ def test_the_command_tells_of_each_part(verify: Run) -> None:
     )
 
 
+@pytest.mark.usefixtures("tf32")
 def test_a_faulty_back_end_ends_the_command_with_1(verify: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fault(x: Tensor) -> Tensor:
         rows.add(len(x))
+        tf32.update(tf32_allowed())
         return x * 1.05
 
     rows: set[int] = set()
+    tf32: set[bool] = set()
     wrong(monkeypatch, fault, "unet")
     code, out, err = verify("--backend", "wrong", "--json", "--batch", "2")
     assert code == 1
@@ -177,6 +250,7 @@ def test_a_faulty_back_end_ends_the_command_with_1(verify: Run, monkeypatch: pyt
     assert [row["part"] for row in told] == PARTS
     assert [row["part"] for row in told if not row["passed"]] == ["unet", "pipeline"]
     assert rows == {4}  # two images with guidance, in the picture as well
+    assert tf32 == {False}  # as little as in the reference
     assert [row["sizes"].get("batch") for row in told] == [4, 4, 4, 1, 1, None]
     assert told[2]["limits"] == {"relative_error": 1e-4, "psnr": 80, "ssim": None}
     assert err.startswith(
