@@ -9,7 +9,7 @@ import torch
 from helpers.kernel_checks import assert_as_good
 from latentrt.kernels import geglu, linear_geglu, reference, tuning
 from latentrt.kernels._geglu_triton import plan_linear
-from latentrt.kernels._triton import specializes_wide_sums
+from latentrt.kernels._triton import arch_of, specializes_wide_sums
 from torch import Tensor
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP_M": 2, "num_warps": 4, "num_stages": 1}
@@ -145,11 +145,18 @@ def test_what_descriptors_cannot_carry(device: torch.device, launches: Counter[s
     assert launches == {"_linear_geglu_kernel": 4}
 
 
-@pytest.mark.parametrize("rows", [70, 520], ids=["few", "many"])
-def test_projection_with_tuned_blocks(rows: int, device: torch.device, launches: Counter[str]) -> None:
+@pytest.mark.parametrize(("shape_class", "rows"), [("few", 70), ("many", 520)])
+def test_projection_with_tuned_blocks(
+    shape_class: str, rows: int, device: torch.device, launches: Counter[str]
+) -> None:
+    """Those of every architecture in the interpreter, on a GPU its own."""
     x, weight = torch.randn(rows, 64, device=device).half(), torch.randn(40, 64, device=device).half()
-    check_linear(x, weight, None)
-    assert launches.total() == 1
+    archs = tuning.architectures() if device.type == "cpu" else (arch_of(device),)
+    tiles = [tuning.constants("linear_geglu", arch, x.dtype, shape_class) for arch in archs]
+    for tile in tiles:
+        with tuning.trying("linear_geglu", tile):
+            check_linear(x, weight, None)
+    assert launches.total() == sum(1 + tuning.by_library(tile) for tile in tiles)
 
 
 @by_dtype
