@@ -7,6 +7,8 @@ import random
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import latentrt
@@ -14,18 +16,21 @@ import numpy as np
 import pytest
 import torch
 from latentrt.errors import CaptureError
-from latentrt.kernels._triton import counted
-from latentrt.runtime.engines.base import Timesteps, example_inputs
+from latentrt.kernels._triton import arch_of, counted
+from latentrt.runtime.engines.base import Component, Timesteps, example_inputs, output_shapes
 from latentrt.runtime.engines.triton import TritonBackend
 from latentrt.runtime.footprint import follow
 from latentrt.runtime.graph import Graphs
 from latentrt.runtime.loading import load_components
+from latentrt.runtime.memory import RESERVE, format_bytes
 from latentrt.runtime.models.layers import GroupNorm, GroupNormSiLU
 from latentrt.runtime.models.unet_blocks import TransformerBlock
 from latentrt.runtime.offload import OffloadableWeights
+from latentrt.runtime.planner import Planner
 from latentrt.runtime.previews import Previewer
-from latentrt.runtime.weights import open_checkpoint
+from latentrt.runtime.weights import open_checkpoint, open_outline
 from tolerances import PIPELINE_GPU
+from torch import nn
 
 pytestmark = pytest.mark.gpu
 
@@ -154,6 +159,49 @@ def test_the_memory_of_graphs_begins_as_one_piece() -> None:
     taken = torch.cuda.memory_reserved() - before
     assert taken <= tracker.room + (40 << 20)  # cuBLAS's workspace, and the segments of small tensors
     del graph
+
+
+def zeros(component: Component) -> nn.Module:
+    """The component's module without a checkpoint: no memory depends on the weights' values."""
+    module = component.on_meta().to_empty(device="cpu")
+    with torch.no_grad():
+        for x in (*module.parameters(), *module.buffers()):
+            x.zero_()
+    return module
+
+
+@pytest.mark.parametrize("benchmark", [False, True], ids=["cuDNN's choice", "measured choice"])
+@pytest.mark.parametrize(("name", "rows"), [("vae_decoder", 1), ("unet", 2)])
+def test_what_libraries_take_at_full_size_fits_the_reserve(name: str, rows: int, benchmark: bool) -> None:
+    """Workspaces and padded copies of cuDNN, most of all: they are in no plan."""
+    device = torch.device("cuda")
+    planner = Planner.of("sdxl", arch=arch_of(device))
+    component = load_components(open_outline("sdxl"), torch.float16, upcast=TritonBackend.upcast)[name]
+    loaded = replace(component, build=partial(zeros, component))
+    engine = TritonBackend().load(loaded, device=device, cache_dir=None)
+    for side in (1024, 1536):
+        sizes = {"batch": rows, "height": side // 8, "width": side // 8}
+        inputs = {
+            spec.name: torch.zeros(spec.shape(sizes), dtype=spec.dtype, device=device)
+            for spec in component.inputs
+        }
+        (written,) = component.outputs
+        shape = output_shapes(component, inputs)[written.name]
+        outputs = {written.name: torch.empty(shape, dtype=written.dtype, device=device)}
+        index = torch.zeros(1, dtype=torch.int64, device=device)
+        steps = Timesteps(torch.full((4,), 500.0, device=device), index)
+        graphs = Graphs(device)
+        graphs.room = planner.plan(height=side, width=side).pool_bytes({name})
+        with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark):
+            program = engine.bind(inputs, outputs, timesteps=steps)
+            program.prepare()
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved()
+            graph = graphs.capture(program.run, name)
+        torch.cuda.empty_cache()
+        beside = torch.cuda.memory_reserved() - before - graphs.room
+        assert beside <= RESERVE, f"{format_bytes(beside)} at {side}x{side}"
+        del graph, program
 
 
 def test_weights_that_leave_give_their_memory_back() -> None:
