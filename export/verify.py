@@ -214,7 +214,7 @@ def verify_component(
         eager = partial(EagerBackend().load, exact, device=device, cache_dir=cache_dir)
         wanted = _run_once(eager, inputs)[0]
     load = load or partial(backend.load, component, device=device, cache_dir=cache_dir)
-    precision = _F16 if component.tf32 else component.dtype  # as many bits of mantissa
+    precision = _precision(component, device)
     with _precisely(precision):
         got, entry = _run_once(load, inputs)
     pictures = component.name == "vae_decoder"
@@ -317,6 +317,11 @@ def _float32_is_float32() -> Iterator[None]:
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = multiplied
+
+
+def _precision(component: Component, device: torch.device) -> torch.dtype:
+    """The dtype by whose limits it is judged: TF32, which only GPUs have, has as many bits of mantissa as float16."""
+    return _F16 if component.tf32 and device.type == "cuda" else component.dtype
 
 
 def _precisely(dtype: torch.dtype) -> AbstractContextManager[None]:

@@ -163,14 +163,14 @@ def tf32_allowed() -> tuple[bool, bool]:
     [
         (tiny.vae_decoder(), torch.float32, False),
         (tiny.vae_decoder(torch.bfloat16), torch.bfloat16, True),
-        (replace(tiny.vae_decoder(), tf32=True), torch.float16, True),
+        (replace(tiny.vae_decoder(), tf32=True), torch.float32, False),
     ],
-    ids=["float32", "bfloat16", "float32 of a float16 model"],
+    ids=["float32", "bfloat16", "float32 of a float16 model, on a CPU"],
 )
 def test_only_what_is_judged_as_float32_runs_without_tf32(
     component: Component, judged_as: torch.dtype, allowed: bool
 ) -> None:
-    """Whose limits are met without only. What was asked for in float16 has as many bits of mantissa in TF32."""
+    """Float32's limits can only be met without it."""
     seen: list[tuple[bool, bool]] = []
 
     def look(x: Tensor) -> Tensor:
@@ -184,6 +184,15 @@ def test_only_what_is_judged_as_float32_runs_without_tf32(
     assert verdict.limits == LIMITS["vae_decoder"][judged_as]
     assert verdict.failures == []
     assert tf32_allowed() == (True, True)
+
+
+def test_a_network_that_may_use_tf32_is_judged_as_float16_where_there_is_tf32() -> None:
+    exact, rounded = tiny.vae_decoder(), replace(tiny.vae_decoder(), tf32=True)
+    cuda = torch.device("cuda")
+    assert [verify_module._precision(x, device) for device in (CPU, cuda) for x in (exact, rounded)] == [
+        *(torch.float32, torch.float32),
+        *(torch.float32, torch.float16),
+    ]
 
 
 @pytest.mark.usefixtures("tf32")
