@@ -221,7 +221,7 @@ class Pipeline:
     @property
     def _interrupt(self) -> bool:
         """diffusers' callbacks write `pipe._interrupt = True` for `pipe.interrupt()`."""
-        return any(watch.stop.is_set() for watch in self._running)
+        return any(watch.stop.is_set() for watch in list(self._running))
 
     @_interrupt.setter
     def _interrupt(self, value: bool) -> None:

@@ -54,6 +54,22 @@ def test_diffusers_way_to_interrupt(both: latentrt.Pipeline) -> None:
     assert not both(**PLAIN, seed=6).interrupted
 
 
+def test_whether_a_call_is_interrupted_is_read_while_others_begin(both: latentrt.Pipeline) -> None:
+    """A set that changes while it is iterated raises RuntimeError, in the callback that only looks."""
+
+    class Call:
+        @property
+        def stop(self) -> threading.Event:
+            both._running.add(Call())  # as another thread's call does meanwhile
+            return threading.Event()
+
+    try:
+        both._running.update([Call(), Call()])
+        assert not both._interrupt
+    finally:
+        both._running.clear()
+
+
 def test_interrupt_from_another_thread(both: latentrt.Pipeline) -> None:
     steps = []
 
