@@ -7,7 +7,7 @@ the schedule. To the denoising loop they are the same thing with different data.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,10 @@ class Expert:
     overrides: Mapping[str, Any]
     aesthetic: bool
     zero_negative: bool
+    # By override. Cached, since parsing logs the fields that are ignored, and several stages of each request ask.
+    _samplers: dict[str | None, SamplerConfig] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def name(self) -> str:
@@ -77,7 +81,9 @@ class Expert:
         Raises:
             RequestError: there is no such sampler.
         """
-        return SamplerConfig.from_dict(self.scheduler, override)
+        if override not in list(self._samplers):  # not hashed: a list is refused as an unknown sampler
+            self._samplers[override] = SamplerConfig.from_dict(self.scheduler, override)
+        return self._samplers[override]
 
     def uses_cfg(self, guided: bool) -> bool:
         """Whether a step runs the UNet on negative and positive rows: if the request is guided, and the guidance scale

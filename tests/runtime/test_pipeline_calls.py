@@ -243,6 +243,16 @@ def test_the_ends_and_the_latents_given_are_told(pipe: latentrt.Pipeline) -> Non
     assert "strength" not in second
 
 
+def test_ignored_scheduler_fields_are_logged_once_per_sampler(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not once per request, nor once per place that looks at the sampler."""
+    pipe = rig.pipeline("sdxl", "eager", scheduler={"shift": 3.0})
+    for sampler in (None, None, "ddim", "ddim"):
+        pipe(**PLAIN, seed=1, sampler=sampler)
+    assert caplog.text.count("ignored: shift") == 2
+
+
 def test_stages_are_timed(both: latentrt.Pipeline) -> None:
     timings = both(**PLAIN).timings
     assert list(timings) == ["prepare", "text", "start", "base", "refiner", "decode", "total"]
