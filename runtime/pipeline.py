@@ -193,6 +193,11 @@ class Pipeline:
         """The back end that was chosen."""
         return self._loader.backend.name
 
+    @property
+    def graphs(self) -> bool:
+        """Whether the work of engines is captured once and replayed."""
+        return self._loader.graphs is not None
+
     def to(self, device: torch.device | str) -> Pipeline:
         """Run on another device from the next call on; parts shared with another pipeline stay with that one.
 

@@ -33,6 +33,11 @@ class AsyncEngine:
     Requests that can share a call are batched, and each gets the image it would get alone. One that fails, fails
     alone; a batch for which memory does not suffice, or no engine was built, is made in halves. For one event loop and
     its thread.
+
+    Where each batch size is captured, as on a GPU, only batches of 1, 2, 4, ... and `max_batch` images are formed, so
+    that few have to be warmed up, for every kind of request that comes. Three requests are then a batch of two and one
+    of one: the first two are done earlier, the third when a batch of three would be, or a little later. Elsewhere
+    batches of any size are formed, and only one image is made beforehand.
     """
 
     def __init__(
@@ -59,7 +64,9 @@ class AsyncEngine:
             )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._runner = PipelineRunner(pipe) if isinstance(pipe, Pipeline) else pipe
-        self._queue: Scheduler[Job] = Scheduler(max_batch=max_batch, window=window)
+        batches = _powers_of_two(max_batch) if self._runner.captures else ()
+        self._warm = batches or (1,)
+        self._queue: Scheduler[Job] = Scheduler(max_batch=max_batch, window=window, batches=batches)
         self._on_batch = on_batch
         self._thread = ThreadPoolExecutor(1, "latentrt-engine")
         self._wake = asyncio.Event()
@@ -105,14 +112,15 @@ class AsyncEngine:
         return self._call is not None and not self._call.done()
 
     async def start(self) -> None:
-        """Load the models, make one image, and begin to serve.
+        """Load the models, make an image, and one batch of each size that is formed where that is captured, and begin
+        to serve.
 
         Raises:
             LatentRTError: a model cannot be loaded or run.
         """
         loop = self._loop = asyncio.get_running_loop()
         try:
-            await self._in_thread(self._runner.warm_up)
+            await self._in_thread(self._runner.warm_up, self._warm)
         except BaseException:
             self._thread.shutdown(wait=False)
             raise
@@ -271,3 +279,8 @@ class AsyncEngine:
         for report in self._made:
             self._admission.call_times.learn(report.size, report.cost, report.seconds * delay, now)
         self._made = []
+
+
+def _powers_of_two(most: int) -> tuple[int, ...]:
+    """Those up to `most`, and `most` itself, ascending."""
+    return tuple(sorted({1 << k for k in range(most.bit_length())} | {most}))

@@ -217,8 +217,12 @@ class _Held:
     def check(self, request: ImageRequest) -> CheckedRequest:
         return self._there.check(request)
 
-    def warm_up(self) -> None:
-        self._there.warm_up()
+    @property
+    def captures(self) -> bool:
+        return self._there.captures
+
+    def warm_up(self, batches: Sequence[int] = (1,)) -> None:
+        self._there.warm_up(batches)
 
     def run(self, requests: Sequence[CheckedRequest], on_step: OnStep) -> list[ImageResult]:
         return self._there.run(requests, on_step)

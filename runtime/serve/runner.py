@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import PIL.Image
 import torch
 
-from ...errors import MemoryPlanError, OutOfMemoryError, RequestError, ServiceError
+from ...errors import EngineSizeError, MemoryPlanError, OutOfMemoryError, RequestError, ServiceError
 from ..host_memory import peak_bytes
 from ..pipeline import Pipeline
+from ..place import release_memory
 from ..previews import Previewer
 from .requests import CheckedRequest, Group, ImageRequest, ImageResult
 
@@ -30,11 +31,15 @@ OnStep = Callable[[int, Callable[[int], PIL.Image.Image] | None], None]
 class Runner(Protocol):
     """What makes images. `check` is called in the event loop, the others in one thread of their own."""
 
+    @property
+    def captures(self) -> bool:
+        """Whether each batch size is compiled and captured the first time it is run, so that its first call is slow."""
+
     def check(self, request: ImageRequest) -> CheckedRequest:
         """Refuse what cannot be made, with a RequestError; quick."""
 
-    def warm_up(self) -> None:
-        """Load everything."""
+    def warm_up(self, batches: Sequence[int] = (1,)) -> None:
+        """Load everything, and make a batch of each of these sizes; only that of one image has to succeed."""
 
     def run(self, requests: Sequence[CheckedRequest], on_step: OnStep) -> list[ImageResult]:
         """Make a batch of one group, all of it; with previews of all where one asks for them."""
@@ -46,6 +51,10 @@ class PipelineRunner:
     def __init__(self, pipe: Pipeline) -> None:
         self._pipe = pipe
         self._previewer: Previewer | None = None
+
+    @property
+    def captures(self) -> bool:
+        return self._pipe.graphs or self._pipe.device.type == "cuda"
 
     def check(self, request: ImageRequest) -> CheckedRequest:
         negative = "" if request.negative_prompt is None else request.negative_prompt
@@ -87,9 +96,18 @@ class PipelineRunner:
             ),
         )
 
-    def warm_up(self) -> None:
-        """One image of the model's own size; and the previews' fit."""
-        self._pipe.warmup()
+    def warm_up(self, batches: Sequence[int] = (1,)) -> None:
+        """Batches of images of the model's own size, the largest first, and the previews' fit. A batch of more than one
+        that does not fit, or for which there is no engine, is logged and left out."""
+        for batch in sorted(batches, reverse=True):
+            try:
+                self._pipe.warmup(batches=(batch,))
+                continue
+            except Exception as error:
+                if batch == 1 or not (is_out_of_memory(error) or isinstance(error, EngineSizeError)):
+                    raise
+                _log.warning("a batch of %d is not warmed up: %s", batch, error)
+            release_memory()  # not in the handler, where the error still holds its frames
         self._fitted()
 
     def run(self, requests: Sequence[CheckedRequest], on_step: OnStep) -> list[ImageResult]:

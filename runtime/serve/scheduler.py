@@ -59,11 +59,14 @@ class Scheduler(Generic[J]):
     Attributes:
         max_batch: images in a call.
         window: seconds that a job may wait for others to share its call while nothing else runs.
+        batches: the numbers of images that a call may have, 1 and `max_batch` among them; empty for any. Of more jobs
+            than one of these the oldest go, and the others stay in the queue.
     """
 
-    def __init__(self, *, max_batch: int, window: float) -> None:
+    def __init__(self, *, max_batch: int, window: float, batches: Sequence[int] = ()) -> None:
         self.max_batch = max_batch
         self.window = window
+        self.batches = tuple(batches)
         self._flows: dict[Size, list[J]] = {}  # never an empty list; each in order of arrival
         self._paid: dict[Size, float] = {}  # in order of the last turn
         self._turn = 0.0
@@ -78,7 +81,9 @@ class Scheduler(Generic[J]):
 
     def ahead(self, coming: Sequence[Schedulable]) -> Scheduler[Schedulable]:
         """A copy, to look ahead with: what waits here, and these."""
-        ahead: Scheduler[Schedulable] = Scheduler(max_batch=self.max_batch, window=self.window)
+        ahead: Scheduler[Schedulable] = Scheduler(
+            max_batch=self.max_batch, window=self.window, batches=self.batches
+        )
         ahead._flows = {size: [*flow] for size, flow in self._flows.items()}
         ahead._paid, ahead._turn, ahead._by_age = dict(self._paid), self._turn, self._by_age
         ahead._limits = {size: copy(limit) for size, limit in self._limits.items()}
@@ -136,7 +141,7 @@ class Scheduler(Generic[J]):
 
     def limit(self, size: Size, images: int) -> None:
         """From now on at most `images` of this size in a call: more did not fit into memory."""
-        self._limits[size] = _Limit(min(images, self._limit(size)))
+        self._limits[size] = _Limit(self._formable(min(images, self._limit(size))))
 
     def _limit(self, size: Size) -> int:
         found = self._limits.get(size)
@@ -149,14 +154,19 @@ class Scheduler(Generic[J]):
             return
         limit.calls += 1
         if limit.calls == _PROBATION:
-            limit.images, limit.calls = 2 * limit.images, 0
+            limit.images, limit.calls = self._formable(2 * limit.images), 0
             if limit.images >= self.max_batch:
                 del self._limits[size]
 
     def _mates(self, flow: Sequence[J]) -> list[J]:
         """The oldest job and those that can share its call."""
         head = flow[0].group
-        return [job for job in flow if job.group == head][: self._limit(head.size)]
+        mates = [job for job in flow if job.group == head]
+        return mates[: self._formable(min(len(mates), self._limit(head.size)))]
+
+    def _formable(self, images: int) -> int:
+        """The largest number of images, up to this one, that a call may have."""
+        return max((batch for batch in self.batches if batch <= images), default=images)
 
     def _ready_at(self, flow: Sequence[J]) -> float:
         full = len(self._mates(flow)) == self._limit(flow[0].group.size)

@@ -52,12 +52,16 @@ class FakeRunner:
     Attributes:
         calls: the seeds of each call begun.
         steps: steps taken of each call.
+        warm: how often it was warmed up, the last time with `batches`.
     """
+
+    captures = False
 
     def __init__(self, fail: Callable[[list[int]], Exception | None] = lambda _: None) -> None:
         self.calls: list[list[int]] = []
         self.steps: list[int] = []
         self.warm = 0
+        self.batches: list[int] = []
         self._fail = fail
         self._gate = threading.Event()
         self._gate.set()
@@ -78,8 +82,9 @@ class FakeRunner:
         )
         return CheckedRequest(request.prompt, None, 5.0, request.seed or 0, request.steps, group)
 
-    def warm_up(self) -> None:
+    def warm_up(self, batches: Sequence[int] = (1,)) -> None:
         self.warm += 1
+        self.batches = list(batches)
 
     def hold(self) -> None:
         """From now on every step waits for `let_one()`, `step()` or `release()`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 
 import pytest
@@ -326,8 +326,8 @@ def test_memory_that_does_not_suffice_for_the_proof_ends_nothing(caplog: pytest.
     """Others may hold it just then; it is tried again after as many failures."""
 
     class Full(FakeRunner):
-        def warm_up(self) -> None:
-            super().warm_up()
+        def warm_up(self, batches: Sequence[int] = (1,)) -> None:
+            super().warm_up(batches)
             if self.warm == 2:
                 raise OutOfMemoryError("no memory left on cuda")
 
@@ -346,7 +346,7 @@ def test_memory_that_does_not_suffice_for_the_proof_ends_nothing(caplog: pytest.
 
 def test_a_device_that_does_not_recover_ends_the_engine(caplog: pytest.LogCaptureFixture) -> None:
     class Lost(FakeRunner):
-        def warm_up(self) -> None:
+        def warm_up(self, batches: Sequence[int] = (1,)) -> None:
             if self.calls:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
 

@@ -29,7 +29,7 @@ ASKED = ImageRequest("a red cat on the hill", "blurry", 48, 64, 2, 5.0, 3, "eule
 @pytest.fixture(autouse=True)
 def nothing_to_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model's own size is not what these are about."""
-    monkeypatch.setattr(latentrt.Pipeline, "warmup", lambda self: None)
+    monkeypatch.setattr(latentrt.Pipeline, "warmup", lambda self, **_: None)
     monkeypatch.setattr(latentrt.Pipeline, "fit_previewer", lambda self: None)
 
 

@@ -151,7 +151,7 @@ def test_requests_are_checked_when_they_come(
 ) -> None:
     async def main() -> None:
         engine = AsyncEngine(demo)
-        engine._runner.warm_up = lambda: None
+        engine._runner.warm_up = lambda batches: None
         async with engine:
             with pytest.raises(RequestError, match=message):
                 engine.submit(replace(REQUESTS[0], **fields))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -197,7 +198,7 @@ def test_a_fault_that_stops_the_engine_ends_what_waits_and_is_told(
 
 def test_a_model_that_does_not_load_says_so() -> None:
     class Broken(FakeRunner):
-        def warm_up(self) -> None:
+        def warm_up(self, batches: Sequence[int] = (1,)) -> None:
             raise BackendError("no device")
 
     async def main() -> None:

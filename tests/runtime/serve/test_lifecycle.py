@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -25,7 +26,7 @@ def test_a_server_is_ready_when_it_is_warm_and_not_before() -> None:
     warm = threading.Event()
 
     class Slow(FakeRunner):
-        def warm_up(self) -> None:
+        def warm_up(self, batches: Sequence[int] = (1,)) -> None:
             assert warm.wait(20)
 
     with served(Slow, ready=False) as server:

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 import latentrt
@@ -248,7 +248,7 @@ def test_the_page_shows_when_the_model_is_ready(browser: Browser) -> None:
     warm = threading.Event()
 
     class Slow(PageRunner):
-        def warm_up(self) -> None:
+        def warm_up(self, batches: Sequence[int] = (1,)) -> None:
             assert warm.wait(SECONDS)
 
     with served(Slow, ready=False) as server:

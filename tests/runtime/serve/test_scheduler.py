@@ -143,6 +143,52 @@ def test_a_size_that_did_not_fit_comes_in_smaller_batches() -> None:
     assert sorted(sizes_served(scheduler)) == [(64, 5), (128, 1), (128, 2), (128, 2)]
 
 
+def test_only_batches_of_the_sizes_named_are_formed() -> None:
+    """The oldest go first, and the rest waits for the next call, which newcomers may share."""
+    scheduler: Scheduler[Waiting] = Scheduler(max_batch=6, window=0.0, batches=(1, 2, 4, 6))
+    jobs = added(scheduler, *[SMALL] * 5)
+    assert scheduler.take(1.0) == jobs[:4]
+    later = added(scheduler, *[SMALL] * 2, since=2.0)
+    assert scheduler.take(3.0) == [jobs[4], later[0]]
+    assert scheduler.take(3.0) == [later[1]]
+    added(scheduler, *[SMALL] * 7)
+    assert sizes_served(scheduler) == [(64, 6), (64, 1)]
+
+
+def test_a_rest_does_not_wait_for_company_again() -> None:
+    scheduler: Scheduler[Waiting] = Scheduler(max_batch=4, window=0.5, batches=(1, 2, 4))
+    jobs = added(scheduler, *[SMALL] * 3, since=10.0)
+    assert scheduler.take(10.4) == []  # a fourth would fill it
+    assert scheduler.take(10.6) == jobs[:2]
+    assert scheduler.take(10.6) == jobs[2:]
+
+
+def test_a_rest_goes_before_a_flood_that_has_been_served_as_much() -> None:
+    """What a size pays is its work, in however many calls."""
+    scheduler: Scheduler[Waiting] = Scheduler(max_batch=4, window=0.0, batches=(1, 2, 4))
+    added(scheduler, *[SMALL] * 3)
+    added(scheduler, *[SMALL._replace(width=72)] * 40, since=1.0)
+    served = [len(scheduler.take(2.0)) for _ in range(3)]
+    assert served == [2, 4, 1]
+
+
+def test_looking_ahead_forms_the_same_batches() -> None:
+    scheduler: Scheduler[Waiting] = Scheduler(max_batch=4, window=0.0, batches=(1, 2, 4))
+    added(scheduler, *[SMALL] * 3)
+    ahead = scheduler.ahead([])
+    assert [len(ahead.take_soon(1.0)) for _ in range(3)] == [2, 1, 0]
+
+
+def test_a_limit_is_a_size_that_is_formed() -> None:
+    scheduler: Scheduler[Waiting] = Scheduler(max_batch=6, window=0.5, batches=(1, 2, 4, 6))
+    scheduler.limit(SMALL.size, 3)
+    sizes = []
+    for _ in range(201):
+        added(scheduler, *[SMALL] * (6 - len(scheduler)))
+        sizes.append(len(scheduler.take(0.1)))  # full, so there is nothing to wait for
+    assert sizes == [2] * 100 + [4] * 100 + [6]
+
+
 def test_a_group_knows_its_work() -> None:
     assert SMALL.cost == 64 * 64 * 10 * 2
     assert replace(Waiting(SMALL), group=SMALL._replace(guided=False)).group.cost == 64 * 64 * 10
