@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from ..errors import CheckpointError, UnsupportedConfigError
 from .conditioning import Conditioning, MicroConditioning, guidance_batch, guidance_scale_embedding
 from .denoiser import Denoiser
@@ -19,7 +17,7 @@ from .engines.lazy import LazyEngine
 from .models.unet import UNetConfig
 from .request import GenerationRequest
 from .sampler import SamplerConfig
-from .text_encoder import TextEmbeddings, TextEncoder, encode_prompts
+from .text_encoder import PromptEncoding, TextEmbeddings, TextEncoder
 
 __all__ = ["Expert", "check_fit"]
 
@@ -91,18 +89,19 @@ class Expert:
         return guided and self.config.time_cond_proj_dim is None
 
     def condition(
-        self, request: GenerationRequest, device: torch.device, *, from_image: bool
+        self, request: GenerationRequest, encode: PromptEncoding, *, from_image: bool
     ) -> Conditioning:
         """The UNet's inputs for a request, other than latents and timesteps.
 
         Args:
+            encode: of this request; all of its experts have the same one.
             from_image: it continues from pixels or latents rather than from noise.
         """
         texts = [request.prompts, request.prompts_2][: len(self.encoders)]
-        positive = encode_prompts(self.encoders, texts, request.clip_skip, device)
+        positive = encode(self.encoders, texts, request.clip_skip)
         negative = None
         if self.uses_cfg(request.guided):
-            negative = self._negative(request, positive, device).repeat(request.images_per_prompt)
+            negative = self._negative(request, positive, encode).repeat(request.images_per_prompt)
         batch = guidance_batch(
             positive.repeat(request.images_per_prompt),
             negative,
@@ -115,15 +114,13 @@ class Expert:
         return replace(batch, timestep_cond=embedding.to(batch.encoder_hidden_states))
 
     def _negative(
-        self, request: GenerationRequest, positive: TextEmbeddings, device: torch.device
+        self, request: GenerationRequest, positive: TextEmbeddings, encode: PromptEncoding
     ) -> TextEmbeddings:
         if self.zero_negative and all(text is None for text in request.negatives):
             return positive.zeros()
         lists = [request.negatives, request.negatives_2][: len(self.encoders)]
         # Like diffusers, clip_skip is for the positive prompt only.
-        return encode_prompts(
-            self.encoders, [[text or "" for text in texts] for texts in lists], None, device
-        )
+        return encode(self.encoders, [[text or "" for text in texts] for texts in lists], None)
 
     def _sizes(
         self, request: GenerationRequest, from_image: bool

@@ -20,6 +20,7 @@ from .progress import Watch
 from .request import GenerationRequest
 from .sampler import SamplerTable
 from .stages import Stage
+from .text_encoder import PromptEncoding
 
 __all__ = ["first_latents", "make_images"]
 
@@ -49,12 +50,13 @@ def make_images(
         OutOfMemoryError: the device has too little memory; the message names the stage.
         RequestError: a callback returned something that it may not.
     """
-    device, residency, vae = parts.loader.device, parts.loader.residency, parts.vae
+    residency, vae = parts.loader.residency, parts.vae
     with watch.stage("prepare"):
         _prepare(parts, request, stages, tile)
     with watch.stage("text"):
+        encode = PromptEncoding(parts.loader.device)
         conditionings = [
-            stage.expert.condition(request, device, from_image=stage.from_image) for stage in stages
+            stage.expert.condition(request, encode, from_image=stage.from_image) for stage in stages
         ]
     with watch.stage("start"):
         latents = first_latents(parts, request, stages[0].table, noise)

@@ -194,14 +194,15 @@ class Planner:
     def _build(self, loops: Sequence[tuple[str, Expert, LoopKind]], size: _PlanSize) -> Plan:
         height, width, batch = size.height, size.width, size.batch
         networks: dict[str, Network] = {}
-        text: dict[str, int] = {}
+        texts: dict[str, set[str]] = {}  # by encoder; one that experts share encodes each of them once
         buffers: dict[str, int] = {}
         stages: list[PlannedStage] = []
         for name, expert, kind in loops:
             for encoder in expert.encoders:
                 key = self._key(expert, encoder.engine.component)
                 networks[key] = self._network(key, encoder.engine.component, batch, height, width)
-                text[key] = text.get(key, 0) + (2 if kind.guided and not expert.zero_negative else 1)
+                negative = {"negative"} if kind.guided and not expert.zero_negative else set()
+                texts[key] = texts.get(key, set()) | {"prompt"} | negative
             component = expert.unet.component
             key = self._key(expert, component)
             rows = 2 * batch if kind.guided else batch
@@ -226,7 +227,7 @@ class Planner:
             stages.append(PlannedStage("decode", "pixels", {"vae_decoder": calls}, image_bytes))
         if size.encoded:
             stages.insert(0, PlannedStage("encode", "pixels", {"vae_encoder": batch}, image_bytes))
-        stages.insert(0, PlannedStage("text", "text", text))
+        stages.insert(0, PlannedStage("text", "text", {key: len(found) for key, found in texts.items()}))
         subject = f"{self._sources} at {width}x{height}, batch {batch}, {self._dtype}"
         return Plan(subject, networks, tuple(stages), buffers)
 

@@ -16,7 +16,7 @@ from ..errors import RequestError
 from .engines.lazy import LazyEngine
 from .prompt import ClipTokenizer
 
-__all__ = ["TextEmbeddings", "TextEncoder", "encode_prompts"]
+__all__ = ["PromptEncoding", "TextEmbeddings", "TextEncoder"]
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,34 @@ class TextEncoder:
         return TextEmbeddings(out["sequence"], out["pooled"])
 
 
-def encode_prompts(
-    encoders: Sequence[TextEncoder],
-    prompts: Sequence[Sequence[str]],
-    clip_skip: int | None,
-    device: torch.device,
-) -> TextEmbeddings:
-    """Embeddings of one prompt list per encoder, joined along the channels; the last encoder is pooled.
+class PromptEncoding:
+    """Encodes the texts of one request, each only once: base and refiner share an encoder and the prompts."""
 
-    Args:
-        encoders: one or two.
-        prompts: for each encoder, its text of every prompt.
-    """
-    parts = [e.encode(texts, clip_skip, device) for e, texts in zip(encoders, prompts, strict=True)]
-    return TextEmbeddings(torch.cat([p.sequence for p in parts], dim=-1), parts[-1].pooled)
+    def __init__(self, device: torch.device) -> None:
+        """`device`: of the embeddings."""
+        self._device = device
+        self._encoded: dict[tuple[TextEncoder, tuple[str, ...], int], TextEmbeddings] = {}
+
+    def __call__(
+        self, encoders: Sequence[TextEncoder], prompts: Sequence[Sequence[str]], clip_skip: int | None
+    ) -> TextEmbeddings:
+        """Embeddings of one prompt list per encoder, joined along the channels; the last encoder is pooled.
+
+        Args:
+            encoders: one or two.
+            prompts: for each encoder, its text of every prompt.
+            clip_skip: as for `TextEncoder.encode`.
+
+        Raises:
+            RequestError: `clip_skip` leaves no layer.
+        """
+        parts = [
+            self._of(e, tuple(texts), clip_skip or 0) for e, texts in zip(encoders, prompts, strict=True)
+        ]
+        return TextEmbeddings(torch.cat([p.sequence for p in parts], dim=-1), parts[-1].pooled)
+
+    def _of(self, encoder: TextEncoder, texts: tuple[str, ...], clip_skip: int) -> TextEmbeddings:
+        key = (encoder, texts, clip_skip)
+        if key not in self._encoded:
+            self._encoded[key] = encoder.encode(texts, clip_skip, self._device)
+        return self._encoded[key]

@@ -22,6 +22,7 @@ from latentrt.runtime.engines.eager import EagerEngine
 from latentrt.runtime.latents import NoiseSource
 from latentrt.runtime.residency import Residency
 from latentrt.runtime.stages import stages_of_request
+from latentrt.runtime.text_encoder import PromptEncoding
 
 CPU = torch.device("cpu")
 Load = Callable[..., latentrt.Pipeline]
@@ -62,7 +63,8 @@ def test_noise_is_on_the_device_once(load: Load) -> None:
     stages = stages_of_request(pipe._parts.base, pipe._parts.refiner, request)
     noise = NoiseSource(request.generators, request.batch)
     latents = torch.empty(1, 4, 8, 6, device="meta")  # as of a device that is not the host
-    told = [stage.expert.condition(request, CPU, from_image=stage.from_image) for stage in stages]
+    encode = PromptEncoding(CPU)
+    told = [stage.expert.condition(request, encode, from_image=stage.from_image) for stage in stages]
     loops = flow._loops(request, stages, told, latents, noise)
     assert [loop.noise.device for _, loop in loops if loop.noise is not None] == [CPU, CPU]
 

@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ import torch
 from helpers.parity import Rig
 from latentrt.errors import RequestError
 from latentrt.runtime.engines import registry
+from latentrt.runtime.stages import stages_of_request
+from latentrt.runtime.text_encoder import TextEmbeddings, TextEncoder
 from tolerances import PIPELINE_EAGER
 
 PROMPT = "storm over the old town"
@@ -122,6 +126,45 @@ def test_a_refiner_s_own_encoder_is_kept_when_it_differs(tiny: Callable[..., Pat
         prompt=PROMPT, num_inference_steps=4, image=latents, denoising_start=0.5, output_type="np"
     ).images
     assert np.abs(ours - theirs).max() <= PIPELINE_EAGER
+
+
+@pytest.mark.parametrize(
+    ("texts", "wanted"),
+    [
+        ({}, {"text_encoder": 1, "text_encoder_2": 2}),  # the prompt, and the refiner's empty negative one
+        ({"guidance_scale": 1.0}, {"text_encoder": 1, "text_encoder_2": 1}),
+        ({"negative_prompt": "blurry"}, {"text_encoder": 2, "text_encoder_2": 2}),
+        ({"prompt_2": "green"}, {"text_encoder": 1, "text_encoder_2": 3}),  # only the base is given prompt_2
+        ({"clip_skip": 1}, {"text_encoder": 1, "text_encoder_2": 2}),
+    ],
+)
+def test_a_shared_encoder_encodes_each_text_of_a_request_once(
+    texts: dict[str, Any], wanted: dict[str, int], rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = rig.pipeline("ensemble", "eager")
+    base, refiner, loader = both._parts.base, both._parts.refiner, both._parts.loader
+    own = replace(base.text_encoder_2, engine=loader.engine(base.text_encoder_2.engine.component))
+    apart = latentrt.Pipeline(replace(both._parts, refiner=replace(refiner, text_encoder_2=own)))
+    apart.set_progress_bar_config(disable=True)
+    call = {"height": 64, "width": 64, "num_inference_steps": 4, "seed": 3, "output_type": "np", **texts}
+    encoded = Counter[str]()
+    encode = TextEncoder.encode
+
+    def counting(self: TextEncoder, *arguments: Any) -> TextEmbeddings:
+        encoded[self.engine.component.name] += 1
+        return encode(self, *arguments)
+
+    monkeypatch.setattr(TextEncoder, "encode", counting)
+    images = both(["storm", "a red cat"], **call).images
+    assert encoded == wanted
+    if texts.keys() <= {"guidance_scale"}:  # plans assume no other texts
+        request, _ = both.check(["storm", "a red cat"], **call)
+        stages = stages_of_request(base, refiner, request)
+        assert both._budget.plan(request, stages).stages[0].calls == wanted
+    encoded.clear()
+    both(["storm", "a red cat"], **call)
+    assert encoded == wanted  # nothing is cached from one request to the next
+    assert np.array_equal(apart(["storm", "a red cat"], **call).images, images)
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2", "vae"])

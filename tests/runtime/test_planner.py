@@ -99,7 +99,10 @@ def test_full_size_loop(full: Planner) -> None:
         "base keys, values, times": 2 * (77 * 2 * crossed + room * shifted),
     }
     assert [stage.name for stage in plan.stages] == ["text", "base", "refiner", "decode"]
-    assert plan.stages[0].calls == {"text_encoder": 1, "text_encoder_2": 2}  # one for both experts
+    assert plan.stages[0].calls == {
+        "text_encoder": 1,
+        "text_encoder_2": 1,
+    }  # both experts are given the prompt
 
 
 def test_what_a_sampler_keeps_and_draws_is_counted(pair: Planner) -> None:
