@@ -14,6 +14,7 @@ from ..errors import OutOfMemoryError
 from ..kernels._triton import arch_of
 from .engines.lazy import EngineLoader, LazyEngine
 from .expert import Expert
+from .graph import Graphs
 from .graph_cache import DEFAULT_LIMIT
 from .memory import POLICIES, Plan, Policy, format_bytes, kind_of, stays
 from .place import free_memory
@@ -222,7 +223,21 @@ class Budget:
             cache.shrink(min(admission.room, cache.limit))
         if admission.plan is not None and graphs is not None and self._loader.backend.name in _OF_PYTORCH:
             graphs.room = admission.plan.graph_bytes(self._policy, cache.limit)
+            if idle and self._might_outgrow(admission, graphs):
+                cache.drop()  # with its last graph the pool goes, and the next capture begins one of `room`
         return admission
+
+    def _might_outgrow(self, admission: Admission, graphs: Graphs) -> bool:
+        """Whether the graphs' pool began smaller than this request needs, and there is no room for what it may become.
+
+        It would grow tensor by tensor, to half as much again as one block would be (`arena`), and what it began with
+        is not part of that.
+        """
+        plan, room, begun_with = admission.plan, admission.room, graphs.pool_room
+        if plan is None or room is None or begun_with is None or begun_with >= graphs.room:
+            return False
+        spare = room - plan.buffer_bytes - self._loader.graph_cache.nbytes
+        return spare < begun_with + graphs.room // 2
 
     def warn_of_evictions(self, before: int) -> None:
         """Warn if a warm-up evicted graphs of its own; `before` is the cache's `evicted` when it began."""

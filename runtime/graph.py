@@ -81,10 +81,16 @@ class Graphs:
         self.room = 0
         self._lock = threading.RLock()
         self._pool: Any = None
+        self._pool_room = 0
         self._in_pool: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
         self._stream: Any = None
         self._last: Any = None  # the event after what ran last
         self._holder: Any = None  # the stream of who is exclusive now
+
+    @property
+    def pool_room(self) -> int | None:
+        """`room` when the pool that there is was begun; None while no graph has one."""
+        return self._pool_room if self._in_pool else None
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -138,7 +144,7 @@ class Graphs:
         with _CAPTURING, torch.cuda.device(self.device):
             keep_alive = list(self._in_pool)  # or the pool could go meanwhile
             if not keep_alive:  # a pool that no graph has any more cannot be used again
-                self._pool = torch.cuda.graph_pool_handle()
+                self._pool, self._pool_room = torch.cuda.graph_pool_handle(), self.room
             if self._stream is None:
                 # Of high priority: PyTorch hands out 32 streams of each priority in rotation, and the one that is
                 # captured must not be a caller's.

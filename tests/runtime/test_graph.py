@@ -245,6 +245,21 @@ def test_graphs_share_a_pool_while_one_of_them_is_there(monkeypatch: pytest.Monk
     assert cuda.holders == {(0, 1): 0, (0, 2): 1}
 
 
+def test_a_pool_knows_the_room_that_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, graphs = FakeAllocator(monkeypatch), Graphs(torch.device("cuda:0"))
+    monkeypatch.setattr(torch, "empty", lambda size, **_: None)
+    rooms = [graphs.pool_room]
+    kept = []
+    for graphs.room in (8, 16):
+        kept.append(graphs.capture(cuda.work, "work"))
+        rooms.append(graphs.pool_room)
+    kept.clear()
+    rooms.append(graphs.pool_room)
+    kept.append(graphs.capture(cuda.work, "work"))
+    rooms.append(graphs.pool_room)
+    assert rooms == [None, 8, 8, None, 16]
+
+
 def test_work_that_fails_leaves_the_next_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether before it is captured or while it is."""
     cuda, graphs = FakeAllocator(monkeypatch), Graphs(torch.device("cuda:0"))
