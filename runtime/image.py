@@ -54,6 +54,9 @@ _LABELS = {
     "strength": "Denoising strength",
     "clip_skip": "Clip skip",
     "backend": "Backend",
+    "dtype": "Dtype",
+    "vae_dtype": "VAE dtype",
+    "tiled_vae": "Tiled VAE",
     "version": "Version",
 }
 _KEYS = {label: key for key, label in _LABELS.items()}

@@ -382,7 +382,7 @@ class Pipeline:
         if watch.discarded:  # the last steps may be reported after the images were made
             images = None
         return PipelineOutput(
-            images, records(request, self._parts), watch.timings, watch.interrupted or images is None
+            images, records(request, self._parts, tile), watch.timings, watch.interrupted or images is None
         )
 
     def check(

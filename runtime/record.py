@@ -7,14 +7,19 @@ from typing import Any
 
 from .. import __version__
 from .parts import Parts
+from .place import dtype_name
 from .request import GenerationRequest, Size
 
 __all__ = ["public_name", "records"]
 
 
-def records(request: GenerationRequest, parts: Parts) -> list[dict[str, Any]]:
+def records(request: GenerationRequest, parts: Parts, tile: int | None) -> list[dict[str, Any]]:
     """One record for each image of a request that these parts made. Except for the essentials, arguments that have
-    their default value are left out."""
+    their default value are left out.
+
+    Args:
+        tile: as for `VAE.decode`; tiles are recorded where an image had several, whether asked for or not.
+    """
     r, base, refiner = request, parts.base, parts.refiner
     sampler = base.sampler_config(r.sampler)
     common: dict[str, Any] = {
@@ -25,8 +30,13 @@ def records(request: GenerationRequest, parts: Parts) -> list[dict[str, Any]]:
         "size": _wide((r.height, r.width)),
         "model": public_name(base.source),
         "backend": parts.loader.backend.name,
+        "dtype": dtype_name(parts.loader.dtype),
         "version": f"latentrt {__version__}",
     }
+    if parts.vae.dtype != parts.loader.dtype:
+        common["vae_dtype"] = dtype_name(parts.vae.dtype)
+    if r.output_type != "latent" and parts.vae.is_tiled(r.height, r.width, tile):
+        common["tiled_vae"] = True
     if refiner is not None:
         common |= {"refiner": public_name(refiner.source), "high_noise_frac": r.high_noise_frac}
     if r.image is not None and r.denoising_start is None:

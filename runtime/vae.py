@@ -57,6 +57,10 @@ class VAE:
             raise RequestError(f"tile is {tile} latents; a VAE's tile has at least 8 along a side")
         return torch.cat([self._decode(row, tile) for row in latents.split(1)])
 
+    def is_tiled(self, height: int, width: int, tile: int | None) -> bool:
+        """Whether `decode` takes several tiles of this many latents for an image of `height` x `width` pixels."""
+        return tile is not None and tile * self.scale < max(height, width)
+
     def _decode(self, latents: Tensor, tile: int | None) -> Tensor:
         *_, h, w = latents.shape
         down, across = Tiles.of(h, tile, self.scale), Tiles.of(w, tile, self.scale)

@@ -41,6 +41,9 @@ RECORD: dict[str, Any] = {
     "refiner": "demo-refiner",
     "high_noise_frac": 0.8,
     "backend": "onnxruntime",
+    "dtype": "float16",
+    "vae_dtype": "float32",
+    "tiled_vae": True,
     "version": "latentrt 0.1.0",
 }
 HOSTILE = [
@@ -80,7 +83,8 @@ def test_other_tools_find_the_text_they_know(tmp_path: Path) -> None:
     assert text == (
         "a red circle above a small blue square\nNegative prompt: blurry\n"
         "Steps: 30, Sampler: dpm++2m-karras, CFG scale: 5.0, Seed: 0, Size: 128x96, Model: demo, "
-        "Refiner: demo-refiner, Refiner switch at: 0.8, Backend: onnxruntime, Version: latentrt 0.1.0"
+        "Refiner: demo-refiner, Refiner switch at: 0.8, Backend: onnxruntime, "
+        "Dtype: float16, VAE dtype: float32, Tiled VAE: True, Version: latentrt 0.1.0"
     )
     assert parse_parameters(text) == {key: str(value) for key, value in RECORD.items()}
 

@@ -18,6 +18,7 @@ from helpers.parity import Rig
 from helpers.parity_cases import SEEDS, Case
 from helpers.tiny_requests import PLAIN
 from latentrt.errors import RequestError
+from latentrt.runtime.record import records
 from tolerances import PIPELINE_EAGER
 
 
@@ -190,6 +191,7 @@ def test_parameters_tell_how_to_make_it_again(both: latentrt.Pipeline) -> None:
         "high_noise_frac": 0.5,
         "clip_skip": 1,
         "backend": "eager",
+        "dtype": "float32",
         "version": f"latentrt {latentrt.__version__}",
     }
     assert (second["prompt"], second["seed"]) == ("green", 4)
@@ -226,11 +228,23 @@ def test_the_vae_decodes_in_tiles_where_asked(
 ) -> None:
     monkeypatch.setattr("latentrt.runtime.budget.TILE", 8)
     call = {**PLAIN, "seed": 2, "width": 96}
-    tiled = pipe(**{**call, "output_type": "pt"}, tiled_vae=True).images
-    latents = pipe(**{**call, "output_type": "latent"}, tiled_vae=True).images
+    tiled = pipe(**{**call, "output_type": "pt"}, tiled_vae=True)
+    latents = pipe(**{**call, "output_type": "latent"}, tiled_vae=True)
     with torch.no_grad():
-        assert tiled.equal(pipe.vae.decode(latents, tile=8))
-        assert not tiled.equal(pipe.vae.decode(latents))
+        assert tiled.images.equal(pipe.vae.decode(latents.images, tile=8))
+        assert not tiled.images.equal(pipe.vae.decode(latents.images))
+    assert tiled.parameters[0]["tiled_vae"] is True
+    assert "tiled_vae" not in latents.parameters[0]
+    one_tile = pipe(**{**call, "width": 64, "height": 64}, tiled_vae=True)
+    assert "tiled_vae" not in one_tile.parameters[0]
+
+
+def test_a_vae_s_dtype_is_in_the_record_where_it_is_another(tiny: Callable[..., Path]) -> None:
+    """The tiny SDXL's would overflow in half precision, as the published one."""
+    for dtype, wanted in (("float16", ("float16", "float32")), ("float32", ("float32", None))):
+        pipe = latentrt.Pipeline.from_pretrained(tiny("sdxl"), backend="eager", dtype=dtype)
+        (record,) = records(pipe._request("storm"), pipe._parts, None)
+        assert (record["dtype"], record.get("vae_dtype")) == wanted
 
 
 def test_the_ends_and_the_latents_given_are_told(pipe: latentrt.Pipeline) -> None:

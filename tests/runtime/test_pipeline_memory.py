@@ -84,9 +84,12 @@ def test_a_picture_that_would_not_fit_whole_is_decoded_in_tiles(
     assert tiled < whole
     pipe = load(memory_limit=(whole + tiled) // 2)
     pipe.check(**call)
-    found = pipe(**call).images
-    assert np.array_equal(found, free(**call, tiled_vae=True).images)
-    assert not np.array_equal(found, free(**call).images)
+    found = pipe(**call)
+    assert np.array_equal(found.images, free(**call, tiled_vae=True).images)
+    assert found.parameters[0]["tiled_vae"] is True
+    whole_image = free(**call)
+    assert not np.array_equal(found.images, whole_image.images)
+    assert "tiled_vae" not in whole_image.parameters[0]
 
 
 def test_tiles_are_taken_only_once_nothing_more_can_be_freed(
