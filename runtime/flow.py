@@ -138,12 +138,12 @@ def _loops(
         (
             stage.expert.denoiser,
             LoopRequest(
-                (B, C, h, w),
-                stage.table,
-                conditioning.named(),
-                scales if stage.expert.uses_cfg(request.guided) else None,
-                request.guidance_rescale,
-                noise.draw_steps(stage.table, (C, h, w), host),
+                shape=(B, C, h, w),
+                table=stage.table,
+                constants=conditioning.named(),
+                guidance_scale=scales if stage.expert.uses_cfg(request.guided) else None,
+                guidance_rescale=request.guidance_rescale,
+                noise=noise.draw_steps(stage.table, (C, h, w), host),
             ),
         )
         for stage, conditioning in zip(stages, conditionings, strict=True)

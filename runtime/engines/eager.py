@@ -6,7 +6,7 @@ step belongs to the loop, whatever the back end, and has tests of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -27,8 +27,6 @@ class EagerEngine:
         weight_bytes: of its weights as they are packed.
     """
 
-    _operators: Callable[[], AbstractContextManager[None]] = staticmethod(by_reference)
-
     def __init__(self, component: Component, device: torch.device) -> None:
         self.entry: Path | None = None
         self._component = component
@@ -39,6 +37,10 @@ class EagerEngine:
         weights = [*module.parameters(), *module.buffers()]
         self.weight_bytes = sum(x.nbytes for x in weights)
         self._weights: OffloadableWeights | None = OffloadableWeights([*weights, *packed], device)
+
+    def _operators(self) -> AbstractContextManager[None]:
+        """The context in which operators are run: here, as plain PyTorch."""
+        return by_reference()
 
     def _lay_out(self, module: nn.Module) -> Sequence[Tensor]:
         """Repack the weights, while they are on the host.

@@ -10,7 +10,7 @@ On the CPU the operators are their PyTorch references: the same program, slowly.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -30,8 +30,10 @@ __all__ = ["TritonBackend", "TritonEngine"]
 class TritonEngine(EagerEngine):
     """A packed module on one device."""
 
-    _operators = nullcontext
     _unet: _PackedUNet | None = None
+
+    def _operators(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def _lay_out(self, module: nn.Module) -> Sequence[Tensor]:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
