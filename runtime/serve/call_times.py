@@ -1,10 +1,10 @@
-"""How long calls take, learnt from the calls that were made.
+"""Estimates of how long calls take, from measurements of earlier ones.
 
-A call has a fixed cost, a cost per step and a cost per pixel, in shares that are unknown beforehand. The time of a call
-like an earlier one is known. Two things hold for any other: more work takes no less time, and less work takes at least
-its share of the time. Estimates are the highest lower bound that follows, so that ignorance admits a request, which is
-then made and learnt from. Other work on the machine slows calls of all kinds alike, so all estimates share a factor
-that follows the last few calls of any kind.
+A call has a fixed cost, a cost per step and a cost per pixel, in shares that are unknown beforehand. A call like an
+earlier one is expected to take the same time. Of any other, two things are known: more work takes no less time, and
+less work takes at least its share of the time. An estimate is the highest lower bound that follows from these, so that
+a request of which nothing is known is admitted, and then measured. Other work on the machine slows calls of all kinds
+alike, so all estimates share a factor that follows the last few calls of any kind.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _WEIGHT = 0.3
 _TREND = 0.4
 """Weight of the newest call in the common factor."""
 _FADING = 0.98
-"""Decay of the common factor with each call: what lasts is left to the averages."""
+"""Decay of the common factor with each call, so that a lasting change goes into the averages."""
 _JUMP = 3.0
-"""Most by which one call may seem slower or faster than expected: it may be an outlier."""
+"""Bound of the factor by which one call may change an estimate: it may be an outlier."""
 _SHORTEST = 1e-6
 """Seconds; resolution of the clock."""
 
 
 @dataclass
 class _Seen:
-    """Calls of one size and work: their average on an otherwise idle machine, and when the last one was made."""
+    """Calls of one size and work: their average on an otherwise idle machine, and the time of the last one."""
 
     seconds: float
     last: float

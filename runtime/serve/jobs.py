@@ -1,4 +1,4 @@
-"""A request on its way: it waits, runs, and ends once, with a result, an error, or by leaving."""
+"""A request in the engine: it waits, runs, and ends once, with a result, an error or a cancellation."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["Job"]
 
 
 class Job:
-    """What `AsyncEngine.submit` gives back; everything but `left` belongs to the event loop's thread.
+    """What `AsyncEngine.submit` returns. For the event loop's thread, except for `left`.
 
     Attributes:
-        request: what is made, with its seed.
-        since: when it came, by the loop's clock.
-        timeout: seconds from then until it must be made.
-        waited: seconds from then until it was begun.
-        previews: progress comes with pictures.
+        request: the image to generate, with its seed.
+        since: time of arrival, by the loop's clock.
+        timeout: seconds from its arrival to its deadline; None for none.
+        waited: seconds from its arrival to the beginning of its call; None before.
+        previews: whether progress comes with pictures.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Job:
         previews: bool,
         forget: Callable[[Job], None],
     ) -> None:
-        """`forget` takes it out of the queue."""
+        """`forget`: called when it ends, to remove it from the queue."""
         loop = asyncio.get_running_loop()
         self.request = request
         self.since = loop.time()
@@ -39,7 +39,7 @@ class Job:
         self.previews = previews
         self._forget = forget
         self._end: asyncio.Future[ImageResult] = loop.create_future()
-        # An error that nobody reads is no news: asyncio would log it.
+        # Retrieved here, since asyncio logs an error that is never retrieved.
         self._end.add_done_callback(lambda end: end.cancelled() or end.exception())
         self._progress: Progress | None = None
         self._changed = asyncio.Event()
@@ -51,7 +51,7 @@ class Job:
 
     @property
     def left(self) -> bool:
-        """Whether it has ended, so that nobody waits for more; safe to ask from any thread."""
+        """Whether it has ended; may be read from any thread."""
         return self._end.done()
 
     async def result(self) -> ImageResult:
@@ -65,10 +65,10 @@ class Job:
         return await asyncio.shield(self._end)
 
     async def events(self) -> AsyncIterator[Progress | Finished]:
-        """Progress as it comes, then `Finished`. Who reads slowly misses steps, and nothing piles up.
+        """Progress as it comes, then `Finished`. Only the latest step is stored, so that a slow reader misses some.
 
         Raises:
-            as `result` does.
+            as `result`.
         """
         seen = None
         while True:
@@ -82,24 +82,25 @@ class Job:
                 return
 
     def cancel(self) -> None:
-        """Leave: the queue, or the batch. The device is free when all of a batch have left. Nothing once it ended."""
+        """Cancel it, unless it has ended. A job in the queue is removed; a batch stops once all of its jobs have
+        ended."""
         if not self._end.done():
             self._end.cancel()
             self._ended()
 
     def begin(self) -> None:
-        """It waits no longer."""
+        """Record that its call begins."""
         self.waited = asyncio.get_running_loop().time() - self.since
 
     def progress(self, progress: Progress) -> None:
-        """A step is done. One that is made again, as where a batch has failed, is no news."""
-        told = 0 if self._progress is None else self._progress.step
-        if not self._end.done() and progress.step > told:
+        """Report a step. One that is repeated, as after its batch has failed, is not reported again."""
+        reported = 0 if self._progress is None else self._progress.step
+        if not self._end.done() and progress.step > reported:
             self._progress = progress
             self._changed.set()
 
     def finish(self, end: ImageResult | Exception) -> None:
-        """It ends here, unless it has left before."""
+        """End it with a result or an error, unless it has ended."""
         if self._end.done():
             return
         if isinstance(end, Exception):

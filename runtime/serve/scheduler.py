@@ -1,10 +1,10 @@
-"""Who is served next: requests of one size at a time, batched where they can share a call, sizes in fair turns.
+"""The order in which jobs are served: one size at a time, batched where they can share a call, sizes in fair turns.
 
-It knows neither models nor clocks: jobs come with a group and a time of arrival, `now` is told. Turns are start-time
-fair queueing (Goyal, Vin and Cheng, 1996): a size that was served pays the work of its batch, and the size that has
-paid least is next; one that was idle starts at what the last turn began with, so it can neither save up nor be
-starved by a flood of another. That holds among few sizes: of ever new ones each has paid nothing. So every other call
-is for who has waited longest, where that is long.
+It knows neither models nor clocks: a job has a group and a time of arrival, and the caller gives the time. Turns are
+start-time fair queueing (Goyal, Vin and Cheng, 1996): a size pays for the work of each of its batches, and the size
+that has paid least is next. One that was idle starts at what the last turn began with: it earns no credit, and a flood
+of another size cannot starve it. That holds among a few sizes; a stream of new ones, each of which has paid nothing,
+would come before all others. So every other call goes to the job that has waited longest, once that is long.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ __all__ = ["Schedulable", "Scheduler"]
 _PATIENCE = 30.0
 """Seconds after which a job's age counts, and not what its size has paid; or half of the time it was given."""
 _REMEMBERED = 64
-"""Sizes that are not here and have something to make up for."""
+"""Sizes without jobs whose payments are remembered, because they are ahead of the last turn."""
 _PROBATION = 100
 """Calls as large as a limit after which twice as many images are tried again: others may have left the device."""
 
 
 class Schedulable(Protocol):
-    """What waits."""
+    """A job in the queue."""
 
     @property
     def group(self) -> Group: ...
 
     @property
     def since(self) -> float:
-        """When it came, in seconds."""
+        """Time of arrival, in seconds."""
 
     @property
     def timeout(self) -> float | None:
-        """Seconds from then until it must be made."""
+        """Seconds from its arrival to its deadline; None for none."""
 
 
 J = TypeVar("J", bound=Schedulable)
@@ -47,7 +47,7 @@ J = TypeVar("J", bound=Schedulable)
 
 @dataclass
 class _Limit:
-    """Images of one size that fit into a call, and how many such calls there were."""
+    """The most images of one size that fit into a call, and the number of calls of that many."""
 
     images: int
     calls: int = 0
@@ -80,7 +80,7 @@ class Scheduler(Generic[J]):
         return (job for jobs in self._flows.values() for job in jobs)
 
     def ahead(self, coming: Sequence[Schedulable]) -> Scheduler[Schedulable]:
-        """A copy, to look ahead with: what waits here, and these."""
+        """A copy for forecasts, with the jobs of this queue and these."""
         ahead: Scheduler[Schedulable] = Scheduler(
             max_batch=self.max_batch, window=self.window, batches=self.batches
         )
@@ -92,7 +92,7 @@ class Scheduler(Generic[J]):
         return ahead
 
     def add(self, job: J) -> None:
-        """Let a job wait."""
+        """Add a job to the queue."""
         size = job.group.size
         if size not in self._flows:
             self._flows[size] = []
@@ -100,21 +100,21 @@ class Scheduler(Generic[J]):
         self._flows[size].append(job)
 
     def remove(self, job: J) -> None:
-        """A job that waits no longer; nothing happens when it doesn't."""
+        """Remove a job; nothing happens if it is not in the queue."""
         flow = self._flows.get(job.group.size, [])
         if job in flow:
             self._drop([job])
 
     def take(self, now: float) -> list[J]:
-        """The next batch, or none while the jobs there are may still get company."""
+        """The next batch; empty while every job may still wait, within `window`, for others to share its call."""
         return self._next([size for size, flow in self._flows.items() if self._ready_at(flow) <= now], now)
 
     def take_soon(self, now: float) -> list[J]:
-        """The next batch, whoever may still come; none when nothing waits."""
+        """The next batch, regardless of `window`; empty if the queue is."""
         return self._next(list(self._flows), now)
 
     def _next(self, ready: Sequence[Size], now: float) -> list[J]:
-        """The batch of one of these sizes."""
+        """The next batch, of one of these sizes."""
         if not ready:
             return []
         size = min(ready, key=lambda size: (self._paid[size], self._flows[size][0].since))
@@ -128,7 +128,7 @@ class Scheduler(Generic[J]):
         self._paid[size] = paid + sum(job.group.cost for job in batch)
         self._note(size, len(batch))
         self._drop(batch)
-        # Who is not here and has nothing to make up for starts afresh.
+        # A size with no jobs and no debt is forgotten.
         absent = [s for s in self._paid if s not in self._flows]
         for k, s in enumerate(reversed(absent)):
             if self._paid[s] <= self._turn or k >= _REMEMBERED:
@@ -136,11 +136,11 @@ class Scheduler(Generic[J]):
         return batch
 
     def ready_at(self) -> float | None:
-        """When `take` will have something; None when nothing waits."""
+        """The time from which `take` returns a batch; None if the queue is empty."""
         return min((self._ready_at(flow) for flow in self._flows.values()), default=None)
 
     def limit(self, size: Size, images: int) -> None:
-        """From now on at most `images` of this size in a call: more did not fit into memory."""
+        """Allow at most `images` of this size in a call from now on: more did not fit into memory."""
         self._limits[size] = _Limit(self._formable(min(images, self._limit(size))))
 
     def _limit(self, size: Size) -> int:
@@ -148,7 +148,7 @@ class Scheduler(Generic[J]):
         return self.max_batch if found is None else found.images
 
     def _note(self, size: Size, images: int) -> None:
-        """A call of so many is made; often enough as large as the limit, that is tried to be raised."""
+        """Count a call of so many images. After enough calls at the limit, twice as many are tried."""
         limit = self._limits.get(size)
         if limit is None or images < limit.images:
             return
@@ -159,7 +159,7 @@ class Scheduler(Generic[J]):
                 del self._limits[size]
 
     def _mates(self, flow: Sequence[J]) -> list[J]:
-        """The oldest job and those that can share its call."""
+        """The oldest job and those that share its call."""
         head = flow[0].group
         mates = [job for job in flow if job.group == head]
         return mates[: self._formable(min(len(mates), self._limit(head.size)))]
@@ -181,5 +181,5 @@ class Scheduler(Generic[J]):
 
 
 def _impatient_at(job: Schedulable) -> float:
-    """When its age begins to count."""
+    """The time from which its age counts."""
     return job.since + (_PATIENCE if job.timeout is None else min(_PATIENCE, job.timeout / 2))

@@ -1,4 +1,4 @@
-"""The thread that owns the device: one call after the other, and what to do when a call goes wrong."""
+"""What the thread that owns the device does: one call after the other, and smaller ones when a call fails."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BatchReport:
-    """What became of one call.
+    """The outcome of one call.
 
     Attributes:
-        images: in the batch.
+        images: number of images in the batch.
         size: their (height, width).
-        steps: taken.
+        steps: steps taken.
         cost: work of the whole call, in the unit of `Group.cost`.
-        seconds: it took.
-        outcome: "made", "abandoned" (all had left), "out of memory", "refused" (a RequestError) or "failed".
-        timings: seconds of each stage; empty where it was not made.
-        waited: seconds that each of its images had waited.
+        seconds: duration of the call.
+        outcome: "made", "abandoned" (all of its jobs had ended), "out of memory", "refused" (a RequestError) or
+            "failed".
+        timings: seconds of each stage; empty unless the outcome is "made".
+        waited: seconds that each of its images had waited in the queue.
     """
 
     images: int
@@ -48,11 +49,11 @@ class BatchReport:
 
 
 class _AbandonedError(Exception):
-    """Everyone has left the batch."""
+    """Every job of the batch has ended, so nothing more is wanted of it."""
 
 
 class Worker:
-    """Calls the runner. `make` is for one thread; jobs hear of it in the event loop."""
+    """Calls the runner. `make` and `prove` are for one thread; what they report is posted to the event loop."""
 
     def __init__(
         self,
@@ -62,14 +63,20 @@ class Worker:
         on_batch: Callable[[BatchReport], None],
         on_limit: Callable[[tuple[int, int], int], None],
     ) -> None:
-        """Both are called in the loop: after each call, and when a size was found to fit only so many at once."""
+        """
+        Args:
+            on_batch: called in the event loop after each call.
+            on_limit: called there with a size and the number of its images that a call may have, after a larger call
+                ran out of memory or had no engine.
+        """
         self._runner = runner
         self._tell = loop.call_soon_threadsafe
         self._on_batch = on_batch
         self._on_limit = on_limit
 
     def make(self, jobs: Sequence[Job]) -> None:
-        """Make the images of one group that are still wanted; on trouble in smaller batches, and at last each alone."""
+        """Generate those images of one group that are still wanted. A batch that fails is divided: in halves if memory
+        ran out or no engine was built for it, and otherwise into single images."""
         live = [job for job in jobs if not job.left]
         if not live:
             return
@@ -84,7 +91,7 @@ class Worker:
             self._tell(live[0].finish, error)
             return
         half = (len(live) + 1) // 2
-        parts = [[job] for job in live]  # a fault shows alone whose it is
+        parts = [[job] for job in live]  # so that a request that fails, fails alone
         if is_out_of_memory(error) or isinstance(error, EngineSizeError):
             size = live[0].group.size
             why = "memory did not suffice" if is_out_of_memory(error) else "no engine was built"
@@ -96,10 +103,11 @@ class Worker:
             self.make(part)
 
     def prove(self) -> None:
-        """Make an image of the engine's own. Where memory does not suffice for it now that shows nothing.
+        """Generate an image of the engine's own, to see whether the device still works. If memory runs out, that says
+        nothing of the device, and is logged.
 
         Raises:
-            Exception: what the device does not recover from.
+            Exception: the device does not work any more.
         """
         try:
             self._runner.warm_up()
@@ -112,7 +120,11 @@ class Worker:
         release_memory()
 
     def _call(self, jobs: Sequence[Job]) -> Exception | None:
-        """One call of the runner. The error it ended with holds no frames, and so none of their tensors."""
+        """Call the runner once.
+
+        Returns:
+            the error it ended with, without tracebacks: their frames hold tensors.
+        """
         begun = time.perf_counter()
         steps = 0
 
@@ -157,7 +169,7 @@ class Worker:
 
 
 def _outcome(error: Exception) -> str:
-    """What became of a call that ended with it."""
+    """The outcome of a call that ended with this error."""
     if is_out_of_memory(error):
         return "out of memory"
     return "refused" if isinstance(error, RequestError) else "failed"
