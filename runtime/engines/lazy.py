@@ -62,6 +62,7 @@ class EngineLoader:
             found = [x.residency for x in shared if x.residency is not None and x.residency.policy == memory]
             self.residency = found[0] if found else Residency(memory)
         self._engines: weakref.WeakSet[LazyEngine] = weakref.WeakSet()  # they belong to the networks' owners
+        self._one_at_a_time = threading.RLock()
         self.device = device
         self.graphs: Graphs | None = None
         self.move(device)
@@ -90,6 +91,13 @@ class EngineLoader:
                 _wait(before, graphs)
             for engine in self._engines:
                 engine.close()
+
+    def exclusive(self) -> AbstractContextManager[object]:
+        """While an engine runs on a GPU, no other one of this loader does: graphs share memory, and without graphs the
+        activations of several would add up, of which plans count one."""
+        if self.graphs is not None:
+            return self.graphs.exclusive()
+        return self._one_at_a_time if self.device.type == "cuda" else nullcontext()
 
     def engine(self, component: Component) -> LazyEngine:
         """A component's engine, not loaded yet."""
@@ -138,7 +146,7 @@ class _Call:
 class LazyEngine:
     """An engine that is loaded when first called, once however many threads call it.
 
-    Locks are taken in this order: its residency's, its graphs' (`exclusive`), its own.
+    Locks are taken in this order: its residency's, its loader's (`exclusive`), its own.
 
     No reference cycles: what it loaded is freed as soon as its last owner is.
 
@@ -239,14 +247,14 @@ class LazyEngine:
                     return engine(inputs)
         engine = self.load()
         if self.graphs is None:
-            return engine(inputs)
+            with self.exclusive():
+                return engine(inputs)
         with self._captured(engine, inputs, self.graphs) as call:
             return engine(inputs) if call is None else call(inputs)
 
-    def exclusive(self) -> AbstractContextManager[None]:
-        """No graph of the device is replayed meanwhile, on any stream: it may share memory with what the engine runs
-        in."""
-        return nullcontext() if self.graphs is None else self.graphs.exclusive()
+    def exclusive(self) -> AbstractContextManager[object]:
+        """As its loader's: nothing else that may share its memory runs meanwhile, on any stream."""
+        return self._loader.exclusive()
 
     def capture(self, inputs: Mapping[str, Tensor]) -> None:
         """Load the engine and capture its call for inputs of these shapes, where calls are captured and kept."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers import tiny_components as tiny
+from helpers.threads import in_threads
 from latentrt.runtime.engines.lazy import EngineLoader
 from latentrt.runtime.graph_cache import GraphCache
 from latentrt.runtime.memory import POLICIES, Policy, check_policy, stays
@@ -89,3 +91,28 @@ def test_a_call_of_what_may_be_offloaded_excludes_replays() -> None:
     lazy({"x": torch.zeros(2, 4)})
     other.join()
     assert taken == ["here", "elsewhere"]
+
+
+@pytest.mark.parametrize(("device", "at_once"), [("cuda:0", 1), ("cpu", 2)])
+def test_without_graphs_a_gpu_runs_one_call_at_a_time(device: str, at_once: int) -> None:
+    """Of two at once the activations would add up, and a plan counts one; on the host nothing bounds them."""
+    running, most = [0], [0]
+    met = threading.Barrier(2)
+
+    class Engine:
+        def __call__(self, inputs: Any) -> dict[str, torch.Tensor]:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+            with suppress(threading.BrokenBarrierError):
+                met.wait(0.5)  # for the other thread to come as well, if it can
+            running[0] -= 1
+            return {}
+
+    loader = EngineLoader("eager", CPU, torch.float32, None, graphs=False)
+    loader.device = torch.device(device)
+    loader.backend = SimpleNamespace(load=lambda component, **_: Engine())  # type: ignore[assignment]
+    engine = loader.engine(tiny.text_encoder())
+    in_threads([lambda: engine({})] * 2)
+    assert most == [at_once]
+    with engine.exclusive(), engine.exclusive():  # as a callback of a loop that decodes
+        pass
