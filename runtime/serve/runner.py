@@ -29,7 +29,7 @@ OnStep = Callable[[int, Callable[[int], PIL.Image.Image] | None], None]
 
 
 class Runner(Protocol):
-    """What makes images. `check` is called in the event loop, the others in one thread of their own."""
+    """What makes images. `captures` and `check` are for the event loop, the others for one thread of their own."""
 
     @property
     def captures(self) -> bool:
