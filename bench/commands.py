@@ -86,7 +86,8 @@ def bench(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _adjusted(case: Case, args: argparse.Namespace) -> Case:
-    """The case with what was asked for otherwise."""
+    """The case with the options that replace its fields; it is described by them, since its own description would no
+    longer be true."""
     changes: dict[str, Any] = {
         "model": args.model,
         "refiner": args.refiner,
@@ -100,7 +101,18 @@ def _adjusted(case: Case, args: argparse.Namespace) -> Case:
     changes = {name: value for name, value in changes.items() if value is not None}
     if args.refiner == "none" or (args.model is not None and args.refiner is None):
         changes["refiner"] = None  # a refiner is its base's: another base has the one that is given with it
-    return replace(case, **changes)
+    changes = {name: value for name, value in changes.items() if value != getattr(case, name)}
+    described = [f"{name} {_shown(value)}" for name, value in changes.items() if name != "batches"]
+    summary = f"{case.name} with {', '.join(described)}" if described else case.summary
+    return replace(case, summary=summary, **changes)
+
+
+def _shown(value: Any) -> str:
+    """A field of a case as its option is typed."""
+    if isinstance(value, tuple):
+        height, width = value
+        return f"{width}x{height}"
+    return "none" if value is None else str(value)
 
 
 def _require_libraries() -> None:

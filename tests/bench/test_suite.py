@@ -204,6 +204,17 @@ def test_another_base_does_not_keep_the_cases_refiner() -> None:
     assert commands._adjusted(CASES["demo"], asked(refiner="none")).refiner is None
 
 
+def test_a_changed_case_is_named_by_its_changes() -> None:
+    case = CASES["sdxl"]
+    changed = commands._adjusted(case, asked(size=(512, 768), model="/w/real", high_noise_frac=0.5))
+    assert changed.summary == "sdxl with model /w/real, size 768x512, high_noise_frac 0.5"
+    assert commands._adjusted(CASES["sdxl-refiner"], asked(refiner="none")).summary == (
+        "sdxl-refiner with refiner none"
+    )
+    # Each batch size has figures of its own, and what is asked for as it is anyway is no change.
+    assert commands._adjusted(case, asked(batch=(2,), steps=30)).summary == case.summary
+
+
 def test_what_benchmarks_need_is_asked_for_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "find_spec", lambda name: None if name == "psutil" else object())
     with pytest.raises(BackendUnavailableError, match=r'^psutil is not installed; .*"latentrt\[bench\]"'):
