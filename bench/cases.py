@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from ..errors import RequestError
-from ..runtime.engines.registry import backend_names
+from ..runtime.engines.registry import backend_names, get_backend
 from ..runtime.sampler import step_range
 from ..runtime.sampler_config import SamplerConfig
 
@@ -28,7 +29,9 @@ __all__ = [
     "case_named",
     "default_sides",
     "eager_sides",
+    "reference_side",
     "sides_named",
+    "unavailable_reason",
 ]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -140,6 +143,7 @@ class SideSpec:
 
 
 _DIFFUSERS = "latentrt.bench.diffusers_side:open_side"
+_ONNXRUNTIME = "latentrt.bench.onnxruntime_side:open_side"
 _LATENTRT = "latentrt.bench.latentrt_side:open_side"
 _COPIES = {"onnxruntime": 1, "tensorrt": 2, "tensorrt-rtx": 2}
 
@@ -166,7 +170,7 @@ def _side_table() -> dict[str, SideSpec]:
         SideSpec(
             "onnxruntime",
             "ONNX Runtime on an export of diffusers' own modules",
-            "latentrt.bench.onnxruntime_side:open_side",
+            _ONNXRUNTIME,
             builds=True,
             copies=1,
         ),
@@ -190,6 +194,7 @@ def _side_table() -> dict[str, SideSpec]:
 
 
 SIDES: Mapping[str, SideSpec] = _side_table()
+_ON_CPU = ("diffusers", "diffusers-compile", "onnxruntime", "latentrt-eager", "latentrt-onnxruntime")
 
 
 def case_named(name: str) -> Case:
@@ -230,12 +235,37 @@ def eager_sides(sides: Sequence[SideSpec]) -> set[str]:
     return theirs or ours
 
 
+def unavailable_reason(side: SideSpec, device: torch.device, dtype: str) -> str:
+    """Why a side cannot run here, and the remedy; empty where it can. No weights are read.
+
+    Args:
+        dtype: of the case, for a side that has none of its own.
+    """
+    if side.factory in (_DIFFUSERS, _ONNXRUNTIME) and find_spec("diffusers") is None:
+        return "diffusers is not installed; pip install diffusers"
+    backend = "onnxruntime" if side.factory == _ONNXRUNTIME else side.options.get("backend")
+    if backend is None:
+        return ""
+    answer = get_backend(backend).availability(device, DTYPES[side.dtype or dtype])
+    return "" if answer.ok else f"{answer.reason}; {answer.remedy}"
+
+
+def reference_side() -> str:
+    """The side that others are compared with by default: eager diffusers, or, where that is not installed, latentrt's
+    own modules in eager PyTorch."""
+    return "latentrt-eager" if find_spec("diffusers") is None else "diffusers"
+
+
 def default_sides(case: Case, device: torch.device) -> list[str]:
-    """What is compared when nothing is asked for.
+    """What is compared when nothing is asked for, of what is installed; `reference_side` is first.
 
     On a CPU that leaves out max-autotune, which compiles for as long again, and what needs a GPU; in half precision
-    it adds diffusers in float32, the picture that all are held against.
+    on a GPU it adds the reference in float32, whose pictures all are compared with.
     """
+    first = reference_side()
+    names = [first, *(name for name in SIDES if name != first)]
     if device.type == "cpu":
-        return ["diffusers", "diffusers-compile", "onnxruntime", "latentrt-eager", "latentrt-onnxruntime"]
-    return [*SIDES, *(["diffusers@float32"] if case.dtype != "float32" else [])]
+        names = [name for name in names if name in _ON_CPU]
+    available = [name for name in names if not unavailable_reason(SIDES[name], device, case.dtype)]
+    exact = [f"{first}@float32"] if case.dtype != "float32" and device.type != "cpu" else []
+    return [*available, *exact]

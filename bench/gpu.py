@@ -24,14 +24,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from ..kernels import tuning
-from ..runtime.engines.registry import get_backend
-from .cases import SIDES
+from .cases import SIDES, reference_side, unavailable_reason
 from .endings import signals_as_ctrl_c
 from .full import FAREWELL, Part, line, read_result, run_part
 from .kernel_tuning import take_tuned
@@ -39,7 +37,7 @@ from .machine import RESULTS, ROOT
 from .stats import LEAST_ROUNDS
 from .verdicts import is_left, of_kernels, of_side, of_tuning
 
-__all__ = ["Step", "lacking", "main", "steps"]
+__all__ = ["Step", "main", "steps"]
 
 _BUILD = ROOT / "build" / "gpu"
 _LIMIT = 600.0
@@ -85,7 +83,8 @@ class Step:
 
     def missing(self) -> list[str]:
         """Why it has nothing to do on this machine; empty where it has."""
-        why = [reason for side in self.sides if (reason := lacking(side))]
+        gpu = torch.device("cuda")
+        why = [reason for name in self.sides if (reason := unavailable_reason(SIDES[name], gpu, "float16"))]
         return [] if self.choosing and len(why) < len(self.sides) else list(dict.fromkeys(why))
 
 
@@ -106,7 +105,7 @@ def steps(
         kernel_seconds: after which these begin nothing new.
         tuned: the operators that are tuned; all where empty.
     """
-    reference = "latentrt-eager" if find_spec("diffusers") is None else "diffusers"
+    reference = reference_side()
     sides = _Sides(results, work, reference)
     files = _files()
     first = {name: sides.step(name, 1, _FIRST) for name in _CASES}
@@ -209,18 +208,6 @@ class _Sides:
         part = _part(name, *command, limit=_COMPILES if side == _LAST else _LIMIT)
         part = replace(part, beside=self.reference, verdict=partial(of_side, out, side))
         return Step(part, (self.reference, side), kept=f"{case}/{side}-{'[0-9a-f]' * 12}")
-
-
-def lacking(side: str) -> str:
-    """Why a side cannot run on this machine's GPU; empty where it can."""
-    own = SIDES[side].options.get("backend")
-    if own is None and find_spec("diffusers") is None:
-        return "diffusers is not installed"
-    backend = "onnxruntime" if side == "onnxruntime" else own
-    if backend is None:
-        return ""
-    found = get_backend(backend).availability(torch.device("cuda"), torch.float16)
-    return "" if found.ok else f"{found.reason}; {found.remedy}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

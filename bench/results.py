@@ -89,7 +89,7 @@ class Row:
 
     Attributes:
         status: `measured`; `invalid`, whose pictures fail the gate, so that no speed is told; `failed`, which keeps the
-            batch sizes that it was through with; `skipped`, which there was no room for; `reference`, whose pictures
+            batch sizes that it was through with; `skipped`, which is not installed or there was no room for; `reference`, whose pictures
             the others are held against, and which is not timed.
         reason: why it is not measured, or not at some batch sizes.
         built_before: an earlier run had built it, so that what building takes was not measured.

@@ -18,7 +18,7 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -95,6 +95,7 @@ class CaseRun:
         tell: Tell = lambda side, state: None,
         note: Callable[[], None] = lambda: None,
         arrangement: Arrangement | None = None,
+        missing: Mapping[str, str] | None = None,
         keep: bool = True,
     ) -> None:
         """
@@ -105,6 +106,7 @@ class CaseRun:
             open_host: where a side is to run.
             note: called whenever `result` has more to tell, between measurements.
             arrangement: who is loaded beside whom; all at once where None.
+            missing: side -> why it cannot run on this machine; it is skipped.
             keep: what sides built; otherwise it makes room for the next group.
         """
         self._case = case
@@ -118,15 +120,19 @@ class CaseRun:
         self._keep = keep
         self._seconds: float | None = None
         self._reference: Lane | None = None
-        self._eager_sides = eager_sides(sides)
+        missing = missing or {}
+        present = [side for side in sides if side.name not in missing]
+        self._eager_sides = eager_sides(present)
         self._eager: dict[str, Quality] = {}  # what eager PyTorch reaches, by dtype
-        arrangement = arrangement or Arrangement.together(case, sides)
+        arrangement = arrangement or Arrangement.together(case, present)
         self._lanes = [
             Lane(spec, job_for(case, spec, device, folder), arrangement.batches.get(spec.name, ()))
             for spec in sides
         ]
         lanes = {lane.spec.name: lane for lane in self._lanes}
         self._groups = [[lanes[name] for name in group] for group in arrangement.groups]
+        for name, why in missing.items():
+            lanes[name].end("skipped", why)
         for name, sizes in arrangement.lost.items():
             lanes[name].leave_out(sizes)
         for lane in self._lanes[1:]:  # the others are compared with the first, so that it takes every size

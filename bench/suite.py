@@ -14,7 +14,7 @@ import torch
 from ..errors import RequestError
 from ..runtime.weights import open_checkpoint
 from . import report
-from .cases import Case, SideSpec
+from .cases import Case, SideSpec, unavailable_reason
 from .features import ClipFeatures, Judges, demo_judges, demo_prompts, read_truth
 from .host import Host, OwnProcess, job_for
 from .inception import InceptionFeatures
@@ -142,16 +142,21 @@ class Suite:
     def _run_case(self, case: Case, sides: list[SideSpec], judges: Judges) -> None:
         settings = self._settings
         prompts = settings.plan.prompts or (demo_prompts(64) if case.model == "demo" else _PROMPTS)
+        missing = {side.name: unavailable_reason(side, settings.device, case.dtype) for side in sides}
+        missing = {name: why for name, why in missing.items() if why}
+        present = [side for side in sides if side.name not in missing]
         with tempfile.TemporaryDirectory(prefix="latentrt-bench-") as scratch:
             folder = settings.work or Path(scratch)
-            reason = too_little(case, sides, settings.device, folder)
+            reason = "; ".join(f"{name}: {why}" for name, why in missing.items())
+            if present:
+                reason = too_little(case, present, settings.device, folder)
             if reason:
                 empty = CaseResult(asdict(case), {}, settings.plan.gate.name, None, [], reason)
                 self._results.append(empty)
                 return
             here = located(case, folder, settings.device)
             device, keep = str(settings.device), settings.work is not None
-            jobs = [job_for(here, side, device, folder / case.name) for side in sides if side.builds]
+            jobs = [job_for(here, side, device, folder / case.name) for side in present if side.builds]
             built = {job.side.name for job in jobs if job.is_built()}
             with LiveTable(case.name, [side.name for side in sides]) as live:
                 run = CaseRun(
@@ -165,7 +170,8 @@ class Suite:
                     judges=judges,
                     tell=live.tell,
                     note=lambda: self._note(replace(run.result(), case=asdict(case))),
-                    arrangement=arrange(here, sides, room(settings.device, folder, keeps=keep), built),
+                    arrangement=arrange(here, present, room(settings.device, folder, keeps=keep), built),
+                    missing=missing,
                     keep=keep,
                 )
                 try:

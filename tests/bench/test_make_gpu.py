@@ -16,13 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from latentrt.bench import full, gpu
-from latentrt.bench.cases import CASES, SIDES, default_sides
+from latentrt.bench import cases, full, gpu
+from latentrt.bench.cases import CASES, SIDES
 from latentrt.bench.full import Judged, Part, run_part
 from latentrt.bench.gpu import Step
 from latentrt.bench.host import job_for
 from latentrt.cli import _parser
-from latentrt.runtime.engines.base import Availability
 
 ROOT = Path(__file__).parents[2]
 MARK = "pytest.mark" + ".gpu"  # or this file would hold it
@@ -49,7 +48,7 @@ def test_what_is_worth_most_comes_first() -> None:
     assert ["max-autotune" in name for name in names] == [False] * (len(names) - 2) + [True] * 2
     assert all(step.part.limit <= 600 for step in steps()[:-2])
     sides = {side for step in steps() for side in step.sides}
-    assert sides == set(default_sides(CASES["sdxl"], torch.device("cuda"))) - {"diffusers@float32"}
+    assert sides == set(SIDES)
 
 
 def test_every_test_for_a_gpu_is_in_one_part() -> None:
@@ -127,7 +126,7 @@ def test_kernels_are_tuned_and_timed_as_it_is_asked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_side_is_held_against_eager_pytorch(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "find_spec", lambda name: object() if there else None)
+    monkeypatch.setattr(cases, "find_spec", lambda name: object() if there else None)
     reference = "diffusers" if there else "latentrt-eager"
     found = {step.part.name: step for step in steps()}
     step = found["sdxl-latentrt-triton"]
@@ -153,23 +152,6 @@ def test_a_side_is_held_against_eager_pytorch(there: bool, monkeypatch: pytest.M
     assert "--rounds" in found["sdxl-batch-8-latentrt-triton"].part.command
 
 
-def test_what_is_not_installed_is_known_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    class Backend:
-        def availability(self, *place: Any) -> Availability:
-            asked.append(place)
-            return Availability(len(asked) < 3, "it is not installed", "install it")
-
-    monkeypatch.setattr(gpu, "get_backend", lambda name: asked.append(name) or Backend())
-    assert gpu.lacking("latentrt-triton-plain") == ""
-    assert gpu.lacking("latentrt-tensorrt") == "it is not installed; install it"
-    assert asked == ["triton", (torch.device("cuda"), torch.float16), "tensorrt", asked[1]]
-    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
-    for side in ("diffusers", "diffusers-max-autotune", "onnxruntime"):
-        assert gpu.lacking(side) == "diffusers is not installed"
-
-
 @pytest.fixture
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Three parts: one that fails, one whose side is not there, and one that goes on by itself."""
@@ -188,7 +170,9 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         Step(part("tune", ""), left=lambda: False, seconds=90),
     ]
     monkeypatch.setattr(gpu, "steps", lambda *args, **kwargs: made)
-    monkeypatch.setattr(gpu, "lacking", lambda side: "it is not installed" * (side == "diffusers"))
+    monkeypatch.setattr(
+        gpu, "unavailable_reason", lambda side, *_: "it is not installed" * (side.name == "diffusers")
+    )
     monkeypatch.setattr(gpu, "_BUILD", tmp_path / "build")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(full, "_digest", lambda part: "the same")
@@ -276,7 +260,7 @@ def test_a_part_whose_time_is_over_may_write_down_what_it_has(
 def test_tests_of_some_back_ends_are_run_where_one_of_them_is(monkeypatch: pytest.MonkeyPatch) -> None:
     engines = next(step for step in steps() if step.part.name == "engine-tests")
     lacking = {"latentrt-tensorrt": "not installed"}
-    monkeypatch.setattr(gpu, "lacking", lambda side: lacking.get(side, ""))
+    monkeypatch.setattr(gpu, "unavailable_reason", lambda side, *_: lacking.get(side.name, ""))
     assert engines.missing() == []
     assert Step(engines.part, engines.sides).missing() == ["not installed"]
     lacking["latentrt-tensorrt-rtx"] = "too old"
@@ -296,7 +280,7 @@ def test_only_what_its_own_side_built_is_removed(tmp_path: Path) -> None:
 def test_what_passed_beside_another_reference_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     digests = []
     for there in (None, object()):
-        monkeypatch.setattr(gpu, "find_spec", lambda name, there=there: there)
+        monkeypatch.setattr(cases, "find_spec", lambda name, there=there: there)
         known = {step.part.name: step.part for step in steps()}
         digests.append([full._digest(known[name]) for name in ("sdxl-latentrt-triton", "kernels")])
     (alone, kernels), (beside, same) = digests

@@ -6,18 +6,22 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from helpers.planted_reports import report
 from helpers.planted_sides import planted
-from latentrt.bench import tables
-from latentrt.bench.cases import Case, SideSpec, eager_sides, sides_named
+from latentrt.bench import cases, tables
+from latentrt.bench.cases import CASES, SIDES, Case, SideSpec, default_sides, eager_sides, sides_named
 from latentrt.bench.gates import GATES
 from latentrt.bench.host import Host
 from latentrt.bench.report import markdown
 from latentrt.bench.results import CaseResult
 from latentrt.bench.run import CaseRun, Plan
+from latentrt.bench.suite import Settings, Suite
 from latentrt.bench.worker import Job, Run, Worker
+from latentrt.runtime.engines.base import Availability
 
 CASE = Case("planted", "nothing real", "none", steps=1, dtype="float16")
 
@@ -50,6 +54,99 @@ def test_latentrts_eager_modules_stand_in_for_diffusers_where_that_is_not_asked_
         "diffusers@float32"
     }
     assert eager_sides(sides_named(["latentrt-triton"])) == set()
+
+
+GPU = torch.device("cuda")
+
+
+class Backend:
+    """One that is installed or not."""
+
+    asked: list[Any]
+
+    def __init__(self, name: str, absent: Sequence[str] = ()) -> None:
+        self._name, self._absent = name, absent
+
+    def availability(self, *place: Any) -> Availability:
+        Backend.asked.append((self._name, *place))
+        return Availability(self._name not in self._absent, "it is not installed", "install it")
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Plant what is installed; all is, without arguments."""
+
+    def plant(*absent: str, diffusers: bool = True) -> None:
+        Backend.asked = []
+        monkeypatch.setattr(cases, "find_spec", lambda name: object() if diffusers else None)
+        monkeypatch.setattr(cases, "get_backend", lambda name: Backend(name, absent))
+
+    return plant
+
+
+def test_what_is_not_installed_is_known_before_anything_is_measured(installed: Callable[..., None]) -> None:
+    def reason(name: str) -> str:
+        return cases.unavailable_reason(*sides_named([name]), GPU, "float16")
+
+    installed("tensorrt")
+    assert reason("latentrt-triton-plain") == ""
+    assert reason("latentrt-tensorrt@bfloat16") == "it is not installed; install it"
+    assert Backend.asked == [("triton", GPU, torch.float16), ("tensorrt", GPU, torch.bfloat16)]
+    assert [reason("diffusers"), reason("onnxruntime")] == ["", ""]
+    installed(diffusers=False)
+    for side in ("diffusers", "diffusers-max-autotune", "onnxruntime"):
+        assert reason(side) == "diffusers is not installed; pip install diffusers"
+    assert reason("latentrt-eager") == ""
+
+
+def test_without_diffusers_sides_are_compared_with_latentrts_eager_modules(
+    installed: Callable[..., None],
+) -> None:
+    sdxl = CASES["sdxl"]
+    installed("tensorrt", "tensorrt-rtx")
+    everything = default_sides(sdxl, GPU)
+    assert (everything[0], everything[-1]) == ("diffusers", "diffusers@float32")
+    assert set(everything[:-1]) == set(SIDES) - {"latentrt-tensorrt", "latentrt-tensorrt-rtx"}
+    assert default_sides(CASES["demo"], torch.device("cpu")) == [
+        "diffusers",
+        "diffusers-compile",
+        "onnxruntime",
+        "latentrt-onnxruntime",
+        "latentrt-eager",
+    ]
+    installed("tensorrt", "tensorrt-rtx", diffusers=False)
+    ours = default_sides(sdxl, GPU)
+    assert (ours[0], ours[-1]) == ("latentrt-eager", "latentrt-eager@float32")
+    assert sorted(ours[1:-1]) == ["latentrt-onnxruntime", "latentrt-triton", "latentrt-triton-plain"]
+    assert eager_sides(sides_named(ours)) == {"latentrt-eager", "latentrt-eager@float32"}
+
+
+def test_a_side_that_cannot_run_is_skipped_and_is_no_reference(
+    installed: Callable[..., None], tmp_path: Path
+) -> None:
+    """It was named, so it is a row; nothing of it is opened, and the others have their reference all the same."""
+    installed(diffusers=False)
+    opened = []
+
+    def counting(job: Job) -> Host:
+        opened.append(job.side.name)
+        return Worker(job)
+
+    sides = [*sides_named(["diffusers"]), eager(), planted("quick")]
+    plan = Plan(["a"], GATES["eager"], rounds=1, pictures=2)
+    settings = Settings(plan, torch.device("cpu"), tmp_path, "as typed", metrics=("psnr", "ssim"))
+    case = replace(CASE, model="demo", dtype="float32")
+    (found,) = Suite([(case, sides)], settings, open_host=counting).run().cases
+    assert found.reference == "latentrt-eager"
+    assert [(row.side, row.status) for row in found.rows] == [
+        ("diffusers", "skipped"),
+        ("latentrt-eager", "measured"),
+        ("quick", "measured"),
+    ]
+    assert found.rows[0].reason == "diffusers is not installed; pip install diffusers"
+    assert set(opened) == {"latentrt-eager", "quick"}
+    (found,) = Suite([(case, sides[:1])], settings, open_host=counting).run().cases
+    assert found.skipped == "diffusers: diffusers is not installed; pip install diffusers"
 
 
 def test_a_side_is_no_reference_of_its_own_beside_an_eager_one(tmp_path: Path) -> None:
