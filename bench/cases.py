@@ -29,6 +29,7 @@ __all__ = [
     "case_named",
     "default_sides",
     "eager_sides",
+    "pictures_only",
     "reference_side",
     "sides_named",
     "unavailable_reason",
@@ -233,6 +234,14 @@ def eager_sides(sides: Sequence[SideSpec]) -> set[str]:
     theirs = {side.name for side in sides if side.is_eager_diffusers}
     ours = {side.name for side in sides if side.options == {"backend": "eager"}}
     return theirs or ours
+
+
+def pictures_only(case: Case, sides: Sequence[SideSpec]) -> SideSpec | None:
+    """The side that the others' pictures are compared with and that is not timed: eager PyTorch in float32 in a case of
+    half precision, unless speed is compared with it; None where there is no such side."""
+    eager = [side for side in sides[1:] if side.name in eager_sides(sides)]
+    exact = [side for side in eager if side.dtype == "float32" != case.dtype]
+    return next(iter(exact), None)
 
 
 def unavailable_reason(side: SideSpec, device: torch.device, dtype: str) -> str:

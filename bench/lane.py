@@ -28,7 +28,7 @@ class Lane:
     Attributes:
         batches: the sizes that it is measured at.
         reason: why it is out, or why sizes are left out.
-        beside: batch size -> seconds of the side that speed is compared with, in the same rounds.
+        beside: batch size -> seconds of the first side, in rounds interleaved with this one's.
     """
 
     spec: SideSpec
@@ -67,14 +67,14 @@ class Lane:
             self.host.close()
             self.host = None
 
-    def row(self, steps: Mapping[str, int], rounds: int, *, compared: bool) -> Row:
+    def row(self, steps: Mapping[str, int], rounds: int, beside: Mapping[int, list[float]]) -> Row:
         """What is known by now.
 
         A side whose pictures are wrong, or were not looked at yet, has no speed. One that failed keeps the batch sizes
         that it was through with.
 
         Args:
-            compared: whether the side that speed is compared with has one.
+            beside: batch size -> seconds of the side that speed is compared with.
         """
         known = {
             "measured": sorted(self.runs),
@@ -92,14 +92,13 @@ class Lane:
             build_seconds=self.build_seconds if told else None,
             first_image_seconds=self.first_image_seconds if told else None,
             quality=self.quality,
-            batches=[self._figures(batch, steps, compared) for batch in sizes],
+            batches=[self._figures(batch, steps, beside.get(batch, [])) for batch in sizes],
             profile=self.profile if told else None,
         )
 
-    def _figures(self, batch: int, steps: Mapping[str, int], compared: bool) -> BatchFigures:
+    def _figures(self, batch: int, steps: Mapping[str, int], beside: list[float]) -> BatchFigures:
         runs = self.runs[batch]
         seconds = [run.seconds for run in runs]
-        beside = self.beside.get(batch, []) if compared else []
         paired = min(len(beside), len(seconds))  # an interruption may have come in the middle of a round
         joules = [run.joules / batch for run in runs if run.joules is not None]
         psnr, ssim = self.worst.get(batch, (float("nan"), float("nan")))

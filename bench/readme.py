@@ -93,11 +93,12 @@ def _measured(report: Report, case: CaseResult, source: str) -> Iterator[str]:
     took = "" if report.seconds is None else f" The whole run took {report.seconds / 60:.0f} minutes."
     interrupted = "" if report.complete else " It was interrupted: these are the figures there were by then."
     at_once = f" Up to {case.builders} sides were built at the same time." if case.builders > 1 else ""
+    apart = f" {sentence}" if (sentence := tables.not_interleaved(case)) else ""
     told = (
         f"{where}, commit {machine['commit']}{source}: {c['summary']}, {c['steps']} steps, guidance {c['guidance']:g}, "
         f"{c['dtype']}, the sides taking turns on the same noise; medians of {len(fewest.seconds)} rounds, ratios of "
         f"each round with an interval that covers {100 * fewest.latency.median.cover:.0f} %. PSNR is of a side's "
-        f"worst picture beside that of {case.reference}.{at_once}{took}{interrupted}"
+        f"worst picture beside that of {case.reference}.{apart}{at_once}{took}{interrupted}"
     )
     head = ["side", "what it is", "seconds", f"against {case.rows[0].side}", "PSNR", "CLIP score", "FID"]
     table = [[*head, "peak MiB", "built in", "first image"], *(_row(case, row) for row in case.rows)]

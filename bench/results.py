@@ -58,14 +58,14 @@ class BatchFigures:
         seconds: of each round, in order.
         latency: of a call.
         speedup: the first side's seconds by this one's, round by round; above 1 is faster. None where the first was
-            not measured.
+            not measured. See `CaseResult.is_interleaved`.
         images_per_second: of the median.
         stages: median seconds of each stage; `base_step` and `refiner_step` are of one step.
         psnr, ssim: the worst over all rounds, beside the reference's pictures.
         joules_per_image: median, where the GPU tells.
         busy_elsewhere: cores that others kept busy, of each round.
         gpu: clocks, power and temperature of each round.
-        beside: the first side's seconds in the same rounds.
+        beside: the first side's seconds that the speedup is of.
     """
 
     batch: int
@@ -88,9 +88,9 @@ class Row:
     """One side of a case.
 
     Attributes:
-        status: `measured`; `invalid`, whose pictures fail the gate, so that no speed is told; `failed`, which keeps the
-            batch sizes that it was through with; `skipped`, which is not installed or there was no room for; `reference`, whose pictures
-            the others are held against, and which is not timed.
+        status: `measured`; `invalid`, whose pictures fail the gate, so that it has no speed; `failed`, which keeps the
+            batch sizes that it was through with; `skipped`, which is not installed or does not fit; `reference`, whose
+            pictures the others are compared with, and which is not timed.
         reason: why it is not measured, or not at some batch sizes.
         built_before: an earlier run had built it, so that what building takes was not measured.
         build_seconds: from a cold process to the first picture with nothing exported or compiled yet.
@@ -123,7 +123,7 @@ class CaseResult:
         skipped: why nothing was run; empty where it was.
         prompts: digest of the prompts, in their order; empty in results that were made before it was kept.
         seconds: that it took in all.
-        groups: the sides that were loaded at the same time; the first side is in each group.
+        groups: the sides that were resident together, in the order in which they were measured.
         builders: how many sides were built at the same time.
     """
 
@@ -141,6 +141,12 @@ class CaseResult:
     def first(self, row: Row) -> BatchFigures | None:
         """A side's figures at the first batch size that was asked for, which tables have; None where it has none."""
         return next((b for b in row.batches if b.batch == self.case["batches"][0]), None)
+
+    def is_interleaved(self, row: Row) -> bool:
+        """Whether a side's rounds alternated with the first side's. Otherwise the two did not fit together, and the
+        machine's drift between their times is part of the speedup."""
+        pair = {row.side, self.rows[0].side}
+        return not self.groups or any(pair <= set(group) for group in self.groups)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Whether a machine has room for a case: what its sides take, and which of them are loaded at the same time.
+"""Estimates each side's memory and disk, and groups the sides that fit together.
 
-Sides take turns, so they stay loaded beside each other. Where that is too much for all of them they are measured in
-groups, and the first side, which the others are compared with, is in each. What does not even fit beside the first one
-is left out, and told with the estimate: a batch size of a side, or all of it.
+Interleaved rounds need sides that are resident together. Where not all fit, they are measured in groups, each with the
+first side, which the others are compared with. A side that does not fit together with the first one is measured by
+itself, before or after. Only what does not even fit alone is left out, with the estimate as the reason: a batch size of
+a side, or all of it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 from ..runtime.host_memory import available_bytes
 from ..runtime.weight_set import read_header
-from .cases import DTYPES, Case, SideSpec, eager_sides
+from .cases import DTYPES, Case, SideSpec, eager_sides, pictures_only
 from .models import RANDOM, checkpoint_folder
 from .random_checkpoint import PUBLISHED, component_bytes
 
@@ -51,11 +52,12 @@ class Room:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Who is measured beside whom.
+    """Which sides are resident together.
 
     Attributes:
-        groups: names of sides that are loaded together; the first side begins each.
-        batches: the batch sizes of each of them.
+        groups: names of sides, in the order in which they are measured. Sides of a group without the first side are
+            not interleaved with it.
+        batches: the batch sizes of each side.
         lost: side -> batch size -> why it is not measured.
     """
 
@@ -106,64 +108,55 @@ def too_little(case: Case, sides: Sequence[SideSpec], device: torch.device, fold
 
 
 def arrange(case: Case, sides: Sequence[SideSpec], found: Room, built: Container[str] = ()) -> Arrangement:
-    """Who is measured beside whom; sides that make the reference's pictures are in the first group.
+    """Groups of sides that fit together.
+
+    What the reference's pictures come from is in the first groups: other sides are compared with them. Eager PyTorch
+    in float32 has a group of its own there, since it makes pictures, one by one, and is not timed.
 
     Args:
         sides: the first one fits by itself.
         built: names of sides that write nothing more.
     """
-    first, *others = sides
-    size = functools.partial(memory_bytes, case)
-    alone = [b for b in case.batches if size(first, b) <= found.memory]
-    beside = [b for b in alone if any(size(first, b) + size(other, b) <= found.memory for other in others)]
-    mine = tuple(beside or alone)
-    own = size(first, max(mine, default=min(case.batches)))
-    left = found.memory - own
-    disk = found.disk - (0 if first.name in built else written_bytes(case, first))
-
-    batches = {first.name: mine}
-    crowded = ", which leaves no room for another side"
-    lost = {
-        first.name: {
-            b: f"about {_gib(size(first, b))} GiB{crowded if b in alone else ''}"
-            for b in case.batches
-            if b not in mine
-        }
-    }
-    beside_it = {
-        b: f"beside {first.name}, which takes about {_gib(max(own, size(first, b)))} GiB"
-        for b in case.batches
-    }
-    groups = [[first.name]]
-    memory_here, disk_here = left, disk
-    eager = eager_sides(sides)
-    for side in sorted(others, key=lambda side: side.name not in eager):
-        written = 0 if side.name in built else written_bytes(case, side)
-        fits = tuple(b for b in mine if size(side, b) <= left)
-        lost[side.name] = {
-            b: f"about {_gib(size(side, b))} GiB {beside_it[b]}" for b in case.batches if b not in fits
-        }
-        writable = disk_here if found.keeps else disk
-        if fits and written > writable:
-            why = f"about {_gib(written)} GiB on disk, where the sides before it leave {_gib(max(0, writable))} GiB"
-            lost[side.name] = dict.fromkeys(case.batches, why)
-            fits = ()
-        if not fits:
-            continue
-        needed = size(side, max(fits))
-        if len(groups[-1]) > 1 and (needed > memory_here or written > disk_here):
-            groups.append([first.name])
-            memory_here, disk_here = left, disk_here if found.keeps else disk
-        groups[-1].append(side.name)
-        batches[side.name] = fits
-        memory_here -= needed
-        disk_here -= written
-
+    exact = pictures_only(case, sides)
+    batches: dict[str, tuple[int, ...]] = {}
+    lost: dict[str, dict[int, str]] = {}
+    memory, written = {}, {}
     free = f"{_gib(found.memory)} GiB of memory and {_gib(found.disk)} GiB of disk are free"
-    told = {
-        name: {b: f"needs {why}; {free}" for b, why in sizes.items()} for name, sizes in lost.items() if sizes
-    }
-    return Arrangement(groups, batches, told)
+    disk = found.disk
+    for side in sides:
+        sizes = {b: memory_bytes(case, side, b) for b in ((1,) if side is exact else case.batches)}
+        fits = tuple(b for b, needed in sizes.items() if needed <= found.memory)
+        why = {b: f"needs about {_gib(sizes[b])} GiB; {free}" for b in sizes if b not in fits}
+        written[side.name] = 0 if side.name in built else written_bytes(case, side)
+        if written[side.name] > disk:
+            needed = f"needs about {_gib(written[side.name])} GiB on disk"
+            why = dict.fromkeys(sizes, f"{needed}, where {_gib(disk)} GiB are left; {free}")
+            fits = ()
+        if why:
+            lost[side.name] = why
+        if fits:
+            batches[side.name] = fits
+            memory[side.name] = sizes[max(fits)]
+            disk -= written[side.name] if found.keeps else 0
+
+    def fit_together(*names: str) -> bool:
+        return sum(memory[n] for n in names) <= found.memory and sum(written[n] for n in names) <= found.disk
+
+    first, eager = sides[0].name, eager_sides(sides)
+    alone = None if exact is None else exact.name
+    before: list[list[str]] = []
+    groups = [[first]] if first in batches else []
+    after: list[list[str]] = []
+    for name in sorted(batches, key=lambda name: (name != alone, name not in eager)):
+        if name == first:
+            continue
+        if not groups or name == alone or not fit_together(first, name):
+            (before if name in eager else after).append([name])
+        elif fit_together(*groups[-1], name):
+            groups[-1].append(name)
+        else:
+            groups.append([first, name])
+    return Arrangement([*before, *groups, *after], batches, lost)
 
 
 def _own_size(model: str) -> tuple[int, int]:

@@ -7,7 +7,8 @@
     each batch size     a warm-up, a run with memory sampled, then rounds: A B C, B C A, C A B, ...; timed pictures are
                         held against what the reference made of the same seeds one by one
 
-Where not all sides fit beside each other this is done for one group after another; the first side is in each.
+Where not all sides fit together this is done for one group after another (see `room`). A side in a group without the
+first one is not interleaved with it: its speedup is of rounds at different times, and is marked so.
 
 A side that fails anywhere is told with its reason, and the others go on. What was measured is there at any time.
 """
@@ -27,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BenchmarkError
-from .cases import Case, SideSpec, eager_sides
+from .cases import Case, SideSpec, eager_sides, pictures_only
 from .features import Judges
 from .gates import Gate, Quality, likeness, measure_quality
 from .host import Host, job_for
@@ -105,7 +106,7 @@ class CaseRun:
             folder: for what sides build; what an earlier run built there is taken as it is, and no time is told for it.
             open_host: where a side is to run.
             note: called whenever `result` has more to tell, between measurements.
-            arrangement: who is loaded beside whom; all at once where None.
+            arrangement: which sides are resident together; all are where None.
             missing: side -> why it cannot run on this machine; it is skipped.
             keep: what sides built; otherwise it makes room for the next group.
         """
@@ -123,6 +124,7 @@ class CaseRun:
         missing = missing or {}
         present = [side for side in sides if side.name not in missing]
         self._eager_sides = eager_sides(present)
+        self._pictures_only = pictures_only(case, present)
         self._eager: dict[str, Quality] = {}  # what eager PyTorch reaches, by dtype
         arrangement = arrangement or Arrangement.together(case, present)
         self._lanes = [
@@ -143,11 +145,11 @@ class CaseRun:
         """Everything; sides are closed when it ends, however it ends."""
         begun = time.perf_counter()
         try:
-            for group in self._groups:
+            for k, group in enumerate(self._groups):
                 self._measure_group(group)
-                for lane in group[1:]:
-                    self._finish(lane)
-            self._finish(self._lanes[0])
+                for lane in group:
+                    if not any(lane in later for later in self._groups[k + 1 :]):
+                        self._finish(lane)
         finally:
             for lane in self._lanes:
                 lane.close()
@@ -162,18 +164,28 @@ class CaseRun:
 
     def result(self) -> CaseResult:
         """What is known by now; a side that is out has no speed, but for batch sizes that it was through with."""
-        compared = self._lanes[0].status in ("measured", "failed")
         return CaseResult(
             asdict(self._case),
             self._steps,
             self._plan.gate.name,
             self._reference.spec.name if self._reference else None,
-            [lane.row(self._steps, self._plan.rounds, compared=compared) for lane in self._lanes],
+            [lane.row(self._steps, self._plan.rounds, self._seconds_of_first(lane)) for lane in self._lanes],
             seconds=self._seconds,
             builders=self._plan.builders,
             prompts=hashlib.sha256("\n".join(self._plan.prompts).encode()).hexdigest()[:12],
             groups=[[lane.spec.name for lane in group] for group in self._groups],
         )
+
+    def _seconds_of_first(self, lane: Lane) -> Mapping[int, list[float]]:
+        """What a lane's speed is compared with, by batch size: the first side's rounds that were interleaved with its
+        own, else as many of another time. Nothing where the first side's pictures fail, or a size failed midway."""
+        first, rounds = self._lanes[0], self._plan.rounds
+        if first.status not in ("measured", "failed"):
+            return {}
+        if any(first in group and lane in group for group in self._groups):
+            return lane.beside
+        whole = {batch: runs[-rounds:] for batch, runs in first.runs.items() if len(runs) >= rounds}
+        return {batch: [run.seconds for run in runs] for batch, runs in whole.items()}
 
     def _measure_group(self, group: Sequence[Lane]) -> None:
         """Eager PyTorch goes first: the others are held against it, and need not be kept once they are judged."""
@@ -183,7 +195,7 @@ class CaseRun:
         self._choose_reference(eager)
         for lane in eager:
             self._attempt(lane, self._judge)
-            if self._gives_pictures_only(lane):
+            if lane.spec is self._pictures_only:
                 lane.end("reference", "only its pictures are taken")
         self._note()
         self._build_all([lane for lane in group if lane not in eager])
@@ -197,17 +209,6 @@ class CaseRun:
             lanes = [lane for lane in group if lane.status == "measured" and batch in lane.batches]
             self._measure_batch(lanes, batch)
             self._note()
-
-    def _gives_pictures_only(self, lane: Lane) -> bool:
-        """Whether it is there for others to be held against, and nobody asks how long it takes: eager PyTorch in
-        float32 where the case is not, unless it is what speed is compared with, or comes too late to be the
-        reference."""
-        return (
-            lane.spec.name in self._eager_sides
-            and lane.job.dtype == "float32" != self._case.dtype
-            and lane is not self._lanes[0]
-            and (self._reference is None or self._reference is lane)
-        )
 
     def _attempt(self, lane: Lane, work: Callable[[Lane], None], where: str = "") -> None:
         """A side's failure is its own, and one that is out is not asked again."""
@@ -244,7 +245,7 @@ class CaseRun:
         if lane.host is not None:  # the first side, in a later group
             return
         name = lane.spec.name
-        timed = not self._gives_pictures_only(lane)
+        timed = lane.spec is not self._pictures_only
         if timed and lane.build_seconds is None:
             self._tell(name, "its files")
             self._first_image(lane)
@@ -315,7 +316,7 @@ class CaseRun:
 
     def _measure_batch(self, lanes: Sequence[Lane], batch: int) -> None:
         first, where = self._lanes[0], f"batch {batch}: "
-        beside: list[float] = []  # of this group's rounds, while the first side's own are those of all groups
+        beside: list[float] = []  # the first side's, in this group's rounds
         for lane in lanes:
             if lane is not first:
                 lane.beside[batch] = beside

@@ -19,6 +19,7 @@ __all__ = [
     "latency",
     "main_kind",
     "memory",
+    "not_interleaved",
     "peak",
     "profile",
     "settings",
@@ -45,7 +46,20 @@ def against_first(case: CaseResult, row: Row) -> str:
         return "1"
     figures = case.first(row)
     r = None if figures is None else figures.speedup
-    return "-" if r is None else f"{r.value:.2f} x\n({r.low:.2f} to {r.high:.2f})"
+    if r is None:
+        return "-"
+    apart = "" if case.is_interleaved(row) else ", not interleaved"
+    return f"{r.value:.2f} x\n({r.low:.2f} to {r.high:.2f}{apart})"
+
+
+def not_interleaved(case: CaseResult) -> str:
+    """A sentence on the sides whose speedup is of rounds at different times; empty where there is none."""
+    if all(case.is_interleaved(row) for row in case.rows if row.batches):
+        return ""
+    return (
+        f"Sides that are not interleaved did not fit in memory together with {case.rows[0].side}: they ran at another "
+        "time, and their speedups include how the machine changed meanwhile."
+    )
 
 
 def settings(case: CaseResult) -> str:
@@ -53,11 +67,12 @@ def settings(case: CaseResult) -> str:
     c = case.case
     size = "the model's own size" if c["size"] is None else f"{c['size'][1]}x{c['size'][0]}"
     steps = " + ".join(str(count) for count in case.steps.values())
-    return (
+    told = (
         f"{size}, {c['steps']} steps ({steps}), guidance {c['guidance']:g}, {c['dtype']}; pictures held against "
         f"{case.reference}{_own(case)}, gate {case.gate!r}. Seconds are medians (p10, p90); the speedup is of paired "
-        f"rounds, with the interval of its median{_cover(case)}. {_judged(case)}"
-    ).rstrip()
+        f"rounds, with the interval of its median{_cover(case)}."
+    )
+    return " ".join(filter(None, [told, not_interleaved(case), _judged(case)]))
 
 
 def _own(case: CaseResult) -> str:

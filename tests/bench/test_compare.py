@@ -37,6 +37,15 @@ def test_a_slower_side_is_worse_and_a_faster_one_better() -> None:
     assert verdicts(report(1.0), report(0.9))["latentrt-eager, batch 1, speedup"] == "better"
 
 
+def test_sides_that_were_not_interleaved_may_drift_apart() -> None:
+    def apart(made: Report) -> Report:
+        return replace(made, cases=[replace(made.cases[0], groups=[["diffusers"], ["latentrt-eager"]])])
+
+    what = "latentrt-eager, batch 1, speedup"
+    assert verdicts(apart(report(1.0)), report(1.1))[what] == "same"
+    assert verdicts(report(1.0), apart(report(1.4)))[what] == "worse"
+
+
 def test_a_machine_that_is_slower_altogether_is_no_regression_of_a_side() -> None:
     found = verdicts(report(1.0, 2.0), report(2.0, 4.0, machine={**MACHINE, "processor": "b"}))
     assert found["latentrt-eager, batch 1, speedup"] == "same"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from helpers.planted_sides import CASE, STEPS, planted, rows
 from latentrt.bench.cases import Case, SideSpec
 from latentrt.bench.gates import GATES
 from latentrt.bench.host import Host
-from latentrt.bench.results import CaseResult, Row
+from latentrt.bench.report import markdown
+from latentrt.bench.results import CaseResult, Report, Row
 from latentrt.bench.room import Arrangement
 from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.worker import Job, Worker
@@ -119,7 +121,7 @@ def test_a_side_that_fails_at_a_larger_batch_keeps_what_it_was_through_with(
     assert [f.speedup is None for f in b.batches] == [False, True, True]  # of half a size nobody is told
 
 
-def grouped(case: Case, *groups: str, lost: dict[str, dict[int, str]] | None = None) -> Arrangement:
+def grouped(case: Case, *groups: Sequence[str], lost: dict[str, dict[int, str]] | None = None) -> Arrangement:
     names = {name for group in groups for name in group}
     return Arrangement([list(group) for group in groups], dict.fromkeys(names, case.batches), lost or {})
 
@@ -176,6 +178,51 @@ def test_sides_that_do_not_fit_together_are_measured_in_groups(
     assert (found["d"].status, found["d"].reason) == ("skipped", "batch 1 needs about 40.0 GiB")
     assert found["d"].batches == []
     assert any(tmp_path.iterdir()) is keep
+
+
+def test_sides_that_do_not_fit_with_the_first_are_measured_alone(tmp_path: Path) -> None:
+    """One at a time, the eager one's pictures first; each is compared with the first side's rounds all the same."""
+    open_now: set[str] = set()
+    together: list[frozenset[str]] = []
+
+    class Counting(Worker):
+        def open(self) -> str:
+            open_now.add(self._job.side.name)
+            together.append(frozenset(open_now))
+            return super().open()
+
+        def close(self) -> None:
+            open_now.discard(self._job.side.name)
+            super().close()
+
+    eager = SideSpec("eager", "", "helpers.planted_sides:open_backend", {"backend": "eager"}, dtype="float32")
+    sides = [planted("a", step_seconds=0.002), planted("b", step_seconds=0.001, fails_at=9), eager]
+    case = replace(CASE, steps=1, dtype="float16", batches=(1, 2))
+    run = CaseRun(
+        case,
+        sides,
+        Plan(["a"], GATES["eager"], rounds=3, pictures=2),
+        steps={"base": 1},
+        device="cpu",
+        folder=tmp_path,
+        open_host=Counting,
+        arrangement=grouped(case, ["eager"], "a", "b"),
+    )
+    run.measure()
+    result = run.result()
+    a, b, reference = result.rows
+    assert set(together) == {frozenset({name}) for name in ("a", "b", "eager")}
+    assert next(iter(together)) == {"eager"}
+    assert (result.reference, reference.status) == ("eager", "reference")
+    assert [result.is_interleaved(row) for row in (a, b)] == [True, False]
+    assert (b.status, [f.batch for f in b.batches]) == ("failed", [1])
+    assert b.batches[0].beside == a.batches[0].seconds
+    assert b.batches[0].speedup.value > 1
+    assert a.batches[1].speedup.value == 1
+    text = markdown(Report("", {}, 0, [result]))
+    assert re.search(r"\| b \| [^|]+ \| [0-9.]+ x \([0-9.]+ to [0-9.]+, not interleaved\) \|", text)
+    assert "did not fit in memory together with a: they ran at another time" in text
+    assert "not interleaved" not in markdown(Report("", {}, 0, [replace(result, groups=[["a", "b"]])]))
 
 
 def test_rounds_take_turns(measure: Callable[..., CaseResult]) -> None:
