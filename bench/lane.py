@@ -112,7 +112,7 @@ class Lane:
             psnr=psnr,
             ssim=ssim,
             memory=_memory(self.traces.get(batch), [run.memory for run in runs], batch),
-            joules_per_image=median(joules) if joules else None,
+            joules_per_image=median(joules) if len(joules) == len(runs) else None,
             busy_elsewhere=[round(run.busy_elsewhere, 2) for run in runs],
             gpu=[run.gpu for run in runs],
             beside=beside[:paired],

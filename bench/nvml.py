@@ -20,13 +20,13 @@ class Nvml:
     """One GPU by its handle.
 
     Attributes:
-        unreadable: what this GPU or driver does not tell, found out by asking.
+        unsupported: functions, with their arguments, that this GPU or driver lacks, found out by asking.
     """
 
     def __init__(self, library: Any, handle: Any) -> None:
         self._nvml = library
         self._handle = handle
-        self.unreadable: set[str] = set()
+        self.unsupported: set[tuple[Any, ...]] = set()
 
     def process_bytes(self) -> int | None:
         """Memory of this process on the GPU, whoever allocated it. None where the driver does not tell processes
@@ -66,12 +66,14 @@ class Nvml:
         return str(self._nvml.nvmlSystemGetDriverVersion())
 
     def _ask(self, function: str, *arguments: Any) -> Any:
-        if function in self.unreadable:
+        """None where there is no answer. What is not supported is not asked again; any other error may pass."""
+        if (function, *arguments) in self.unsupported:
             return None
         try:
             return getattr(self._nvml, function)(self._handle, *arguments)
-        except self._nvml.NVMLError:
-            self.unreadable.add(function)
+        except self._nvml.NVMLError as error:
+            if error.value == self._nvml.NVML_ERROR_NOT_SUPPORTED:
+                self.unsupported.add((function, *arguments))
             return None
 
 

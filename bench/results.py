@@ -62,7 +62,7 @@ class BatchFigures:
         images_per_second: of the median.
         stages: median seconds of each stage; `base_step` and `refiner_step` are of one step.
         psnr, ssim: the worst over all rounds, beside the reference's pictures.
-        joules_per_image: median, where the GPU tells.
+        joules_per_image: median over the rounds; None unless the GPU's counter could be read in all of them.
         busy_elsewhere: cores that others kept busy, of each round.
         gpu: clocks, power and temperature of each round.
         beside: the first side's seconds that the speedup is of.

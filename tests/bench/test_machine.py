@@ -34,8 +34,11 @@ class Library:
 
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
 
+    NVML_ERROR_NOT_SUPPORTED, NVML_ERROR_UNKNOWN = 3, 999
+
     class NVMLError(Exception):
-        pass
+        def __init__(self, value: int) -> None:
+            self.value = value
 
     def __init__(self) -> None:
         self.asked = 0
@@ -48,7 +51,7 @@ class Library:
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any) -> int:  # noqa: N802
         self.asked += 1
-        raise self.NVMLError("not supported")
+        raise self.NVMLError(self.NVML_ERROR_NOT_SUPPORTED)
 
     def nvmlDeviceGetClockInfo(self, handle: Any, kind: int) -> int:  # noqa: N802
         return {1: 1980, 2: 2619}[kind]
@@ -70,6 +73,25 @@ def test_nvml_in_its_units_and_what_a_gpu_lacks_is_asked_once() -> None:
     assert nvml.state() == {"sm_mhz": 1980, "memory_mhz": 2619, "power_w": 350.5, "temperature_c": 41}
     assert [nvml.joules(), nvml.joules(), library.asked] == [None, None, 1]
     assert open_nvml(CPU) is None
+
+
+def test_nvml_is_asked_again_after_an_error_that_may_pass() -> None:
+    class Failing(Library):
+        def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any) -> int:  # noqa: N802
+            self.asked += 1
+            if self.asked == 1:
+                raise self.NVMLError(self.NVML_ERROR_UNKNOWN)
+            return 5000
+
+        def nvmlDeviceGetClockInfo(self, handle: Any, kind: int) -> int:  # noqa: N802
+            if kind == self.NVML_CLOCK_MEM:
+                raise self.NVMLError(self.NVML_ERROR_NOT_SUPPORTED)
+            return 1980
+
+    nvml = Nvml(Failing(), object())
+    assert [nvml.joules(), nvml.joules()] == [None, 5.0]
+    for _ in range(2):  # the memory's clock that is missing does not hide the SM's
+        assert nvml.state() == {"sm_mhz": 1980, "power_w": 350.5, "temperature_c": 41}
 
 
 class InContainer(Library):
@@ -212,7 +234,7 @@ def test_nvml_finds_the_gpu_that_pytorch_was_shown(monkeypatch: pytest.MonkeyPat
     assert found.process_bytes() == 123
 
     def absent() -> None:
-        raise library.NVMLError("no driver")
+        raise library.NVMLError(library.NVML_ERROR_UNKNOWN)
 
     library.nvmlInit = absent
     assert open_nvml(torch.device("cuda:1")) is None

@@ -121,6 +121,23 @@ def test_a_side_that_fails_at_a_larger_batch_keeps_what_it_was_through_with(
     assert [f.speedup is None for f in b.batches] == [False, True, True]  # of half a size nobody is told
 
 
+@pytest.mark.parametrize(("unread", "joules"), [(None, 30.0), (5, None)])
+def test_energy_is_of_all_rounds_or_not_reported(
+    unread: int | None, joules: float | None, measure: Callable[..., CaseResult]
+) -> None:
+    class Metered(Worker):
+        calls = 0
+
+        def run(self, *args: Any, **kwargs: Any) -> Any:
+            made = super().run(*args, **kwargs)
+            timed = self._job.side.name == "b" and not kwargs  # three calls before the rounds
+            Metered.calls += timed
+            return replace(made, joules=None if Metered.calls == unread else 30.0)
+
+    b = rows(measure(planted("a"), planted("b"), rounds=3, pictures=1, open_host=Metered))["b"]
+    assert b.batches[0].joules_per_image == joules
+
+
 def grouped(case: Case, *groups: Sequence[str], lost: dict[str, dict[int, str]] | None = None) -> Arrangement:
     names = {name for group in groups for name in group}
     return Arrangement([list(group) for group in groups], dict.fromkeys(names, case.batches), lost or {})
