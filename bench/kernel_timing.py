@@ -9,7 +9,6 @@ import math
 import os
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from ..kernels import aot, tuning
 from ..kernels.registry import Case, OpSpec, allowed_error
 from ..runtime.sha256 import digest_of_files
 from .machine import RESULTS, command, describe_machine, tuned
+from .nvml import open_nvml
 
 __all__ = [
     "LOST",
@@ -212,22 +212,10 @@ def here(timing: Timing) -> dict[str, Any]:
     }
 
 
-def gpu_state(timing: Timing) -> dict[str, str]:
-    """Driver, clocks, power and temperature, as they are now."""
-    fields = "driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
-    command = [
-        "nvidia-smi",
-        f"--query-gpu={fields}",
-        "--format=csv,noheader",
-        f"--id={timing.device.index or 0}",
-    ]
-    if timing.device.type != "cuda":
-        return {}
-    try:
-        values = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(fields.split(","), (value.strip() for value in values.split(",")), strict=False))
+def gpu_state(timing: Timing) -> dict[str, Any]:
+    """Driver, clocks, power and temperature of the GPU that is timed, as they are now; empty where NVML is absent."""
+    nvml = open_nvml(timing.device)
+    return {} if nvml is None else {"driver": nvml.driver(), **nvml.state()}
 
 
 def sources() -> str:
@@ -236,11 +224,16 @@ def sources() -> str:
     return digest_of_files(sorted(files), KERNELS.parent)[:16]
 
 
-def read_if_same(path: Path, machine: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    """An earlier run's file, if that agrees in `keys` of the machine; nothing otherwise."""
+def read_if_same(path: Path, machine: Mapping[str, Any], *more: str) -> dict[str, Any]:
+    """An earlier run's file, if its times compare with those of this run; nothing otherwise.
+
+    Args:
+        more: of the machine's fields, what has to be equal besides GPU, driver, CUDA, versions and sources.
+    """
     if not path.exists():
         return {}
     earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    keys = ("gpu", "driver", "cuda", "versions", "sources", *more)
     return earlier if all(earlier["machine"].get(key) == machine.get(key) for key in keys) else {}
 
 

@@ -65,9 +65,7 @@ def tune(timing: Timing, operators: Sequence[OpSpec] | None = None, save: bool =
     arch = arch_of(timing.device)
     machine = here(timing)
     path = timing.folder / f"tuning-{slug(machine)}.json"
-    times: dict[str, dict[str, Trials]] = read_if_same(path, machine, "gpu", "versions", "sources").get(
-        "times", {}
-    )
+    times: dict[str, dict[str, Trials]] = read_if_same(path, machine).get("times", {})
     tables = _tables(specs() if operators is None else operators, arch)
     result: dict[str, Any] = {"machine": machine, "best": {}, "times": times, "left": list(tables)}
     compile_ahead(timing, _requests(tables, arch))
@@ -84,7 +82,7 @@ def tune(timing: Timing, operators: Sequence[OpSpec] | None = None, save: bool =
         result["left"].remove(table)
         write_json(path, result)
         if save:
-            kept = ("gpu", "cuda", "driver_version", "versions", "commit", "sources")
+            kept = ("gpu", "cuda", "driver", "versions", "commit", "sources")
             tuning.save(arch, table, best, {key: machine.get(key) for key in kept})
     return result
 

@@ -90,7 +90,7 @@ def measure(
     started = time.monotonic()
     machine = here(timing)
     path = timing.folder / f"kernels-{slug(machine)}.json"
-    earlier = read_if_same(path, machine, "gpu", "versions", "sources", "tuned")
+    earlier = read_if_same(path, machine, "tuned")
     # What failed is tried again, unless it took the process along.
     rows = [row for row in earlier.get("rows", []) if "us" in row or row.get("error") == LOST]
     done = {(row["op"], row["case"], row["dtype"]) for row in rows}

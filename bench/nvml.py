@@ -46,12 +46,13 @@ class Nvml:
         return None if found is None else found / 1e3
 
     def state(self) -> dict[str, float]:
-        """Clocks in MHz, power in W, temperature in degrees Celsius, as they are now."""
+        """Clocks in MHz, power and its limit in W, temperature in degrees Celsius, as they are now."""
         n = self._nvml
         asked = {
             "sm_mhz": ("nvmlDeviceGetClockInfo", n.NVML_CLOCK_SM, 1.0),
             "memory_mhz": ("nvmlDeviceGetClockInfo", n.NVML_CLOCK_MEM, 1.0),
             "power_w": ("nvmlDeviceGetPowerUsage", None, 1e-3),
+            "power_limit_w": ("nvmlDeviceGetEnforcedPowerLimit", None, 1e-3),
             "temperature_c": ("nvmlDeviceGetTemperature", n.NVML_TEMPERATURE_GPU, 1.0),
         }
         found = {}

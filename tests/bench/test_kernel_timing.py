@@ -146,6 +146,36 @@ def test_measuring_goes_on_where_it_stopped(here: Timing) -> None:
     assert len(calls) == 1
 
 
+def test_the_state_is_of_the_gpu_that_is_timed(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch counts the GPUs that it was shown; NVML finds the one by its UUID."""
+
+    class Gpu:
+        def driver(self) -> str:
+            return "580.1"
+
+        def state(self) -> dict[str, float]:
+            return {"sm_mhz": 1980.0}
+
+    asked: list[torch.device] = []
+    monkeypatch.setattr(kernel_timing, "open_nvml", lambda device: asked.append(device) or Gpu())
+    second = Timing(torch.device("cuda:1"), fake_timer)
+    assert kernel_timing.here(second).items() >= {"driver": "580.1", "sm_mhz": 1980.0}.items()
+    assert asked == [torch.device("cuda:1")]
+    monkeypatch.undo()
+    assert kernel_timing.gpu_state(here) == {}
+
+
+@pytest.mark.parametrize("changed", ["gpu", "driver", "cuda", "versions", "sources", "tuned"])
+def test_times_of_another_machine_are_not_continued(changed: str, tmp_path: Path) -> None:
+    path = tmp_path / "kernels.json"
+    machine = {"gpu": "H200", "driver": "580.1", "cuda": "13.0", "versions": {}, "sources": "s", "tuned": "t"}
+    path.write_text(json.dumps({"machine": machine}))
+    assert kernel_timing.read_if_same(path, machine, "tuned") == {"machine": machine}
+    other = {**machine, changed: "another"}
+    assert kernel_timing.read_if_same(path, other, "tuned") == {}
+    assert bool(kernel_timing.read_if_same(path, other)) is (changed == "tuned")
+
+
 def test_a_wrong_kernel_is_not_timed(here: Timing) -> None:
     def wrong(*args: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = ATTENTION.op(*args)

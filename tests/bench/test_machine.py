@@ -59,6 +59,9 @@ class Library:
     def nvmlDeviceGetPowerUsage(self, handle: Any) -> int:  # noqa: N802
         return 350_500
 
+    def nvmlDeviceGetEnforcedPowerLimit(self, handle: Any) -> int:  # noqa: N802
+        return 700_000
+
     def nvmlDeviceGetTemperature(self, handle: Any, sensor: int) -> int:  # noqa: N802
         return 41
 
@@ -70,7 +73,13 @@ def test_nvml_in_its_units_and_what_a_gpu_lacks_is_asked_once() -> None:
     library = Library()
     nvml = Nvml(library, object())
     assert (nvml.process_bytes(), nvml.device_bytes(), nvml.driver()) == (123, 456, "580.1")
-    assert nvml.state() == {"sm_mhz": 1980, "memory_mhz": 2619, "power_w": 350.5, "temperature_c": 41}
+    assert nvml.state() == {
+        "sm_mhz": 1980,
+        "memory_mhz": 2619,
+        "power_w": 350.5,
+        "power_limit_w": 700,
+        "temperature_c": 41,
+    }
     assert [nvml.joules(), nvml.joules(), library.asked] == [None, None, 1]
     assert open_nvml(CPU) is None
 
@@ -91,7 +100,7 @@ def test_nvml_is_asked_again_after_an_error_that_may_pass() -> None:
     nvml = Nvml(Failing(), object())
     assert [nvml.joules(), nvml.joules()] == [None, 5.0]
     for _ in range(2):  # the memory's clock that is missing does not hide the SM's
-        assert nvml.state() == {"sm_mhz": 1980, "power_w": 350.5, "temperature_c": 41}
+        assert nvml.state().keys() == {"sm_mhz", "power_w", "power_limit_w", "temperature_c"}
 
 
 class InContainer(Library):
