@@ -149,24 +149,27 @@ _LATENTRT = "latentrt.bench.latentrt_side:open_side"
 _COPIES = {"onnxruntime": 1, "tensorrt": 2, "tensorrt-rtx": 2}
 
 
+_MODES = (
+    ("compile", "default", "torch.compile"),
+    ("reduce-overhead", "reduce-overhead", "torch.compile with CUDA graphs"),
+    ("max-autotune", "max-autotune", "torch.compile(max-autotune)"),
+)
+"""Sides of diffusers compiled: what follows in the name, mode of `torch.compile`, summary."""
+
+
 def _side_table() -> dict[str, SideSpec]:
     rows = [
         SideSpec("diffusers", "eager, SDPA, contiguous or channels_last, whichever is faster", _DIFFUSERS),
-        SideSpec(
-            "diffusers-compile",
-            "torch.compile",
-            _DIFFUSERS,
-            {"mode": "default"},
-            builds=True,
-            compiles_each_size=True,
-        ),
-        SideSpec(
-            "diffusers-max-autotune",
-            "torch.compile(max-autotune)",
-            _DIFFUSERS,
-            {"mode": "max-autotune"},
-            builds=True,
-            compiles_each_size=True,
+        *(
+            SideSpec(
+                f"diffusers-{name}",
+                summary,
+                _DIFFUSERS,
+                {"mode": mode},
+                builds=True,
+                compiles_each_size=True,
+            )
+            for name, mode, summary in _MODES
         ),
         SideSpec(
             "onnxruntime",
@@ -268,7 +271,7 @@ def reference_side() -> str:
 def default_sides(case: Case, device: torch.device) -> list[str]:
     """What is compared when nothing is asked for, of what is installed; `reference_side` is first.
 
-    On a CPU that leaves out max-autotune, which compiles for as long again, and what needs a GPU; in half precision
+    On a CPU that leaves out what needs a GPU, and max-autotune, which compiles for as long again; in half precision
     on a GPU it adds the reference in float32, whose pictures all are compared with.
     """
     first = reference_side()

@@ -42,7 +42,11 @@ __all__ = ["Step", "main", "steps"]
 _BUILD = ROOT / "build" / "gpu"
 _LIMIT = 600.0
 _COMPILES = 3600.0  # the limit of torch.compile's slowest mode
-_PATIENCE = {"diffusers-compile": _LIMIT, "diffusers-max-autotune": _COMPILES}
+_PATIENCE = {
+    "diffusers-compile": _LIMIT,
+    "diffusers-reduce-overhead": _LIMIT,
+    "diffusers-max-autotune": _COMPILES,
+}
 _PATIENCE_ELSE = 240.0  # seconds of one answer of a side
 _SHOWN = 40  # lines of a log
 _LEAST = 60.0  # seconds below which nothing is begun
@@ -53,6 +57,7 @@ _LAST = "diffusers-max-autotune"
 _REST = (
     "latentrt-triton-plain",
     "latentrt-eager",
+    "diffusers-reduce-overhead",
     "diffusers-compile",
     "latentrt-tensorrt",
     "latentrt-onnxruntime",

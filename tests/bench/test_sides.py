@@ -271,7 +271,8 @@ def test_the_negative_prompt_reaches_every_side(case: Case, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("place", "mode"), [("cpu", "default"), ("cuda", "default"), ("cuda", "max-autotune")]
+    ("place", "mode"),
+    [("cpu", "default"), ("cuda", "default"), ("cuda", "reduce-overhead"), ("cuda", "max-autotune")],
 )
 def test_torch_compile_is_set_up_as_its_guides_say(
     place: str, mode: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -295,6 +296,7 @@ def test_torch_compile_is_set_up_as_its_guides_say(
     for name in decode["options"]:
         torch._inductor.config.patch({name: decode["options"][name]})  # which knows it
         assert f"{name}={decode['options'][name]}" in side.settings
+    assert decode["options"].get("triton.cudagraphs", False) is (mode != "default")
     guided = (place, mode) == ("cuda", "max-autotune")
     assert (base.fused, refiner.fused) == ((1, 1) if guided else (0, 0))
     assert ("fused QKV" in side.settings) is guided
