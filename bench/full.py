@@ -270,10 +270,10 @@ def line(part: Part, result: Result | None, folder: Path) -> str:
     """How a part stands, in one line."""
     if result is None or result.digest != _digest(part):
         done = sum(len(passed.read(file)) for file in folder.glob(f"{part.name}.{_digest(part)[:12]}.passed"))
-        return f"{part.name:<36}not run" + (f", {done} of its tests passed" if done else "")
+        return f"{part.name:<40}not run" + (f", {done} of its tests passed" if done else "")
     state = "passed" if result.passed else "FAILED"
     seconds, memory = f"{result.seconds:,.0f} s", f"{result.memory / 1e9:.1f} GB"
-    return f"{part.name:<36}{state:<8}{seconds:>10}{memory:>10}" + (f"   {result.why}" if result.why else "")
+    return f"{part.name:<40}{state:<8}{seconds:>10}{memory:>10}" + (f"   {result.why}" if result.why else "")
 
 
 def _figures(part: Part, folder: Path) -> str:

@@ -280,10 +280,10 @@ def _run(
         name = step.part.name
         missing = step.missing()
         if missing:
-            yield _told(f"{name:<36}left out: {', '.join(missing)}"), True
+            yield _told(f"{name:<40}left out: {', '.join(missing)}"), True
             continue
         if _until(end) < _LEAST:
-            yield _told(f"{name:<36}not run: no time is left"), False
+            yield _told(f"{name:<40}not run: no time is left"), False
             continue
         begun = time.monotonic()
         for _ in range(_RUNS):

@@ -17,7 +17,7 @@ from .compare import differences
 from .plots import Line, bars, lines
 from .results import CaseResult, Report
 from .side import Images, as_bytes
-from .stats import COVER
+from .stats import COVER, Interval, ratio
 
 __all__ = ["PROFILE", "STYLE", "html", "markdown", "save_pictures"]
 
@@ -173,18 +173,38 @@ def _machine(machine: Mapping[str, Any]) -> str:
 
 
 def _best(case: CaseResult) -> str:
-    """The quickest side, where that is beyond noise another one than what it is compared with."""
-    speedups = {row.side: b.speedup for row in case.rows[1:] if (b := case.first(row)) is not None}
-    found = {side: interval for side, interval in speedups.items() if interval is not None}
+    """The quickest sides, where they are quicker than the first one beyond noise: one, or several that differ by no
+    more than noise."""
+    found = {
+        row.side: (figures, figures.speedup)
+        for row in case.rows[1:]
+        if (figures := case.first(row)) is not None and figures.speedup is not None
+    }
     if not found:
         return ""
-    side = max(found, key=lambda name: found[name].value)
-    r = found[side]
-    if r.cover < COVER or not r.low > 1:
+    best = max(found, key=lambda side: found[side][1].value)
+    figures, speedup = found.pop(best)
+    if not _is_above_1(speedup):
         return ""
-    return (
-        f"Quickest: {side}, {r.value:.2f} times as fast as {case.rows[0].side} ({r.low:.2f} to {r.high:.2f})."
+    told = (
+        f"{speedup.value:.2f} times as fast as {case.rows[0].side} ({speedup.low:.2f} to {speedup.high:.2f})"
     )
+    equal = []
+    for side, (others, other) in found.items():
+        if any({side, best} <= set(group) for group in case.groups):
+            rounds = min(len(others.seconds), len(figures.seconds))
+            quicker = _is_above_1(ratio(others.seconds[:rounds], figures.seconds[:rounds]))
+        else:
+            quicker = other.high < speedup.low
+        if not quicker:
+            equal.append(side)
+    if not equal:
+        return f"Quickest: {best}, {told}."
+    return f"Quickest: {best}, {told}; not different beyond noise: {', '.join(equal)}."
+
+
+def _is_above_1(value: Interval) -> bool:
+    return value.cover >= COVER and value.low > 1
 
 
 def _title(case: CaseResult) -> str:

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 import PIL.Image
 import pytest
-from helpers.planted_reports import MACHINE, report, with_figures
+from helpers.planted_reports import MACHINE, noisy, report, row, with_figures
 from helpers.planted_sides import planted
 from latentrt.bench import report as reports
 from latentrt.bench.cases import Case
@@ -123,6 +123,28 @@ def test_the_page_is_whole_and_needs_nothing_beside_it() -> None:
     nobody = replace(made.cases[0], rows=[made.cases[0].rows[1]])
     assert "<svg" not in reports.html(replace(made, cases=[nobody]), {})
     assert "http" not in re.sub(r"http://www.w3.org/\S+", "", page)
+
+
+def test_the_quickest_side_is_quicker_than_the_next_beyond_noise() -> None:
+    base = noisy(2.0)
+
+    def quickest(*seconds: list[float], groups: list[list[str]] | None = None) -> str:
+        sides = [row(name, each, base) for name, each in zip(("a", "b", "c"), seconds, strict=False)]
+        groups = [["diffusers", "a", "b", "c"]] if groups is None else groups
+        made = replace(report().cases[0], rows=[row("diffusers", base, base), *sides], groups=groups)
+        (text,) = re.findall(r"Quickest: [^<]*", reports.html(replace(report(), cases=[made]), {}))
+        return text
+
+    drift = [1 + 0.02 * k for k in range(15)]  # of the machine, in all sides of a round
+    a, b, c = ([s * d for s, d in zip(noisy(1.0, seed=k), drift, strict=True)] for k in (1, 2, 4))
+    near = [1.02 * seconds for seconds in a]
+    assert re.search(r"^Quickest: a, [^;]*; not different beyond noise: b\.$", quickest(a, b))
+    assert re.search(r"^Quickest: a, [^;]*\.$", quickest(a, near))  # in every round
+    # Of rounds at other times the drift is noise too.
+    apart = [["diffusers", "a"], ["diffusers", "b"]]
+    assert re.search(r"not different beyond noise: b\.$", quickest(a, near, groups=apart))
+    assert "not different" not in quickest(a, [1.5 * seconds for seconds in a], groups=apart)
+    assert re.search(r"^Quickest: c, [^;]*; not different beyond noise: a, b\.$", quickest(a, b, c))
 
 
 def test_figures_are_told_with_their_block_sizes() -> None:
