@@ -232,7 +232,7 @@ def _speed(runs: _Runs, side: str, x: BatchFigures, y: BatchFigures) -> Iterator
         verdict = _verdict(x.speedup, y.speedup, runs.tolerance, more_is_better=True)
         yield Change(runs.case, side, f"{what}, speedup", _told(x.speedup), _told(y.speedup), verdict)
         return
-    before, after = x.latency.median, y.latency.median
+    before, after = x.median, y.median
     tolerance = max(_SECONDS_TOLERANCE, runs.tolerance)
     verdict = (
         _verdict(before, after, tolerance, more_is_better=False) if runs.same_machine else "other machine"
@@ -244,7 +244,7 @@ def _stages(runs: _Runs, side: str, x: BatchFigures, y: BatchFigures) -> Iterato
     """Seconds of each stage, as shares of the first side's whole call of the same run where there is one."""
     wholes = [1.0, 1.0]
     if runs.first is not None and runs.first[0].side != side:
-        calls = [[b.latency.median.value for b in row.batches if b.batch == x.batch] for row in runs.first]
+        calls = [[b.median.value for b in row.batches if b.batch == x.batch] for row in runs.first]
         if all(calls):
             wholes = [call[0] for call in calls]
     comparable = runs.same_machine or wholes != [1.0, 1.0]
@@ -256,7 +256,7 @@ def _stages(runs: _Runs, side: str, x: BatchFigures, y: BatchFigures) -> Iterato
         if after is None:
             yield Change(runs.case, side, what, f"{1e3 * before:.1f} ms", "not told", "not measured")
             continue
-        least = max(_STAGE_TOLERANCE * before, _STAGE_LEAST * x.latency.median.value) / wholes[0]
+        least = max(_STAGE_TOLERANCE * before, _STAGE_LEAST * x.median.value) / wholes[0]
         change = after / wholes[1] - before / wholes[0]
         verdict = _without_interval(change, least) if comparable else "other machine"
         yield Change(runs.case, side, what, f"{1e3 * before:.1f} ms", f"{1e3 * after:.1f} ms", verdict)
@@ -292,14 +292,13 @@ def _memory(runs: _Runs, side: str, what: str, a: Memory | None, b: Memory | Non
             continue
         verdict = _without_interval(after - before, max(_MEMORY_TOLERANCE * before, _MEMORY_LEAST))
         yield Change(runs.case, side, place, _mib(before), _mib(after), verdict)
-    grown = b.grown()
-    for kind, before in a.grown().items():
+    for kind, before in a.growths.items():
         place = f"{what}, {kind} memory left by a picture"
-        if kind not in grown:
+        if kind not in b.growths:
             yield Change(runs.case, side, place, _mib(before), "not told", "not measured")
             continue
-        verdict = _without_interval(grown[kind] - before, _GROWTH_LEAST)
-        yield Change(runs.case, side, place, _mib(before), _mib(grown[kind]), verdict)
+        verdict = _without_interval(b.growths[kind] - before, _GROWTH_LEAST)
+        yield Change(runs.case, side, place, _mib(before), _mib(b.growths[kind]), verdict)
 
 
 def _quality(runs: _Runs, a: Row, b: Row) -> Iterator[Change]:

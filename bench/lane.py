@@ -12,7 +12,7 @@ from .host import Host
 from .profile import Profile
 from .results import BatchFigures, Memory, Row
 from .side import Images
-from .stats import growth, ratio, spread
+from .stats import growth, ratio
 from .worker import Job, Run, Trace
 
 __all__ = ["Lane"]
@@ -105,7 +105,6 @@ class Lane:
         return BatchFigures(
             batch=batch,
             seconds=seconds,
-            latency=spread(seconds),
             speedup=ratio(beside[:paired], seconds[:paired]) if paired else None,
             images_per_second=batch / median(seconds),
             stages=_stages(runs, steps),
@@ -142,4 +141,4 @@ def _memory(trace: Trace | None, after: Sequence[Mapping[str, float]], batch: in
     kinds = [kind for kind in after[0] if all(kind in memory for memory in after)]
     grown = {kind: growth([memory[kind] for memory in after]) / batch for kind in kinds}
     at_rest = {kind: median(memory[kind] for memory in after) for kind in kinds}
-    return Memory(trace.peaks, trace.by_stage, grown["resident"], series, trace.stages, at_rest, grown)
+    return Memory(trace.peaks, trace.by_stage, series, trace.stages, at_rest, grown)

@@ -97,7 +97,7 @@ def _measured(report: Report, case: CaseResult, source: str) -> Iterator[str]:
     told = (
         f"{where}, commit {machine['commit']}{source}: {c['summary']}, {c['steps']} steps, guidance {c['guidance']:g}, "
         f"{c['dtype']}, the sides taking turns on the same noise; medians of {len(fewest.seconds)} rounds, ratios of "
-        f"each round with an interval that covers {100 * fewest.latency.median.cover:.0f} %. PSNR is of a side's "
+        f"each round with an interval that covers {100 * fewest.median.cover:.0f} %. PSNR is of a side's "
         f"worst picture beside that of {case.reference}.{apart}{at_once}{took}{interrupted}"
     )
     head = ["side", "what it is", "seconds", f"against {case.rows[0].side}", "PSNR", "CLIP score", "FID"]
@@ -122,7 +122,7 @@ def _row(case: CaseResult, row: Row) -> list[str]:
     built = "-" if row.build_seconds is None else f"{row.build_seconds:.0f} s"
     return [
         *about,
-        f"{figures.latency.median.value:.2f}",
+        f"{figures.median.value:.2f}",
         tables.against_first(case, row),
         *judged,
         tables.peak(figures.memory),

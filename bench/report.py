@@ -243,7 +243,7 @@ def _time_plots(case: CaseResult) -> Iterator[str]:
         figures = case.first(row)
         if figures is None:
             continue
-        whole = figures.latency.median.value
+        whole = figures.median.value
         parts = {
             name: s for name, s in figures.stages.items() if not name.endswith("_step") and s > whole / 200
         }
@@ -251,8 +251,7 @@ def _time_plots(case: CaseResult) -> Iterator[str]:
         stages[row.side] = {name: 1e3 * seconds for name, seconds in parts.items()}
     yield f"<h3>Stages of one call</h3>{bars(stages, 'ms')}"
     by_batch: list[Line] = [
-        (row.side, [b.batch for b in row.batches], [b.latency.median.value for b in row.batches])
-        for row in measured
+        (row.side, [b.batch for b in row.batches], [b.median.value for b in row.batches]) for row in measured
     ]
     if any(len(row.batches) > 1 for row in measured):
         yield f"<h3>Latency against batch size</h3>{lines(by_batch, 'images', 'seconds')}"

@@ -13,11 +13,13 @@ from ..errors import BenchmarkError
 from ..kernels.atomic_file import write_json
 from .gates import Quality
 from .profile import Profile
-from .stats import Interval, Spread
+from .stats import Interval, median
 
 __all__ = ["SCHEMA", "BatchFigures", "CaseResult", "Memory", "Report", "Row", "read_report", "write_report"]
 
-SCHEMA = 2
+SCHEMA = 3
+_READ = (2, 3)
+"""Schema 2 also held fields that follow from others."""
 BENCHMARK = "latentrt bench"
 
 
@@ -30,24 +32,18 @@ class Memory:
         peaks: the most of each during a run; of `allocated` and `reserved` by the allocator's own count, of the others
             sampled.
         by_stage: the same of each stage, all of it sampled.
-        growth: what the process kept more on the host after each picture.
         series: samples over the seconds of one run, thinned out.
         stages: (name, begin, end) in the series' seconds.
         at_rest: what is held between runs, of each kind; the median.
-        growths: `growth` of each kind.
+        growths: what the process holds more after each picture, of each kind.
     """
 
     peaks: dict[str, float]
     by_stage: dict[str, dict[str, float]]
-    growth: float
     series: dict[str, list[float]]
     stages: list[tuple[str, float, float]]
-    at_rest: dict[str, float] = field(default_factory=dict)
-    growths: dict[str, float] = field(default_factory=dict)
-
-    def grown(self) -> dict[str, float]:
-        """`growths`; of results from before they were kept, the host's."""
-        return {"resident": self.growth, **self.growths}
+    at_rest: dict[str, float]
+    growths: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -55,8 +51,7 @@ class BatchFigures:
     """One side at one batch size.
 
     Attributes:
-        seconds: of each round, in order.
-        latency: of a call.
+        seconds: of the call of each round, in order.
         speedup: the first side's seconds by this one's, round by round; above 1 is faster. None where the first was
             not measured. See `CaseResult.is_interleaved`.
         images_per_second: of the median.
@@ -70,7 +65,6 @@ class BatchFigures:
 
     batch: int
     seconds: list[float]
-    latency: Spread
     speedup: Interval | None
     images_per_second: float
     stages: dict[str, float]
@@ -80,7 +74,12 @@ class BatchFigures:
     joules_per_image: float | None
     busy_elsewhere: list[float]
     gpu: list[dict[str, float]]
-    beside: list[float] = field(default_factory=list)
+    beside: list[float]
+
+    @property
+    def median(self) -> Interval:
+        """Of the seconds of a call."""
+        return median(self.seconds)
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class CaseResult:
         steps: that base and refiner took.
         reference: the side whose pictures the others are held against.
         skipped: why nothing was run; empty where it was.
-        prompts: digest of the prompts, in their order; empty in results that were made before it was kept.
+        prompts: digest of the prompts, in their order.
         seconds: that it took in all.
         groups: the sides that were resident together, in the order in which they were measured.
         builders: how many sides were built at the same time.
@@ -146,7 +145,7 @@ class CaseResult:
         """Whether a side's rounds alternated with the first side's. Otherwise the two did not fit together, and the
         machine's drift between their times is part of the speedup."""
         pair = {row.side, self.rows[0].side}
-        return not self.groups or any(pair <= set(group) for group in self.groups)
+        return any(pair <= set(group) for group in self.groups)
 
 
 @dataclass(frozen=True)
@@ -185,10 +184,10 @@ def read_report(path: Path) -> Report:
         raise BenchmarkError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("benchmark") != BENCHMARK:
         raise BenchmarkError(f"{path} holds no results of `latentrt bench`; give a file that it wrote")
-    if content.get("schema") != SCHEMA:
+    if content.get("schema") not in _READ:
         raise BenchmarkError(
-            f"{path} has schema {content.get('schema')!r} and this version reads {SCHEMA}; measure again, or read it "
-            "with the version that wrote it"
+            f"{path} has schema {content.get('schema')!r} and this version reads {' and '.join(map(str, _READ))}; "
+            "measure again, or read it with the version that wrote it"
         )
     try:
         report: Report = _build(
@@ -221,6 +220,8 @@ def _build(kind: Any, content: Mapping[str, Any]) -> Any:
         raise KeyError(f"{kind.__name__} lacks {', '.join(missing)}")
     values: dict[str, Any] = {}
     for name, value in content.items():
+        if name not in hints:
+            continue
         if name in _LISTS:
             values[name] = [_build(_LISTS[name], item) for item in value]
         elif isinstance(value, dict) and (inner := _dataclass_of(hints[name])) is not None:

@@ -1,4 +1,4 @@
-"""Percentiles of times, and what a ratio of two sides is worth: the interval of a median.
+"""The median of times or of ratios, and its interval.
 
 Times of one machine drift together, so sides are run in rounds and compared round by round: the ratio of two sides
 is the median of the rounds' ratios.
@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-__all__ = ["COVER", "LEAST_ROUNDS", "Interval", "Spread", "growth", "ratio", "spread"]
+__all__ = ["COVER", "LEAST_ROUNDS", "Interval", "growth", "median", "ratio"]
 
 COVER = 0.95
 """What an interval should cover."""
@@ -38,21 +37,11 @@ class Interval:
     cover: float
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A sample's percentiles, and the interval of its median."""
-
-    median: Interval
-    p10: float
-    p90: float
-    p99: float
-
-
-def spread(samples: Sequence[float]) -> Spread:
+def median(samples: Sequence[float]) -> Interval:
     """Of at least one sample."""
-    values = np.asarray(samples, dtype=np.float64)
-    p10, p90, p99 = (float(q) for q in np.quantile(values, [0.1, 0.9, 0.99]))
-    return Spread(_median(values), p10, p90, p99)
+    ordered = np.sort(np.asarray(samples, dtype=np.float64))
+    skipped, cover = _ends(len(ordered))
+    return Interval(float(np.median(ordered)), float(ordered[skipped]), float(ordered[-1 - skipped]), cover)
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Interval:
@@ -63,7 +52,7 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Interval:
     """
     if len(numerator) != len(denominator):
         raise ValueError(f"{len(numerator)} rounds beside {len(denominator)}; they are compared in pairs")
-    return _median(np.asarray(numerator, np.float64) / np.asarray(denominator, np.float64))
+    return median([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
 def growth(samples: Sequence[float], at: Sequence[float] | None = None) -> float:
@@ -78,12 +67,6 @@ def growth(samples: Sequence[float], at: Sequence[float] | None = None) -> float
         return 0.0
     first, second = np.triu_indices(len(values), 1)
     return float(np.median((values[second] - values[first]) / (places[second] - places[first])))
-
-
-def _median(values: NDArray[np.float64]) -> Interval:
-    ordered = np.sort(values)
-    skipped, cover = _ends(len(ordered))
-    return Interval(float(np.median(ordered)), float(ordered[skipped]), float(ordered[-1 - skipped]), cover)
 
 
 def _ends(count: int) -> tuple[int, float]:

@@ -69,8 +69,8 @@ def settings(case: CaseResult) -> str:
     steps = " + ".join(str(count) for count in case.steps.values())
     told = (
         f"{size}, {c['steps']} steps ({steps}), guidance {c['guidance']:g}, {c['dtype']}; pictures held against "
-        f"{case.reference}{_own(case)}, gate {case.gate!r}. Seconds are medians (p10, p90); the speedup is of paired "
-        f"rounds, with the interval of its median{_cover(case)}."
+        f"{case.reference}{_own(case)}, gate {case.gate!r}. Seconds are medians (fastest to slowest); the speedup is of "
+        f"paired rounds, with the interval of its median{_cover(case)}."
     )
     return " ".join(filter(None, [told, not_interleaved(case), _judged(case)]))
 
@@ -83,7 +83,7 @@ def _own(case: CaseResult) -> str:
 
 def _cover(case: CaseResult) -> str:
     """What intervals hold; all have as many rounds, unless it was interrupted."""
-    covers = [b.latency.median.cover for row in case.rows for b in row.batches]
+    covers = [b.median.cover for row in case.rows for b in row.batches]
     if not covers:
         return ""
     few = f"; 95 % needs {LEAST_ROUNDS} rounds" if min(covers) < COVER else ""
@@ -118,10 +118,9 @@ def _times(case: CaseResult, row: Row) -> list[str]:
     b = case.first(row)
     if b is None:
         return [row.status if row.status != "measured" else "-", *["-"] * 9]
-    s = b.latency
     stage = [_ms(b.stages.get(name)) for name in ("text", "base_step", "refiner_step", "decode")]
     return [
-        f"{s.median.value:.3f}\n({s.p10:.3f}, {s.p90:.3f})",
+        f"{b.median.value:.3f}\n({min(b.seconds):.3f} to {max(b.seconds):.3f})",
         against_first(case, row),
         *stage,
         "kept" if row.built_before else _number(row.build_seconds, ".1f"),
@@ -161,15 +160,13 @@ def batches(case: CaseResult) -> Table:
 
 
 def conditions(case: CaseResult) -> Table:
-    """How each side was set up, its slow end, and what else was going on meanwhile: the worst over all rounds."""
-    table = [["side", "set up", "dtype", "p99 s", "others kept busy, cores", "GPU's MHz"]]
+    """How each side was set up, and what else was going on meanwhile: the worst over all rounds."""
+    table = [["side", "set up", "dtype", "others kept busy, cores", "GPU's MHz"]]
     for row in case.rows:
-        first = case.first(row)
-        p99 = "-" if first is None else f"{first.latency.p99:.3f}"
         busy = max((value for b in row.batches for value in b.busy_elsewhere), default=None)
         clocks = [state["sm_mhz"] for b in row.batches for state in b.gpu if "sm_mhz" in state]
         told = f"{min(clocks):.0f} to {max(clocks):.0f}" if clocks else "-"
-        table.append([row.side, row.settings or "-", row.dtype, p99, _number(busy, ".2f"), told])
+        table.append([row.side, row.settings or "-", row.dtype, _number(busy, ".2f"), told])
     return known(table, 3)
 
 
@@ -194,7 +191,7 @@ def memory(case: CaseResult) -> Table:
             cells = [m.peaks.get(kind) for kind in KINDS]
             cells += [m.by_stage.get(stage, {}).get(main) for stage in _STAGES]
             cells.append(m.at_rest.get(main))
-            left = [m.grown().get(main), m.growth if main != "resident" else None]
+            left = [m.growths.get(main), m.growths.get("resident") if main != "resident" else None]
             told = [_mib(value, ",.0f") for value in cells] + [_mib(value, "+.1f") for value in left]
             table.append([row.side, *told])
     return known(table, 1)
@@ -210,7 +207,7 @@ def profile(case: CaseResult, sides: tuple[str, ...] = ()) -> Table:
     table = [["ms", *found]]
     table += [[kind, *(f"{1e3 * p.parts.get(kind, 0.0):.1f}" for p in found.values())] for kind in kinds]
     table.append(["in all", *(f"{1e3 * p.seconds:.1f}" for p in found.values())])
-    timed = [_ms(b.latency.median.value if (b := case.first(row)) else None) for row in rows]
+    timed = [_ms(b.median.value if (b := case.first(row)) else None) for row in rows]
     table.append(["without profilers", *timed])
     return [*table, ["operators called", *(f"{p.operators:,}" for p in found.values())]]
 

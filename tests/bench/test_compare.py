@@ -87,7 +87,7 @@ def test_a_tolerance_is_a_share() -> None:
 
 def test_memory_is_compared() -> None:
     assert ours(report(), report(peak=6e8))["batch 1, resident memory"] == "worse"
-    leaks = with_figures(report(), memory={"growth": 32 * 2.0**20})
+    leaks = with_figures(report(), memory={"growths": {"resident": 32 * 2.0**20}})
     found = [c for c in compare(report(), leaks) if c.verdict != "same"]
     assert [(c.side, c.what, c.before, c.after, c.verdict) for c in found] == [
         ("latentrt-eager", "batch 1, resident memory left by a picture", "0.0 MiB", "32 MiB", "worse")

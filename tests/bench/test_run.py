@@ -188,8 +188,8 @@ def test_sides_that_do_not_fit_together_are_measured_in_groups(
     assert together == {frozenset(names) for names in ("a", "ab", "ac")}
     assert not open_now
     assert [found[name].batches[0].speedup.value for name in "abc"] == pytest.approx([1, 0.5, 0.5], abs=1e-3)
-    assert found["b"].batches[0].latency.median.value == pytest.approx(0.02, abs=1e-4)
-    assert found["c"].batches[0].latency.median.value == pytest.approx(0.04, abs=1e-4)
+    assert found["b"].batches[0].median.value == pytest.approx(0.02, abs=1e-4)
+    assert found["c"].batches[0].median.value == pytest.approx(0.04, abs=1e-4)
     assert len(found["a"].batches[0].seconds) == 6
     assert run.result().groups == [["a", "b"], ["a", "c"]]
     assert (found["d"].status, found["d"].reason) == ("skipped", "batch 1 needs about 40.0 GiB")

@@ -9,7 +9,7 @@ import numpy as np
 from latentrt.bench.cases import Case
 from latentrt.bench.gates import Quality
 from latentrt.bench.results import BatchFigures, CaseResult, Memory, Report, Row
-from latentrt.bench.stats import ratio, spread
+from latentrt.bench.stats import ratio
 
 MACHINE = {
     "processor": "a",
@@ -29,14 +29,14 @@ def row(side: str, seconds: list[float], base: list[float], peak: float = 5e8, *
     memory = Memory(
         {"resident": peak},
         {"base": {"resident": peak}},
-        0.0,
         {"seconds": [0.0, 1.0], "resident": [1e8, peak]},
         [],
+        {"resident": 1e8},
+        {"resident": 0.0},
     )
     figures = BatchFigures(
         batch=1,
         seconds=seconds,
-        latency=spread(seconds),
         speedup=ratio(base, seconds),
         images_per_second=1 / float(np.median(seconds)),
         stages={"text": 0.1, "base": 0.6, "base_step": 0.02, "decode": 0.1},
@@ -46,6 +46,7 @@ def row(side: str, seconds: list[float], base: list[float], peak: float = 5e8, *
         joules_per_image=None,
         busy_elsewhere=[0.0],
         gpu=[],
+        beside=base,
     )
     whole = Row(
         side, "float32", "as it is", "measured", "", False, 30.0, 10.0, Quality(4, 120.0, 1.0), [figures]
@@ -66,9 +67,9 @@ def report(
     base, fast = noisy(theirs, rounds, seed), noisy(ours, rounds, seed + 1)
     rows = [row("diffusers", base, base), row("latentrt-eager", fast, base, **fields)]
     case = Case("demo", "the <demo>", "demo")
-    return Report(
-        "latentrt bench", machine, 0, [CaseResult(asdict(case), {"base": 30}, "eager", "diffusers", rows)]
-    )
+    groups = [[each.side for each in rows]]
+    result = CaseResult(asdict(case), {"base": 30}, "eager", "diffusers", rows, groups=groups)
+    return Report("latentrt bench", machine, 0, [result])
 
 
 def with_figures(made: Report, **figures: Any) -> Report:
