@@ -194,7 +194,11 @@ def run_loadgen(test: LoadTest, make: Make, folder: Path) -> Verdict:
     """
     lg = _library()
     folder.mkdir(parents=True, exist_ok=True)
-    make([0])  # warm-up
+    largest = 1 if test.scenario == "SingleStream" else test.batch
+    for count in range(
+        1, largest + 1
+    ):  # of each size: the first call of a size compiles, or captures its graph
+        make([index % test.prompts for index in range(count)])
     picture = min(_seconds(make) for _ in range(3)) if test.scenario == "SingleStream" else 0.0
     system = _System(lg, make, test.batch)
     sut = lg.ConstructSUT(system.issue, system.flush)

@@ -69,8 +69,8 @@ def settings(case: CaseResult) -> str:
     steps = " + ".join(str(count) for count in case.steps.values())
     told = (
         f"{size}, {c['steps']} steps ({steps}), guidance {c['guidance']:g}, {c['dtype']}; pictures held against "
-        f"{case.reference}{_own(case)}, gate {case.gate!r}. Seconds are medians (fastest to slowest); the speedup is of "
-        f"paired rounds, with the interval of its median{_cover(case)}."
+        f"{case.reference}{_own(case)}, gate {case.gate!r}. Seconds are medians (fastest to slowest); the speedup is "
+        f"of paired rounds, with the interval of its median{_cover(case)}."
     )
     return " ".join(filter(None, [told, not_interleaved(case), _judged(case)]))
 
