@@ -47,9 +47,9 @@ _PATH = "/v1/images/generations"
 _MADE = "latentrt_images_total"
 _GAIN = 1.5
 _GROWTH = 100
-"""Megabytes that a server may grow by between the first fifth of the mixed requests and their end."""
+"""MiB that a server may grow by between the first fifth of the mixed requests and their end."""
 _LEAK = 40
-"""Kilobytes for each request, or each image of an overload, over their last half. A result of 128x128 that is kept is
+"""KiB for each request, or each image of an overload, over their last half. A result of 128x128 that is kept is
 48 and its PNG; by 19 a request a heap was seen to grow that still settles."""
 _SHARED = 0.5
 """Share of the images compared with those alone that must have had company."""
@@ -229,7 +229,7 @@ async def flood(url: str, bodies: Sequence[Body], rate: float, made: Callable[[i
 def batching(
     alone: Running, batched: Running, *, clients: int, rounds: int, checks: dict[str, bool]
 ) -> dict[str, Any]:
-    """The same requests to both in turn."""
+    """The same requests to both in turn; the one that goes first changes from round to round."""
     ratios, outcomes = [], []
     for k in range(rounds):
         bodies = [
@@ -242,21 +242,24 @@ def batching(
             }
             for seed in range(2 * clients)
         ]
-        each = []
-        for server in (alone, batched):
-            before = server.counted(_MADE)
-            each.append(asyncio.run(send(server.url, bodies, clients)))
-            once = len(each[-1].images) == len(bodies) == server.counted(_MADE) - before
+        each: dict[str, Outcome] = {}
+        servers = {"alone": alone, "batched": batched}
+        for name in reversed(servers) if k % 2 else servers:
+            before = servers[name].counted(_MADE)
+            each[name] = asyncio.run(send(servers[name].url, bodies, clients))
+            once = len(each[name].images) == len(bodies) == servers[name].counted(_MADE) - before
             checks["each image is made once"] = checks.get("each image is made once", True) and once
-        ratios.append(each[0].wall / each[1].wall)
+        ratios.append(each["alone"].wall / each["batched"].wall)
         outcomes.append(each)
         checks["batched images equal those alone"] = (
-            checks.get("batched images equal those alone", True) and each[0].images == each[1].images
+            checks.get("batched images equal those alone", True)
+            and each["alone"].images == each["batched"].images
         )
     gain = float(np.median(ratios))
+    last = outcomes[-1]
     per_image = {
         str(batch): {stage: float(np.median(spent)) for stage, spent in stages.items()}
-        for batch, stages in sorted({**outcomes[-1][1].per_image, **outcomes[-1][0].per_image}.items())
+        for batch, stages in sorted({**last["batched"].per_image, **last["alone"].per_image}.items())
     }
     checks[
         f"batching gains {_GAIN}x, or an image alone takes less than {_GAIN} times its share of a batch"
@@ -266,8 +269,8 @@ def batching(
     return {
         "gain": gain,
         "gains": ratios,
-        "one_at_a_time": outcomes[-1][0].figures(),
-        "batched": outcomes[-1][1].figures(),
+        "one_at_a_time": last["alone"].figures(),
+        "batched": last["batched"].figures(),
         "seconds_per_image_by_batch": per_image,
     }
 
@@ -295,8 +298,8 @@ def mixed(
     checks["a third left midway"] = 0.9 * len(leaving) <= outcome.left <= len(leaving)
     checks["every image equals the same made alone"] = not differ
     checks[f"of those {_SHARED:.0%} and more were made in company"] = shared >= _SHARED
-    checks[f"memory grew by less than {_GROWTH} MB"] = grown < _GROWTH
-    checks[f"and in the end by less than {_LEAK} KB a request"] = memory.slope < _LEAK
+    checks[f"memory grew by less than {_GROWTH} MiB"] = grown < _GROWTH
+    checks[f"and in the end by less than {_LEAK} KiB a request"] = memory.slope < _LEAK
     return {
         **outcome.figures(),
         "requests": requests,
@@ -304,8 +307,8 @@ def mixed(
         "compared_with_alone": len(outcome.images),
         "made_in_company": shared,
         "differ": differ,
-        "resident_mb": memory.resident,
-        "kilobytes_per_request": memory.slope,
+        "resident_mib": memory.resident,
+        "kib_per_request": memory.slope,
     }
 
 
@@ -327,11 +330,11 @@ def overload(
         told is not None and told >= 1 for told in outcome.retry_after
     )
     checks["the rest was refused, and the device not idle"] = refused > 0 and made >= 0.5 * rate * seconds
-    checks[f"meanwhile memory grew by less than {_LEAK} KB an image"] = memory.slope < _LEAK
+    checks[f"meanwhile memory grew by less than {_LEAK} KiB an image"] = memory.slope < _LEAK
     return {
         **figures,
-        "resident_mb": memory.resident,
-        "kilobytes_per_image": memory.slope,
+        "resident_mib": memory.resident,
+        "kib_per_image": memory.slope,
         "offered_per_second": 5 * rate,
         "deadline_seconds": timeout,
         "late": late,

@@ -19,6 +19,9 @@ from .stats import growth
 
 __all__ = ["Memory", "Running", "serving"]
 
+_LOADING_SECONDS = 900.0
+"""In which a server has to be ready once it listens."""
+
 
 @dataclass(frozen=True)
 class Running:
@@ -29,7 +32,7 @@ class Running:
 
     @property
     def resident(self) -> float:
-        """Megabytes."""
+        """MiB."""
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
@@ -40,7 +43,7 @@ class Running:
 
 
 class Memory:
-    """A server's, while it is at work: requests that have ended -> megabytes."""
+    """A server's, while it is at work: requests that have ended -> MiB."""
 
     def __init__(self, server: Running, *, every: int) -> None:
         """`every` so many requests it is looked at."""
@@ -55,7 +58,7 @@ class Memory:
 
     @property
     def slope(self) -> float:
-        """Kilobytes a request, over the last half of them."""
+        """KiB a request, over the last half of them."""
         late = slice(len(self.resident) // 2, None)
         return 1024 * growth(list(self.resident.values())[late], list(self.resident)[late])
 
@@ -94,20 +97,31 @@ def _ready(process: subprocess.Popen[str]) -> str:
     log = process.stderr
     if log is None:
         raise AssertionError("it is piped")
-    seen = []
+    seen: list[str] = []
     for line in log:
         seen.append(line)
-        if "url" in (entry := json.loads(line)):
+        if (url := _url(line)) is not None:
             threading.Thread(target=lambda: [None for _ in log], daemon=True).start()  # or it would fill up
-            url = str(entry["url"])
             break
     else:
         raise BenchmarkError(f"the server ended: {''.join(seen[-5:])}")
-    deadline = time.monotonic() + 900
-    while True:
-        answer = httpx.get(f"{url}/ready")
-        if answer.status_code == 200:
-            return url
-        if "does not load" in answer.text or time.monotonic() > deadline:
-            raise BenchmarkError(f"the server is not ready: {answer.text}")
+    deadline = time.monotonic() + _LOADING_SECONDS
+    answer = ""
+    while time.monotonic() < deadline and process.poll() is None:
+        with suppress(httpx.TransportError):  # a busy one may take longer than one question waits
+            response = httpx.get(f"{url}/ready")
+            if response.status_code == 200:
+                return url
+            answer = response.text
+            if "does not load" in answer:
+                break
         time.sleep(0.2)
+    raise BenchmarkError(f"the server is not ready: {answer or 'no answer'}")
+
+
+def _url(line: str) -> str | None:
+    """The address, if this line of the log has it; libraries write lines there that are no JSON."""
+    try:
+        return str(json.loads(line)["url"])
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -19,6 +19,7 @@ from helpers.served import Served, served
 from latentrt.bench import serve_load, serve_process
 from latentrt.bench.serve_load import Outcome, mixed_bodies, send
 from latentrt.bench.serve_process import Running, serving
+from latentrt.errors import BenchmarkError
 from latentrt.runtime.serve.requests import ImageResult
 from latentrt.runtime.serve.runner import OnStep
 
@@ -106,7 +107,7 @@ def test_a_server_that_keeps_what_it_made_is_found(monkeypatch: pytest.MonkeyPat
             serve_load.mixed(
                 process_of(one), process_of(many), requests=25, clients=4, pace=1.0, checks=checks
             )
-        assert checks["and in the end by less than 40 KB a request"] is flat
+        assert checks["and in the end by less than 40 KiB a request"] is flat
 
 
 def test_refusals_that_do_not_say_when_are_found() -> None:
@@ -114,6 +115,71 @@ def test_refusals_that_do_not_say_when_are_found() -> None:
     for headers in ({"retry-after": "3"}, {"retry-after": "soon"}, {}):
         outcome.take({"seed": 1}, httpx.Response(429, headers=headers), 0.1)
     assert outcome.retry_after == [3, None, None]
+
+
+def test_neither_server_is_always_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one meets a warmer machine."""
+    asked: list[str] = []
+
+    async def noting(url: str, *rest: Any) -> Outcome:
+        asked.append(url)
+        return await send(url, *rest)
+
+    monkeypatch.setattr(serve_load, "send", noting)
+    checks: dict[str, bool] = {}
+    with served(Timed, max_batch=1) as one, served(Timed, max_batch=8) as many:
+        found = serve_load.batching(process_of(one), process_of(many), clients=2, rounds=2, checks=checks)
+        assert asked == [one.url, many.url, many.url, one.url]
+    assert checks["batched images equal those alone"]
+    assert found["one_at_a_time"]["images_by_batch"].keys() == {"1"}
+
+
+def server_that(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in place of `latentrt serve`."""
+    popen = serve_process.subprocess.Popen
+    command = [sys.executable, "-c", f"import json, signal, sys, time\nerr = sys.stderr\n{script}"]
+    monkeypatch.setattr(serve_process.subprocess, "Popen", lambda _, **options: popen(command, **options))
+
+
+LISTENS = "print(json.dumps({'url': 'x'}), file=err, flush=True)\n"
+
+
+def test_warnings_in_a_server_s_log_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so is a question that it was too busy to answer."""
+    answers = iter([httpx.ReadTimeout("busy"), httpx.Response(503, text="it loads"), httpx.Response(200)])
+
+    def get(url: str) -> httpx.Response:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(serve_process.httpx, "get", get)
+    warnings = "print('UserWarning: old', 7, '[1]', '{}', 'null', file=err, sep='\\n')\n"
+    server_that(warnings + LISTENS + "signal.pause()", monkeypatch)
+    with serving(8, "eager", {}) as server:
+        assert server.url == "x"
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("print('no such model', file=err); sys.exit(2)", "the server ended: no such model"),
+        (LISTENS, "the server is not ready: no answer"),  # and ends
+        (LISTENS + "signal.pause()", "the server is not ready: no answer"),
+    ],
+)
+def test_a_server_that_does_not_get_ready_is_an_error(
+    script: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get(url: str) -> httpx.Response:
+        raise httpx.ConnectError("refused")
+
+    monkeypatch.setattr(serve_process.httpx, "get", get)
+    monkeypatch.setattr(serve_process, "_LOADING_SECONDS", 1.0, raising=False)
+    server_that(script, monkeypatch)
+    with pytest.raises(BenchmarkError, match=message), serving(8, "eager", {}):
+        pass
 
 
 def test_a_server_process_that_fails_at_its_end_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
