@@ -60,7 +60,13 @@ def _add_kernels(commands: Commands) -> None:
         "--tune", action="store_true", help="find this GPU's block sizes and write them down"
     )
     parser.add_argument("--seconds", type=float, default=400.0, help="begin nothing new after (default 400)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the results (default bench/results)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        default=Path("out/kernels"),
+        help="for the results (default out/kernels)",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="only compile what --measure or --tune would run; needs no GPU"
     )

@@ -19,7 +19,7 @@ from ..kernels.registry import specs
 from ..runtime.place import parse_device
 from .cases import Case, SideSpec
 from .endings import signals_as_ctrl_c
-from .machine import RESULTS, command, describe_machine
+from .machine import command, describe_machine
 
 __all__ = ["bench", "bench_compare", "bench_list", "bench_loadgen", "bench_sweep", "kernels"]
 
@@ -302,7 +302,7 @@ def _kernels_on_gpu(args: argparse.Namespace) -> Iterator[str]:
         kernel_timing.require_gpu(),
         kernel_timing.cuda_microseconds,
         args.seconds,
-        args.out or RESULTS,
+        args.out,
     )
     with signals_as_ctrl_c():
         result = (

@@ -1,6 +1,6 @@
 """Every kernel that may run, compiled for every architecture without a GPU: what is asked, and what came of it.
 
-    python -m latentrt.bench.compiled_kernels     writes bench/results/kernels_compiled.json
+    python -m latentrt.bench.compiled_kernels     writes out/kernels_compiled.json
 
 The cases of the registry are SDXL's shapes on the usual path. To them come the other head sizes, layouts and variants
 that shapes and arguments choose, so that each block size in `kernels/tuned` is compiled at least once, and the
@@ -27,7 +27,7 @@ from ..kernels._attention_triton import kernel_sizes, table_of
 from ..kernels.atomic_file import write_atomic
 from ..kernels.registry import specs
 from ..runtime.place import dtype_name
-from .machine import RESULTS, describe_machine, module_command
+from .machine import describe_machine, module_command
 
 __all__ = [
     "CACHE",
@@ -299,7 +299,7 @@ def _title(entry: Entry) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile what is not compiled yet, and write the file. 1 where a kernel has faults."""
     parser = argparse.ArgumentParser(prog="python -m latentrt.bench.compiled_kernels", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS / "kernels_compiled.json", metavar="FILE")
+    parser.add_argument("--out", type=Path, default=Path("out/kernels_compiled.json"), metavar="FILE")
     parser.add_argument("--cache", type=Path, default=CACHE, metavar="FOLDER", help=f"default {CACHE}")
     parser.add_argument(
         "--seconds", type=float, default=600.0, help="to compile what is missing (default 600)"

@@ -82,7 +82,8 @@ class Part:
     verdict: Callable[[], Judged] | None = None
 
 
-_SCRIPT = "latentrt.bench.full_size_engines"
+_BUILD = ROOT / "build" / "full"
+_ENGINES = ("-m", "latentrt.bench.full_size_engines", "--out", str(_BUILD / "full_size_engines.json"))
 _NAMED = (
     Part("quick", 1800, command=("-m", "pytest", "-q", "-m", "not full", "-n", "2")),
     Part(
@@ -106,10 +107,10 @@ _NAMED = (
     ),
     Part("quality", 10800, ("tests/bench/test_demo_quality.py",), figures=True),
     Part("full-size-forward", 1800, command=("-m", "latentrt.bench.full_size")),
-    Part("full-size-base", 3600, command=("-m", _SCRIPT, "sdxl_base")),
-    Part("full-size-refiner", 3600, command=("-m", _SCRIPT, "sdxl_refiner")),
-    Part("full-size-sd", 3600, command=("-m", _SCRIPT, "sd15", "sd21")),
-    Part("full-size-split", 3600, command=("-m", _SCRIPT, "sdxl_base", "--split", "--component", "unet")),
+    Part("full-size-base", 3600, command=(*_ENGINES, "sdxl_base")),
+    Part("full-size-refiner", 3600, command=(*_ENGINES, "sdxl_refiner")),
+    Part("full-size-sd", 3600, command=(*_ENGINES, "sd15", "sd21")),
+    Part("full-size-split", 3600, command=(*_ENGINES, "sdxl_base", "--split", "--component", "unet")),
 )
 
 
@@ -296,7 +297,7 @@ def main(
     unknown = [name for name in args.parts if name not in known]
     if unknown:
         parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(known)}")
-    folder = folder or ROOT / "build" / "full"
+    folder = folder or _BUILD
     chosen = [known[name] for name in dict.fromkeys(args.parts or known)]
     if not args.list:
         with signals_as_ctrl_c():

@@ -49,7 +49,7 @@ from ..runtime.models.unet_parts import PARTS
 from ..runtime.place import dtype_name
 from ..runtime.prepare import engine, onnx_model
 from ..runtime.weights import open_checkpoint
-from .machine import RESULTS, ROOT, describe_machine, module_command
+from .machine import ROOT, describe_machine, module_command
 from .random_checkpoint import PUBLISHED, component_bytes, write_checkpoint
 
 __all__ = ["Limits", "Row", "broken", "disk_needed", "main", "measure"]
@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="measure what was measured here before, too")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints, for another run")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "full_size", help="for all files")
-    parser.add_argument("--out", type=Path, default=RESULTS / "full_size_engines.json")
+    parser.add_argument("--out", type=Path, default=Path("out/full_size_engines.json"))
     args = parser.parse_args(argv)
     command = module_command("latentrt.bench.full_size_engines", argv)
     machine, rows = describe_machine(), _read(args.out)

@@ -106,7 +106,7 @@ def steps(
     Args:
         results: folder of what the benchmark and the timeline find.
         work: folder of random weights and of what sides build.
-        out: folder of what the kernels' times and tuning come to; bench/results where None.
+        out: folder of the kernels' times and tuning; `results` where None.
         kernel_seconds: after which these begin nothing new.
         tuned: the operators that are tuned; all where empty.
     """
@@ -114,9 +114,8 @@ def steps(
     sides = _Sides(results, work, reference)
     files = _files()
     first = {name: sides.step(name, 1, _FIRST) for name in _CASES}
-    kernels: tuple[str, ...] = ("-m", "latentrt.cli", "kernels")
-    kernels += () if out is None else ("--out", str(out))
-    found = RESULTS if out is None else out
+    found = results if out is None else out
+    kernels = ("-m", "latentrt.cli", "kernels", "--out", str(found))
     tune = _part("tune", *kernels, "--tune", *(word for op in tuned for word in ("--op", op)))
     time_them = _part("kernels", *kernels, "--measure")
     rest = [sides.step(case, 1, side) for case in _CASES for side in _REST if side != reference]

@@ -23,7 +23,7 @@ from ..errors import BackendUnavailableError
 from ..kernels import aot, tuning
 from ..kernels.registry import Case, OpSpec, allowed_error
 from ..runtime.sha256 import digest_of_files
-from .machine import RESULTS, command, describe_machine, tuned
+from .machine import command, describe_machine, tuned
 from .nvml import open_nvml
 
 __all__ = [
@@ -69,8 +69,8 @@ class Timing:
     timer: Timer
     seconds: float = 400.0
     """After this much nothing new is begun."""
-    folder: Path = RESULTS
-    """Where the results are kept."""
+    folder: Path = Path("out/kernels")
+    """Of the result files."""
 
 
 def require_gpu() -> torch.device:

@@ -1,6 +1,6 @@
 """Find the block sizes, and the variant, that are quickest on this GPU.
 
-    latentrt kernels --tune        writes kernels/tuned/sm_NN.json, and every time to bench/results/tuning-GPU.json
+    latentrt kernels --tune        writes kernels/tuned/sm_NN.json, and every time to out/kernels/tuning-GPU.json
 
 Each candidate of each tuning table is compiled ahead, held against float64 at every case that reads the table, and
 timed there in bfloat16. Times are saved one by one: a second run goes on where the first stopped, and passes over

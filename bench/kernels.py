@@ -1,6 +1,6 @@
 """Time each operator's kernels on a GPU beside PyTorch's own.
 
-    latentrt kernels --measure     writes bench/results/kernels-GPU.json
+    latentrt kernels --measure     writes out/kernels/kernels-GPU.json
 
 A kernel is timed only after its result was held against float64. What is compared is recorded into CUDA graphs over
 inputs that together exceed the cache, so that neither the host nor the cache flatters a time, and replayed in turn,

@@ -27,7 +27,7 @@ from ..runtime.engines.packing import FusedUpsample, defer_in_resnet
 from ..runtime.models.layers import ResnetBlock, Upsample
 from ..runtime.place import dtype_name
 from .kernel_timing import CACHE_BYTES, CALLS, Calls, cuda_microseconds, slug
-from .machine import RESULTS, describe_machine, module_command
+from .machine import describe_machine, module_command
 
 __all__ = ["BLOCKS", "Block", "main", "measure"]
 
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--seconds", type=float, default=0.5, help="for the rounds of each block")
     parser.add_argument("--only", metavar="TEXT", default="", help="blocks with this in their name")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the results (default out)")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype or ("float16" if args.device == "cuda" else "float32"))

@@ -37,7 +37,7 @@ import PIL.Image
 
 from ..errors import BenchmarkError
 from ..kernels.atomic_file import write_json
-from .machine import RESULTS, describe_machine, module_command
+from .machine import describe_machine, module_command
 from .serve_process import Memory, Running, serving
 
 __all__ = ["Outcome", "batching", "main", "measure", "mixed", "mixed_bodies", "overload", "send"]
@@ -378,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="of the batching part")
     parser.add_argument("--seconds", type=float, default=60.0, help="of the overload")
     parser.add_argument("--backend", default="onnxruntime")
-    parser.add_argument("--out", type=Path, default=RESULTS / "demo_serve_load.json")
+    parser.add_argument("--out", type=Path, default=Path("out/demo_serve_load.json"))
     args = parser.parse_args(argv)
     found = measure(
         requests=args.requests,

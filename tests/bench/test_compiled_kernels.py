@@ -106,6 +106,10 @@ def test_the_file(
     assert data["floors"][0]["floor_us"].keys() == {gpu["name"] for gpu in data["gpus"]}
     assert len(path.read_text().splitlines()) < len(wanted) + 100
 
+    monkeypatch.chdir(tmp_path)
+    assert compiled_kernels.main([]) == 0
+    assert len(json.loads(Path("out/kernels_compiled.json").read_text())["kernels"]) == len(wanted)
+
     spoilt["spills"] = 3
     assert compiled_kernels.main(["--out", str(path)]) == 1
     assert "sm_80, float16: 3 spills" in capsys.readouterr().out

@@ -16,13 +16,14 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from latentrt.bench import host, machine, worker
+from latentrt.bench import full, host, machine, worker
 from latentrt.bench.cases import CASES, DTYPES, SIDES, default_sides, sides_named
 from latentrt.bench.machine import describe_machine, installed_versions
 from latentrt.bench.monitor import BusyElsewhere, MemorySampler, Span, memory_now, peak_within
 from latentrt.bench.nvml import GpuShare, Nvml, open_nvml
 from latentrt.bench.room import Arrangement, Room, arrange, memory_bytes, room, too_little, written_bytes
 from latentrt.bench.side import factory
+from latentrt.cli import _parser
 from latentrt.runtime.weights import open_checkpoint
 
 CPU = torch.device("cpu")
@@ -389,6 +390,18 @@ def test_the_digest_of_block_sizes_is_over_names_and_contents(
     (tmp_path / "sm_90.json").write_text("{ }")
     found.add(machine.tuned())
     assert len(found) == 3
+
+
+def test_only_what_publishes_by_its_name_writes_to_the_published_results() -> None:
+    """Any other command writes there where it is told to: a short trial would replace what README quotes."""
+    bench = Path(machine.__file__).parent
+    named = {path.stem for path in bench.rglob("*.py") if re.search(r"\bRESULTS\b", path.read_text("utf-8"))}
+    assert named == {"machine", "gpu", "readme"}
+    for words in (["kernels", "--measure"], ["kernels", "--tune"], ["bench"], ["bench", "sweep"]):
+        assert _parser().parse_args(words).out.parts[0] == "out"
+    commands = [word for part in full.PARTS for word in part.command]
+    assert not any("results" in word for word in commands)
+    assert sum(word.endswith("build/full/full_size_engines.json") for word in commands) == 4
 
 
 def test_a_container_s_limit_bounds_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,7 @@ def test_tests_for_a_gpu_are_collected_without_what_they_do_not_need(tmp_path: P
 
 def test_kernels_are_tuned_and_timed_as_it_is_asked(tmp_path: Path) -> None:
     plain = {step.part.name: step.part.command for step in steps()}
-    assert plain["tune"] == ("-m", "latentrt.cli", "kernels", "--tune")
+    assert plain["tune"] == ("-m", "latentrt.cli", "kernels", "--out", "results", "--tune")
     asked = gpu.steps(Path("r"), Path("w"), out=Path("o"), kernel_seconds=90, tuned=["attention", "geglu"])
     found = {step.part.name: step.part.command[3:] for step in asked}
     assert found["tune"] == ("--out", "o", "--tune", "--op", "attention", "--op", "geglu")

@@ -62,6 +62,14 @@ def test_the_command(
     assert main([*arguments, "--only", "doubling"]) == 1
 
 
+def test_a_trial_leaves_the_published_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "BLOCKS", tuple(SMALL))
+    monkeypatch.chdir(tmp_path)
+    assert main(["--device", "cpu", "--seconds", "0", "--only", SMALL[0].name]) == 0
+    rows = json.loads(Path("out/packing_cpu.json").read_text())["rows"]
+    assert [row["block"] for row in rows] == [SMALL[0].name]
+
+
 def test_what_was_timed_is_kept_when_it_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def ended(block: Block, *how: Any) -> dict[str, Any]:
         if block is SMALL[2]:
