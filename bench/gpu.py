@@ -35,7 +35,7 @@ from .full import FAREWELL, Part, line, read_result, run_part
 from .kernel_tuning import take_tuned
 from .machine import RESULTS, ROOT
 from .stats import LEAST_ROUNDS
-from .verdicts import is_left, of_kernels, of_side, of_tuning
+from .verdicts import is_left, of_resumable, of_side
 
 __all__ = ["Step", "main", "steps"]
 
@@ -130,12 +130,12 @@ def steps(
         Step(_timeline("sdxl-refiner", results, work)),
         Step(_part("packing", "-m", "latentrt.bench.packing", "--device", "cuda", "--out", str(found))),
         Step(
-            replace(tune, verdict=partial(of_tuning, found)),
+            replace(tune, verdict=partial(of_resumable, found, "tuning")),
             left=partial(is_left, found, "tuning"),
             seconds=kernel_seconds,
         ),
         Step(
-            replace(time_them, verdict=partial(of_kernels, found)),
+            replace(time_them, verdict=partial(of_resumable, found, "kernels")),
             left=partial(is_left, found, "kernels"),
             seconds=kernel_seconds,
         ),

@@ -1,6 +1,6 @@
 """Whether what a part of `make gpu` has written says that it did its work.
 
-`latentrt bench` ends well where anything was measured; a part is for one side. What is left of kernels is told.
+`latentrt bench` ends well where anything was measured; a part is for one side. What is left of kernels is reported.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from typing import Any
 from ..errors import BenchmarkError
 from .full import Judged
 from .kernel_timing import slug
-from .kernels import failures
 from .machine import describe_machine
 from .results import read_report
 
-__all__ = ["is_left", "of_kernels", "of_side", "of_tuning"]
+__all__ = ["is_left", "of_resumable", "of_side"]
 
 
 def of_side(out: Path, side: str) -> Judged:
@@ -39,31 +38,17 @@ def of_side(out: Path, side: str) -> Judged:
     return Judged(found.complete and side in good, "; ".join(why))
 
 
-def of_kernels(out: Path) -> Judged:
-    """Of `latentrt kernels --measure`: each has a time, or its turn is still to come.
+def of_resumable(out: Path, what: str) -> Judged:
+    """Of `latentrt kernels --measure` ("kernels") or `--tune` ("tuning"), which go on in another run: what is left. Where
+    a kernel is wrong the command itself fails.
 
     Args:
         out: folder of its results.
     """
-    found = _read(out / f"kernels-{slug(describe_machine())}.json")
+    found = _read(out / f"{what}-{slug(describe_machine())}.json")
     if isinstance(found, Judged):
         return found
-    wrong = failures(found)
-    why = [wrong] if wrong else []
-    why += [f"{len(found['left'])} left"] if found["left"] else []
-    return Judged(not wrong, "; ".join(why))
-
-
-def of_tuning(out: Path) -> Judged:
-    """Of `latentrt kernels --tune`, which goes on in another run, and which no candidate that is wrong can spoil.
-
-    Args:
-        out: folder of its results.
-    """
-    found = _read(out / f"tuning-{slug(describe_machine())}.json")
-    if isinstance(found, Judged):
-        return found
-    return Judged(True, f"left: {', '.join(found['left'])}" if found["left"] else "")
+    return Judged(True, f"{len(found['left'])} left" if found["left"] else "")
 
 
 def is_left(out: Path, what: str) -> bool:

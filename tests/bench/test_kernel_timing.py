@@ -84,10 +84,10 @@ def test_measuring(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
         none = timings.measure(Timing(here.device, fake_timer, -1.0, here.folder), [small_attention()], BF16)
         assert none["rows"] == []
         assert none["left"] == [["attention", "two", "bfloat16"], ["attention", "one", "bfloat16"]]
-        assert verdicts.of_kernels(here.folder) == (True, "2 left")
+        assert verdicts.of_resumable(here.folder, "kernels") == (True, "2 left")
         result = timings.measure(here, [small_attention()], BF16)
     assert json.loads(path.read_text()) == result
-    assert verdicts.of_kernels(here.folder) == (True, "")
+    assert verdicts.of_resumable(here.folder, "kernels") == (True, "")
     assert [row["case"] for row in result["rows"]] == ["two", "one"]
     assert result["left"] == []
     assert {"gpu", "commit", "versions", "sources", "tuned", "command"} <= result["machine"].keys()
@@ -184,9 +184,8 @@ def test_a_wrong_kernel_is_not_timed(here: Timing) -> None:
     with forced(), tuning.trying("attention", SMALL[1]):
         result = timings.measure(here, [small_attention(op=wrong)], BF16)
     assert [row["error"] for row in result["rows"]] == ["wrong result"] * 2
-    found = verdicts.of_kernels(here.folder)
-    assert not found.passed
-    assert found.why.startswith("2 of 2 without a time: attention, two, bfloat16: wrong result; ")
+    wrong = timings.failures(result)  # by which the command fails
+    assert wrong.startswith("2 of 2 without a time: attention, two, bfloat16: wrong result; ")
     assert not any("us" in row for row in result["rows"])
 
 
@@ -220,7 +219,8 @@ def test_a_lost_gpu_ends_the_run(here: Timing, monkeypatch: pytest.MonkeyPatch) 
     result = timings.measure(here, [small_attention()], BF16)  # not forced: no kernel of ours runs
     assert len(result["rows"]) == 1
     assert result["left"] == [["attention", "one", "bfloat16"]]
-    assert verdicts.of_kernels(here.folder).why.endswith(f"{FALLEN}; 1 left")
+    assert timings.failures(result).endswith(FALLEN)
+    assert verdicts.of_resumable(here.folder, "kernels") == (True, "1 left")
 
 
 def test_tuning(here: Timing) -> None:
@@ -282,7 +282,7 @@ def test_tuning_goes_on_where_it_stopped(here: Timing, monkeypatch: pytest.Monke
             with pytest.raises(ended):
                 kernel_tuning.tune(Timing(here.device, stops, folder=here.folder), [small_attention()])
         assert not saved
-        assert verdicts.of_tuning(here.folder) == (True, "left: attention")
+        assert verdicts.of_resumable(here.folder, "tuning") == (True, "1 left")
         assert verdicts.is_left(here.folder, "tuning")
         result = kernel_tuning.tune(Timing(here.device, stops, folder=here.folder), [small_attention()])
     assert timed == [16, 16, 32, 16]  # the other case of the one that is left
@@ -291,7 +291,7 @@ def test_tuning_goes_on_where_it_stopped(here: Timing, monkeypatch: pytest.Monke
     arch, table, best, measured_on = saved[0]
     assert (arch, table, best) == (80, "attention", {"16/d64-short": SMALL[1]})
     assert measured_on["gpu"] == "A Fake"
-    assert verdicts.of_tuning(here.folder) == (True, "")
+    assert verdicts.of_resumable(here.folder, "tuning") == (True, "")
     assert not verdicts.is_left(here.folder, "tuning")
     assert verdicts.is_left(here.folder, "kernels")  # which nobody has timed
 

@@ -45,7 +45,7 @@ def test_one_without_the_batch_that_was_asked_for_fails(tmp_path: Path) -> None:
 def test_an_interrupted_run_and_one_that_left_nothing_fail(tmp_path: Path) -> None:
     write_report(tmp_path / "bench.json", replace(report(), complete=False))
     assert verdicts.of_side(tmp_path, SIDE) == (False, "it was interrupted")
-    for ask in (verdicts.of_kernels, verdicts.of_tuning, lambda folder: verdicts.of_side(folder, SIDE)):
-        found = ask(tmp_path / "empty")
+    empty = tmp_path / "empty"
+    for found in (verdicts.of_resumable(empty, "kernels"), verdicts.of_side(empty, SIDE)):
         assert not found.passed
         assert "No such file" in found.why
