@@ -191,8 +191,11 @@ class DiffusersSide(Side):
 class _Eager(DiffusersSide):
     """In the layout that is faster here."""
 
-    def tune(self, like: str = "") -> None:
-        self.settings += take_quicker_layout(self.set_memory_format, self.make, self._device, like)
+    def tune(self, memory_format: str | None = None) -> None:
+        self.memory_format = take_quicker_layout(
+            self.set_memory_format, self.make, self._device, memory_format
+        )
+        self.settings += f", {self.memory_format}"
 
 
 def open_side(

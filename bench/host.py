@@ -55,8 +55,12 @@ class Host(Protocol):
         """Make pictures; with `traced`, memory is sampled, which takes time of its own."""
         ...
 
-    def tune(self, like: str = "") -> str:
-        """Let the side try out what suits this machine, or set it up like one that did; how it is set up then."""
+    def tune(self, memory_format: str | None = None) -> tuple[str, str | None]:
+        """Let the side try out what suits this machine, or take a memory format that was tried out before.
+
+        Returns:
+            Its settings, and its memory format if it chose one.
+        """
         ...
 
     def profile(self, prompts: Sequence[str], seeds: Sequence[int]) -> Profile:
@@ -94,8 +98,8 @@ class OwnProcess:
     def run(self, prompts: Sequence[str], seeds: Sequence[int], *, traced: bool = False) -> Run:
         return cast(Run, self._ask("run", list(prompts), list(seeds), traced=traced))
 
-    def tune(self, like: str = "") -> str:
-        return cast(str, self._ask("tune", like))
+    def tune(self, memory_format: str | None = None) -> tuple[str, str | None]:
+        return cast(tuple[str, str | None], self._ask("tune", memory_format))
 
     def profile(self, prompts: Sequence[str], seeds: Sequence[int]) -> Profile:
         return cast(Profile, self._ask("profile", list(prompts), list(seeds)))

@@ -36,6 +36,7 @@ class Lane:
     batches: tuple[int, ...]
     host: Host | None = None
     settings: str = ""
+    memory_format: str | None = None
     status: str = "measured"
     reason: str = ""
     built_before: bool = False

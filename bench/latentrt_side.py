@@ -59,8 +59,9 @@ class _Eager(LatentrtSide):
         super().__init__(case, pipe)
         self.settings += ", no CUDA graphs" if pipe.device.type == "cuda" else ""
 
-    def tune(self, like: str = "") -> None:
-        self.settings += take_quicker_layout(self._load_in, self.make, self._pipe.device, like)
+    def tune(self, memory_format: str | None = None) -> None:
+        self.memory_format = take_quicker_layout(self._load_in, self.make, self._pipe.device, memory_format)
+        self.settings += f", {self.memory_format}"
 
     def _load_in(self, memory_format: torch.memory_format) -> None:
         """Anew, from the files: no layout is to take another one's memory as well."""

@@ -254,7 +254,7 @@ class CaseRun:
         lane.first_image_seconds, first = self._first_image(lane)
         if timed:
             self._tell(name, "its best setting")
-            lane.settings = self._host(lane).tune()
+            lane.settings, lane.memory_format = self._host(lane).tune()
         kept = self._kept(first)
         images = np.empty((self._count, *kept.shape[1:]), kept.dtype)
         images[:1] = kept
@@ -369,7 +369,9 @@ class CaseRun:
         host = self._open_host(replace(lane.job, profiled=True))
         try:
             host.open()
-            host.tune(lane.settings)  # in the layout that was timed: tried out again, it may be the other one
+            host.tune(
+                lane.memory_format
+            )  # in the layout that was timed: tried out again, it may be the other one
             lane.profile = host.profile(*self._plan.work(0, 1))
         except Exception as error:  # its speed stands without it
             self._tell(lane.spec.name, f"no profile: {_first_line(error)}")

@@ -17,6 +17,7 @@ from .cases import SideSpec
 from .monitor import Span
 
 __all__ = [
+    "MEMORY_FORMATS",
     "Images",
     "Made",
     "Picture",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 _TRIAL_STEPS = 4
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 Images = NDArray[np.float32]
 """[B, H, W, 3] in [0, 1]."""
 Pictures = Images | NDArray[np.uint8]
@@ -64,19 +66,21 @@ class Side:
 
     Attributes:
         settings: how it is set up, for people to read.
+        memory_format: of `MEMORY_FORMATS`, once `tune` has chosen one; None for a side that does not choose.
     """
 
     settings: str
+    memory_format: str | None = None
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
         """Make picture k from prompt k and seed k."""
         raise NotImplementedError
 
-    def tune(self, like: str = "") -> None:
+    def tune(self, memory_format: str | None = None) -> None:
         """Try out what suits this machine; called once, after the first picture, whose time is a cold process's.
 
         Args:
-            like: settings of the same side where it was tuned before, to be set up as there.
+            memory_format: to be taken without a trial, as where the same side was tuned before.
         """
 
     def close(self) -> None:
@@ -112,21 +116,20 @@ def take_quicker_layout(
     lay_out: Callable[[torch.memory_format], None],
     make: Callable[[Sequence[str], Sequence[int], int], object],
     device: torch.device,
-    like: str = "",
+    memory_format: str | None = None,
 ) -> str:
-    """Which layout convolutions like depends on the machine: take a few steps in each and keep the faster.
+    """Which layout convolutions are faster in depends on the machine: takes a few steps in each and stays in the best.
 
     Args:
         make: pictures of these prompts and seeds in that many steps.
-        like: settings that tell of a layout, which is then the only one to be taken.
+        memory_format: the only one to be tried.
 
     Returns:
-        How this is told of in `settings`.
+        Its name in `MEMORY_FORMATS`.
     """
     seconds = {}
-    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-    for name in formats.keys() & like.split(", ") or formats:
-        lay_out(formats[name])
+    for name in MEMORY_FORMATS if memory_format is None else (memory_format,):
+        lay_out(MEMORY_FORMATS[name])
         times = []
         for _ in range(3):
             begin = time.perf_counter()
@@ -134,10 +137,10 @@ def take_quicker_layout(
             times.append(now(device) - begin)
         seconds[name] = min(times)
     best = min(seconds, key=lambda name: seconds[name])
-    lay_out(formats[best])
+    lay_out(MEMORY_FORMATS[best])
     if device.type == "cuda":
         release_memory()  # or NVML would count it as this side's
-    return f", {best}"
+    return best
 
 
 def now(device: torch.device) -> float:

@@ -39,8 +39,8 @@ def of_side(out: Path, side: str) -> Judged:
 
 
 def of_resumable(out: Path, what: str) -> Judged:
-    """Of `latentrt kernels --measure` ("kernels") or `--tune` ("tuning"), which go on in another run: what is left. Where
-    a kernel is wrong the command itself fails.
+    """Of `latentrt kernels --measure` ("kernels") or `--tune` ("tuning"), which go on in another run: what is left.
+    Where a kernel is wrong the command itself fails.
 
     Args:
         out: folder of its results.

@@ -130,11 +130,11 @@ class Worker:
             self._side = make(job.case, self._device, DTYPES[job.dtype], job.folder, **job.side.options)
         return self._settings(self._side)
 
-    def tune(self, like: str = "") -> str:
+    def tune(self, memory_format: str | None = None) -> tuple[str, str | None]:
         side = self._opened()
         with self._turn():
-            side.tune(like)
-        return self._settings(side)
+            side.tune(memory_format)
+        return self._settings(side), side.memory_format
 
     def run(self, prompts: Sequence[str], seeds: Sequence[int], *, traced: bool = False) -> Run:
         side = self._opened()

@@ -127,10 +127,10 @@ def test_a_profile_is_of_what_was_timed(measure: Callable[..., CaseResult]) -> N
     asked = []
 
     class Noting(Worker):
-        def tune(self, like: str = "") -> str:
-            asked.append((self._job.profiled, like))
-            return super().tune(like)
+        def tune(self, memory_format: str | None = None) -> tuple[str, str | None]:
+            asked.append((self._job.profiled, memory_format))
+            return super().tune(memory_format)
 
     (row,) = measure(planted("a"), open_host=Noting, rounds=1, profile=["a"]).rows
-    assert asked == [(False, ""), (True, row.settings)]
+    assert asked == [(False, None), (True, "channels_last")]
     assert row.profile is not None

@@ -169,9 +169,9 @@ def test_a_reference_makes_its_pictures_and_no_more(tmp_path: Path) -> None:
             opened[self._job.side.name] += 1
             return super().open()
 
-        def tune(self, like: str = "") -> str:
+        def tune(self, memory_format: str | None = None) -> tuple[str, str | None]:
             tuned[self._job.side.name] += 1
-            return super().tune(like)
+            return super().tune(memory_format)
 
         def run(self, prompts: Sequence[str], seeds: Sequence[int], *, traced: bool = False) -> Run:
             made[self._job.side.name] += len(seeds)

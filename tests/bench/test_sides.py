@@ -187,8 +187,9 @@ def test_an_eager_side_is_laid_out_as_it_was_tuned_before(
     (spec,) = sides_named([name])
     side = factory(spec)(case, torch.device("cpu"), torch.float32, tmp_path, **spec.options)
     before = side.settings
-    side.tune(like=f"{before}, channels_last, no TF32")
+    side.tune("channels_last")
     assert side.settings == f"{before}, channels_last"
+    assert side.memory_format == "channels_last"
 
 
 def test_random_weights_are_drawn_where_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,7 +368,7 @@ def test_float32_is_no_tf32_in_a_sides_process(tmp_path: Path, monkeypatch: pyte
         onnxruntime_side._Exported(tmp_path, torch.device("cpu"))
     assert asked == [False, True]  # plain ONNX Runtime has what diffusers has
     half._device = exact._device = torch.device("cuda")
-    assert (half.tune(), exact.tune()) == ("planted and tuned", "planted and tuned, no TF32")
+    assert [side.tune()[0] for side in (half, exact)] == ["planted and tuned", "planted and tuned, no TF32"]
 
 
 @pytest.mark.full

@@ -101,8 +101,9 @@ class PlantedSide(Side):
         end = time.perf_counter()
         return Made(images, [Span("base", begun, stepped), Span("decode", stepped, end)])
 
-    def tune(self, like: str = "") -> None:
+    def tune(self, memory_format: str | None = None) -> None:
         time.sleep(self._tuning_seconds)
+        self.memory_format = memory_format or "channels_last"
         self.settings = "planted and tuned"
 
     def close(self) -> None:
