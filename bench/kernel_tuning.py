@@ -2,9 +2,10 @@
 
     latentrt kernels --tune        writes kernels/tuned/sm_NN.json, and every time to out/kernels/tuning-GPU.json
 
-Each candidate of each tuning table is compiled ahead, held against float64 at every case that reads the table, and
-timed there in bfloat16. Times are saved one by one: a second run goes on where the first stopped, and passes over
-what never came back.
+Each candidate of each tuning table is compiled ahead, compared with float64 at every case that reads the table, and
+timed there in bfloat16, one after another and maybe in several runs, at the clocks of that minute. The best few of
+each key are then timed again, interleaved, and the choice is by these times. Times are saved one by one: a second run
+goes on where the first stopped, and passes over what never came back.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ SECONDS = 0.08
 HANG = 30.0
 """Seconds after which a candidate is given up; what it compiles to is there by then."""
 
+_FINALISTS = 4
+_FINAL_SECONDS = 0.25
+"""Of replays, for each of the best candidates at one case."""
+
 Trials = dict[str, dict[str, float | str]]
 """Candidate -> case -> microseconds of its calls in one forward, or what went wrong."""
 
@@ -59,28 +64,43 @@ def tune(timing: Timing, operators: Sequence[OpSpec] | None = None, save: bool =
 
     Returns:
         {"machine": ..., "best": {table: {key: constants}}, "times": {table: {key: {candidate: {case: microseconds
-        in one forward, or what went wrong}}}}, "left": tables that are not written}.
+        in one forward, or what went wrong}}}}, "finals": the same of the best candidates, interleaved, "left": tables
+        that are not written}.
     """
     end = time.monotonic() + timing.seconds
     arch = arch_of(timing.device)
     machine = here(timing)
     path = timing.folder / f"tuning-{slug(machine)}.json"
-    times: dict[str, dict[str, Trials]] = read_if_same(path, machine).get("times", {})
+    earlier = read_if_same(path, machine)
+    times: dict[str, dict[str, Trials]] = earlier.get("times", {})
+    finals: dict[str, dict[str, Trials]] = earlier.get("finals", {})
     tables = _tables(specs() if operators is None else operators, arch)
-    result: dict[str, Any] = {"machine": machine, "best": {}, "times": times, "left": list(tables)}
+    result: dict[str, Any] = {"machine": machine, "best": {}, "times": times, "finals": finals}
+    result["left"] = list(tables)
+
+    def write() -> None:
+        write_json(path, result)
+
     compile_ahead(timing, _requests(tables, arch))
     for table, uses in tables.items():
         for use in uses:
             trials = times.setdefault(table, {}).setdefault(use.key, {})
-            if not _try(timing, use, table, trials, lambda: write_json(path, result), end):
+            if not _try(timing, use, table, trials, write, end):
                 return result
-        best = {key: found for key, trials in times[table].items() if (found := _quickest(trials))}
+        for use in uses:
+            best_few = _ranked(times[table][use.key])[:_FINALISTS]
+            rows = finals.setdefault(table, {}).setdefault(use.key, {name: {} for name in best_few})
+            if not _try_together(timing, use, table, rows, write, end):
+                return result
+        best = {
+            key: found for key in times[table] if (found := _quickest(times[table][key], finals[table][key]))
+        }
         if len(best) < len(times[table]):
             _log.error("no candidate of %s runs in all cases", table)
             continue
         result["best"][table] = best
         result["left"].remove(table)
-        write_json(path, result)
+        write()
         if save:
             kept = ("gpu", "cuda", "driver", "versions", "commit", "sources")
             tuning.save(arch, table, best, {key: machine.get(key) for key in kept})
@@ -91,8 +111,10 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
     """What was chosen, briefly."""
     for table, best in result["best"].items():
         for key, constants in best.items():
-            row = result["times"][table][key][json.dumps(constants)]
-            yield f"{table} {key}: {json.dumps(constants)}, {sum(row.values()):.1f} us in one forward"
+            name = json.dumps(constants)
+            times, finals = (result[kind][table][key] for kind in ("times", "finals"))
+            row = finals[name] if name in _ranked(finals) else times[name]
+            yield f"{table} {key}: {name}, {sum(row.values()):.1f} us in one forward"
     yield f"left: {', '.join(result['left']) or 'none'}"
 
 
@@ -208,6 +230,45 @@ def _time(timing: Timing, use: _Use, check: Float64Check, inputs: Sequence[tuple
     return us if isinstance(us, str) else us * max(1, use.case.calls)
 
 
+def _try_together(
+    timing: Timing, use: _Use, table: str, rows: Trials, save: Callable[[], None], end: float
+) -> bool:
+    """Fill in the times of the best candidates at one case, replayed in turn so that a change of clocks meets all of
+    them; False where time ran out or the GPU was lost."""
+    if len(rows) < 2 or all(use.name in row for row in rows.values()):
+        return True
+    if time.monotonic() > end:
+        return False
+    calls = {name: _with(table, json.loads(name), use.spec) for name in rows}
+    inputs = draw(timing, use.case, DTYPE)
+    for row in rows.values():
+        row[use.name] = LOST
+    save()
+    try:
+        with watched(timing, HANG):
+            found = timing.timer(calls, inputs, _FINAL_SECONDS)
+    except KeyboardInterrupt:
+        for row in rows.values():
+            del row[use.name]
+        save()
+        raise
+    for name, us in found.items():
+        rows[name][use.name] = us if isinstance(us, str) else us * max(1, use.case.calls)
+    _log.info("%s %s: %s", table, use.name, found)
+    save()
+    return not any(isinstance(us, str) for us in found.values()) or answers(timing)
+
+
+def _with(table: str, candidate: Mapping[str, int], spec: OpSpec) -> Callable[..., Any]:
+    """The operator with a candidate's constants, which matter only while it is recorded."""
+
+    def call(*args: Any) -> Any:
+        with tuning.trying(table, candidate):
+            return spec.op(*args)
+
+    return call
+
+
 def _hopeless(row: Mapping[str, float | str], trials: Trials) -> bool:
     """Whether it failed at another case, or took more than twice as long there as the quickest."""
     for case, us in row.items():
@@ -217,13 +278,19 @@ def _hopeless(row: Mapping[str, float | str], trials: Trials) -> bool:
     return False
 
 
-def _quickest(trials: Trials) -> Mapping[str, int] | None:
-    """Over all cases together, of the candidates that ran in all; None where none did."""
+def _ranked(trials: Trials) -> list[str]:
+    """Candidates that ran in all cases, by their times in all of them together."""
     cases = {case for row in trials.values() for case in row}
     sums = {
         name: sum(us for us in row.values() if isinstance(us, float))
         for name, row in trials.items()
         if row.keys() == cases and all(isinstance(us, float) for us in row.values())
     }
-    found: Mapping[str, int] | None = json.loads(min(sums, key=sums.__getitem__)) if sums else None
+    return sorted(sums, key=sums.__getitem__)
+
+
+def _quickest(trials: Trials, finals: Trials) -> Mapping[str, int] | None:
+    """By the interleaved times where there are any; None where no candidate ran in all cases."""
+    ranked = (_ranked(finals) if any(finals.values()) else []) or _ranked(trials)
+    found: Mapping[str, int] | None = json.loads(ranked[0]) if ranked else None
     return found
