@@ -186,7 +186,7 @@ def _best(case: CaseResult) -> str:
     figures, speedup = found.pop(best)
     if not _is_above_1(speedup):
         return ""
-    told = (
+    text = (
         f"{speedup.value:.2f} times as fast as {case.rows[0].side} ({speedup.low:.2f} to {speedup.high:.2f})"
     )
     equal = []
@@ -199,8 +199,8 @@ def _best(case: CaseResult) -> str:
         if not quicker:
             equal.append(side)
     if not equal:
-        return f"Quickest: {best}, {told}."
-    return f"Quickest: {best}, {told}; not different beyond noise: {', '.join(equal)}."
+        return f"Quickest: {best}, {text}."
+    return f"Quickest: {best}, {text}; not different beyond noise: {', '.join(equal)}."
 
 
 def _is_above_1(value: Interval) -> bool:
@@ -208,7 +208,8 @@ def _is_above_1(value: Interval) -> bool:
 
 
 def _title(case: CaseResult) -> str:
-    return f"{case.case['name']}: {case.case['summary']}"
+    name, summary = case.case["name"], case.case["summary"]
+    return str(summary) if summary.startswith(f"{name} with ") else f"{name}: {summary}"
 
 
 def _without_speed(case: CaseResult) -> Iterator[tuple[str, str]]:

@@ -67,12 +67,12 @@ def settings(case: CaseResult) -> str:
     c = case.case
     size = "the model's own size" if c["size"] is None else f"{c['size'][1]}x{c['size'][0]}"
     steps = " + ".join(str(count) for count in case.steps.values())
-    told = (
+    text = (
         f"{size}, {c['steps']} steps ({steps}), guidance {c['guidance']:g}, {c['dtype']}; pictures held against "
         f"{case.reference}{_own(case)}, gate {case.gate!r}. Seconds are medians (fastest to slowest); the speedup is "
         f"of paired rounds, with the interval of its median{_cover(case)}."
     )
-    return " ".join(filter(None, [told, not_interleaved(case), _judged(case)]))
+    return " ".join(filter(None, [text, not_interleaved(case), _judged(case)]))
 
 
 def _own(case: CaseResult) -> str:

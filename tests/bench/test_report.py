@@ -139,6 +139,14 @@ def test_the_page_is_whole_and_needs_nothing_beside_it() -> None:
     assert "http" not in re.sub(r"http://www.w3.org/\S+", "", page)
 
 
+def test_a_case_that_options_changed_is_named_once() -> None:
+    made = report()
+    assert "## demo: the <demo>\n" in reports.markdown(made)
+    changed = {**made.cases[0].case, "summary": "demo with size 64x64"}
+    text = reports.markdown(replace(made, cases=[replace(made.cases[0], case=changed)]))
+    assert "## demo with size 64x64\n" in text
+
+
 def test_the_quickest_side_is_quicker_than_the_next_beyond_noise() -> None:
     base = noisy(2.0)
 
