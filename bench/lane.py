@@ -21,7 +21,7 @@ _POINTS = 240
 """Of a memory series, at most, in the results."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Lane:
     """What is known of one side so far.
 

@@ -369,9 +369,7 @@ class CaseRun:
         host = self._open_host(replace(lane.job, profiled=True))
         try:
             host.open()
-            host.tune(
-                lane.memory_format
-            )  # in the layout that was timed: tried out again, it may be the other one
+            host.tune(lane.memory_format)  # as it was timed: tried out again, it may be the other one
             lane.profile = host.profile(*self._plan.work(0, 1))
         except Exception as error:  # its speed stands without it
             self._tell(lane.spec.name, f"no profile: {_first_line(error)}")
