@@ -28,7 +28,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"latentrt {__version__}")
     parser.add_argument(
-        "-v", "--verbose", action="store_true", help="say what is chosen, exported and loaded"
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="log which back end is chosen, and what is exported and loaded",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for arguments in (runtime, export, bench):

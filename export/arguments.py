@@ -44,12 +44,14 @@ def _add_build(commands: Commands) -> None:
     parser = commands.add_parser(
         "build",
         help="compile a model's components to TensorRT engines",
-        description="Exports each component where that was not done yet and compiles it. tensorrt-rtx builds for named "
-        "architectures without a GPU; tensorrt builds for the GPU it runs on. Engines that are in the cache already "
-        "are found, not built.",
+        description="Exports each component if that was not done yet, and compiles it. tensorrt-rtx builds for named "
+        "architectures without a GPU; tensorrt builds for the GPU it runs on. Engines that are in the cache are not "
+        "built again.",
     )
     parser.add_argument("model", metavar="MODEL", help="as for `latentrt generate --model`")
-    parser.add_argument("--engine", choices=("tensorrt", "tensorrt-rtx"), required=True)
+    parser.add_argument(
+        "--engine", choices=("tensorrt", "tensorrt-rtx"), required=True, help="which TensorRT to build for"
+    )
     parser.add_argument("--arch", type=archs, metavar="sm_NN,...", help="default: this machine's GPU")
     parser.add_argument(
         "--sizes",
@@ -64,24 +66,31 @@ def _add_build(commands: Commands) -> None:
     parser.add_argument(
         "--component", action="append", default=[], metavar="NAME", help="only this one; may be repeated"
     )
-    parser.add_argument("--weight-streaming", action="store_true", help="weights may stay in host memory")
     parser.add_argument(
-        "--hardware-compatibility", choices=("none", "same-capability", "ampere-plus"), default="none"
+        "--weight-streaming",
+        action="store_true",
+        help="let the engine keep part of its weights in host memory",
+    )
+    parser.add_argument(
+        "--hardware-compatibility",
+        choices=("none", "same-capability", "ampere-plus"),
+        default="none",
+        help="tensorrt only: other GPUs that the engine runs on too (default none)",
     )
     parser.add_argument(
         "--plugins",
         default="none",
         metavar="NAME,...",
-        help="operators that plugins made of the Triton kernels take: all, none, or of GroupNorm, GroupNormSilu, "
-        "ShiftGroupNormSilu, DotProductAttention; for tensorrt also DotProductAttention:ahead, which needs no Python "
-        "where it runs (default none)",
+        help="operators to run by plugins made of the Triton kernels: all, none, or a list of GroupNorm, "
+        "GroupNormSilu, ShiftGroupNormSilu, DotProductAttention; for tensorrt also DotProductAttention:ahead, which "
+        "needs no Python where it runs (default none)",
     )
     parser.add_argument(
         "--split",
         action="store_true",
         help="the UNet as three engines: per prompt, for all timesteps, and per step; run them with LATENTRT_SPLIT=1",
     )
-    parser.add_argument("--rebuild", action="store_true", help="build anew what is in the cache")
+    parser.add_argument("--rebuild", action="store_true", help="build even what is in the cache")
     parser.add_argument("--json", action="store_true", help="print what was built as JSON")
     parser.set_defaults(run=("export", "build"))
 
@@ -90,8 +99,8 @@ def _add_verify(commands: Commands) -> None:
     parser = commands.add_parser(
         "verify",
         help="compare a back end with eager PyTorch in float32, part by part",
-        description="Runs every component, and then whole pictures, on both sides with the same inputs, and holds "
-        "relative error, PSNR and SSIM against limits. Ends with 1 where a part fails.",
+        description="Runs every component, and then whole pictures, on both sides with the same inputs, and compares "
+        "relative error, PSNR and SSIM with limits. Ends with 1 if a part fails.",
     )
     parser.add_argument("model", metavar="MODEL", help="as for `latentrt generate --model`")
     parser.add_argument(

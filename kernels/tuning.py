@@ -87,7 +87,7 @@ def _with_data(arch: int) -> int:
     if arch in known:
         return arch
     nearest = max((a for a in known if a < arch), default=known[0])
-    _log.warning("no tuned block sizes for sm_%d; those of sm_%d are taken", arch, nearest)
+    _log.warning("no tuned block sizes for sm_%d; using those of sm_%d", arch, nearest)
     return nearest
 
 

@@ -67,7 +67,7 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
         help="override the checkpoint's; models distilled to a few steps want trailing",
     )
     parser.add_argument("--backend", default="auto", help="see `latentrt backends` (default auto)")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: by device")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on the CPU, float16 on a GPU")
     parser.add_argument("--variant", help="weights variant, such as fp16")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument(
@@ -85,7 +85,7 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory-limit",
         metavar="SIZE",
-        help="refuse what takes more of the device, such as 8GB (default: what is free on a GPU)",
+        help="refuse requests that by plan need more device memory, such as 8GB (default: what is free on a GPU)",
     )
 
 
@@ -101,41 +101,58 @@ def add_commands(commands: Commands) -> None:
 
 def _add_generate(commands: Commands) -> None:
     parser = commands.add_parser("generate", help="make images from a prompt")
-    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("prompt", metavar="PROMPT", help="what the picture should show")
     parser.add_argument(
         "-o", "--output", metavar="FILE", default="image.png", help="PNG to write (default image.png)"
     )
     _add_loading(parser)
-    parser.add_argument("--sampler", help="override the checkpoint's, such as euler or dpm++2m-karras")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument(
+        "--sampler",
+        help="euler, euler-a, ddim, ddpm, pndm, dpm++2m, dpm++2m-karras or lcm (default: the checkpoint's)",
+    )
+    parser.add_argument("--steps", type=int, default=30, help="denoising steps (default 30)")
     parser.add_argument(
         "--seed", type=int, help="of the first image; the next ones count up (default: random)"
     )
-    parser.add_argument("--guidance", type=float, help="guidance scale; 1 or less turns guidance off")
-    parser.add_argument("--guidance-rescale", type=float, default=0.0)
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        help="guidance scale; 1 or less turns it off (default: 5 for SDXL, 7.5 for SD 1.x and 2.x)",
+    )
+    parser.add_argument(
+        "--guidance-rescale",
+        type=float,
+        default=0.0,
+        help="0 to 1: rescales guidance against overexposure (default 0)",
+    )
     parser.add_argument(
         "--tiled-vae", action="store_true", help="decode large pictures in tiles: less memory"
     )
     parser.add_argument("--negative", metavar="PROMPT", help="what to steer away from")
     parser.add_argument("--size", type=size, metavar="WxH", help="in pixels (default: the model's own)")
     parser.add_argument(
-        "--count", type=int, default=1, help="images to make; FILE-1.png, FILE-2.png ... when several"
+        "--count",
+        type=int,
+        default=1,
+        help="number of images; several are written as FILE-1.png, FILE-2.png, ... (default 1)",
     )
     parser.add_argument(
         "--high-noise-frac",
         type=float,
         default=0.8,
-        help="share of the schedule the base denoises before a refiner",
+        help="share of the steps that the base takes; a refiner takes the rest (default 0.8)",
     )
     parser.add_argument("--no-metadata", action="store_true", help="do not write the parameters into the PNG")
-    parser.add_argument("--json", action="store_true", help="print what was made as JSON, and no progress")
+    parser.add_argument(
+        "--json", action="store_true", help="print the parameters and timings as JSON, and no progress"
+    )
     parser.set_defaults(run=("runtime", "generate"))
 
 
 def _add_plan(commands: Commands) -> None:
     parser = commands.add_parser(
         "plan",
-        help="what a request takes of a GPU's memory, and its least time there",
+        help="the device memory that a request needs, and the least time that it takes on a GPU",
         description="From the model's own shapes: no weight is read, nothing is loaded, and no GPU is needed.",
     )
     parser.add_argument(
@@ -155,18 +172,20 @@ def _add_plan(commands: Commands) -> None:
     parser.add_argument("--guidance", type=float, default=5.0, help="1 or less turns guidance off")
     parser.add_argument("--sampler", help="override the checkpoint's")
     parser.add_argument("--high-noise-frac", type=float, default=0.8, help="as for generate")
-    parser.add_argument("--from-image", action="store_true", help="it starts from a picture")
-    parser.add_argument("--gpu", default="H200", help="whose floors and kernels (default H200)")
+    parser.add_argument("--from-image", action="store_true", help="plan an image-to-image request")
+    parser.add_argument(
+        "--gpu", default="H200", help="GPU to plan for: its limits and kernels (default H200)"
+    )
     parser.add_argument(
         "--memory",
         choices=_POLICIES,
         default="resident",
-        help="what --memory-limit is held against (default resident); all of them are shown",
+        help="the policy that --memory-limit is compared with (default resident); all are shown",
     )
     parser.add_argument(
         "--memory-limit",
         metavar="SIZE",
-        help="free device memory, such as 24GB; ends with 1 where it is too little",
+        help="free device memory, such as 24GB; ends with 1 if it is too little",
     )
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=("runtime", "plan"))
@@ -176,29 +195,37 @@ def _add_serve(commands: Commands) -> None:
     parser = commands.add_parser(
         "serve",
         help="make images over HTTP, with OpenAI's images API",
-        description="Answers at once, and is ready (GET /ready) when the model is loaded and has made an image. "
-        "SIGTERM finishes what was taken.",
+        description="Listens at once; GET /ready is true when the model is loaded and has made an image. On SIGTERM "
+        "accepted requests are finished and new ones refused.",
     )
     _add_loading(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="0 for any that is free (default 8000)")
-    parser.add_argument("--max-queue", type=int, default=64, help="images that may wait (default 64)")
-    parser.add_argument("--max-batch", type=int, default=8, help="images in a call (default 8)")
     parser.add_argument(
-        "--drain-seconds", type=float, default=60.0, help="to finish what was taken (default 60)"
+        "--max-queue", type=int, default=64, help="images that may wait; beyond it 429 (default 64)"
+    )
+    parser.add_argument("--max-batch", type=int, default=8, help="images in a batch (default 8)")
+    parser.add_argument(
+        "--drain-seconds",
+        type=float,
+        default=60.0,
+        help="time to finish accepted requests after SIGTERM (default 60)",
     )
     parser.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="keys, one a line; requests then need one of them"
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="API keys, one a line; requests then need one of them",
     )
     parser.add_argument(
-        "--ray", action="store_true", help="by Ray Serve, in replicas of this machine (latentrt[ray])"
+        "--ray", action="store_true", help="in replicas on this machine, by Ray Serve (needs the extra 'ray')"
     )
     parser.add_argument(
         "--replicas",
         type=_replicas,
         default=(1, 1),
         metavar="MIN..MAX",
-        help="with --ray: as many as the load needs (default 1)",
+        help="with --ray: number of replicas, by load (default 1)",
     )
     parser.add_argument(
         "--cpus",

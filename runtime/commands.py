@@ -29,9 +29,7 @@ def _output_paths(output: str, count: int) -> list[Path]:
         raise RequestError(f"the output {output!r} is a folder; give a file name in it")
     existing = next(folder for folder in path.absolute().parents if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise RequestError(
-            f"the output {output!r} cannot be written: {existing} is no folder that can be written to"
-        )
+        raise RequestError(f"the output {output!r} cannot be written: {existing} is not a writable folder")
     if count == 1:
         return [path]
     return [path.with_name(f"{path.stem}-{k + 1}{path.suffix}") for k in range(count)]

@@ -63,7 +63,8 @@ class EngineTarget:
         if product.needs_gpu:
             if len(self.archs) != 1:
                 raise RequestError(
-                    f"{product.title} builds for one GPU, its own; leave --arch out, or build with tensorrt-rtx"
+                    f"{product.title} builds only for the GPU that it runs on; leave --arch out, or use --engine "
+                    "tensorrt-rtx"
                 )
             return
         if self.hardware_compatibility != "none":  # it takes the option, and builds the same engine
@@ -76,7 +77,8 @@ class EngineTarget:
         if unknown or not self.archs:
             raise RequestError(
                 f"{product.title} has no engines for {', '.join(unknown) or 'no architecture'}; it has them for "
-                f"{', '.join(f'sm_{arch}' for arch in known)}. Others take --engine tensorrt, on such a GPU"
+                f"{', '.join(f'sm_{arch}' for arch in known)}. For others use --engine tensorrt on a machine with "
+                "such a GPU"
             )
 
     def _check_plugins(self) -> None:
@@ -163,11 +165,11 @@ def find_engine(store: Store, wanted: Mapping[str, Any], title: str) -> Entry | 
         for entry in of_component:
             why = "; ".join(mismatches(entry.description, wanted))
             _log.warning(
-                "not the engine %s of %s, built on %s: %s", entry.key[:12], title, entry.created, why
+                "ignoring engine %s of %s, built on %s: %s", entry.key[:12], title, entry.created, why
             )
         for entry in entries:
             if entry.damage is not None:
-                _log.warning("not the entry %s, which is damaged: %s", entry.key[:12], entry.damage)
+                _log.warning("ignoring the damaged cache entry %s: %s", entry.key[:12], entry.damage)
 
     def rank(entry: Entry) -> tuple[bool, bool, str]:
         as_wanted = entry.description["weight_streaming"] == wanted["weight_streaming"]

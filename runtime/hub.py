@@ -106,7 +106,7 @@ def _snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
             folder = snapshot(offline=True)
         except Exception:
             raise CheckpointNotFoundError(
-                f"{model!r} is no folder or file here, and the model hub did not give it"
+                f"{model!r} is not a local folder or file, and could not be fetched from the model hub"
                 + (f" at revision {revision!r}" if revision else "")
                 + f" ({type(error).__name__}: {_first_line(error)}). Check the spelling; log in with "
                 "`hf auth login` if access to it is restricted; without a network, give the path of a "

@@ -83,7 +83,7 @@ def from_tensor(images: Tensor, output_type: str) -> Images:
     pixels = eight_bit.cpu().numpy()
     if any(flags := broken.tolist()):
         _log.warning(
-            "images %s hold NaN and are black there; does the model overflow in half precision? try float32",
+            "images %s contain NaN and are black there: the model may overflow in half precision; try dtype=float32",
             ", ".join(str(k) for k, flag in enumerate(flags) if flag),
         )
     return [PIL.Image.fromarray(row) for row in pixels]

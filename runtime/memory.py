@@ -171,7 +171,7 @@ class Plan:
         if max(need.values()) <= available:
             return
         raise MemoryPlanError(
-            f"{self.describe(policy)}, and there are {format_bytes(available)}; {self._remedy(available, remedy)}"
+            f"{self.describe(policy)}, and {format_bytes(available)} are free; {self._remedy(available, remedy)}"
         )
 
     def describe(self, policy: str) -> str:
@@ -179,17 +179,19 @@ class Plan:
         need = self.need(policy)
         stages = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in need.items())
         unused = sorted(self.staying.get(policy, {}).keys() - self.used())
-        beside = f", beside {', '.join(unused)} that stays there" if unused else ""
+        beside = f", besides {', '.join(unused)}, which stays there" if unused else ""
         return (
-            f"{self.subject} needs {format_bytes(max(need.values()))} of device memory by policy {policy!r} "
+            f"{self.subject} needs {format_bytes(max(need.values()))} of device memory with memory={policy!r} "
             f"({stages}{beside})"
         )
 
     def _remedy(self, available: int, otherwise: str) -> str:
-        fitting = [f"{p!r} ({format_bytes(self.peak(p))})" for p in POLICIES if self.peak(p) <= available]
+        fitting = [
+            f"memory={p!r} ({format_bytes(self.peak(p))})" for p in POLICIES if self.peak(p) <= available
+        ]
         if fitting:
             smaller = ", or a smaller size or batch" if self.pool_bytes(self.used()) else ""
-            return f"take policy {' or '.join(fitting)}{smaller}"
+            return f"use {' or '.join(fitting)}{smaller}"
         least = min(POLICIES, key=self.peak)
         name = max(self.used(), key=lambda name: self.networks[name].footprint.held_bytes)
         weights = self.networks[name].footprint.held_bytes
@@ -199,7 +201,8 @@ class Plan:
                 f"free for libraries: {otherwise}"
             )
         return (
-            f"no policy fits, {least!r} needs {format_bytes(self.peak(least))}: take a smaller size or batch"
+            f"no policy fits, memory={least!r} still needs {format_bytes(self.peak(least))}: use a smaller size or "
+            "batch"
         )
 
     def floor_ms(self, stage: PlannedStage, gpu: Gpu) -> tuple[float, Limit]:

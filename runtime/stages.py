@@ -112,8 +112,8 @@ def warn_of_late_start(first: SamplerTable) -> None:
     share = first.add_noise[0] / math.hypot(*first.add_noise)
     if len(first) and share > _MOST_SIGNAL:
         _log.warning(
-            "the first of these steps is at timestep %g, where a picture is %.0f %% of what the model expects and here "
-            "there is only noise; take more steps, or for a model distilled to a few load it with "
+            "the first step is at timestep %g, where the model expects %.0f %% picture, but it starts from pure noise; "
+            "use more steps, or for a model distilled to a few load it with "
             'scheduler={"timestep_spacing": "trailing"}',
             first.timesteps[0],
             100 * share,

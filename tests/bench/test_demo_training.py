@@ -107,9 +107,8 @@ def test_what_was_made_from_another_vae_or_other_examples_is_made_anew(tmp_path:
     begin = time.monotonic()
     first = run(0.003)
     assert run(0.003) == first
-    longer = (
-        time.monotonic() - begin
-    ) / 60 + 0.03  # minutes: at least a step more, however slow the first was
+    # Minutes for at least one step more, however slow the first was.
+    longer = (time.monotonic() - begin) / 60 + 0.03
     assert all(now != before for now, before in zip(run(longer), first, strict=True))
     more = latents.load(Run(tmp_path, 0, torch.device("cpu"), examples=30), "base")
     assert sum(len(table.latents) for table in more) == 30
