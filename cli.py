@@ -22,7 +22,8 @@ from .runtime import arguments as runtime
 __all__ = ["main"]
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command; no command's own code is imported for it."""
     parser = argparse.ArgumentParser(
         prog="latentrt", description="An inference runtime for Stable Diffusion XL."
     )
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a prompt may hold what the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     logging.basicConfig(format="latentrt: %(message)s")
     logging.getLogger("latentrt").setLevel(logging.INFO if args.verbose else logging.WARNING)
     # A first run exports for a minute; that is said without being asked for.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import textwrap
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,9 +104,27 @@ def run(code: str) -> str:
     ).stdout.strip()
 
 
+HEAVY = "{'torch', 'numpy', 'diffusers', 'transformers', 'onnx', 'PIL'}"
+
+
 def test_import_loads_nothing_heavy() -> None:
-    heavy = "{'torch', 'numpy', 'diffusers', 'transformers', 'onnx', 'PIL'}"
-    assert run(f"import sys, latentrt, latentrt.cli; print(sorted({heavy} & set(sys.modules)))") == "[]"
+    assert run(f"import sys, latentrt, latentrt.cli; print(sorted({HEAVY} & set(sys.modules)))") == "[]"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["bench", "--help"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    """So that it answers at once on any machine."""
+    code = f"""
+        import sys
+        from latentrt.cli import main
+        try:
+            main({arguments})
+        except SystemExit as ended:
+            print(ended.code, sorted({HEAVY} & set(sys.modules)))
+        """
+    shown = run(textwrap.dedent(code)).splitlines()
+    assert shown[0].startswith("usage: latentrt")
+    assert shown[-1] == "0 []"
 
 
 def test_unknown_names_say_what_there_is() -> None:

@@ -17,7 +17,7 @@ from latentrt.bench import commands
 from latentrt.bench.demo_model.checker import Verdict, find_objects, judge
 from latentrt.bench.demo_model.scenes import Scene, Thing
 from latentrt.bench.suite import Suite
-from latentrt.cli import _parser
+from latentrt.cli import build_parser
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,7 +95,7 @@ def test_the_benchmark_is_the_demos_on_the_cpu_also_where_there_is_a_gpu(
     monkeypatch.setattr(commands, "parse_device", lambda name: torch.device(name or "cuda"))
     suites: list[Suite] = []
     monkeypatch.setattr(Suite, "run", lambda self: suites.append(self) or report())
-    list(commands.bench(_parser().parse_args(handed_on(folder, "bench", "EXTRA=cpu"))))
+    list(commands.bench(build_parser().parse_args(handed_on(folder, "bench", "EXTRA=cpu"))))
     assert [case.name for case, _ in suites[0]._work] == ["demo"]
     assert suites[0]._settings.device.type == "cpu"
 

@@ -13,7 +13,7 @@ from helpers.planted_reports import MACHINE, noisy, report, row, with_figures
 from latentrt.bench.compare import TOLERANCE, compare, differences
 from latentrt.bench.gates import Quality
 from latentrt.bench.results import Report, write_report
-from latentrt.cli import _parser
+from latentrt.cli import build_parser
 from latentrt.errors import BenchmarkError, RequestError
 
 Run = Callable[..., tuple[int, str, str]]
@@ -73,7 +73,7 @@ def test_a_tolerance_is_a_share() -> None:
     for wrong in (float("nan"), -0.1, float("inf")):
         with pytest.raises(RequestError, match=f"a tolerance of {wrong:g}; give a share such as 0.03"):
             compare(report(), report(), wrong)
-    assert _parser().parse_args(["bench", "compare", "a", "b"]).tolerance == TOLERANCE
+    assert build_parser().parse_args(["bench", "compare", "a", "b"]).tolerance == TOLERANCE
 
 
 def test_memory_is_compared() -> None:

@@ -21,7 +21,7 @@ from latentrt.bench.cases import CASES, SIDES, default_sides
 from latentrt.bench.full import Judged, Part, run_part
 from latentrt.bench.gpu import Step
 from latentrt.bench.host import job_for
-from latentrt.cli import _parser
+from latentrt.cli import build_parser
 from latentrt.runtime.engines.base import Availability
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +122,7 @@ def test_kernels_are_tuned_and_timed_as_it_is_asked(tmp_path: Path) -> None:
     commands = [step.part.command[1:] for step in asked if step.part.command]
     for module, *arguments in commands:  # which take what they are given
         if module == "latentrt.cli":
-            assert _parser().parse_args(arguments).out
+            assert build_parser().parse_args(arguments).out
 
 
 @pytest.mark.parametrize("there", [True, False])

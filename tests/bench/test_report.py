@@ -29,7 +29,7 @@ from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.side import as_bytes
 from latentrt.bench.stats import growth, ratio, spread
 from latentrt.bench.worker import Worker
-from latentrt.cli import _parser
+from latentrt.cli import build_parser
 from latentrt.errors import BenchmarkError
 from rich.console import Console
 
@@ -180,7 +180,7 @@ def test_tables_do_not_mix_batch_sizes() -> None:
     assert cells(text, "side | set up")["p99 s"] == "-"
     assert "| latentrt-eager |" not in text[text.index("| MiB") : text.index("| side | set up")]
     assert "Quickest" not in reports.html(made, {})
-    assert _parser().parse_args(["bench", "--batch", "4,1,4"]).batch == (1, 4)
+    assert build_parser().parse_args(["bench", "--batch", "4,1,4"]).batch == (1, 4)
 
 
 def test_only_the_first_side_is_1_by_definition() -> None:
