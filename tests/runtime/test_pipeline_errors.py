@@ -373,7 +373,7 @@ def test_a_damaged_export_is_made_again(
         damaged = bytearray(model.read_bytes())
         damaged[len(damaged) // 2] ^= 1
         model.write_bytes(damaged)
-    folder = rig._folder("sdxl")
+    folder = rig.folder("sdxl")
     pipe = latentrt.Pipeline.from_pretrained(folder, backend="onnxruntime", cache_dir=copy)
     with caplog.at_level(logging.WARNING):
         again = pipe(**call).images

@@ -31,7 +31,7 @@ REQUESTS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def folders(rig: Rig) -> tuple[Any, Any]:
-    return rig._folder("sdxl"), rig._folder("refiner")
+    return rig.folder("sdxl"), rig.folder("refiner")
 
 
 def load(folders: tuple[Any, Any], **options: Any) -> latentrt.Pipeline:
