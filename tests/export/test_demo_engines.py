@@ -103,9 +103,7 @@ def test_every_component_is_built(
         assert made.figures["plugin_layers"] > 10
 
     component, target = asked(model, name, dtype, archs, with_plugins)
-    begun = time.perf_counter()
     again = engine(component, target, cache_dir=exports)
-    assert time.perf_counter() - begun < 1
     assert (again.built, again.key) == (False, made.key)
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -72,9 +71,7 @@ def manifest(folder: Path, **changes: Any) -> None:
 
 def test_built_once_then_found(builder: Builder, component: Component, tmp_path: Path) -> None:
     first = engine(component, RTX, ONE, cache_dir=tmp_path)
-    begun = time.perf_counter()
     again = engine(component, RTX, ONE, cache_dir=tmp_path)
-    assert time.perf_counter() - begun < 1
     assert first.built
     assert not again.built
     assert replace(again, built=True) == first

@@ -8,7 +8,6 @@ import logging
 import os
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -89,7 +88,9 @@ def test_what_draining_has_no_time_for_is_answered() -> None:
         runner.release()
 
 
-def test_draining_leaves_answers_the_time_it_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draining_leaves_answers_the_time_it_has_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     encode = threading.Event()
 
     def slow(*_: object) -> bytes:
@@ -97,6 +98,7 @@ def test_draining_leaves_answers_the_time_it_has_left(monkeypatch: pytest.Monkey
         return b"PNG"
 
     monkeypatch.setattr(app, "png_bytes", slow)
+    caplog.set_level("INFO", logger="uvicorn.error")
     runner = FakeRunner()
     with served(lambda: runner) as server, ThreadPoolExecutor(1) as pool:
         server.server.config.timeout_graceful_shutdown = 0
@@ -105,8 +107,9 @@ def test_draining_leaves_answers_the_time_it_has_left(monkeypatch: pytest.Monkey
         runner.reached()
         server.server.handle_exit(15, None)
         runner.release()
-        until(lambda: not server.server.servers[0].is_serving())
-        time.sleep(0.3)  # after 0.1 s uvicorn counts the seconds that answers have
+        until(
+            lambda: "Waiting for connections to close" in caplog.text
+        )  # the seconds that answers have are running
         encode.set()
         assert asked.result().json()["data"][0]["b64_json"] == base64.b64encode(b"PNG").decode()
 
