@@ -24,7 +24,7 @@ from latentrt.bench.suite import Suite
 RUN = """
 import sys, torch; from pathlib import Path; from dataclasses import replace
 from latentrt.bench.cases import CASES; from latentrt.bench.gates import GATES; from latentrt.bench.run import Plan
-from latentrt.bench.suite import Settings, Suite; from planted_sides import planted
+from latentrt.bench.suite import Settings, Suite; from helpers.planted_sides import planted
 if __name__ == '__main__':
     case = replace(CASES['demo'], refiner=None, steps=2, batches=(1, 2))
     plan = Plan(['a'], GATES['eager'], rounds=3, pictures=2)

@@ -56,7 +56,7 @@ def load(tiny: Callable[..., Path]) -> Callable[..., Pipeline]:
 
 @pytest.fixture(scope="module")
 def image(load: Callable[..., Pipeline]) -> Any:
-    """Of `small_request.CALL`, by a pipeline whose memory nobody looks at."""
+    """Of `tiny_requests.CALL`, by a pipeline whose memory nobody looks at."""
     from helpers.tiny_requests import CALL
 
     return load(graphs=False)(**CALL).images
