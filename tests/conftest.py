@@ -107,8 +107,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 # Three minutes are the most that the demo's exports and builds may take on two cores, where a change is checked;
-# elsewhere the figure is only shown. It is the time that processors worked, all worker processes and their children together:
-# clocks go on while other programs run.
+# elsewhere the figure is only shown. It is the time that processors worked, all worker processes and their children
+# together: clocks go on while other programs run.
 _DEMO = ("tests/export/test_export_demo.py", "tests/export/test_demo_engines.py")
 _DEMO_SECONDS = 2 * 180
 _HOLD_DEMO_TIME = bool(os.environ.get("LATENTRT_HOLD_DEMO_TIME"))

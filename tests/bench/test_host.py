@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 from helpers.planted_sides import planted
+from helpers.waiting import has_ended, written
 from latentrt.bench.cases import Case
 from latentrt.bench.host import OwnProcess
 from latentrt.bench.worker import Job
@@ -39,12 +38,10 @@ def test_a_process_that_hangs_is_ended_with_those_it_began(tmp_path: Path) -> No
         host._patience = 0.1
         with pytest.raises(BenchmarkError, match=r"not through with its pictures after 0 s; .* --patience"):
             host.run(["a"], [3])
-        while not (note.exists() and note.read_text()):
-            time.sleep(0.05)
+        child = int(written(note))
     finally:
         host.close()
-    child = psutil.Process(int(note.read_text())) if psutil.pid_exists(int(note.read_text())) else None
-    assert child is None or child.status() == psutil.STATUS_ZOMBIE or child.name() != "sleep"
+    assert has_ended(child)
 
 
 def test_what_a_process_compiles_goes_to_its_own_folder(tmp_path: Path) -> None:

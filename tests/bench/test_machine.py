@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from helpers.served import until
+from helpers.waiting import until
 from latentrt.bench import host, machine, worker
 from latentrt.bench.cases import CASES, DTYPES, SIDES, default_sides, sides_named
 from latentrt.bench.machine import describe_machine, installed_versions

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.waiting import until
 from latentrt.bench import full, gpu
 from latentrt.bench.cases import CASES, SIDES, default_sides
 from latentrt.bench.full import Judged, Part, run_part
@@ -255,8 +255,7 @@ def test_a_part_whose_time_is_over_may_write_down_what_it_has(
     note = tmp_path / "note"
 
     def over_once_it_works(*_: object) -> tuple[bool, int]:
-        while not note.exists():
-            time.sleep(0.01)
+        until(note.exists)
         return False, 0
 
     monkeypatch.setattr(full, "_digest", lambda part: "")

@@ -10,7 +10,6 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import IO, Any
 
 import pytest
 from helpers import tiny_onnx
+from helpers.waiting import until
 from latentrt.errors import BuildError
 from latentrt.export import build_process
 from latentrt.export.build_process import build_in_child
@@ -193,15 +193,6 @@ def children() -> list[int]:
         if b"latentrt.export.build_process" in command and state != "Z":
             found.append(int(folder.name))
     return found
-
-
-def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"{condition} did not come true in {seconds} s")
 
 
 def own_child(parent: int) -> int | None:

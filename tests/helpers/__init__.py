@@ -5,6 +5,7 @@ published_configs, original_layout    configurations of real models; SDXL's keys
 parity, parity_cases, sampler_oracle  what diffusers computes, and which calls are compared with it
 kernel_checks, engine_checks          an operator against float64; an engine that is replayed
 loops, threads, stream_order          run a loop; work in several threads; whether streams are ordered
+waiting                               until a condition holds, a file is written, a process has ended
 fake_*                                stands in for a clock, a device, its queue, an engine's runner, TensorRT
 planted_sides, planted_reports        sides of the benchmark with known faults, and their reports
 served, page_tab                      the application over a real socket; its page in Chromium

@@ -14,7 +14,8 @@ import PIL.Image
 import pytest
 import uvicorn
 from helpers.fake_runner import FakeRunner, FakeTime, in_loop, pass_time
-from helpers.served import Served, served, until
+from helpers.served import Served, served
+from helpers.waiting import until
 from latentrt.runtime.serve.connection import bounded
 from latentrt.runtime.serve.schema import Limits
 from uvicorn.server import ServerState

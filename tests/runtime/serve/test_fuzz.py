@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 from helpers.fake_runner import FakeRunner
-from helpers.served import Served, served, until
+from helpers.served import Served, served
+from helpers.waiting import until
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from latentrt.runtime.serve.schema import GenerationBody, Limits

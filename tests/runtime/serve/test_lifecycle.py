@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from helpers.fake_runner import FakeRunner
-from helpers.served import served, until
+from helpers.served import served
+from helpers.waiting import until
 from latentrt.errors import CheckpointNotFoundError
 from latentrt.runtime.serve import app
 from latentrt.runtime.serve.logs import log_as_json

@@ -15,7 +15,8 @@ import numpy as np
 import PIL.Image
 import pytest
 from helpers.fake_runner import FakeRunner, in_loop, picture
-from helpers.served import Served, served, until
+from helpers.served import Served, served
+from helpers.waiting import until
 from latentrt.bench import serve_load, serve_process
 from latentrt.bench.serve_load import Outcome, mixed_bodies, send
 from latentrt.bench.serve_process import Running, serving

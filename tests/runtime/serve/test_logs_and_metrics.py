@@ -8,7 +8,8 @@ import re
 
 import pytest
 from helpers.fake_runner import FakeRunner
-from helpers.served import Served, events_of, until
+from helpers.served import Served, events_of
+from helpers.waiting import until
 from latentrt.runtime.serve.logs import JsonFormatter
 from latentrt.runtime.serve.metrics import Metrics
 

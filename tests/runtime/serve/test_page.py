@@ -15,7 +15,8 @@ import PIL.Image
 import pytest
 from helpers.fake_runner import seed_of
 from helpers.page_tab import DONE, SECONDS, PageRunner, Tab
-from helpers.served import Served, served, until
+from helpers.served import Served, served
+from helpers.waiting import until
 from latentrt.runtime.serve.runner import PipelineRunner
 from latentrt.runtime.serve.schema import Limits
 from playwright.sync_api import Browser, Route, expect, sync_playwright

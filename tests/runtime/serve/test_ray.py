@@ -20,7 +20,8 @@ import PIL.Image
 import psutil
 import pytest
 from helpers.fake_runner import seed_of
-from helpers.served import events_of, until
+from helpers.served import events_of
+from helpers.waiting import until
 
 pytestmark = [pytest.mark.full, pytest.mark.ray, pytest.mark.timeout(1500)]
 SECONDS = 400

@@ -10,7 +10,8 @@ from typing import Any
 import openai
 import pytest
 from helpers.fake_runner import FakeRunner
-from helpers.served import Served, events_of, served, until
+from helpers.served import Served, events_of, served
+from helpers.waiting import until
 from latentrt.errors import DeadlineError, EngineSizeError, QueueFullError
 
 BAD: list[tuple[Any, int, str | None]] = [

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import schemathesis
 from helpers.fake_runner import FakeRunner
-from helpers.served import Served, served, until
+from helpers.served import Served, served
+from helpers.waiting import until
 from hypothesis import HealthCheck, assume, given, settings
 from latentrt.runtime.serve.app import create_app
 from latentrt.runtime.serve.engine import AsyncEngine

@@ -23,7 +23,7 @@ import openai
 import PIL.Image
 import psutil
 import pytest
-from helpers.served import until
+from helpers.waiting import until
 from latentrt.runtime.serve import commands
 
 Run = Callable[..., tuple[int, str, str]]
