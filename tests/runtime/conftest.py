@@ -54,6 +54,22 @@ def load(tiny: Callable[..., Path]) -> Callable[..., Pipeline]:
     return make
 
 
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what is captured as a graph during the test, in order."""
+    from latentrt.runtime.graph import Graph, Graphs
+
+    names: list[str] = []
+    capture = Graphs.capture
+
+    def recorded(self: Graphs, work: Callable[[], object], what: str) -> Graph:
+        names.append(what)
+        return capture(self, work, what)
+
+    monkeypatch.setattr(Graphs, "capture", recorded)
+    return names
+
+
 @pytest.fixture(scope="module")
 def image(load: Callable[..., Pipeline]) -> Any:
     """Of `tiny_requests.CALL`, by a pipeline whose memory nobody looks at."""

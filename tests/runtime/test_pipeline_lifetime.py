@@ -16,12 +16,12 @@ import latentrt
 import numpy as np
 import pytest
 import torch
+from helpers.pipeline_insides import checked, plan_of
 from helpers.tiny_requests import CALL
 from latentrt.runtime import budget, flow
 from latentrt.runtime.engines.eager import EagerEngine
 from latentrt.runtime.latents import NoiseSource
 from latentrt.runtime.residency import Residency
-from latentrt.runtime.stages import stages_of_request
 
 CPU = torch.device("cpu")
 Load = Callable[..., latentrt.Pipeline]
@@ -50,16 +50,13 @@ def there(*pipes: latentrt.Pipeline) -> dict[int, int]:
 
 
 def peak(pipe: latentrt.Pipeline, call: dict[str, Any]) -> int:
-    request, _ = pipe.check(**call)
-    stages = stages_of_request(pipe._parts.base, pipe._parts.refiner, request)
-    return pipe._budget.plan(request, stages).peak("low")
+    return plan_of(pipe, call).peak("low")
 
 
 def test_noise_is_on_the_device_once(load: Load) -> None:
     """In the loops' own tensors, which are what a plan counts."""
     pipe = load()
-    request, _ = pipe.check(**CALL)
-    stages = stages_of_request(pipe._parts.base, pipe._parts.refiner, request)
+    request, stages = checked(pipe, CALL)
     noise = NoiseSource(request.generators, request.batch)
     latents = torch.empty(1, 4, 8, 6, device="meta")  # as of a device that is not the host
     told = [stage.expert.condition(request, CPU, from_image=stage.from_image) for stage in stages]

@@ -14,14 +14,13 @@ import latentrt
 import numpy as np
 import pytest
 import torch
+from helpers.pipeline_insides import checked, graph_cache_of, networks_on_device, plan_of
 from helpers.tiny_requests import CALL
 from latentrt.errors import MemoryPlanError, RequestError
 from latentrt.runtime import budget, offload
-from latentrt.runtime.graph import Graphs
 from latentrt.runtime.graph_cache import DEFAULT_LIMIT
 from latentrt.runtime.memory import POLICIES, RESERVE
 from latentrt.runtime.planner import Planner
-from latentrt.runtime.stages import stages_of_request
 from latentrt.runtime.vae import VAE
 from torch import Tensor
 
@@ -29,11 +28,6 @@ Load = Callable[..., latentrt.Pipeline]
 
 LARGE = {**CALL, "height": 512, "width": 512}
 NO_SIZE = {name: value for name, value in CALL.items() if name not in ("height", "width")}
-
-
-def held(pipe: latentrt.Pipeline) -> set[str]:
-    """Names of the networks on the device."""
-    return set(pipe._budget.held()) - {"recorded"}
 
 
 # The plan is asked before a request.
@@ -61,8 +55,8 @@ def test_what_cannot_fit_is_refused_before_anything_is_allocated(load: Load, bet
             rf"base [\d.]+ MB, refiner [\d.]+ MB, decode [\d.]+ MB\), and there are {between / 1e6:.1f} MB; ",
             str(caught.value),
         )
-        assert held(pipe) == set()
-        assert pipe._loader.graph_cache.nbytes == 0
+        assert networks_on_device(pipe) == set()
+        assert graph_cache_of(pipe).nbytes == 0
 
 
 def test_what_fits_is_made(load: Load, between: int, image: Any) -> None:
@@ -78,9 +72,7 @@ def test_a_picture_that_would_not_fit_whole_is_decoded_in_tiles(
 ) -> None:
     monkeypatch.setattr(budget, "TILE", 8)
     free, call = load(), {**CALL, "height": 128, "width": 96}
-    request, _ = free.check(**call)
-    stages = stages_of_request(free._parts.base, free._parts.refiner, request)
-    whole, tiled = (free._budget.plan(request, stages, tile).peak("resident") for tile in (None, 8))
+    whole, tiled = (plan_of(free, call, tile).peak("resident") for tile in (None, 8))
     assert tiled < whole
     pipe = load(memory_limit=(whole + tiled) // 2)
     pipe.check(**call)
@@ -94,9 +86,8 @@ def test_tiles_are_taken_only_once_nothing_more_can_be_freed(
 ) -> None:
     """They make another picture: not for what waits for the garbage collector, or what libraries hold."""
     pipe, call = load(), {**CALL, "height": 128, "width": 96}
-    request, _ = pipe.check(**call)
-    stages = stages_of_request(pipe._parts.base, pipe._parts.refiner, request)
-    whole = pipe._budget.plan(request, stages).peak("resident")
+    request, stages = checked(pipe, call)
+    whole = plan_of(pipe, call).peak("resident")
     monkeypatch.setattr(budget, "TILE", 8)
     monkeypatch.setattr(budget, "free_memory", lambda device: whole - 1)
     monkeypatch.setattr(budget.Budget, "_collected", lambda self, available: available + 1)
@@ -141,8 +132,7 @@ def test_weights_that_cannot_fit_are_refused_when_they_are_loaded(load: Load) ->
 def test_graphs_get_their_pool_size_from_the_plan(load: Load, options: Any, kinds: Any) -> None:
     pipe = load(memory_limit="1GB", graphs=True, **options)
     pipe(**CALL)
-    request, _ = pipe.check(**CALL)
-    plan = pipe._budget.plan(request, stages_of_request(pipe._parts.base, pipe._parts.refiner, request))
+    plan = plan_of(pipe, CALL)
     found = pipe._loader.graphs.room if pipe._loader.backend.name in ("eager", "triton") else 0
     assert found == plan.pool_bytes(plan.used(*kinds)) > 0
 
@@ -170,9 +160,8 @@ def test_a_request_of_no_steps_is_planned_too(policy: str, load: Load) -> None:
     for side in (8, 16):
         latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(side))
         call = {**NO_SIZE, "image": latents, "strength": 0.0}
-        request, steps = pipe.check(**call)
-        assert steps == 0
-        plan = pipe._budget.plan(request, stages_of_request(pipe._parts.base, pipe._parts.refiner, request))
+        assert pipe.check(**call)[1] == 0  # steps
+        plan = plan_of(pipe, call)
         assert {"text_encoder", "text_encoder_2", "unet", "vae_decoder"} == plan.used()
         peaks.append(plan.peak(policy))
         assert np.array_equal(pipe(**call).images, free(**call).images)
@@ -213,13 +202,10 @@ def test_a_gpu_s_free_memory_is_the_bound(
 def test_a_network_of_another_request_that_stays_is_no_room(policy: str, load: Load) -> None:
     """The refiner's UNet, while a request has the base's alone."""
     alone = {**LARGE, "high_noise_frac": 1.0}
-    fresh = load(memory=policy)
-    request, _ = fresh.check(**alone)
-    stages = stages_of_request(fresh._parts.base, fresh._parts.refiner, request)
-    pipe = load(memory=policy, memory_limit=fresh._budget.plan(request, stages).peak(policy))
+    pipe = load(memory=policy, memory_limit=plan_of(load(memory=policy), alone).peak(policy))
     pipe.check(**alone)
     pipe(**{**CALL, "high_noise_frac": 0.0})
-    assert ("refiner unet" in held(pipe)) == (policy != "low")
+    assert ("refiner unet" in networks_on_device(pipe)) == (policy != "low")
     if policy == "low":
         pipe.check(**alone)
     else:
@@ -231,17 +217,15 @@ def test_what_another_pipeline_keeps_is_no_room(load: Load) -> None:
     """Shared, it goes by the policy of its owner, and by its device."""
     one = load()
     two = load(memory="low", vae=one.vae)
-    request, _ = two.check(**CALL)
-    stages = stages_of_request(two._parts.base, two._parts.refiner, request)
-    before = two._budget.plan(request, stages).need("low")
+    before = plan_of(two, CALL).need("low")
     one(**CALL)
-    more = {name: n - before[name] for name, n in two._budget.plan(request, stages).need("low").items()}
+    more = {name: n - before[name] for name, n in plan_of(two, CALL).need("low").items()}
     nbytes = one.vae.decoder.held_bytes
     assert more == {"text": nbytes, "base": nbytes, "refiner": nbytes, "decode": 0}
-    assert held(two) == {"vae_decoder"}
+    assert networks_on_device(two) == {"vae_decoder"}
     one._loader.device = torch.device("meta")
-    assert held(two) == set()
-    assert two._budget.plan(request, stages).need("low") == before
+    assert networks_on_device(two) == set()
+    assert plan_of(two, CALL).need("low") == before
 
 
 @pytest.mark.parametrize(
@@ -300,12 +284,12 @@ def test_what_leaves_and_comes_back_makes_the_same_image(
     pipe = load(memory=policy, graphs=graphs)
     there: list[set[str]] = []
     for _ in range(2):
-        found = pipe(**CALL, callback_on_step_end=lambda p, i, t, k: there.append(held(p)))
+        found = pipe(**CALL, callback_on_step_end=lambda p, i, t, k: there.append(networks_on_device(p)))
         assert np.array_equal(found.images, image)
-        assert held(pipe) == AFTER[policy]
+        assert networks_on_device(pipe) == AFTER[policy]
         sizes = {name: n for name, n in pipe._budget.held().items() if name != "recorded"}
         # What was recorded over the UNets went with them.
-        assert (pipe._loader.graph_cache.nbytes == 0) == (policy == "low")
+        assert (graph_cache_of(pipe).nbytes == 0) == (policy == "low")
     assert there[2:] == list(WHILE[policy])
     # What came back is on the device once, and what may leave has a copy on the host.
     planner = pipe._budget.planner
@@ -368,7 +352,7 @@ def test_an_engine_that_cannot_be_moved_is_closed_and_loaded_again(load: Load, i
     backend.load = load_one  # type: ignore[method-assign]
     assert np.array_equal(pipe(**CALL).images, image)
     once = len(loads)
-    assert held(pipe) == {"vae_decoder"}
+    assert networks_on_device(pipe) == {"vae_decoder"}
     assert np.array_equal(pipe(**CALL).images, image)
     assert len(loads) == 2 * once
 
@@ -394,7 +378,7 @@ def test_a_callback_cannot_offload_the_unet_between_steps(
             RequestError, match="while the unet takes its steps, and by memory='low' they are not"
         ):
             ASKING[asks](pipe, values["latents"])
-        there.append(held(pipe))
+        there.append(networks_on_device(pipe))
 
     assert np.array_equal(pipe(**CALL, callback_on_step_end=ask).images, image)
     assert there == list(WHILE["low"])
@@ -439,7 +423,7 @@ def test_moving_to_another_device_offloads_everything(load: Load, image: Any) ->
     pipe = load(memory="low")
     pipe(**CALL)
     pipe._loader.move(torch.device("cpu"))
-    assert held(pipe) == set()
+    assert networks_on_device(pipe) == set()
     assert np.array_equal(pipe(**CALL).images, image)
 
 
@@ -451,9 +435,9 @@ def test_a_warm_up_of_more_than_may_be_kept_says_so(load: Load, caplog: pytest.L
     with caplog.at_level(logging.WARNING, "latentrt"):
         pipe.warmup([(32, 32)], sampler="euler-a")
         assert not caplog.messages
-        pipe._loader.graph_cache.limit = room = pipe._loader.graph_cache.nbytes
+        graph_cache_of(pipe).limit = room = graph_cache_of(pipe).nbytes
         pipe.warmup([(40, 32)], sampler="euler-a")
-    assert 0 < pipe._loader.graph_cache.nbytes <= room
+    assert 0 < graph_cache_of(pipe).nbytes <= room
     assert re.search(
         r"^\d+ captured graphs of this warm-up were freed again: [\d.]+ [kM]B are kept, "
         r"and there is room for [\d.]+ [kM]B; "
@@ -463,45 +447,33 @@ def test_a_warm_up_of_more_than_may_be_kept_says_so(load: Load, caplog: pytest.L
 
 
 def test_how_much_may_be_kept_can_be_said(load: Load) -> None:
-    assert load(loop_memory="5MB")._loader.graph_cache.limit == 5_000_000
-    assert load()._loader.graph_cache.limit == DEFAULT_LIMIT
+    assert graph_cache_of(load(loop_memory="5MB")).limit == 5_000_000
+    assert graph_cache_of(load()).limit == DEFAULT_LIMIT
 
 
-def test_more_than_eight_kinds_are_kept_where_there_is_room(
-    load: Load, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_than_eight_kinds_are_kept_where_there_is_room(load: Load, captures: list[str]) -> None:
     pipe = load(graphs=True)
     alone = {"num_inference_steps": 1, "high_noise_frac": 1.0, "guidance_scale": 1.0, "output_type": "latent"}
     kinds = [{**CALL, **alone, "height": 8 * k, "width": 32} for k in range(4, 13)]
-    made: list[str] = []
-    capture = Graphs.capture
-    monkeypatch.setattr(
-        Graphs, "capture", lambda self, work, what: made.append(what) or capture(self, work, what)
-    )
     for kind in kinds:
         pipe(**kind)
-    assert sum("unet" in what for what in made) == len(kinds)
-    made.clear()
+    assert sum("unet" in what for what in captures) == len(kinds)
+    captures.clear()
     for kind in kinds:
         pipe(**kind)
-    assert made == []
+    assert captures == []
 
 
 def test_what_cannot_be_kept_is_not_recorded_but_for_the_steps_of_a_loop(
-    load: Load, image: Any, monkeypatch: pytest.MonkeyPatch
+    load: Load, image: Any, captures: list[str]
 ) -> None:
     """Text and pictures would be recorded anew at each call."""
-    made: list[str] = []
-    capture = Graphs.capture
-    monkeypatch.setattr(
-        Graphs, "capture", lambda self, work, what: made.append(what) or capture(self, work, what)
-    )
     pipe = load(graphs=True, loop_memory=0)
     for _ in range(2):
         assert np.array_equal(pipe(**CALL).images, image)
-        assert made == ["a denoising step of unet"] * 2  # the base's and the refiner's
-        assert len(pipe._loader.graph_cache) == 0
-        made.clear()
+        assert captures == ["a denoising step of unet"] * 2  # the base's and the refiner's
+        assert len(graph_cache_of(pipe)) == 0
+        captures.clear()
 
 
 def test_a_plan_says_how_much_may_be_kept(load: Load, between: int) -> None:
@@ -509,8 +481,8 @@ def test_a_plan_says_how_much_may_be_kept(load: Load, between: int) -> None:
     pipe(**CALL)
     planned = pipe._budget.planner.plan(height=64, width=48, sampler="euler-a", high_noise_frac=0.5)
     room = between - planned.peak("resident") + planned.buffer_bytes
-    assert pipe._loader.graph_cache.limit == room
-    assert 0 < pipe._loader.graph_cache.nbytes <= room
+    assert graph_cache_of(pipe).limit == room
+    assert 0 < graph_cache_of(pipe).nbytes <= room
 
 
 def test_the_graph_cache_limit_follows_the_current_device(
@@ -521,10 +493,10 @@ def test_the_graph_cache_limit_follows_the_current_device(
     monkeypatch.setattr(budget, "free_memory", lambda _: free[0])
     pipe = load()
     pipe(**CALL)
-    assert pipe._loader.graph_cache.limit < between
+    assert graph_cache_of(pipe).limit < between
     free[0] = None
     pipe(**CALL)
-    assert pipe._loader.graph_cache.limit == DEFAULT_LIMIT
+    assert graph_cache_of(pipe).limit == DEFAULT_LIMIT
 
 
 def test_a_gpu_too_small_for_the_weights_is_refused_at_load(
