@@ -19,11 +19,6 @@ by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 def draw(
     B: int, Sq: int, Sk: int, H: int, D: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...]:

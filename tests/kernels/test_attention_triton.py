@@ -24,11 +24,6 @@ variants = pytest.mark.parametrize("variant", [TMA, {**TMA, "SPECIALIZE": 1}], i
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 def fused(B: int, S: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """q, k, v as views of one projection."""
     return torch.randn(B, S, 3, H, D, device=device).to(dtype).unbind(2)

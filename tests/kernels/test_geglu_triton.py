@@ -18,11 +18,6 @@ by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 def check(x: Tensor) -> None:
     assert_as_good(geglu(x), reference.geglu(x), reference.geglu(x.double()))
 

@@ -17,11 +17,6 @@ BOTH = {"_stats_kernel": 1, "_apply_kernel": 1}
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 def draw(
     *shape: int, dtype: torch.dtype, device: torch.device, mean: float = 0.0, channels_last: bool = False
 ) -> Tensor:

@@ -15,11 +15,6 @@ by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 def check(x: Tensor, residual: Tensor | None = None) -> None:
     weight, bias = (torch.randn(x.shape[-1], device=x.device).to(x.dtype) for _ in range(2))
     if residual is None:

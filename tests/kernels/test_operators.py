@@ -26,11 +26,6 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 def draw(*shape: int, dtype: torch.dtype, mean: float = 0.0, std: float = 1.0) -> Tensor:
     return (mean + std * torch.randn(*shape, dtype=torch.float64)).to(dtype)
 

@@ -30,11 +30,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 def inputs(
     shape: tuple[int, ...],
     device: torch.device,

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from helpers.fake_queue import FakeQueue
     from helpers.parity import Rig
     from latentrt import Pipeline
+    from latentrt.runtime.engines.base import Component
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +43,16 @@ def both(rig: Rig) -> Pipeline:
 
 
 @pytest.fixture(scope="session")
+def demo_unet() -> Component:
+    """The demo's base UNet in float16."""
+    import torch
+    from latentrt.runtime.loading import load_components
+    from latentrt.runtime.weights import open_checkpoint
+
+    return load_components(open_checkpoint("demo"), torch.float16)["unet"]
+
+
+@pytest.fixture(scope="session")
 def load(tiny: Callable[..., Path]) -> Callable[..., Pipeline]:
     """The tiny SDXL base and refiner on the CPU, over the project's operators; options are `from_pretrained`'s."""
     import latentrt
@@ -52,6 +64,16 @@ def load(tiny: Callable[..., Path]) -> Callable[..., Pipeline]:
         return pipe
 
     return make
+
+
+@pytest.fixture
+def queue(monkeypatch: pytest.MonkeyPatch) -> FakeQueue:
+    """In the place of the device's queue, for what a call reports of its progress."""
+    from helpers.fake_queue import FakeQueue
+
+    fake = FakeQueue()
+    monkeypatch.setattr("latentrt.runtime.progress.queue_of", lambda device: fake)
+    return fake
 
 
 @pytest.fixture

@@ -26,13 +26,6 @@ def table(steps: int) -> SamplerTable:
     return build_table(config_of(make_scheduler("euler")), steps)
 
 
-@pytest.fixture
-def queue(monkeypatch: pytest.MonkeyPatch) -> FakeQueue:
-    fake = FakeQueue()
-    monkeypatch.setattr("latentrt.runtime.progress.queue_of", lambda device: fake)
-    return fake
-
-
 class Stop(threading.Event):
     """Set when it is asked for the `before`th time, from 0; each time is logged."""
 
