@@ -106,7 +106,7 @@ def test_a_process_that_finds_the_export_imports_no_exporter(cache_dir: Path) ->
         check=False,
         capture_output=True,
         text=True,
-        cwd=Path(tiny.__file__).parent,
+        cwd=Path(tiny.__file__).parents[1],
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == "torch.Size([2, 4])\n"
