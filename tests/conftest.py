@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -149,6 +150,32 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             f"the demo's exports and builds: {seconds:.0f} s of processor time, {state} the {_DEMO_SECONDS} s that "
             "two cores have in three minutes"
         )
+
+
+# What a process decides or says once, by module: functions with a cache.
+_ONCE = {
+    "latentrt.kernels._triton": ("_say_once", "_triton_missing", "specializes_wide_sums"),
+    "latentrt.kernels.tuning": ("_with_data", "architectures", "load"),
+    "latentrt.runtime.engines.plugin_code": ("driver",),
+    "latentrt.runtime.engines.plugins": ("_digest",),
+    "latentrt.runtime.engines.trt": ("load",),
+    "latentrt.bench.full": ("_package_digest",),
+}
+
+
+def _forget() -> None:
+    for name, functions in _ONCE.items():
+        if (module := sys.modules.get(name)) is not None:
+            for function in functions:
+                getattr(module, function).cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _once_a_test() -> Iterator[None]:
+    """What is decided or said once a process is so once a test: neither what ran before it nor what it plants stays."""
+    _forget()
+    yield
+    _forget()
 
 
 @pytest.fixture(autouse=True)

@@ -267,19 +267,13 @@ def test_tuning_goes_on_where_it_stopped(here: Timing, monkeypatch: pytest.Monke
 
 
 @pytest.fixture
-def block_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Path]]:
+def block_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """Copies of kernels/tuned: the one that kernels read, and the one that an earlier run left."""
     folders = tmp_path / "read", tmp_path / "left"
     for folder in folders:
         shutil.copytree(tuning.FOLDER, folder)
-    caches = (tuning.load, tuning.architectures, tuning._with_data)
-    for function in caches:
-        function.cache_clear()
     monkeypatch.setattr(tuning, "FOLDER", folders[0])
-    yield folders
-    monkeypatch.undo()
-    for function in caches:
-        function.cache_clear()
+    return folders
 
 
 def leave(folder: Path, table: str, rows: dict[str, Any], measured_on: dict[str, Any]) -> None:

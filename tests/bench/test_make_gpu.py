@@ -412,4 +412,3 @@ def test_block_sizes_make_no_other_sources(tmp_path: Path, monkeypatch: pytest.M
     assert [a == b for a, b in zip(before, after, strict=True)] == [False, True]
     (tmp_path / "kernels" / "attention.py").write_text("2")
     assert digest(mine) != after[1]
-    full._package_digest.cache_clear()

@@ -37,7 +37,6 @@ def test_a_product_that_is_not_installed(request_: EngineRequest, monkeypatch: p
     monkeypatch.setattr(
         util, "find_spec", lambda name, *a: None if "tensorrt" in name else find_spec(name, *a)
     )
-    trt.load.cache_clear()
     with pytest.raises(
         BackendUnavailableError, match=r'TensorRT for RTX is not installed; pip install "latentrt\[rtx\]"'
     ):
@@ -90,10 +89,8 @@ def tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         (tmp_path / "tensorrt.py").write_text(text)
         monkeypatch.syspath_prepend(tmp_path)
 
-    trt.load.cache_clear()
     before = sys.modules.pop("tensorrt", None)
     yield install
-    trt.load.cache_clear()
     sys.modules.pop("tensorrt", None)
     if before is not None:
         sys.modules["tensorrt"] = before
