@@ -16,6 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from helpers.faults import disk_full
 from latentrt import __version__
 from latentrt.cli import main
 from latentrt.runtime.image import read_parameters
@@ -176,7 +177,7 @@ def test_unusable_arguments(arguments: tuple[str, ...], message: str, run: Run) 
 def test_a_full_disk_is_told_in_a_line(generate: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: PIL.Image.Image, file: Any, **_: Any) -> None:
         file.write(b"half")
-        raise OSError(28, "No space left on device")
+        raise disk_full()
 
     monkeypatch.setattr(PIL.Image.Image, "save", full)
     code, out, err = generate("a red cat")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.faults import disk_full
 from latentrt.errors import BackendUnavailableError, BuildError
 from latentrt.export import build_process, engines, plugin_kernels
 from latentrt.export.tensorrt import EngineRequest
@@ -228,7 +229,7 @@ def test_unusable_arguments(arguments: tuple[str, ...], message: str, run: Run) 
     ("error", "message"),
     [
         (BuildError("unet: rejects node 'x'; do that"), "latentrt: unet: rejects node 'x'; do that\n"),
-        (OSError(28, "No space left on device", "f"), "latentrt: no space left on the device while writing"),
+        (disk_full("f"), "latentrt: no space left on the device while writing"),
     ],
 )
 def test_a_build_that_fails_leaves_nothing(

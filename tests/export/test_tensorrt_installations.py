@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import tensorrt_rtx_bindings as rtx
 from helpers import tiny_onnx
+from helpers.faults import disk_full
 from latentrt.errors import BackendUnavailableError, BuildError
 from latentrt.export import tensorrt as builder
 from latentrt.export.tensorrt import EngineRequest, build_engine
@@ -201,7 +201,7 @@ def test_timings_that_a_full_disk_does_not_take_cost_no_engine(
     def full(path: Path, content: bytes) -> None:
         with open(path, "wb") as file:
             file.write(content[:1])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        raise disk_full(path)
 
     monkeypatch.setattr(Path, "write_bytes", full)
     figures = build_engine(for_one_gpu, nothing)

@@ -5,6 +5,7 @@ published_configs, original_layout    configurations of real models; SDXL's keys
 parity, parity_cases, sampler_oracle  what diffusers computes, and which calls are compared with it
 kernel_checks, engine_checks          an operator against float64; an engine that is replayed
 loops, threads, stream_order          run a loop; work in several threads; whether streams are ordered
+faults                                errors of the operating system to plant
 waiting                               until a condition holds, a file is written, a process has ended
 fake_*                                stands in for a clock, a device, its queue, an engine's runner, TensorRT
 pipeline_insides                      a pipeline's plan, its networks on the device, its stored graphs

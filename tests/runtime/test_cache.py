@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from helpers.faults import disk_full
 from latentrt.errors import CacheError
 from latentrt.runtime import cache, manifests
 from latentrt.runtime.cache import Store, cache_root
@@ -274,7 +275,7 @@ def test_full_disk_while_the_manifest_is_written(store: Store, monkeypatch: pyte
 
     def full(self: Path, *args: Any, **kwargs: Any) -> int:
         if self.name == "manifest.json":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+            raise disk_full(self)
         return write_text(self, *args, **kwargs)
 
     monkeypatch.setattr(Path, "write_text", full)

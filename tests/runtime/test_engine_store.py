@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_components as tiny
+from helpers.faults import disk_full
 from latentrt.errors import BackendError, BackendUnavailableError, CacheError, RequestError
 from latentrt.export import build_process, plugin_kernels
 from latentrt.export.tensorrt import EngineRequest
@@ -335,7 +335,7 @@ def test_a_full_disk(
     component: Component, tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(request: EngineRequest, *, expected_seconds: float | None) -> Mapping[str, Any]:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), request.plan)
+        raise disk_full(request.plan)
 
     monkeypatch.setattr(build_process, "build_in_child", full)
     with pytest.raises(CacheError, match=r"no space left .*model\.plan.* free some, or set LATENTRT_CACHE"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
@@ -16,6 +15,7 @@ import PIL.Image
 import PIL.PngImagePlugin
 import pytest
 import torch
+from helpers.faults import disk_full
 from latentrt.errors import RequestError
 from latentrt.runtime.image import (
     format_parameters,
@@ -190,7 +190,7 @@ def test_no_such_file(tmp_path: Path) -> None:
         read_parameters(tmp_path)
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), disk_full()])
 def test_a_png_is_written_whole_or_not_at_all(
     failure: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

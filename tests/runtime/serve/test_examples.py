@@ -11,6 +11,7 @@ import httpx2 as httpx
 import PIL.Image
 import pytest
 from helpers.fake_runner import FakeRunner, in_loop, seed_of
+from helpers.faults import disk_full
 from helpers.served import served
 from latentrt.errors import (
     BackendError,
@@ -112,7 +113,7 @@ def test_a_full_disk_does_not_end_the_queue_worker(tmp_path: Path, monkeypatch: 
 
     def full(image: Any, path: Path, parameters: Any) -> None:
         if path.stem != "task-0":
-            raise OSError(28, "No space left on device")
+            raise disk_full()
         save_png(image, path, parameters)
 
     monkeypatch.setattr(queue_worker, "save_png", full)

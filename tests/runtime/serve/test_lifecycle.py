@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import errno
 import logging
-import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 from helpers.fake_runner import FakeRunner
+from helpers.faults import disk_full
 from helpers.served import served
 from helpers.waiting import until
 from latentrt.errors import CheckpointNotFoundError
@@ -139,7 +138,7 @@ def test_a_fault_that_stops_the_engine_is_told_to_all(monkeypatch: pytest.Monkey
 
 def test_a_full_disk_while_the_model_is_loaded_is_the_reason() -> None:
     def full() -> FakeRunner:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "unet.onnx")
+        raise disk_full("unet.onnx")
 
     with served(full, ready=False) as server:
         until(lambda: "No space left on device" in server.client.get("/ready").text)
