@@ -7,7 +7,7 @@ kernel_checks, engine_checks          an operator against float64; an engine tha
 loops, threads, stream_order          run a loop; work in several threads; whether streams are ordered
 faults                                errors of the operating system to plant
 waiting                               until a condition holds, a file is written, a process has ended
-fake_*                                stands in for a clock, a device, its queue, an engine's runner, TensorRT
+fake_*                                stands in for a clock, a device, its queue, NVML, an engine's runner, TensorRT
 pipeline_insides                      a pipeline's plan, its networks on the device, its stored graphs
 planted_sides, planted_reports        sides of the benchmark with known faults, and their reports
 served, page_tab                      the application over a real socket; its page in Chromium
