@@ -9,6 +9,7 @@ faults                                errors of the operating system to plant
 waiting                               until a condition holds, a file is written, a process has ended
 fake_*                                stands in for a clock, a device, its queue, NVML, an engine's runner, TensorRT
 pipeline_insides                      a pipeline's plan, its networks on the device, its stored graphs
+dry_timing                            kernels timed without a GPU
 planted_sides, planted_reports        sides of the benchmark with known faults, and their reports
 served, page_tab                      the application over a real socket; its page in Chromium
 replicas, ray_runner, ray_server      an ingress over replicas of the tests' own; the same under Ray
