@@ -7,7 +7,7 @@ kernel_checks, engine_checks          an operator against float64; an engine tha
 loops, threads, stream_order          run a loop; work in several threads; whether streams are ordered
 faults                                errors of the operating system to plant
 waiting                               until a condition holds, a file is written, a process has ended
-fake_*                                stands in for a clock, a device, its queue, NVML, an engine's runner, TensorRT
+fake_*                                stand in for a clock, a device, its queue, NVML, a runner, a builder, TensorRT
 pipeline_insides                      a pipeline's plan, its networks on the device, its stored graphs
 dry_timing                            kernels timed without a GPU
 planted_sides, planted_reports        sides of the benchmark with known faults, and their reports

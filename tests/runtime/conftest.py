@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from helpers.fake_builder import FakeBuilder
     from helpers.fake_queue import FakeQueue
     from helpers.parity import Rig
     from latentrt import Pipeline
@@ -64,6 +65,20 @@ def load(tiny: Callable[..., Path]) -> Callable[..., Pipeline]:
         return pipe
 
     return make
+
+
+@pytest.fixture
+def builder(monkeypatch: pytest.MonkeyPatch) -> FakeBuilder:
+    """In the place of exports and of the process that builds engines."""
+    from helpers.fake_builder import FakeBuilder
+    from latentrt.export import build_process, plugin_kernels
+    from latentrt.runtime import prepare
+
+    builder = FakeBuilder()
+    monkeypatch.setattr(build_process, "build_in_child", builder)
+    monkeypatch.setattr(prepare, "onnx_model", lambda component, cache_dir: Path("model.onnx"))
+    monkeypatch.setattr(plugin_kernels, "plugin_kernels", lambda *asked, cache: {"of": {"89": str(cache)}})
+    return builder
 
 
 @pytest.fixture
