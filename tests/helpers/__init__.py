@@ -1,6 +1,6 @@
 """What several tests share. Imported as `helpers`: `from helpers.served import served`.
 
-tiny_checkpoints, tiny_components, tiny_net, tiny_onnx, tiny_requests     small random models and calls of them
+tiny_*                                small random models, calls of them, entries of the store
 published_configs, original_layout    configurations of real models; SDXL's keys in a single file
 parity, parity_cases, sampler_oracle  what diffusers computes, and which calls are compared with it
 kernel_checks, engine_checks          an operator against float64; an engine that is replayed
