@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,11 @@ import pytest
 if TYPE_CHECKING:
     from helpers.fake_builder import FakeBuilder
     from helpers.fake_queue import FakeQueue
+    from helpers.fake_tensorrt import FakeCuda, FakeTensorRT
     from helpers.parity import Rig
     from latentrt import Pipeline
     from latentrt.runtime.engines.base import Component
+    from latentrt.runtime.engines.tensorrt import TensorRTEngine
 
 
 @pytest.fixture(scope="session")
@@ -113,3 +115,47 @@ def image(load: Callable[..., Pipeline]) -> Any:
     from helpers.tiny_requests import CALL
 
     return load(graphs=False)(**CALL).images
+
+
+@pytest.fixture
+def tensorrt_stand_ins(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeTensorRT, FakeCuda]:
+    from helpers.fake_tensorrt import ADD_ONE, install
+
+    return install(monkeypatch, {b"an engine": ADD_ONE})
+
+
+@pytest.fixture
+def fake_tensorrt(tensorrt_stand_ins: tuple[FakeTensorRT, FakeCuda]) -> FakeTensorRT:
+    """In the place of TensorRT; its one plan is `b"an engine"`."""
+    return tensorrt_stand_ins[0]
+
+
+@pytest.fixture
+def fake_cuda(tensorrt_stand_ins: tuple[FakeTensorRT, FakeCuda]) -> FakeCuda:
+    """In the place of the device of `fake_tensorrt`."""
+    return tensorrt_stand_ins[1]
+
+
+@pytest.fixture
+def load_engine(fake_tensorrt: FakeTensorRT, tmp_path: Path) -> Callable[..., TensorRTEngine]:
+    """Load an engine of a product from a plan, with two profiles."""
+    import torch
+    from helpers.fake_tensorrt import ADD_ONE, NARROW, WIDE
+    from latentrt.runtime.engine_store import StoredEngine
+    from latentrt.runtime.engines import trt
+    from latentrt.runtime.engines.scratch import Scratch
+    from latentrt.runtime.engines.tensorrt import TensorRTEngine
+
+    cpu = torch.device("cpu")
+
+    def load(
+        product: str = "tensorrt",
+        scratch: Scratch | None = None,
+        plan: bytes = b"an engine",
+        with_plugins: Mapping[str, str] | None = None,
+    ) -> TensorRTEngine:
+        (tmp_path / "model.plan").write_bytes(plan)
+        stored = StoredEngine("0", tmp_path / "model.plan", (WIDE, NARROW), {}, with_plugins or {}, False)
+        return TensorRTEngine(ADD_ONE, stored, trt.product(product), cpu, scratch or Scratch(cpu))
+
+    return load
