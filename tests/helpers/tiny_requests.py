@@ -22,3 +22,5 @@ CALL: dict[str, Any] = {
     "seed": 3,
 }
 """Of tests of memory."""
+NO_SIZE = {name: value for name, value in CALL.items() if name not in ("height", "width")}
+"""The same without a size."""

@@ -83,6 +83,17 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> FakeBuilder:
     return builder
 
 
+@pytest.fixture(scope="module")
+def between(tiny: Callable[..., Path]) -> int:
+    """Bytes that are enough for `tiny_requests.CALL`, and not for it at 512x512."""
+    import torch
+    from latentrt.runtime.planner import Planner
+
+    planner = Planner.of(tiny("sdxl"), tiny("refiner"), dtype=torch.float32)
+    small, large = (planner.plan(height=s, width=s, sampler="euler-a").peak("resident") for s in (64, 512))
+    return (small + large) // 2
+
+
 @pytest.fixture
 def queue(monkeypatch: pytest.MonkeyPatch) -> FakeQueue:
     """In the place of the device's queue, for what a call reports of its progress."""
