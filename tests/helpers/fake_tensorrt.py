@@ -226,7 +226,7 @@ class FakeCuda:
 def install(
     monkeypatch: pytest.MonkeyPatch, plans: Mapping[bytes, Component]
 ) -> tuple[FakeTensorRT, FakeCuda]:
-    """Put both in the place of the real ones."""
+    """Put a FakeTensorRT and a FakeCuda in the place of the real ones."""
     fake, cuda = FakeTensorRT(plans), FakeCuda()
     monkeypatch.setattr(trt, "load", lambda product: fake)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(99))
