@@ -52,7 +52,7 @@ def cache_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_export_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache that all worker processes of a run share, so that each component is exported once; don't damage it."""
     base = tmp_path_factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exports"
@@ -79,19 +79,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 # What a test may need that a machine may lack, by marker: why it skips there.
-_WANTS = {
+_MISSING = {
     "gpu": None if torch.cuda.is_available() else "needs a CUDA GPU",
     "browser": None if shutil.which("chromium") else "needs Chromium on the path: apt-get install chromium",
     "ray": None if importlib.util.find_spec("ray") else 'needs Ray: pip install "latentrt[ray]"',
 }
 # Where the checks of a change run only a GPU may be wanting.
-_EXCUSES = ("gpu",) if os.environ.get("LATENTRT_SKIP_ONLY_GPU") else tuple(_WANTS)
+_MAY_SKIP_FOR = ("gpu",) if os.environ.get("LATENTRT_SKIP_ONLY_GPU") else tuple(_MISSING)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test that needs what is not here skips, and says what that is."""
     for item in items:
-        for marker, reason in _WANTS.items():
+        for marker, reason in _MISSING.items():
             if reason is not None and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
@@ -100,10 +100,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A skip hides a test; only what its marker says it needs may do that."""
     report = yield
-    excused = any(item.get_closest_marker(marker) for marker in _EXCUSES)
+    excused = any(item.get_closest_marker(marker) for marker in _MAY_SKIP_FOR)
     if report.skipped and not hasattr(report, "wasxfail") and not excused:
         report.outcome = "failed"
-        report.longrepr = f"skipped, and not for want of {' or '.join(_EXCUSES)}: {report.longrepr}"
+        report.longrepr = f"skipped, and not for want of {' or '.join(_MAY_SKIP_FOR)}: {report.longrepr}"
     return report
 
 
@@ -189,10 +189,10 @@ def _own_log_levels() -> Iterator[None]:
 
 
 @pytest.fixture
-def run(
+def run_cli(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, str, str]]:
-    """`run("info", "x.png")` in an empty folder -> (exit code, stdout, stderr)."""
+    """`run_cli("info", "x.png")` in an empty folder -> (exit code, stdout, stderr)."""
     from latentrt.cli import main
 
     monkeypatch.chdir(tmp_path)

@@ -27,10 +27,10 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def generate(run: Run, tiny: Callable[..., Path]) -> Run:
+def generate(run_cli: Run, tiny: Callable[..., Path]) -> Run:
     """`generate` with the tiny SDXL checkpoint on the eager back end, two steps of 64x48, unless told otherwise."""
     common = ("--model", str(tiny("sdxl")), "--backend", "eager", "--steps", "2", "--size", "64x48")
-    return lambda *arguments: run("generate", *common, *arguments)
+    return lambda *arguments: run_cli("generate", *common, *arguments)
 
 
 def test_an_image_is_written_and_told_of(generate: Run) -> None:
@@ -85,32 +85,32 @@ def test_json_is_all_there_is_on_stdout(generate: Run) -> None:
 
 
 @pytest.mark.parametrize("prompt", [HOSTILE, "Steps: 3", "--", "-1", " x "])
-def test_info_reads_back_what_generate_wrote(prompt: str, generate: Run, run: Run) -> None:
+def test_info_reads_back_what_generate_wrote(prompt: str, generate: Run, run_cli: Run) -> None:
     negative = "Negative prompt: x, y"
     code, _, _ = generate("--negative", negative, "--seed", "5", "--sampler", "ddim", "--", prompt)
     assert code == 0
-    code, out, _ = run("info", "image.png", "--json")
+    code, out, _ = run_cli("info", "image.png", "--json")
     told = json.loads(out)
     assert code == 0
     assert (told["prompt"], told["negative_prompt"]) == (prompt, negative)
     assert (told["seed"], told["sampler"], told["steps"]) == (5, "ddim", 2)
-    code, out, _ = run("info", "image.png")
+    code, out, _ = run_cli("info", "image.png")
     assert code == 0
     assert "sampler          ddim\n" in out
 
 
-def test_metadata_can_be_left_out(generate: Run, run: Run) -> None:
+def test_metadata_can_be_left_out(generate: Run, run_cli: Run) -> None:
     assert generate("a red cat", "--no-metadata")[0] == 0
-    code, _, err = run("info", "image.png")
+    code, _, err = run_cli("info", "image.png")
     assert code == 1
     assert err == "latentrt: 'image.png' carries no generation parameters\n"
 
 
-def test_what_a_file_says_cannot_drive_the_terminal(run: Run) -> None:
+def test_what_a_file_says_cannot_drive_the_terminal(run_cli: Run) -> None:
     info = PIL.PngImagePlugin.PngInfo()
     info.add_itxt("latentrt", json.dumps({"prompt": "\x1b[2Jtwo\nlines\x9b\x07", "\x1bkey": 1}))
     PIL.Image.new("RGB", (8, 8)).save("x.png", pnginfo=info)
-    code, out, _ = run("info", "x.png")
+    code, out, _ = run_cli("info", "x.png")
     assert code == 0
     assert r"\x1b[2Jtwo" in out
     assert not any(c in out for c in "\x1b\x9b\x07")
@@ -168,8 +168,8 @@ def test_refusals_are_one_line(
         (("generate", "x", "--dtype", "int8"), "invalid choice: 'int8'"),
     ],
 )
-def test_unusable_arguments(arguments: tuple[str, ...], message: str, run: Run) -> None:
-    code, out, err = run(*arguments)
+def test_unusable_arguments(arguments: tuple[str, ...], message: str, run_cli: Run) -> None:
+    code, out, err = run_cli(*arguments)
     assert (code, out) == (2, "")
     assert message in err
 
@@ -193,21 +193,21 @@ def test_a_long_prompt_warns_and_still_makes_the_image(
     assert Path("image.png").exists()
 
 
-def test_backends_are_listed(run: Run) -> None:
-    code, out, _ = run("backends")
+def test_backends_are_listed(run_cli: Run) -> None:
+    code, out, _ = run_cli("backends")
     assert code == 0
     assert "* onnxruntime   ONNX Runtime 1." in out
     assert f"  eager         PyTorch {torch.__version__}" in out
-    rows = json.loads(run("backends", "--json")[1])
+    rows = json.loads(run_cli("backends", "--json")[1])
     assert [row["name"] for row in rows if row["preferred"]] == ["onnxruntime"]
     assert all(row["available"] for row in rows if row["name"] in ("eager", "onnxruntime"))
 
 
-def test_version(run: Run) -> None:
-    assert run("--version") == (0, f"latentrt {__version__}\n", "")
+def test_version(run_cli: Run) -> None:
+    assert run_cli("--version") == (0, f"latentrt {__version__}\n", "")
 
 
-def test_a_terminal_that_knows_only_ascii(run: Run) -> None:
+def test_a_terminal_that_knows_only_ascii(run_cli: Run) -> None:
     info = PIL.PngImagePlugin.PngInfo()
     info.add_itxt("latentrt", json.dumps({"prompt": "日本"}))
     PIL.Image.new("RGB", (8, 8)).save("x.png", pnginfo=info)
@@ -222,7 +222,7 @@ def test_a_terminal_that_knows_only_ascii(run: Run) -> None:
     assert (done.returncode, done.stdout) == (0, "prompt  \\u65e5\\u672c\n")
 
 
-def test_json_is_json_whatever_the_encoding(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_is_json_whatever_the_encoding(run_cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the stream cannot hold would be escaped as Python does it, which is not JSON."""
     info = PIL.PngImagePlugin.PngInfo()
     info.add_itxt("latentrt", json.dumps({"prompt": "é 日 🙂"}))

@@ -41,9 +41,9 @@ def requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[EngineRequ
 
 
 @pytest.fixture
-def build(run: Run, requests: list[EngineRequest]) -> Run:
+def build(run_cli: Run, requests: list[EngineRequest]) -> Run:
     """`latentrt build demo --engine tensorrt-rtx --arch sm_89`, and more."""
-    return lambda *more: run("build", "demo", "--engine", "tensorrt-rtx", "--arch", "sm_89", *more)
+    return lambda *more: run_cli("build", "demo", "--engine", "tensorrt-rtx", "--arch", "sm_89", *more)
 
 
 def test_every_component_is_built_and_told_of(build: Run, requests: list[EngineRequest]) -> None:
@@ -70,8 +70,8 @@ def test_what_is_there_is_found(build: Run, requests: list[EngineRequest]) -> No
     assert len(requests) == 2
 
 
-def test_options_reach_the_builder(run: Run, requests: list[EngineRequest]) -> None:
-    code, out, err = run(
+def test_options_reach_the_builder(run_cli: Run, requests: list[EngineRequest]) -> None:
+    code, out, err = run_cli(
         *("build", "demo", "--engine", "tensorrt-rtx", "--arch", "sm_120, sm_89", "--dtype", "float32"),
         *("--component", "unet", "--sizes", "64..128 step 64", "--sizes", "128x64", "--batch", "1..2"),
         "--weight-streaming",
@@ -165,12 +165,12 @@ def test_a_unet_in_parts_is_three_engines(build: Run, requests: list[EngineReque
 
 @pytest.mark.parametrize("engine", ["tensorrt", "tensorrt-rtx"])
 def test_without_a_gpu_the_architecture_must_be_named(
-    engine: str, run: Run, requests: list[EngineRequest], monkeypatch: pytest.MonkeyPatch
+    engine: str, run_cli: Run, requests: list[EngineRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     # TensorRT takes none but its GPU's, so that naming one does not help.
     named = ("--arch", "sm_80") if engine == "tensorrt" else ()
-    code, _, err = run("build", "demo", "--engine", engine, *named)
+    code, _, err = run_cli("build", "demo", "--engine", engine, *named)
     assert code == 1
     assert (
         f"there is no GPU here to build {engine} engines for; tensorrt-rtx builds for others: --engine" in err
@@ -179,14 +179,14 @@ def test_without_a_gpu_the_architecture_must_be_named(
 
 
 def test_without_a_gpu_nor_what_builds_without_one(
-    run: Run, requests: list[EngineRequest], monkeypatch: pytest.MonkeyPatch
+    run_cli: Run, requests: list[EngineRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def absent(product: trt.Product) -> None:
         raise BackendUnavailableError(f"{product.title} is not installed; {product.install}")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(trt, "load", absent)
-    code, _, err = run("build", "demo", "--engine", "tensorrt")
+    code, _, err = run_cli("build", "demo", "--engine", "tensorrt")
     assert code == 1
     assert err.startswith(
         "latentrt: there is no GPU here to build tensorrt engines for; tensorrt-rtx builds for "
@@ -195,10 +195,10 @@ def test_without_a_gpu_nor_what_builds_without_one(
 
 
 def test_tensorrt_builds_for_no_gpu_but_its_own(
-    run: Run, requests: list[EngineRequest], monkeypatch: pytest.MonkeyPatch
+    run_cli: Run, requests: list[EngineRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engines, "local_archs", lambda name: (90,))
-    code, _, err = run("build", "demo", "--engine", "tensorrt", "--arch", "sm_80")
+    code, _, err = run_cli("build", "demo", "--engine", "tensorrt", "--arch", "sm_80")
     assert code == 1
     assert (
         "TensorRT builds for the GPU it runs on, which is sm_90 here, not for sm_80; leave --arch out" in err
@@ -219,8 +219,8 @@ def test_tensorrt_builds_for_no_gpu_but_its_own(
         ),
     ],
 )
-def test_unusable_arguments(arguments: tuple[str, ...], message: str, run: Run) -> None:
-    code, out, err = run(*arguments)
+def test_unusable_arguments(arguments: tuple[str, ...], message: str, run_cli: Run) -> None:
+    code, out, err = run_cli(*arguments)
     assert (code, out) == (2, "")
     assert message in err
 

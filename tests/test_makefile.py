@@ -102,11 +102,14 @@ def test_the_benchmark_is_the_demos_on_the_cpu_also_where_there_is_a_gpu(
 
 @pytest.mark.timeout(900)  # where nothing has exported the demo yet
 def test_the_picture_shows_what_its_prompt_says(
-    folder: Path, run: Callable[..., tuple[int, str, str]], exports: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    run_cli: Callable[..., tuple[int, str, str]],
+    shared_export_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("LATENTRT_CACHE", str(exports))
+    monkeypatch.setenv("LATENTRT_CACHE", str(shared_export_cache))
     command, *rest = generated(folder)
-    code, _, err = run(command, "--backend", "onnxruntime", *rest)
+    code, _, err = run_cli(command, "--backend", "onnxruntime", *rest)
     assert code == 0, err
     with PIL.Image.open("image.png") as image:
         picture = np.asarray(image)

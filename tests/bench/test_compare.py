@@ -244,14 +244,14 @@ def test_other_settings_are_not_compared() -> None:
         compare(a, b)
 
 
-def test_the_command_ends_with_1_on_a_regression(run: Run) -> None:
+def test_the_command_ends_with_1_on_a_regression(run_cli: Run) -> None:
     for name, made in (("a", report()), ("same", report(seed=5)), ("slow", report(1.2))):
         write_report(Path(f"{name}.json"), made)
-    code, out, err = run("bench", "compare", "a.json", "same.json")
+    code, out, err = run_cli("bench", "compare", "a.json", "same.json")
     assert (code, err) == (0, "")
     assert out.count("same") == 20
-    code, out, err = run("bench", "compare", "a.json", "slow.json")
+    code, out, err = run_cli("bench", "compare", "a.json", "slow.json")
     assert code == 1
     assert "worse           demo, latentrt-eager, batch 1, speedup" in out
     assert err == "latentrt: 1 of 20 figures got worse: demo, latentrt-eager, batch 1, speedup\n"
-    assert run("bench", "compare", "a.json", "none.json")[0] == 1
+    assert run_cli("bench", "compare", "a.json", "none.json")[0] == 1

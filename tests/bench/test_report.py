@@ -308,18 +308,18 @@ def test_a_terminal_sees_what_each_side_is_at() -> None:
     ],
 )
 def test_refusals_are_one_line(
-    arguments: tuple[str, ...], message: str, run: Run, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...], message: str, run_cli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("latentrt.bench.room._free_memory", lambda device: 4 << 30)
     Path("empty.txt").touch()
-    code, _, err = run("bench", *arguments)
+    code, _, err = run_cli("bench", *arguments)
     assert code == 1
     assert message in err
     assert err.count("\n") == 1
 
 
-def test_what_there_is_is_listed(run: Run) -> None:
-    code, out, _ = run("bench", "list")
+def test_what_there_is_is_listed(run_cli: Run) -> None:
+    code, out, _ = run_cli("bench", "list")
     assert code == 0
     for name in ("demo", "sdxl-refiner", "diffusers-max-autotune", "latentrt-onnxruntime", "mlperf", *GATES):
         assert re.search(rf"^    {name} ", out, re.MULTILINE)

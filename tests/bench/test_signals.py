@@ -91,7 +91,7 @@ def test_signal_handlers_are_untouched_outside_the_main_thread() -> None:
 
 @pytest.mark.parametrize("command", ["bench", "kernels"])
 def test_commands_that_measure_take_it_so(
-    command: str, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+    command: str, run_cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ended(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -100,7 +100,7 @@ def test_commands_that_measure_take_it_so(
     monkeypatch.setattr(kernels, "measure", ended)
     monkeypatch.setattr(kernel_timing, "require_gpu", lambda: torch.device("cpu"))
     arguments = {"bench": ("--device", "cpu"), "kernels": ("--measure",)}[command]
-    code, _, err = run(command, *arguments)
+    code, _, err = run_cli(command, *arguments)
     assert (code, err) == (130, "latentrt: interrupted\n")
 
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def rig(tiny: Callable[..., Path], exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Rig:
+def rig(
+    tiny: Callable[..., Path], shared_export_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Rig:
     """Both sides' pipelines."""
     from helpers.parity import Rig
     from helpers.tiny_checkpoints import save_lcm
@@ -30,7 +32,7 @@ def rig(tiny: Callable[..., Path], exports: Path, tmp_path_factory: pytest.TempP
         path = tmp_path_factory.getbasetemp() / "lcm"
         return path if path.exists() else save_lcm(path, tiny("sdxl"))
 
-    return Rig(folder, exports)
+    return Rig(folder, shared_export_cache)
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +87,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> FakeBuilder:
 
 @pytest.fixture(scope="module")
 def between(tiny: Callable[..., Path]) -> int:
-    """Bytes that are enough for `tiny_requests.CALL`, and not for it at 512x512."""
+    """Bytes that are enough for `tiny_requests.SEEDED_CALL`, and not for it at 512x512."""
     import torch
     from latentrt.runtime.planner import Planner
 
@@ -121,11 +123,11 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def image(load: Callable[..., Pipeline]) -> Any:
-    """Of `tiny_requests.CALL`, by a pipeline whose memory nobody looks at."""
-    from helpers.tiny_requests import CALL
+def image_of_call(load: Callable[..., Pipeline]) -> Any:
+    """The image of `tiny_requests.SEEDED_CALL`, by a pipeline whose memory is not limited."""
+    from helpers.tiny_requests import SEEDED_CALL
 
-    return load(graphs=False)(**CALL).images
+    return load(graphs=False)(**SEEDED_CALL).images
 
 
 @pytest.fixture

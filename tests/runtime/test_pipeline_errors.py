@@ -244,13 +244,15 @@ def test_a_cache_that_takes_nothing(
 
 @pytest.mark.timeout(900)
 def test_a_damaged_export_is_made_again(
-    tmp_path: Path, rig: Rig, exports: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, rig: Rig, shared_export_cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its image is what it was before, and the cache is whole again."""
     call = {"prompt": "a cat", **ENOUGH, "seed": 4}
     image = rig.pipeline("sdxl", "onnxruntime")(**call).images
     copy = tmp_path / "cache"
-    shutil.copytree(exports / "entries", copy / "entries", ignore=shutil.ignore_patterns("*.json.*"))
+    shutil.copytree(
+        shared_export_cache / "entries", copy / "entries", ignore=shutil.ignore_patterns("*.json.*")
+    )
     encoders = [
         model
         for model in copy.glob(

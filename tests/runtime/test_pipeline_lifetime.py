@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.pipeline_insides import checked, plan_of
-from helpers.tiny_requests import CALL
+from helpers.tiny_requests import SEEDED_CALL
 from latentrt.runtime import budget, flow
 from latentrt.runtime.engines.eager import EagerEngine
 from latentrt.runtime.latents import NoiseSource
@@ -56,7 +56,7 @@ def peak(pipe: latentrt.Pipeline, call: dict[str, Any]) -> int:
 def test_noise_is_on_the_device_once(load: Load) -> None:
     """In the loops' own tensors, which are what a plan counts."""
     pipe = load()
-    request, stages = checked(pipe, CALL)
+    request, stages = checked(pipe, SEEDED_CALL)
     noise = NoiseSource(request.generators, request.batch)
     latents = torch.empty(1, 4, 8, 6, device="meta")  # as of a device that is not the host
     told = [stage.expert.condition(request, CPU, from_image=stage.from_image) for stage in stages]
@@ -190,7 +190,7 @@ def test_what_was_dropped_is_gone_though_parts_of_it_are_shared(memory: str, tin
 
 
 def test_what_waits_for_the_garbage_collector_is_not_a_reason_to_refuse(
-    load: Load, image: Any, monkeypatch: pytest.MonkeyPatch
+    load: Load, image_of_call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pipeline that was dropped by what refers to itself."""
 
@@ -206,12 +206,12 @@ def test_what_waits_for_the_garbage_collector_is_not_a_reason_to_refuse(
         waiting.append(weakref.ref(Holder().pipe))
         pipe = load()
         waiting.append(weakref.ref(Holder().pipe))
-        assert np.array_equal(pipe(**CALL).images, image)
+        assert np.array_equal(pipe(**SEEDED_CALL).images, image_of_call)
 
 
 def test_a_departure_that_is_broken_off_is_made_up_for(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = load(memory="low")
-    pipe(**CALL)
+    pipe(**SEEDED_CALL)
 
     def broken(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -219,8 +219,8 @@ def test_a_departure_that_is_broken_off_is_made_up_for(load: Load, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(EagerEngine, "offload", broken)
         with pytest.raises(KeyboardInterrupt):
-            pipe(**CALL)
+            pipe(**SEEDED_CALL)
     assert len(there(pipe)) == 1
     seen: list[int] = []
-    pipe(**CALL, callback_on_step_end=lambda *_: seen.append(len(there(pipe))))
+    pipe(**SEEDED_CALL, callback_on_step_end=lambda *_: seen.append(len(there(pipe))))
     assert seen == [1, 1]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.pipeline_insides import graph_cache_of, networks_on_device
-from helpers.tiny_requests import CALL, NO_SIZE
+from helpers.tiny_requests import NO_SIZE, SEEDED_CALL
 from latentrt.errors import RequestError
 from latentrt.runtime import offload
 from latentrt.runtime.memory import POLICIES
@@ -55,13 +55,15 @@ AFTER = {
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_what_leaves_and_comes_back_makes_the_same_image(
-    policy: str, graphs: bool, load: Load, image: Any, live: dict[int, int]
+    policy: str, graphs: bool, load: Load, image_of_call: Any, live: dict[int, int]
 ) -> None:
     pipe = load(memory=policy, graphs=graphs)
     there: list[set[str]] = []
     for _ in range(2):
-        found = pipe(**CALL, callback_on_step_end=lambda p, i, t, k: there.append(networks_on_device(p)))
-        assert np.array_equal(found.images, image)
+        found = pipe(
+            **SEEDED_CALL, callback_on_step_end=lambda p, i, t, k: there.append(networks_on_device(p))
+        )
+        assert np.array_equal(found.images, image_of_call)
         assert networks_on_device(pipe) == AFTER[policy]
         sizes = {name: n for name, n in pipe._budget.held().items() if name != "recorded"}
         # What was recorded over the UNets went with them.
@@ -89,23 +91,25 @@ def test_from_an_image_too(load: Load) -> None:
 def test_threads_take_turns(policy: str, load: Load) -> None:
     """Or one would send the other's weights away while they are used."""
     pipe, plain = load(memory=policy), load()
-    requests = [{**CALL, "seed": seed} for seed in range(3)]
+    requests = [{**SEEDED_CALL, "seed": seed} for seed in range(3)]
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda call: pipe(**call).images, requests))
     for image, call in zip(found, requests, strict=True):
         assert np.array_equal(image, plain(**call).images)
 
 
-def test_parts_that_are_shared_take_turns_too(load: Load, tiny: Callable[..., Path], image: Any) -> None:
+def test_parts_that_are_shared_take_turns_too(
+    load: Load, tiny: Callable[..., Path], image_of_call: Any
+) -> None:
     one = load(memory="low")
     shared = {"text_encoder": one.text_encoder, "text_encoder_2": one.text_encoder_2, "vae": one.vae}
     two = load(**shared)
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda pipe: pipe(**CALL).images, [one, two, one]))
-    assert all(np.array_equal(each, image) for each in found)
+        found = list(pool.map(lambda pipe: pipe(**SEEDED_CALL).images, [one, two, one]))
+    assert all(np.array_equal(each, image_of_call) for each in found)
 
 
-def test_an_engine_that_cannot_be_moved_is_closed_and_loaded_again(load: Load, image: Any) -> None:
+def test_an_engine_that_cannot_be_moved_is_closed_and_loaded_again(load: Load, image_of_call: Any) -> None:
     """As ONNX Runtime's and TensorRT's."""
     pipe = load(memory="low")
     loads: list[str] = []
@@ -126,24 +130,24 @@ def test_an_engine_that_cannot_be_moved_is_closed_and_loaded_again(load: Load, i
         return Fixed(made(component, **options))
 
     backend.load = load_one  # type: ignore[method-assign]
-    assert np.array_equal(pipe(**CALL).images, image)
+    assert np.array_equal(pipe(**SEEDED_CALL).images, image_of_call)
     once = len(loads)
     assert networks_on_device(pipe) == {"vae_decoder"}
-    assert np.array_equal(pipe(**CALL).images, image)
+    assert np.array_equal(pipe(**SEEDED_CALL).images, image_of_call)
     assert len(loads) == 2 * once
 
 
 ASKING: dict[str, Callable[[latentrt.Pipeline, Tensor], object]] = {
     "a decoded step": lambda pipe, latents: pipe.vae.decode(latents),
     "a previewer": lambda pipe, _: pipe.fit_previewer(),
-    "another picture": lambda pipe, _: pipe(**CALL),
+    "another picture": lambda pipe, _: pipe(**SEEDED_CALL),
 }
 
 
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("asks", ASKING)
 def test_a_callback_cannot_offload_the_unet_between_steps(
-    asks: str, graphs: bool, load: Load, image: Any
+    asks: str, graphs: bool, load: Load, image_of_call: Any
 ) -> None:
     """Its recorded step would go on over memory that is others', and be kept for later requests."""
     pipe = load(memory="low", graphs=graphs)
@@ -156,13 +160,15 @@ def test_a_callback_cannot_offload_the_unet_between_steps(
             ASKING[asks](pipe, values["latents"])
         there.append(networks_on_device(pipe))
 
-    assert np.array_equal(pipe(**CALL, callback_on_step_end=ask).images, image)
+    assert np.array_equal(pipe(**SEEDED_CALL, callback_on_step_end=ask).images, image_of_call)
     assert there == list(WHILE["low"])
-    assert np.array_equal(pipe(**CALL).images, image)
+    assert np.array_equal(pipe(**SEEDED_CALL).images, image_of_call)
 
 
 @pytest.mark.parametrize("policy", ["resident", "balanced"])
-def test_a_callback_may_ask_for_what_is_there_beside_the_unet(policy: str, load: Load, image: Any) -> None:
+def test_a_callback_may_ask_for_what_is_there_beside_the_unet(
+    policy: str, load: Load, image_of_call: Any
+) -> None:
     pipe = load(memory=policy, graphs=True)
     asked: list[Tensor] = []
     for ask in ASKING.values():
@@ -170,13 +176,13 @@ def test_a_callback_may_ask_for_what_is_there_beside_the_unet(policy: str, load:
         def call(p: latentrt.Pipeline, i: int, t: float, values: dict[str, Any], ask: Any = ask) -> None:
             asked.append(ask(p, values["latents"]))
 
-        assert np.array_equal(pipe(**CALL, callback_on_step_end=call).images, image)
+        assert np.array_equal(pipe(**SEEDED_CALL, callback_on_step_end=call).images, image_of_call)
     assert len(asked) == 2 * len(ASKING)
 
 
-def test_moving_to_another_device_offloads_everything(load: Load, image: Any) -> None:
+def test_moving_to_another_device_offloads_everything(load: Load, image_of_call: Any) -> None:
     pipe = load(memory="low")
-    pipe(**CALL)
+    pipe(**SEEDED_CALL)
     pipe._loader.move(torch.device("cpu"))
     assert networks_on_device(pipe) == set()
-    assert np.array_equal(pipe(**CALL).images, image)
+    assert np.array_equal(pipe(**SEEDED_CALL).images, image_of_call)

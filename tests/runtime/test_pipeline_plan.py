@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.pipeline_insides import checked, graph_cache_of, networks_on_device, plan_of
-from helpers.tiny_requests import CALL, NO_SIZE
+from helpers.tiny_requests import NO_SIZE, SEEDED_CALL
 from latentrt.errors import MemoryPlanError, RequestError
 from latentrt.runtime import budget
 from latentrt.runtime.memory import POLICIES, RESERVE
@@ -21,7 +21,7 @@ from latentrt.runtime.vae import VAE
 
 Load = Callable[..., latentrt.Pipeline]
 
-LARGE = {**CALL, "height": 512, "width": 512}
+LARGE = {**SEEDED_CALL, "height": 512, "width": 512}
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_allocated(load: Load, between: int) -> None:
@@ -42,19 +42,19 @@ def test_what_cannot_fit_is_refused_before_anything_is_allocated(load: Load, bet
         assert graph_cache_of(pipe).nbytes == 0
 
 
-def test_what_fits_is_made(load: Load, between: int, image: Any) -> None:
+def test_what_fits_is_made(load: Load, between: int, image_of_call: Any) -> None:
     pipe = load(memory_limit=f"{between / 1e6:.0f}MB")
-    assert np.array_equal(pipe(**CALL).images, image)
+    assert np.array_equal(pipe(**SEEDED_CALL).images, image_of_call)
     with pytest.raises(MemoryPlanError):
         pipe(**LARGE)
-    assert np.array_equal(pipe(**CALL).images, image)
+    assert np.array_equal(pipe(**SEEDED_CALL).images, image_of_call)
 
 
 def test_a_picture_that_would_not_fit_whole_is_decoded_in_tiles(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(budget, "TILE", 8)
-    free, call = load(), {**CALL, "height": 128, "width": 96}
+    free, call = load(), {**SEEDED_CALL, "height": 128, "width": 96}
     whole, tiled = (plan_of(free, call, tile).peak("resident") for tile in (None, 8))
     assert tiled < whole
     pipe = load(memory_limit=(whole + tiled) // 2)
@@ -68,7 +68,7 @@ def test_tiles_are_taken_only_once_nothing_more_can_be_freed(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They make another picture: not for what waits for the garbage collector, or what libraries hold."""
-    pipe, call = load(), {**CALL, "height": 128, "width": 96}
+    pipe, call = load(), {**SEEDED_CALL, "height": 128, "width": 96}
     request, stages = checked(pipe, call)
     whole = plan_of(pipe, call).peak("resident")
     monkeypatch.setattr(budget, "TILE", 8)
@@ -114,8 +114,8 @@ def test_weights_that_cannot_fit_are_refused_when_they_are_loaded(load: Load) ->
 )
 def test_graphs_get_their_pool_size_from_the_plan(load: Load, options: Any, kinds: Any) -> None:
     pipe = load(memory_limit="1GB", graphs=True, **options)
-    pipe(**CALL)
-    plan = plan_of(pipe, CALL)
+    pipe(**SEEDED_CALL)
+    plan = plan_of(pipe, SEEDED_CALL)
     found = pipe._loader.graphs.room if pipe._loader.backend.name in ("eager", "triton") else 0
     assert found == plan.pool_bytes(plan.used(*kinds)) > 0
 
@@ -126,12 +126,12 @@ def test_a_kind_is_planned_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> 
     made = Planner._build
     monkeypatch.setattr(Planner, "_build", lambda self, *a: planned.append(a) or made(self, *a))
     pipe = load(memory_limit="1GB")
-    pipe.check(**CALL)
+    pipe.check(**SEEDED_CALL)
     for change in ({"seed": 9}, {"prompt": "storm"}, {"guidance_scale": 2.0}, {"num_inference_steps": 30}):
-        pipe.check(**{**CALL, **change})
+        pipe.check(**{**SEEDED_CALL, **change})
     assert len(planned) == 1
-    pipe.check(**{**CALL, "guidance_scale": 1.0})
-    pipe.check(**{**CALL, "output_type": "latent"})
+    pipe.check(**{**SEEDED_CALL, "guidance_scale": 1.0})
+    pipe.check(**{**SEEDED_CALL, "output_type": "latent"})
     assert len(planned) == 3
 
 
@@ -160,13 +160,13 @@ def test_without_a_bound_nothing_is_planned(load: Load, monkeypatch: pytest.Monk
 
 
 def test_a_gpu_s_free_memory_is_the_bound(
-    load: Load, between: int, monkeypatch: pytest.MonkeyPatch, image: Any
+    load: Load, between: int, monkeypatch: pytest.MonkeyPatch, image_of_call: Any
 ) -> None:
     """Together with what the pipeline holds; while a call runs, as it was before."""
     free = [between]
     monkeypatch.setattr(budget, "free_memory", lambda _: free[0])
     pipe = load()
-    assert np.array_equal(pipe(**CALL).images, image)
+    assert np.array_equal(pipe(**SEEDED_CALL).images, image_of_call)
     holds = pipe._budget.held()
     assert {"unet", "refiner unet", "recorded"} <= set(holds)
     free[0] -= sum(holds.values())
@@ -174,11 +174,11 @@ def test_a_gpu_s_free_memory_is_the_bound(
 
     def ask(*_: Any) -> None:
         free[0] = 0
-        pipe.check(**CALL)
+        pipe.check(**SEEDED_CALL)
 
-    assert np.array_equal(pipe(**CALL, callback_on_step_end=ask).images, image)
+    assert np.array_equal(pipe(**SEEDED_CALL, callback_on_step_end=ask).images, image_of_call)
     with pytest.raises(MemoryPlanError):
-        pipe(**CALL)
+        pipe(**SEEDED_CALL)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -187,7 +187,7 @@ def test_a_network_of_another_request_that_stays_is_no_room(policy: str, load: L
     alone = {**LARGE, "high_noise_frac": 1.0}
     pipe = load(memory=policy, memory_limit=plan_of(load(memory=policy), alone).peak(policy))
     pipe.check(**alone)
-    pipe(**{**CALL, "high_noise_frac": 0.0})
+    pipe(**{**SEEDED_CALL, "high_noise_frac": 0.0})
     assert ("refiner unet" in networks_on_device(pipe)) == (policy != "low")
     if policy == "low":
         pipe.check(**alone)
@@ -200,15 +200,15 @@ def test_what_another_pipeline_keeps_is_no_room(load: Load) -> None:
     """Shared, it goes by the policy of its owner, and by its device."""
     one = load()
     two = load(memory="low", vae=one.vae)
-    before = plan_of(two, CALL).need("low")
-    one(**CALL)
-    more = {name: n - before[name] for name, n in plan_of(two, CALL).need("low").items()}
+    before = plan_of(two, SEEDED_CALL).need("low")
+    one(**SEEDED_CALL)
+    more = {name: n - before[name] for name, n in plan_of(two, SEEDED_CALL).need("low").items()}
     nbytes = one.vae.decoder.held_bytes
     assert more == {"text": nbytes, "base": nbytes, "refiner": nbytes, "decode": 0}
     assert networks_on_device(two) == {"vae_decoder"}
     one._loader.device = torch.device("meta")
     assert networks_on_device(two) == set()
-    assert plan_of(two, CALL).need("low") == before
+    assert plan_of(two, SEEDED_CALL).need("low") == before
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_options_that_cannot_be_met(options: dict[str, Any], message: str, load:
         load(**options)
 
 
-def test_the_command(run: Any, tiny: Callable[..., Path]) -> None:
+def test_the_command(run_cli: Any, tiny: Callable[..., Path]) -> None:
     model = (
         "--model",
         str(tiny("sdxl")),
@@ -239,9 +239,9 @@ def test_the_command(run: Any, tiny: Callable[..., Path]) -> None:
         "--steps",
         "1",
     )
-    code, out, _ = run("generate", "a cat", *model, "--memory", "low", "--memory-limit", "1GB")
+    code, out, _ = run_cli("generate", "a cat", *model, "--memory", "low", "--memory-limit", "1GB")
     assert (code, out.split()[0]) == (0, "image.png")
-    code, out, err = run("generate", "a cat", *model, "--memory-limit", "100MB")
+    code, out, err = run_cli("generate", "a cat", *model, "--memory-limit", "100MB")
     assert (code, out) == (1, "")
     assert "of device memory by policy 'resident' (" in err
     assert "and there are 100.0 MB" in err

@@ -155,12 +155,17 @@ for backend in backends:
 
 
 @pytest.mark.timeout(900)
-def test_generating_needs_neither_diffusers_nor_transformers(rig: Rig, exports: Path) -> None:
+def test_generating_needs_neither_diffusers_nor_transformers(rig: Rig, shared_export_cache: Path) -> None:
     """And what was exported before is run without the exporter."""
     call = {"height": 64, "width": 48, "num_inference_steps": 2}
     rig.pipeline("ensemble", "onnxruntime")("a cat", **call, high_noise_frac=0.5)
     argument = json.dumps(
-        [str(rig.folder("sdxl")), str(rig.folder("refiner")), str(exports), ["onnxruntime", "eager"]]
+        [
+            str(rig.folder("sdxl")),
+            str(rig.folder("refiner")),
+            str(shared_export_cache),
+            ["onnxruntime", "eager"],
+        ]
     )
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED, argument], capture_output=True, text=True, timeout=600, check=False

@@ -318,9 +318,9 @@ def test_requests_that_cannot_be_met(arguments: dict[str, Any], message: str, pa
         pair.plan(**arguments)
 
 
-def test_the_command(run: Run, tiny: Tiny) -> None:
+def test_the_command(run_cli: Run, tiny: Tiny) -> None:
     options = ("--refiner", str(tiny("refiner")), "--size", "64x48", "--batch", "2", "--memory-limit", "1GB")
-    code, out, err = run("plan", str(tiny("sdxl")), *options)
+    code, out, err = run_cli("plan", str(tiny("sdxl")), *options)
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].endswith("at 64x48, batch 2, float16")
@@ -332,9 +332,9 @@ def test_the_command(run: Run, tiny: Tiny) -> None:
     ]
 
 
-def test_the_command_refuses_what_does_not_fit_and_says_all_there_is(run: Run, tiny: Tiny) -> None:
+def test_the_command_refuses_what_does_not_fit_and_says_all_there_is(run_cli: Run, tiny: Tiny) -> None:
     options = ("--size", "64x64", "--gpu", "rtx 4090", "--memory-limit", "200MB", "--memory", "low", "--json")
-    code, out, err = run("plan", str(tiny("sd15")), *options)
+    code, out, err = run_cli("plan", str(tiny("sd15")), *options)
     told = json.loads(out)
     assert (code, told["gpu"]["name"], told["networks"]["unet"]["rows"]) == (1, "RTX 4090", 2)
     assert set(told["policies"]) == {"resident", "balanced", "low"}
@@ -354,15 +354,15 @@ def test_the_command_refuses_what_does_not_fit_and_says_all_there_is(run: Run, t
         (("--refiner", "/no/refiner"), "'/no/refiner' is no folder or file"),
     ],
 )
-def test_the_commands_refusals(arguments: tuple[str, ...], message: str, run: Run, tiny: Tiny) -> None:
-    code, out, err = run("plan", str(tiny("sdxl")), *arguments)
+def test_the_commands_refusals(arguments: tuple[str, ...], message: str, run_cli: Run, tiny: Tiny) -> None:
+    code, out, err = run_cli("plan", str(tiny("sdxl")), *arguments)
     assert (code, out) == (1, "")
     assert err.startswith("latentrt: ")
     assert message in err
 
 
-def test_the_policies_of_the_command_line_are_those_there_are(run: Run) -> None:
-    code, out, err = run("plan", "demo", "--memory", "fast")
+def test_the_policies_of_the_command_line_are_those_there_are(run_cli: Run) -> None:
+    code, out, err = run_cli("plan", "demo", "--memory", "fast")
     assert (code, out) == (2, "")
     for policy in POLICIES:
         assert policy in err.partition("choose from")[2]

@@ -159,7 +159,7 @@ def test_who_can_reach_an_address(host: str, only_here: bool) -> None:
     assert commands._is_local(host) == only_here
 
 
-def test_unusable_options(run: Run, tmp_path: Any) -> None:
+def test_unusable_options(run_cli: Run, tmp_path: Any) -> None:
     (tmp_path / "empty").write_text("\n \n")
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         for options, message in (
@@ -169,6 +169,6 @@ def test_unusable_options(run: Run, tmp_path: Any) -> None:
             (("--max-batch", "-1"), "--max-batch is -1; it must be at least 1"),
             (("--port", str(taken.getsockname()[1])), "Address already in use"),
         ):
-            code, out, err = run("serve", *options)
+            code, out, err = run_cli("serve", *options)
             assert (code, out) == (1, "")
             assert message in err
