@@ -1,4 +1,5 @@
-"""`latentrt build` and what it says of its engines; the builder itself is in tests/export/test_tensorrt.py."""
+"""`export/commands.py`: `latentrt build` and what it says of its engines; the builder itself is in
+tests/export/test_tensorrt.py."""
 
 from __future__ import annotations
 

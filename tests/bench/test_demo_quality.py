@@ -1,4 +1,5 @@
-"""The shipped demo draws what its prompts say: a short form here, the whole of it in `make test-full`."""
+"""`bench/demo_model/evaluate.py`: the shipped demo draws what its prompts say: a short form here, the whole of it in
+`make test-full`."""
 
 from __future__ import annotations
 

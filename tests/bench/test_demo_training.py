@@ -1,4 +1,5 @@
-"""The training machinery: resume, replicas that equal one model, true conditioning, and a folder that loads."""
+"""`bench/demo_model/train.py`: the training machinery: resume, replicas that equal one model, true conditioning, and a
+folder that loads."""
 
 from __future__ import annotations
 

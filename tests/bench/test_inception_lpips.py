@@ -1,4 +1,4 @@
-"""Networks whose weights are given by path: Inception for FID, AlexNet for LPIPS. Their weights are random here."""
+"""`bench/inception.py` and `lpips.py`: Inception for FID, AlexNet for LPIPS, with random weights here."""
 
 from __future__ import annotations
 

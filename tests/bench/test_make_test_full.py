@@ -1,4 +1,4 @@
-"""What `make test-full` runs: every slow test is in it, and what passed is not run again."""
+"""`bench/full.py`: what `make test-full` runs: every slow test is in it, and what passed is not run again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a run ends that somebody else ends: by SIGTERM and SIGHUP, which can be caught, and by SIGKILL."""
+"""`bench/endings.py`: runs that are ended by SIGTERM and SIGHUP, which can be caught, and by SIGKILL."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The demo's components parsed and built by TensorRT for RTX, dynamic, with plugins and without; and builds that are
-killed or race each other.
+"""`runtime/prepare.py` and `export/engines.py`: the demo's components parsed and built by TensorRT for RTX, dynamic,
+with plugins and without; and builds that are killed or race each other.
 
 The engines are real, and have run nowhere: loading one takes a GPU.
 """

@@ -1,4 +1,4 @@
-"""The demo checkpoint's components, base and refiner, in every precision.
+"""`export/check.py`: the demo checkpoint's components, base and refiner, in every precision.
 
 Every export was checked when it was made: by onnx.checker, and on ONNX Runtime against PyTorch in the same precision,
 at two sizes. What that found is in the manifest.

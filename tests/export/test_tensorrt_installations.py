@@ -1,4 +1,5 @@
-"""The products of TensorRT: absent, of another version; and the one that is for its own GPU, by a stand-in."""
+"""`runtime/engines/trt.py`: TensorRT and TensorRT for RTX where they are absent or of another version, and engines for
+one GPU, by a stand-in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Attention by PyTorch's libraries, where the tuned data choose them, against float64."""
+"""`kernels/_attention_library.py`: attention by PyTorch's libraries, where the tuned data choose them, against
+float64."""
 
 from __future__ import annotations
 

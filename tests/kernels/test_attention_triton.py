@@ -1,4 +1,5 @@
-"""The Triton attention kernels against float64: on the GPU where there is one, else in Triton's interpreter."""
+"""`kernels/_attention_triton.py`: the Triton attention kernels against float64: on the GPU where there is one, else in
+Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The Triton GEGLU kernels against float64: on the GPU where there is one, else in Triton's interpreter."""
+"""`kernels/_geglu_triton.py`: the Triton GEGLU kernels against float64: on the GPU where there is one, else in
+Triton's interpreter."""
 
 from __future__ import annotations
 

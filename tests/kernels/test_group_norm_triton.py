@@ -1,4 +1,5 @@
-"""The Triton group norms against float64: on the GPU where there is one, else in Triton's interpreter."""
+"""`kernels/_group_norm_triton.py`: the Triton group norms against float64: on the GPU where there is one, else in
+Triton's interpreter."""
 
 from __future__ import annotations
 

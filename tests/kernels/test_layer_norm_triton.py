@@ -1,4 +1,5 @@
-"""The Triton layer norm against float64: on the GPU where there is one, else in Triton's interpreter."""
+"""`kernels/_layer_norm_triton.py`: the Triton layer norm against float64: on the GPU where there is one, else in
+Triton's interpreter."""
 
 from __future__ import annotations
 

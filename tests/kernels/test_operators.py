@@ -1,4 +1,4 @@
-"""Every operator's reference against its formula in float64, for each dtype."""
+"""`kernels/reference.py`: every operator's reference against its formula in float64, for each dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What the registry says of each operator, the data of block sizes, rooflines, and the command that shows them."""
+"""`kernels/registry.py`, `tuning.py` and `roofline.py`: what the registry says of each operator, the data of block
+sizes, rooflines, and the command that shows them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The Triton sampler step against float64: on the GPU where there is one, else in Triton's interpreter."""
+"""`kernels/_sampler_step_triton.py`: the Triton sampler step against float64: on the GPU where there is one, else in
+Triton's interpreter."""
 
 from __future__ import annotations
 

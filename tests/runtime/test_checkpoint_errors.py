@@ -1,4 +1,5 @@
-"""Checkpoints that a pipeline does not load, and what the message says: the value, and what to do instead."""
+"""`runtime/weights.py` and `loading.py`: checkpoints that a pipeline does not load, and what the message says: the
+value, and what to do instead."""
 
 from __future__ import annotations
 

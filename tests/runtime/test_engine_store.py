@@ -1,4 +1,5 @@
-"""Which engine a component gets: found, built, or refused with the reason. No builder runs here."""
+"""`runtime/engine_store.py` and `prepare.py`: which engine a component gets: found, built, or refused with the reason.
+No builder runs here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The ONNX Runtime back end: the same function as PyTorch, exported once, the same bits at any batch size."""
+"""`runtime/engines/onnxruntime.py`: the ONNX Runtime back end: the same function as PyTorch, exported once, the same
+bits at any batch size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A UNet as three engines: together they are the whole, in a call and in the loop, on a stand-in for TensorRT too."""
+"""`runtime/engines/split.py`: a UNet as three engines: together they are the whole, in a call and in the loop, on a
+stand-in for TensorRT too."""
 
 from __future__ import annotations
 

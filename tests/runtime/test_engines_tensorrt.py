@@ -1,4 +1,5 @@
-"""What the TensorRT engine asks of TensorRT, against a stand-in that adds one. The real thing is in the file beside."""
+"""`runtime/engines/tensorrt.py`: what the TensorRT engine asks of TensorRT, against a stand-in that adds one. The real
+one is in test_engines_tensorrt_gpu.py."""
 
 from __future__ import annotations
 

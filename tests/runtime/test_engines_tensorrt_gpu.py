@@ -1,4 +1,5 @@
-"""The TensorRT engines on a GPU: built there, against PyTorch, captured, at several sizes, from several threads."""
+"""`runtime/engines/tensorrt.py`: the TensorRT engines on a GPU: built there, against PyTorch, captured, at several
+sizes, from several threads."""
 
 from __future__ import annotations
 

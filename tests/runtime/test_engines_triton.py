@@ -1,4 +1,5 @@
-"""The back end over the project's kernels: on the CPU, where its operators are their references."""
+"""`runtime/engines/triton.py`: the back end over the project's kernels: on the CPU, where its operators are their
+references."""
 
 from __future__ import annotations
 

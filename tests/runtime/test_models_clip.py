@@ -1,4 +1,5 @@
-"""The text encoder against transformers': every layer, the pooled state, and both ways to find the end token."""
+"""`runtime/models/clip.py`: the text encoder against transformers': every layer, the pooled state, and both ways to
+find the end token."""
 
 from __future__ import annotations
 

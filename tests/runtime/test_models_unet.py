@@ -1,4 +1,5 @@
-"""The UNet against diffusers': outputs of every kind of configuration, at any size, and in half precision."""
+"""`runtime/models/unet.py`: the UNet against diffusers': outputs of every kind of configuration, at any size, and in
+half precision."""
 
 from __future__ import annotations
 

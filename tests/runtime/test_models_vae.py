@@ -1,4 +1,4 @@
-"""Both halves of the VAE against diffusers' AutoencoderKL."""
+"""`runtime/models/vae.py`: both halves of the VAE against diffusers' AutoencoderKL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Callbacks: what they see of a step and of the progress, what they may change, and how they end a call."""
+"""`runtime/progress.py` and `previews.py`: callbacks: what they see of a step and of the progress, what they may
+change, and how they end a call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a call promises besides the right image: seeds, threads, forms of output, what it tells."""
+"""`runtime/pipeline.py`: what a call promises besides the right image: seeds, threads, forms of output, what it
+reports."""
 
 from __future__ import annotations
 

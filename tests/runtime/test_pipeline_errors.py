@@ -1,4 +1,5 @@
-"""What is refused, and what the message says: the value, and what to do instead."""
+"""`runtime/pipeline.py` and `request.py`: what is refused, and what the message says: the value, and what to do
+instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole pipelines whose work is recorded: on the CPU, the same bits as without."""
+"""`runtime/graph.py`: whole pipelines whose work is recorded: on the CPU, the same bits as without."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Two pipelines that share parts make room for each other, and one that was dropped is gone."""
+"""`runtime/residency.py`: two pipelines that share parts make room for each other, and one that was dropped is
+gone."""
 
 from __future__ import annotations
 

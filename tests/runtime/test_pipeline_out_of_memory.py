@@ -1,4 +1,5 @@
-"""Pipelines that run out of memory, or whose work cannot be recorded: what is said, and that they go on."""
+"""`runtime/pipeline.py`: pipelines that run out of memory, or whose work cannot be recorded: what is said, and that
+they go on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Two pipelines with parts in common, as diffusers' documentation has them, and life without diffusers."""
+"""`runtime/loading.py`: two pipelines with parts in common, as diffusers' documentation has them, and life without
+diffusers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Engines with plugins on a GPU: against the same without, against PyTorch, in a CUDA graph, and without PyTorch.
+"""`runtime/engines/plugins.py`: engines with plugins on a GPU: against the same without, against PyTorch, in a CUDA
+graph, and without PyTorch.
 
 Never run yet: written without a GPU.
 """

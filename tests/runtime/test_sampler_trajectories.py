@@ -1,4 +1,4 @@
-"""Coefficient tables against diffusers' schedulers over whole trajectories, both in float32."""
+"""`runtime/sampler.py`: coefficient tables against diffusers' schedulers over whole trajectories, both in float32."""
 
 from __future__ import annotations
 

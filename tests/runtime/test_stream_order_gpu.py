@@ -1,4 +1,5 @@
-"""Nothing on a GPU is read before it is written, or overwritten while it is read, on whatever stream callers are."""
+"""`runtime/streams.py`: nothing on a GPU is read before it is written, or overwritten while it is read, on whatever
+stream callers are."""
 
 from __future__ import annotations
 

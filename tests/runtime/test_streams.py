@@ -1,4 +1,5 @@
-"""How the host keeps its distance from the device: against a device that lags behind."""
+"""`runtime/streams.py` and `progress.py`: how far the host may run ahead of the device, against a device that lags
+behind."""
 
 from __future__ import annotations
 

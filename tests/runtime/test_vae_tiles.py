@@ -1,4 +1,4 @@
-"""Decoding in tiles: of memory that does not grow with the picture, and without seams."""
+"""`runtime/vae.py`: decoding in tiles: of memory that does not grow with the picture, and without seams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Digests of weights: right, remembered, and only as long as the file stays as it was."""
+"""`runtime/digests.py`: digests of weights: right, remembered, and only as long as the file stays as it was."""
 
 from __future__ import annotations
 

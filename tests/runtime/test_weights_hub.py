@@ -1,4 +1,5 @@
-"""Hub ids without a hub: the local cache, what would be downloaded, and what is said when it is not there."""
+"""`runtime/hub.py`: hub ids without a hub: the local cache, what would be downloaded, and what is said when it is not
+there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Who is let in, on a clock that is told: estimates, and overload played through."""
+"""`runtime/serve/admission.py` and `call_times.py`: which requests are admitted, on a clock that tests move:
+estimates, and overload played through."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients that hang up, flood, dawdle, or do not read."""
+"""`runtime/serve/connection.py`: clients that hang up, flood, dawdle, or do not read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine over pipelines whose memory is bounded, or runs out."""
+"""`runtime/serve/engine.py` and `worker.py`: the engine over pipelines whose memory is bounded, or runs out."""
 
 from __future__ import annotations
 

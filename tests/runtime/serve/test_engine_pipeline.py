@@ -1,4 +1,5 @@
-"""The engine over pipelines: every image is the one its request gets alone."""
+"""`runtime/serve/engine.py` and `runner.py`: the engine over pipelines: every image is the one its request gets
+alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine's door and its end: what may wait, deadlines, draining, and a fault that stops it."""
+"""`runtime/serve/engine.py`: what may wait in the queue, deadlines, draining, and a fault that stops the engine."""
 
 from __future__ import annotations
 

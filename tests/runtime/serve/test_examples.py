@@ -1,4 +1,4 @@
-"""The examples, run: each over a runner without a model."""
+"""`runtime/serve/examples/`: the examples, run: each over a runner without a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Whatever comes is answered: never with a fault of the server's own, and nothing stays behind."""
+"""`runtime/serve/app.py`: any request is answered: never with a fault of the server's own, and nothing stays
+behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The ingress where replicas are lost, full or at fault: no request is lost, and no stream tells anything twice."""
+"""`runtime/serve/ingress.py` and `retries.py`: the ingress where replicas are lost, full or at fault: no request is
+lost, and no stream tells anything twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading, ready, draining, stopped by a fault."""
+"""`runtime/serve/service.py` and `server.py`: loading, ready, draining, stopped by a fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Many clients at once, a third of whom leave midway: nothing is lost, mixed up, or made for nobody."""
+"""`bench/serve_load.py` and `serve_process.py`: many clients at once, a third of whom leave midway: no image is lost
+or mixed up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What operators read, the interface's description, and the page."""
+"""`runtime/serve/logs.py` and `metrics.py`: what operators read, the interface's description, and the page."""
 
 from __future__ import annotations
 

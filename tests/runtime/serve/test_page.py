@@ -1,4 +1,5 @@
-"""The page at `/` in a real browser: Chromium, over a runner without a model, and once over the demo."""
+"""`runtime/serve/page.html`: the page at `/` in a real browser: Chromium, over a runner without a model, and once over
+the demo."""
 
 from __future__ import annotations
 

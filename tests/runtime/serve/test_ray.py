@@ -1,4 +1,5 @@
-"""Ray Serve itself: replicas killed under load, models by id, the end. Minutes on a slow machine."""
+"""`runtime/serve/ray_local.py`: Ray Serve itself: replicas killed under load, models by id, the end. Minutes on a slow
+machine."""
 
 from __future__ import annotations
 

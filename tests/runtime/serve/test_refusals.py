@@ -1,4 +1,5 @@
-"""What is refused: bad bodies, addresses, forms, keys; a full queue, a passed deadline."""
+"""`runtime/serve/app.py` and `schema.py`: what is refused: bad bodies, addresses, forms, keys; a full queue, a passed
+deadline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document is complete and true: schemathesis asks by it, and beside it."""
+"""`runtime/serve/schema.py`: the OpenAPI document is complete and true: schemathesis asks by it, and beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`latentrt serve`, the whole of it: the demo behind a port, and how it ends."""
+"""`runtime/serve/commands.py`: `latentrt serve`, the whole of it: the demo behind a port, and how it ends."""
 
 from __future__ import annotations
 
