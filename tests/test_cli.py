@@ -33,7 +33,7 @@ def generate(run_cli: Run, tiny: Callable[..., Path]) -> Run:
     return lambda *arguments: run_cli("generate", *common, *arguments)
 
 
-def test_an_image_is_written_and_told_of(generate: Run) -> None:
+def test_an_image_is_written_and_named(generate: Run) -> None:
     code, out, err = generate("a red cat", "-o", "new/folder/cat.png", "--seed", "3")
     assert (code, err) == (0, "")
     first, second = out.splitlines()
@@ -43,7 +43,7 @@ def test_an_image_is_written_and_told_of(generate: Run) -> None:
         assert image.size == (64, 48)
 
 
-def test_the_timestep_spacing_is_told_of(generate: Run) -> None:
+def test_the_timestep_spacing_is_in_the_record(generate: Run) -> None:
     code, out, _ = generate("a red cat", "--timestep-spacing", "trailing", "--json")
     assert code == 0
     assert json.loads(out)["images"][0]["timestep_spacing"] == "trailing"
@@ -174,7 +174,7 @@ def test_unusable_arguments(arguments: tuple[str, ...], message: str, run_cli: R
     assert message in err
 
 
-def test_a_full_disk_is_told_in_a_line(generate: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_line(generate: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: PIL.Image.Image, file: Any, **_: Any) -> None:
         file.write(b"half")
         raise disk_full()

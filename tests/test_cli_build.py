@@ -47,7 +47,7 @@ def build(run_cli: Run, requests: list[EngineRequest]) -> Run:
     return lambda *more: run_cli("build", "demo", "--engine", "tensorrt-rtx", "--arch", "sm_89", *more)
 
 
-def test_every_component_is_built_and_told_of(build: Run, requests: list[EngineRequest]) -> None:
+def test_every_component_is_built_and_listed(build: Run, requests: list[EngineRequest]) -> None:
     code, out, err = build()
     assert (code, err) == (0, "")
     names = ["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"]
@@ -307,9 +307,7 @@ def test_where_engines_run_they_are_verified(
 
 
 @pytest.mark.parametrize("passed", [True, False])
-def test_what_was_verified_earlier_is_told_of_again(
-    passed: bool, build: Run, requests: list[EngineRequest]
-) -> None:
+def test_earlier_verdicts_are_shown_again(passed: bool, build: Run, requests: list[EngineRequest]) -> None:
     (row,) = json.loads(build("--component", "unet", "--json")[1])
     assert row["verdict"] is None
     kept = {"passed": passed, "backend": "b", "device": "GPU"}

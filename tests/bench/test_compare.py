@@ -114,7 +114,7 @@ def test_stages_and_energy_are_compared() -> None:
     assert ours(frugal, report())["batch 1, energy of an image"] == "not measured"
 
 
-def test_what_the_runs_were_made_with_is_told() -> None:
+def test_versions_and_machines_of_both_runs_are_shown() -> None:
     newer = report(machine={**MACHINE, "driver": "570", "versions": {"torch": "3"}, "commit": "d"})
     told = [(c.side, c.before, c.after) for c in compare(report(), newer) if c.verdict == "changed"]
     assert told == [("driver", "none", "570"), ("commit", "c", "d"), ("torch", "2", "3")]

@@ -41,7 +41,7 @@ def test_prompts_steer_the_picture(refined: PipelineGenerator) -> None:
     assert other.objects <= 0.1
 
 
-def test_fid_tells_drawn_from_damaged(tower: ImageTower) -> None:
+def test_fid_of_drawn_scenes_is_below_that_of_damaged_ones(tower: ImageTower) -> None:
     rng = random.Random(0)
     drawn = [render(random_scene(rng)) for _ in range(240)]
     noise = np.random.default_rng(0)

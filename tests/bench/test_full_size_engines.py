@@ -130,7 +130,7 @@ def test_all_components_one_after_the_other(
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_it_goes_on_where_it_was_ended(
+def test_an_interrupted_run_resumes(
     run: Callable[..., int],
     configs: list[Path],
     steps: list[Any],
@@ -246,7 +246,7 @@ def test_a_broken_limit_fails_and_is_printed(
 
 
 @pytest.mark.parametrize("short", ["disk", "memory"])
-def test_a_machine_that_is_too_small_is_told_first(
+def test_a_machine_that_is_too_small_is_refused_first(
     run: Callable[..., int],
     configs: list[Path],
     steps: list[Any],

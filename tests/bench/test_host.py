@@ -15,7 +15,7 @@ from latentrt.errors import BenchmarkError
 CASE = Case("planted", "nothing real", "none", steps=5)
 
 
-def test_a_process_of_its_own_tells_how_it_ended(tmp_path: Path) -> None:
+def test_a_process_that_dies_reports_its_signal(tmp_path: Path) -> None:
     job = Job(CASE, planted("dying", dies_at=1), "cpu", tmp_path)
     host = OwnProcess(job, threads=1)
     try:
@@ -44,7 +44,7 @@ def test_a_process_that_hangs_is_ended_with_those_it_began(tmp_path: Path) -> No
     assert has_ended(child)
 
 
-def test_what_a_process_compiles_goes_to_its_own_folder(tmp_path: Path) -> None:
+def test_compiled_code_is_stored_in_the_process_own_folder(tmp_path: Path) -> None:
     names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
     host = OwnProcess(Job(CASE, planted("telling", tells=names), "cpu", tmp_path / "own"), threads=1)
     try:

@@ -60,7 +60,7 @@ def test_measuring(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "in bfloat16; copies" in table[-2]
 
 
-def test_measuring_goes_on_where_it_stopped(here: Timing) -> None:
+def test_measuring_resumes(here: Timing) -> None:
     """A row that failed or was interrupted is run again, one that took the process along is not."""
     path = here.folder / "kernels-a-fake.json"
     calls: list[object] = []

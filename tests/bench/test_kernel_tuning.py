@@ -57,7 +57,7 @@ def test_the_library_may_be_the_quickest(here: Timing, monkeypatch: pytest.Monke
     )
 
 
-def test_tuning_goes_on_where_it_stopped(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_resumes(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
     """Past the candidate that hung, not past one that was interrupted; nothing is written down before all cases were
     timed."""
     saved: list[Any] = []

@@ -69,7 +69,7 @@ def test_a_quick_model_lasts_as_long_as_it_has_to(tmp_path: Path) -> None:
     assert len(make.batches) > 2 * 64
 
 
-def test_what_cannot_be_run_is_told_before_anything_is_loaded(
+def test_unusable_options_are_refused_before_anything_is_loaded(
     run_cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def loaded(*args: Any, **kwargs: Any) -> None:
@@ -139,7 +139,7 @@ def test_too_slow_a_server_is_invalid_and_says_why(tmp_path: Path) -> None:
     assert verdict.why_not
 
 
-def test_an_error_ends_the_test_and_is_told(tmp_path: Path) -> None:
+def test_an_error_ends_the_test_and_is_reported(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match="Offline: a picture could not be made: planted failure"):
         run_loadgen(load_test("Offline"), Maker(fails_at=3), tmp_path)
 

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 GIB = 2**30
 
 
-def test_the_machine_is_told_of_the_device_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machine_names_the_device_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: f"GPU at {device}")
     assert describe_machine(torch.device("cuda:1"))["gpu"] == "GPU at cuda:1"
@@ -66,7 +66,7 @@ def test_what_was_built_is_used_again_only_by_the_same_sources(
     assert job.folder.exists() is kept
 
 
-def test_versions_are_told_whatever_a_library_is_installed_as(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_are_found_by_any_name_of_a_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {
         "torch": "2.13",
         "onnxruntime-gpu": "1.31",

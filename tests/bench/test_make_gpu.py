@@ -149,7 +149,7 @@ def test_a_hang_does_not_end_tuning(
     assert seconds == [time_of_its_own - 30 * k for k in range(runs)]
 
 
-def test_what_an_interrupted_run_found_is_kept_and_told(
+def test_an_interrupted_run_stores_and_prints_what_it_found(
     planted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(part: Part, *args: Any, **kwargs: Any) -> Any:

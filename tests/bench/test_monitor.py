@@ -23,7 +23,7 @@ def test_gpu_memory_is_sampled_where_there_is_nvml() -> None:
     assert len(sampler.series["gpu"]) == len(sampler.series["seconds"]) >= 2
 
 
-def test_memory_of_a_gpu_is_told_at_rest_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_a_gpu_is_reported_at_rest_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 77)
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 99)
     found = memory_now(torch.device("cuda"), GpuShare(Nvml(FakeNvml(), object())))

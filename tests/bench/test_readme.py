@@ -100,7 +100,7 @@ def test_rounds_are_those_of_the_side_with_the_fewest(tmp_path: Path) -> None:
     assert "medians of 7 rounds, ratios of each round with an interval that covers 98 %" in text
 
 
-def test_a_side_without_a_speed_is_told_with_its_reason(tmp_path: Path) -> None:
+def test_a_side_without_a_speed_shows_its_reason(tmp_path: Path) -> None:
     gone = report(status="failed", reason="not loaded after 200 s", batches=[], quality=None)
     text = readme.section(gone, tmp_path)
     assert table_row(text, "`latentrt-eager`")[2:5] == ["failed: not loaded after 200 s", "-", "-"]

@@ -125,7 +125,7 @@ def test_the_page_is_whole_and_needs_nothing_beside_it() -> None:
     assert "http" not in re.sub(r"http://www.w3.org/\S+", "", page)
 
 
-def test_figures_are_told_with_their_block_sizes() -> None:
+def test_figures_name_their_block_sizes() -> None:
     """Of a GPU: the commit does not tell of them."""
     tuned = report(machine={**MACHINE, "gpu": "H200", "tuned": "0123abcd"})
     assert "Block sizes of kernels: 0123abcd, by the digest of `kernels/tuned`\n" in reports.markdown(tuned)
@@ -148,7 +148,7 @@ def test_few_pictures_are_kept_and_the_page_has_them_reduced(tmp_path: Path) -> 
         assert len(data) < 100_000
 
 
-def test_tables_tell_what_was_found_and_what_was_withheld() -> None:
+def test_tables_show_what_was_found_and_what_was_withheld() -> None:
     text = reports.markdown(report())
     found = cells(text, "side")
     assert float(found["seconds"].split()[0]) == pytest.approx(1.0, rel=0.02)

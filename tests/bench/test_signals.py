@@ -53,7 +53,7 @@ ASKED = (signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.mark.parametrize("number", ASKED)
-def test_a_signal_is_ctrl_c_and_comes_once(
+def test_a_signal_is_one_ctrl_c(
     number: signal.Signals, handlers: Callable[[signal.Signals, Any], None]
 ) -> None:
     handlers(signal.SIGHUP, signal.SIG_DFL)  # whatever began the tests
@@ -105,7 +105,7 @@ def test_commands_that_measure_take_it_so(
 
 
 @pytest.mark.timeout(120)
-def test_what_was_measured_is_there_and_no_side_goes_on(tmp_path: Path) -> None:
+def test_a_killed_run_leaves_its_results_and_no_process(tmp_path: Path) -> None:
     """After a SIGKILL, which leaves nobody the time to write or close anything."""
     script, note, out = tmp_path / "script.py", tmp_path / "note", tmp_path / "out"
     script.write_text(RUN)

@@ -151,7 +151,7 @@ def test_tensorrt_builds_for_its_own_gpu(for_one_gpu: EngineRequest) -> None:
         assert Path(str(for_one_gpu.timing_cache)).stat().st_size > 0
 
 
-def test_a_gpu_that_does_not_start_is_told(
+def test_a_gpu_that_does_not_start_is_a_build_error(
     request_: EngineRequest, tensorrt: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensorrt(f"""{STAND_IN}

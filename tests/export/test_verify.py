@@ -151,7 +151,7 @@ PARTS = ["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder",
 
 
 @pytest.mark.full
-def test_the_command_tells_of_each_part(verify: Run) -> None:
+def test_the_command_prints_each_part(verify: Run) -> None:
     code, out, err = verify("--backend", "eager")
     assert (code, err) == (0, "")
     lines = out.splitlines()

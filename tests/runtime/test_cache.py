@@ -172,7 +172,7 @@ def test_get_reads_and_never_builds(store: Store) -> None:
         store.get(KEY)
 
 
-def test_built_again_when_told_so(store: Store) -> None:
+def test_again_replaces_a_whole_entry(store: Store) -> None:
     entry = store.get_or_build(KEY, DESCRIPTION, writes("earlier"))
 
     def fails(folder: Path) -> Mapping[str, Any]:

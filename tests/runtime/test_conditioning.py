@@ -56,7 +56,7 @@ def test_without_guidance_there_is_no_negative_row() -> None:
     assert joined.time_ids[:, 0].tolist() == [10, 20]
 
 
-def test_without_sizes_only_the_text_is_told() -> None:
+def test_without_size_ids_the_unet_gets_only_the_text() -> None:
     joined = guidance_batch(embeddings(1), embeddings(-1), None, torch.float32)
     assert list(joined.named()) == ["encoder_hidden_states"]
 

@@ -322,7 +322,7 @@ def test_an_error_in_one_of_two_loops_leaves_both_usable(component: Component, g
     assert second.run(loops[1]).equal(wanted[1])
 
 
-def test_a_loop_goes_after_its_engine_was_closed(
+def test_a_loop_is_freed_after_its_engine_was_closed(
     component: Component, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which waits for what runs: a loop has contexts of TensorRT's, that must not go before."""

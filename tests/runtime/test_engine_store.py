@@ -153,7 +153,7 @@ def test_the_bar_knows_what_it_took_last_time(
     assert builder.expected == [None, 7.0, None]
 
 
-def test_never_builds_when_told_so(builder: FakeBuilder, component: Component, tmp_path: Path) -> None:
+def test_rebuild_never_builds_nothing(builder: FakeBuilder, component: Component, tmp_path: Path) -> None:
     with pytest.raises(
         BackendError,
         match=r"has no tensorrt-rtx engine of vae_decoder in float16 that runs here; `latentrt build`",
@@ -191,7 +191,7 @@ def test_an_engine_that_is_replaced_while_it_is_read(
     assert replaced.reads == 2
 
 
-def test_builds_anew_when_told_so(builder: FakeBuilder, component: Component, tmp_path: Path) -> None:
+def test_rebuild_always_builds_again(builder: FakeBuilder, component: Component, tmp_path: Path) -> None:
     engine(component, RTX, ONE, cache_dir=tmp_path)
     assert engine(component, RTX, ONE, cache_dir=tmp_path, rebuild="always").built
     assert builder.expected == [None, 7.0]

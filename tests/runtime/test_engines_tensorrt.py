@@ -171,7 +171,7 @@ def test_an_engine_is_closed_when_it_has_run(load_engine: Load, fake_cuda: FakeC
     assert len(contexts) == 0
 
 
-def test_an_engine_that_nobody_has_is_gone_at_once(
+def test_an_unreferenced_engine_is_freed_at_once(
     load_engine: Load, fake_cuda: FakeCuda, fake_tensorrt: FakeTensorRT
 ) -> None:
     """Its weights may be most of a GPU, and the collector does not know of them. What runs is waited for first."""

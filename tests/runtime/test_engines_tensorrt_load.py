@@ -46,7 +46,7 @@ def test_errors_carry_the_log(load_engine: Load, fake_tensorrt: FakeTensorRT, ca
     assert fake_tensorrt.log.errors == []
 
 
-def test_shapes_that_cannot_be_told(load_engine: Load, fake_tensorrt: FakeTensorRT) -> None:
+def test_unknown_output_shapes_are_refused(load_engine: Load, fake_tensorrt: FakeTensorRT) -> None:
     fake_tensorrt.unknown = ["y"]
     with pytest.raises(BackendError, match=r"cannot tell the shape of y \(it does not say why\)"):
         load_engine()(x_of(2))
@@ -112,7 +112,7 @@ def test_weights_that_do_not_fit_stay_on_the_host(
     assert [message.split(" GB ")[-1] for message in caplog.messages] == told
 
 
-def test_a_budget_that_is_refused_is_told(
+def test_a_refused_streaming_budget_is_logged(
     load_engine: Load, fake_cuda: FakeCuda, fake_tensorrt: FakeTensorRT, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake_tensorrt.streamable, fake_cuda.free, fake_tensorrt.failing = (
@@ -152,7 +152,7 @@ def test_a_plugin_that_is_missing_is_named(load_engine: Load, fake_tensorrt: Fak
     assert fake_tensorrt.engine is None
 
 
-def test_what_a_plugin_refused_is_told(
+def test_a_plugin_s_refusal_is_in_the_error(
     load_engine: Load, fake_tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = load_engine()

@@ -98,7 +98,7 @@ def test_a_capture_keeps_its_scratch(
     assert [buffer.data_ptr() for buffer in context.captured] == [held]
 
 
-def test_a_captured_program_s_scratch_goes_with_it(load_engine: Load, fake_cuda: FakeCuda) -> None:
+def test_scratch_is_freed_with_its_captured_program(load_engine: Load, fake_cuda: FakeCuda) -> None:
     """It may be gigabytes: a larger size came, and then the loop of the smaller one was dropped."""
     engine = load_engine()
     x, y = x_of(1), {"y": torch.empty(1, 4)}
@@ -149,7 +149,7 @@ def test_scratch_too_small_for_a_capture_is_refused(fake_cuda: FakeCuda) -> None
         Scratch(CPU).begin(fake_cuda.stream, 10)
 
 
-def test_the_context_used_longest_ago_goes(
+def test_the_least_recently_used_context_is_freed(
     load_engine: Load, fake_cuda: FakeCuda, fake_tensorrt: FakeTensorRT
 ) -> None:
     engine = load_engine()

@@ -24,7 +24,7 @@ def test_a_taken_graph_is_not_given_out_twice() -> None:
     assert (len(kept), kept.nbytes) == (0, 0)
 
 
-def test_what_was_not_used_for_longest_goes_first(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_least_recently_used_graph_is_freed_first(caplog: pytest.LogCaptureFixture) -> None:
     """And it is said once, with the numbers."""
     kept = GraphCache(100_000)
     with caplog.at_level(logging.WARNING, "latentrt"):
@@ -58,7 +58,7 @@ def test_several_of_a_kind_are_kept_within_the_same_room() -> None:
     assert [kept.take("unet", "a", QUEUE) for _ in range(4)] == [3, 2, 1, None]
 
 
-def test_what_the_device_may_still_use_is_waited_for_before_it_goes() -> None:
+def test_a_graph_in_use_is_waited_for_before_it_is_freed() -> None:
     """Over the limit at once, by a smaller limit, with its owner, and with all."""
     kept, queue = GraphCache(100), FakeQueue()
     for kind in "abcd":

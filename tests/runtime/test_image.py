@@ -61,7 +61,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("prompt", HOSTILE, ids=range(len(HOSTILE)))
 @pytest.mark.parametrize("negative", [None, *HOSTILE[2:5]], ids=["none", 2, 3, 4])
-def test_any_prompt_comes_back_from_a_png(prompt: str, negative: str | None, tmp_path: Path) -> None:
+def test_any_prompt_is_read_back_from_a_png(prompt: str, negative: str | None, tmp_path: Path) -> None:
     record = {**RECORD, "prompt": prompt, "negative_prompt": negative}
     save_png(PICTURE, tmp_path / "x.png", record)
     assert read_parameters(tmp_path / "x.png") == record
@@ -323,7 +323,7 @@ def test_pictures_are_numpy_s_to_the_bit_and_come_to_the_host_as_bytes(
 
 
 @pytest.mark.filterwarnings("error")
-def test_black_by_overflow_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_black_by_overflow_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     images = torch.full((3, 3, 8, 8), 0.5)
     from_tensor(images, "pil")
     assert not caplog.messages

@@ -162,7 +162,7 @@ def test_changing_the_latents_in_place_changes_nothing(pipe: latentrt.Pipeline) 
     )
 
 
-def test_progress_is_told_with_pictures(both: latentrt.Pipeline) -> None:
+def test_progress_is_reported_with_previews(both: latentrt.Pipeline) -> None:
     previewer = Previewer.fit(both.vae, 64, 48, both.device)
     told: list[Any] = []
     made = both(
@@ -189,7 +189,7 @@ def test_progress_can_interrupt(both: latentrt.Pipeline) -> None:
 
 
 @pytest.mark.parametrize("last", [2, 4])  # midway, and when nothing but the pixels is left
-def test_what_nobody_wants_any_more_is_not_decoded(
+def test_a_discarded_image_is_not_decoded(
     last: int, both: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def decode(*_: Any, **__: Any) -> Any:

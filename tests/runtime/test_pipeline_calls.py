@@ -94,7 +94,7 @@ def test_seed_zero_is_a_seed(pipe: latentrt.Pipeline) -> None:
     assert again.parameters[0]["seed"] == 0
 
 
-def test_without_a_seed_one_is_drawn_and_told(pipe: latentrt.Pipeline) -> None:
+def test_without_a_seed_one_is_drawn_and_reported(pipe: latentrt.Pipeline) -> None:
     first, second = pipe(**PLAIN_CALL), pipe(**PLAIN_CALL)
     assert first.parameters[0]["seed"] != second.parameters[0]["seed"]
     assert not np.array_equal(first.images, second.images)
@@ -176,7 +176,7 @@ def test_forms_of_output(pipe: latentrt.Pipeline) -> None:
         (made[kind] * torch.ones(1, requires_grad=True)).sum().backward()
 
 
-def test_parameters_tell_how_to_make_it_again(both: latentrt.Pipeline) -> None:
+def test_parameters_reproduce_the_image(both: latentrt.Pipeline) -> None:
     call = {**PLAIN_CALL, "prompt": ["storm", "green"], "negative_prompt": ["blurry", ""], "seed": [9, 4]}
     first, second = both(
         **call, num_images_per_prompt=1, guidance_scale=3, sampler="ddim", clip_skip=1, high_noise_frac=0.5
@@ -200,7 +200,7 @@ def test_parameters_tell_how_to_make_it_again(both: latentrt.Pipeline) -> None:
     assert "negative_prompt" not in second
 
 
-def test_whatever_was_asked_for_is_told(both: latentrt.Pipeline) -> None:
+def test_parameters_hold_every_argument(both: latentrt.Pipeline) -> None:
     """A record that leaves something out cannot make the image again."""
     asked: dict[str, Any] = {
         "prompt_2": "green",
@@ -237,7 +237,7 @@ def test_the_vae_decodes_in_tiles_where_asked(
         assert not tiled.equal(pipe.vae.decode(latents))
 
 
-def test_the_ends_and_the_latents_given_are_told(pipe: latentrt.Pipeline) -> None:
+def test_parameters_hold_schedule_ends_and_given_latents(pipe: latentrt.Pipeline) -> None:
     call = {**PLAIN_CALL, "output_type": "latent", "seed": 1}
     first = pipe(**call, denoising_end=0.5, latents=torch.zeros(1, 4, 8, 6))
     assert first.parameters[0]["denoising_end"] == 0.5

@@ -54,7 +54,7 @@ AFTER = {
 
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_what_leaves_and_comes_back_makes_the_same_image(
+def test_offloaded_networks_make_the_same_image(
     policy: str, graphs: bool, load: Load, image_of_call: Any, live: dict[int, int]
 ) -> None:
     pipe = load(memory=policy, graphs=graphs)

@@ -87,7 +87,7 @@ def test_out_of_memory_frees_cached_graphs_and_retries_once(
 
 
 @pytest.mark.parametrize("where", PLACES)
-def test_where_that_does_not_help_the_plan_is_told_and_the_pipeline_stays_usable(
+def test_out_of_memory_twice_shows_the_plan_and_the_pipeline_stays_usable(
     where: str, used: latentrt.Pipeline, image_of_call: Any
 ) -> None:
     used._loader.graph_cache.drop()
@@ -145,7 +145,7 @@ def test_what_a_callback_raises_is_the_caller_s(
     assert np.array_equal(used(**SEEDED_CALL).images, image_of_call)
 
 
-def test_garbage_goes_before_it_is_made_anew(
+def test_garbage_is_collected_before_a_retry(
     used: latentrt.Pipeline, image_of_call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pipeline that was dropped may be among it."""

@@ -215,7 +215,7 @@ def test_no_weight_is_read(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     Planner.of(tiny("sdxl"), tiny("refiner")).plan(height=64, width=64)
 
 
-def test_weights_that_do_not_fit_are_told(tiny: Tiny, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_reported(tiny: Tiny, tmp_path: Path) -> None:
     for item in tiny("sdxl").rglob("*"):
         if item.is_file():
             target = tmp_path / item.relative_to(tiny("sdxl"))

@@ -133,7 +133,7 @@ def test_a_missing_variant_is_not_the_plain_files(cached: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["owner/absent", "owner/ill..named", "stabilityai/sdxl"])
-def test_an_id_that_nobody_has_says_what_was_tried(cached: Path, model: str) -> None:
+def test_an_unknown_id_says_what_was_tried(cached: Path, model: str) -> None:
     with pytest.raises(CheckpointNotFoundError) as caught:
         open_checkpoint(model)
     message = str(caught.value)

@@ -179,7 +179,7 @@ def test_a_request_that_would_delay_admitted_ones_is_refused() -> None:
     admission.check([LARGE], None, 0.0)  # nor does one that will be late anyway keep others out
 
 
-def test_where_nobody_can_be_late_nothing_is_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_deadlines_nothing_is_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would hold up the event loop for as long as the queue is, at each that joins it."""
     queue: Scheduler[Waiting] = Scheduler(max_batch=4, window=0.0)
     admission = Admission(queue, max_waiting=5000)

@@ -178,7 +178,7 @@ def test_draining_ends_though_the_device_does_not(caplog: pytest.LogCaptureFixtu
     assert "the device is still at work" in caplog.text
 
 
-def test_a_fault_that_stops_the_engine_ends_what_waits_and_is_told(
+def test_a_fault_that_stops_the_engine_fails_waiting_requests(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:

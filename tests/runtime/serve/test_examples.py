@@ -71,7 +71,7 @@ def test_the_fastapi_service(monkeypatch: pytest.MonkeyPatch) -> None:
     assert callable(fastapi_service.app)
 
 
-def test_who_leaves_the_fastapi_service_frees_the_device() -> None:
+def test_a_client_that_leaves_the_fastapi_service_frees_the_device() -> None:
     runner = FakeRunner()
     app = fastapi_service.create_app(lambda: runner)
 

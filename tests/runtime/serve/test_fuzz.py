@@ -105,7 +105,7 @@ def resident() -> int:
     "seconds",
     [3, pytest.param(300, marks=[pytest.mark.full, pytest.mark.timeout(1200)])],
 )
-def test_whatever_comes_is_answered_and_nothing_stays_behind(
+def test_any_request_is_answered_and_leaves_nothing_behind(
     seconds: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     limits = Limits(pixels=512 * 512, steps=200, images=4, prompt=100, body=10_000, read=0.2)

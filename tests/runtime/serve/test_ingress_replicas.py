@@ -95,7 +95,7 @@ def test_what_kills_every_replica_is_given_up() -> None:
 
 
 @pytest.mark.parametrize("after", [1, 2, 3, 4])
-def test_a_stream_goes_on_at_another_replica_and_tells_nothing_twice(after: int) -> None:
+def test_a_stream_continues_at_another_replica_without_repeated_events(after: int) -> None:
     """It is lost after so many pieces: its head, and events."""
     replicas = Replicas(after)
 
@@ -186,7 +186,7 @@ def test_the_deadline_counts_from_acceptance() -> None:
 
 
 @pytest.mark.parametrize("timeout", ["1" + "0" * 400, "600.5", "1e400", "NaN", "0", "-1", "true", "[1]"])
-def test_times_that_nobody_can_give_are_refused(timeout: str) -> None:
+def test_unusable_timeouts_get_422(timeout: str) -> None:
     async def test(client: httpx.AsyncClient) -> None:
         content = f'{{"prompt": "x", "timeout": {timeout}}}'
         answer = await client.post(IMAGES, content=content, headers={"Content-Type": "application/json"})
@@ -342,7 +342,7 @@ def test_a_stream_whose_time_ends_at_another_replica_says_so() -> None:
         assert last["error"]["code"] == "deadline_exceeded"
 
 
-def test_a_fault_of_a_replica_is_told_as_one(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fault_of_a_replica_is_internal_and_hides_its_text(caplog: pytest.LogCaptureFixture) -> None:
     """And nothing of what it says, which is for the log. It is tried once: it would be the same again."""
 
     async def fault() -> None:

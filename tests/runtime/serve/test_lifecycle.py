@@ -114,7 +114,7 @@ def test_draining_leaves_answers_the_time_it_has_left(
         assert asked.result().json()["data"][0]["b64_json"] == base64.b64encode(b"PNG").decode()
 
 
-def test_a_fault_that_stops_the_engine_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_that_stops_the_engine_gets_503(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = FakeRunner()
     with served(lambda: runner) as server, ThreadPoolExecutor(1) as pool:
         runner.hold()

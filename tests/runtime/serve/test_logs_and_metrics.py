@@ -34,14 +34,14 @@ def test_metrics_count(server: Served) -> None:
         assert line in text
 
 
-def test_the_largest_peak_of_memory_is_told() -> None:
+def test_the_largest_peak_of_memory_is_a_metric() -> None:
     metrics = Metrics()
     for peak in (3, 7, 5):
         metrics.memory(peak)
     assert metrics.registry.get_sample_value("latentrt_peak_memory_bytes") == 7
 
 
-def test_a_request_s_line_tells_its_error(
+def test_the_access_log_names_a_request_s_error(
     server: Served, runner: FakeRunner, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of a stream too, whose status was sent long before."""

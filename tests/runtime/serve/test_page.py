@@ -153,7 +153,7 @@ def test_what_was_made_can_be_copied_saved_and_looked_at_again(tab: Tab) -> None
     expect(page.locator("#seed")).to_have_value("5")
 
 
-def test_errors_are_told_in_words(tab: Tab, server: Served, runner: PageRunner) -> None:
+def test_the_page_shows_errors(tab: Tab, server: Served, runner: PageRunner) -> None:
     page = tab.page
     page.fill("#prompt", "x" * 101)
     page.click("#go")
@@ -196,7 +196,7 @@ def test_errors_are_told_in_words(tab: Tab, server: Served, runner: PageRunner) 
     expect(page.locator("#message")).not_to_have_class("bad")
 
 
-def test_a_full_queue_is_told(tab: Tab, server: Served, runner: PageRunner) -> None:
+def test_the_page_shows_a_full_queue(tab: Tab, server: Served, runner: PageRunner) -> None:
     runner.hold()
     threads = [
         threading.Thread(target=server.ask, kwargs={"seed": k, "size": "8x8"}, daemon=True) for k in range(3)

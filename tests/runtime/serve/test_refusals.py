@@ -135,7 +135,7 @@ def test_a_full_queue_answers_429_and_when_to_come_again(
     assert refused.json()["error"]["code"] == "queue_full"
 
 
-def test_a_deadline_is_told(server: Served, runner: FakeRunner) -> None:
+def test_a_passed_deadline_gets_504(server: Served, runner: FakeRunner) -> None:
     runner.hold()
     answer = server.ask(timeout=0.2, steps=50)
     assert answer.status_code == 504
@@ -181,7 +181,7 @@ def test_without_the_key_a_body_is_not_looked_at() -> None:
         assert server.metric("latentrt_errors_total", kind="http_401") == 3
 
 
-def test_faults_of_the_servers_own_tell_nothing() -> None:
+def test_server_faults_disclose_nothing() -> None:
     secret = "/secret/place"
 
     def fail(seeds: list[int]) -> Exception | None:
