@@ -22,7 +22,8 @@ from .runtime import arguments as runtime
 __all__ = ["main"]
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command; no command's own code is imported for it."""
     parser = argparse.ArgumentParser(
         prog="latentrt", description="An inference runtime for Stable Diffusion XL."
     )
@@ -43,12 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0, or 1 after an error told in one line, 2 for unusable arguments, 130 after Ctrl-C.
+        0, or 1 after an error, which is printed in one line, 2 for unusable arguments, 130 after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a prompt may hold what the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     logging.basicConfig(format="latentrt: %(message)s")
     logging.getLogger("latentrt").setLevel(logging.INFO if args.verbose else logging.WARNING)
     # A first run exports for a minute; that is said without being asked for.

@@ -254,7 +254,7 @@ def _stages(runs: _Runs, side: str, x: BatchFigures, y: BatchFigures) -> Iterato
         if name.endswith("_step"):
             continue  # its stage by its steps
         if after is None:
-            yield Change(runs.case, side, what, f"{1e3 * before:.1f} ms", "not told", "not measured")
+            yield Change(runs.case, side, what, f"{1e3 * before:.1f} ms", "missing", "not measured")
             continue
         least = max(_STAGE_TOLERANCE * before, _STAGE_LEAST * x.median.value) / wholes[0]
         change = after / wholes[1] - before / wholes[0]
@@ -268,7 +268,7 @@ def _joules(runs: _Runs, side: str, x: BatchFigures, y: BatchFigures) -> Iterato
         return
     what = f"batch {x.batch}, energy of an image"
     if after is None:
-        yield Change(runs.case, side, what, f"{before:.0f} J", "not told", "not measured")
+        yield Change(runs.case, side, what, f"{before:.0f} J", "missing", "not measured")
         return
     verdict = (
         _without_interval(after - before, _JOULES_TOLERANCE * before)
@@ -282,20 +282,20 @@ def _memory(runs: _Runs, side: str, what: str, a: Memory | None, b: Memory | Non
     if a is None:
         return
     if b is None:
-        yield Change(runs.case, side, f"{what}, memory", "measured", "not told", "not measured")
+        yield Change(runs.case, side, f"{what}, memory", "measured", "missing", "not measured")
         return
     for kind, before in a.peaks.items():
         place = f"{what}, {kind} memory"
         after = b.peaks.get(kind)
         if after is None:
-            yield Change(runs.case, side, place, _mib(before), "not told", "not measured")
+            yield Change(runs.case, side, place, _mib(before), "missing", "not measured")
             continue
         verdict = _without_interval(after - before, max(_MEMORY_TOLERANCE * before, _MEMORY_LEAST))
         yield Change(runs.case, side, place, _mib(before), _mib(after), verdict)
     for kind, before in a.growths.items():
         place = f"{what}, {kind} memory left by a picture"
         if kind not in b.growths:
-            yield Change(runs.case, side, place, _mib(before), "not told", "not measured")
+            yield Change(runs.case, side, place, _mib(before), "missing", "not measured")
             continue
         verdict = _without_interval(b.growths[kind] - before, _GROWTH_LEAST)
         yield Change(runs.case, side, place, _mib(before), _mib(b.growths[kind]), verdict)

@@ -19,12 +19,12 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from time import monotonic as _now
 
 import torch
 
@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--tune", action="append", default=[], metavar="OP", help="tune this operator only; may be repeated"
     )
     args = parser.parse_args(argv)
-    end = time.monotonic() + args.seconds
+    end = _now() + args.seconds
     out = None if args.out is None else args.out.absolute()
     folder = _BUILD if out is None else out / "parts"
     results = RESULTS if out is None else out
@@ -284,11 +284,11 @@ def _run(
         if _until(end) < _LEAST:
             yield _told(f"{name:<40}not run: no time is left"), False
             continue
-        begun = time.monotonic()
+        begun = _now()
         for _ in range(_RUNS):
             part = replace(step.part, limit=min(step.part.limit, _until(end)))
             if step.left is not None:
-                seconds = begun + step.seconds - time.monotonic()
+                seconds = begun + step.seconds - _now()
                 part = replace(part, command=(*part.command, "--seconds", f"{seconds:.0f}"))
             _told(f"{name}: at most {part.limit:.0f} s; {folder / name}.log")
             try:
@@ -299,7 +299,7 @@ def _run(
             with suppress(FileNotFoundError):  # one that passed before may have left its result only
                 log = (folder / f"{name}.log").read_text("utf-8", errors="replace").splitlines()
                 _told("\n".join(log[-_SHOWN:]))
-            spent = min(begun + step.seconds - time.monotonic(), _until(end)) < _LEAST
+            spent = min(begun + step.seconds - _now(), _until(end)) < _LEAST
             if result.passed or step.left is None or not step.left() or spent:
                 break
         if result.passed and step.kept:
@@ -310,7 +310,7 @@ def _run(
 
 def _until(end: float) -> float:
     """Seconds that a part may take, so that it may still write down what it found."""
-    return end - time.monotonic() - FAREWELL
+    return end - _now() - FAREWELL
 
 
 def _told(text: str) -> str:

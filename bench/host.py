@@ -119,10 +119,10 @@ class OwnProcess:
         try:
             self._pipe.send((what, arguments, options))
             if not self._pipe.poll(self._patience):
-                done = {"open": "loaded", "tune": "tuned", "run": "through with its pictures"}.get(
+                done = {"open": "loaded", "tune": "tuned", "run": "done making its pictures"}.get(
                     what, "profiled"
                 )
-                raise BenchmarkError(f"not {done} after {self._patience:.0f} s; give it more with --patience")
+                raise BenchmarkError(f"not {done} after {self._patience:.0f} s; raise --patience")
             kind, answer, trace = self._pipe.recv()
         except (EOFError, OSError) as error:
             self._process.join(5)

@@ -202,7 +202,7 @@ class InceptionFeatures:
         lacking = sorted(wanted - found.keys())
         if lacking:
             raise RequestError(
-                f"{file} holds no Inception-v3 for FID: it lacks {lacking[0]} and {len(lacking) - 1} more"
+                f"{file} is not Inception-v3 for FID: {lacking[0]} and {len(lacking) - 1} more tensors are missing"
             )
         self._network.load_state_dict({k: found[k] for k in wanted}, strict=False)
 

@@ -45,7 +45,7 @@ class Lpips:
         wanted = [f"{layer}.{part}" for layer, _, _ in _LAYERS for part in ("weight", "bias")]
         lacking = [name for name in wanted if name not in found]
         if lacking:
-            raise RequestError(f"{file} holds no AlexNet: it lacks features.{lacking[0]}")
+            raise RequestError(f"{file} is not AlexNet: features.{lacking[0]} is missing")
         self._weights = {name: found[name] for name in wanted}
         heads = read_tensors(Path(shipped.__file__).parent / "lpips_models" / "alex.pth")
         self._heads = [heads[f"lin{k}.model.1.weight"] for k in range(len(_LAYERS))]

@@ -214,7 +214,8 @@ class Budget:
         admission = self.require(request, stages, idle=idle)
         if admission.tile is not None and not request.tiled_vae:
             _log.warning(
-                "the VAE decodes in tiles, a little off the whole picture, which by plan would not fit"
+                "decoding in tiles, since by plan the whole picture does not fit in memory; it differs slightly at the "
+                "edges of tiles"
             )
         cache, graphs = self._loader.graph_cache, self._loader.graphs
         if self._loop_memory is None:
@@ -244,8 +245,8 @@ class Budget:
         cache = self._loader.graph_cache
         if cache.evicted > before:
             _log.warning(
-                "%d captured graphs of this warm-up were freed again: %s are kept, and there is room for %s; "
-                "warm up fewer sizes or batches, or give loop_memory=",
+                "warmup captured more than fits: %d graphs were evicted again (%s stored, limit %s); warm up fewer "
+                "sizes or batches, or raise loop_memory=",
                 cache.evicted - before,
                 format_bytes(cache.nbytes),
                 format_bytes(cache.limit),
@@ -278,7 +279,7 @@ class Budget:
             # Only here are the frames that failed gone, with the tensors that they held.
             if again or not (freed := self._freed()):
                 break
-            _log.warning("%s; let go %s that were kept, and begin again", failure, format_bytes(freed))
+            _log.warning("%s; freed %s of captured graphs, trying once more", failure, format_bytes(freed))
             begin_again()
         raise OutOfMemoryError(f"{failure}. By plan, {plan().describe(self._policy)}") from failure.__cause__
 

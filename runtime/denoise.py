@@ -193,6 +193,6 @@ def require_channels(channels: int | str, latent_channels: int, table: SamplerTa
     needed = latent_channels * (2 if table.predicts_variance else 1)
     if channels != needed:
         raise KernelArgumentError(
-            f"the UNet returned {channels} channels where the sampler needs {needed}: "
-            "variance_type of the scheduler and out_channels of the UNet do not belong together"
+            f"the UNet returned {channels} channels where the sampler needs {needed}: the scheduler's variance_type "
+            "does not match the UNet's out_channels"
         )

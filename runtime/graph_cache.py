@@ -101,8 +101,8 @@ class GraphCache:
             left = self._nbytes()
         if warn:
             _log.warning(
-                "captured graphs of %s were freed, since there is room for %s (%s are kept): a request of their kind "
-                "is captured anew; loop_memory= says how much may be kept. This is said once",
+                "evicted %s of captured graphs (limit %s, %s stored): requests of their kinds are captured again; "
+                "raise loop_memory= to keep more (logged once)",
                 format_bytes(sum(item.nbytes for item in evicted)),
                 format_bytes(limit),
                 format_bytes(left),

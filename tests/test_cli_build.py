@@ -1,4 +1,5 @@
-"""`latentrt build` and what it says of its engines; the builder itself is in tests/export/test_tensorrt.py."""
+"""`export/commands.py`: `latentrt build` and what it says of its engines; the builder itself is in
+tests/export/test_tensorrt.py."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.faults import disk_full
 from latentrt.errors import BackendUnavailableError, BuildError
 from latentrt.export import build_process, engines, plugin_kernels
 from latentrt.export.tensorrt import EngineRequest
@@ -40,12 +42,12 @@ def requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[EngineRequ
 
 
 @pytest.fixture
-def build(run: Run, requests: list[EngineRequest]) -> Run:
+def build(run_cli: Run, requests: list[EngineRequest]) -> Run:
     """`latentrt build demo --engine tensorrt-rtx --arch sm_89`, and more."""
-    return lambda *more: run("build", "demo", "--engine", "tensorrt-rtx", "--arch", "sm_89", *more)
+    return lambda *more: run_cli("build", "demo", "--engine", "tensorrt-rtx", "--arch", "sm_89", *more)
 
 
-def test_every_component_is_built_and_told_of(build: Run, requests: list[EngineRequest]) -> None:
+def test_every_component_is_built_and_listed(build: Run, requests: list[EngineRequest]) -> None:
     code, out, err = build()
     assert (code, err) == (0, "")
     names = ["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"]
@@ -80,8 +82,8 @@ def test_a_vae_that_overflows_is_built_as_its_back_end_runs_it(
     assert [request.tf32 for request in requests] == [upcast == "float32"]
 
 
-def test_options_reach_the_builder(run: Run, requests: list[EngineRequest]) -> None:
-    code, out, err = run(
+def test_options_reach_the_builder(run_cli: Run, requests: list[EngineRequest]) -> None:
+    code, out, err = run_cli(
         *("build", "demo", "--engine", "tensorrt-rtx", "--arch", "sm_120, sm_89", "--dtype", "float32"),
         *("--component", "unet", "--sizes", "64..128 step 64", "--sizes", "128x64", "--batch", "1..2"),
         "--weight-streaming",
@@ -175,12 +177,12 @@ def test_a_unet_in_parts_is_three_engines(build: Run, requests: list[EngineReque
 
 @pytest.mark.parametrize("engine", ["tensorrt", "tensorrt-rtx"])
 def test_without_a_gpu_the_architecture_must_be_named(
-    engine: str, run: Run, requests: list[EngineRequest], monkeypatch: pytest.MonkeyPatch
+    engine: str, run_cli: Run, requests: list[EngineRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     # TensorRT takes none but its GPU's, so that naming one does not help.
     named = ("--arch", "sm_80") if engine == "tensorrt" else ()
-    code, _, err = run("build", "demo", "--engine", engine, *named)
+    code, _, err = run_cli("build", "demo", "--engine", engine, *named)
     assert code == 1
     assert (
         f"there is no GPU here to build {engine} engines for; tensorrt-rtx builds for others: --engine" in err
@@ -189,14 +191,14 @@ def test_without_a_gpu_the_architecture_must_be_named(
 
 
 def test_without_a_gpu_nor_what_builds_without_one(
-    run: Run, requests: list[EngineRequest], monkeypatch: pytest.MonkeyPatch
+    run_cli: Run, requests: list[EngineRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def absent(product: trt.Product) -> None:
         raise BackendUnavailableError(f"{product.title} is not installed; {product.install}")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(trt, "load", absent)
-    code, _, err = run("build", "demo", "--engine", "tensorrt")
+    code, _, err = run_cli("build", "demo", "--engine", "tensorrt")
     assert code == 1
     assert err.startswith(
         "latentrt: there is no GPU here to build tensorrt engines for; tensorrt-rtx builds for "
@@ -205,10 +207,10 @@ def test_without_a_gpu_nor_what_builds_without_one(
 
 
 def test_tensorrt_builds_for_no_gpu_but_its_own(
-    run: Run, requests: list[EngineRequest], monkeypatch: pytest.MonkeyPatch
+    run_cli: Run, requests: list[EngineRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engines, "local_archs", lambda name: (90,))
-    code, _, err = run("build", "demo", "--engine", "tensorrt", "--arch", "sm_80")
+    code, _, err = run_cli("build", "demo", "--engine", "tensorrt", "--arch", "sm_80")
     assert code == 1
     assert (
         "TensorRT builds for the GPU it runs on, which is sm_90 here, not for sm_80; leave --arch out" in err
@@ -229,8 +231,8 @@ def test_tensorrt_builds_for_no_gpu_but_its_own(
         ),
     ],
 )
-def test_unusable_arguments(arguments: tuple[str, ...], message: str, run: Run) -> None:
-    code, out, err = run(*arguments)
+def test_unusable_arguments(arguments: tuple[str, ...], message: str, run_cli: Run) -> None:
+    code, out, err = run_cli(*arguments)
     assert (code, out) == (2, "")
     assert message in err
 
@@ -239,7 +241,7 @@ def test_unusable_arguments(arguments: tuple[str, ...], message: str, run: Run) 
     ("error", "message"),
     [
         (BuildError("unet: rejects node 'x'; do that"), "latentrt: unet: rejects node 'x'; do that\n"),
-        (OSError(28, "No space left on device", "f"), "latentrt: no space left on the device while writing"),
+        (disk_full("f"), "latentrt: no space left on the device while writing"),
     ],
 )
 def test_a_build_that_fails_leaves_nothing(
@@ -318,9 +320,7 @@ def test_where_engines_run_they_are_verified(
 
 
 @pytest.mark.parametrize("passed", [True, False])
-def test_what_was_verified_earlier_is_told_of_again(
-    passed: bool, build: Run, requests: list[EngineRequest]
-) -> None:
+def test_earlier_verdicts_are_shown_again(passed: bool, build: Run, requests: list[EngineRequest]) -> None:
     (row,) = json.loads(build("--component", "unet", "--json")[1])
     assert row["verdict"] is None
     kept = {"passed": passed, "backend": "b", "device": "GPU"}

@@ -17,7 +17,7 @@ from latentrt.bench import commands
 from latentrt.bench.demo_model.checker import Verdict, find_objects, judge
 from latentrt.bench.demo_model.scenes import Scene, Thing
 from latentrt.bench.suite import Suite
-from latentrt.cli import _parser
+from latentrt.cli import build_parser
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,18 +95,21 @@ def test_the_benchmark_is_the_demos_on_the_cpu_also_where_there_is_a_gpu(
     monkeypatch.setattr(commands, "parse_device", lambda name: torch.device(name or "cuda"))
     suites: list[Suite] = []
     monkeypatch.setattr(Suite, "run", lambda self: suites.append(self) or report())
-    list(commands.bench(_parser().parse_args(handed_on(folder, "bench", "EXTRA=cpu"))))
+    list(commands.bench(build_parser().parse_args(handed_on(folder, "bench", "EXTRA=cpu"))))
     assert [case.name for case, _ in suites[0]._work] == ["demo"]
     assert suites[0]._settings.device.type == "cpu"
 
 
 @pytest.mark.timeout(900)  # where nothing has exported the demo yet
 def test_the_picture_shows_what_its_prompt_says(
-    folder: Path, run: Callable[..., tuple[int, str, str]], exports: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    run_cli: Callable[..., tuple[int, str, str]],
+    shared_export_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("LATENTRT_CACHE", str(exports))
+    monkeypatch.setenv("LATENTRT_CACHE", str(shared_export_cache))
     command, *rest = generated(folder)
-    code, _, err = run(command, "--backend", "onnxruntime", *rest)
+    code, _, err = run_cli(command, "--backend", "onnxruntime", *rest)
     assert code == 0, err
     with PIL.Image.open("image.png") as image:
         picture = np.asarray(image)

@@ -1,10 +1,19 @@
 """Every tolerance against diffusers, float64 or another oracle, in one place. None is loosened to make a test pass:
 find the cause.
 
-Relative errors are max|a - b| / max|b| over a whole tensor, b being the oracle.
+Relative errors are max|a - b| / max|b| over a whole tensor, b being the oracle: `relative_error(a, b)`.
 """
 
 from __future__ import annotations
+
+from torch import Tensor
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """max|got - want| / max|want|, in float64, of tensors of one shape."""
+    assert got.shape == want.shape
+    return float((got.double() - want.double()).abs().max() / want.double().abs().max())
+
 
 SAMPLER_TRAJECTORY = 1e-5
 """A whole trajectory from a coefficient table against diffusers' scheduler, both in float32."""

@@ -305,14 +305,16 @@ def check_bound(component: Component, inputs: Mapping[str, Tensor], outputs: Map
     """
     check_inputs(component, inputs)
     if missing := [spec.name for spec in component.outputs if spec.name not in outputs]:
-        raise BackendError(f"{component.name} also writes {', '.join(missing)}; bound, it must be given them")
+        raise BackendError(
+            f"{component.name} also has the outputs {', '.join(missing)}; bind() needs a tensor for each"
+        )
     for tensors, specs in ((inputs, component.inputs), (outputs, component.outputs)):
         for spec in specs:
             x = tensors[spec.name]
             if x.dtype != spec.dtype or not x.is_contiguous():
                 is_ = f"{x.dtype}{'' if x.is_contiguous() else ', not contiguous'}"
                 raise BackendError(
-                    f"{component.name}: {spec.name} is {is_}; bound, it must be {spec.dtype} and contiguous"
+                    f"{component.name}: {spec.name} is {is_}; bind() needs it as {spec.dtype} and contiguous"
                 )
 
 

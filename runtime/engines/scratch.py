@@ -33,7 +33,7 @@ class Scratch:
         """
         if torch.cuda.is_current_stream_capturing():
             if self._buffer.numel() < size:
-                raise BackendError("an engine was captured before it had run; run it once at these sizes")
+                raise BackendError("an engine cannot be captured before it has run once at these sizes")
             return self._buffer
         self._follow(stream)
         if self._buffer.numel() < size:

@@ -146,7 +146,8 @@ class TensorRTEngine:
         self._engine.weight_streaming_budget_v2 = budget
         taken = int(self._engine.weight_streaming_budget_v2)
         if taken != budget:  # the binding does not say that it was refused
-            what = f"keeps {format_bytes(taken)} of {name}'s weights on the GPU, and was told {format_bytes(budget)}"
+            asked = format_bytes(budget)
+            what = f"keeps {format_bytes(taken)} of {name}'s weights on the GPU in place of the {asked} asked for"
             _log.warning("%s %s", title, what)
         return size - taken
 
@@ -185,7 +186,7 @@ class TensorRTEngine:
             scratch = self._scratch.begin(self._stream, context.scratch_bytes)
             if context.capturable(self._stream, scratch):
                 return True
-            why = f"{self._product.title} says so"
+            why = f"{self._product.title} reports that it cannot be captured"
         _log.warning("the engine of %s runs without a CUDA graph: %s", self.component.name, why)
         return False
 
@@ -243,7 +244,7 @@ class TensorRTEngine:
             profile = profile_index(self.component, self._profiles, sizes)
             if torch.cuda.is_current_stream_capturing():
                 raise BackendError(
-                    f"{self.component.name} was captured before it had run; run it once at these sizes"
+                    f"{self.component.name} cannot be captured before it has run once at these sizes"
                 )
             with torch.inference_mode(False):  # else the static tensors might be inference tensors
                 own = {

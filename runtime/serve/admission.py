@@ -79,13 +79,14 @@ class Admission:
         """
         if len(groups) > self.max_waiting:
             raise RequestError(
-                f"{len(groups)} images are asked for at once, and at most {self.max_waiting} may wait; ask for fewer"
+                f"the request asks for {len(groups)} images, and at most {self.max_waiting} may wait; ask for fewer"
             )
         waiting = len(self._queue)
         if waiting + len(groups) > self.max_waiting:
             retry = _retry(max((after for _, after in self._forecast([], now)), default=0.0))
             raise QueueFullError(
-                f"{waiting} images wait, {len(groups)} more are asked for, and at most {self.max_waiting} may wait; "
+                f"the queue is full: {waiting} of {self.max_waiting} places are taken, and the request needs "
+                f"{len(groups)}; "
                 f"try again in {retry} s",
                 retry,
             )
@@ -99,14 +100,14 @@ class Admission:
         if timeout is not None and _CAUTION * took > timeout:
             retry = _retry(_CAUTION * took - timeout)
             raise QueueFullError(
-                f"with {waiting} images before it, and what may come between, it would take {took:.1f} to "
-                f"{_CAUTION * took:.1f} s, and was given {timeout:g} s; try again in {retry} s, or give it more time",
+                f"with {waiting} images queued it would take an estimated {took:.1f} to {_CAUTION * took:.1f} s, and "
+                f"its timeout is {timeout:g} s; try again in {retry} s, or raise the timeout",
                 retry,
             )
         if self._harms(forecast, now) and self._keep_out(groups[0].size, now):
             retry = _retry(took)
             raise QueueFullError(
-                f"{waiting} images wait, and with this one before some of them they might be late; "
+                f"{waiting} images are queued, and this one could make some of them late; "
                 f"try again in {retry} s",
                 retry,
             )

@@ -100,7 +100,7 @@ def refusal(error: BaseException) -> tuple[int, str, str | None, str, dict[str, 
         return 422, str(error), field_of(error), "invalid_value", {}
     if isinstance(error, LatentRTError):
         return 500, "the image could not be made; the server's log says why", None, "failed", _ONCE
-    return 500, "a fault of the server's own; its log says more under this request's id", None, "internal", {}
+    return 500, "an internal error; the server's log has more under this request's id", None, "internal", {}
 
 
 def images_json(results: Sequence[ImageResult], pngs: Sequence[bytes]) -> dict[str, Any]:

@@ -53,7 +53,10 @@ def serve(args: argparse.Namespace) -> Iterator[str]:
     with listen(args.host, args.port) as socket:
         log_as_json()
         if not keys and not _is_local(args.host):
-            _log.warning("whoever reaches %s may use this server; --api-key-file asks for a key", args.host)
+            _log.warning(
+                "listening on %s without an API key: anyone who can connect can use this server; see --api-key-file",
+                args.host,
+            )
         Server(app, service, drain_seconds=args.drain_seconds, limits=limits).run([socket])
     if service.at_work:
         # The interpreter would wait for the thread: for a model that is being loaded, or a step on the device.

@@ -104,7 +104,7 @@ class Connection(H11Protocol):
             self._watch_departure(self._unsent)
             return
         _log.warning(
-            "a client took nothing of its answer for %g s; %d bytes are thrown away",
+            "a client read nothing for %g s; closing its connection with %d bytes unsent",
             self.limits.write,
             unsent,
         )

@@ -80,13 +80,13 @@ _ERRORS = {
     400: "The body is not JSON.",
     401: "The key is missing or wrong.",
     404: "There is no such model.",
-    408: "The request did not come whole in its time.",
+    408: "The request was not complete in time.",
     413: "The body is too long.",
     422: "A field cannot be met; `error.param` names it.",
-    429: "The queue is full, or the time given too short for it; Retry-After says when to come again.",
-    500: "A fault of the server's own, told in its log.",
+    429: "The queue is full, or the timeout too short for it; Retry-After says when to try again.",
+    500: "An internal error; the server's log has it.",
     503: "Not ready, shutting down, or stopped; `error.message` says which.",
-    504: "The image was not made in its time.",
+    504: "The image was not made within its timeout.",
 }
 
 _STREAM = (

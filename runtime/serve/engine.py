@@ -154,7 +154,7 @@ class AsyncEngine:
             raise StoppedError(str(self._failure))
         if self._draining or self._serving is None:
             state = "is shutting down and takes nothing new" if self._draining else "was not started"
-            raise DrainingError(f"the engine {state}; ask another one")
+            raise DrainingError(f"the engine {state}; send the request to another server")
         if asyncio.get_running_loop() is not self._loop:
             raise ServiceError("the engine belongs to the event loop that started it; ask it from there")
         checked = [self._runner.check(request) for request in requests]
@@ -198,11 +198,18 @@ class AsyncEngine:
         self._wake.set()
         if self._serving is not None:
             await asyncio.wait([self._serving], timeout=timeout)
-            self._end_all(DrainingError("the engine shut down before the image was made; ask another one"))
+            self._end_all(
+                DrainingError(
+                    "the engine shut down before the image was made; send the request to another server"
+                )
+            )
             self._wake.set()
             _, late = await asyncio.wait([self._serving], timeout=_LAST_STEP)
             if late:
-                _log.error("the device is still at work after %g s more and is left to itself", _LAST_STEP)
+                _log.error(
+                    "the device is still busy %g s after the deadline; exiting without waiting for it",
+                    _LAST_STEP,
+                )
                 self._serving.cancel()
         self._thread.shutdown(wait=False)
 
@@ -266,10 +273,8 @@ class AsyncEngine:
                 pass
 
     async def _prove(self, worker: Worker) -> None:
-        """Make an image of one's own. An error that a device does not recover from ends the engine here."""
-        _log.warning(
-            "%d calls failed one after the other; an image of the engine's own is tried", self._faults
-        )
+        """Make a self-test image. An error that a device does not recover from ends the engine here."""
+        _log.warning("%d calls failed in a row; making a self-test image", self._faults)
         await self._in_thread(worker.prove)
         self._faults = 0
 

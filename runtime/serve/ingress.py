@@ -161,7 +161,9 @@ class Ingress:
                     if isinstance(error, ReplicaLostError) and lost < tries - 1:
                         lost += 1
                         pauses = 2 ** (lost - 1)
-                        _log.warning("%s, the %d. of at most %d", error, lost, tries)
+                        _log.warning(
+                            "%s (lost replica %d of at most %d for this request)", error, lost, tries
+                        )
                     elif isinstance(error, QueueFullError) and lost and accepted is not None:
                         pauses = _FULL  # it was taken: it waits for a place, until its deadline
                     elif sent.begun:
@@ -174,7 +176,7 @@ class Ingress:
     @contextlib.contextmanager
     def _taken(self) -> Iterator[None]:
         if self._draining:
-            raise DrainingError("the server is shutting down and takes nothing new; ask another one")
+            raise DrainingError("the server is shutting down; send the request to another one")
         self._open += 1
         try:
             yield

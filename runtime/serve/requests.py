@@ -77,7 +77,7 @@ class ImageResult:
         timings: seconds of each stage of the batch it was made in, their `total`, and `queue`, the wait before it.
         batch: images made in that call.
         peak_memory: bytes: PyTorch's largest reservation on a GPU, the process's largest resident set elsewhere,
-            0 where nobody says (not Linux).
+            0 where it is unknown (not Linux).
     """
 
     image: PIL.Image.Image

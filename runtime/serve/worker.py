@@ -85,26 +85,24 @@ class Worker:
             return
         if len(live) == 1:
             if is_out_of_memory(error):
-                _log.warning(
-                    "memory did not suffice for one image of %dx%d: %s", *live[0].group.size[::-1], error
-                )
+                _log.warning("out of memory for one image of %dx%d: %s", *live[0].group.size[::-1], error)
             self._tell(live[0].finish, error)
             return
         half = (len(live) + 1) // 2
         parts = [[job] for job in live]  # so that a request that fails, fails alone
         if is_out_of_memory(error) or isinstance(error, EngineSizeError):
             size = live[0].group.size
-            why = "memory did not suffice" if is_out_of_memory(error) else "no engine was built"
+            why = "out of memory" if is_out_of_memory(error) else "no engine was built"
             details = (why, len(live), size[1], size[0], half, error)
-            _log.warning("%s for %d images of %dx%d; from now on %d at once: %r", *details)
+            _log.warning("%s for a batch of %d images of %dx%d; the limit is now %d: %r", *details)
             self._tell(self._on_limit, size, half)
             parts = [live[:half], live[half:]]
         for part in parts:
             self.make(part)
 
     def prove(self) -> None:
-        """Generate an image of the engine's own, to see whether the device still works. If memory runs out, that says
-        nothing of the device, and is logged.
+        """Generate a self-test image, to see whether the device still works. If memory runs out, that says nothing of
+        the device, and is logged.
 
         Raises:
             Exception: the device does not work any more.
@@ -114,7 +112,7 @@ class Worker:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            _log.warning("memory did not suffice for an image of the engine's own: %s", error)
+            _log.warning("the self-test image ran out of memory: %s", error)
         else:
             return
         release_memory()

@@ -1,4 +1,4 @@
-"""Planted sides, measured in this process."""
+"""Planted sides, measured in this process; kernels, timed without a GPU."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from helpers.dry_timing import fake_timer
 from helpers.planted_sides import CASE
+from latentrt.bench import kernel_timing, verdicts
 from latentrt.bench.cases import Case, SideSpec
 from latentrt.bench.gates import GATES
 from latentrt.bench.host import Host
+from latentrt.bench.kernel_timing import Timing
 from latentrt.bench.results import CaseResult
 from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.worker import Job, Worker
@@ -40,3 +44,12 @@ def measure(tmp_path: Path) -> Callable[..., CaseResult]:
         return run.result()
 
     return call
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Timing:
+    """A run of measurements on a stand-in for a GPU, into `results`."""
+    machine = {"gpu": "A Fake", "commit": "c", "versions": {}}
+    for module in (kernel_timing, verdicts):
+        monkeypatch.setattr(module, "describe_machine", lambda: machine)
+    return Timing(torch.device("cpu"), fake_timer, folder=tmp_path / "results")

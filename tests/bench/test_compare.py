@@ -13,7 +13,7 @@ from helpers.planted_reports import MACHINE, noisy, report, row, with_figures
 from latentrt.bench.compare import TOLERANCE, compare, differences
 from latentrt.bench.gates import Quality
 from latentrt.bench.results import Report, write_report
-from latentrt.cli import _parser
+from latentrt.cli import build_parser
 from latentrt.errors import BenchmarkError, RequestError
 
 Run = Callable[..., tuple[int, str, str]]
@@ -82,7 +82,7 @@ def test_a_tolerance_is_a_share() -> None:
     for wrong in (float("nan"), -0.1, float("inf")):
         with pytest.raises(RequestError, match=f"a tolerance of {wrong:g}; give a share such as 0.03"):
             compare(report(), report(), wrong)
-    assert _parser().parse_args(["bench", "compare", "a", "b"]).tolerance == TOLERANCE
+    assert build_parser().parse_args(["bench", "compare", "a", "b"]).tolerance == TOLERANCE
 
 
 def test_memory_is_compared() -> None:
@@ -123,7 +123,7 @@ def test_stages_and_energy_are_compared() -> None:
     assert ours(frugal, report())["batch 1, energy of an image"] == "not measured"
 
 
-def test_what_the_runs_were_made_with_is_told() -> None:
+def test_versions_and_machines_of_both_runs_are_shown() -> None:
     newer = report(machine={**MACHINE, "driver": "570", "versions": {"torch": "3"}, "commit": "d"})
     told = [(c.side, c.before, c.after) for c in compare(report(), newer) if c.verdict == "changed"]
     assert told == [("driver", "none", "570"), ("commit", "c", "d"), ("torch", "2", "3")]
@@ -253,14 +253,14 @@ def test_other_settings_are_not_compared() -> None:
         compare(a, b)
 
 
-def test_the_command_ends_with_1_on_a_regression(run: Run) -> None:
+def test_the_command_ends_with_1_on_a_regression(run_cli: Run) -> None:
     for name, made in (("a", report()), ("same", report(seed=5)), ("slow", report(1.2))):
         write_report(Path(f"{name}.json"), made)
-    code, out, err = run("bench", "compare", "a.json", "same.json")
+    code, out, err = run_cli("bench", "compare", "a.json", "same.json")
     assert (code, err) == (0, "")
     assert out.count("same") == 20
-    code, out, err = run("bench", "compare", "a.json", "slow.json")
+    code, out, err = run_cli("bench", "compare", "a.json", "slow.json")
     assert code == 1
     assert "worse           demo, latentrt-eager, batch 1, speedup" in out
     assert err == "latentrt: 1 of 20 figures got worse: demo, latentrt-eager, batch 1, speedup\n"
-    assert run("bench", "compare", "a.json", "none.json")[0] == 1
+    assert run_cli("bench", "compare", "a.json", "none.json")[0] == 1

@@ -1,4 +1,5 @@
-"""The pixel checker against drawn scenes: right where they are right, and wrong where a fault is planted."""
+"""`bench/demo_model/checker.py`: the pixel checker against drawn scenes: right where they are right, and wrong where a
+fault is planted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The training machinery: resume, replicas that equal one model, true conditioning, and a folder that loads."""
+"""`bench/demo_model/train.py`: the training machinery: resume, replicas that equal one model, true conditioning, and a
+folder that loads."""
 
 from __future__ import annotations
 
@@ -96,7 +97,7 @@ def _weights(folder: Path) -> str:
 
 
 @pytest.mark.usefixtures("few")
-def test_what_was_made_from_another_vae_or_other_examples_is_made_anew(tmp_path: Path) -> None:
+def test_latents_of_another_vae_or_other_examples_are_made_again(tmp_path: Path) -> None:
     def run(vae: float) -> tuple[str, str, list[int]]:
         settings = Run(tmp_path, 0, torch.device("cpu"), {"vae": vae, "soft": 0.003}, examples=25)
         train_vae.stage_vae(settings)
@@ -257,7 +258,7 @@ def test_wrong_captions_show_nothing_held_out() -> None:
         assert len({(thing.colour, thing.shape) for thing in wrong.things}) == len(scene.things)
 
 
-def test_conditioning_tells_the_truth() -> None:
+def test_sizes_and_crops_of_training_examples_are_true() -> None:
     kinds = {"small": 0, "crop": 0, "plain": 0}
     for seed in range(60):
         e = data.example(seed)

@@ -130,7 +130,7 @@ def test_all_components_one_after_the_other(
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_it_goes_on_where_it_was_ended(
+def test_an_interrupted_run_resumes(
     run: Callable[..., int],
     configs: list[Path],
     steps: list[Any],
@@ -198,20 +198,20 @@ def test_what_was_measured_elsewhere_is_measured_again(
 
 
 ROW = script.Row(
-    "sdxl_base",
-    "unet",
-    "float16",
-    "batch 1..8",
-    5 * GB,
-    239,
-    8 * GB,
-    1e-3,
-    149,
-    20 * GB,
-    5 * GB,
-    20_000,
-    4.9,
-    {},
+    model="sdxl_base",
+    component="unet",
+    dtype="float16",
+    sizes="batch 1..8",
+    weight_bytes=5 * GB,
+    export_seconds=239,
+    export_bytes=8 * GB,
+    relative_error=1e-3,
+    build_seconds=149,
+    build_bytes=20 * GB,
+    engine_bytes=5 * GB,
+    layers=20_000,
+    found_seconds=4.9,
+    machine={},
 )
 
 
@@ -246,7 +246,7 @@ def test_a_broken_limit_fails_and_is_printed(
 
 
 @pytest.mark.parametrize("short", ["disk", "memory"])
-def test_a_machine_that_is_too_small_is_told_first(
+def test_a_machine_that_is_too_small_is_refused_first(
     run: Callable[..., int],
     configs: list[Path],
     steps: list[Any],

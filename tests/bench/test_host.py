@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 from helpers.planted_sides import planted
+from helpers.waiting import has_ended, written
 from latentrt.bench.cases import Case
 from latentrt.bench.host import OwnProcess
 from latentrt.bench.worker import Job
@@ -16,7 +15,7 @@ from latentrt.errors import BenchmarkError
 CASE = Case("planted", "nothing real", "none", steps=5)
 
 
-def test_a_process_of_its_own_tells_how_it_ended(tmp_path: Path) -> None:
+def test_a_process_that_dies_reports_its_signal(tmp_path: Path) -> None:
     job = Job(CASE, planted("dying", dies_at=1), "cpu", tmp_path)
     host = OwnProcess(job, threads=1)
     try:
@@ -37,17 +36,15 @@ def test_a_process_that_hangs_is_ended_with_those_it_began(tmp_path: Path) -> No
     try:
         host.open()
         host._patience = 0.1
-        with pytest.raises(BenchmarkError, match=r"not through with its pictures after 0 s; .* --patience"):
+        with pytest.raises(BenchmarkError, match=r"not done making its pictures after 0 s; .* --patience"):
             host.run(["a"], [3])
-        while not (note.exists() and note.read_text()):
-            time.sleep(0.05)
+        child = int(written(note))
     finally:
         host.close()
-    child = psutil.Process(int(note.read_text())) if psutil.pid_exists(int(note.read_text())) else None
-    assert child is None or child.status() == psutil.STATUS_ZOMBIE or child.name() != "sleep"
+    assert has_ended(child)
 
 
-def test_what_a_process_compiles_goes_to_its_own_folder(tmp_path: Path) -> None:
+def test_compiled_code_is_stored_in_the_process_own_folder(tmp_path: Path) -> None:
     names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
     host = OwnProcess(Job(CASE, planted("telling", tells=names), "cpu", tmp_path / "own"), threads=1)
     try:

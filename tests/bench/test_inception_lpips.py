@@ -1,4 +1,4 @@
-"""Networks whose weights are given by path: Inception for FID, AlexNet for LPIPS. Their weights are random here."""
+"""`bench/inception.py` and `lpips.py`: Inception for FID, AlexNet for LPIPS, with random weights here."""
 
 from __future__ import annotations
 
@@ -92,9 +92,9 @@ def test_inception_reads_weights_and_sees_as_they_say(inception: Inception, tmp_
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:
     save_file({"conv.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(RequestError, match="holds no Inception-v3 for FID: it lacks Conv2d_1a_3x3"):
+    with pytest.raises(RequestError, match="is not Inception-v3 for FID: Conv2d_1a_3x3"):
         InceptionFeatures(tmp_path / "other.safetensors")
-    with pytest.raises(RequestError, match=r"holds no AlexNet: it lacks features\.0\.weight"):
+    with pytest.raises(RequestError, match=r"is not AlexNet: features\.0\.weight is missing"):
         Lpips(tmp_path / "other.safetensors")
     torch.save(nn.Linear(1, 1), tmp_path / "code.pth")  # which could run code
     with pytest.raises(RequestError, match=r"code\.pth cannot be read as weights"):

@@ -1,11 +1,10 @@
-"""Measuring and tuning dry: all but the GPU. Kernels run in Triton's interpreter, and the clock is a fake."""
+"""`bench/kernel_timing.py`: measuring dry. Kernels run in Triton's interpreter, and the clock is a fake."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,68 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from latentrt import cli
-from latentrt.bench import kernel_timing, kernel_tuning, verdicts
+from helpers.dry_timing import ATTENTION, BF16, FALLEN, SMALL, fake_timer, small_attention
+from latentrt.bench import kernel_timing, verdicts
 from latentrt.bench import kernels as timings
 from latentrt.bench.kernel_timing import LOST, Timing
-from latentrt.errors import BackendUnavailableError
-from latentrt.kernels import aot, tuning
+from latentrt.kernels import tuning
 from latentrt.kernels._triton import forced
-from latentrt.kernels.registry import Case, OpSpec, specs
-
-ATTENTION = specs(["attention"])[0]
-SMALL = [
-    {"BLOCK_M": 16, "BLOCK_N": n, "num_warps": 4, "num_stages": 1} for n in (48, 16, 32)
-]  # 48 cannot be compiled
-SMALL_WIDE = [{**small, "BLOCK_D": 64, "BLOCK_V": 64} for small in SMALL]
-FIRST, SECOND = "attention, one", "attention, two"
-FALLEN = "neither a kernel of ours ran nor the libraries in its place"
-
-
-def small_attention(**changes: Any) -> OpSpec:
-    def inputs(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
-        return torch.randn(1, 20, 3, 1, 64, dtype=dtype, device=device).unbind(2)
-
-    def fails(*_: object) -> None:
-        raise RuntimeError("no such back end")
-
-    # The second is called so often that it is the greater part of a forward.
-    fields = {
-        **vars(ATTENTION),
-        "cases": [Case(name, inputs, 1e6, 5120, calls) for name, calls in (("one", 1), ("two", 3))],
-        "candidates": {"attention_wide": SMALL_WIDE, "attention": SMALL},
-        "baselines": {"itself": ATTENTION.reference, "broken": fails},
-        **changes,
-    }
-    return OpSpec(**fields)
-
-
-def fake_timer(
-    calls: Mapping[str, Callable[..., Any]], inputs: Sequence[tuple[Any, ...]], seconds: float
-) -> dict[str, float | str]:
-    """Runs each once; blocks of 32 are the quickest. Of several candidates each is named by its constants."""
-    tried = next((c for name, c, _ in tuning._trials if name == "attention"), {})
-    found: dict[str, float | str] = {}
-    for name, call in calls.items():
-        trial = json.loads(name) if name.startswith("{") else tried
-        try:
-            for args in inputs:
-                call(*args)
-            found[name] = 10.0 if trial.get("BLOCK_N") == 32 else 19.0
-        except RuntimeError as error:
-            found[name] = f"RuntimeError: {error}"
-    return found
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Timing:
-    machine = {"gpu": "A Fake", "commit": "c", "versions": {}}
-    for module in (kernel_timing, verdicts):
-        monkeypatch.setattr(module, "describe_machine", lambda: machine)
-    return Timing(torch.device("cpu"), fake_timer, folder=tmp_path / "results")
-
-
-BF16 = [torch.bfloat16]
 
 
 def test_measuring(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +61,7 @@ def test_measuring(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "in bfloat16; copies" in table[-2]
 
 
-def test_measuring_goes_on_where_it_stopped(here: Timing) -> None:
+def test_measuring_resumes(here: Timing) -> None:
     """A row that failed or was interrupted is run again, one that took the process along is not."""
     path = here.folder / "kernels-a-fake.json"
     calls: list[object] = []
@@ -224,242 +167,6 @@ def test_a_lost_gpu_ends_the_run(here: Timing, monkeypatch: pytest.MonkeyPatch) 
     assert verdicts.of_resumable(here.folder, "kernels") == (True, "1 left")
 
 
-def test_tuning(here: Timing) -> None:
-    """The quickest over both cases that share a key; what does not compile is passed over."""
-    with forced():
-        result = kernel_tuning.tune(here, [small_attention()], save=False)
-    assert result["best"] == {"attention": {"16/d64-short": SMALL[2]}}
-    assert result["left"] == []
-    broken, slow, quick = (result["times"]["attention"]["16/d64-short"][json.dumps(c)] for c in SMALL)
-    assert (slow, quick) == ({FIRST: 19.0, SECOND: 57.0}, {FIRST: 10.0, SECOND: 30.0})
-    assert result["finals"]["attention"]["16/d64-short"] == {
-        json.dumps(SMALL[2]): quick,
-        json.dumps(SMALL[1]): slow,
-    }
-    assert list(broken) == [FIRST]  # and not tried again at the other
-    assert "power of 2" in broken[FIRST]
-    assert list(kernel_tuning.lines(result)) == [
-        f"attention 16/d64-short: {json.dumps(SMALL[2])}, 40.0 us in one forward",
-        "left: none",
-    ]
-
-
-def test_the_library_may_be_the_quickest(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is held against float64 and timed as any other candidate, is written down, and is said to be what runs."""
-
-    def timer(calls: Any, inputs: Any, seconds: float) -> dict[str, float | str]:
-        found = fake_timer(calls, inputs, seconds)
-        by_library = ("attention", tuning.LIBRARY) in [(table, row) for table, row, _ in tuning._trials]
-        library = {name for name in found if by_library or name == json.dumps(tuning.LIBRARY)}
-        return found | dict.fromkeys(library, 5.0)
-
-    saved: list[Any] = []
-    monkeypatch.setattr(tuning, "save", lambda *args: saved.append(args))
-    spec = small_attention(candidates={"attention": [tuning.LIBRARY, *SMALL[1:]]})
-    with forced():
-        result = kernel_tuning.tune(Timing(here.device, timer, folder=here.folder), [spec])
-        assert [args[2] for args in saved] == [{"16/d64-short": {"LIBRARY": 1}}]
-        assert 'attention 16/d64-short: {"LIBRARY": 1}, 20.0 us' in next(kernel_tuning.lines(result))
-        with tuning.trying("attention", tuning.LIBRARY):
-            measured = timings.measure(here, [spec], BF16)
-    assert [row["launches"] for row in measured["rows"]] == [{"library: attention": 1}] * 2
-    assert next(line for line in timings.lines(measured) if "two" in line).endswith(
-        "; by PyTorch's libraries"
-    )
-
-
-def test_the_choice_is_among_the_best_few_timed_in_turn(here: Timing) -> None:
-    """Alone, 16 was timed when clocks were high; side by side it is the slower one."""
-    together: list[list[str]] = []
-
-    def timer(calls: Any, inputs: Any, seconds: float) -> dict[str, float | str]:
-        found = fake_timer(calls, inputs, seconds)
-        if len(found) > 1:
-            together.append(list(found))
-            return found
-        return {"": 9.0} if tuning._trials[-1][1]["BLOCK_N"] == 16 else found
-
-    with forced():
-        result = kernel_tuning.tune(
-            Timing(here.device, timer, folder=here.folder), [small_attention()], save=False
-        )
-        assert together == [[json.dumps(c) for c in SMALL[1:]]] * 2  # at both cases
-        assert result["best"] == {"attention": {"16/d64-short": SMALL[2]}}
-        assert "40.0 us in one forward" in next(kernel_tuning.lines(result))
-        again = kernel_tuning.tune(
-            Timing(here.device, timer, folder=here.folder), [small_attention()], save=False
-        )
-    assert len(together) == 2
-    assert again["best"] == result["best"]
-
-
-@pytest.mark.parametrize("ended", [KeyboardInterrupt, SystemExit])
-def test_a_final_that_is_ended_is_run_again_unless_it_took_the_process_along(
-    ended: type[BaseException], here: Timing
-) -> None:
-    """Then the choice is by the times alone."""
-    rounds: list[int] = []
-
-    def stops(calls: Any, inputs: Any, seconds: float) -> dict[str, float | str]:
-        if len(calls) > 1:
-            rounds.append(len(calls))
-            if len(rounds) == 1:
-                raise ended
-        return fake_timer(calls, inputs, seconds)
-
-    timing = Timing(here.device, stops, folder=here.folder)
-    with forced():
-        with pytest.raises(ended):
-            kernel_tuning.tune(timing, [small_attention()], save=False)
-        result = kernel_tuning.tune(timing, [small_attention()], save=False)
-    assert len(rounds) == (3 if ended is KeyboardInterrupt else 2)
-    assert result["best"] == {"attention": {"16/d64-short": SMALL[2]}}
-
-
-def test_tuning_goes_on_where_it_stopped(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Past the candidate that hung, not past one that was interrupted; nothing is written down before all cases were
-    timed."""
-    saved: list[Any] = []
-    monkeypatch.setattr(tuning, "save", lambda *args: saved.append(args))
-    timed: list[int] = []
-
-    def stops(*args: Any) -> dict[str, float | str]:
-        timed.append(tuning._trials[-1][1]["BLOCK_N"])
-        if timed == [16, 16, 32]:
-            raise SystemExit  # as if the process had been ended
-        if timed == [16]:
-            raise KeyboardInterrupt
-        return fake_timer(*args)
-
-    with forced():
-        for ended in (KeyboardInterrupt, SystemExit):
-            with pytest.raises(ended):
-                kernel_tuning.tune(Timing(here.device, stops, folder=here.folder), [small_attention()])
-        assert not saved
-        assert verdicts.of_resumable(here.folder, "tuning") == (True, "1 left")
-        assert verdicts.is_left(here.folder, "tuning")
-        result = kernel_tuning.tune(Timing(here.device, stops, folder=here.folder), [small_attention()])
-    assert timed == [16, 16, 32, 16]  # the other case of the one that is left
-    times = result["times"]["attention"]["16/d64-short"]
-    assert times[json.dumps(SMALL[2])] == {FIRST: LOST}
-    arch, table, best, measured_on = saved[0]
-    assert (arch, table, best) == (80, "attention", {"16/d64-short": SMALL[1]})
-    assert measured_on["gpu"] == "A Fake"
-    assert verdicts.of_resumable(here.folder, "tuning") == (True, "")
-    assert not verdicts.is_left(here.folder, "tuning")
-    assert verdicts.is_left(here.folder, "kernels")  # which nobody has timed
-
-
-@pytest.fixture
-def block_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Path]]:
-    """Copies of kernels/tuned: the one that kernels read, and the one that an earlier run left."""
-    folders = tmp_path / "read", tmp_path / "left"
-    for folder in folders:
-        shutil.copytree(tuning.FOLDER, folder)
-    caches = (tuning.load, tuning.architectures, tuning._with_data)
-    for function in caches:
-        function.cache_clear()
-    monkeypatch.setattr(tuning, "FOLDER", folders[0])
-    yield folders
-    monkeypatch.undo()
-    for function in caches:
-        function.cache_clear()
-
-
-def leave(folder: Path, table: str, rows: dict[str, Any], measured_on: dict[str, Any]) -> None:
-    """As a run leaves its block sizes of sm_90."""
-    file = folder / "sm_90.json"
-    content = json.loads(file.read_text())
-    content["tables"].setdefault(table, {}).update(rows)
-    content["measured_on"][table] = {**measured_on, "keys": sorted(rows)}
-    file.write_text(json.dumps(content))
-
-
-NEW = dict(ATTENTION.candidates["attention"][-1])
-KEY = "16/d64"
-
-
-def test_block_sizes_of_an_earlier_run_are_taken(block_sizes: tuple[Path, Path]) -> None:
-    """The sources came anew, and with them what is reasoned."""
-    read, left = block_sizes
-    before = {path.name: path.read_text() for path in read.iterdir()}
-    assert kernel_tuning.take_tuned(left.parent / "none") == []
-    assert kernel_tuning.take_tuned(left) == []  # nothing is measured there
-    assert {path.name: path.read_text() for path in read.iterdir()} == before
-    measured = {"gpu": "A", "sources": kernel_timing.sources()}
-    leave(left, "attention", {KEY: NEW}, measured)
-    assert kernel_tuning.take_tuned(left) == ["attention of sm_90"]
-    assert tuning.constants("attention", 90, torch.float16, "d64") == NEW
-    found = tuning.load(90)
-    assert found["measured_on"] == {"attention": {**measured, "keys": [KEY]}}
-    reasoned = json.loads(before["sm_90.json"])["tables"]
-    assert {**found["tables"]["attention"], KEY: None} == {**reasoned["attention"], KEY: None}
-    assert {k: v for k, v in found["tables"].items() if k != "attention"} == {
-        k: v for k, v in reasoned.items() if k != "attention"
-    }
-    assert kernel_tuning.take_tuned(left) == []
-
-
-def test_block_sizes_of_other_sources_or_forms_are_not_taken(block_sizes: tuple[Path, Path]) -> None:
-    read, left = block_sizes
-    before = tuning.load(90)
-    leave(left, "attention", {KEY: NEW}, {"gpu": "A", "sources": "others"})
-    for arch, text in {
-        80: '{"arch": 80, "tab',
-        86: "[]",
-        89: '{"arch": 89}',
-        100: '{"tables": {}, "measured_on": {"attention": {"sources": "%s", "keys": ["16/d64"]}}}',
-        120: '{"tables": {}, "measured_on": {"attention": 7}}',
-    }.items():
-        (left / f"sm_{arch}.json").write_text(text.replace("%s", kernel_timing.sources()))
-    (left / "sm_70.json").write_text("{}")
-    assert kernel_tuning.take_tuned(left) == []
-    assert tuning.load(90) == before
-    assert {path.name for path in read.iterdir()} == {f"sm_{arch}.json" for arch in tuning.architectures()}
-
-
-def test_operators_that_share_a_table_are_tuned_together() -> None:
-    uses = kernel_tuning._tables(specs(["group_norm", "group_norm_silu"]), 90)["group_norm"]
-    assert {use.spec.name for use in uses} == {"group_norm", "group_norm_silu"}
-    assert {use.key for use in uses} == {"16/channels_last"}
-
-
-def test_levels_of_the_unet_are_tuned_apart() -> None:
-    """Of 4,096 tokens and of 1,024, and a text's keys: each chooses its own block sizes."""
-    uses = kernel_tuning._tables(specs(["attention"]), 90)["attention"]
-    keys = {use.case.name.partition(",")[0]: use.key for use in uses}
-    assert keys == {
-        "self 4096 x 10 heads": "16/d64-long",
-        "self 1024 x 20 heads": "16/d64",
-        "cross 4096 x 77": "16/d64-short",
-        "cross 1024 x 77": "16/d64-short",
-    }
-
-
-def test_both_variants_of_a_kernel_are_tried() -> None:
-    tried = {
-        launch.kernel.name
-        for r in kernel_tuning.tuned_requests(specs(["attention", "linear_geglu"]), 90)
-        for launch in aot._launches(r)
-    }
-    assert tried == {
-        "_attention",
-        "_attention_wide",
-        "_attention_tma",
-        "_exponentials",
-        "_geglu_kernel",
-        "_linear_geglu_kernel",
-        "_linear_geglu_tma_kernel",
-    }
-
-
-def test_no_candidate_runs(here: Timing, caplog: pytest.LogCaptureFixture) -> None:
-    with forced():
-        result = kernel_tuning.tune(here, [small_attention(candidates={"attention": SMALL[:1]})])
-    assert (result["best"], result["left"]) == ({}, ["attention"])
-    assert "no candidate of attention runs in all cases" in caplog.text
-
-
 class FakeEvent:
     """Events of a GPU whose every replay takes as long as the graph says."""
 
@@ -518,59 +225,6 @@ def test_the_timer_replays_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         "none": "ValueError: not for this shape",
     }
     assert replays == [2.0, 6.0] * 7
-
-
-def test_a_dry_run_compiles_what_the_real_one_would(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked: list[aot.Request] = []
-
-    def attempts(requests: list[aot.Request], processes: int, seconds: float) -> list[Any]:
-        asked.extend(requests)
-        return ["does not compile", *[[] for _ in requests[1:]]]
-
-    monkeypatch.setattr(aot, "attempts", attempts)
-    assert cli.main(["kernels", "--measure", "--dry-run", "--op", "attention", "--arch", "sm_90"]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert rows[0] == {"op": "attention", "trial": None, "error": "does not compile"}
-    assert len(rows) == len(asked) == 2 * len(ATTENTION.cases)
-    assert cli.main(["kernels", "--tune", "--dry-run", "--op", "attention"]) == 0
-    assert all(r.trial for r in asked[len(rows) :])
-    asked.clear()
-    capsys.readouterr()
-    command = ["kernels", "--dry-run", "--op", "attention", "--dtype", "float16"]
-    assert cli.main([*command, "--measure"]) == 0
-    assert {r.args[0].dtype for r in asked} == {torch.float16}
-    assert cli.main([*command, "--tune"]) == 1
-    assert "--tune finds what serves both half types, by bfloat16" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main([*command, "--tune", "--measure"])
-
-
-def test_timing_wants_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BackendUnavailableError, match="timed on a CUDA GPU"):
-        kernel_timing.require_gpu()
-    assert cli.main(["kernels", "--measure"]) == 1
-    assert "PyTorch sees none here" in capsys.readouterr().err
-
-
-def test_the_command_says_what_has_no_time(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    good = {"op": "geglu", "case": "one", "dtype": "bfloat16", "us": 1.0, "tflops": 0, "tbs": 1, "share": 0.5}
-    good |= {"baselines": {}, "launches": {"_geglu_kernel": 1}}
-    bad = {"op": "geglu", "case": "two", "dtype": "bfloat16", "error": "wrong result"}
-    result: dict[str, Any] = {"rows": [good], "left": [], "ceilings": {"copy": 4.0}}
-    monkeypatch.setattr(kernel_timing, "require_gpu", lambda: torch.device("cpu"))
-    monkeypatch.setattr(timings, "measure", lambda *_: result)
-    assert cli.main(["kernels", "--measure"]) == 0
-    result["rows"].append(bad)
-    capsys.readouterr()
-    assert cli.main(["kernels", "--measure"]) == 1
-    out, err = capsys.readouterr()
-    assert "geglu, one" in out
-    assert "1 of 2 without a time: geglu, two, bfloat16: wrong result" in err
 
 
 def test_a_hang_is_given_up() -> None:

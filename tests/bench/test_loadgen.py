@@ -73,17 +73,17 @@ def test_a_quick_model_lasts_as_long_as_it_has_to(tmp_path: Path) -> None:
     assert len(make.batches) > 2 * 64
 
 
-def test_what_cannot_be_run_is_told_before_anything_is_loaded(
-    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+def test_unusable_options_are_refused_before_anything_is_loaded(
+    run_cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def loaded(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("it was loaded")
 
     monkeypatch.setattr(Pipeline, "from_pretrained", loaded)
-    code, _, err = run("bench", "loadgen", "--scenario", "Offline", "--scenario", "MultiStream")
+    code, _, err = run_cli("bench", "loadgen", "--scenario", "Offline", "--scenario", "MultiStream")
     assert code != 0
     assert "no scenario 'MultiStream'; there are" in err
-    code, _, err = run("bench", "loadgen", "--queries", "0")
+    code, _, err = run_cli("bench", "loadgen", "--queries", "0")
     assert code != 0
     assert "queries is 0; it must be above 0" in err
 
@@ -100,14 +100,14 @@ def test_what_cannot_be_run_is_told_before_anything_is_loaded(
 def test_the_refiner_is_that_of_generate(
     arguments: tuple[str, ...],
     refiner: str | None,
-    run: Callable[..., tuple[int, str, str]],
+    run_cli: Callable[..., tuple[int, str, str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def loaded(_: str, refiner: str | None, **options: Any) -> None:
         raise RequestError(f"with {refiner}")
 
     monkeypatch.setattr(Pipeline, "from_pretrained", loaded)
-    assert run("bench", "loadgen", *arguments) == (1, "", f"latentrt: with {refiner}\n")
+    assert run_cli("bench", "loadgen", *arguments) == (1, "", f"latentrt: with {refiner}\n")
 
 
 @pytest.mark.parametrize("scenario", ["Offline", pytest.param("SingleStream", marks=pytest.mark.full)])
@@ -122,9 +122,9 @@ def test_the_demo_in_small(scenario: str, tmp_path: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
-def test_the_demo_is_valid_in_every_scenario(run: Callable[..., tuple[int, str, str]]) -> None:
+def test_the_demo_is_valid_in_every_scenario(run_cli: Callable[..., tuple[int, str, str]]) -> None:
     """As the README has it: the demo in settings that fit a machine of two cores."""
-    code, out, err = run(
+    code, out, err = run_cli(
         *("bench", "loadgen", "--refiner", "demo", "--backend", "onnxruntime", "--size", "64x64"),
         *("--steps", "4", "--seconds", "10", "--batch", "8"),
     )
@@ -143,7 +143,7 @@ def test_too_slow_a_server_is_invalid_and_says_why(tmp_path: Path) -> None:
     assert verdict.why_not
 
 
-def test_an_error_ends_the_test_and_is_told(tmp_path: Path) -> None:
+def test_an_error_ends_the_test_and_is_reported(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match="Offline: a picture could not be made: planted failure"):
         run_loadgen(load_test("Offline"), Maker(fails_at=9), tmp_path)
 

@@ -1,145 +1,29 @@
-"""What is read of the machine: NVML through a stand-in, memory estimates, cases and their steps."""
+"""`bench/machine.py`, `room.py` and `cases.py`: what a machine is, what fits on it, and what a case takes."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from latentrt.bench import full, host, machine, worker
 from latentrt.bench.cases import CASES, DTYPES, SIDES, default_sides, sides_named
 from latentrt.bench.machine import describe_machine, installed_versions
-from latentrt.bench.monitor import BusyElsewhere, MemorySampler, Span, memory_now, peak_within
-from latentrt.bench.nvml import GpuShare, Nvml, open_nvml
 from latentrt.bench.room import Arrangement, Room, arrange, memory_bytes, room, too_little, written_bytes
 from latentrt.bench.side import factory
-from latentrt.cli import _parser
+from latentrt.cli import build_parser
 from latentrt.runtime.weights import open_checkpoint
 
 CPU = torch.device("cpu")
 GIB = 2**30
 
 
-class Library:
-    """As much of pynvml as is asked."""
-
-    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
-
-    NVML_ERROR_NOT_SUPPORTED, NVML_ERROR_UNKNOWN = 3, 999
-
-    class NVMLError(Exception):
-        def __init__(self, value: int) -> None:
-            self.value = value
-
-    def __init__(self) -> None:
-        self.asked = 0
-
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: Any) -> list[Any]:  # noqa: N802
-        return [SimpleNamespace(pid=1, usedGpuMemory=7), SimpleNamespace(pid=os.getpid(), usedGpuMemory=123)]
-
-    def nvmlDeviceGetMemoryInfo(self, handle: Any) -> Any:  # noqa: N802
-        return SimpleNamespace(used=456)
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any) -> int:  # noqa: N802
-        self.asked += 1
-        raise self.NVMLError(self.NVML_ERROR_NOT_SUPPORTED)
-
-    def nvmlDeviceGetClockInfo(self, handle: Any, kind: int) -> int:  # noqa: N802
-        return {1: 1980, 2: 2619}[kind]
-
-    def nvmlDeviceGetPowerUsage(self, handle: Any) -> int:  # noqa: N802
-        return 350_500
-
-    def nvmlDeviceGetEnforcedPowerLimit(self, handle: Any) -> int:  # noqa: N802
-        return 700_000
-
-    def nvmlDeviceGetTemperature(self, handle: Any, sensor: int) -> int:  # noqa: N802
-        return 41
-
-    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
-        return "580.1"
-
-
-def test_nvml_in_its_units_and_what_a_gpu_lacks_is_asked_once() -> None:
-    library = Library()
-    nvml = Nvml(library, object())
-    assert (nvml.process_bytes(), nvml.device_bytes(), nvml.driver()) == (123, 456, "580.1")
-    assert nvml.state() == {
-        "sm_mhz": 1980,
-        "memory_mhz": 2619,
-        "power_w": 350.5,
-        "power_limit_w": 700,
-        "temperature_c": 41,
-    }
-    assert [nvml.joules(), nvml.joules(), library.asked] == [None, None, 1]
-    assert open_nvml(CPU) is None
-
-
-def test_nvml_is_asked_again_after_an_error_that_may_pass() -> None:
-    class Failing(Library):
-        def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any) -> int:  # noqa: N802
-            self.asked += 1
-            if self.asked == 1:
-                raise self.NVMLError(self.NVML_ERROR_UNKNOWN)
-            return 5000
-
-        def nvmlDeviceGetClockInfo(self, handle: Any, kind: int) -> int:  # noqa: N802
-            if kind == self.NVML_CLOCK_MEM:
-                raise self.NVMLError(self.NVML_ERROR_NOT_SUPPORTED)
-            return 1980
-
-    nvml = Nvml(Failing(), object())
-    assert [nvml.joules(), nvml.joules()] == [None, 5.0]
-    for _ in range(2):  # the memory's clock that is missing does not hide the SM's
-        assert nvml.state().keys() == {"sm_mhz", "power_w", "power_limit_w", "temperature_c"}
-
-
-class InContainer(Library):
-    """The driver tells numbers of processes that mean nothing here."""
-
-    used = 1000
-
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: Any) -> list[Any]:  # noqa: N802
-        return [SimpleNamespace(pid=-1, usedGpuMemory=7)]
-
-    def nvmlDeviceGetMemoryInfo(self, handle: Any) -> Any:  # noqa: N802
-        return SimpleNamespace(used=self.used)
-
-
-def test_gpu_memory_without_per_process_figures() -> None:
-    library = InContainer()
-    mine, theirs = (GpuShare(Nvml(library, object())) for _ in range(2))
-
-    def turn(share: GpuShare, *changes: int) -> list[int | None]:
-        share.begin()
-        found = []
-        for change in changes:
-            library.used += change
-            found.append(share.used())
-        share.end()
-        return found
-
-    assert turn(mine, 100, 50, -20) == [100, 150, 130]
-    assert turn(theirs, 400) == [400]
-    assert turn(mine, 0, 30) == [130, 160]
-    assert turn(theirs, -100) == [300]
-    assert mine.series == "gpu by turns"
-    known = GpuShare(Nvml(Library(), object()))
-    assert turn(known, 0) == [123]
-    assert known.series == "gpu"
-
-
-def test_the_machine_is_told_of_the_device_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machine_names_the_device_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: f"GPU at {device}")
     assert describe_machine(torch.device("cuda:1"))["gpu"] == "GPU at cuda:1"
@@ -183,36 +67,7 @@ def test_what_was_built_is_used_again_only_by_the_same_sources(
     assert job.folder.exists() is kept
 
 
-def test_gpu_memory_is_sampled_where_there_is_nvml() -> None:
-    with MemorySampler(CPU, GpuShare(Nvml(Library(), object()))) as sampler:
-        pass
-    assert sampler.peaks()["gpu"] == 123
-    assert len(sampler.series["gpu"]) == len(sampler.series["seconds"]) >= 2
-
-
-def test_memory_of_a_gpu_is_told_at_rest_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 77)
-    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 99)
-    found = memory_now(torch.device("cuda"), GpuShare(Nvml(Library(), object())))
-    assert (found["allocated"], found["reserved"], found["gpu"]) == (77, 99, 123)
-    assert found["resident"] > 1e7
-    assert "allocated" not in memory_now(CPU, None)
-
-
-def test_a_stage_that_runs_twice_has_the_larger_peak() -> None:
-    """As the text encoders do, for the base and for the refiner."""
-    with MemorySampler(CPU, None) as sampler:
-        pass
-    sampler.series = {"seconds": [0.0, 1.0, 2.0], "resident": [5.0, 9.0, 3.0]}
-    at = [
-        Span(name, sampler.begun + t - 0.1, sampler.begun + t + 0.1)
-        for t, name in enumerate(("text", "text", "base"))
-    ]
-    assert sampler.peaks_by_stage(at) == {"text": {"resident": 9.0}, "base": {"resident": 3.0}}
-    assert sampler.peaks_by_stage(at[::-1]) == {"text": {"resident": 9.0}, "base": {"resident": 3.0}}
-
-
-def test_versions_are_told_whatever_a_library_is_installed_as(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_are_found_by_any_name_of_a_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {
         "torch": "2.13",
         "onnxruntime-gpu": "1.31",
@@ -230,56 +85,6 @@ def test_versions_are_told_whatever_a_library_is_installed_as(monkeypatch: pytes
     monkeypatch.setattr("torch.backends.cudnn.version", lambda: 91900)
     assert installed_versions() == {**there, "cudnn": "91900"}
     assert "Linux" in describe_machine(CPU)["system"] or "mac" in describe_machine(CPU)["system"]
-
-
-def test_nvml_finds_the_gpu_that_pytorch_was_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    library, asked = Library(), []
-    library.nvmlInit = lambda: None
-    library.nvmlDeviceGetHandleByUUID = lambda name: asked.append(name) or "handle"
-    monkeypatch.setitem(sys.modules, "pynvml", library)
-    uuid = "5c3c2a4e-0000-1111-2222-333344445555"
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(uuid=uuid))
-    found = open_nvml(torch.device("cuda:1"))
-    assert asked == [f"GPU-{uuid}"]
-    assert found.process_bytes() == 123
-
-    def absent() -> None:
-        raise library.NVMLError(library.NVML_ERROR_UNKNOWN)
-
-    library.nvmlInit = absent
-    assert open_nvml(torch.device("cuda:1")) is None
-    monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
-    assert open_nvml(torch.device("cuda:1")) is None
-
-
-def test_a_stage_has_its_own_peak() -> None:
-    series = {"seconds": [0.0, 1.0, 2.0, 3.0], "resident": [1.0, 9.0, 5.0, 7.0]}
-    for begin, end, peak in ((0, 1.5, 9), (1.5, 2.5, 5), (2.1, 2.4, 5), (2.6, 2.7, 7), (9, 10, 7)):
-        assert peak_within(series, Span("x", 100 + begin, 100 + end), 100) == {"resident": peak}
-
-
-def test_own_work_is_not_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the processor's clocks of others and of this process, which a test cannot hold still itself."""
-    clocks = iter([(10.0, 100.0, 5.0), (14.0, 106.0, 7.0), (16.0, 107.0, 9.0)])
-    monkeypatch.setattr("latentrt.bench.monitor._clocks", lambda: next(clocks))
-    elsewhere = BusyElsewhere()
-    assert elsewhere.lap() == (6 - 2) / 4
-    assert elsewhere.lap() == 0  # clocks that tick apart
-
-
-def test_another_process_that_works_is_seen() -> None:
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
-        try:
-            elsewhere = BusyElsewhere()
-            spent = psutil.Process(busy.pid).cpu_times().user
-            time.sleep(1.0)
-            spent = psutil.Process(busy.pid).cpu_times().user - spent
-            found = elsewhere.lap()
-        finally:
-            busy.kill()
-    # It gets what other programs leave it; they are seen as well.
-    assert spent - 0.1 <= found <= (os.cpu_count() or 1) + 0.1
-    assert spent > 0.1
 
 
 def test_memory_is_estimated_before_a_case_begins() -> None:
@@ -398,7 +203,7 @@ def test_only_what_publishes_by_its_name_writes_to_the_published_results() -> No
     named = {path.stem for path in bench.rglob("*.py") if re.search(r"\bRESULTS\b", path.read_text("utf-8"))}
     assert named == {"machine", "gpu", "readme"}
     for words in (["kernels", "--measure"], ["kernels", "--tune"], ["bench"], ["bench", "sweep"]):
-        assert _parser().parse_args(words).out.parts[0] == "out"
+        assert build_parser().parse_args(words).out.parts[0] == "out"
     commands = [word for part in full.PARTS for word in part.command]
     assert not any("results" in word for word in commands)
     assert sum(word.endswith("build/full/full_size_engines.json") for word in commands) == 4

@@ -1,4 +1,4 @@
-"""What `make test-full` runs: every slow test is in it, and what passed is not run again."""
+"""`bench/full.py`: what `make test-full` runs: every slow test is in it, and what passed is not run again."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_what_passed_is_noted_and_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(1200)
-def test_a_run_of_tests_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_run_of_tests_resumes(tmp_path: Path) -> None:
     """With the plugin alone, as a part of tests runs it: in a process beside the one that notes."""
     (tmp_path / "test_some.py").write_text(
         "import pathlib, pytest\n"

@@ -1,4 +1,4 @@
-"""The stand-in for CUDA's libraries: what a device would refuse, it refuses."""
+"""`bench/null_cuda/driver.c`: the stand-in for CUDA's libraries: what a device would refuse, it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The instrument tells the truth: what is planted in a side is what is measured."""
+"""`bench/run.py` and `worker.py`: what is planted in a side is what is measured."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def save_product(file: Path) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), file)
 
 
-def test_operators_of_both_libraries_are_told_apart(tmp_path: Path) -> None:
+def test_operators_of_both_libraries_are_distinguished(tmp_path: Path) -> None:
     save_product(tmp_path / "product.onnx")
     ones = np.ones((SIDE, SIDE), np.float32)
     with profile_sessions(tmp_path) as sessions:
@@ -102,7 +102,7 @@ def test_kinds(operator: str, kind: str) -> None:
     assert kind_of(operator) == kind
 
 
-def test_a_case_tells_where_its_time_goes(tmp_path: Path) -> None:
+def test_a_case_reports_its_time_by_kind_of_operator(tmp_path: Path) -> None:
     case = Case("planted", "nothing real", "none", steps=3)
     compiled = planted("compiled")
     sides = [planted("a", step_seconds=0.01), planted("wrong", wrong_from=0)]

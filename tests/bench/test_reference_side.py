@@ -1,4 +1,5 @@
-"""What pictures are held against where diffusers is not installed, and what a report says of it."""
+"""`bench/gates.py` and `report.py`: what pictures are held against where diffusers is not installed, and what a report
+says of it."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.side import as_bytes
 from latentrt.bench.stats import growth, median, ratio
 from latentrt.bench.worker import Worker
-from latentrt.cli import _parser
+from latentrt.cli import build_parser
 from latentrt.errors import BenchmarkError
 from rich.console import Console
 
@@ -169,7 +169,7 @@ def test_the_quickest_side_is_quicker_than_the_next_beyond_noise() -> None:
     assert re.search(r"^Quickest: c, [^;]*; not different beyond noise: a, b\.$", quickest(a, b, c))
 
 
-def test_figures_are_told_with_their_block_sizes() -> None:
+def test_figures_name_their_block_sizes() -> None:
     """Of a GPU: the commit does not tell of them."""
     tuned = report(machine={**MACHINE, "gpu": "H200", "tuned": "0123abcd"})
     assert "Block sizes of kernels: 0123abcd, by the digest of `kernels/tuned`\n" in reports.markdown(tuned)
@@ -192,7 +192,7 @@ def test_few_pictures_are_kept_and_the_page_has_them_reduced(tmp_path: Path) -> 
         assert len(data) < 100_000
 
 
-def test_tables_tell_what_was_found_and_what_was_withheld() -> None:
+def test_tables_show_what_was_found_and_what_was_withheld() -> None:
     text = reports.markdown(report())
     found = cells(text, "side")
     assert float(found["seconds"].split()[0]) == pytest.approx(1.0, rel=0.02)
@@ -226,7 +226,7 @@ def test_tables_do_not_mix_batch_sizes() -> None:
     assert cells(text, "images/s")["batch 4"].endswith("(120 dB)")
     assert "| latentrt-eager |" not in text[text.index("| MiB") : text.index("| side | set up")]
     assert "Quickest" not in reports.html(made, {})
-    assert _parser().parse_args(["bench", "--batch", "4,1,4"]).batch == (1, 4)
+    assert build_parser().parse_args(["bench", "--batch", "4,1,4"]).batch == (1, 4)
 
 
 def test_only_the_first_side_is_1_by_definition() -> None:
@@ -353,18 +353,18 @@ def test_a_terminal_sees_what_each_side_is_at() -> None:
     ],
 )
 def test_refusals_are_one_line(
-    arguments: tuple[str, ...], message: str, run: Run, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...], message: str, run_cli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("latentrt.bench.room._free_memory", lambda device: 4 << 30)
     Path("empty.txt").touch()
-    code, _, err = run("bench", *arguments)
+    code, _, err = run_cli("bench", *arguments)
     assert code == 1
     assert message in err
     assert err.count("\n") == 1
 
 
-def test_what_there_is_is_listed(run: Run) -> None:
-    code, out, _ = run("bench", "list")
+def test_what_there_is_is_listed(run_cli: Run) -> None:
+    code, out, _ = run_cli("bench", "list")
     assert code == 0
     for name in ("demo", "sdxl-refiner", "diffusers-max-autotune", "latentrt-onnxruntime", "mlperf", *GATES):
         assert re.search(rf"^    {name} ", out, re.MULTILINE)

@@ -33,7 +33,9 @@ def test_trying_settings_out_is_no_part_of_the_first_picture(
 
 
 @pytest.mark.parametrize("at", [0, 1, 3, 5])
-def test_a_side_that_fails_is_told_and_the_rest_goes_on(at: int, measure: Callable[..., CaseResult]) -> None:
+def test_a_side_that_fails_is_reported_and_the_rest_is_measured(
+    at: int, measure: Callable[..., CaseResult]
+) -> None:
     result = measure(planted("failing", fails_at=at), planted("sound"), rounds=3)
     found = rows(result)
     where = "batch 1: " if at >= 2 else ""
@@ -77,7 +79,7 @@ def test_as_many_sides_build_at_the_same_time_as_asked(measure: Callable[..., Ca
     assert found.builders == 2
 
 
-def test_what_an_earlier_run_built_is_told_and_not_timed(
+def test_engines_of_an_earlier_run_are_reported_and_not_timed(
     measure: Callable[..., CaseResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []

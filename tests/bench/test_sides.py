@@ -1,4 +1,5 @@
-"""Every side that runs on a CPU makes the same pictures of the same checkpoint, and tells the same stages."""
+"""`bench/latentrt_side.py`, `diffusers_side.py` and `onnxruntime_side.py`: every side that runs on a CPU makes the
+same pictures of the same checkpoint, and reports the same stages."""
 
 from __future__ import annotations
 

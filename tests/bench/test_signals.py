@@ -1,4 +1,4 @@
-"""How a run ends that somebody else ends: by SIGTERM and SIGHUP, which can be caught, and by SIGKILL."""
+"""`bench/endings.py`: runs that are ended by SIGTERM and SIGHUP, which can be caught, and by SIGKILL."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from helpers.waiting import has_ended, until, written
 from latentrt.bench import full, kernel_timing, kernels
 from latentrt.bench.endings import signals_as_ctrl_c
 from latentrt.bench.full import Part, run_part
@@ -24,7 +25,7 @@ from latentrt.bench.suite import Suite
 RUN = """
 import sys, torch; from pathlib import Path; from dataclasses import replace
 from latentrt.bench.cases import CASES; from latentrt.bench.gates import GATES; from latentrt.bench.run import Plan
-from latentrt.bench.suite import Settings, Suite; from planted_sides import planted
+from latentrt.bench.suite import Settings, Suite; from helpers.planted_sides import planted
 if __name__ == '__main__':
     case = replace(CASES['demo'], refiner=None, steps=2, batches=(1, 2))
     plan = Plan(['a'], GATES['eager'], rounds=3, pictures=2)
@@ -52,7 +53,7 @@ ASKED = (signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.mark.parametrize("number", ASKED)
-def test_a_signal_is_ctrl_c_and_comes_once(
+def test_a_signal_is_one_ctrl_c(
     number: signal.Signals, handlers: Callable[[signal.Signals, Any], None]
 ) -> None:
     handlers(signal.SIGHUP, signal.SIG_DFL)  # whatever began the tests
@@ -90,7 +91,7 @@ def test_signal_handlers_are_untouched_outside_the_main_thread() -> None:
 
 @pytest.mark.parametrize("command", ["bench", "kernels"])
 def test_commands_that_measure_take_it_so(
-    command: str, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+    command: str, run_cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ended(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -99,12 +100,12 @@ def test_commands_that_measure_take_it_so(
     monkeypatch.setattr(kernels, "measure", ended)
     monkeypatch.setattr(kernel_timing, "require_gpu", lambda: torch.device("cpu"))
     arguments = {"bench": ("--device", "cpu"), "kernels": ("--measure",)}[command]
-    code, _, err = run(command, *arguments)
+    code, _, err = run_cli(command, *arguments)
     assert (code, err) == (130, "latentrt: interrupted\n")
 
 
 @pytest.mark.timeout(120)
-def test_what_was_measured_is_there_and_no_side_goes_on(tmp_path: Path) -> None:
+def test_a_killed_run_leaves_its_results_and_no_process(tmp_path: Path) -> None:
     """After a SIGKILL, which leaves nobody the time to write or close anything."""
     script, note, out = tmp_path / "script.py", tmp_path / "note", tmp_path / "out"
     script.write_text(RUN)
@@ -114,9 +115,8 @@ def test_what_was_measured_is_there_and_no_side_goes_on(tmp_path: Path) -> None:
     }
     process = subprocess.Popen([sys.executable, str(script), str(out), str(note)], env=environment)
     try:
-        while not (note.exists() and "b" in note.read_text()):
-            assert process.poll() is None
-            time.sleep(0.05)
+        until(lambda: process.poll() is not None or (note.exists() and "b" in note.read_text()))
+        assert process.poll() is None
         children = psutil.Process(process.pid).children()
         (side,) = (child for child in children if "spawn_main" in " ".join(child.cmdline()))
     finally:
@@ -129,30 +129,7 @@ def test_what_was_measured_is_there_and_no_side_goes_on(tmp_path: Path) -> None:
     assert row.status == "measured"
     assert row.first_image_seconds > 0.1
     assert len(row.batches[0].seconds) == 3
-    for _ in range(200):
-        if not side.is_running() or side.status() == psutil.STATUS_ZOMBIE:
-            break
-        time.sleep(0.05)
-    else:
-        side.kill()
-        pytest.fail("the side computes on, beside whatever is measured next")
-
-
-def wait_for(file: Path) -> None:
-    for _ in range(600):
-        if file.exists():
-            return
-        time.sleep(0.05)
-    pytest.fail(f"nobody wrote {file.name}")
-
-
-def is_gone(pid: int) -> bool:
-    for _ in range(200):
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return True
-        time.sleep(0.05)
-    os.kill(pid, signal.SIGKILL)
-    return False
+    assert has_ended(side.pid)  # or it would compute beside whatever is measured next
 
 
 DEAF = """
@@ -176,7 +153,7 @@ def test_a_second_ctrl_c_kills_a_part_that_ignores_the_first(
     note = tmp_path / "pid"
 
     def impatient() -> None:
-        wait_for(note)
+        written(note)
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1.0)
@@ -188,7 +165,7 @@ def test_a_second_ctrl_c_kills_a_part_that_ignores_the_first(
         run_part(Part("deaf", 300, command=("-c", DEAF, str(note))), tmp_path)
     assert time.monotonic() - begun < full.FAREWELL
     thread.join()
-    assert is_gone(int(note.read_text()))
+    assert has_ended(int(note.read_text()))
     assert "ending deaf, which has 45 s to write down what it found" in capsys.readouterr().out
 
 
@@ -210,10 +187,10 @@ def test_a_part_dies_with_its_runner(number: signal.Signals, tmp_path: Path) -> 
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_for(note)
+        written(note)
         process.send_signal(number)
         process.wait(60)
     finally:
         process.kill()
         process.wait()
-    assert is_gone(int(note.read_text()))
+    assert has_ended(int(note.read_text()))

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 from helpers.planted_reports import report
 from helpers.planted_sides import planted
+from helpers.waiting import until
 from latentrt.bench import commands
 from latentrt.bench.cases import CASES, Case
 from latentrt.bench.features import Judges
@@ -172,9 +172,8 @@ def test_a_whole_run_in_processes_ends_by_ctrl_c_with_its_report(tmp_path: Path)
     }
     process = subprocess.Popen([sys.executable, str(script), str(out), str(note)], env=environment)
     try:
-        while not (note.exists() and len(note.read_bytes()) > 9):  # in a round by then
-            assert process.poll() is None
-            time.sleep(0.05)
+        until(lambda: process.poll() is not None or (note.exists() and note.stat().st_size > 9))
+        assert process.poll() is None  # but in a round
         process.send_signal(signal.SIGINT)
         assert process.wait(60) not in (0, -signal.SIGKILL)
     finally:

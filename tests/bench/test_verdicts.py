@@ -1,5 +1,5 @@
 """Whether a side was measured, by the report that a part of `make gpu` has written; kernels are in
-test_kernel_timing."""
+test_kernel_tuning."""
 
 from __future__ import annotations
 

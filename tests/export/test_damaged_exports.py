@@ -1,4 +1,5 @@
-"""Disks that fill, bytes that flip, exports that are killed: what was whole stays, and nothing damaged is loaded."""
+"""`export/folder.py` and `runtime/prepare.py`: disks that fill, bytes that flip, exports that are killed: what was
+whole stays, and nothing damaged is loaded."""
 
 from __future__ import annotations
 

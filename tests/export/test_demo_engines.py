@@ -1,5 +1,5 @@
-"""The demo's components parsed and built by TensorRT for RTX, dynamic, with plugins and without; and builds that are
-killed or race each other.
+"""`runtime/prepare.py` and `export/engines.py`: the demo's components parsed and built by TensorRT for RTX, dynamic,
+with plugins and without; and builds that are killed or race each other.
 
 The engines are real, and have run nowhere: loading one takes a GPU.
 """
@@ -82,9 +82,14 @@ def nodes(model: str, name: str, dtype: torch.dtype, cache_dir: Path) -> Counter
     ids=lambda x: str(x).removeprefix("torch."),
 )
 def test_every_component_is_built(
-    exports: Path, model: str, name: str, dtype: torch.dtype, archs: tuple[int, ...], with_plugins: str
+    shared_export_cache: Path,
+    model: str,
+    name: str,
+    dtype: torch.dtype,
+    archs: tuple[int, ...],
+    with_plugins: str,
 ) -> None:
-    made = engine(*asked(model, name, dtype, archs, with_plugins), cache_dir=exports)
+    made = engine(*asked(model, name, dtype, archs, with_plugins), cache_dir=shared_export_cache)
     assert made.plan.stat().st_size == made.figures["engine_bytes"] > 10_000
     assert made.figures["layers"] > 20
     (profile,) = made.profiles
@@ -92,7 +97,7 @@ def test_every_component_is_built(
         assert axis.low < axis.high  # dynamic
 
     # Every node of an operator whose plugin is on became one, and TensorRT called each of them.
-    names, has = plugins.chosen(with_plugins), nodes(model, name, dtype, exports)
+    names, has = plugins.chosen(with_plugins), nodes(model, name, dtype, shared_export_cache)
     assert made.figures["plugin_layers"] == sum(has[plugin] for plugin in names)
     assert sorted(made.figures["plugins"]) == sorted(names)
     for plugin, calls in made.figures["plugins"].items():
@@ -103,9 +108,7 @@ def test_every_component_is_built(
         assert made.figures["plugin_layers"] > 10
 
     component, target = asked(model, name, dtype, archs, with_plugins)
-    begun = time.perf_counter()
-    again = engine(component, target, cache_dir=exports)
-    assert time.perf_counter() - begun < 1
+    again = engine(component, target, cache_dir=shared_export_cache)
     assert (again.built, again.key) == (False, made.key)
 
 

@@ -1,4 +1,5 @@
-"""Exports against the modules they were traced from, at sizes that tracing never saw; and what is refused."""
+"""`export/check.py` and `onnx.py`: exports against the modules they were traced from, at sizes that tracing never saw;
+and what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo checkpoint's components, base and refiner, in every precision.
+"""`export/check.py`: the demo checkpoint's components, base and refiner, in every precision.
 
 Every export was checked when it was made: by onnx.checker, and on ONNX Runtime against PyTorch in the same precision,
 at two sizes. What that found is in the manifest.
@@ -51,8 +51,8 @@ def find(model: str, name: str, dtype: torch.dtype) -> Component:
     [*ALWAYS, *(pytest.param(*case, marks=pytest.mark.full) for case in REST)],
     ids=lambda x: str(x).removeprefix("torch."),
 )
-def test_components(exports: Path, model: str, name: str, dtype: torch.dtype) -> None:
-    path = onnx_model(find(model, name, dtype), cache_dir=exports)
+def test_components(shared_export_cache: Path, model: str, name: str, dtype: torch.dtype) -> None:
+    path = onnx_model(find(model, name, dtype), cache_dir=shared_export_cache)
     figures = json.loads((path.parent / "manifest.json").read_text())["figures"]
     if dtype == torch.bfloat16:  # which ONNX Runtime cannot run on the CPU
         assert figures == {}
@@ -64,12 +64,12 @@ def test_components(exports: Path, model: str, name: str, dtype: torch.dtype) ->
     assert max(found) < limit == figures["limit"]
 
 
-def test_half_precision_is_close_to_single(exports: Path) -> None:
+def test_half_precision_is_close_to_single(shared_export_cache: Path) -> None:
     """The float16 export against PyTorch in float32, which rounds nowhere."""
     half = find("demo", "unet", torch.float16)
     sizes = {"batch": 2, "height": 16, "width": 16}
     inputs = example_inputs(half, sizes)
-    session = open_session(onnx_model(half, cache_dir=exports), CPU)
+    session = open_session(onnx_model(half, cache_dir=shared_export_cache), CPU)
     (got,) = run_session(half, session, list(inputs), CPU)
     with torch.inference_mode():
         wanted = find("demo", "unet", torch.float32).build()(*(x.float() for x in inputs))

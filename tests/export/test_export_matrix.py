@@ -1,4 +1,5 @@
-"""Every model, precision and form of UNet: exported, held against PyTorch on ONNX Runtime, built by TensorRT for RTX.
+"""`export/check.py` and `build_process.py`: every model, precision and form of UNet: exported, held against PyTorch on
+ONNX Runtime, built by TensorRT for RTX.
 
 `make test` does those of tests/export/test_export_demo.py and tests/export/test_demo_engines.py; here is the rest.
 """

@@ -125,7 +125,7 @@ def test_a_checkpoint_is_not_exported_over_itself(
     assert content(model) == before
 
 
-def test_an_export_that_was_hidden_when_it_was_killed_comes_back(
+def test_an_export_hidden_by_a_killed_process_is_restored(
     tiny: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -10,7 +10,6 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import IO, Any
 
 import pytest
 from helpers import tiny_onnx
+from helpers.waiting import until
 from latentrt.errors import BuildError
 from latentrt.export import build_process
 from latentrt.export.build_process import build_in_child
@@ -101,7 +101,7 @@ def test_a_node_rejected_within_a_function_is_named_with_it(request_: EngineRequ
         build_engine(request_, nothing)
 
 
-def test_a_damaged_model_is_told(request_: EngineRequest) -> None:
+def test_a_damaged_model_is_refused(request_: EngineRequest) -> None:
     Path(request_.model).write_bytes(b"not a model")
     with pytest.raises(BuildError, match=r"unet: .* rejects the file: .*Failed to parse"):
         build_engine(request_, nothing)
@@ -196,15 +196,6 @@ def children() -> list[int]:
     return found
 
 
-def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"{condition} did not come true in {seconds} s")
-
-
 def own_child(parent: int) -> int | None:
     def parent_of(pid: int) -> int:
         try:
@@ -215,7 +206,7 @@ def own_child(parent: int) -> int | None:
     return next((pid for pid in children() if parent_of(pid) == parent), None)
 
 
-def test_a_child_that_dies_is_told_of(request_: EngineRequest) -> None:
+def test_a_child_that_dies_names_its_signal(request_: EngineRequest) -> None:
     def kill() -> None:
         os.kill(until(lambda: own_child(os.getpid())), signal.SIGKILL)
 
@@ -234,7 +225,7 @@ def test_a_child_that_dies_is_told_of(request_: EngineRequest) -> None:
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["later", "before it was asked"])
-def test_what_a_broken_child_said_is_told(
+def test_output_of_a_broken_child_is_in_the_error(
     early: bool, request_: EngineRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def once_it_died(request: EngineRequest) -> dict[str, Any]:
@@ -293,7 +284,7 @@ def test_whatever_ends_the_parent_ends_the_child(tmp_path: Path, how: signal.Sig
 # --- memory
 
 
-def test_too_little_memory_is_told_before_the_start(
+def test_too_little_memory_is_refused_before_the_start(
     request_: EngineRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path(f"{request_.model}.data").write_bytes(b"")

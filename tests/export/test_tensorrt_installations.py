@@ -1,9 +1,9 @@
-"""The products of TensorRT: absent, of another version; and the one that is for its own GPU, by a stand-in."""
+"""`runtime/engines/trt.py`: TensorRT and TensorRT for RTX where they are absent or of another version, and engines for
+one GPU, by a stand-in."""
 
 from __future__ import annotations
 
 import errno
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import tensorrt_rtx_bindings as rtx
 from helpers import tiny_onnx
+from helpers.faults import disk_full
 from latentrt.errors import BackendUnavailableError, BuildError
 from latentrt.export import tensorrt as builder
 from latentrt.export.tensorrt import EngineRequest, build_engine
@@ -37,7 +38,6 @@ def test_a_product_that_is_not_installed(request_: EngineRequest, monkeypatch: p
     monkeypatch.setattr(
         util, "find_spec", lambda name, *a: None if "tensorrt" in name else find_spec(name, *a)
     )
-    trt.load.cache_clear()
     with pytest.raises(
         BackendUnavailableError, match=r'TensorRT for RTX is not installed; pip install "latentrt\[rtx\]"'
     ):
@@ -90,10 +90,8 @@ def tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         (tmp_path / "tensorrt.py").write_text(text)
         monkeypatch.syspath_prepend(tmp_path)
 
-    trt.load.cache_clear()
     before = sys.modules.pop("tensorrt", None)
     yield install
-    trt.load.cache_clear()
     sys.modules.pop("tensorrt", None)
     if before is not None:
         sys.modules["tensorrt"] = before
@@ -153,7 +151,7 @@ def test_tensorrt_builds_for_its_own_gpu(for_one_gpu: EngineRequest) -> None:
         assert Path(str(for_one_gpu.timing_cache)).stat().st_size > 0
 
 
-def test_a_gpu_that_does_not_start_is_told(
+def test_a_gpu_that_does_not_start_is_a_build_error(
     request_: EngineRequest, tensorrt: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensorrt(f"""{STAND_IN}
@@ -204,7 +202,7 @@ def test_timings_that_a_full_disk_does_not_take_cost_no_engine(
     def full(path: Path, content: bytes) -> None:
         with open(path, "wb") as file:
             file.write(content[:1])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        raise disk_full(path)
 
     monkeypatch.setattr(Path, "write_bytes", full)
     figures = build_engine(for_one_gpu, nothing)

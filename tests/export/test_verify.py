@@ -218,9 +218,9 @@ def test_only_pictures_in_float32_are_made_without_tf32(dtype: torch.dtype, allo
 
 
 @pytest.fixture
-def verify(run: Run, tiny: Callable[..., Path]) -> Run:
+def verify(run_cli: Run, tiny: Callable[..., Path]) -> Run:
     """`latentrt verify` of the tiny SDXL checkpoint."""
-    return lambda *more: run("verify", str(tiny("sdxl")), "--size", "64x48", *more)
+    return lambda *more: run_cli("verify", str(tiny("sdxl")), "--size", "64x48", *more)
 
 
 def wrong(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Tensor], Tensor], component: str) -> None:
@@ -233,7 +233,7 @@ PARTS = ["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder",
 
 
 @pytest.mark.full
-def test_the_command_tells_of_each_part(verify: Run) -> None:
+def test_the_command_prints_each_part(verify: Run) -> None:
     code, out, err = verify("--backend", "eager")
     assert (code, err) == (0, "")
     lines = out.splitlines()
@@ -276,18 +276,18 @@ def test_one_component_and_no_pictures(verify: Run) -> None:
     assert [row["part"] for row in json.loads(out)] == ["text_encoder"]
 
 
-def test_the_arguments_are_read_as_generate_reads_them(run: Run) -> None:
+def test_the_arguments_are_read_as_generate_reads_them(run_cli: Run) -> None:
     """A device there is not is one line; the demo brings its refiner, which "none" sends away."""
-    code, _, err = run(
+    code, _, err = run_cli(
         "verify", "demo", "--backend", "eager", "--component", "vae_decoder", "--device", "foo"
     )
     assert code == 1
     assert err == "latentrt: device is 'foo'; it can be 'cpu', 'cuda' or 'cuda:1' and so on\n"
     parts = ("verify", "demo", "--backend", "eager", "--component", "none such")
     every = ", ".join(PARTS[:-1])
-    code, _, err = run(*parts)
+    code, _, err = run_cli(*parts)
     assert err == f"latentrt: demo has no component none such; it has {every}, refiner unet\n"
-    code, _, err = run(*parts, "--refiner", "none")
+    code, _, err = run_cli(*parts, "--refiner", "none")
     assert err == f"latentrt: demo has no component none such; it has {every}\n"
 
 

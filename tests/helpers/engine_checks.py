@@ -9,7 +9,7 @@ from torch import Tensor
 from helpers import tiny_components as tiny
 
 SIZES = ({"batch": 2, "height": 16, "width": 16}, {"batch": 4, "height": 12, "width": 20})
-"""Of the demo's UNet."""
+"""Sizes of the demo's UNet that `inputs` has."""
 
 
 def inputs(unet: Component, device: torch.device, which: int, seed: int = 0) -> dict[str, Tensor]:
@@ -18,7 +18,7 @@ def inputs(unet: Component, device: torch.device, which: int, seed: int = 0) -> 
 
 
 def assert_replays(engine: Engine, unet: Component, device: torch.device) -> None:
-    """Captured in a CUDA graph, and replayed over other inputs with other work in the same scratch between."""
+    """Capture an engine in a CUDA graph; replay it over other inputs, with other work in the same scratch between."""
     x = inputs(unet, device, 0)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -30,11 +30,13 @@ def code_of(kernels: Kernels, *, shared: int = 0) -> tuple[Code, dict[bytes, Lau
 
 @dataclass
 class FakeCuda:
-    """Attributes:
-    launches: by machine code.
-    memory: tensors by their address.
-    calls: (function, arguments worth remembering) in order.
-    fail: the name of a function that fails from now on.
+    """The driver's library: launches run in Triton over tensors that it finds by their addresses.
+
+    Attributes:
+        launches: by machine code.
+        memory: tensors by their address.
+        calls: (function, arguments worth remembering) in order.
+        fail: the name of a function that fails from now on.
     """
 
     launches: Mapping[bytes, Launch]

@@ -30,10 +30,12 @@ class FakeEvent:
 
 @dataclass
 class FakeQueue:
-    """Attributes:
-    log: what the host did, in order; tests add their own lines.
-    places: so far; each record, and each work on the side stream, is one.
-    done: the place the device has got to.
+    """A device's queue: work is done when the host waits for it, or when a test calls `get_to`.
+
+    Attributes:
+        log: what the host did, in order; tests add their own lines.
+        places: so far; each record, and each work on the side stream, is one.
+        done: the place the device has got to.
     """
 
     log: list[str] = field(default_factory=list)
@@ -57,7 +59,7 @@ class FakeQueue:
         return FakeEvent(self, self.places)
 
     def get_to(self, place: int) -> None:
-        """Do what was given up to there."""
+        """Do the work that was put on the side stream up to a place."""
         while self._side and self._side[0][0] <= place:
             self._side.popleft()[1]()
         self.done = max(self.done, place)

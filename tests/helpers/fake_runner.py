@@ -22,7 +22,7 @@ def in_loop(
     seconds: float = 240.0,
     loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> T:
-    """Run to its end, in an event loop of its own; `seconds` bounds it where the clock is the usual one."""
+    """The result of a coroutine in an event loop of its own, within `seconds` where the clock is the usual one."""
     with asyncio.Runner(loop_factory=loop) as runner:
         return runner.run(asyncio.wait_for(coroutine, seconds) if loop is None else coroutine)
 
@@ -127,29 +127,32 @@ class FakeRunner:
 
 
 def picture(seed: int) -> PIL.Image.Image:
+    """The image of a seed, 2x2."""
     return PIL.Image.new("RGB", (2, 2), (seed % 256, seed // 256 % 256, 0))
 
 
 def seed_of(image: PIL.Image.Image) -> int:
+    """The seed that `picture` was given."""
     red, green, _ = image.getpixel((0, 0))
     return red + 256 * green
 
 
-def ask(seed: int, **fields: Any) -> ImageRequest:
+def image_request(seed: int, **fields: Any) -> ImageRequest:
+    """A request for the image of a seed, in three steps."""
     return ImageRequest("a cat", **{"seed": seed, "steps": 3, **fields})
 
 
-async def held(runner: FakeRunner) -> None:
-    """Until the runner waits at a step."""
+async def until_at_step(runner: FakeRunner) -> None:
+    """Wait until the runner, which is held, has come to a step."""
     await asyncio.to_thread(runner.reached)
 
 
 @asynccontextmanager
-async def busy(runner: FakeRunner, engine: AsyncEngine) -> AsyncIterator[None]:
-    """While another request, seed 0, occupies the device, so that all that come share what comes after."""
+async def device_occupied(runner: FakeRunner, engine: AsyncEngine) -> AsyncIterator[None]:
+    """Occupy the device with a request of seed 0: those that come meanwhile share the batch that follows."""
     runner.hold()
-    first = asyncio.create_task(engine.generate(ask(0, height=8)))
-    await held(runner)
+    first = asyncio.create_task(engine.generate(image_request(0, height=8)))
+    await until_at_step(runner)
     try:
         yield
     finally:

@@ -14,9 +14,21 @@ import tensorrt_rtx_bindings as rtx
 import torch
 from latentrt.runtime.engines import trt
 from latentrt.runtime.engines.base import Component, TensorSpec
+from latentrt.runtime.engines.sizes import Axis, Profile
 from torch import Tensor, nn
 
-__all__ = ["ADD_ONE", "FakeContext", "FakeCuda", "FakeEngine", "FakeStream", "FakeTensorRT", "install"]
+__all__ = [
+    "ADD_ONE",
+    "NARROW",
+    "WIDE",
+    "FakeContext",
+    "FakeCuda",
+    "FakeEngine",
+    "FakeStream",
+    "FakeTensorRT",
+    "install",
+    "x_of",
+]
 
 
 class AddOne(nn.Module):
@@ -33,6 +45,7 @@ ADD_ONE = Component(
     "0",
     {"batch": 2},
 )
+NARROW, WIDE = Profile({"batch": Axis(2, 2, 3)}), Profile({"batch": Axis(1, 2, 32)})
 
 
 class FakeContext:
@@ -213,7 +226,7 @@ class FakeCuda:
 def install(
     monkeypatch: pytest.MonkeyPatch, plans: Mapping[bytes, Component]
 ) -> tuple[FakeTensorRT, FakeCuda]:
-    """Put both in the place of the real ones."""
+    """Put a FakeTensorRT and a FakeCuda in the place of the real ones."""
     fake, cuda = FakeTensorRT(plans), FakeCuda()
     monkeypatch.setattr(trt, "load", lambda product: fake)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(99))
@@ -223,3 +236,8 @@ def install(
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
     return fake, cuda
+
+
+def x_of(batch: int) -> dict[str, Tensor]:
+    """Inputs of `ADD_ONE`."""
+    return {"x": torch.arange(batch * 4, dtype=torch.float32).view(batch, 4)}

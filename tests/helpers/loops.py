@@ -81,7 +81,7 @@ def run_loop(
     noise: Tensor | None = None,
     **hooks: Any,
 ) -> Tensor:
-    """Run a `LoopRequest` of these; `hooks` as for `Hooks`."""
+    """The latents after a denoiser's loop; the arguments are a `LoopRequest`'s, and `hooks` those of `Hooks`."""
     B, C, h, w = latents.shape
     request = LoopRequest((B, C, h, w), table, constants, guidance_scale, guidance_rescale, noise)
     return denoiser.run(request, latents, Hooks(**hooks))

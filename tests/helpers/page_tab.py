@@ -22,7 +22,7 @@ expect.set_options(timeout=1000 * SECONDS)
 
 
 class PageRunner(FakeRunner):
-    """Previews tell their step, parameters the prompt."""
+    """A runner whose previews show their step, and whose parameters hold the prompt."""
 
     def run(self, requests: Sequence[CheckedRequest], on_step: OnStep) -> list[ImageResult]:
         results = super().run(requests, lambda step, _: on_step(step, lambda k: picture(1000 + step)))

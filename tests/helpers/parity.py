@@ -35,7 +35,7 @@ class Rig:
 
     def __init__(self, folder: Callable[[str], Path], cache_dir: Path | None = None) -> None:
         """`folder(kind)` is where a checkpoint lies; exported models go to `cache_dir`."""
-        self._folder = folder
+        self.folder = folder
         self._cache_dir = cache_dir
         self._ours: dict[tuple[str, str], latentrt.Pipeline] = {}
         self._theirs: dict[str, Any] = {}
@@ -163,11 +163,11 @@ class Rig:
         if (kind, backend) not in self._ours:
             options: Options = {"backend": backend, "cache_dir": self._cache_dir}
             if kind == "ensemble":
-                options["refiner"] = self._folder("refiner")
+                options["refiner"] = self.folder("refiner")
             if kind in ("ensemble", "refiner"):
                 base = self.pipeline("sdxl", backend)
                 options |= {"text_encoder_2": base.text_encoder_2, "vae": base.vae}
-            folder = self._folder("sdxl" if kind == "ensemble" else kind)
+            folder = self.folder("sdxl" if kind == "ensemble" else kind)
             pipe = latentrt.Pipeline.from_pretrained(folder, **options)
             pipe.set_progress_bar_config(disable=True)
             self._ours[kind, backend] = pipe
@@ -183,14 +183,14 @@ class Rig:
     def diffusers(self, kind: str, case: Case | None = None) -> Any:
         """Theirs, with the scheduler of the case, or the checkpoint's own."""
         if kind not in self._theirs:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(self._folder(kind))
+            pipe = diffusers.DiffusionPipeline.from_pretrained(self.folder(kind))
             pipe.set_progress_bar_config(disable=True)
             if kind in ("sd15", "sd21"):
                 # diffusers' clip_skip looks for a level of nesting that transformers 5 has no more.
                 object.__setattr__(pipe.text_encoder, "text_model", pipe.text_encoder)
             self._theirs[kind] = pipe
         pipe = self._theirs[kind]
-        config = json.loads((self._folder(kind) / "scheduler" / "scheduler_config.json").read_text("utf-8"))
+        config = json.loads((self.folder(kind) / "scheduler" / "scheduler_config.json").read_text("utf-8"))
         if case is not None:
             config |= PREDICTIONS[case.prediction]
         pipe.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)

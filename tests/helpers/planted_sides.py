@@ -122,17 +122,17 @@ def open_planted(
 
 
 def planted(name: str, **options: Any) -> SideSpec:
-    """`planted("slow", step_seconds=0.02)`."""
+    """The side of a benchmark that has a planted fault: `planted("slow", step_seconds=0.02)`."""
     return SideSpec(name, "planted", "helpers.planted_sides:open_planted", options)
 
 
 def rows(result: CaseResult) -> dict[str, Row]:
-    """By the name of their side."""
+    """A result's rows, by the name of their side."""
     return {row.side: row for row in result.rows}
 
 
 def open_backend(case: Case, *place: Any, backend: str) -> PlantedSide:
-    """As a back end of latentrt is asked for."""
+    """A planted side that takes what a side of latentrt's back ends takes."""
     return PlantedSide(case)
 
 

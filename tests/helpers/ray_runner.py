@@ -39,4 +39,4 @@ def held() -> FakeRunner:
 
 
 def broken() -> FakeRunner:
-    raise CheckpointNotFoundError("'no-model' is no folder or file")
+    raise CheckpointNotFoundError("'no-model' is not a local folder or file")

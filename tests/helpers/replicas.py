@@ -67,7 +67,7 @@ class Replicas:
 
 @asynccontextmanager
 async def client_of(ingress: Ingress) -> AsyncIterator[httpx.AsyncClient]:
-    """Its requests are answered by the ingress."""
+    """A client whose requests the ingress answers, without a socket."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await (await ingress.answer(Request(scope, receive)))(scope, receive, send)
@@ -77,7 +77,7 @@ async def client_of(ingress: Ingress) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-def asked(
+def with_ingress(
     replicas: Replicas,
     test: Callable[[httpx.AsyncClient], Awaitable[None]],
     **options: Any,
@@ -94,5 +94,5 @@ def asked(
 
 
 def body(**fields: Any) -> dict[str, Any]:
-    """Of a request for an image."""
+    """The body of a request for an image; `fields` are added."""
     return {"prompt": "x", "steps": 3, **fields}

@@ -73,11 +73,6 @@ def generators(count: int, seed: int = 5) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed + k) for k in range(count)]
 
 
-def error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest deviation over the largest value."""
-    return float((ours - theirs).abs().max() / theirs.abs().max())
-
-
 def diffusers_steps(
     scheduler: Any,
     x: Tensor,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from latentrt.runtime.serve.runner import Runner
 from latentrt.runtime.serve.schema import Limits
 from latentrt.runtime.serve.server import Server, listen
 from latentrt.runtime.serve.service import Service
+
+from .waiting import until
 
 
 @dataclass
@@ -58,14 +59,6 @@ class Served:
                 while piece := link.recv(65536):
                     pieces.append(piece)
             return b"".join(pieces)
-
-
-def until(condition: Callable[[], object], seconds: float = 120.0) -> None:
-    """Wait for something to become true."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.005)
 
 
 @contextmanager

@@ -10,6 +10,11 @@ import torch
 from latentrt.kernels._triton import counted, forced
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Where Triton kernels run here: the GPU, or else the CPU in Triton's interpreter."""

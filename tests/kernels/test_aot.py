@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.waiting import has_ended, written
 from latentrt.bench.compiled_kernels import CACHE, DTYPES, Entry, faults, matrix
 from latentrt.errors import BackendError
 from latentrt.kernels import aot, tuning
@@ -192,21 +192,6 @@ def assembling(folder: Path) -> Any:
     return partial(subprocess.run, ["sh", "-c", script])
 
 
-def number(folder: Path) -> int:
-    while not (folder / "pid").exists():
-        time.sleep(0.02)
-    return int((folder / "pid").read_text())
-
-
-def ends(pid: int) -> bool:
-    for _ in range(200):
-        state = Path(f"/proc/{pid}/stat")
-        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
-            return True
-        time.sleep(0.02)
-    return False
-
-
 def test_a_child_that_dies_says_how(tmp_path: Path) -> None:
     (told,) = aot.compile_jobs({tmp_path / "0": os.abort}).values()
     assert told.startswith("status -6:")
@@ -216,7 +201,7 @@ def test_ctrl_c_ends_what_compiles(tmp_path: Path) -> None:
     """The compiler does not get the terminal's: it is no answer of the compiler's, to be followed by another try."""
 
     def interrupt() -> None:
-        seen.append(os.getsid(number(tmp_path)))
+        seen.append(os.getsid(int(written(tmp_path / "pid"))))
         signal.pthread_kill(main, signal.SIGINT)
 
     seen: list[int] = []
@@ -230,7 +215,7 @@ def test_ctrl_c_ends_what_compiles(tmp_path: Path) -> None:
     finally:
         thread.join()
         signal.signal(signal.SIGINT, before)
-    assert ends(number(tmp_path))
+    assert has_ended(int(written(tmp_path / "pid")))
     assert seen != [os.getsid(0)]
     assert [path.name for path in tmp_path.iterdir()] == ["pid"]
 
@@ -242,10 +227,10 @@ def test_what_compiles_ends_with_its_parent(tmp_path: Path) -> None:
     assert child.stdin is not None
     child.stdin.write(pickle.dumps([(tmp_path / "0", assembling(tmp_path))]))
     child.stdin.flush()
-    pid = number(tmp_path)
+    pid = int(written(tmp_path / "pid"))
     child.stdin.close()  # as a parent's death does
     assert child.wait(10) == -signal.SIGKILL
-    assert ends(pid)
+    assert has_ended(pid)
 
 
 def test_no_time_to_compile(tmp_path: Path) -> None:

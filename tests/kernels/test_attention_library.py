@@ -1,4 +1,5 @@
-"""Attention by PyTorch's libraries, where the tuned data choose them, against float64."""
+"""`kernels/_attention_library.py`: attention by PyTorch's libraries, where the tuned data choose them, against
+float64."""
 
 from __future__ import annotations
 
@@ -17,11 +18,6 @@ META = torch.device("meta")
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
 
 
 def draw(

@@ -1,4 +1,5 @@
-"""The Triton attention kernels against float64: on the GPU where there is one, else in Triton's interpreter."""
+"""`kernels/_attention_triton.py`: the Triton attention kernels against float64: on the GPU where there is one, else in
+Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -22,11 +23,6 @@ by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch
 variants = pytest.mark.parametrize("variant", [TMA, {**TMA, "SPECIALIZE": 1}], ids=["copied", "specialized"])
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
 
 
 def fused(B: int, S: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
@@ -232,18 +228,11 @@ def test_float64_runs_the_reference(device: torch.device, launches: Counter[str]
 
 
 def test_without_triton_a_forced_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from latentrt.kernels import _triton
-
     monkeypatch.setitem(sys.modules, "triton", None)
-    _triton._triton_missing.cache_clear()
     q = torch.randn(1, 5, 2, 16)
-    try:
-        assert torch.equal(attention(q, q, q), reference.attention(q, q, q))
-        with forced(), pytest.raises(BackendUnavailableError, match=r"pip install 'latentrt\[triton\]'"):
-            attention(q, q, q)
-    finally:
-        monkeypatch.undo()
-        _triton._triton_missing.cache_clear()
+    assert torch.equal(attention(q, q, q), reference.attention(q, q, q))
+    with forced(), pytest.raises(BackendUnavailableError, match=r"pip install 'latentrt\[triton\]'"):
+        attention(q, q, q)
 
 
 def test_a_gpu_without_triton_says_so_once(
@@ -261,9 +250,6 @@ def test_a_gpu_without_triton_says_so_once(
 
 def test_the_cpu_says_once_that_references_run(caplog: pytest.LogCaptureFixture) -> None:
     """At INFO, which `latentrt -v` shows."""
-    from latentrt.kernels import _triton
-
-    _triton._say_once.cache_clear()
     caplog.set_level("INFO", logger="latentrt")
     q = torch.randn(1, 5, 2, 16)
     for _ in range(2):

@@ -122,7 +122,7 @@ def test_files_are_by_content(tmp_path: Path) -> None:
     assert len(set(binaries.binaries(wanted, tmp_path))) == len(wanted)  # found, not compiled
 
 
-def test_what_does_not_compile_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_compile_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = AttentionKernels(HALF, 64, False, False, 89)
     monkeypatch.setattr(
         binaries, "compile_jobs", lambda wanted, processes: dict.fromkeys(wanted, "no such thing")

@@ -1,4 +1,5 @@
-"""The Triton group norms against float64: on the GPU where there is one, else in Triton's interpreter."""
+"""`kernels/_group_norm_triton.py`: the Triton group norms against float64: on the GPU where there is one, else in
+Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -15,11 +16,6 @@ by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch
 BOTH = {"_stats_kernel": 1, "_apply_kernel": 1}
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
 
 
 def draw(

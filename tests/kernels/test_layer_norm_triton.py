@@ -1,4 +1,5 @@
-"""The Triton layer norm against float64: on the GPU where there is one, else in Triton's interpreter."""
+"""`kernels/_layer_norm_triton.py`: the Triton layer norm against float64: on the GPU where there is one, else in
+Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -13,11 +14,6 @@ from torch import Tensor
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
 
 
 def check(x: Tensor, residual: Tensor | None = None) -> None:

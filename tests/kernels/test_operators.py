@@ -1,4 +1,4 @@
-"""Every operator's reference against its formula in float64, for each dtype."""
+"""`kernels/reference.py`: every operator's reference against its formula in float64, for each dtype."""
 
 from __future__ import annotations
 
@@ -24,11 +24,6 @@ from torch import Tensor
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
 
 
 def draw(*shape: int, dtype: torch.dtype, mean: float = 0.0, std: float = 1.0) -> Tensor:

@@ -1,4 +1,5 @@
-"""What the registry says of each operator, the data of block sizes, rooflines, and the command that shows them."""
+"""`kernels/registry.py`, `tuning.py` and `roofline.py`: what the registry says of each operator, the data of block
+sizes, rooflines, and the command that shows them."""
 
 from __future__ import annotations
 
@@ -132,14 +133,13 @@ def test_rooflines_refuse_what_they_do_not_know() -> None:
 
 
 def test_an_architecture_without_data_takes_the_nearest_older(caplog: pytest.LogCaptureFixture) -> None:
-    tuning._with_data.cache_clear()
     caplog.set_level("WARNING", logger="latentrt")
     for _ in range(2):
         assert tuning.constants("attention", 103, HALF, "d64") == tuning.constants(
             "attention", 100, HALF, "d64"
         )
     assert [r.getMessage() for r in caplog.records] == [
-        "no tuned block sizes for sm_103; those of sm_100 are taken"
+        "no tuned block sizes for sm_103; using those of sm_100"
     ]
     with pytest.raises(KeyError, match=r"tuned/sm_90.json has no attention 16/d63"):
         tuning.constants("attention", 90, HALF, "d63")
@@ -147,40 +147,30 @@ def test_an_architecture_without_data_takes_the_nearest_older(caplog: pytest.Log
 
 def test_saving_block_sizes_keeps_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
-    try:
-        tuning.save(90, "one", {"16/b": {"BLOCK": 2}, "16/a": {"BLOCK": 1}})
-        tuning.save(90, "two", {"16/a": {"BLOCK": 3}}, {"gpu": "G"})
-        path = tuning.save(90, "one", {"16/b": {"BLOCK": 4}})
-        assert json.loads(path.read_text()) == {
-            "arch": 90,
-            "measured_on": {"two": {"gpu": "G", "keys": ["16/a"]}},
-            "tables": {"one": {"16/a": {"BLOCK": 1}, "16/b": {"BLOCK": 4}}, "two": {"16/a": {"BLOCK": 3}}},
-        }
-        assert tuning.constants("one", 90, HALF, "b") == {"BLOCK": 4}
-    finally:
-        monkeypatch.undo()
-        for function in (tuning.load, tuning.architectures, tuning._with_data):
-            function.cache_clear()
+    tuning.save(90, "one", {"16/b": {"BLOCK": 2}, "16/a": {"BLOCK": 1}})
+    tuning.save(90, "two", {"16/a": {"BLOCK": 3}}, {"gpu": "G"})
+    path = tuning.save(90, "one", {"16/b": {"BLOCK": 4}})
+    assert json.loads(path.read_text()) == {
+        "arch": 90,
+        "measured_on": {"two": {"gpu": "G", "keys": ["16/a"]}},
+        "tables": {"one": {"16/a": {"BLOCK": 1}, "16/b": {"BLOCK": 4}}, "two": {"16/a": {"BLOCK": 3}}},
+    }
+    assert tuning.constants("one", 90, HALF, "b") == {"BLOCK": 4}
 
 
 def test_what_the_library_takes_the_place_of_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For who can launch nothing else; until a kernel is chosen again."""
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     first, second = ({"BLOCK": n, "num_warps": 4, "num_stages": 1} for n in (1, 2))
-    try:
-        tuning.save(90, "one", {"16/a": first})
-        for _ in range(2):
-            path = tuning.save(90, "one", {"16/a": tuning.LIBRARY})
-            assert json.loads(path.read_text())["tables"]["one"] == {
-                "16/a": {"LIBRARY": 1},
-                "16/a-kernel": first,
-            }
-        tuning.save(90, "one", {"16/a": second})
-        assert json.loads(path.read_text())["tables"]["one"] == {"16/a": second}
-    finally:
-        monkeypatch.undo()
-        for function in (tuning.load, tuning.architectures, tuning._with_data):
-            function.cache_clear()
+    tuning.save(90, "one", {"16/a": first})
+    for _ in range(2):
+        path = tuning.save(90, "one", {"16/a": tuning.LIBRARY})
+        assert json.loads(path.read_text())["tables"]["one"] == {
+            "16/a": {"LIBRARY": 1},
+            "16/a-kernel": first,
+        }
+    tuning.save(90, "one", {"16/a": second})
+    assert json.loads(path.read_text())["tables"]["one"] == {"16/a": second}
 
 
 def test_the_kernels_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,5 @@
-"""The Triton sampler step against float64: on the GPU where there is one, else in Triton's interpreter."""
+"""`kernels/_sampler_step_triton.py`: the Triton sampler step against float64: on the GPU where there is one, else in
+Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -28,11 +29,6 @@ pytestmark = [
         "ignore:invalid value encountered in divide"
     ),  # the ratio where the rescale is 0
 ]
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
 
 
 def inputs(

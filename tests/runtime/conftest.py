@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from helpers.fake_builder import FakeBuilder
+    from helpers.fake_queue import FakeQueue
+    from helpers.fake_tensorrt import FakeCuda, FakeTensorRT
     from helpers.parity import Rig
     from latentrt import Pipeline
+    from latentrt.runtime.engines.base import Component
+    from latentrt.runtime.engines.tensorrt import TensorRTEngine
 
 
 @pytest.fixture(scope="session")
-def rig(tiny: Callable[..., Path], exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Rig:
+def rig(
+    tiny: Callable[..., Path], shared_export_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Rig:
     """Both sides' pipelines."""
     from helpers.parity import Rig
     from helpers.tiny_checkpoints import save_lcm
@@ -25,7 +32,7 @@ def rig(tiny: Callable[..., Path], exports: Path, tmp_path_factory: pytest.TempP
         path = tmp_path_factory.getbasetemp() / "lcm"
         return path if path.exists() else save_lcm(path, tiny("sdxl"))
 
-    return Rig(folder, exports)
+    return Rig(folder, shared_export_cache)
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +45,16 @@ def pipe(rig: Rig) -> Pipeline:
 def both(rig: Rig) -> Pipeline:
     """The rig's base and refiner."""
     return rig.pipeline("ensemble", "eager")
+
+
+@pytest.fixture(scope="session")
+def demo_unet() -> Component:
+    """The demo's base UNet in float16."""
+    import torch
+    from latentrt.runtime.loading import load_components
+    from latentrt.runtime.weights import open_checkpoint
+
+    return load_components(open_checkpoint("demo"), torch.float16)["unet"]
 
 
 @pytest.fixture(scope="session")
@@ -54,9 +71,104 @@ def load(tiny: Callable[..., Path]) -> Callable[..., Pipeline]:
     return make
 
 
-@pytest.fixture(scope="module")
-def image(load: Callable[..., Pipeline]) -> Any:
-    """Of `small_request.CALL`, by a pipeline whose memory nobody looks at."""
-    from helpers.tiny_requests import CALL
+@pytest.fixture
+def builder(monkeypatch: pytest.MonkeyPatch) -> FakeBuilder:
+    """In the place of exports and of the process that builds engines."""
+    from helpers.fake_builder import FakeBuilder
+    from latentrt.export import build_process, plugin_kernels
+    from latentrt.runtime import prepare
 
-    return load(graphs=False)(**CALL).images
+    builder = FakeBuilder()
+    monkeypatch.setattr(build_process, "build_in_child", builder)
+    monkeypatch.setattr(prepare, "onnx_model", lambda component, cache_dir: Path("model.onnx"))
+    monkeypatch.setattr(plugin_kernels, "plugin_kernels", lambda *asked, cache: {"of": {"89": str(cache)}})
+    return builder
+
+
+@pytest.fixture(scope="module")
+def between(tiny: Callable[..., Path]) -> int:
+    """Bytes that are enough for `tiny_requests.SEEDED_CALL`, and not for it at 512x512."""
+    import torch
+    from latentrt.runtime.planner import Planner
+
+    planner = Planner.of(tiny("sdxl"), tiny("refiner"), dtype=torch.float32)
+    small, large = (planner.plan(height=s, width=s, sampler="euler-a").peak("resident") for s in (64, 512))
+    return (small + large) // 2
+
+
+@pytest.fixture
+def queue(monkeypatch: pytest.MonkeyPatch) -> FakeQueue:
+    """In the place of the device's queue, for what a call reports of its progress."""
+    from helpers.fake_queue import FakeQueue
+
+    fake = FakeQueue()
+    monkeypatch.setattr("latentrt.runtime.progress.queue_of", lambda device: fake)
+    return fake
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what is captured as a graph during the test, in order."""
+    from latentrt.runtime.graph import Graph, Graphs
+
+    names: list[str] = []
+    capture = Graphs.capture
+
+    def recorded(self: Graphs, work: Callable[[], object], what: str) -> Graph:
+        names.append(what)
+        return capture(self, work, what)
+
+    monkeypatch.setattr(Graphs, "capture", recorded)
+    return names
+
+
+@pytest.fixture(scope="module")
+def image_of_call(load: Callable[..., Pipeline]) -> Any:
+    """The image of `tiny_requests.SEEDED_CALL`, by a pipeline whose memory is not limited."""
+    from helpers.tiny_requests import SEEDED_CALL
+
+    return load(graphs=False)(**SEEDED_CALL).images
+
+
+@pytest.fixture
+def tensorrt_stand_ins(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeTensorRT, FakeCuda]:
+    from helpers.fake_tensorrt import ADD_ONE, install
+
+    return install(monkeypatch, {b"an engine": ADD_ONE})
+
+
+@pytest.fixture
+def fake_tensorrt(tensorrt_stand_ins: tuple[FakeTensorRT, FakeCuda]) -> FakeTensorRT:
+    """In the place of TensorRT; its one plan is `b"an engine"`."""
+    return tensorrt_stand_ins[0]
+
+
+@pytest.fixture
+def fake_cuda(tensorrt_stand_ins: tuple[FakeTensorRT, FakeCuda]) -> FakeCuda:
+    """In the place of the device of `fake_tensorrt`."""
+    return tensorrt_stand_ins[1]
+
+
+@pytest.fixture
+def load_engine(fake_tensorrt: FakeTensorRT, tmp_path: Path) -> Callable[..., TensorRTEngine]:
+    """Load an engine of a product from a plan, with two profiles."""
+    import torch
+    from helpers.fake_tensorrt import ADD_ONE, NARROW, WIDE
+    from latentrt.runtime.engine_store import StoredEngine
+    from latentrt.runtime.engines import trt
+    from latentrt.runtime.engines.scratch import Scratch
+    from latentrt.runtime.engines.tensorrt import TensorRTEngine
+
+    cpu = torch.device("cpu")
+
+    def load(
+        product: str = "tensorrt",
+        scratch: Scratch | None = None,
+        plan: bytes = b"an engine",
+        with_plugins: Mapping[str, str] | None = None,
+    ) -> TensorRTEngine:
+        (tmp_path / "model.plan").write_bytes(plan)
+        stored = StoredEngine("0", tmp_path / "model.plan", (WIDE, NARROW), {}, with_plugins or {}, False)
+        return TensorRTEngine(ADD_ONE, stored, trt.product(product), cpu, scratch or Scratch(cpu))
+
+    return load

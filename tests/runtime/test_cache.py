@@ -9,45 +9,18 @@ import logging
 import math
 import os
 import shutil
-import subprocess
-import sys
-import textwrap
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
+from helpers.faults import disk_full
+from helpers.tiny_entries import DESCRIPTION, KEY, OTHER, leftovers, never, writes
 from latentrt.errors import CacheError
 from latentrt.runtime import cache, manifests
 from latentrt.runtime.cache import Store, cache_root
 from latentrt.runtime.manifests import damage_of, write_beside
 from latentrt.runtime.sha256 import digest_of
-
-KEY = "ab" * 32
-OTHER = "cd" * 32
-DESCRIPTION = {"name": "unet"}
-
-
-def writes(text: str = "weights") -> Callable[[Path], Mapping[str, Any]]:
-    """A build that writes two files, one of them in a folder."""
-
-    def build(folder: Path) -> Mapping[str, Any]:
-        (folder / "model.onnx").write_text(text)
-        (folder / "more").mkdir()
-        (folder / "more" / "model.onnx.data").write_text(text * 2)
-        return {"error": 1e-6}
-
-    return build
-
-
-def never(folder: Path) -> Mapping[str, Any]:
-    raise AssertionError(f"built in {folder}, though a whole entry is there")
-
-
-def leftovers(store: Store) -> list[str]:
-    return [path.name for path in (store.root / "partial").iterdir()]
 
 
 @pytest.fixture
@@ -199,7 +172,7 @@ def test_get_reads_and_never_builds(store: Store) -> None:
         store.get(KEY)
 
 
-def test_built_again_when_told_so(store: Store) -> None:
+def test_again_replaces_a_whole_entry(store: Store) -> None:
     entry = store.get_or_build(KEY, DESCRIPTION, writes("earlier"))
 
     def fails(folder: Path) -> Mapping[str, Any]:
@@ -274,7 +247,7 @@ def test_full_disk_while_the_manifest_is_written(store: Store, monkeypatch: pyte
 
     def full(self: Path, *args: Any, **kwargs: Any) -> int:
         if self.name == "manifest.json":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+            raise disk_full(self)
         return write_text(self, *args, **kwargs)
 
     monkeypatch.setattr(Path, "write_text", full)
@@ -329,90 +302,6 @@ def test_what_a_build_raises_passes_and_nothing_is_kept(store: Store, error: Bas
     assert caught.value is error
     assert leftovers(store) == []
     assert list((store.root / "entries").iterdir()) == []
-
-
-def test_threads_build_once(store: Store) -> None:
-    built: list[Path] = []
-
-    def build(folder: Path) -> Mapping[str, Any]:
-        built.append(folder)
-        return writes()(folder)
-
-    threads = [threading.Thread(target=store.get_or_build, args=(KEY, DESCRIPTION, build)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(built) == 1
-
-
-def test_waiting_for_another_is_said(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = FileLock(store.root / "locks" / f"{KEY}.lock")
-    held.acquire()
-    told: list[str] = []
-
-    def warning(text: str, *values: object) -> None:
-        told.append(text % values)
-        held.release()
-
-    monkeypatch.setattr(cache._log, "warning", warning)
-    store.get_or_build(KEY, DESCRIPTION, writes())
-    assert told == ["waiting for another process, which is building unet"]
-
-
-BUILDER = textwrap.dedent("""
-    import os, signal, sys, time
-    from pathlib import Path
-    from latentrt.runtime.cache import Store
-
-    root, key, how = sys.argv[1:]
-
-    def build(folder):
-        with open(Path(root).parent / "builds", "a") as log:
-            log.write("built\\n")
-        (folder / "model.onnx").write_text("weights")
-        if how == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.5)
-        return {}
-
-    Store(Path(root)).get_or_build(key, {"name": "unet"}, build)
-""")
-
-
-def builder(store: Store, key: str, how: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", BUILDER, str(store.root), key, how])
-
-
-def test_processes_build_once(store: Store) -> None:
-    processes = [builder(store, KEY, "slowly") for _ in range(3)]
-    assert [process.wait(60) for process in processes] == [0, 0, 0]
-    assert (store.root.parent / "builds").read_text() == "built\n"
-    store.get_or_build(KEY, DESCRIPTION, never)
-
-
-@pytest.mark.parametrize("then", [KEY, OTHER], ids=["the same entry", "another entry"])
-def test_what_a_killed_writer_leaves_is_removed(store: Store, then: str) -> None:
-    assert builder(store, KEY, "killed").wait(60) != 0
-    assert len(leftovers(store)) == 1
-    entry = store.get_or_build(then, DESCRIPTION, writes("rebuilt"))
-    assert (entry / "model.onnx").read_text() == "rebuilt"
-    assert leftovers(store) == []
-
-
-def test_the_sweep_leaves_a_living_writer_alone(store: Store) -> None:
-    seen: list[list[str]] = []
-
-    def build(folder: Path) -> Mapping[str, Any]:
-        thread = threading.Thread(target=store.get_or_build, args=(OTHER, DESCRIPTION, writes()))
-        thread.start()
-        thread.join()
-        seen.append(leftovers(store))
-        return writes()(folder)
-
-    entry = store.get_or_build(KEY, DESCRIPTION, build)
-    assert [[name.partition(".")[0] for name in names] for names in seen] == [[KEY]]
-    assert (entry / "model.onnx").exists()
 
 
 def test_digests_do_not_depend_on_order() -> None:

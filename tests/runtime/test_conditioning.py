@@ -56,7 +56,7 @@ def test_without_guidance_there_is_no_negative_row() -> None:
     assert joined.time_ids[:, 0].tolist() == [10, 20]
 
 
-def test_without_sizes_only_the_text_is_told() -> None:
+def test_without_size_ids_the_unet_gets_only_the_text() -> None:
     joined = guidance_batch(embeddings(1), embeddings(-1), None, torch.float32)
     assert list(joined.named()) == ["encoder_hidden_states"]
 
@@ -110,7 +110,7 @@ class Listener:
         return CallProgram(self, inputs, outputs, capturable=False)  # type: ignore[arg-type]
 
 
-def told(rig: Rig, kind: str, arguments: dict[str, Any]) -> dict[str, Tensor]:
+def unet_inputs(rig: Rig, kind: str, arguments: dict[str, Any]) -> dict[str, Tensor]:
     """What our UNet is told at the first step of a call, beside the latents."""
     pipe = rig.pipeline(kind, "eager")
     engine = pipe._parts.base.unet.load()
@@ -135,14 +135,16 @@ def told(rig: Rig, kind: str, arguments: dict[str, Any]) -> dict[str, Tensor]:
 def test_default_size_ids_of_the_negative_rows(
     arguments: dict[str, Any], negative: list[float], rig: Rig
 ) -> None:
-    ids = told(rig, "sdxl", {"prompt": "storm", "crops_coords_top_left": (8, 16), **arguments})["time_ids"]
+    ids = unet_inputs(rig, "sdxl", {"prompt": "storm", "crops_coords_top_left": (8, 16), **arguments})[
+        "time_ids"
+    ]
     assert ids.tolist() == [negative, [64, 48, 8, 16, 64, 48]]
 
 
 def test_batch_rows_of_a_whole_call(rig: Rig) -> None:
     """Two prompts, two images of each: four negative rows, then four positive ones."""
     arguments = {"prompt": ["storm", "green"], "negative_prompt": "dark", "num_images_per_prompt": 2}
-    inputs = told(
+    inputs = unet_inputs(
         rig, "sdxl", {**arguments, "original_size": [(10, 10), (20, 20)], "negative_original_size": (5, 5)}
     )
     assert inputs["time_ids"][:, 0].tolist() == [5, 5, 5, 5, 10, 10, 20, 20]
@@ -154,11 +156,11 @@ def test_batch_rows_of_a_whole_call(rig: Rig) -> None:
 
 
 def test_an_absent_negative_is_zeros_where_the_checkpoint_says_so(rig: Rig) -> None:
-    assert not told(rig, "sdxl", {"prompt": "storm"})["text_embeds"][0].any()
-    assert told(rig, "sdxl", {"prompt": "storm", "negative_prompt": ""})["text_embeds"][0].any()
+    assert not unet_inputs(rig, "sdxl", {"prompt": "storm"})["text_embeds"][0].any()
+    assert unet_inputs(rig, "sdxl", {"prompt": "storm", "negative_prompt": ""})["text_embeds"][0].any()
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0, -2.0])
 def test_no_guidance_no_negative_rows(scale: float, rig: Rig) -> None:
-    inputs = told(rig, "sdxl", {"prompt": "storm", "negative_prompt": "dark", "guidance_scale": scale})
+    inputs = unet_inputs(rig, "sdxl", {"prompt": "storm", "negative_prompt": "dark", "guidance_scale": scale})
     assert {len(tensor) for tensor in inputs.values()} == {1}

@@ -10,7 +10,6 @@ from helpers.sampler_oracle import (
     CLASSES,
     config_of,
     diffusers_steps,
-    error,
     generators,
     make_scheduler,
     model,
@@ -21,7 +20,7 @@ from latentrt.kernels.sampler_step import sampler_step
 from latentrt.runtime.denoise import DenoiseState, LoopKind
 from latentrt.runtime.latents import NoiseSource
 from latentrt.runtime.sampler import SamplerTable, build_table
-from tolerances import SAMPLER_TRAJECTORY
+from tolerances import SAMPLER_TRAJECTORY, relative_error
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -67,12 +66,12 @@ def test_guidance_is_diffusers(name: str, rescale: float) -> None:
     scheduler.set_timesteps(6)
     start = X * scheduler.init_noise_sigma
     theirs = diffusers_steps(scheduler, start, scheduler.timesteps, generators(2), unet=unet)
-    assert error(guided(name, 7.5, rescale), theirs) < SAMPLER_TRAJECTORY
+    assert relative_error(guided(name, 7.5, rescale), theirs) < SAMPLER_TRAJECTORY
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_guidance_slightly_off_is_seen(name: str) -> None:
-    assert error(guided(name, 7.4), guided(name, 7.5)) > 20 * SAMPLER_TRAJECTORY
+    assert relative_error(guided(name, 7.4), guided(name, 7.5)) > 20 * SAMPLER_TRAJECTORY
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -171,7 +170,7 @@ def test_the_model_gets_its_dtype_and_the_latents_keep_theirs(dtype: torch.dtype
     assert dtypes == {(dtype, torch.float32)}
     assert done.dtype == torch.float32
     # The model's rounding, and no more: latents of half precision would be off by as much at every step.
-    assert error(done, denoise(model, x, table)) < 16 * torch.finfo(dtype).eps
+    assert relative_error(done, denoise(model, x, table)) < 16 * torch.finfo(dtype).eps
 
 
 def test_callbacks_see_every_step() -> None:

@@ -1,4 +1,4 @@
-"""Sizes as users write them, as profiles of a component, and found again by a call."""
+"""`runtime/engines/sizes.py`: sizes as users write them, as profiles of a component, and found again by a call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A UNet as three engines: together they are the whole, in a call and in the loop, on a stand-in for TensorRT too."""
+"""`runtime/engines/split.py`: a UNet as three engines: together they are the whole, in a call and in the loop, on a
+stand-in for TensorRT too."""
 
 from __future__ import annotations
 
@@ -28,8 +29,7 @@ from latentrt.runtime.loading import load_components
 from latentrt.runtime.sampler import build_table
 from latentrt.runtime.sampler_config import SamplerConfig
 from latentrt.runtime.weights import open_checkpoint
-from tolerances import MODEL
-from torch import Tensor
+from tolerances import MODEL, relative_error
 
 CPU = torch.device("cpu")
 CONFIGS = {
@@ -72,10 +72,6 @@ def tensorrt(stand_in: tuple[FakeTensorRT, FakeCuda], tmp_path: Path) -> Callabl
         return engines
 
     return load
-
-
-def relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -144,7 +140,7 @@ def test_a_loop_is_the_whole_at_every_timestep_and_for_another_prompt(
             static["sample"].normal_()
             program.run()
             now = {**inputs, "sample": static["sample"], "timestep": timesteps.values[step].expand(2)}
-            assert relative(outputs["out_sample"], reference(now)["out_sample"]) < MODEL
+            assert relative_error(outputs["out_sample"], reference(now)["out_sample"]) < MODEL
         if (
             kind == "tensorrt"
         ):  # the text once, the times in two runs where they are many, then the steps alone
@@ -187,7 +183,7 @@ def test_a_step_is_recorded_and_replayed_for_other_prompts_and_times() -> None:
             timesteps.index.fill_(step)
             graph.replay()
             now = {**static, "timestep": timesteps.values[step].expand(2)}
-            assert relative(outputs["out_sample"], reference(now)["out_sample"]) < MODEL
+            assert relative_error(outputs["out_sample"], reference(now)["out_sample"]) < MODEL
 
 
 def _capturable(part: Component) -> Engine:
@@ -213,7 +209,7 @@ def test_the_denoiser_runs_the_parts() -> None:
         found, wanted = (
             run_loop(loop, latents, table, constants, guidance_scale=5.0) for loop in (parts, whole)
         )
-        assert relative(found, wanted) < MODEL
+        assert relative_error(found, wanted) < MODEL
 
 
 @pytest.mark.parametrize("model", ["demo", "demo-refiner"])

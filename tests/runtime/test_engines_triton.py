@@ -1,4 +1,5 @@
-"""The back end over the project's kernels: on the CPU, where its operators are their references."""
+"""`runtime/engines/triton.py`: the back end over the project's kernels: on the CPU, where its operators are their
+references."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from latentrt.runtime.loading import load_vae
 from latentrt.runtime.models.layers import GroupNorm, GroupNormSiLU
 from latentrt.runtime.models.unet_blocks import TransformerBlock
 from latentrt.runtime.weights import open_checkpoint
-from tolerances import MODEL
+from tolerances import MODEL, relative_error
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -31,10 +32,6 @@ UNETS = [pytest.param(tiny_components.UNET, id="sdxl"), pytest.param(LCM, id="lc
 
 def load(component: Component, backend: Any) -> Any:
     return backend.load(component, device=CPU, cache_dir=None)
-
-
-def relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 def inputs_of(component: Component, seed: int = 0) -> dict[str, Tensor]:
@@ -59,7 +56,7 @@ def test_a_call_is_eager_pytorch(make: Any) -> None:
     wanted = load(component, EagerBackend())(inputs)
     found = load(component, TritonBackend())(inputs)
     for name, value in wanted.items():
-        assert relative(found[name], value) < MODEL, name
+        assert relative_error(found[name], value) < MODEL, name
 
 
 @pytest.mark.parametrize("recorded", [False, True])
@@ -87,7 +84,7 @@ def test_a_bound_unet_is_eager_pytorch_at_every_timestep_and_for_another_prompt(
             static["sample"].normal_()
             run()
             now = {**inputs, "sample": static["sample"], "timestep": value.expand(2)}
-            assert relative(outputs[name], reference(now)[name]) < MODEL
+            assert relative_error(outputs[name], reference(now)[name]) < MODEL
 
 
 def test_shifts_of_many_steps_are_those_of_a_few() -> None:
@@ -167,7 +164,7 @@ def test_a_step_through_the_kernels_themselves() -> None:
     wanted = outputs[name].clone()
     with forced(), counted() as counts:
         program.run()
-    assert relative(outputs[name], wanted) < MODEL
+    assert relative_error(outputs[name], wanted) < MODEL
     modules = list(engine._module.modules())
     blocks = sum(isinstance(m, TransformerBlock) for m in modules)
     norms = sum(isinstance(m, GroupNorm | GroupNormSiLU) for m in modules)

@@ -53,7 +53,7 @@ def test_what_a_replay_leaves_in_tensors_of_its_own_is_lost() -> None:
         pytest.param(None, False, [], id="without such functions"),
     ],
 )
-def test_the_allocator_is_told_of_a_capture_that_failed(
+def test_a_failed_capture_releases_its_pool(
     ended: bool | None, captured: bool, told: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unless PyTorch does it; releasing a pool twice would free what other graphs hold."""

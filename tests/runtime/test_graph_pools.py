@@ -7,13 +7,13 @@ from weakref import WeakSet
 
 import latentrt
 import pytest
-from helpers.tiny_requests import CALL
+from helpers.tiny_requests import SEEDED_CALL
 from latentrt.runtime.graph import Graph, Graphs
 from latentrt.runtime.stages import stages_of_request
 
 Load = Callable[..., latentrt.Pipeline]
 
-LARGE = {**CALL, "height": 256, "width": 256}
+LARGE = {**SEEDED_CALL, "height": 256, "width": 256}
 
 
 @pytest.mark.parametrize("plenty", [False, True])
@@ -33,7 +33,7 @@ def test_a_pool_that_a_small_request_began_does_not_grow_beyond_the_plan(
         return made
 
     monkeypatch.setattr(Graphs, "capture", pooled)
-    small, large = CALL, LARGE
+    small, large = SEEDED_CALL, LARGE
     free = load(memory_limit="1GB", graphs=True)
     for call in (small, large):
         free(**call)
@@ -62,7 +62,7 @@ def test_a_pool_that_a_small_request_began_does_not_grow_beyond_the_plan(
 def test_a_pool_is_left_alone_while_another_call_runs(load: Load) -> None:
     """It would stay for the graphs that are in use."""
     pipe = load(memory_limit="1GB", graphs=True)
-    pipe(**CALL)
+    pipe(**SEEDED_CALL)
     request, _ = pipe.check(**LARGE)
     stages = stages_of_request(pipe._parts.base, pipe._parts.refiner, request)
     pipe._budget._limit = pipe._budget.plan(request, stages).peak("resident") + (1 << 20)

@@ -1,4 +1,4 @@
-"""CUDA graphs on a GPU: the demo in float32, whose images are known from the CPU."""
+"""`runtime/graph.py`: CUDA graphs on a GPU: the demo in float32, whose images are known from the CPU."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
@@ -16,6 +15,7 @@ import PIL.Image
 import PIL.PngImagePlugin
 import pytest
 import torch
+from helpers.faults import disk_full
 from latentrt.errors import RequestError
 from latentrt.runtime.image import (
     format_parameters,
@@ -64,7 +64,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("prompt", HOSTILE, ids=range(len(HOSTILE)))
 @pytest.mark.parametrize("negative", [None, *HOSTILE[2:5]], ids=["none", 2, 3, 4])
-def test_any_prompt_comes_back_from_a_png(prompt: str, negative: str | None, tmp_path: Path) -> None:
+def test_any_prompt_is_read_back_from_a_png(prompt: str, negative: str | None, tmp_path: Path) -> None:
     record = {**RECORD, "prompt": prompt, "negative_prompt": negative}
     save_png(PICTURE, tmp_path / "x.png", record)
     assert read_parameters(tmp_path / "x.png") == record
@@ -194,7 +194,7 @@ def test_no_such_file(tmp_path: Path) -> None:
         read_parameters(tmp_path)
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), disk_full()])
 def test_a_png_is_written_whole_or_not_at_all(
     failure: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,13 +327,13 @@ def test_pictures_are_numpy_s_to_the_bit_and_come_to_the_host_as_bytes(
 
 
 @pytest.mark.filterwarnings("error")
-def test_black_by_overflow_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_black_by_overflow_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     images = torch.full((3, 3, 8, 8), 0.5)
     from_tensor(images, "pil")
     assert not caplog.messages
     images[1, :, 2, 3] = torch.nan
     pictures = from_tensor(images, "pil")
-    assert "images 1 hold NaN and are black there" in caplog.text
+    assert "images 1 contain NaN and are black there" in caplog.text
     assert [picture.getpixel((3, 2)) for picture in pictures] == [(128,) * 3, (0,) * 3, (128,) * 3]
 
 

@@ -134,13 +134,13 @@ SMALL = Plan(
         (
             8 * GB,
             "resident",
-            "sdxl at 1024x1024, batch 2, float16 needs 9.27 GB of device memory by policy 'resident' (text 9.27 GB, "
-            "base 9.27 GB), and there are 8.00 GB; take policy 'low' (7.27 GB), or a smaller size or batch",
+            "sdxl at 1024x1024, batch 2, float16 needs 9.27 GB of device memory with memory='resident' (text 9.27 GB, "
+            "base 9.27 GB), and 8.00 GB are free; use memory='low' (7.27 GB), or a smaller size or batch",
         ),
         (
             7 * GB,
             "balanced",
-            "there are 7.00 GB; no policy fits, 'low' needs 7.27 GB: take a smaller size or batch",
+            "7.00 GB are free; no policy fits, memory='low' still needs 7.27 GB: use a smaller size or batch",
         ),
         (
             4 * GB,

@@ -1,4 +1,5 @@
-"""The text encoder against transformers': every layer, the pooled state, and both ways to find the end token."""
+"""`runtime/models/clip.py`: the text encoder against transformers': every layer, the pooled state, and both ways to
+find the end token."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from helpers.published_configs import SD21_TEXT_ENCODER, sdxl
 from helpers.tiny_checkpoints import randomize
 from latentrt.errors import UnsupportedConfigError
 from latentrt.runtime.models.clip import CLIPTextConfig, CLIPTextEncoder, rename_clip_keys
-from tolerances import MODEL
+from tolerances import MODEL, relative_error
 from torch import Tensor
 from transformers import CLIPTextConfig as TheirConfig
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -60,11 +61,6 @@ def pair(kind: str, *, normalize: bool) -> tuple[Any, CLIPTextEncoder]:
     return theirs, ours.eval()
 
 
-def error(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return float((got - want).abs().max() / want.abs().max())
-
-
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("kind", CONFIGS)
 @torch.inference_mode()
@@ -76,10 +72,13 @@ def test_every_layer_is_transformers(kind: str, normalize: bool) -> None:
     assert len(want.hidden_states) == SIZES["num_hidden_layers"] + 1
     for layer, states in enumerate(want.hidden_states):
         sequence, got_pooled = ours(ids, torch.tensor(layer))
-        assert error(sequence, ours.text_model.final_layer_norm(states) if normalize else states) <= MODEL
-        assert error(got_pooled, pooled) <= MODEL  # whichever layer the sequence comes from
+        assert (
+            relative_error(sequence, ours.text_model.final_layer_norm(states) if normalize else states)
+            <= MODEL
+        )
+        assert relative_error(got_pooled, pooled) <= MODEL  # whichever layer the sequence comes from
     if normalize:
-        assert error(sequence, want.last_hidden_state) <= MODEL
+        assert relative_error(sequence, want.last_hidden_state) <= MODEL
 
 
 @torch.inference_mode()
@@ -89,9 +88,9 @@ def test_shorter_sequences_and_one_row_alone() -> None:
     ids[:, -1] = END
     sequence, pooled = ours(ids, torch.tensor(2))
     want = theirs(ids, output_hidden_states=True)
-    assert error(sequence, want.hidden_states[2]) <= MODEL
-    assert error(pooled, want.text_embeds) <= MODEL
-    assert error(ours(ids[1:2], torch.tensor(2))[1], pooled[1:2]) <= MODEL
+    assert relative_error(sequence, want.hidden_states[2]) <= MODEL
+    assert relative_error(pooled, want.text_embeds) <= MODEL
+    assert relative_error(ours(ids[1:2], torch.tensor(2))[1], pooled[1:2]) <= MODEL
 
 
 @torch.inference_mode()
@@ -101,8 +100,8 @@ def test_no_token_sees_what_follows_it() -> None:
     other = ids.clone()
     other[:, 50:76] = 5
     before, after = (ours(given, torch.tensor(3))[0] for given in (ids, other))
-    assert error(after[:, :50], before[:, :50]) <= MODEL
-    assert error(after[:, 50:], before[:, 50:]) > 100 * MODEL
+    assert relative_error(after[:, :50], before[:, :50]) <= MODEL
+    assert relative_error(after[:, 50:], before[:, 50:]) > 100 * MODEL
 
 
 def test_a_layer_that_is_not_there_is_an_error() -> None:

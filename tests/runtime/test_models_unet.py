@@ -1,4 +1,5 @@
-"""The UNet against diffusers': outputs of every kind of configuration, at any size, and in half precision."""
+"""`runtime/models/unet.py`: the UNet against diffusers': outputs of every kind of configuration, at any size, and in
+half precision."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from latentrt.errors import UnsupportedConfigError
 from latentrt.runtime.models import unet_blocks
 from latentrt.runtime.models.layers import join_channels
 from latentrt.runtime.models.unet import UNet, UNetConfig, input_names
-from tolerances import MODEL, MODEL_HALF_VERSUS_THEIRS
+from tolerances import MODEL, MODEL_HALF_VERSUS_THEIRS, relative_error
 from torch import Tensor
 
 Inputs = dict[str, Tensor]
@@ -98,11 +99,6 @@ def computed(ours: UNet, inputs: Inputs) -> Tensor:
     return out
 
 
-def error(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return float((got.float() - want.float()).abs().max() / want.float().abs().max())
-
-
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_output_is_diffusers(kind: str, batch: int) -> None:
@@ -110,7 +106,7 @@ def test_output_is_diffusers(kind: str, batch: int) -> None:
     inputs = inputs_for(ours.config, batch, 8, 12)
     want = expected(theirs, inputs)
     assert want.std() > 0.3  # of a size to compare
-    assert error(computed(ours, inputs), want) <= MODEL
+    assert relative_error(computed(ours, inputs), want) <= MODEL
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (5, 7), (6, 6), (13, 8), (16, 3)], ids=str)
@@ -118,7 +114,7 @@ def test_any_latent_size(size: tuple[int, int]) -> None:
     """Sizes that do not halve evenly grow back to what they were; four levels halve three times."""
     theirs, ours = pair(CONFIGS["refiner"])
     inputs = inputs_for(ours.config, 2, *size)
-    assert error(computed(ours, inputs), expected(theirs, inputs)) <= MODEL
+    assert relative_error(computed(ours, inputs), expected(theirs, inputs)) <= MODEL
 
 
 def test_transformers_of_faint_activations() -> None:
@@ -131,7 +127,7 @@ def test_transformers_of_faint_activations() -> None:
             if "proj_out" in name:
                 parameter *= 3e2
     inputs = inputs_for(ours.config, 2, 8, 8)
-    assert error(computed(ours, inputs), expected(theirs, inputs)) <= MODEL
+    assert relative_error(computed(ours, inputs), expected(theirs, inputs)) <= MODEL
 
 
 @pytest.mark.parametrize("kind", ["refiner", "sdxl lcm"])
@@ -157,7 +153,7 @@ def test_half_precision_is_no_worse_than_diffusers(dtype: torch.dtype) -> None:
     half = {name: t if name in full else t.to(dtype) for name, t in inputs.items()}
     got, their_own = computed(ours.to(dtype), half), expected(theirs.to(dtype), half)
     assert got.dtype == dtype
-    assert error(got, exact) <= MODEL_HALF_VERSUS_THEIRS * error(their_own, exact)
+    assert relative_error(got, exact) <= MODEL_HALF_VERSUS_THEIRS * relative_error(their_own, exact)
 
 
 def test_upcast_attention_runs_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +203,7 @@ def test_tracing_keeps_sizes_free_and_dtypes_apart() -> None:
     with torch.inference_mode():
         for size in ((1, 7, 9), (3, 8, 8)):
             given = inputs(*size)
-            assert error(program.module()(*given), ours(*given)) <= MODEL
+            assert relative_error(program.module()(*given), ours(*given)) <= MODEL
 
 
 def test_missing_and_surplus_inputs_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Both halves of the VAE against diffusers' AutoencoderKL."""
+"""`runtime/models/vae.py`: both halves of the VAE against diffusers' AutoencoderKL."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from diffusers import AutoencoderKL
 from helpers.tiny_checkpoints import VAE, randomize
 from latentrt.errors import UnsupportedConfigError
 from latentrt.runtime.models.vae import VAEConfig, VAEDecoder, VAEEncoder, rename_legacy_vae_keys
-from tolerances import MODEL, MODEL_HALF_VERSUS_THEIRS
-from torch import Tensor
+from tolerances import MODEL, MODEL_HALF_VERSUS_THEIRS, relative_error
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "published": VAE,
@@ -46,11 +45,6 @@ def trio(config: dict[str, Any]) -> tuple[AutoencoderKL, VAEEncoder, VAEDecoder]
     return theirs, encoder.eval(), decoder.eval()
 
 
-def error(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return float((got.float() - want.float()).abs().max() / want.float().abs().max())
-
-
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("kind", CONFIGS)
 @torch.inference_mode()
@@ -62,20 +56,20 @@ def test_output_is_diffusers(kind: str, batch: int) -> None:
     image = torch.rand(batch, config.in_channels, height * config.scale, width * config.scale) * 2 - 1
 
     assert decoder(latents).shape == (batch, config.out_channels, height * config.scale, width * config.scale)
-    assert error(decoder(latents), theirs.decode(latents).sample) <= MODEL
+    assert relative_error(decoder(latents), theirs.decode(latents).sample) <= MODEL
     moments = encoder(image)
     distribution = theirs.encode(image).latent_dist
-    assert error(moments, distribution.parameters) <= MODEL
+    assert relative_error(moments, distribution.parameters) <= MODEL
     assert torch.equal(moments.chunk(2, dim=1)[0], moments[:, : config.latent_channels])
-    assert error(moments.chunk(2, dim=1)[0], distribution.mean) <= MODEL
+    assert relative_error(moments.chunk(2, dim=1)[0], distribution.mean) <= MODEL
 
 
 @torch.inference_mode()
 def test_one_latent_pixel() -> None:
     theirs, encoder, decoder = trio(VAE)
     latents, image = torch.randn(1, 4, 1, 1), torch.rand(1, 3, 8, 8)
-    assert error(decoder(latents), theirs.decode(latents).sample) <= MODEL
-    assert error(encoder(image), theirs.encode(image).latent_dist.parameters) <= MODEL
+    assert relative_error(decoder(latents), theirs.decode(latents).sample) <= MODEL
+    assert relative_error(encoder(image), theirs.encode(image).latent_dist.parameters) <= MODEL
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -87,7 +81,7 @@ def test_half_precision_is_no_worse_than_diffusers(dtype: torch.dtype) -> None:
     got = decoder.to(dtype)(latents.to(dtype))
     their_own = theirs.to(dtype).decode(latents.to(dtype)).sample
     assert got.dtype == dtype
-    assert error(got, exact) <= MODEL_HALF_VERSUS_THEIRS * error(their_own, exact)
+    assert relative_error(got, exact) <= MODEL_HALF_VERSUS_THEIRS * relative_error(their_own, exact)
 
 
 def test_configuration() -> None:

@@ -1,4 +1,5 @@
-"""Callbacks: what they see of a step and of the progress, what they may change, and how they end a call."""
+"""`runtime/progress.py` and `previews.py`: callbacks: what they see of a step and of the progress, what they may
+change, and how they end a call."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from helpers.fake_queue import FakeQueue
 from helpers.parity import Rig
-from helpers.tiny_requests import PLAIN
+from helpers.tiny_requests import PLAIN_CALL
 from latentrt.errors import RequestError
 from latentrt.runtime.previews import Previewer
 from latentrt.runtime.vae import VAE
@@ -23,7 +24,7 @@ from tolerances import PIPELINE_EAGER
 def test_a_callback_can_interrupt(at: int, both: latentrt.Pipeline) -> None:
     """Three steps are the base's and one the refiner's; the latents are those of the step it was told at. After the
     last there is nothing to stop."""
-    call = {**PLAIN, "seed": 6, "high_noise_frac": 0.75}
+    call = {**PLAIN_CALL, "seed": 6, "high_noise_frac": 0.75}
     whole = both(**call).images
     seen: list[torch.Tensor] = []
 
@@ -49,9 +50,9 @@ def test_diffusers_way_to_interrupt(both: latentrt.Pipeline) -> None:
             pipe._interrupt = True
         return {}
 
-    assert both(**PLAIN, seed=6, callback_on_step_end=callback).interrupted
+    assert both(**PLAIN_CALL, seed=6, callback_on_step_end=callback).interrupted
     assert seen == [0, 1]
-    assert not both(**PLAIN, seed=6).interrupted
+    assert not both(**PLAIN_CALL, seed=6).interrupted
 
 
 def test_whether_a_call_is_interrupted_is_read_while_others_begin(both: latentrt.Pipeline) -> None:
@@ -80,19 +81,19 @@ def test_interrupt_from_another_thread(both: latentrt.Pipeline) -> None:
             thread.start()
             thread.join()
 
-    result = both(**PLAIN, seed=6, callback_on_step_end=wait_for_it)
+    result = both(**PLAIN_CALL, seed=6, callback_on_step_end=wait_for_it)
     assert result.interrupted
     assert steps == [0, 1]
     assert result.images.shape == (1, 64, 48, 3)
     assert np.isfinite(result.images).all()
     both.interrupt()  # nothing runs: nothing happens, to later calls neither
-    assert not both(**PLAIN, seed=6).interrupted
+    assert not both(**PLAIN_CALL, seed=6).interrupted
 
 
 def test_what_is_interrupted_after_its_last_step_is_whole(
     both: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = both(**PLAIN, seed=6).images
+    whole = both(**PLAIN_CALL, seed=6).images
     decode = VAE.decode
 
     def interrupted(vae: VAE, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -100,7 +101,7 @@ def test_what_is_interrupted_after_its_last_step_is_whole(
         return decode(vae, *arguments, **options)
 
     monkeypatch.setattr(VAE, "decode", interrupted)
-    result = both(**PLAIN, seed=6)
+    result = both(**PLAIN_CALL, seed=6)
     assert not result.interrupted
     assert np.array_equal(result.images, whole)
 
@@ -110,8 +111,8 @@ def test_a_callback_that_fails_leaves_the_pipeline_usable(pipe: latentrt.Pipelin
         raise ZeroDivisionError("mine")
 
     with pytest.raises(ZeroDivisionError, match="mine"):
-        pipe(**PLAIN, callback_on_step_end=fail)
-    assert not pipe(**PLAIN).interrupted
+        pipe(**PLAIN_CALL, callback_on_step_end=fail)
+    assert not pipe(**PLAIN_CALL).interrupted
 
 
 def test_a_callback_sees_and_replaces_what_it_does_in_diffusers(rig: Rig, pipe: latentrt.Pipeline) -> None:
@@ -124,9 +125,11 @@ def test_a_callback_sees_and_replaces_what_it_does_in_diffusers(rig: Rig, pipe: 
 
     ours: list[tuple[int, float]] = []
     theirs: list[tuple[int, float]] = []
-    image = pipe(**PLAIN, generator=torch.Generator().manual_seed(1), callback_on_step_end=halve(ours)).images
+    image = pipe(
+        **PLAIN_CALL, generator=torch.Generator().manual_seed(1), callback_on_step_end=halve(ours)
+    ).images
     oracle = rig.diffusers("sdxl")(
-        **PLAIN, generator=torch.Generator().manual_seed(1), callback_on_step_end=halve(theirs)
+        **PLAIN_CALL, generator=torch.Generator().manual_seed(1), callback_on_step_end=halve(theirs)
     ).images
     assert ours == theirs
     assert np.abs(image - oracle).max() <= PIPELINE_EAGER
@@ -141,7 +144,7 @@ def test_a_callback_can_differentiate(pipe: latentrt.Pipeline) -> None:
             (gradient,) = torch.autograd.grad(latents.square().sum(), latents)
         return {"latents": latents - 0.5 * gradient}
 
-    call = {**PLAIN, "num_inference_steps": 1, "output_type": "latent"}
+    call = {**PLAIN_CALL, "num_inference_steps": 1, "output_type": "latent"}
     assert not pipe(**call, callback_on_step_end=guide).images.any()
 
 
@@ -161,7 +164,7 @@ def test_a_callback_can_differentiate(pipe: latentrt.Pipeline) -> None:
 )
 def test_what_a_callback_may_not_return(answer: Any, message: str, pipe: latentrt.Pipeline) -> None:
     with pytest.raises(RequestError, match=message):
-        pipe(**PLAIN, callback_on_step_end=lambda *_: answer)
+        pipe(**PLAIN_CALL, callback_on_step_end=lambda *_: answer)
 
 
 def test_changing_the_latents_in_place_changes_nothing(pipe: latentrt.Pipeline) -> None:
@@ -171,21 +174,21 @@ def test_changing_the_latents_in_place_changes_nothing(pipe: latentrt.Pipeline) 
         values["latents"].zero_()
 
     assert np.array_equal(
-        pipe(**PLAIN, seed=2, callback_on_step_end=spoil).images, pipe(**PLAIN, seed=2).images
+        pipe(**PLAIN_CALL, seed=2, callback_on_step_end=spoil).images, pipe(**PLAIN_CALL, seed=2).images
     )
 
 
-def test_progress_is_told_with_pictures(both: latentrt.Pipeline) -> None:
+def test_progress_is_reported_with_previews(both: latentrt.Pipeline) -> None:
     previewer = Previewer.fit(both.vae, 64, 48, both.device)
     told: list[Any] = []
     made = both(
-        **PLAIN,
+        **PLAIN_CALL,
         seed=6,
         callback_on_progress=lambda _, done, values: told.append((done, values["preview"].shape)),
         previewer=previewer,
     )
     assert told == [(k, (1, 8, 6, 3)) for k in range(1, 5)]
-    assert np.array_equal(made.images, both(**PLAIN, seed=6).images)
+    assert np.array_equal(made.images, both(**PLAIN_CALL, seed=6).images)
 
 
 def test_progress_can_interrupt(both: latentrt.Pipeline) -> None:
@@ -195,14 +198,14 @@ def test_progress_can_interrupt(both: latentrt.Pipeline) -> None:
         told.append((done, values["preview"]))
         return {"interrupt": done == 2}
 
-    assert both(**PLAIN, seed=6, callback_on_progress=callback).interrupted
+    assert both(**PLAIN_CALL, seed=6, callback_on_progress=callback).interrupted
     assert told == [(1, None), (2, None)]
     with pytest.raises(RequestError, match=r"callback_on_progress returned 3; it can return"):
-        both(**PLAIN, seed=6, callback_on_progress=lambda *_: 3)
+        both(**PLAIN_CALL, seed=6, callback_on_progress=lambda *_: 3)
 
 
 @pytest.mark.parametrize("last", [2, 4])  # midway, and when nothing but the pixels is left
-def test_what_nobody_wants_any_more_is_not_decoded(
+def test_a_discarded_image_is_not_decoded(
     last: int, both: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def decode(*_: Any, **__: Any) -> Any:
@@ -210,11 +213,13 @@ def test_what_nobody_wants_any_more_is_not_decoded(
 
     with monkeypatch.context() as patch:
         patch.setattr(VAE, "decode", decode)
-        dropped = both(**PLAIN, seed=6, callback_on_progress=lambda _, done, __: {"discard": done == last})
+        dropped = both(
+            **PLAIN_CALL, seed=6, callback_on_progress=lambda _, done, __: {"discard": done == last}
+        )
     assert dropped.images is None
     assert dropped.interrupted
     assert set(dropped.timings) >= {"base", "total"}
-    assert both(**PLAIN, seed=6, callback_on_progress=lambda *_: {"discard": False}).images is not None
+    assert both(**PLAIN_CALL, seed=6, callback_on_progress=lambda *_: {"discard": False}).images is not None
 
 
 @pytest.mark.parametrize("output_type", ["pt", "latent"])
@@ -225,7 +230,7 @@ def test_discarded_images_are_not_returned(
     queue = FakeQueue()
     if lagging:
         monkeypatch.setattr("latentrt.runtime.progress.queue_of", lambda device: queue)
-    call = {**PLAIN, "seed": 6, "output_type": output_type}
+    call = {**PLAIN_CALL, "seed": 6, "output_type": output_type}
     dropped = both(**call, callback_on_progress=lambda _, done, __: {"discard": done == 4})
     assert dropped.images is None
     assert dropped.interrupted
@@ -237,7 +242,7 @@ def test_the_host_waits_for_the_device_between_steps_and_at_the_end_alone(
     """Not between base and refiner, nor for a stage's time, nor for progress."""
     queue = FakeQueue()
     monkeypatch.setattr("latentrt.runtime.progress.queue_of", lambda device: queue)
-    timings = both(**PLAIN, seed=6, callback_on_progress=lambda *_: queue.log.append("told")).timings
+    timings = both(**PLAIN_CALL, seed=6, callback_on_progress=lambda *_: queue.log.append("told")).timings
     waits = [k for k, line in enumerate(queue.log) if line.startswith("wait")]
     told = [k for k, line in enumerate(queue.log) if line == "told"]
     assert len(told) == 4

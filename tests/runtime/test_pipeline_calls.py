@@ -1,4 +1,5 @@
-"""What a call promises besides the right image: seeds, threads, forms of output, what it tells."""
+"""`runtime/pipeline.py`: what a call promises besides the right image: seeds, threads, forms of output, what it
+reports."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from helpers.parity import Rig
 from helpers.parity_cases import SEEDS, Case
-from helpers.tiny_requests import PLAIN
+from helpers.tiny_requests import PLAIN_CALL
 from latentrt.errors import RequestError
 from latentrt.runtime.record import records
 from tolerances import PIPELINE_EAGER
@@ -52,78 +53,80 @@ def test_a_seed_gives_the_same_image_alone_and_in_a_batch_on_eager(rig: Rig) -> 
 def test_each_image_has_its_own_guidance_scale(kind: str, scales: tuple[float, ...], rig: Rig) -> None:
     """LCM's UNet is told the scale, the others are guided by it."""
     pipe = rig.pipeline(kind, "eager")
-    together = pipe(**PLAIN, num_images_per_prompt=2, seed=3, guidance_scale=list(scales))
+    together = pipe(**PLAIN_CALL, num_images_per_prompt=2, seed=3, guidance_scale=list(scales))
     for k, scale in enumerate(scales):
-        alone = pipe(**PLAIN, seed=3 + k, guidance_scale=scale)
+        alone = pipe(**PLAIN_CALL, seed=3 + k, guidance_scale=scale)
         assert np.abs(together.images[k] - alone.images[0]).max() <= PIPELINE_EAGER
         assert together.parameters[k] == alone.parameters[0]
-    other = pipe(**PLAIN, seed=4, guidance_scale=scales[0])
+    other = pipe(**PLAIN_CALL, seed=4, guidance_scale=scales[0])
     differs = np.abs(together.images[1] - other.images[0]).max() > 10 * PIPELINE_EAGER
     assert differs == (scales[0] > 1)  # below, guidance is off whatever the scale
 
 
 def test_a_call_is_checked_without_being_made(both: latentrt.Pipeline) -> None:
-    request, steps = both.check(**PLAIN, seed=5, high_noise_frac=0.5, sampler="pndm")
+    request, steps = both.check(**PLAIN_CALL, seed=5, high_noise_frac=0.5, sampler="pndm")
     assert (request.height, request.width, request.seeds) == (64, 48, [5])
     seen: list[int] = []
     both(
-        **PLAIN,
+        **PLAIN_CALL,
         seed=5,
         high_noise_frac=0.5,
         sampler="pndm",
         callback_on_step_end=lambda _, k, *__: seen.append(k),
     )
-    assert steps == len(seen) > PLAIN["num_inference_steps"]
+    assert steps == len(seen) > PLAIN_CALL["num_inference_steps"]
     for arguments, message in (({"seed": -1}, "seed is -1"), ({"sampler": "heun"}, "no sampler 'heun'")):
         with pytest.raises(RequestError, match=message):
-            both.check(**PLAIN, **arguments)
+            both.check(**PLAIN_CALL, **arguments)
 
 
 def test_seeds_count_up_from_the_first(pipe: latentrt.Pipeline) -> None:
-    four = pipe(**PLAIN, num_images_per_prompt=4, seed=41)
+    four = pipe(**PLAIN_CALL, num_images_per_prompt=4, seed=41)
     assert [p["seed"] for p in four.parameters] == [41, 42, 43, 44]
-    third = pipe(**PLAIN, seed=43).images[0]
+    third = pipe(**PLAIN_CALL, seed=43).images[0]
     assert np.abs(four.images[2] - third).max() <= PIPELINE_EAGER
 
 
 def test_seed_zero_is_a_seed(pipe: latentrt.Pipeline) -> None:
-    zero = pipe(**PLAIN, seed=0)
+    zero = pipe(**PLAIN_CALL, seed=0)
     assert zero.parameters[0]["seed"] == 0
-    again = pipe(**PLAIN, generator=torch.Generator().manual_seed(0))
+    again = pipe(**PLAIN_CALL, generator=torch.Generator().manual_seed(0))
     assert np.array_equal(zero.images, again.images)
     assert again.parameters[0]["seed"] == 0
 
 
-def test_without_a_seed_one_is_drawn_and_told(pipe: latentrt.Pipeline) -> None:
-    first, second = pipe(**PLAIN), pipe(**PLAIN)
+def test_without_a_seed_one_is_drawn_and_reported(pipe: latentrt.Pipeline) -> None:
+    first, second = pipe(**PLAIN_CALL), pipe(**PLAIN_CALL)
     assert first.parameters[0]["seed"] != second.parameters[0]["seed"]
     assert not np.array_equal(first.images, second.images)
-    assert np.array_equal(first.images, pipe(**PLAIN, seed=first.parameters[0]["seed"]).images)
+    assert np.array_equal(first.images, pipe(**PLAIN_CALL, seed=first.parameters[0]["seed"]).images)
 
 
 def test_a_used_generator_has_no_seed_to_tell(pipe: latentrt.Pipeline) -> None:
     generator = torch.Generator().manual_seed(5)
-    first = pipe(**PLAIN, generator=generator)
-    second = pipe(**PLAIN, generator=generator)
+    first = pipe(**PLAIN_CALL, generator=generator)
+    second = pipe(**PLAIN_CALL, generator=generator)
     assert [p.parameters[0]["seed"] for p in (first, second)] == [5, None]
-    twice = {**PLAIN, "prompt": ["storm", "storm"], "negative_prompt": "blurry"}
+    twice = {**PLAIN_CALL, "prompt": ["storm", "storm"], "negative_prompt": "blurry"}
     fresh = torch.Generator().manual_seed(5)
     assert [p["seed"] for p in pipe(**twice, generator=[fresh, fresh]).parameters] == [5, None]
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
-def test_threads_each_get_their_own_image(backend: str, tiny: Callable[..., Path], exports: Path) -> None:
+def test_threads_each_get_their_own_image(
+    backend: str, tiny: Callable[..., Path], shared_export_cache: Path
+) -> None:
     """On a pipeline nothing of which is loaded yet, with other samplers, steps and sizes in each thread."""
     pipe = latentrt.Pipeline.from_pretrained(
-        tiny("sdxl"), tiny("refiner"), backend=backend, cache_dir=exports
+        tiny("sdxl"), tiny("refiner"), backend=backend, cache_dir=shared_export_cache
     )
     pipe.set_progress_bar_config(disable=True)
     calls = [
-        {**PLAIN, "seed": 1, "sampler": "euler-a"},
-        {**PLAIN, "seed": 2, "num_inference_steps": 6, "sampler": "dpm++2m"},
-        {**PLAIN, "seed": 3, "height": 48, "width": 64, "guidance_scale": 1.0},
-        {**PLAIN, "seed": 4, "prompt": ["storm", "green"], "high_noise_frac": 0.5},
+        {**PLAIN_CALL, "seed": 1, "sampler": "euler-a"},
+        {**PLAIN_CALL, "seed": 2, "num_inference_steps": 6, "sampler": "dpm++2m"},
+        {**PLAIN_CALL, "seed": 3, "height": 48, "width": 64, "guidance_scale": 1.0},
+        {**PLAIN_CALL, "seed": 4, "prompt": ["storm", "green"], "high_noise_frac": 0.5},
     ]
     start = threading.Barrier(len(calls))
 
@@ -148,14 +151,15 @@ def test_a_pipeline_does_not_move_under_a_call(
             pipe.to("meta")
         said.append(str(error.value))
 
-    assert not both(**PLAIN, seed=6, callback_on_step_end=callback).interrupted
+    assert not both(**PLAIN_CALL, seed=6, callback_on_step_end=callback).interrupted
     assert len(said) == 4
     assert both.device.type == "cpu"
 
 
 def test_forms_of_output(pipe: latentrt.Pipeline) -> None:
     made = {
-        kind: pipe(**{**PLAIN, "output_type": kind}, seed=8).images for kind in ("pil", "np", "pt", "latent")
+        kind: pipe(**{**PLAIN_CALL, "output_type": kind}, seed=8).images
+        for kind in ("pil", "np", "pt", "latent")
     }
     array = made["np"]
     assert (array.shape, array.dtype) == ((1, 64, 48, 3), np.float32)
@@ -173,8 +177,8 @@ def test_forms_of_output(pipe: latentrt.Pipeline) -> None:
         (made[kind] * torch.ones(1, requires_grad=True)).sum().backward()
 
 
-def test_parameters_tell_how_to_make_it_again(both: latentrt.Pipeline) -> None:
-    call = {**PLAIN, "prompt": ["storm", "green"], "negative_prompt": ["blurry", ""], "seed": [9, 4]}
+def test_parameters_reproduce_the_image(both: latentrt.Pipeline) -> None:
+    call = {**PLAIN_CALL, "prompt": ["storm", "green"], "negative_prompt": ["blurry", ""], "seed": [9, 4]}
     first, second = both(
         **call, num_images_per_prompt=1, guidance_scale=3, sampler="ddim", clip_skip=1, high_noise_frac=0.5
     ).parameters
@@ -198,7 +202,7 @@ def test_parameters_tell_how_to_make_it_again(both: latentrt.Pipeline) -> None:
     assert "negative_prompt" not in second
 
 
-def test_whatever_was_asked_for_is_told(both: latentrt.Pipeline) -> None:
+def test_parameters_hold_every_argument(both: latentrt.Pipeline) -> None:
     """A record that leaves something out cannot make the image again."""
     asked: dict[str, Any] = {
         "prompt_2": "green",
@@ -215,7 +219,7 @@ def test_whatever_was_asked_for_is_told(both: latentrt.Pipeline) -> None:
         "negative_target_size": (24, 32),
     }
     crops = {"crops_coords_top_left": (3, 5), "negative_crops_coords_top_left": (0, 0)}
-    (told,) = both(**PLAIN, seed=1, sampler="ddim", **asked, **sizes, **crops).parameters
+    (told,) = both(**PLAIN_CALL, seed=1, sampler="ddim", **asked, **sizes, **crops).parameters
     assert {name: told[name] for name in asked} == asked
     assert {name: told[name] for name in sizes} == {name: f"{w}x{h}" for name, (h, w) in sizes.items()}
     assert {name: told[name] for name in crops} == {
@@ -227,7 +231,7 @@ def test_the_vae_decodes_in_tiles_where_asked(
     pipe: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("latentrt.runtime.budget.TILE", 8)
-    call = {**PLAIN, "seed": 2, "width": 96}
+    call = {**PLAIN_CALL, "seed": 2, "width": 96}
     tiled = pipe(**{**call, "output_type": "pt"}, tiled_vae=True)
     latents = pipe(**{**call, "output_type": "latent"}, tiled_vae=True)
     with torch.no_grad():
@@ -247,8 +251,8 @@ def test_a_vae_s_dtype_is_in_the_record_where_it_is_another(tiny: Callable[..., 
         assert (record["dtype"], record.get("vae_dtype")) == wanted
 
 
-def test_the_ends_and_the_latents_given_are_told(pipe: latentrt.Pipeline) -> None:
-    call = {**PLAIN, "output_type": "latent", "seed": 1}
+def test_parameters_hold_schedule_ends_and_given_latents(pipe: latentrt.Pipeline) -> None:
+    call = {**PLAIN_CALL, "output_type": "latent", "seed": 1}
     first = pipe(**call, denoising_end=0.5, latents=torch.zeros(1, 4, 8, 6))
     assert first.parameters[0]["denoising_end"] == 0.5
     assert first.parameters[0]["latents"] == "given"
@@ -263,22 +267,30 @@ def test_ignored_scheduler_fields_are_logged_once_per_sampler(
     """Not once per request, nor once per place that looks at the sampler."""
     pipe = rig.pipeline("sdxl", "eager", scheduler={"shift": 3.0})
     for sampler in (None, None, "ddim", "ddim"):
-        pipe(**PLAIN, seed=1, sampler=sampler)
+        pipe(**PLAIN_CALL, seed=1, sampler=sampler)
     assert caplog.text.count("ignored: shift") == 2
 
 
 def test_stages_are_timed(both: latentrt.Pipeline) -> None:
-    timings = both(**PLAIN).timings
+    timings = both(**PLAIN_CALL).timings
     assert list(timings) == ["prepare", "text", "start", "base", "refiner", "decode", "total"]
     assert all(seconds >= 0 for seconds in timings.values())
     assert timings["total"] == pytest.approx(sum(timings.values()) / 2)
-    assert "decode" not in both(**{**PLAIN, "output_type": "latent"}).timings
+    assert "decode" not in both(**{**PLAIN_CALL, "output_type": "latent"}).timings
 
 
 def test_two_checkpoints_of_a_kind_are_timed_apart(tiny: Callable[..., Path]) -> None:
     """A second base in the refiner's place, as communities use them."""
     pipe = latentrt.Pipeline.from_pretrained(tiny("sdxl"), tiny("sdxl"), backend="eager")
-    assert list(pipe(**PLAIN).timings) == ["prepare", "text", "start", "base", "refiner", "decode", "total"]
+    assert list(pipe(**PLAIN_CALL).timings) == [
+        "prepare",
+        "text",
+        "start",
+        "base",
+        "refiner",
+        "decode",
+        "total",
+    ]
 
 
 def test_progress_shows_only_where_it_is_wanted(
@@ -286,11 +298,11 @@ def test_progress_shows_only_where_it_is_wanted(
 ) -> None:
     try:
         both.set_progress_bar_config()
-        both(**PLAIN)
+        both(**PLAIN_CALL)
         assert capsys.readouterr() == ("", "")  # not a terminal
         shown = io.StringIO()
         both.set_progress_bar_config(disable=False, file=shown, leave=True)
-        both(**PLAIN)
+        both(**PLAIN_CALL)
         assert "4/4" in shown.getvalue()
     finally:
         both.set_progress_bar_config(disable=True)
@@ -304,7 +316,7 @@ def test_a_warm_up_shows_no_bar_and_takes_none_from_calls_meanwhile(
 
     def first_another_call(*args: Any, **options: Any) -> Any:
         monkeypatch.setattr(both._budget, "admit", admit)
-        both(**PLAIN)
+        both(**PLAIN_CALL)
         return admit(*args, **options)
 
     monkeypatch.setattr(both._budget, "admit", first_another_call)
@@ -318,7 +330,7 @@ def test_a_warm_up_shows_no_bar_and_takes_none_from_calls_meanwhile(
 
 
 def test_moving_where_it_is_already_keeps_what_is_loaded(pipe: latentrt.Pipeline) -> None:
-    pipe(**PLAIN)
+    pipe(**PLAIN_CALL)
     engine = pipe._parts.base.unet.load()
     assert pipe.to("cpu") is pipe
     assert pipe.to(torch.device("cpu")) is pipe

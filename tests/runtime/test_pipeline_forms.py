@@ -1,5 +1,5 @@
-"""The other ways to call a pipeline, each against what diffusers makes of it: ends of the schedule, pictures to
-start from, defaults, batches and generators."""
+"""`runtime/pipeline.py`: the other ways to call a pipeline, each against what diffusers makes of it: ends of the
+schedule, pictures to start from, defaults, batches and generators."""
 
 from __future__ import annotations
 

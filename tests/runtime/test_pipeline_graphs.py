@@ -1,8 +1,7 @@
-"""Whole pipelines whose work is recorded: on the CPU, the same bits as without."""
+"""`runtime/graph.py`: whole pipelines whose work is recorded: on the CPU, the same bits as without."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import latentrt
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 from helpers.parity import Rig
 from latentrt.runtime import flow
-from latentrt.runtime.graph import Graph, Graphs
 
 CALL: dict[str, Any] = {"prompt": "a red cat on the hill", "height": 64, "width": 48, "output_type": "np"}
 REQUESTS: list[dict[str, Any]] = [
@@ -31,7 +29,7 @@ REQUESTS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def folders(rig: Rig) -> tuple[Any, Any]:
-    return rig._folder("sdxl"), rig._folder("refiner")
+    return rig.folder("sdxl"), rig.folder("refiner")
 
 
 def load(folders: tuple[Any, Any], **options: Any) -> latentrt.Pipeline:
@@ -60,17 +58,9 @@ def test_after_an_interruption_it_makes_the_same_image(folders: tuple[Any, Any])
 
 
 def test_warming_up_records_every_size_the_largest_first(
-    folders: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+    folders: tuple[Any, Any], captures: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = load(folders, graphs=True)
-    made: list[str] = []
-    capture = Graphs.capture
-
-    def counting(self: Graphs, work: Callable[[], object], what: str) -> Graph:
-        made.append(what)
-        return capture(self, work, what)
-
-    monkeypatch.setattr(Graphs, "capture", counting)
     sizes = [(32, 32), (64, 48)]
     shapes: list[Any] = []
     start = flow.first_latents
@@ -82,10 +72,10 @@ def test_warming_up_records_every_size_the_largest_first(
     monkeypatch.setattr(flow, "first_latents", noting)
     pipe.warmup(sizes, batches=(1, 2))
     assert shapes == [(64, 48, 2), (64, 48, 1), (32, 32, 2), (32, 32, 1)]
-    assert sum("unet" in what for what in made) == 8  # two experts
-    assert made[0] == "vae_decoder"  # the largest: the others then find room in its memory
-    assert {"text_encoder", "text_encoder_2"} < set(made)
-    made.clear()
+    assert sum("unet" in what for what in captures) == 8  # two experts
+    assert captures[0] == "vae_decoder"  # the largest: the others then find room in its memory
+    assert {"text_encoder", "text_encoder_2"} < set(captures)
+    captures.clear()
     for height, width in sizes:
         pipe(**{**CALL, "height": height, "width": width}, num_inference_steps=3, seed=1)
-    assert made == []
+    assert captures == []

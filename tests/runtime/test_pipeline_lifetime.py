@@ -1,4 +1,5 @@
-"""Two pipelines that share parts make room for each other, and one that was dropped is gone."""
+"""`runtime/residency.py`: two pipelines that share parts make room for each other, and one that was dropped is
+gone."""
 
 from __future__ import annotations
 
@@ -16,12 +17,12 @@ import latentrt
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_requests import CALL
+from helpers.pipeline_insides import checked, plan_of
+from helpers.tiny_requests import SEEDED_CALL
 from latentrt.runtime import budget, flow
 from latentrt.runtime.engines.eager import EagerEngine
 from latentrt.runtime.latents import NoiseSource
 from latentrt.runtime.residency import Residency
-from latentrt.runtime.stages import stages_of_request
 from latentrt.runtime.text_encoder import PromptEncoding
 
 CPU = torch.device("cpu")
@@ -51,16 +52,13 @@ def there(*pipes: latentrt.Pipeline) -> dict[int, int]:
 
 
 def peak(pipe: latentrt.Pipeline, call: dict[str, Any]) -> int:
-    request, _ = pipe.check(**call)
-    stages = stages_of_request(pipe._parts.base, pipe._parts.refiner, request)
-    return pipe._budget.plan(request, stages).peak("low")
+    return plan_of(pipe, call).peak("low")
 
 
 def test_noise_is_on_the_device_once(load: Load) -> None:
     """In the loops' own tensors, which are what a plan counts."""
     pipe = load()
-    request, _ = pipe.check(**CALL)
-    stages = stages_of_request(pipe._parts.base, pipe._parts.refiner, request)
+    request, stages = checked(pipe, SEEDED_CALL)
     noise = NoiseSource(request.generators, request.batch)
     latents = torch.empty(1, 4, 8, 6, device="meta")  # as of a device that is not the host
     encode = PromptEncoding(CPU)
@@ -195,7 +193,7 @@ def test_what_was_dropped_is_gone_though_parts_of_it_are_shared(memory: str, tin
 
 
 def test_what_waits_for_the_garbage_collector_is_not_a_reason_to_refuse(
-    load: Load, image: Any, monkeypatch: pytest.MonkeyPatch
+    load: Load, image_of_call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pipeline that was dropped by what refers to itself."""
 
@@ -211,12 +209,12 @@ def test_what_waits_for_the_garbage_collector_is_not_a_reason_to_refuse(
         waiting.append(weakref.ref(Holder().pipe))
         pipe = load()
         waiting.append(weakref.ref(Holder().pipe))
-        assert np.array_equal(pipe(**CALL).images, image)
+        assert np.array_equal(pipe(**SEEDED_CALL).images, image_of_call)
 
 
 def test_a_departure_that_is_broken_off_is_made_up_for(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = load(memory="low")
-    pipe(**CALL)
+    pipe(**SEEDED_CALL)
 
     def broken(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -224,8 +222,8 @@ def test_a_departure_that_is_broken_off_is_made_up_for(load: Load, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(EagerEngine, "offload", broken)
         with pytest.raises(KeyboardInterrupt):
-            pipe(**CALL)
+            pipe(**SEEDED_CALL)
     assert len(there(pipe)) == 1
     seen: list[int] = []
-    pipe(**CALL, callback_on_step_end=lambda *_: seen.append(len(there(pipe))))
+    pipe(**SEEDED_CALL, callback_on_step_end=lambda *_: seen.append(len(there(pipe))))
     assert seen == [1, 1]

@@ -1,4 +1,5 @@
-"""Pipelines that run out of memory, or whose work cannot be recorded: what is said, and that they go on."""
+"""`runtime/pipeline.py`: pipelines that run out of memory, or whose work cannot be recorded: what is said, and that
+they go on."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import latentrt
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_requests import CALL
+from helpers.tiny_requests import SEEDED_CALL
 from latentrt.errors import CaptureError, OutOfMemoryError
 from latentrt.runtime.denoise import DenoiseState
 from latentrt.runtime.engines.lazy import LazyEngine
@@ -24,7 +25,7 @@ from latentrt.runtime.vae import VAE
 
 Load = Callable[..., latentrt.Pipeline]
 
-OTHER = {**CALL, "height": 32, "width": 32}
+OTHER = {**SEEDED_CALL, "height": 32, "width": 32}
 
 
 def place(name: str) -> tuple[type, str]:
@@ -68,16 +69,16 @@ def used(load: Load) -> latentrt.Pipeline:
 
 @pytest.mark.parametrize("where", PLACES)
 def test_out_of_memory_frees_cached_graphs_and_retries_once(
-    where: str, used: latentrt.Pipeline, image: Any, caplog: pytest.LogCaptureFixture
+    where: str, used: latentrt.Pipeline, image_of_call: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     used._loader.graph_cache.drop()
     used(**OTHER)
     assert used._loader.graph_cache.nbytes > 0
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING, "latentrt"):
         calls = fail(patch, place(where), 1)
-        output = used(**CALL)
+        output = used(**SEEDED_CALL)
         assert calls[0] > 1
-    assert np.array_equal(output.images, image)
+    assert np.array_equal(output.images, image_of_call)
     assert set(output.timings) == {"prepare", "text", "start", "base", "refiner", "decode", "total"}
     assert re.search(
         r"^no memory left on cpu in stage '\w+' .*; let go [\d.]+ [kM]B that were kept, and begin again$",
@@ -86,30 +87,31 @@ def test_out_of_memory_frees_cached_graphs_and_retries_once(
 
 
 @pytest.mark.parametrize("where", PLACES)
-def test_where_that_does_not_help_the_plan_is_told_and_the_pipeline_stays_usable(
-    where: str, used: latentrt.Pipeline, image: Any
+def test_out_of_memory_twice_shows_the_plan_and_the_pipeline_stays_usable(
+    where: str, used: latentrt.Pipeline, image_of_call: Any
 ) -> None:
     used._loader.graph_cache.drop()
     used(**OTHER)
     with pytest.MonkeyPatch.context() as patch:
         fail(patch, place(where), 1000)
         with pytest.raises(OutOfMemoryError) as caught:
-            used(**CALL)
+            used(**SEEDED_CALL)
     assert re.search(
         r"^no memory left on cpu in stage '\w+' \(CUDA out of memory\. Tried to allocate 2\.00 GiB\.\); .*\. By plan, "
-        r".* at 48x64, batch 1, float32 needs [\d.]+ MB of device memory by policy 'resident' \(text [\d.]+ MB, base ",
+        r".* at 48x64, batch 1, float32 needs [\d.]+ MB of device memory with memory='resident' "
+        r"\(text [\d.]+ MB, base ",
         str(caught.value),
     )
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
     assert used._running == set()
-    assert np.array_equal(used(**CALL).images, image)
+    assert np.array_equal(used(**SEEDED_CALL).images, image_of_call)
 
 
 def test_a_retry_draws_the_same_noise_from_given_generators_and_reports_its_steps_anew(
-    used: latentrt.Pipeline, image: Any
+    used: latentrt.Pipeline, image_of_call: Any
 ) -> None:
     used(**OTHER)
-    call = {key: value for key, value in CALL.items() if key != "seed"}
+    call = {key: value for key, value in SEEDED_CALL.items() if key != "seed"}
     steps: list[int] = []
 
     def note(pipe: Any, step: int, *_: Any) -> None:
@@ -119,7 +121,7 @@ def test_a_retry_draws_the_same_noise_from_given_generators_and_reports_its_step
         fail(patch, place("decode"), 1)
         output = used(**call, generator=torch.Generator().manual_seed(3), callback_on_step_end=note)
     assert steps == [0, 1, 0, 1]
-    assert np.array_equal(output.images, image)
+    assert np.array_equal(output.images, image_of_call)
 
 
 @pytest.mark.parametrize("callback", ["callback_on_step_end", "callback_on_progress"])
@@ -128,7 +130,7 @@ def test_a_retry_draws_the_same_noise_from_given_generators_and_reports_its_step
     [RuntimeError("my uploader: cannot allocate memory"), MemoryError(), OutOfMemoryError("of another")],
 )
 def test_what_a_callback_raises_is_the_caller_s(
-    error: Exception, callback: str, used: latentrt.Pipeline, image: Any
+    error: Exception, callback: str, used: latentrt.Pipeline, image_of_call: Any
 ) -> None:
     used(**OTHER)
     calls = []
@@ -138,14 +140,14 @@ def test_what_a_callback_raises_is_the_caller_s(
         raise error
 
     with pytest.raises(type(error)) as caught:
-        used(**CALL, **{callback: upload})
+        used(**SEEDED_CALL, **{callback: upload})
     assert caught.value is error
     assert calls == [1]
-    assert np.array_equal(used(**CALL).images, image)
+    assert np.array_equal(used(**SEEDED_CALL).images, image_of_call)
 
 
-def test_garbage_goes_before_it_is_made_anew(
-    used: latentrt.Pipeline, image: Any, monkeypatch: pytest.MonkeyPatch
+def test_garbage_is_collected_before_a_retry(
+    used: latentrt.Pipeline, image_of_call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pipeline that was dropped may be among it."""
 
@@ -165,7 +167,7 @@ def test_garbage_goes_before_it_is_made_anew(
     gc.disable()
     try:
         waiting.append(weakref.ref(Holder()))
-        assert np.array_equal(used(**CALL).images, image)
+        assert np.array_equal(used(**SEEDED_CALL).images, image_of_call)
     finally:
         gc.enable()
 
@@ -175,12 +177,12 @@ def test_where_nothing_can_be_let_go_it_is_not_made_twice(load: Load) -> None:
     with pytest.MonkeyPatch.context() as patch:
         calls = fail(patch, (NoiseSource, "draw_steps"), 1000)
         with pytest.raises(OutOfMemoryError, match="By plan"):
-            pipe(**CALL)
+            pipe(**SEEDED_CALL)
     assert calls == [1]
 
 
 def test_what_cannot_be_recorded_is_named_and_runs_without_graphs(
-    load: Load, image: Any, monkeypatch: pytest.MonkeyPatch
+    load: Load, image_of_call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = _UNetProgram.run
 
@@ -194,5 +196,5 @@ def test_what_cannot_be_recorded_is_named_and_runs_without_graphs(
         with pytest.raises(
             CaptureError, match=r"a denoising step of unet .*_local_scalar_dense.*graphs=False"
         ):
-            pipe(**CALL)
-    assert np.array_equal(load(graphs=False)(**CALL).images, image)
+            pipe(**SEEDED_CALL)
+    assert np.array_equal(load(graphs=False)(**SEEDED_CALL).images, image_of_call)

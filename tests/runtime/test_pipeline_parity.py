@@ -1,4 +1,5 @@
-"""Whole pipelines against diffusers on the same weights, prompt by prompt; the cases are in helpers/parity_cases.py."""
+"""`runtime/pipeline.py`: whole pipelines against diffusers on the same weights, prompt by prompt; the cases are in
+helpers/parity_cases.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Two pipelines with parts in common, as diffusers' documentation has them, and life without diffusers."""
+"""`runtime/loading.py`: two pipelines with parts in common, as diffusers' documentation has them, and life without
+diffusers."""
 
 from __future__ import annotations
 
@@ -173,14 +174,14 @@ def test_parts_of_another_library_are_refused(name: str, rig: Rig) -> None:
     with pytest.raises(
         RequestError, match=f"a {type(theirs).__name__} was given to share; give the .* of a latentrt"
     ):
-        latentrt.Pipeline.from_pretrained(rig._folder("sdxl"), backend="eager", **{name: theirs})
+        latentrt.Pipeline.from_pretrained(rig.folder("sdxl"), backend="eager", **{name: theirs})
 
 
 def test_unknown_keywords_are_named(rig: Rig) -> None:
     with pytest.raises(TypeError, match="guidance_scael"):
         rig.pipeline("sdxl", "eager")("a cat", guidance_scael=3)
     with pytest.raises(TypeError, match="use_safetensor'"):
-        latentrt.Pipeline.from_pretrained(rig._folder("sdxl"), use_safetensor=True)
+        latentrt.Pipeline.from_pretrained(rig.folder("sdxl"), use_safetensor=True)
 
 
 BLOCKED = """
@@ -198,12 +199,17 @@ for backend in backends:
 
 
 @pytest.mark.timeout(900)
-def test_generating_needs_neither_diffusers_nor_transformers(rig: Rig, exports: Path) -> None:
+def test_generating_needs_neither_diffusers_nor_transformers(rig: Rig, shared_export_cache: Path) -> None:
     """And what was exported before is run without the exporter."""
     call = {"height": 64, "width": 48, "num_inference_steps": 2}
     rig.pipeline("ensemble", "onnxruntime")("a cat", **call, high_noise_frac=0.5)
     argument = json.dumps(
-        [str(rig._folder("sdxl")), str(rig._folder("refiner")), str(exports), ["onnxruntime", "eager"]]
+        [
+            str(rig.folder("sdxl")),
+            str(rig.folder("refiner")),
+            str(shared_export_cache),
+            ["onnxruntime", "eager"],
+        ]
     )
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED, argument], capture_output=True, text=True, timeout=600, check=False

@@ -218,7 +218,7 @@ def test_no_weight_is_read(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     Planner.of(tiny("sdxl"), tiny("refiner")).plan(height=64, width=64)
 
 
-def test_weights_that_do_not_fit_are_told(tiny: Tiny, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_reported(tiny: Tiny, tmp_path: Path) -> None:
     for item in tiny("sdxl").rglob("*"):
         if item.is_file():
             target = tmp_path / item.relative_to(tiny("sdxl"))
@@ -321,9 +321,9 @@ def test_requests_that_cannot_be_met(arguments: dict[str, Any], message: str, pa
         pair.plan(**arguments)
 
 
-def test_the_command(run: Run, tiny: Tiny) -> None:
+def test_the_command(run_cli: Run, tiny: Tiny) -> None:
     options = ("--refiner", str(tiny("refiner")), "--size", "64x48", "--batch", "2", "--memory-limit", "1GB")
-    code, out, err = run("plan", str(tiny("sdxl")), *options)
+    code, out, err = run_cli("plan", str(tiny("sdxl")), *options)
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].endswith("at 64x48, batch 2, float16")
@@ -335,14 +335,14 @@ def test_the_command(run: Run, tiny: Tiny) -> None:
     ]
 
 
-def test_the_command_refuses_what_does_not_fit_and_says_all_there_is(run: Run, tiny: Tiny) -> None:
+def test_the_command_refuses_what_does_not_fit_and_says_all_there_is(run_cli: Run, tiny: Tiny) -> None:
     options = ("--size", "64x64", "--gpu", "rtx 4090", "--memory-limit", "200MB", "--memory", "low", "--json")
-    code, out, err = run("plan", str(tiny("sd15")), *options)
+    code, out, err = run_cli("plan", str(tiny("sd15")), *options)
     told = json.loads(out)
     assert (code, told["gpu"]["name"], told["networks"]["unet"]["rows"]) == (1, "RTX 4090", 2)
     assert set(told["policies"]) == {"resident", "balanced", "low"}
     assert err.startswith("latentrt: ")
-    assert "of device memory by policy 'low' (text " in err
+    assert "of device memory with memory='low' (text " in err
     assert err.count("\n") == 1
 
 
@@ -354,25 +354,25 @@ def test_the_command_refuses_what_does_not_fit_and_says_all_there_is(run: Run, t
         (("--high-noise-frac", "nan"), "high_noise_frac must be a finite number; got nan"),
         (("--high-noise-frac", "2"), "high_noise_frac is 2.0; it must be between 0 and 1"),
         (("--memory-limit", "much"), "'much' is no amount of memory; write such as 20GB or 500MB"),
-        (("--refiner", "/no/refiner"), "'/no/refiner' is no folder or file"),
+        (("--refiner", "/no/refiner"), "'/no/refiner' is not a local folder or file"),
     ],
 )
-def test_the_commands_refusals(arguments: tuple[str, ...], message: str, run: Run, tiny: Tiny) -> None:
-    code, out, err = run("plan", str(tiny("sdxl")), *arguments)
+def test_the_commands_refusals(arguments: tuple[str, ...], message: str, run_cli: Run, tiny: Tiny) -> None:
+    code, out, err = run_cli("plan", str(tiny("sdxl")), *arguments)
     assert (code, out) == (1, "")
     assert err.startswith("latentrt: ")
     assert message in err
 
 
-def test_the_policies_of_the_command_line_are_those_there_are(run: Run) -> None:
-    code, out, err = run("plan", "demo", "--memory", "fast")
+def test_the_policies_of_the_command_line_are_those_there_are(run_cli: Run) -> None:
+    code, out, err = run_cli("plan", "demo", "--memory", "fast")
     assert (code, out) == (2, "")
     for policy in POLICIES:
         assert policy in err.partition("choose from")[2]
 
 
 def test_an_unknown_model() -> None:
-    with pytest.raises(CheckpointNotFoundError, match="'sdxxl' is no folder or file"):
+    with pytest.raises(CheckpointNotFoundError, match="'sdxxl' is not a local folder or file"):
         Planner.of("sdxxl")
 
 

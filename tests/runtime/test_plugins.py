@@ -279,7 +279,6 @@ def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(plugin_code.ctypes, "CDLL", absent)
-    plugin_code.driver.cache_clear()
     with pytest.raises(BackendError, match=r"run on NVIDIA GPUs, and there is no driver here \(libcuda"):
         plugin_code.driver()
 
@@ -324,7 +323,6 @@ def test_a_version_follows_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugins, "_SOURCES", plugins._SOURCES[1:])
     plugins._digest.cache_clear()
     (after,) = plugins.versions(["GroupNorm"]).values()
-    plugins._digest.cache_clear()
     assert before != after
     assert before.partition("-")[0] == after.partition("-")[0] == "1"
     assert all((plugins._PACKAGE / source).exists() for source in plugins._SOURCES)

@@ -1,4 +1,5 @@
-"""Engines with plugins on a GPU: against the same without, against PyTorch, in a CUDA graph, and without PyTorch.
+"""`runtime/engines/plugins.py`: engines with plugins on a GPU: against the same without, against PyTorch, in a CUDA
+graph, and without PyTorch.
 
 Never run yet: written without a GPU.
 """
@@ -20,8 +21,6 @@ from latentrt.runtime.engines import plugins
 from latentrt.runtime.engines.base import Component, Engine
 from latentrt.runtime.engines.eager import EagerBackend
 from latentrt.runtime.engines.tensorrt import TensorRTBackend, TensorRTRTXBackend
-from latentrt.runtime.loading import load_components
-from latentrt.runtime.weights import open_checkpoint
 from tolerances import ENGINE_FLOAT16
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -34,11 +33,6 @@ def device() -> torch.device:
     return torch.device("cuda")
 
 
-@pytest.fixture(scope="module")
-def unet() -> Component:
-    return load_components(open_checkpoint("demo"), torch.float16)["unet"]
-
-
 @pytest.fixture(scope="module", params=[*BACKENDS])
 def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     found = BACKENDS[request.param]().availability(torch.device("cuda"), torch.float16)
@@ -47,27 +41,29 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return request.param, tmp_path_factory.mktemp(request.param)
 
 
-def load(cache: tuple[str, Path], unet: Component, device: torch.device, text: str) -> Engine:
+def load(cache: tuple[str, Path], demo_unet: Component, device: torch.device, text: str) -> Engine:
     backend = BACKENDS[cache[0]](with_plugins=plugins.chosen(text))
-    return backend.load(unet, device=device, cache_dir=cache[1])
+    return backend.load(demo_unet, device=device, cache_dir=cache[1])
 
 
 @pytest.mark.parametrize("text", ["all", *plugins.chosen("all")])
 def test_with_plugins_as_without_and_as_pytorch(
-    text: str, cache: tuple[str, Path], unet: Component, device: torch.device
+    text: str, cache: tuple[str, Path], demo_unet: Component, device: torch.device
 ) -> None:
-    eager = EagerBackend().load(unet, device=device, cache_dir=None)
-    engine, plain = (load(cache, unet, device, names) for names in (text, "none"))
+    eager = EagerBackend().load(demo_unet, device=device, cache_dir=None)
+    engine, plain = (load(cache, demo_unet, device, names) for names in (text, "none"))
     assert engine.entry != plain.entry
     for which in (0, 1, 0):
-        x = inputs(unet, device, which)
+        x = inputs(demo_unet, device, which)
         got = engine(x)["prediction"]
         assert relative_error(got, eager(x)["prediction"]) < ENGINE_FLOAT16
         assert relative_error(got, plain(x)["prediction"]) < ENGINE_FLOAT16
 
 
-def test_it_is_captured_and_replayed(cache: tuple[str, Path], unet: Component, device: torch.device) -> None:
-    assert_replays(load(cache, unet, device, "all"), unet, device)
+def test_it_is_captured_and_replayed(
+    cache: tuple[str, Path], demo_unet: Component, device: torch.device
+) -> None:
+    assert_replays(load(cache, demo_unet, device, "all"), demo_unet, device)
 
 
 WITHOUT_TORCH = textwrap.dedent("""
@@ -122,11 +118,11 @@ WITHOUT_TORCH = textwrap.dedent("""
 
 
 def test_it_runs_where_torch_and_triton_are_not(
-    cache: tuple[str, Path], unet: Component, device: torch.device, tmp_path: Path
+    cache: tuple[str, Path], demo_unet: Component, device: torch.device, tmp_path: Path
 ) -> None:
-    engine = load(cache, unet, device, "all")
+    engine = load(cache, demo_unet, device, "all")
     assert engine.entry is not None
-    x = inputs(unet, device, 0)
+    x = inputs(demo_unet, device, 0)
     wanted = engine(x)["prediction"].cpu()
     np.savez(tmp_path / "x.npz", **{name: value.cpu().numpy() for name, value in x.items()})
     names = json.dumps(plugins.versions(plugins.chosen("all")))

@@ -55,13 +55,6 @@ def brightness(latents: torch.Tensor) -> torch.Tensor:
     return latents[:, :1].movedim(1, 3).expand(-1, -1, -1, 3).to(torch.uint8)
 
 
-@pytest.fixture
-def queue(monkeypatch: pytest.MonkeyPatch) -> FakeQueue:
-    fake = FakeQueue()
-    monkeypatch.setattr("latentrt.runtime.progress.queue_of", lambda device: fake)
-    return fake
-
-
 def reported(steps: int, previewer: Any) -> list[tuple[int, int | None]]:
     """(steps done, the picture's brightness) as the callback got them; step k leaves latents of k."""
     calls: list[tuple[int, int | None]] = []

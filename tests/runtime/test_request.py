@@ -148,7 +148,7 @@ def test_seeds() -> None:
     assert drawn != request(seed=None).seeds[0]
 
 
-def test_generators_tell_their_seed_while_they_are_fresh() -> None:
+def test_seeds_of_fresh_generators_are_known() -> None:
     fresh, used = torch.Generator().manual_seed(5), torch.Generator().manual_seed(6)
     torch.randn(1, generator=used)
     r = request(prompt=TWO, seed=None, generator=[fresh, used])

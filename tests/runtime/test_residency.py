@@ -75,13 +75,17 @@ def test_a_call_of_what_may_be_offloaded_excludes_replays() -> None:
     engine, graphs, taken = lazy.load(), lazy.graphs, list[str]()
     assert graphs is not None
 
+    at_lock = threading.Event()
+
     def elsewhere() -> None:
+        at_lock.set()
         with graphs.exclusive():
             taken.append("elsewhere")
 
     class Watched:
         def __call__(self, inputs: Any) -> Any:
             other.start()
+            assert at_lock.wait(60)
             other.join(0.2)
             taken.append("here")
             return engine(inputs)

@@ -14,7 +14,6 @@ from helpers.sampler_oracle import (
     CLASSES,
     config_of,
     diffusers_steps,
-    error,
     generators,
     make_scheduler,
     noise_like,
@@ -24,7 +23,7 @@ from helpers.sampler_oracle import (
 from latentrt.errors import RequestError, UnsupportedConfigError
 from latentrt.runtime.sampler import SAMPLERS, SamplerConfig, build_table
 from latentrt.runtime.sampler_config import scheduler_fields
-from tolerances import SAMPLER_TRAJECTORY
+from tolerances import SAMPLER_TRAJECTORY, relative_error
 
 X = noise_like(1, 4, 6, 6)
 
@@ -106,7 +105,7 @@ def test_another_sampler_takes_over_what_from_config_takes_over(source: str, sam
         ours = table_steps(SamplerConfig.from_dict(config, sampler), 5, x, generators(1))
         # Euler at zero terminal SNR: see SAMPLER_ZERO_SNR_EULER; what was taken over shows in the other samplers.
         loose = "SNR" in source and sampler.startswith("euler")
-        assert error(ours, theirs) < (1e-3 if loose else SAMPLER_TRAJECTORY)
+        assert relative_error(ours, theirs) < (1e-3 if loose else SAMPLER_TRAJECTORY)
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -118,7 +117,7 @@ def test_defaults_are_those_of_the_class(name: str) -> None:
     scheduler.set_timesteps(7)
     x = X * scheduler.init_noise_sigma
     theirs = diffusers_steps(scheduler, x, scheduler.timesteps, generators(1))
-    assert error(table_steps(config, 7, x, generators(1)), theirs) < SAMPLER_TRAJECTORY
+    assert relative_error(table_steps(config, 7, x, generators(1)), theirs) < SAMPLER_TRAJECTORY
     assert build_table(config, 7).init_noise_sigma == pytest.approx(float(scheduler.init_noise_sigma))
 
 

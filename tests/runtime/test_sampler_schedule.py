@@ -1,4 +1,5 @@
-"""Timesteps, noise levels, the cuts for base, refiner and image to image, and what is refused."""
+"""`runtime/schedule.py`: timesteps, noise levels, the cuts for base, refiner and image to image, and what is
+refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Coefficient tables against diffusers' schedulers over whole trajectories, both in float32."""
+"""`runtime/sampler.py`: coefficient tables against diffusers' schedulers over whole trajectories, both in float32."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from helpers.sampler_oracle import (
     base_timesteps,
     config_of,
     diffusers_steps,
-    error,
     generators,
     image_to_image,
     make_scheduler,
@@ -25,7 +24,7 @@ from helpers.sampler_oracle import (
     text_to_image,
 )
 from latentrt.runtime.sampler import build_table, step_range
-from tolerances import SAMPLER_TRAJECTORY, SAMPLER_ZERO_SNR_EULER
+from tolerances import SAMPLER_TRAJECTORY, SAMPLER_ZERO_SNR_EULER, relative_error
 from torch import Tensor
 
 STEPS = (1, 2, 5, 20, 50)
@@ -44,7 +43,7 @@ CASES = [
 
 
 def worst(name: str, steps: tuple[int, ...] = STEPS, eta: float = 0.0, **fields: Any) -> float:
-    errors = {n: error(*text_to_image(make_scheduler(name, **fields), n, X, eta=eta)) for n in steps}
+    errors = {n: relative_error(*text_to_image(make_scheduler(name, **fields), n, X, eta=eta)) for n in steps}
     print(name, *(str(v)[:20] for v in fields.values()), " ".join(f"{n}: {e:.1e}" for n, e in errors.items()))
     return max(errors.values())
 
@@ -129,7 +128,7 @@ def test_ddpm_with_learned_variance(schedule: str) -> None:
 
     for n in STEPS:
         ours, theirs = text_to_image(make_scheduler("ddpm", **fields), n, X, unet=unet)
-        assert error(ours, theirs) < SAMPLER_TRAJECTORY
+        assert relative_error(ours, theirs) < SAMPLER_TRAJECTORY
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -147,7 +146,7 @@ def test_ancestral_euler_with_sample_prediction(spacing: str) -> None:
         start = X * by_noise.init_noise_sigma
         theirs = diffusers_steps(by_noise, start, by_noise.timesteps, generators(2), unet=unet)
         config = config_of(make_scheduler("euler-a", timestep_spacing=spacing), prediction_type="sample")
-        assert error(table_steps(config, n, start, generators(2)), theirs) < SAMPLER_TRAJECTORY
+        assert relative_error(table_steps(config, n, start, generators(2)), theirs) < SAMPLER_TRAJECTORY
 
 
 @pytest.mark.parametrize("split", [0.5, 0.8])
@@ -171,7 +170,7 @@ def test_base_hands_over_to_refiner(name: str, split: float) -> None:
         begin, last = step_range(config, n, denoising_start=split)
         ours = table_steps(config, n, start, source, end=end)
         ours = table_steps(config, n, ours, source, begin=begin, end=last)
-        assert error(ours, theirs) < SAMPLER_TRAJECTORY, n
+        assert relative_error(ours, theirs) < SAMPLER_TRAJECTORY, n
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.55, 0.98, 1.0])
@@ -180,7 +179,7 @@ def test_image_to_image(name: str, strength: float) -> None:
     for n in (5, 20, 50):
         scheduler = make_scheduler(name)
         ours, theirs = image_to_image(scheduler, n, strength, noise_like(2, 4, 8, 8, seed=1), X)
-        assert error(ours, theirs) < SAMPLER_TRAJECTORY, n
+        assert relative_error(ours, theirs) < SAMPLER_TRAJECTORY, n
 
 
 @pytest.mark.parametrize("name", ["euler", "euler-a", "ddim", "ddpm", "pndm", "dpm++2m"])
@@ -188,4 +187,4 @@ def test_a_wrong_steps_offset_is_seen(name: str) -> None:
     run = functools.partial(text_to_image, num_steps=20, x=X)
     right, _ = run(make_scheduler(name, timestep_spacing="leading"))
     wrong, _ = run(make_scheduler(name, timestep_spacing="leading", steps_offset=2))
-    assert error(wrong, right) > 20 * SAMPLER_TRAJECTORY
+    assert relative_error(wrong, right) > 20 * SAMPLER_TRAJECTORY

@@ -40,8 +40,14 @@ def load(device: torch.device | str = SECOND, **options: Any) -> latentrt.Pipeli
 
 
 def call(pipe: latentrt.Pipeline, seed: int | None = 0, **options: Any) -> Any:
+    """The images, which are on the pipeline's device; the current device is the one it was."""
     options = {"num_inference_steps": 4, "high_noise_frac": 0.7, "output_type": "pt", **options}
-    return pipe("a red circle", seed=seed, **options).images
+    current = torch.cuda.current_device()
+    images = pipe("a red circle", seed=seed, **options).images
+    assert torch.cuda.current_device() == current
+    if isinstance(images, torch.Tensor):
+        assert images.device == pipe.device
+    return images
 
 
 @pytest.mark.parametrize(
@@ -59,8 +65,15 @@ def test_it_makes_images(options: dict[str, Any]) -> None:
 def test_it_does_all_that_a_call_may_ask_for() -> None:
     pipe = load()
     pipe.warmup(sizes=[(64, 64)])
+    devices: set[torch.device] = set()
+
+    def halved(pipe: latentrt.Pipeline, step: int, timestep: float, found: dict[str, Any]) -> dict[str, Any]:
+        devices.add(found["latents"].device)
+        return {"latents": 0.5 * found["latents"]}
+
     call(pipe, previewer=pipe.fit_previewer(), callback_on_progress=lambda *_: None)
-    call(pipe, callback_on_step_end=lambda pipe, step, t, found: {"latents": 0.5 * found["latents"]})
+    call(pipe, callback_on_step_end=halved)
+    assert devices == {SECOND}
     call(pipe, tiled_vae=True)
     call(pipe, image=Image.new("RGB", (128, 128)), strength=0.5)
     for device in (FIRST, SECOND, "cpu"):

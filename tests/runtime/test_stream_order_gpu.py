@@ -1,4 +1,5 @@
-"""Nothing on a GPU is read before it is written, or overwritten while it is read, on whatever stream callers are."""
+"""`runtime/streams.py`: nothing on a GPU is read before it is written, or overwritten while it is read, on whatever
+stream callers are."""
 
 from __future__ import annotations
 
@@ -98,7 +99,7 @@ def test_the_checker_sees_a_host_buffer_used_under_its_copy(order: StreamOrder, 
 
 
 @pytest.mark.parametrize("tells", [True, False])
-def test_the_checker_sees_threads_that_do_not_tell_of_a_wait(order: StreamOrder, tells: bool) -> None:
+def test_the_checker_finds_threads_that_are_not_ordered(order: StreamOrder, tells: bool) -> None:
     x, waited = torch.zeros(1000, device="cuda"), list[bool]()
 
     def work() -> None:

@@ -1,4 +1,5 @@
-"""How the host keeps its distance from the device: against a device that lags behind."""
+"""`runtime/streams.py` and `progress.py`: how far the host may run ahead of the device, against a device that lags
+behind."""
 
 from __future__ import annotations
 
@@ -24,13 +25,6 @@ LATENTS = torch.zeros(1, 4, 2, 2)
 
 def table(steps: int) -> SamplerTable:
     return build_table(config_of(make_scheduler("euler")), steps)
-
-
-@pytest.fixture
-def queue(monkeypatch: pytest.MonkeyPatch) -> FakeQueue:
-    fake = FakeQueue()
-    monkeypatch.setattr("latentrt.runtime.progress.queue_of", lambda device: fake)
-    return fake
 
 
 class Stop(threading.Event):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_components as tiny
-from helpers.tiny_requests import CALL
+from helpers.tiny_requests import SEEDED_CALL
 from latentrt import Pipeline
 from latentrt.runtime.conditioning import guidance_scale_embedding
 from latentrt.runtime.engines.base import Component
@@ -52,12 +52,12 @@ def test_a_picture_stays_as_it_is(what: str, backend: str, load: Callable[..., P
     def make() -> list[Any]:
         pipe, previews = load(backend=backend), []
         images = pipe(
-            **CALL,
+            **SEEDED_CALL,
             previewer=pipe.fit_previewer(),
             callback_on_progress=lambda _, step, told: previews.append(told["preview"]),
         ).images
         encoded = pipe(
-            **{**CALL, "output_type": "latent"}, image=torch.from_numpy(images).movedim(3, 1)
+            **{**SEEDED_CALL, "output_type": "latent"}, image=torch.from_numpy(images).movedim(3, 1)
         ).images
         return [images, encoded, *previews]
 

@@ -1,4 +1,4 @@
-"""Decoding in tiles: of memory that does not grow with the picture, and without seams."""
+"""`runtime/vae.py`: decoding in tiles: of memory that does not grow with the picture, and without seams."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 import torch
 from latentrt.errors import RequestError
 from latentrt.runtime.engines.lazy import EngineLoader
-from latentrt.runtime.graph import Graphs
 from latentrt.runtime.loading import load_vae
 from latentrt.runtime.vae import VAE, Tiles
 from latentrt.runtime.weights import open_checkpoint
@@ -112,22 +111,12 @@ def test_one_tile_that_covers_all_is_exact(tiny_vae: Callable[[bool], VAE]) -> N
     assert vae.decode(latents, tile=16).equal(vae.decode(latents))
 
 
-def test_all_tiles_are_one_recording(
-    tiny_vae: Callable[[bool], VAE], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[str] = []
-    capture = Graphs.capture
-
-    def counting(self: Graphs, work: Callable[[], object], what: str) -> Any:
-        made.append(what)
-        return capture(self, work, what)
-
-    monkeypatch.setattr(Graphs, "capture", counting)
+def test_all_tiles_are_one_recording(tiny_vae: Callable[[bool], VAE], captures: list[str]) -> None:
     vae, latents = tiny_vae(True), smooth(12, 20)
     vae.capture_decode(96, 160, tile=8)
-    assert made == ["vae_decoder"]
+    assert captures == ["vae_decoder"]
     tiled = vae.decode(latents, tile=8)
-    assert made == ["vae_decoder"]
+    assert captures == ["vae_decoder"]
     assert tiled.equal(tiny_vae(False).decode(latents, tile=8))
 
 

@@ -1,4 +1,4 @@
-"""Digests of weights: right, remembered, and only as long as the file stays as it was."""
+"""`runtime/digests.py`: digests of weights: right, remembered, and only as long as the file stays as it was."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+from helpers.faults import disk_full
 from latentrt.runtime.digests import DigestMemory, combined
 
 
@@ -91,7 +92,7 @@ def test_a_full_disk_leaves_nothing_half_written(
 ) -> None:
     def full(self: Path, *_: object) -> int:
         self.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise disk_full()
 
     monkeypatch.setattr(Path, "write_text", full)
     with caplog.at_level(logging.WARNING):

@@ -1,4 +1,5 @@
-"""Which files make a component: shards, variants, links; and what is refused, with its name."""
+"""`runtime/weight_set.py`: which files make a component: shards, variants, links; and what is refused, with its
+name."""
 
 from __future__ import annotations
 

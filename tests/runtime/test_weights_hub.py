@@ -1,4 +1,5 @@
-"""Hub ids without a hub: the local cache, what would be downloaded, and what is said when it is not there."""
+"""`runtime/hub.py`: hub ids without a hub: the local cache, what would be downloaded, and what is said when it is not
+there."""
 
 from __future__ import annotations
 
@@ -132,11 +133,13 @@ def test_a_missing_variant_is_not_the_plain_files(cached: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["owner/absent", "owner/ill..named", "stabilityai/sdxl"])
-def test_an_id_that_nobody_has_says_what_was_tried(cached: Path, model: str) -> None:
+def test_an_unknown_id_says_what_was_tried(cached: Path, model: str) -> None:
     with pytest.raises(CheckpointNotFoundError) as caught:
         open_checkpoint(model)
     message = str(caught.value)
-    assert f"{model!r} is no folder or file here, and the model hub did not give it (" in message
+    assert (
+        f"{model!r} is not a local folder or file, and could not be fetched from the model hub (" in message
+    )
     assert "hf auth login" in message
     assert "without a network, give the path" in message
 
@@ -240,4 +243,4 @@ def test_an_unreachable_hub_falls_back_to_the_cache(tiny: Tiny, tmp_path: Path) 
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("UNet2DConditionModel\n'owner/absent' is no folder or file here")
+    assert result.stdout.startswith("UNet2DConditionModel\n'owner/absent' is not a local folder or file")

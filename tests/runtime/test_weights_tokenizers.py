@@ -1,4 +1,4 @@
-"""Tokenizer tables: CLIP's own, and those of a folder in either format."""
+"""`runtime/tokenizer_files.py`: tokenizer tables: CLIP's own, and those of a folder in either format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Who is let in, on a clock that is told: estimates, and overload played through."""
+"""`runtime/serve/admission.py` and `call_times.py`: which requests are admitted, on a clock that tests move:
+estimates, and overload played through."""
 
 from __future__ import annotations
 
@@ -141,7 +142,7 @@ def test_a_rare_size_is_admitted_despite_a_long_queue_of_another() -> None:
     with pytest.raises(QueueFullError, match=r"would take 51.4 to 128.5 s"):
         admission.check([SMALL], 100.0, 0.6)
     admission.end()
-    with pytest.raises(QueueFullError, match=r"at most 60 may wait; try again in 50 s"):
+    with pytest.raises(QueueFullError, match=r"60 of 60 places are taken, .*; try again in 50 s"):
         admission.check([SMALL] * 11, None, 0.6)
     with pytest.raises(QueueFullError, match=r"was given 100.3 s; try again in 28 s") as full:
         admission.check([SMALL], 100.3, 0.0)
@@ -151,7 +152,7 @@ def test_a_rare_size_is_admitted_despite_a_long_queue_of_another() -> None:
 def test_more_at_once_than_may_ever_wait_are_refused_for_good() -> None:
     admission = Admission(Scheduler(max_batch=4, window=0.0), max_waiting=3)
     with pytest.raises(
-        RequestError, match=r"^4 images are asked for at once, and at most 3 may wait; ask for fewer$"
+        RequestError, match=r"^the request asks for 4 images, and at most 3 may wait; ask for fewer$"
     ):
         admission.check([SMALL] * 4, None, 0.0)
     admission.check([SMALL] * 3, None, 0.0)
@@ -178,7 +179,7 @@ def test_a_request_that_would_delay_admitted_ones_is_refused() -> None:
     admission.check([LARGE], None, 0.0)  # nor does one that will be late anyway keep others out
 
 
-def test_where_nobody_can_be_late_nothing_is_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_deadlines_nothing_is_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would hold up the event loop for as long as the queue is, at each that joins it."""
     queue: Scheduler[Waiting] = Scheduler(max_batch=4, window=0.0)
     admission = Admission(queue, max_waiting=5000)

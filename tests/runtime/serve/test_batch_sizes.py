@@ -9,7 +9,7 @@ from typing import Any
 
 import latentrt
 import pytest
-from helpers.fake_runner import FakeRunner, ask, busy, in_loop
+from helpers.fake_runner import FakeRunner, device_occupied, image_request, in_loop
 from latentrt.errors import EngineSizeError, MemoryPlanError
 from latentrt.runtime.graph import Graph, Graphs
 from latentrt.runtime.serve.engine import AsyncEngine
@@ -37,8 +37,8 @@ def test_where_work_is_captured_few_sizes_are_formed_and_all_are_warm(
         runner.captures = captures
         async with AsyncEngine(runner, max_batch=max_batch) as engine:
             assert runner.batches == warm
-            async with busy(runner, engine):
-                jobs = engine.submit(*[ask(seed) for seed in range(1, 6)])
+            async with device_occupied(runner, engine):
+                jobs = engine.submit(*[image_request(seed) for seed in range(1, 6)])
             for job in jobs:
                 await job.result()
         assert [len(call) for call in runner.calls[1:]] == formed

@@ -1,4 +1,4 @@
-"""Clients that hang up, flood, dawdle, or do not read."""
+"""`runtime/serve/connection.py`: clients that hang up, flood, dawdle, or do not read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import PIL.Image
 import pytest
 import uvicorn
 from helpers.fake_runner import FakeRunner, FakeTime, in_loop, pass_time
-from helpers.served import Served, served, until
+from helpers.served import Served, served
+from helpers.waiting import until
 from latentrt.runtime.serve.connection import bounded
 from latentrt.runtime.serve.schema import Limits
 from uvicorn.server import ServerState
@@ -67,7 +68,7 @@ def test_hanging_up_in_the_queue_cancels_the_request(server: Served, runner: Fak
     assert runner.calls == [[1]]
 
 
-def test_a_client_that_does_not_read_holds_nobody_up(runner: FakeRunner) -> None:
+def test_a_client_that_does_not_read_delays_no_other(runner: FakeRunner) -> None:
     """Big previews into a connection that nobody reads: its own request ends, others are served."""
 
     class Big(FakeRunner):
@@ -112,7 +113,7 @@ def test_a_request_that_never_ends_holds_no_connection(begun: bytes, answer: byt
         assert server.service.waiting == 0
 
 
-def test_an_answer_that_nobody_reads_holds_no_connection() -> None:
+def test_an_unread_answer_holds_no_connection() -> None:
     class Big(FakeRunner):
         def run(self, requests: Any, on_step: Any) -> Any:
             noise = PIL.Image.effect_noise((300, 300), 90).convert("RGB")

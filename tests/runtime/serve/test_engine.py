@@ -9,7 +9,7 @@ from contextlib import aclosing, asynccontextmanager
 
 import pytest
 import torch
-from helpers.fake_runner import FakeRunner, ask, busy, held, in_loop, seed_of
+from helpers.fake_runner import FakeRunner, device_occupied, image_request, in_loop, seed_of, until_at_step
 from latentrt.errors import (
     BackendError,
     EngineSizeError,
@@ -30,7 +30,7 @@ def test_requests_within_the_window_share_a_batch() -> None:
         runner = FakeRunner()
         async with AsyncEngine(runner, window=0.05) as engine:
             assert runner.warm == 1
-            results = await asyncio.gather(*[engine.generate(ask(k)) for k in range(5)])
+            results = await asyncio.gather(*[engine.generate(image_request(k)) for k in range(5)])
         assert runner.calls == [[0, 1, 2, 3, 4]]
         assert [seed_of(r.image) for r in results] == [0, 1, 2, 3, 4]
         assert [r.batch for r in results] == [5] * 5
@@ -43,8 +43,8 @@ def test_requests_that_arrive_during_a_batch_share_the_next() -> None:
     async def main() -> None:
         runner = FakeRunner()
         async with AsyncEngine(runner, max_batch=3, window=0) as engine:
-            async with busy(runner, engine):
-                tasks = [asyncio.create_task(engine.generate(ask(k))) for k in range(1, 6)]
+            async with device_occupied(runner, engine):
+                tasks = [asyncio.create_task(engine.generate(image_request(k))) for k in range(1, 6)]
                 await asyncio.sleep(0)
                 assert (engine.waiting, engine.running) == (5, 1)
             assert [seed_of((await t).image) for t in tasks] == [1, 2, 3, 4, 5]
@@ -59,11 +59,11 @@ def test_progress_and_previews_go_to_those_who_asked() -> None:
         async with AsyncEngine(runner, window=0.05) as engine:
 
             async def follow(seed: int, previews: bool) -> list[Progress | Finished]:
-                return [event async for event in engine.stream(ask(seed), previews=previews)]
+                return [event async for event in engine.stream(image_request(seed), previews=previews)]
 
             runner.hold()
             tasks = [asyncio.create_task(follow(k, previews=k == 7)) for k in (7, 8)]
-            await held(runner)
+            await until_at_step(runner)
             for _ in range(2):
                 await asyncio.to_thread(runner.step)
                 await asyncio.sleep(0.01)
@@ -84,7 +84,7 @@ def test_progress_and_previews_go_to_those_who_asked() -> None:
 def test_a_slow_reader_misses_steps_and_nothing_piles_up() -> None:
     async def main() -> None:
         async with AsyncEngine(FakeRunner()) as engine:
-            (job,) = engine.submit(ask(1, steps=200))
+            (job,) = engine.submit(image_request(1, steps=200))
             await job.result()
             events = [event async for event in job.events()]
         assert [type(event) for event in events] == [Progress, Finished]
@@ -102,13 +102,13 @@ def test_retried_steps_are_reported_once() -> None:
         async with AsyncEngine(runner, window=0.05) as engine:
 
             async def follow() -> None:
-                async for event in engine.stream(ask(1)):
+                async for event in engine.stream(image_request(1)):
                     if isinstance(event, Progress):
                         steps.append(event.step)
 
             runner.hold()
-            tasks = [asyncio.create_task(follow()), asyncio.create_task(engine.generate(ask(2)))]
-            await held(runner)
+            tasks = [asyncio.create_task(follow()), asyncio.create_task(engine.generate(image_request(2)))]
+            await until_at_step(runner)
             for _ in range(3 + 3):  # of the batch, and alone
                 await asyncio.to_thread(runner.step)
                 await asyncio.sleep(0.01)
@@ -125,8 +125,8 @@ def test_cancelling_one_request_keeps_its_batch_running() -> None:
         runner = FakeRunner()
         async with AsyncEngine(runner, window=0.05) as engine:
             runner.hold()
-            tasks = [asyncio.create_task(engine.generate(ask(k))) for k in (1, 2)]
-            await held(runner)
+            tasks = [asyncio.create_task(engine.generate(image_request(k))) for k in (1, 2)]
+            await until_at_step(runner)
             tasks[0].cancel()
             await asyncio.sleep(0)
             assert engine.running == 1
@@ -144,15 +144,15 @@ def test_the_last_to_leave_frees_the_device_within_two_steps() -> None:
         reports: list[BatchReport] = []
         async with AsyncEngine(runner, window=0.05, on_batch=reports.append) as engine:
             runner.hold()
-            tasks = [asyncio.create_task(engine.generate(ask(k, steps=50))) for k in (1, 2)]
-            await held(runner)
+            tasks = [asyncio.create_task(engine.generate(image_request(k, steps=50))) for k in (1, 2)]
+            await until_at_step(runner)
             await asyncio.to_thread(runner.step)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             taken = runner.steps[0]
             runner.release()
-            assert seed_of((await engine.generate(ask(3))).image) == 3
+            assert seed_of((await engine.generate(image_request(3))).image) == 3
         assert runner.steps[0] - taken <= 2
         assert [(r.outcome, r.images) for r in reports] == [("abandoned", 2), ("made", 1)]
 
@@ -162,8 +162,8 @@ def test_the_last_to_leave_frees_the_device_within_two_steps() -> None:
 def test_a_cancelled_request_in_the_queue_is_not_made() -> None:
     async def main() -> None:
         runner = FakeRunner()
-        async with AsyncEngine(runner, window=0) as engine, busy(runner, engine):
-            task = asyncio.create_task(engine.generate(ask(1)))
+        async with AsyncEngine(runner, window=0) as engine, device_occupied(runner, engine):
+            task = asyncio.create_task(engine.generate(image_request(1)))
             await asyncio.sleep(0)
             task.cancel()
             await asyncio.sleep(0)
@@ -180,12 +180,12 @@ def test_leaving_the_stream_is_leaving() -> None:
             runner.hold()
 
             async def follow() -> None:
-                async with aclosing(engine.stream(ask(1, steps=50))) as events:
+                async with aclosing(engine.stream(image_request(1, steps=50))) as events:
                     async for _ in events:
                         break
 
             task = asyncio.create_task(follow())
-            await held(runner)
+            await until_at_step(runner)
             await asyncio.to_thread(runner.step)
             await task
             assert engine.running == 0
@@ -199,10 +199,10 @@ def test_a_bad_request_is_refused_before_it_joins() -> None:
     async def main() -> None:
         runner = FakeRunner()
         async with AsyncEngine(runner, window=0.05) as engine:
-            good = asyncio.create_task(engine.generate(ask(1)))
+            good = asyncio.create_task(engine.generate(image_request(1)))
             await asyncio.sleep(0)
             with pytest.raises(RequestError, match="num_inference_steps is 0"):
-                engine.submit(ask(2), ask(3, steps=0))  # all or none
+                engine.submit(image_request(2), image_request(3, steps=0))  # all or none
             await good
         assert runner.calls == [[1]]
 
@@ -217,7 +217,7 @@ def test_a_request_that_fails_fails_alone() -> None:
     async def main() -> None:
         runner = FakeRunner(one_is_bad(2, BackendError("no such size")))
         async with AsyncEngine(runner, window=0.05) as engine:
-            tasks = [asyncio.create_task(engine.generate(ask(k))) for k in (1, 2, 3)]
+            tasks = [asyncio.create_task(engine.generate(image_request(k))) for k in (1, 2, 3)]
             results = await asyncio.gather(*tasks, return_exceptions=True)
         assert seed_of(results[0].image) == 1
         assert seed_of(results[2].image) == 3
@@ -230,10 +230,10 @@ def test_a_request_that_fails_fails_alone() -> None:
 @pytest.mark.parametrize(
     ("error", "why"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), "memory did not suffice"),
-        (MemoryError(), "memory did not suffice"),
-        (OutOfMemoryError("no memory left on cuda in stage 'base'"), "memory did not suffice"),
-        (MemoryPlanError("demo at 1024x1024, batch 5, needs 9 GB"), "memory did not suffice"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+        (MemoryError(), "out of memory"),
+        (OutOfMemoryError("no memory left on cuda in stage 'base'"), "out of memory"),
+        (MemoryPlanError("demo at 1024x1024, batch 5, needs 9 GB"), "out of memory"),
         (EngineSizeError("the engine takes batch 1..4"), "no engine was built"),
     ],
 )
@@ -245,7 +245,7 @@ def test_a_batch_too_large_is_halved_and_that_is_remembered(
         async with AsyncEngine(runner, window=0.05) as engine:
             for turn in range(2):
                 seeds = list(range(10 * turn, 10 * turn + 5))
-                results = await asyncio.gather(*[engine.generate(ask(s)) for s in seeds])
+                results = await asyncio.gather(*[engine.generate(image_request(s)) for s in seeds])
                 assert [seed_of(r.image) for r in results] == seeds
         assert [len(call) for call in runner.calls] == [5, 3, 2, 1, 2, 2, 2, 1]
 
@@ -262,7 +262,7 @@ def test_out_of_memory_for_a_single_image_raises() -> None:
         runner = FakeRunner(lambda _: MemoryError("none left"))
         async with AsyncEngine(runner) as engine:
             with pytest.raises(MemoryError, match="none left"):
-                await engine.generate(ask(1))
+                await engine.generate(image_request(1))
         assert len(runner.calls) == 1
 
     in_loop(main())
@@ -275,7 +275,7 @@ def test_sizes_of_which_there_is_no_engine_are_no_fault_of_the_device() -> None:
         async with AsyncEngine(runner, on_batch=reports.append) as engine:
             for seed in range(4):
                 with pytest.raises(EngineSizeError, match="takes height"):
-                    await engine.generate(ask(seed))
+                    await engine.generate(image_request(seed))
         assert [report.outcome for report in reports] == ["refused"] * 4
         assert runner.warm == 1
 
@@ -287,8 +287,8 @@ def test_a_transient_device_error_does_not_stop_the_engine(caplog: pytest.LogCap
         runner = FakeRunner(one_is_bad(1, ZeroDivisionError("mine")))
         async with AsyncEngine(runner) as engine:
             with pytest.raises(ZeroDivisionError):
-                await engine.generate(ask(1))
-            assert seed_of((await engine.generate(ask(2))).image) == 2
+                await engine.generate(image_request(1))
+            assert seed_of((await engine.generate(image_request(2))).image) == 2
 
     in_loop(main())
     assert "a call for 1 images failed" in caplog.text
@@ -302,8 +302,8 @@ def test_failures_in_a_row_that_the_device_recovers_from_do_not_stop_the_engine(
         async with AsyncEngine(runner) as engine:
             for seed in range(7):
                 with pytest.raises(BackendError):
-                    await engine.generate(ask(seed))
-            assert seed_of((await engine.generate(ask(10))).image) == 10
+                    await engine.generate(image_request(seed))
+            assert seed_of((await engine.generate(image_request(10))).image) == 10
         assert runner.warm == 3  # at the start, and after the third and the sixth
 
     in_loop(main())
@@ -316,7 +316,7 @@ def test_calls_that_are_refused_between_failures_show_nothing_of_the_device() ->
         async with AsyncEngine(runner) as engine:
             for seed in range(5):
                 with pytest.raises(type(error[seed % 2])):
-                    await engine.generate(ask(seed))
+                    await engine.generate(image_request(seed))
         assert runner.warm == 2  # at the start, and after the third that failed
 
     in_loop(main())
@@ -336,8 +336,8 @@ def test_memory_that_does_not_suffice_for_the_proof_ends_nothing(caplog: pytest.
         async with AsyncEngine(runner) as engine:
             for seed in range(6):
                 with pytest.raises(BackendError):
-                    await engine.generate(ask(seed))
-            assert seed_of((await engine.generate(ask(10))).image) == 10
+                    await engine.generate(image_request(seed))
+            assert seed_of((await engine.generate(image_request(10))).image) == 10
         assert runner.warm == 3
 
     in_loop(main())
@@ -355,7 +355,7 @@ def test_a_device_that_does_not_recover_ends_the_engine(caplog: pytest.LogCaptur
         engine = AsyncEngine(runner, window=0, max_batch=1)
         await engine.start()
         async with busy_and_failing(runner, engine):
-            waiting = engine.submit(*[ask(seed) for seed in range(1, 6)])
+            waiting = engine.submit(*[image_request(seed) for seed in range(1, 6)])
         ends = [await settled(job) for job in waiting]
         assert [type(end) for end in ends] == [RuntimeError] * 2 + [StoppedError] * 3
         assert isinstance(engine.failure, StoppedError)
@@ -368,7 +368,7 @@ def test_a_device_that_does_not_recover_ends_the_engine(caplog: pytest.LogCaptur
 @asynccontextmanager
 async def busy_and_failing(runner: FakeRunner, engine: AsyncEngine) -> AsyncIterator[None]:
     with pytest.raises(RuntimeError):
-        async with busy(runner, engine):
+        async with device_occupied(runner, engine):
             yield
 
 
@@ -382,7 +382,7 @@ def test_another_event_loop_is_refused() -> None:
 
             def elsewhere() -> None:
                 with pytest.raises(ServiceError, match="belongs to the event loop that started it"):
-                    asyncio.run(engine.generate(ask(1)))
+                    asyncio.run(engine.generate(image_request(1)))
 
             await asyncio.to_thread(elsewhere)
 

@@ -1,4 +1,4 @@
-"""The engine over pipelines whose memory is bounded, or runs out."""
+"""`runtime/serve/engine.py` and `worker.py`: the engine over pipelines whose memory is bounded, or runs out."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.fake_runner import in_loop
+from helpers.pipeline_insides import plan_of
 from latentrt.errors import BackendError, MemoryPlanError
 from latentrt.runtime import budget
 from latentrt.runtime.planner import Planner
 from latentrt.runtime.serve.engine import AsyncEngine
 from latentrt.runtime.serve.requests import ImageRequest, ImageResult
 from latentrt.runtime.serve.worker import BatchReport
-from latentrt.runtime.stages import stages_of_request
 from latentrt.runtime.vae import VAE
 
 Load = Callable[..., latentrt.Pipeline]
@@ -79,15 +79,10 @@ def test_a_back_end_s_own_words_for_it_halve_the_batch(load: Load, monkeypatch: 
 
 def test_a_batch_that_by_plan_does_not_fit_is_halved(load: Load) -> None:
     free = load()
-    request, _ = free.check(**{**call_of(ASKED), "prompt": ["x"] * 2, "negative_prompt": None})
-    two = free._budget.plan(request, stages(free, request)).peak("resident")
+    two = plan_of(free, {**call_of(ASKED), "prompt": ["x"] * 2, "negative_prompt": None}).peak("resident")
     results, reports = made(load(memory_limit=two - 1), seeds(2))
     assert [(r.images, r.outcome) for r in reports] == [(2, "out of memory"), (1, "made"), (1, "made")]
     assert [r.parameters["seed"] for r in results] == [0, 1]
-
-
-def stages(pipe: latentrt.Pipeline, request: Any) -> Any:
-    return stages_of_request(pipe._parts.base, pipe._parts.refiner, request)
 
 
 def test_an_image_that_fits_in_tiles_alone_is_the_one_the_pipeline_makes(
@@ -96,9 +91,7 @@ def test_an_image_that_fits_in_tiles_alone_is_the_one_the_pipeline_makes(
     monkeypatch.setattr(budget, "TILE", 8)
     (asked,) = seeds(1, height=128, width=96)
     free = load()
-    request, _ = free.check(**call_of(asked))
-    split = stages(free, request)
-    whole, tiled = (free._budget.plan(request, split, tile).peak("resident") for tile in (None, 8))
+    whole, tiled = (plan_of(free, call_of(asked), tile).peak("resident") for tile in (None, 8))
     ((result,), _) = made(load(memory_limit=(whole + tiled) // 2), [asked])
     wanted = {tile: np.asarray(free(**call_of(asked), tiled_vae=tile).images[0]) for tile in (False, True)}
     assert np.array_equal(np.asarray(result.image), wanted[True])

@@ -1,4 +1,5 @@
-"""The engine over pipelines: every image is the one its request gets alone."""
+"""`runtime/serve/engine.py` and `runner.py`: the engine over pipelines: every image is the one its request gets
+alone."""
 
 from __future__ import annotations
 
@@ -159,7 +160,7 @@ def test_requests_are_checked_when_they_come(
     in_loop(main())
 
 
-def test_a_seed_is_drawn_and_told(demo: latentrt.Pipeline) -> None:
+def test_a_drawn_seed_is_reported(demo: latentrt.Pipeline) -> None:
     request = ImageRequest("storm", width=64, height=64, steps=1)
 
     async def main() -> list[ImageResult]:

@@ -1,4 +1,4 @@
-"""The engine's door and its end: what may wait, deadlines, draining, and a fault that stops it."""
+"""`runtime/serve/engine.py`: what may wait in the queue, deadlines, draining, and a fault that stops the engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from helpers.fake_runner import FakeRunner, FakeTime, ask, busy, held, in_loop, pass_time, seed_of
+from helpers.fake_runner import (
+    FakeRunner,
+    FakeTime,
+    device_occupied,
+    image_request,
+    in_loop,
+    pass_time,
+    seed_of,
+    until_at_step,
+)
 from latentrt.errors import (
     BackendError,
     DeadlineError,
@@ -23,14 +32,14 @@ def test_the_queue_is_bounded_and_says_when_to_come_again() -> None:
     async def main() -> None:
         runner = FakeRunner()
         async with AsyncEngine(runner, max_waiting=3, window=0) as engine:
-            async with busy(runner, engine):
-                jobs = engine.submit(ask(1), ask(2))
+            async with device_occupied(runner, engine):
+                jobs = engine.submit(image_request(1), image_request(2))
                 with pytest.raises(
                     QueueFullError, match=r"2 images wait, 2 more .* at most 3 may wait"
                 ) as full:
-                    engine.submit(ask(3), ask(4))
+                    engine.submit(image_request(3), image_request(4))
                 assert full.value.retry_after >= 1
-                jobs += engine.submit(ask(3))
+                jobs += engine.submit(image_request(3))
             for job in jobs:
                 await job.result()
 
@@ -41,8 +50,8 @@ def test_deadlines() -> None:
     async def main() -> None:
         runner = FakeRunner()
         async with AsyncEngine(runner, window=0) as engine:
-            async with busy(runner, engine):
-                (job,) = engine.submit(ask(1), timeout=5.0)
+            async with device_occupied(runner, engine):
+                (job,) = engine.submit(image_request(1), timeout=5.0)
                 await pass_time(4.9)
                 assert engine.waiting == 1
                 await pass_time(0.2)
@@ -50,8 +59,8 @@ def test_deadlines() -> None:
                     await job.result()
                 assert engine.waiting == 0
             runner.hold()
-            (late,) = engine.submit(ask(2, steps=50), timeout=60.0)
-            await held(runner)
+            (late,) = engine.submit(image_request(2, steps=50), timeout=60.0)
+            await until_at_step(runner)
             await pass_time(61.0)
             with pytest.raises(DeadlineError, match=r"still being made after 60 s"):
                 await late.result()
@@ -67,24 +76,26 @@ def test_what_cannot_be_made_in_time_is_refused_at_once() -> None:
         runner = FakeRunner()
         async with AsyncEngine(runner, window=0, max_batch=1) as engine:
             runner.hold()
-            (first,) = engine.submit(ask(1))
-            await held(runner)
+            (first,) = engine.submit(image_request(1))
+            await until_at_step(runner)
             await pass_time(30.0)  # the pace it learns: 30 s for 3 steps of 64x64
             runner.release()
             await first.result()
-            async with busy(runner, engine):
-                jobs = engine.submit(*[ask(k) for k in range(2, 6)])
+            async with device_occupied(runner, engine):
+                jobs = engine.submit(*[image_request(k) for k in range(2, 6)])
                 late = r"take 153\.[78] to 384\.\d s, and was given 380 s; try again in 5 s"
                 with pytest.raises(QueueFullError, match=late):
-                    engine.submit(ask(9), timeout=380.0)
+                    engine.submit(image_request(9), timeout=380.0)
                 with pytest.raises(QueueFullError, match="try again in 60 s"):  # never longer
-                    engine.submit(ask(9), timeout=10.0)
-                jobs += engine.submit(ask(9), timeout=390.0)
+                    engine.submit(image_request(9), timeout=10.0)
+                jobs += engine.submit(image_request(9), timeout=390.0)
                 jobs += engine.submit(
-                    ask(10), timeout=300.0, again=True
+                    image_request(10), timeout=300.0, again=True
                 )  # let in before, by one that was lost
                 with pytest.raises(QueueFullError, match="6 images wait"):
-                    engine.submit(*[ask(k) for k in range(20, 79)], again=True)  # but there is no room
+                    engine.submit(
+                        *[image_request(k) for k in range(20, 79)], again=True
+                    )  # but there is no room
             for job in jobs:
                 await job.result()
 
@@ -98,9 +109,9 @@ def test_small_images_say_nothing_against_large_ones() -> None:
         runner = FakeRunner()
         async with AsyncEngine(runner, window=0) as engine:
             for seed in range(3):
-                await engine.generate(ask(seed, height=8, width=8, steps=1))
-            async with busy(runner, engine):
-                (job,) = engine.submit(ask(1, height=2048, width=2048, steps=150), timeout=600.0)
+                await engine.generate(image_request(seed, height=8, width=8, steps=1))
+            async with device_occupied(runner, engine):
+                (job,) = engine.submit(image_request(1, height=2048, width=2048, steps=150), timeout=600.0)
                 runner.release()
                 assert seed_of((await job.result()).image) == 1
 
@@ -112,16 +123,16 @@ def test_draining_makes_what_was_taken_and_takes_nothing_new() -> None:
         runner = FakeRunner()
         engine = AsyncEngine(runner, window=5)
         with pytest.raises(DrainingError, match="was not started"):
-            engine.submit(ask(1))
+            engine.submit(image_request(1))
         await engine.start()
-        job, other = engine.submit(ask(1), ask(2, steps=4))
+        job, other = engine.submit(image_request(1), image_request(2, steps=4))
         await engine.drain()  # without waiting for the window
         assert seed_of((await job.result()).image) == 1
         assert seed_of((await other.result()).image) == 2
         assert engine.draining
         assert not engine.at_work
         with pytest.raises(DrainingError, match="shutting down and takes nothing new"):
-            engine.submit(ask(3))
+            engine.submit(image_request(3))
 
     in_loop(main())
 
@@ -132,12 +143,14 @@ def test_requests_left_after_the_drain_timeout_get_a_draining_error() -> None:
         engine = AsyncEngine(runner, window=0)
         await engine.start()
         runner.hold()
-        running, waiting = engine.submit(ask(1, steps=50), ask(2, steps=4))
-        await held(runner)
+        running, waiting = engine.submit(image_request(1, steps=50), image_request(2, steps=4))
+        await until_at_step(runner)
         draining = asyncio.create_task(engine.drain(timeout=5.0))
         await pass_time(6.0)
         for job in (running, waiting):
-            with pytest.raises(DrainingError, match="shut down before the image was made; ask another one"):
+            with pytest.raises(
+                DrainingError, match="shut down before the image was made; send the request to another server"
+            ):
                 await job.result()
         runner.release()
         await draining
@@ -153,8 +166,8 @@ def test_draining_ends_though_the_device_does_not(caplog: pytest.LogCaptureFixtu
         engine = AsyncEngine(runner, window=0)
         await engine.start()
         runner.hold()
-        (job,) = engine.submit(ask(1))
-        await held(runner)
+        (job,) = engine.submit(image_request(1))
+        await until_at_step(runner)
         draining = asyncio.create_task(engine.drain(timeout=5.0))
         await pass_time(6.0)
         await pass_time(60.0)
@@ -168,15 +181,15 @@ def test_draining_ends_though_the_device_does_not(caplog: pytest.LogCaptureFixtu
     assert "the device is still at work" in caplog.text
 
 
-def test_a_fault_that_stops_the_engine_ends_what_waits_and_is_told(
+def test_a_fault_that_stops_the_engine_fails_waiting_requests(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
         runner = FakeRunner()
         engine = AsyncEngine(runner, window=0)
         await engine.start()
-        async with busy(runner, engine):
-            jobs = engine.submit(ask(1), ask(2))
+        async with device_occupied(runner, engine):
+            jobs = engine.submit(image_request(1), image_request(2))
 
             def take(now: float) -> Any:
                 raise ZeroDivisionError("planted")
@@ -189,7 +202,7 @@ def test_a_fault_that_stops_the_engine_ends_what_waits_and_is_told(
                 await job.result()
         assert engine.waiting == 0
         with pytest.raises(StoppedError):
-            engine.submit(ask(3))
+            engine.submit(image_request(3))
         await engine.drain()
 
     in_loop(main())

@@ -1,4 +1,4 @@
-"""The examples, run: each over a runner without a model."""
+"""`runtime/serve/examples/`: the examples, run: each over a runner without a model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import httpx2 as httpx
 import PIL.Image
 import pytest
 from helpers.fake_runner import FakeRunner, in_loop, seed_of
+from helpers.faults import disk_full
 from helpers.served import served
 from latentrt.errors import (
     BackendError,
@@ -70,7 +71,7 @@ def test_the_fastapi_service(monkeypatch: pytest.MonkeyPatch) -> None:
     assert callable(fastapi_service.app)
 
 
-def test_who_leaves_the_fastapi_service_frees_the_device() -> None:
+def test_a_client_that_leaves_the_fastapi_service_frees_the_device() -> None:
     runner = FakeRunner()
     app = fastapi_service.create_app(lambda: runner)
 
@@ -112,7 +113,7 @@ def test_a_full_disk_does_not_end_the_queue_worker(tmp_path: Path, monkeypatch: 
 
     def full(image: Any, path: Path, parameters: Any) -> None:
         if path.stem != "task-0":
-            raise OSError(28, "No space left on device")
+            raise disk_full()
         save_png(image, path, parameters)
 
     monkeypatch.setattr(queue_worker, "save_png", full)

@@ -1,4 +1,5 @@
-"""Whatever comes is answered: never with a fault of the server's own, and nothing stays behind."""
+"""`runtime/serve/app.py`: any request is answered: never with a fault of the server's own, and nothing stays
+behind."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from typing import Any
 
 import pytest
 from helpers.fake_runner import FakeRunner
-from helpers.served import Served, served, until
+from helpers.served import Served, served
+from helpers.waiting import until
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from latentrt.runtime.serve.schema import GenerationBody, Limits
@@ -103,7 +105,7 @@ def resident() -> int:
     "seconds",
     [3, pytest.param(300, marks=[pytest.mark.full, pytest.mark.timeout(1200)])],
 )
-def test_whatever_comes_is_answered_and_nothing_stays_behind(
+def test_any_request_is_answered_and_leaves_nothing_behind(
     seconds: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     limits = Limits(pixels=512 * 512, steps=200, images=4, prompt=100, body=10_000, read=0.2)

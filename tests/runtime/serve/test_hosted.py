@@ -97,13 +97,13 @@ def test_a_wrong_configuration_names_the_field(values: dict[str, Any], message: 
         Deployed.of(values)
 
 
-def test_without_ray_the_extra_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_the_extra_is_named(run_cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     for name in ("ray_app", "ray_local"):
         monkeypatch.delitem(sys.modules, f"latentrt.runtime.serve.{name}", raising=False)
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
         monkeypatch.setenv(name, "0")  # the import sets it: put back after the test
-    code, out, err = run("serve", "--ray")
+    code, out, err = run_cli("serve", "--ray")
     assert (code, out) == (1, "")
     assert '--ray needs ray, which is not installed; pip install "latentrt[ray]"' in err
-    assert run("serve", "--ray", "--replicas", "4..1")[0] == 2
+    assert run_cli("serve", "--ray", "--replicas", "4..1")[0] == 2

@@ -9,7 +9,7 @@ import httpx2 as httpx
 import pytest
 from helpers.fake_runner import in_loop
 from helpers.ray_runner import HELD
-from helpers.replicas import IMAGES, Replicas, asked, body, client_of
+from helpers.replicas import IMAGES, Replicas, body, client_of, with_ingress
 from latentrt.runtime.serve.hosted import Deployed, Forwarded, Head, HostedModel
 from latentrt.runtime.serve.ingress import Ingress
 from latentrt.runtime.serve.schema import Limits
@@ -31,7 +31,7 @@ def test_what_is_refused_is_refused_once_by_the_application() -> None:
         assert (long.status_code, long.json()["error"]["param"]) == (413, "prompt")
         assert replicas.sent == []
 
-    asked(replicas, test, limits=Limits(body=6000))
+    with_ingress(replicas, test, limits=Limits(body=6000))
 
 
 def test_models_are_chosen_by_id_and_listed() -> None:
@@ -51,7 +51,7 @@ def test_models_are_chosen_by_id_and_listed() -> None:
         assert (await client.get("/ready")).json() == {"ready": True, "reason": None}
         assert "latentrt" in (await client.get("/")).text
 
-    asked(replicas, test)
+    with_ingress(replicas, test)
 
 
 def test_its_own_refusals_have_an_id_and_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -66,7 +66,7 @@ def test_its_own_refusals_have_an_id_and_a_line_in_the_log(caplog: pytest.LogCap
             (line,) = (record.fields for record in caplog.records if record.name == "latentrt.access")  # type: ignore[attr-defined]
             assert (line["status"], line["request_id"]) == (413, answer.headers["x-request-id"])
 
-    asked(Replicas(), test, limits=Limits(body=500))
+    with_ingress(Replicas(), test, limits=Limits(body=500))
 
 
 def test_it_drains() -> None:
@@ -111,4 +111,4 @@ def test_the_document_has_all_models() -> None:
         (parameter,) = found["paths"]["/v1/models/{model}"]["get"]["parameters"]
         assert parameter["schema"]["enum"] == ["cat", "dog"]
 
-    asked(Replicas(), test)
+    with_ingress(Replicas(), test)

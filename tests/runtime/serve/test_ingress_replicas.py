@@ -1,4 +1,5 @@
-"""The ingress where replicas are lost, full or at fault: no request is lost, and no stream tells anything twice."""
+"""`runtime/serve/ingress.py` and `retries.py`: the ingress where replicas are lost, full or at fault: no request is
+lost, and no stream tells anything twice."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from helpers.fake_runner import FakeTime, in_loop, pass_time
-from helpers.replicas import IMAGES, Replicas, asked, body
+from helpers.replicas import IMAGES, Replicas, body, with_ingress
 from helpers.served import events_of
 from latentrt.errors import QueueFullError
 from latentrt.runtime.serve import retries
@@ -30,7 +31,7 @@ STREAM = Head(200, ((b"content-type", b"text/event-stream"),))
 EVENT = b'event: x\ndata: {"type": "image_generation.partial_image", "image": 0, "step": 1}\n\n'
 
 
-def told(answer: httpx.Response) -> list[dict[str, Any]]:
+def events_in(answer: httpx.Response) -> list[dict[str, Any]]:
     """The data of a stream's events, which ends once at most."""
     assert answer.text.splitlines().count("data: [DONE]") <= 1
     return events_of(answer)
@@ -51,7 +52,7 @@ def test_a_lost_replica_loses_no_request_and_the_seed_stays() -> None:
         other = await client.post(IMAGES, json=body())
         assert other.json()["data"][0]["seed"] != seeds[0]
 
-    asked(replicas, test)
+    with_ingress(replicas, test)
 
 
 def test_a_retried_request_skips_admission(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +70,7 @@ def test_a_retried_request_skips_admission(monkeypatch: pytest.MonkeyPatch) -> N
         answer = await client.post(IMAGES, json=body(), headers={"latentrt.taken_before": "1"})
         assert answer.status_code == 200
 
-    asked(Replicas(0, 1), test)
+    with_ingress(Replicas(0, 1), test)
     assert seen == [False, True, True]
 
 
@@ -78,7 +79,7 @@ def test_a_seed_that_was_given_is_kept(seed: int) -> None:
     async def test(client: httpx.AsyncClient) -> None:
         assert (await client.post(IMAGES, json=body(seed=seed))).json()["data"][0]["seed"] == seed
 
-    asked(Replicas(0), test)
+    with_ingress(Replicas(0), test)
 
 
 def test_what_kills_every_replica_is_given_up() -> None:
@@ -90,18 +91,18 @@ def test_what_kills_every_replica_is_given_up() -> None:
         assert answer.json()["error"]["code"] == "replica_lost"
         assert len(replicas.sent) == 4
 
-    asked(replicas, test, tries=4)
+    with_ingress(replicas, test, tries=4)
 
 
 @pytest.mark.parametrize("after", [1, 2, 3, 4])
-def test_a_stream_goes_on_at_another_replica_and_tells_nothing_twice(after: int) -> None:
+def test_a_stream_continues_at_another_replica_without_repeated_events(after: int) -> None:
     """It is lost after so many pieces: its head, and events."""
     replicas = Replicas(after)
 
     async def test(client: httpx.AsyncClient) -> None:
         answer = await client.post(IMAGES, json=body(n=2, stream=True, steps=8))
         assert answer.headers["content-type"].startswith("text/event-stream")
-        events = told(answer)
+        events = events_in(answer)
         made = [event["image"] for event in events if event["type"] == "image_generation.completed"]
         assert sorted(made) == [0, 1]
         for image in (0, 1):
@@ -111,16 +112,16 @@ def test_a_stream_goes_on_at_another_replica_and_tells_nothing_twice(after: int)
         assert len({sent["seed"] for sent in replicas.bodies()}) == 1
         assert len(replicas.sent) == 2
 
-    asked(replicas, test)
+    with_ingress(replicas, test)
 
 
 def test_a_stream_that_no_replica_ends_says_so() -> None:
     async def test(client: httpx.AsyncClient) -> None:
-        events = told(await client.post(IMAGES, json=body(stream=True)))
+        events = events_in(await client.post(IMAGES, json=body(stream=True)))
         assert events[-1]["error"]["code"] == "replica_lost"
         assert events[-1]["error"]["type"] == "server_error"
 
-    asked(Replicas(*[2] * 9), test, tries=3)
+    with_ingress(Replicas(*[2] * 9), test, tries=3)
 
 
 def test_a_truncated_event_is_not_forwarded() -> None:
@@ -140,7 +141,7 @@ def test_a_truncated_event_is_not_forwarded() -> None:
     async def test(client: httpx.AsyncClient) -> None:
         assert (await client.post(IMAGES, json=body(stream=True))).content == EVENT + b"data: [DONE]\n\n"
 
-    asked(replicas, test)
+    with_ingress(replicas, test)
 
 
 def test_a_replica_that_is_not_ready_sends_on_to_the_next() -> None:
@@ -153,7 +154,9 @@ def test_a_replica_that_is_not_ready_sends_on_to_the_next() -> None:
             unwell = HostedModel(BROKEN.models[0], BROKEN, ())
             await unwell.start()
             assert unwell.fault is None  # it never was well: another process would be no better
-            assert unwell.service.reason == "the model does not load: 'no-model' is no folder or file"
+            assert (
+                unwell.service.reason == "the model does not load: 'no-model' is not a local folder or file"
+            )
             async for part in unwell.answer(request):
                 yield part
             await unwell.stop()
@@ -167,7 +170,7 @@ def test_a_replica_that_is_not_ready_sends_on_to_the_next() -> None:
         assert (await client.post(IMAGES, json=body())).status_code == 200
         assert len(replicas.sent) == 2
 
-    asked(replicas, test)
+    with_ingress(replicas, test)
 
 
 def test_the_deadline_counts_from_acceptance() -> None:
@@ -181,17 +184,17 @@ def test_the_deadline_counts_from_acceptance() -> None:
         late = await client.post(IMAGES, json=body(timeout=1e-9))
         assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
 
-    asked(replicas, test)
+    with_ingress(replicas, test)
 
 
 @pytest.mark.parametrize("timeout", ["1" + "0" * 400, "600.5", "1e400", "NaN", "0", "-1", "true", "[1]"])
-def test_times_that_nobody_can_give_are_refused(timeout: str) -> None:
+def test_unusable_timeouts_get_422(timeout: str) -> None:
     async def test(client: httpx.AsyncClient) -> None:
         content = f'{{"prompt": "x", "timeout": {timeout}}}'
         answer = await client.post(IMAGES, content=content, headers={"Content-Type": "application/json"})
         assert (answer.status_code, answer.json()["error"]["param"]) == (422, "timeout")
 
-    asked(Replicas(), test)
+    with_ingress(Replicas(), test)
 
 
 def ending(replicas: Replicas, ends: Iterable[Exception | Head | None]) -> None:
@@ -227,7 +230,7 @@ def test_what_was_taken_waits_where_the_others_are_full(full: Exception | Head) 
         assert answer.json()["data"][0]["seed"] == 9
         assert len(replicas.sent) == 7
 
-    asked(replicas, test, tries=3)
+    with_ingress(replicas, test, tries=3)
 
 
 @pytest.mark.parametrize("given", [{"timeout": 0.2}, {}])
@@ -241,7 +244,7 @@ def test_it_waits_no_longer_than_it_has_time(given: dict[str, float]) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
         assert len(replicas.sent) > 2
 
-    asked(replicas, test, limits=Limits(timeout=600.0 if given else 0.2))
+    with_ingress(replicas, test, limits=Limits(timeout=600.0 if given else 0.2))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -261,7 +264,7 @@ def test_the_deadline_covers_waiting_for_a_place_or_a_model(
         answer = await client.post(IMAGES, json=body(timeout=0.2, stream=stream))
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
 
-    asked(replicas, test)
+    with_ingress(replicas, test)
 
 
 def test_who_reads_slowly_is_sent_what_was_made_in_time() -> None:
@@ -303,7 +306,7 @@ def test_full_replicas_answer_429_without_a_retry(full: Exception | Head) -> Non
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "2")
         assert len(replicas.sent) == 1
 
-    asked(replicas, test)
+    with_ingress(replicas, test)
 
 
 def streamed_then(*, limits: Limits, after: Callable[[], Awaitable[None]]) -> list[dict[str, Any]]:
@@ -322,9 +325,9 @@ def streamed_then(*, limits: Limits, after: Callable[[], Awaitable[None]]) -> li
     events = []
 
     async def test(client: httpx.AsyncClient) -> None:
-        events.extend(told(await client.post(IMAGES, json=body(stream=True))))
+        events.extend(events_in(await client.post(IMAGES, json=body(stream=True))))
 
-    asked(replicas, test, limits=limits)
+    with_ingress(replicas, test, limits=limits)
     return events
 
 
@@ -341,7 +344,7 @@ def test_a_stream_whose_time_ends_at_another_replica_says_so() -> None:
         assert last["error"]["code"] == "deadline_exceeded"
 
 
-def test_a_fault_of_a_replica_is_told_as_one(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fault_of_a_replica_is_internal_and_hides_its_text(caplog: pytest.LogCaptureFixture) -> None:
     """And nothing of what it says, which is for the log. It is tried once: it would be the same again."""
 
     async def fault() -> None:
@@ -365,4 +368,4 @@ def test_a_fault_of_a_replica_is_told_as_one(caplog: pytest.LogCaptureFixture) -
             assert record.fields["request_id"] == f"mine-{k}"  # type: ignore[attr-defined]
         assert len(replicas.sent) == 2
 
-    asked(replicas, test)
+    with_ingress(replicas, test)

@@ -1,14 +1,11 @@
-"""Loading, ready, draining, stopped by a fault."""
+"""`runtime/serve/service.py` and `server.py`: loading, ready, draining, stopped by a fault."""
 
 from __future__ import annotations
 
 import base64
-import errno
 import logging
-import os
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,7 +13,9 @@ from typing import Any
 
 import pytest
 from helpers.fake_runner import FakeRunner
-from helpers.served import served, until
+from helpers.faults import disk_full
+from helpers.served import served
+from helpers.waiting import until
 from latentrt.errors import CheckpointNotFoundError
 from latentrt.runtime.serve import app
 from latentrt.runtime.serve.logs import log_as_json
@@ -43,13 +42,13 @@ def test_a_server_is_ready_when_it_is_warm_and_not_before() -> None:
 
 def test_a_model_that_does_not_load_says_why() -> None:
     def broken() -> FakeRunner:
-        raise CheckpointNotFoundError("'no-model' is no folder or file")
+        raise CheckpointNotFoundError("'no-model' is not a local folder or file")
 
     with served(broken, ready=False) as server:
         until(lambda: "does not load" in server.client.get("/ready").text)
         answer = server.client.get("/ready")
         assert answer.status_code == 503
-        assert answer.json()["reason"] == "the model does not load: 'no-model' is no folder or file"
+        assert answer.json()["reason"] == "the model does not load: 'no-model' is not a local folder or file"
         assert server.ask().status_code == 503
         assert server.client.get("/health").status_code == 200
 
@@ -90,7 +89,9 @@ def test_what_draining_has_no_time_for_is_answered() -> None:
         runner.release()
 
 
-def test_draining_leaves_answers_the_time_it_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draining_leaves_answers_the_time_it_has_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     encode = threading.Event()
 
     def slow(*_: object) -> bytes:
@@ -98,6 +99,7 @@ def test_draining_leaves_answers_the_time_it_has_left(monkeypatch: pytest.Monkey
         return b"PNG"
 
     monkeypatch.setattr(app, "png_bytes", slow)
+    caplog.set_level("INFO", logger="uvicorn.error")
     runner = FakeRunner()
     with served(lambda: runner) as server, ThreadPoolExecutor(1) as pool:
         server.server.config.timeout_graceful_shutdown = 0
@@ -106,13 +108,14 @@ def test_draining_leaves_answers_the_time_it_has_left(monkeypatch: pytest.Monkey
         runner.reached()
         server.server.handle_exit(15, None)
         runner.release()
-        until(lambda: not server.server.servers[0].is_serving())
-        time.sleep(0.3)  # after 0.1 s uvicorn counts the seconds that answers have
+        until(
+            lambda: "Waiting for connections to close" in caplog.text
+        )  # the seconds that answers have are running
         encode.set()
         assert asked.result().json()["data"][0]["b64_json"] == base64.b64encode(b"PNG").decode()
 
 
-def test_a_fault_that_stops_the_engine_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_that_stops_the_engine_gets_503(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = FakeRunner()
     with served(lambda: runner) as server, ThreadPoolExecutor(1) as pool:
         runner.hold()
@@ -136,7 +139,7 @@ def test_a_fault_that_stops_the_engine_is_told_to_all(monkeypatch: pytest.Monkey
 
 def test_a_full_disk_while_the_model_is_loaded_is_the_reason() -> None:
     def full() -> FakeRunner:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "unet.onnx")
+        raise disk_full("unet.onnx")
 
     with served(full, ready=False) as server:
         until(lambda: "No space left on device" in server.client.get("/ready").text)

@@ -1,4 +1,4 @@
-"""What operators read, the interface's description, and the page."""
+"""`runtime/serve/logs.py` and `metrics.py`: what operators read, the interface's description, and the page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import re
 
 import pytest
 from helpers.fake_runner import FakeRunner
-from helpers.served import Served, events_of, until
+from helpers.served import Served, events_of
+from helpers.waiting import until
 from latentrt.runtime.serve.logs import JsonFormatter
 from latentrt.runtime.serve.metrics import Metrics
 
@@ -33,14 +34,14 @@ def test_metrics_count(server: Served) -> None:
         assert line in text
 
 
-def test_the_largest_peak_of_memory_is_told() -> None:
+def test_the_largest_peak_of_memory_is_a_metric() -> None:
     metrics = Metrics()
     for peak in (3, 7, 5):
         metrics.memory(peak)
     assert metrics.registry.get_sample_value("latentrt_peak_memory_bytes") == 7
 
 
-def test_a_request_s_line_tells_its_error(
+def test_the_access_log_names_a_request_s_error(
     server: Served, runner: FakeRunner, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of a stream too, whose status was sent long before."""

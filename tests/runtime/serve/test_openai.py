@@ -1,4 +1,5 @@
-"""OpenAI's images API, as its Python client uses it, and the picture itself."""
+"""`runtime/serve/app.py` and `answers.py`: OpenAI's images API, as its Python client uses it, and the picture
+itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The page at `/` in a real browser: Chromium, over a runner without a model, and once over the demo."""
+"""`runtime/serve/page.html`: the page at `/` in a real browser: Chromium, over a runner without a model, and once over
+the demo."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ import PIL.Image
 import pytest
 from helpers.fake_runner import seed_of
 from helpers.page_tab import DONE, SECONDS, PageRunner, Tab
-from helpers.served import Served, served, until
+from helpers.served import Served, served
+from helpers.waiting import until
 from latentrt.runtime.serve.runner import PipelineRunner
 from latentrt.runtime.serve.schema import Limits
 from playwright.sync_api import Browser, Route, expect, sync_playwright
@@ -151,7 +153,7 @@ def test_what_was_made_can_be_copied_saved_and_looked_at_again(tab: Tab) -> None
     expect(page.locator("#seed")).to_have_value("5")
 
 
-def test_errors_are_told_in_words(tab: Tab, server: Served, runner: PageRunner) -> None:
+def test_the_page_shows_errors(tab: Tab, server: Served, runner: PageRunner) -> None:
     page = tab.page
     page.fill("#prompt", "x" * 101)
     page.click("#go")
@@ -194,7 +196,7 @@ def test_errors_are_told_in_words(tab: Tab, server: Served, runner: PageRunner) 
     expect(page.locator("#message")).not_to_have_class("bad")
 
 
-def test_a_full_queue_is_told(tab: Tab, server: Served, runner: PageRunner) -> None:
+def test_the_page_shows_a_full_queue(tab: Tab, server: Served, runner: PageRunner) -> None:
     runner.hold()
     threads = [
         threading.Thread(target=server.ask, kwargs={"seed": k, "size": "8x8"}, daemon=True) for k in range(3)

@@ -1,4 +1,5 @@
-"""Ray Serve itself: replicas killed under load, models by id, the end. Minutes on a slow machine."""
+"""`runtime/serve/ray_local.py`: Ray Serve itself: replicas killed under load, models by id, the end. Minutes on a slow
+machine."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ import PIL.Image
 import psutil
 import pytest
 from helpers.fake_runner import seed_of
-from helpers.served import events_of, until
+from helpers.served import events_of
+from helpers.waiting import until
 
 pytestmark = [pytest.mark.full, pytest.mark.ray, pytest.mark.timeout(1500)]
 SECONDS = 400
@@ -216,7 +218,7 @@ def test_models_take_turns_in_one_place(changing: Cluster) -> None:
         answer = changing.ask(model="fish")
         assert answer.status_code == 503
         assert answer.json()["error"]["message"].endswith(
-            "the model does not load: 'no-model' is no folder or file"
+            "the model does not load: 'no-model' is not a local folder or file"
         )
     assert made(changing.ask(seed=4, model="dog")) == 4
 
@@ -253,6 +255,6 @@ def test_a_model_that_does_not_load_says_why() -> None:
     try:
         answer = own.client.get("/ready")
         assert answer.status_code == 503
-        assert answer.json()["reason"] == "the model does not load: 'no-model' is no folder or file"
+        assert answer.json()["reason"] == "the model does not load: 'no-model' is not a local folder or file"
     finally:
         own.close()

@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
-from helpers.served import until
+from helpers.waiting import until
 from latentrt.runtime.serve.hosted import Deployed
 
 DEPLOYED = Deployed.of({"models": [{"id": "cat"}], "min_replicas": 2, "max_replicas": 2, "gpus": 1})

@@ -1,4 +1,5 @@
-"""What is refused: bad bodies, addresses, forms, keys; a full queue, a passed deadline."""
+"""`runtime/serve/app.py` and `schema.py`: what is refused: bad bodies, addresses, forms, keys; a full queue, a passed
+deadline."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from typing import Any
 import openai
 import pytest
 from helpers.fake_runner import FakeRunner
-from helpers.served import Served, events_of, served, until
+from helpers.served import Served, events_of, served
+from helpers.waiting import until
 from latentrt.errors import DeadlineError, EngineSizeError, QueueFullError
 
 BAD: list[tuple[Any, int, str | None]] = [
@@ -133,7 +135,7 @@ def test_a_full_queue_answers_429_and_when_to_come_again(
     assert refused.json()["error"]["code"] == "queue_full"
 
 
-def test_a_deadline_is_told(server: Served, runner: FakeRunner) -> None:
+def test_a_passed_deadline_gets_504(server: Served, runner: FakeRunner) -> None:
     runner.hold()
     answer = server.ask(timeout=0.2, steps=50)
     assert answer.status_code == 504
@@ -179,7 +181,7 @@ def test_without_the_key_a_body_is_not_looked_at() -> None:
         assert server.metric("latentrt_errors_total", kind="http_401") == 3
 
 
-def test_faults_of_the_servers_own_tell_nothing() -> None:
+def test_server_faults_disclose_nothing() -> None:
     secret = "/secret/place"
 
     def fail(seeds: list[int]) -> Exception | None:

@@ -1,4 +1,5 @@
-"""What a pipeline refuses names the field of the request, though it knows arguments alone."""
+"""`runtime/serve/schema.py`: what a pipeline refuses names the field of the request, though it knows arguments
+alone."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_company_is_waited_for_within_the_window_and_no_longer_than_needed() -> 
     assert len(scheduler.take(11.5)) == 1
 
 
-def test_a_size_that_is_ready_goes_before_one_that_may_get_company() -> None:
+def test_a_full_batch_is_served_before_one_that_may_still_grow() -> None:
     scheduler = queue(max_batch=2, window=0.5)
     added(scheduler, SMALL, since=0.0)
     added(scheduler, LARGE, LARGE, since=0.1)
@@ -124,7 +124,7 @@ def test_emptying_the_queue_does_not_clear_the_bill() -> None:
     assert served.count(128) <= 3
 
 
-def test_who_leaves_is_not_served() -> None:
+def test_a_cancelled_request_is_not_served() -> None:
     scheduler = queue()
     a, b = added(scheduler, SMALL, SMALL)
     scheduler.remove(a)
@@ -135,7 +135,7 @@ def test_who_leaves_is_not_served() -> None:
     assert scheduler.take(1.0) == []
 
 
-def test_a_size_that_did_not_fit_comes_in_smaller_batches() -> None:
+def test_a_size_that_did_not_fit_gets_smaller_batches() -> None:
     scheduler = queue(max_batch=8)
     scheduler.limit(LARGE.size, 2)
     scheduler.limit(LARGE.size, 5)  # a limit is never raised

@@ -1,4 +1,4 @@
-"""The OpenAPI document is complete and true: schemathesis asks by it, and beside it."""
+"""`runtime/serve/schema.py`: the OpenAPI document is complete and true: schemathesis asks by it, and beside it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import schemathesis
 from helpers.fake_runner import FakeRunner
-from helpers.served import Served, served, until
+from helpers.served import Served, served
+from helpers.waiting import until
 from hypothesis import HealthCheck, assume, given, settings
 from latentrt.runtime.serve.app import create_app
 from latentrt.runtime.serve.engine import AsyncEngine

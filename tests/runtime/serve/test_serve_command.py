@@ -1,4 +1,4 @@
-"""`latentrt serve`, the whole of it: the demo behind a port, and how it ends."""
+"""`runtime/serve/commands.py`: `latentrt serve`, the whole of it: the demo behind a port, and how it ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -23,14 +22,14 @@ import openai
 import PIL.Image
 import psutil
 import pytest
-from helpers.served import until
+from helpers.waiting import until
 from latentrt.runtime.serve import commands
 
 Run = Callable[..., tuple[int, str, str]]
 
 
 class Process:
-    """A server process; `lines` are its log so far."""
+    """A server process, which is killed where it has not ended with the `with`; `lines` are its log so far."""
 
     def __init__(self, *options: str, entry: Sequence[str] = ("-m", "latentrt.cli")) -> None:
         command = [sys.executable, *entry, "serve", "--port", "0", *options]
@@ -38,7 +37,19 @@ class Process:
         self.lines: list[dict[str, Any]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        until(lambda: self.urls or self.process.poll() is not None, 120)
+
+    def __enter__(self) -> Process:
+        try:
+            until(lambda: self.urls or self.process.poll() is not None, 120, what="an address in its log")
+        except AssertionError:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(10)
 
     @property
     def urls(self) -> list[str]:
@@ -56,12 +67,12 @@ class Process:
 
 @pytest.fixture
 def demo() -> Iterator[Process]:
-    one = Process("--model", "demo", "--backend", "eager", "--max-batch", "2", "--drain-seconds", "240")
-    yield one
-    one.process.kill()
+    options = ("--model", "demo", "--backend", "eager", "--max-batch", "2", "--drain-seconds", "240")
+    with Process(*options) as one:
+        yield one
 
 
-def taken(metrics: str) -> float:
+def pending_images(metrics: str) -> float:
     """Images that wait or are being made."""
     lines = [line.split() for line in metrics.splitlines()]
     return sum(
@@ -87,7 +98,7 @@ def test_the_demo_served_and_drained(demo: Process) -> None:
             )
         body = {"prompt": "storm", "size": "64x64", "steps": 12}
         asked = [pool.submit(http.post, "/v1/images/generations", json={**body, "seed": k}) for k in range(4)]
-        until(lambda: taken(http.get("/metrics").text) == 4)
+        until(lambda: pending_images(http.get("/metrics").text) == 4)
         demo.process.send_signal(signal.SIGTERM)
         until(lambda: http.get("/ready").status_code == 503)
         assert http.post("/v1/images/generations", json=body).json()["error"]["code"] == "draining"
@@ -107,14 +118,16 @@ def test_the_demo_served_and_drained(demo: Process) -> None:
 
 
 def test_a_model_that_is_not_there_leaves_it_unready_and_ctrl_c_ends_it() -> None:
-    server = Process("--model", "/no/such/model", "--max-queue", "5")
-    until(lambda: "does not load" in httpx.get(f"{server.urls[0]}/ready").text)
-    assert "'/no/such/model' is no folder or file" in httpx.get(f"{server.urls[0]}/ready").json()["reason"]
-    schemas = httpx.get(f"{server.urls[0]}/openapi.json").json()["components"]["schemas"]
-    assert schemas["GenerationBody"]["properties"]["n"]["anyOf"][0]["maximum"] == 5  # more can never wait
-    time.sleep(0.1)
-    server.process.send_signal(signal.SIGINT)
-    assert server.end() == 0
+    with Process("--model", "/no/such/model", "--max-queue", "5") as server:
+        until(lambda: "does not load" in httpx.get(f"{server.urls[0]}/ready").text)
+        assert (
+            "'/no/such/model' is not a local folder or file"
+            in httpx.get(f"{server.urls[0]}/ready").json()["reason"]
+        )
+        schemas = httpx.get(f"{server.urls[0]}/openapi.json").json()["components"]["schemas"]
+        assert schemas["GenerationBody"]["properties"]["n"]["anyOf"][0]["maximum"] == 5  # more can never wait
+        server.process.send_signal(signal.SIGINT)
+        assert server.end() == 0
 
 
 LOADS_FOR_EVER = """
@@ -128,11 +141,11 @@ sys.exit(main())
 
 @pytest.mark.parametrize("signals", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_sigterm_ends_the_server_while_the_model_loads(signals: int) -> None:
-    server = Process(entry=("-c", LOADS_FOR_EVER))
-    assert httpx.get(f"{server.urls[0]}/ready").json()["reason"] == "the model is being loaded"
-    for _ in range(signals):
-        server.process.send_signal(signal.SIGTERM)
-    assert server.end() == 0
+    with Process(entry=("-c", LOADS_FOR_EVER)) as server:
+        assert httpx.get(f"{server.urls[0]}/ready").json()["reason"] == "the model is being loaded"
+        for _ in range(signals):
+            server.process.send_signal(signal.SIGTERM)
+        assert server.end() == 0
 
 
 @pytest.mark.parametrize(
@@ -147,7 +160,7 @@ def test_who_can_reach_an_address(host: str, only_here: bool) -> None:
     assert commands._is_local(host) == only_here
 
 
-def test_unusable_options(run: Run, tmp_path: Any) -> None:
+def test_unusable_options(run_cli: Run, tmp_path: Any) -> None:
     (tmp_path / "empty").write_text("\n \n")
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         for options, message in (
@@ -157,6 +170,6 @@ def test_unusable_options(run: Run, tmp_path: Any) -> None:
             (("--max-batch", "-1"), "--max-batch is -1; it must be at least 1"),
             (("--port", str(taken.getsockname()[1])), "Address already in use"),
         ):
-            code, out, err = run("serve", *options)
+            code, out, err = run_cli("serve", *options)
             assert (code, out) == (1, "")
             assert message in err

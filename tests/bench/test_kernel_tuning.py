@@ -1,0 +1,248 @@
+"""`bench/kernel_tuning.py`: tuning dry. Kernels run in Triton's interpreter, and the clock is a fake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.dry_timing import ATTENTION, BF16, FIRST, SECOND, SMALL, fake_timer, small_attention
+from latentrt.bench import kernel_timing, kernel_tuning, verdicts
+from latentrt.bench import kernels as timings
+from latentrt.bench.kernel_timing import LOST, Timing
+from latentrt.kernels import aot, tuning
+from latentrt.kernels._triton import forced
+from latentrt.kernels.registry import specs
+
+
+def test_tuning(here: Timing) -> None:
+    """The quickest over both cases that share a key; what does not compile is passed over."""
+    with forced():
+        result = kernel_tuning.tune(here, [small_attention()], save=False)
+    assert result["best"] == {"attention": {"16/d64-short": SMALL[2]}}
+    assert result["left"] == []
+    broken, slow, quick = (result["times"]["attention"]["16/d64-short"][json.dumps(c)] for c in SMALL)
+    assert (slow, quick) == ({FIRST: 19.0, SECOND: 57.0}, {FIRST: 10.0, SECOND: 30.0})
+    assert result["finals"]["attention"]["16/d64-short"] == {
+        json.dumps(SMALL[2]): quick,
+        json.dumps(SMALL[1]): slow,
+    }
+    assert list(broken) == [FIRST]  # and not tried again at the other
+    assert "power of 2" in broken[FIRST]
+    assert list(kernel_tuning.lines(result)) == [
+        f"attention 16/d64-short: {json.dumps(SMALL[2])}, 40.0 us in one forward",
+        "left: none",
+    ]
+
+
+def test_the_library_may_be_the_quickest(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is held against float64 and timed as any other candidate, is written down, and is said to be what runs."""
+
+    def timer(calls: Any, inputs: Any, seconds: float) -> dict[str, float | str]:
+        found = fake_timer(calls, inputs, seconds)
+        by_library = ("attention", tuning.LIBRARY) in [(table, row) for table, row, _ in tuning._trials]
+        library = {name for name in found if by_library or name == json.dumps(tuning.LIBRARY)}
+        return found | dict.fromkeys(library, 5.0)
+
+    saved: list[Any] = []
+    monkeypatch.setattr(tuning, "save", lambda *args: saved.append(args))
+    spec = small_attention(candidates={"attention": [tuning.LIBRARY, *SMALL[1:]]})
+    with forced():
+        result = kernel_tuning.tune(Timing(here.device, timer, folder=here.folder), [spec])
+        assert [args[2] for args in saved] == [{"16/d64-short": {"LIBRARY": 1}}]
+        assert 'attention 16/d64-short: {"LIBRARY": 1}, 20.0 us' in next(kernel_tuning.lines(result))
+        with tuning.trying("attention", tuning.LIBRARY):
+            measured = timings.measure(here, [spec], BF16)
+    assert [row["launches"] for row in measured["rows"]] == [{"library: attention": 1}] * 2
+    assert next(line for line in timings.lines(measured) if "two" in line).endswith(
+        "; by PyTorch's libraries"
+    )
+
+
+def test_the_choice_is_among_the_best_few_timed_in_turn(here: Timing) -> None:
+    """Alone, 16 was timed when clocks were high; side by side it is the slower one."""
+    together: list[list[str]] = []
+
+    def timer(calls: Any, inputs: Any, seconds: float) -> dict[str, float | str]:
+        found = fake_timer(calls, inputs, seconds)
+        if len(found) > 1:
+            together.append(list(found))
+            return found
+        return {"": 9.0} if tuning._trials[-1][1]["BLOCK_N"] == 16 else found
+
+    with forced():
+        result = kernel_tuning.tune(
+            Timing(here.device, timer, folder=here.folder), [small_attention()], save=False
+        )
+        assert together == [[json.dumps(c) for c in SMALL[1:]]] * 2  # at both cases
+        assert result["best"] == {"attention": {"16/d64-short": SMALL[2]}}
+        assert "40.0 us in one forward" in next(kernel_tuning.lines(result))
+        again = kernel_tuning.tune(
+            Timing(here.device, timer, folder=here.folder), [small_attention()], save=False
+        )
+    assert len(together) == 2
+    assert again["best"] == result["best"]
+
+
+@pytest.mark.parametrize("ended", [KeyboardInterrupt, SystemExit])
+def test_a_final_that_is_ended_is_run_again_unless_it_took_the_process_along(
+    ended: type[BaseException], here: Timing
+) -> None:
+    """Then the choice is by the times alone."""
+    rounds: list[int] = []
+
+    def stops(calls: Any, inputs: Any, seconds: float) -> dict[str, float | str]:
+        if len(calls) > 1:
+            rounds.append(len(calls))
+            if len(rounds) == 1:
+                raise ended
+        return fake_timer(calls, inputs, seconds)
+
+    timing = Timing(here.device, stops, folder=here.folder)
+    with forced():
+        with pytest.raises(ended):
+            kernel_tuning.tune(timing, [small_attention()], save=False)
+        result = kernel_tuning.tune(timing, [small_attention()], save=False)
+    assert len(rounds) == (3 if ended is KeyboardInterrupt else 2)
+    assert result["best"] == {"attention": {"16/d64-short": SMALL[2]}}
+
+
+def test_tuning_resumes(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the candidate that hung, not past one that was interrupted; nothing is written down before all cases were
+    timed."""
+    saved: list[Any] = []
+    monkeypatch.setattr(tuning, "save", lambda *args: saved.append(args))
+    timed: list[int] = []
+
+    def stops(*args: Any) -> dict[str, float | str]:
+        timed.append(tuning._trials[-1][1]["BLOCK_N"])
+        if timed == [16, 16, 32]:
+            raise SystemExit  # as if the process had been ended
+        if timed == [16]:
+            raise KeyboardInterrupt
+        return fake_timer(*args)
+
+    with forced():
+        for ended in (KeyboardInterrupt, SystemExit):
+            with pytest.raises(ended):
+                kernel_tuning.tune(Timing(here.device, stops, folder=here.folder), [small_attention()])
+        assert not saved
+        assert verdicts.of_resumable(here.folder, "tuning") == (True, "1 left")
+        assert verdicts.is_left(here.folder, "tuning")
+        result = kernel_tuning.tune(Timing(here.device, stops, folder=here.folder), [small_attention()])
+    assert timed == [16, 16, 32, 16]  # the other case of the one that is left
+    times = result["times"]["attention"]["16/d64-short"]
+    assert times[json.dumps(SMALL[2])] == {FIRST: LOST}
+    arch, table, best, measured_on = saved[0]
+    assert (arch, table, best) == (80, "attention", {"16/d64-short": SMALL[1]})
+    assert measured_on["gpu"] == "A Fake"
+    assert verdicts.of_resumable(here.folder, "tuning") == (True, "")
+    assert not verdicts.is_left(here.folder, "tuning")
+    assert verdicts.is_left(here.folder, "kernels")  # which nobody has timed
+
+
+@pytest.fixture
+def block_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Copies of kernels/tuned: the one that kernels read, and the one that an earlier run left."""
+    folders = tmp_path / "read", tmp_path / "left"
+    for folder in folders:
+        shutil.copytree(tuning.FOLDER, folder)
+    monkeypatch.setattr(tuning, "FOLDER", folders[0])
+    return folders
+
+
+def leave(folder: Path, table: str, rows: dict[str, Any], measured_on: dict[str, Any]) -> None:
+    """As a run leaves its block sizes of sm_90."""
+    file = folder / "sm_90.json"
+    content = json.loads(file.read_text())
+    content["tables"].setdefault(table, {}).update(rows)
+    content["measured_on"][table] = {**measured_on, "keys": sorted(rows)}
+    file.write_text(json.dumps(content))
+
+
+NEW = dict(ATTENTION.candidates["attention"][-1])
+KEY = "16/d64"
+
+
+def test_block_sizes_of_an_earlier_run_are_taken(block_sizes: tuple[Path, Path]) -> None:
+    """The sources came anew, and with them what is reasoned."""
+    read, left = block_sizes
+    before = {path.name: path.read_text() for path in read.iterdir()}
+    assert kernel_tuning.take_tuned(left.parent / "none") == []
+    assert kernel_tuning.take_tuned(left) == []  # nothing is measured there
+    assert {path.name: path.read_text() for path in read.iterdir()} == before
+    measured = {"gpu": "A", "sources": kernel_timing.sources()}
+    leave(left, "attention", {KEY: NEW}, measured)
+    assert kernel_tuning.take_tuned(left) == ["attention of sm_90"]
+    assert tuning.constants("attention", 90, torch.float16, "d64") == NEW
+    found = tuning.load(90)
+    assert found["measured_on"] == {"attention": {**measured, "keys": [KEY]}}
+    reasoned = json.loads(before["sm_90.json"])["tables"]
+    assert {**found["tables"]["attention"], KEY: None} == {**reasoned["attention"], KEY: None}
+    assert {k: v for k, v in found["tables"].items() if k != "attention"} == {
+        k: v for k, v in reasoned.items() if k != "attention"
+    }
+    assert kernel_tuning.take_tuned(left) == []
+
+
+def test_block_sizes_of_other_sources_or_forms_are_not_taken(block_sizes: tuple[Path, Path]) -> None:
+    read, left = block_sizes
+    before = tuning.load(90)
+    leave(left, "attention", {KEY: NEW}, {"gpu": "A", "sources": "others"})
+    for arch, text in {
+        80: '{"arch": 80, "tab',
+        86: "[]",
+        89: '{"arch": 89}',
+        100: '{"tables": {}, "measured_on": {"attention": {"sources": "%s", "keys": ["16/d64"]}}}',
+        120: '{"tables": {}, "measured_on": {"attention": 7}}',
+    }.items():
+        (left / f"sm_{arch}.json").write_text(text.replace("%s", kernel_timing.sources()))
+    (left / "sm_70.json").write_text("{}")
+    assert kernel_tuning.take_tuned(left) == []
+    assert tuning.load(90) == before
+    assert {path.name for path in read.iterdir()} == {f"sm_{arch}.json" for arch in tuning.architectures()}
+
+
+def test_operators_that_share_a_table_are_tuned_together() -> None:
+    uses = kernel_tuning._tables(specs(["group_norm", "group_norm_silu"]), 90)["group_norm"]
+    assert {use.spec.name for use in uses} == {"group_norm", "group_norm_silu"}
+    assert {use.key for use in uses} == {"16/channels_last"}
+
+
+def test_levels_of_the_unet_are_tuned_apart() -> None:
+    """Of 4,096 tokens and of 1,024, and a text's keys: each chooses its own block sizes."""
+    uses = kernel_tuning._tables(specs(["attention"]), 90)["attention"]
+    keys = {use.case.name.partition(",")[0]: use.key for use in uses}
+    assert keys == {
+        "self 4096 x 10 heads": "16/d64-long",
+        "self 1024 x 20 heads": "16/d64",
+        "cross 4096 x 77": "16/d64-short",
+        "cross 1024 x 77": "16/d64-short",
+    }
+
+
+def test_both_variants_of_a_kernel_are_tried() -> None:
+    tried = {
+        launch.kernel.name
+        for r in kernel_tuning.tuned_requests(specs(["attention", "linear_geglu"]), 90)
+        for launch in aot._launches(r)
+    }
+    assert tried == {
+        "_attention",
+        "_attention_wide",
+        "_attention_tma",
+        "_exponentials",
+        "_geglu_kernel",
+        "_linear_geglu_kernel",
+        "_linear_geglu_tma_kernel",
+    }
+
+
+def test_no_candidate_runs(here: Timing, caplog: pytest.LogCaptureFixture) -> None:
+    with forced():
+        result = kernel_tuning.tune(here, [small_attention(candidates={"attention": SMALL[:1]})])
+    assert (result["best"], result["left"]) == ({}, ["attention"])
+    assert "no candidate of attention runs in all cases" in caplog.text
