@@ -82,7 +82,7 @@ def _add_build(commands: Commands) -> None:
         default="none",
         metavar="NAME,...",
         help="operators to run by plugins made of the Triton kernels: all, none, or a list of GroupNorm, "
-        "GroupNormSilu, ShiftGroupNormSilu, DotProductAttention; for tensorrt also DotProductAttention:ahead, which "
+        "GroupNormSilu, ShiftGroupNormSilu, DotProductAttention; for tensorrt also DotProductAttention:aot, which "
         "needs no Python where it runs (default none)",
     )
     parser.add_argument(

@@ -22,7 +22,7 @@ from ..kernels.binaries import (
     binaries,
 )
 from ..runtime.engines.plugin_launch import DTYPES, OPERATORS
-from ..runtime.engines.plugins import AHEAD
+from ..runtime.engines.plugins import AOT_ATTENTION
 from .functions import DOMAIN
 from .quick_plugins import key_of
 
@@ -58,7 +58,7 @@ def plugin_kernels(
 
 
 def _keys(model: Path, names: set[str]) -> Iterator[str]:
-    ahead = AHEAD in names
+    aot = AOT_ATTENTION in names
     names = {name.partition(":")[0] for name in names}
     graph = onnx.load(model, load_external_data=False).graph
     types = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info, *graph.output)}
@@ -79,7 +79,7 @@ def _keys(model: Path, names: set[str]) -> Iterator[str]:
             tuple(d.dim_value or -1 for d in types[name].shape.dim) if name in types else ()
             for name in node.input
         ]
-        key = key_of if ahead and node.op_type == AHEAD.partition(":")[0] else operator.key
+        key = key_of if aot and node.op_type == AOT_ATTENTION.partition(":")[0] else operator.key
         yield key(_DTYPES[first.elem_type], shapes, attributes)
 
 
@@ -87,7 +87,7 @@ def _kernels(key: str, arch: int) -> Kernels:
     kind, *rest = key.split()
     fields = dict(field.split("=") for field in rest)
     dtype = getattr(torch, fields["dtype"])
-    if kind == "attention-ahead":
+    if kind == "attention-aot":
         return AheadAttentionKernels(
             dtype, int(fields["columns"]), fields["short"] == "1", float(fields["scale"]), arch
         )

@@ -5,7 +5,7 @@ and TensorRT for RTX has no such plugins. The group norms cannot go this way: th
 between them, and such a plugin has one launch and none.
 
 TensorRT passes a kernel its inputs, then integers, then outputs: so this one has parameters in that order, of
-contiguous tensors, and its scale is compiled in (`kernels._attention_ahead`). It takes PTX, which the driver compiles:
+contiguous tensors, and its scale is compiled in (`kernels._attention_aot`). It takes PTX, which the driver compiles:
 Triton 3.9 writes version 9.4 for sm_90 and newer, and a driver older than that refuses it.
 """
 
@@ -17,18 +17,18 @@ from typing import Any
 
 from ..errors import BackendError
 from ..runtime.engines.plugin_launch import DTYPES, OPERATORS, Shapes
-from ..runtime.engines.plugins import AHEAD, NAMESPACE, Session
+from ..runtime.engines.plugins import AOT_ATTENTION, NAMESPACE, Session
 
 __all__ = ["key_of", "register"]
 
-_NODE = AHEAD.partition(":")[0]
+_NODE = AOT_ATTENTION.partition(":")[0]
 _FORMATS = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
 
 
 def key_of(dtype: str, shapes: Shapes, attributes: Mapping[str, int | float]) -> str:
     """Which kernels a node needs: as its other plugin, with the scale."""
     kind, *fields = OPERATORS[_NODE].key(dtype, shapes, attributes).split()
-    return " ".join([f"{kind}-ahead", *fields[:-1], f"scale={float(attributes['scale'])!r}"])
+    return " ".join([f"{kind}-aot", *fields[:-1], f"scale={float(attributes['scale'])!r}"])
 
 
 def register(trtp: Any, session: Session, arch: int) -> None:
@@ -39,7 +39,7 @@ def register(trtp: Any, session: Session, arch: int) -> None:
         arch: of the GPU that builds.
     """
     name = f"{NAMESPACE}::{_NODE}"
-    calls = session.calls[AHEAD]
+    calls = session.calls[AOT_ATTENTION]
 
     def describe(q: Any, k: Any, v: Any, scale: float) -> Any:
         calls["created"] += 1
@@ -52,7 +52,7 @@ def register(trtp: Any, session: Session, arch: int) -> None:
 
     def compiled(q: Any, k: Any, v: Any, scale: float, outputs: Any, tactic: int) -> Any:
         calls["serialized"] += 1
-        with session.watching(AHEAD):
+        with session.watching(AOT_ATTENTION):
             B, Sq, H, D = (q.shape_expr[i] for i in range(4))
             Sk = k.shape_expr[1]
             shapes = [(-1, -1, -1, _known(D)), (-1, _known(Sk), -1, _known(D))]

@@ -88,7 +88,7 @@ def build_engine(request: EngineRequest, on_phase: Callable[[str], None]) -> dic
         key: {int(arch): Path(file) for arch, file in files.items()} for key, files in request.kernels.items()
     }
     with plugins.building(trt, request.plugins, kernels) as session:
-        if plugins.AHEAD in request.plugins:
+        if plugins.AOT_ATTENTION in request.plugins:
             quick_plugins.register(import_module(f"{trt.__name__}.plugin"), session, request.archs[0])
         return _build(trt, request, session, on_phase)
 
@@ -139,7 +139,7 @@ class _Build:
     def parse(self) -> tuple[Any, Any]:
         trt = self.trt
         flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        if plugins.AHEAD in self.request.plugins:
+        if plugins.AOT_ATTENTION in self.request.plugins:
             flags |= 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
         network = self.builder.create_network(flags)
         parser = trt.OnnxParser(network, self.log)

@@ -30,7 +30,7 @@ import torch
 
 from ..errors import BackendError
 from . import tuning
-from ._attention_ahead import attention_ahead, attention_wide_ahead
+from ._attention_aot import attention_aot, attention_wide_aot
 from ._attention_softmax import log2_scale
 from ._attention_triton import SHORT, WIDE, plan_kernel
 from ._group_norm_triton import MOST_SPLITS
@@ -147,7 +147,7 @@ class AheadAttentionKernels:
         args = {name: launch.args[name] for name in ("q_ptr", "k_ptr", "v_ptr", "H", "Sq", "Sk", "o_ptr")}
         ahead = replace(
             launch,
-            kernel=attention_wide_ahead if self.columns > WIDE else attention_ahead,
+            kernel=attention_wide_aot if self.columns > WIDE else attention_aot,
             args=args,
             constants={"SCALE": log2_scale(self.scale), **launch.constants},
         )

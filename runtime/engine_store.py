@@ -88,9 +88,9 @@ class EngineTarget:
             raise RequestError(
                 f"plugins have no kernels for {', '.join(old)}; build for it without, with --plugins none"
             )
-        if plugins.AHEAD in self.plugins and self.product != "tensorrt":
+        if plugins.AOT_ATTENTION in self.plugins and self.product != "tensorrt":
             raise RequestError(
-                f"{trt.product(self.product).title} has no plugins that are compiled ahead of time; leave ':ahead' out"
+                f"{trt.product(self.product).title} has no plugins that are compiled ahead of time; leave ':aot' out"
             )
         if self.plugins and self.hardware_compatibility == "ampere-plus":
             raise RequestError(

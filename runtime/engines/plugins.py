@@ -41,7 +41,7 @@ from .plugin_code import Code, Prepared, driver
 from .plugin_launch import DTYPES, OPERATORS, Operator
 
 __all__ = [
-    "AHEAD",
+    "AOT_ATTENTION",
     "NAMESPACE",
     "Session",
     "building",
@@ -55,7 +55,7 @@ __all__ = [
 NAMESPACE, _VERSION = "latentrt", "1"
 """Namespace and version of the exported nodes."""
 
-AHEAD = "DotProductAttention:ahead"
+AOT_ATTENTION = "DotProductAttention:aot"
 """The plugin that is compiled into an engine of TensorRT, which then needs no Python: `export.quick_plugins`."""
 
 _FORMAT = "1"
@@ -66,7 +66,7 @@ _PACKAGE = Path(__file__).resolve().parents[2]
 _SOURCES = (
     "kernels/_attention_triton.py",
     "kernels/_attention_softmax.py",
-    "kernels/_attention_ahead.py",
+    "kernels/_attention_aot.py",
     "kernels/_group_norm_triton.py",
     "kernels/_triton.py",
     "kernels/aot.py",
@@ -92,13 +92,13 @@ def chosen(text: str) -> tuple[str, ...]:
         return tuple(sorted(OPERATORS))
     if names == ["none"]:
         return ()
-    unknown = [name for name in names if name not in (*OPERATORS, AHEAD)]
+    unknown = [name for name in names if name not in (*OPERATORS, AOT_ATTENTION)]
     if unknown or not names:
         raise RequestError(
             f"there is no plugin {', '.join(map(repr, unknown)) or repr(text)}; there are {', '.join(OPERATORS)}, "
-            f"and all or none; for TensorRT also {AHEAD}"
+            f"and all or none; for TensorRT also {AOT_ATTENTION}"
         )
-    if {AHEAD, AHEAD.partition(":")[0]} <= set(names):
+    if {AOT_ATTENTION, AOT_ATTENTION.partition(":")[0]} <= set(names):
         raise RequestError(f"{text!r} names two plugins for one operator; name one of them")
     return tuple(sorted(set(names)))
 
@@ -172,10 +172,10 @@ class Session:
 
 @contextmanager
 def building(trt: Any, names: Sequence[str], kernels: Mapping[str, Mapping[int, Path]]) -> Iterator[Session]:
-    """Parsers and builders of this process take these plugins meanwhile; `AHEAD` is registered by who builds."""
+    """Parsers and builders of this process take these plugins meanwhile, but for `AOT_ATTENTION`."""
     session = Session(kernels, {name: Counter() for name in names})
     registry = trt.get_plugin_registry()
-    creators = [_creator(trt, OPERATORS[name], session) for name in names if name != AHEAD]
+    creators = [_creator(trt, OPERATORS[name], session) for name in names if name != AOT_ATTENTION]
     try:
         for creator in creators:
             if not registry.register_creator(creator, NAMESPACE):
@@ -197,7 +197,7 @@ def loading(trt: Any, wanted: Mapping[str, str]) -> None:
         BackendError: one of them is not in this latentrt.
     """
     for name, kind in formats(wanted).items():
-        if name == AHEAD:
+        if name == AOT_ATTENTION:
             continue  # it is all in the engine
         if name not in OPERATORS or kind != _FORMAT:
             have = f"it in version {_FORMAT}" if name in OPERATORS else f"only {', '.join(OPERATORS)}"

@@ -26,7 +26,7 @@ from latentrt.kernels._triton import Launch
 from latentrt.kernels.binaries import AheadAttentionKernels, parameters
 from latentrt.runtime.engine_store import EngineTarget
 from latentrt.runtime.engines import plugins
-from latentrt.runtime.engines.plugins import AHEAD, Session
+from latentrt.runtime.engines.plugins import AOT_ATTENTION, Session
 
 
 class Size(int):
@@ -135,7 +135,7 @@ def prepared(kernels: AheadAttentionKernels, key: str, folder: Path) -> tuple[Fa
         "ptx": "the code",
     }
     (folder / "file").write_text(json.dumps({"constants": constants, "images": {"attention": image}}))
-    session = Session({key: {kernels.arch: folder / "file"}}, {AHEAD: Counter()})
+    session = Session({key: {kernels.arch: folder / "file"}}, {AOT_ATTENTION: Counter()})
     trtp = FakePlugin()
     register(trtp, session, kernels.arch)
     return trtp, session, launch
@@ -157,7 +157,7 @@ def test_the_launch_computes_attention(
     short = keys == 77
     kernels = AheadAttentionKernels(dtype, columns, short, scale, 80)
     name = str(dtype).removeprefix("torch.")
-    key = f"attention-ahead dtype={name} columns={columns} short={short:d} scale={scale!r}"
+    key = f"attention-aot dtype={name} columns={columns} short={short:d} scale={scale!r}"
     trtp, session, kernel = prepared(kernels, key, tmp_path)
 
     B, Sq, H = (1, 9, 1) if columns > 256 else (2, 33, 3)  # the interpreter takes its time
@@ -174,7 +174,7 @@ def test_the_launch_computes_attention(
     entry, code, launch, extra = trtp.functions["aot_impl"](described, other, other, scale, (like,), 0)
     assert (entry, code, launch.shared_mem) == (kernel.kernel.name, "the code", 12345)
     assert launch.block_x == 32 * kernel.num_warps
-    assert session.calls[AHEAD] == {"created": 1, "configured": 1, "serialized": 1}
+    assert session.calls[AOT_ATTENTION] == {"created": 1, "configured": 1, "serialized": 1}
 
     out = torch.full_like(q, float("nan"))
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
@@ -189,7 +189,7 @@ def test_kernels_that_are_missing(tmp_path: Path) -> None:
     trtp, session, _ = prepared(kernels, "of another node", tmp_path)
     described = TensorDesc("HALF", *(Size.of(n, n == 64) for n in (2, 9, 3, 64)))
     message = (
-        r"no kernels were compiled for attention-ahead dtype=float16 columns=64 short=0 scale=0.125 and sm_80"
+        r"no kernels were compiled for attention-aot dtype=float16 columns=64 short=0 scale=0.125 and sm_80"
     )
     with pytest.raises(BackendError, match=message):
         trtp.functions["aot_impl"](described, described, described, 0.125, (described,), 0)
@@ -200,24 +200,24 @@ def test_kernels_that_are_missing(tmp_path: Path) -> None:
 
 def test_a_key_names_its_kernels() -> None:
     key = key_of("float16", [(-1, -1, 3, 64), (-1, 77, 3, 64)], {"scale": -0.5})
-    assert key == "attention-ahead dtype=float16 columns=64 short=1 scale=-0.5"
+    assert key == "attention-aot dtype=float16 columns=64 short=1 scale=-0.5"
     assert plugin_kernels._kernels(key, 90) == AheadAttentionKernels(torch.float16, 64, True, -0.5, 90)
 
 
 def test_it_is_chosen_by_name_and_for_tensorrt_only() -> None:
-    assert plugins.chosen("GroupNorm,DotProductAttention:ahead") == (AHEAD, "GroupNorm")
+    assert plugins.chosen("GroupNorm,DotProductAttention:aot") == (AOT_ATTENTION, "GroupNorm")
     with pytest.raises(RequestError, match=r"names two plugins for one operator; name one of them"):
-        plugins.chosen("DotProductAttention,DotProductAttention:ahead")
+        plugins.chosen("DotProductAttention,DotProductAttention:aot")
     with pytest.raises(
-        RequestError, match=r"no plugin 'GroupNorm:ahead'; .*; for TensorRT also DotProduct.*:ahead"
+        RequestError, match=r"no plugin 'GroupNorm:aot'; .*; for TensorRT also DotProduct.*:aot"
     ):
-        plugins.chosen("GroupNorm:ahead")
-    assert EngineTarget("tensorrt", (90,), plugins=plugins.versions([AHEAD])).plugins
+        plugins.chosen("GroupNorm:aot")
+    assert EngineTarget("tensorrt", (90,), plugins=plugins.versions([AOT_ATTENTION])).plugins
     with pytest.raises(
         RequestError, match=r"TensorRT for RTX has no plugins that are compiled ahead of time"
     ):
-        EngineTarget("tensorrt-rtx", (89,), plugins=plugins.versions([AHEAD]))
+        EngineTarget("tensorrt-rtx", (89,), plugins=plugins.versions([AOT_ATTENTION]))
 
 
 def test_an_engine_with_it_needs_no_plugin() -> None:
-    plugins.loading(SimpleNamespace(), {AHEAD: "1-x"})  # nothing is registered anywhere
+    plugins.loading(SimpleNamespace(), {AOT_ATTENTION: "1-x"})  # nothing is registered anywhere

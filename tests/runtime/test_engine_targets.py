@@ -33,7 +33,7 @@ def component() -> Component:
     [
         (
             {"archs": (89, 90)},
-            r"no engines for sm_90; it has them for sm_75, sm_80, .*Others take --engine tensorrt",
+            r"no engines for sm_90; it has them for sm_75, sm_80, .*For others use --engine tensorrt",
         ),
         ({"archs": ()}, "no engines for no architecture"),
         (

@@ -9,11 +9,11 @@ from __future__ import annotations
 from ._attention_triton import _attention, _attention_wide
 from ._triton import kernel, tl
 
-__all__ = ["attention_ahead", "attention_wide_ahead"]
+__all__ = ["attention_aot", "attention_wide_aot"]
 
 
 @kernel
-def attention_ahead(
+def attention_aot(
     q_ptr,  # [B, Sq, H, D]
     k_ptr,  # [B, Sk, H, D]
     v_ptr,  # [B, Sk, H, D]
@@ -43,7 +43,7 @@ def attention_ahead(
 
 
 @kernel
-def attention_wide_ahead(
+def attention_wide_aot(
     q_ptr,  # [B, Sq, H, D]
     k_ptr,  # [B, Sk, H, D]
     v_ptr,  # [B, Sk, H, D]
