@@ -3,7 +3,7 @@
 LatentRTError
 ├── RequestError                 what was asked for cannot be made (also a ValueError)
 │   ├── EngineSizeError          no engine was built for such sizes, or for so many images at once
-│   └── MemoryPlanError          by plan it needs more device memory than is free
+│   └── MemoryPlanError          by plan it needs more device memory than is available
 ├── KernelArgumentError          an operator got a tensor it cannot take (also a ValueError)
 ├── CheckpointError              a checkpoint is missing, damaged or not understood
 │   ├── CheckpointNotFoundError  no such folder, file or hub id

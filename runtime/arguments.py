@@ -140,7 +140,7 @@ def _add_generate(commands: Commands) -> None:
         "--high-noise-frac",
         type=float,
         default=0.8,
-        help="share of the steps that the base takes; a refiner takes the rest (default 0.8)",
+        help="share of the schedule that the base denoises; a refiner goes on from there (default 0.8)",
     )
     parser.add_argument("--no-metadata", action="store_true", help="do not write the parameters into the PNG")
     parser.add_argument(
@@ -204,7 +204,7 @@ def _add_serve(commands: Commands) -> None:
     parser.add_argument(
         "--max-queue", type=int, default=64, help="images that may wait; beyond it 429 (default 64)"
     )
-    parser.add_argument("--max-batch", type=int, default=8, help="images in a batch (default 8)")
+    parser.add_argument("--max-batch", type=int, default=8, help="images in a batch at most (default 8)")
     parser.add_argument(
         "--drain-seconds",
         type=float,

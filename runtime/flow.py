@@ -54,10 +54,7 @@ def make_images(
     with watch.stage("prepare"):
         _prepare(parts, request, stages, tile)
     with watch.stage("text"):
-        encode = PromptEncoding(parts.loader.device)
-        conditionings = [
-            stage.expert.condition(request, encode, from_image=stage.from_image) for stage in stages
-        ]
+        conditionings = _conditionings(parts, request, stages)
     with watch.stage("start"):
         latents = first_latents(parts, request, stages[0].table, noise)
     with ExitStack() as held:
@@ -75,6 +72,12 @@ def make_images(
         return latents
     with watch.stage("decode"):
         return from_tensor(vae.decode(latents, tile=tile), request.output_type)
+
+
+def _conditionings(parts: Parts, request: GenerationRequest, stages: Sequence[Stage]) -> list[Conditioning]:
+    """Of each stage. A text that several encode by the same encoder is encoded once."""
+    encode = PromptEncoding(parts.loader.device)
+    return [stage.expert.condition(request, encode, from_image=stage.from_image) for stage in stages]
 
 
 def _prepare(parts: Parts, request: GenerationRequest, stages: Sequence[Stage], tile: int | None) -> None:

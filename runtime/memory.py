@@ -171,7 +171,7 @@ class Plan:
         if max(need.values()) <= available:
             return
         raise MemoryPlanError(
-            f"{self.describe(policy)}, and {format_bytes(available)} are free; {self._remedy(available, remedy)}"
+            f"{self.describe(policy)}, and {format_bytes(available)} are available; {self._remedy(available, remedy)}"
         )
 
     def describe(self, policy: str) -> str:

@@ -337,7 +337,7 @@ class Pipeline:
             aesthetic_score, negative_aesthetic_score: conditioning of a refiner.
             output_type: "pil", "np" (float32 `[B, H, W, 3]` in [0, 1]), "pt" (float32 `[B, 3, H, W]`) or "latent".
             callback_on_step_end: called after each step, which the device has done by then, as
-                `callback(pipeline, step, timestep, {"latents": x})`.
+                `callback(pipeline, step, timestep, {"latents": x})`. Networks may be called in its own thread only.
                 It may return `{"latents": y}` to go on with, or `{"interrupt": True}` to stop.
             callback_on_progress: (*) called for each step once the device has done it, without waiting: on a GPU
                 a step or two later. As `callback(pipeline, steps_done, {"preview": pictures})`, where pictures are

@@ -33,7 +33,8 @@ def records(request: GenerationRequest, parts: Parts, tile: int | None) -> list[
         "dtype": dtype_name(parts.loader.dtype),
         "version": f"latentrt {__version__}",
     }
-    if parts.vae.dtype != parts.loader.dtype:
+    with_vae = r.output_type != "latent" or r.starts_from_pixels
+    if with_vae and parts.vae.dtype != parts.loader.dtype:
         common["vae_dtype"] = dtype_name(parts.vae.dtype)
     if r.output_type != "latent" and parts.vae.is_tiled(r.height, r.width, tile):
         common["tiled_vae"] = True

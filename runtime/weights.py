@@ -79,7 +79,7 @@ def open_checkpoint(
         folder = hub.fetch(model, variant=variant, revision=revision)
         return Checkpoint(source, folder, variant=variant, cache_dir=cache_dir)
     raise CheckpointNotFoundError(
-        f'{source!r} is no folder or file, and not a hub id (owner/name) either; give one of these, or "demo" for '
+        f'{source!r} is not a local folder or file, and not a hub id (owner/name) either; give one of these, or "demo" for '
         "the checkpoint that is shipped"
     )
 

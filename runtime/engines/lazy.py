@@ -76,7 +76,7 @@ class EngineLoader:
         # A VAE that would overflow in float16 has another dtype, chosen for the device it was loaded for.
         dtypes = dict.fromkeys([self.dtype, *(engine.component.dtype for engine in self._engines)])
         self.backend = choose(self._name, device, *dtypes)
-        before, graphs = self.device, self.graphs
+        before, graphs, exclusive = self.device, self.graphs, self.exclusive()
         self.device = device
         wanted = device.type == "cuda" if self._graphs is None else self._graphs
         if wanted:
@@ -85,16 +85,15 @@ class EngineLoader:
         with ExitStack() as held:
             if self.residency is not None:
                 held.enter_context(self.residency.lock)
-            if graphs is not None:
-                held.enter_context(graphs.exclusive())
+            held.enter_context(exclusive)
             if self._engines:  # those that another pipeline shares may be running on the device they leave
                 _wait(before, graphs)
             for engine in self._engines:
                 engine.close()
 
     def exclusive(self) -> AbstractContextManager[object]:
-        """While an engine runs on a GPU, no other one of this loader does: graphs share memory, and without graphs the
-        activations of several would add up, of which plans count one."""
+        """While a thread runs an engine on a GPU, no other thread runs one of this loader: graphs share memory, and
+        without graphs the activations of several would add up, of which plans count one."""
         if self.graphs is not None:
             return self.graphs.exclusive()
         return self._one_at_a_time if self.device.type == "cuda" else nullcontext()

@@ -53,7 +53,7 @@ class AsyncEngine:
 
         Args:
             pipe: a pipeline; calls from elsewhere would share the device with the engine's.
-            max_batch: images in a call.
+            max_batch: images in a call at the most.
             max_waiting: images that may wait; beyond it requests are refused.
             window: seconds a request may wait for company while the device is idle.
             on_batch: called with a report of every call, in the event loop.
@@ -124,7 +124,13 @@ class AsyncEngine:
         except BaseException:
             self._thread.shutdown(wait=False)
             raise
-        worker = Worker(self._runner, loop, on_batch=self._learn, on_limit=self._queue.limit)
+        worker = Worker(
+            self._runner,
+            loop,
+            on_batch=self._learn,
+            on_limit=self._queue.limit,
+            formable=self._queue.formable,
+        )
         self._serving = loop.create_task(self._serve(worker), name="latentrt-engine")
         self._serving.add_done_callback(self._stopped)
 

@@ -29,7 +29,8 @@ OnStep = Callable[[int, Callable[[int], PIL.Image.Image] | None], None]
 
 
 class Runner(Protocol):
-    """What makes images. `captures` and `check` are for the event loop, the others for one thread of their own."""
+    """What makes images. `captures` is read once, when the engine is made; `check` is for the event loop, the others
+    for one thread of their own."""
 
     @property
     def captures(self) -> bool:

@@ -141,7 +141,7 @@ class Scheduler(Generic[J]):
 
     def limit(self, size: Size, images: int) -> None:
         """Allow at most `images` of this size in a call from now on: more did not fit into memory."""
-        self._limits[size] = _Limit(self._formable(min(images, self._limit(size))))
+        self._limits[size] = _Limit(self.formable(min(images, self._limit(size))))
 
     def _limit(self, size: Size) -> int:
         found = self._limits.get(size)
@@ -154,7 +154,7 @@ class Scheduler(Generic[J]):
             return
         limit.calls += 1
         if limit.calls == _PROBATION:
-            limit.images, limit.calls = self._formable(2 * limit.images), 0
+            limit.images, limit.calls = self.formable(2 * limit.images), 0
             if limit.images >= self.max_batch:
                 del self._limits[size]
 
@@ -162,9 +162,9 @@ class Scheduler(Generic[J]):
         """The oldest job and those that share its call."""
         head = flow[0].group
         mates = [job for job in flow if job.group == head]
-        return mates[: self._formable(min(len(mates), self._limit(head.size)))]
+        return mates[: self.formable(min(len(mates), self._limit(head.size)))]
 
-    def _formable(self, images: int) -> int:
+    def formable(self, images: int) -> int:
         """The largest number of images, up to this one, that a call may have."""
         return max((batch for batch in self.batches if batch <= images), default=images)
 

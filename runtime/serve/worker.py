@@ -62,24 +62,32 @@ class Worker:
         *,
         on_batch: Callable[[BatchReport], None],
         on_limit: Callable[[tuple[int, int], int], None],
+        formable: Callable[[int], int] = lambda images: images,
     ) -> None:
         """
         Args:
             on_batch: called in the event loop after each call.
             on_limit: called there with a size and the number of its images that a call may have, after a larger call
                 ran out of memory or had no engine.
+            formable: the largest number of images, up to a given one, that a call may have.
         """
         self._runner = runner
         self._tell = loop.call_soon_threadsafe
         self._on_batch = on_batch
         self._on_limit = on_limit
+        self._formable = formable
 
     def make(self, jobs: Sequence[Job]) -> None:
-        """Generate those images of one group that are still wanted. A batch that fails is divided: in halves if memory
-        ran out or no engine was built for it, and otherwise into single images."""
-        live = [job for job in jobs if not job.left]
-        if not live:
-            return
+        """Generate those images of one group that are still wanted, in calls of sizes that are formed. A batch that
+        fails is divided: in halves if memory ran out or no engine was built for it, and otherwise into single images.
+        """
+        while live := [job for job in jobs if not job.left]:
+            images = self._formable(len(live))
+            self._make(live[:images])
+            jobs = live[images:]
+
+    def _make(self, live: Sequence[Job]) -> None:
+        """One call, and where it fails several smaller ones."""
         error = self._call(live)
         if error is None:
             return
@@ -88,7 +96,7 @@ class Worker:
                 _log.warning("out of memory for one image of %dx%d: %s", *live[0].group.size[::-1], error)
             self._tell(live[0].finish, error)
             return
-        half = (len(live) + 1) // 2
+        half = self._formable((len(live) + 1) // 2)
         parts = [[job] for job in live]  # so that a request that fails, fails alone
         if is_out_of_memory(error) or isinstance(error, EngineSizeError):
             size = live[0].group.size
@@ -96,7 +104,7 @@ class Worker:
             details = (why, len(live), size[1], size[0], half, error)
             _log.warning("%s for a batch of %d images of %dx%d; the limit is now %d: %r", *details)
             self._tell(self._on_limit, size, half)
-            parts = [live[:half], live[half:]]
+            parts = [list(live[k : k + half]) for k in range(0, len(live), half)]
         for part in parts:
             self.make(part)
 

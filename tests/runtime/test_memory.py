@@ -135,12 +135,12 @@ SMALL = Plan(
             8 * GB,
             "resident",
             "sdxl at 1024x1024, batch 2, float16 needs 9.27 GB of device memory with memory='resident' (text 9.27 GB, "
-            "base 9.27 GB), and 8.00 GB are free; use memory='low' (7.27 GB), or a smaller size or batch",
+            "base 9.27 GB), and 8.00 GB are available; use memory='low' (7.27 GB), or a smaller size or batch",
         ),
         (
             7 * GB,
             "balanced",
-            "7.00 GB are free; no policy fits, memory='low' still needs 7.27 GB: use a smaller size or batch",
+            "7.00 GB are available; no policy fits, memory='low' still needs 7.27 GB: use a smaller size or batch",
         ),
         (
             4 * GB,

@@ -96,7 +96,7 @@ def test_previews_are_fitted_in_the_tiles_in_which_a_picture_fits(
 
 def test_weights_that_cannot_fit_are_refused_when_they_are_loaded(load: Load) -> None:
     message = (
-        r"^the weights of .* \+ .*, float32, needs .* with memory='resident' .* and 268\.5 MB are free; the weights of "
+        r"^the weights of .* \+ .*, float32, needs .* with memory='resident' .* and 268\.5 MB are available; the weights of "
         r"text_encoder.* alone are .*, and 268\.4 MB are kept free for libraries: give a larger memory_limit$"
     )
     with pytest.raises(MemoryPlanError, match=message.replace("text_encoder", "")):
@@ -247,7 +247,7 @@ def test_the_command(run_cli: Any, tiny: Callable[..., Path]) -> None:
     code, out, err = run_cli("generate", "a cat", *model, "--memory-limit", "100MB")
     assert (code, out) == (1, "")
     assert "of device memory with memory='resident' (" in err
-    assert "and 100.0 MB are free" in err
+    assert "and 100.0 MB are available" in err
 
 
 def test_a_gpu_too_small_for_the_weights_is_refused_at_load(

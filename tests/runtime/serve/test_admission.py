@@ -134,17 +134,17 @@ def test_a_rare_size_is_admitted_despite_a_long_queue_of_another() -> None:
     admission.call_times.learn(SMALL.size, SMALL.cost, 1.0, 0.0)
     for _ in range(50):
         queue.add(Waiting(SMALL, 0.0))
-    with pytest.raises(QueueFullError, match=r"with 50 images before it, .* take 51.0 to 127.5 s") as full:
+    with pytest.raises(QueueFullError, match=r"with 50 images queued .* take an estimated 51.0 to 127.5 s") as full:
         admission.check([SMALL], 100.0, 0.0)
     assert full.value.retry_after == 28
     admission.check([SMALL._replace(width=72)], 100.0, 0.0)  # of another size, it has its turn soon
     admission.begin([Waiting(SMALL, 0.0)], 0.0)
-    with pytest.raises(QueueFullError, match=r"would take 51.4 to 128.5 s"):
+    with pytest.raises(QueueFullError, match=r"would take an estimated 51.4 to 128.5 s"):
         admission.check([SMALL], 100.0, 0.6)
     admission.end()
-    with pytest.raises(QueueFullError, match=r"60 of 60 places are taken, .*; try again in 50 s"):
+    with pytest.raises(QueueFullError, match=r"50 of 60 places are taken, .*; try again in 50 s"):
         admission.check([SMALL] * 11, None, 0.6)
-    with pytest.raises(QueueFullError, match=r"was given 100.3 s; try again in 28 s") as full:
+    with pytest.raises(QueueFullError, match=r"timeout is 100.3 s; try again in 28 s") as full:
         admission.check([SMALL], 100.3, 0.0)
     assert full.value.retry_after == 28  # the header's, in whole seconds
 
@@ -169,7 +169,7 @@ def test_a_request_that_would_delay_admitted_ones_is_refused() -> None:
     queue.add(Waiting(SMALL, 0.0, 6.0))
     admission.begin([Waiting(SMALL, 0.0)], 0.0)
     queue.add(Waiting(SMALL, 0.0, 6.0))  # made after 3 s, with a margin of two
-    with pytest.raises(QueueFullError, match=r"^2 images wait, and with this one .* try again in 4 s$"):
+    with pytest.raises(QueueFullError, match=r"^2 images are queued, .* try again in 4 s$"):
         admission.check([SMALL], None, 0.0)  # would make their call longer
     admission.check([LARGE], 60.0, 0.0)  # after them, as its size has its turn already
     queue.remove(next(iter(queue)))
@@ -246,7 +246,7 @@ def test_a_first_call_that_takes_long_says_nothing_of_what_waits() -> None:
     admission.begin([Waiting(LARGE, 0.0)], 0.0)  # of which nothing is known
     admission.check([SMALL], 60.0, 100.0)
     admission.begin([Waiting(SMALL, 0.0)], 0.0)  # should have been made long ago
-    with pytest.raises(QueueFullError, match=r"would take 100.0 to 250.0 s"):
+    with pytest.raises(QueueFullError, match=r"would take an estimated 100.0 to 250.0 s"):
         admission.check([SMALL], 60.0, 100.0)
     admission.check([], 60.0, 100.0)
 

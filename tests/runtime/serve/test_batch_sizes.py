@@ -46,6 +46,55 @@ def test_where_work_is_captured_few_sizes_are_formed_and_all_are_warm(
     in_loop(main())
 
 
+def test_a_batch_that_does_not_fit_is_divided_into_sizes_that_are_formed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def main() -> None:
+        runner = FakeRunner(lambda seeds: MemoryError("none left") if len(seeds) > 3 else None)
+        runner.captures = True
+        async with AsyncEngine(runner, max_batch=6) as engine:
+            async with device_occupied(runner, engine):
+                jobs = engine.submit(*[image_request(seed) for seed in range(1, 7)])
+            for job in jobs:
+                await job.result()
+            jobs = engine.submit(*[image_request(seed) for seed in range(1, 5)])
+            for job in jobs:
+                await job.result()
+        assert [len(call) for call in runner.calls[1:]] == [6, 2, 2, 2, 2, 2]
+
+    with caplog.at_level(logging.WARNING):
+        in_loop(main())
+    assert "the limit is now 2" in caplog.text
+
+
+def test_what_is_left_of_a_batch_is_made_in_sizes_that_are_formed() -> None:
+    """One of eight is cancelled before memory runs out: of the half that is left three are two and one."""
+
+    async def main() -> None:
+        jobs: list[Any] = []
+
+        def fail(seeds: list[int]) -> Exception | None:
+            if len(seeds) < 8:
+                return None
+            asyncio.run_coroutine_threadsafe(cancel(jobs[0]), loop).result(60)
+            return MemoryError("none left")
+
+        async def cancel(job: Any) -> None:
+            job.cancel()
+
+        loop = asyncio.get_running_loop()
+        runner = FakeRunner(fail)
+        runner.captures = True
+        async with AsyncEngine(runner, max_batch=8) as engine:
+            async with device_occupied(runner, engine):
+                jobs += engine.submit(*[image_request(seed) for seed in range(1, 9)])
+            for job in jobs[1:]:
+                await job.result()
+        assert [len(call) for call in runner.calls[1:]] == [8, 2, 1, 4]
+
+    in_loop(main())
+
+
 def test_what_was_warmed_is_captured_no_more(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     captured: list[str] = []
     capture = Graphs.capture

@@ -253,7 +253,8 @@ def test_a_batch_too_large_is_halved_and_that_is_remembered(
         in_loop(main())
     told = [record.getMessage() for record in caplog.records]
     assert told == [
-        f"{why} for {n} images of 64x64; from now on {m} at once: {error!r}" for n, m in ((5, 3), (3, 2))
+        f"{why} for a batch of {n} images of 64x64; the limit is now {m}: {error!r}"
+        for n, m in ((5, 3), (3, 2))
     ]
 
 
@@ -341,7 +342,7 @@ def test_memory_that_does_not_suffice_for_the_proof_ends_nothing(caplog: pytest.
         assert runner.warm == 3
 
     in_loop(main())
-    assert "memory did not suffice for an image of the engine's own: no memory left on cuda" in caplog.text
+    assert "the self-test image ran out of memory: no memory left on cuda" in caplog.text
 
 
 def test_a_device_that_does_not_recover_ends_the_engine(caplog: pytest.LogCaptureFixture) -> None:
@@ -362,7 +363,7 @@ def test_a_device_that_does_not_recover_ends_the_engine(caplog: pytest.LogCaptur
         await engine.drain()
 
     in_loop(main())
-    assert "3 calls failed one after the other" in caplog.text
+    assert "3 calls failed in a row" in caplog.text
 
 
 @asynccontextmanager

@@ -126,7 +126,7 @@ def test_a_full_queue_answers_429_and_when_to_come_again(
         more = [pool.submit(server.ask, n=4, seed=10 * k) for k in (1, 2)]
         until(lambda: server.service.waiting == 8)
         refused = server.ask(seed=3)
-        with pytest.raises(openai.RateLimitError, match="at most 8 may wait"):
+        with pytest.raises(openai.RateLimitError, match="of 8 places are taken"):
             client.images.generate(prompt="x")
         runner.release()
         assert [len(one.result().json()["data"]) for one in (first, *more)] == [1, 4, 4]
