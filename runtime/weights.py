@@ -79,8 +79,8 @@ def open_checkpoint(
         folder = hub.fetch(model, variant=variant, revision=revision)
         return Checkpoint(source, folder, variant=variant, cache_dir=cache_dir)
     raise CheckpointNotFoundError(
-        f'{source!r} is not a local folder or file, and not a hub id (owner/name) either; give one of these, or "demo" for '
-        "the checkpoint that is shipped"
+        f"{source!r} is not a local folder or file, and not a hub id (owner/name) either; give one of these, "
+        'or "demo" for the checkpoint that is shipped'
     )
 
 

@@ -188,7 +188,7 @@ _FIELDS = (
     (r"negative_prompt", "negative_prompt"),
     (r"prompt", "prompt"),
     (r"(width|height)", "size"),
-    (r"\d+ images are asked for", "n"),
+    (r"the request asks for \d+ images", "n"),
     (r"num_inference_steps|\d+ steps", "steps"),
     (r"guidance_scale", "guidance"),
     (r"seed", "seed"),

@@ -113,10 +113,10 @@ def test_what_lies_in_another_order_is_called_and_recorded(cache_dir: Path) -> N
         (
             torch.zeros(3, 4).double(),
             torch.zeros(3, 4),
-            "x is torch.float64; bound, it must be torch.float32",
+            "x is torch.float64; .* needs it as torch.float32",
         ),
-        (torch.zeros(4, 3).T, torch.zeros(3, 4), "x is torch.float32, not contiguous; bound"),
-        (torch.zeros(3, 4), torch.zeros(3, 4).half(), "y is torch.float16; bound, it must be torch.float32"),
+        (torch.zeros(4, 3).T, torch.zeros(3, 4), "x is torch.float32, not contiguous; .* contiguous"),
+        (torch.zeros(3, 4), torch.zeros(3, 4).half(), "y is torch.float16; .* needs it as torch.float32"),
         (torch.zeros(3, 5), torch.zeros(3, 4), r"x has shape \[3, 5\]"),
     ],
 )

@@ -145,7 +145,7 @@ def test_a_recorded_call_keeps_what_it_was_recorded_over(
 
 def test_scratch_too_small_for_a_capture_is_refused(fake_cuda: FakeCuda) -> None:
     fake_cuda.capturing = True
-    with pytest.raises(BackendError, match="captured before it had run"):
+    with pytest.raises(BackendError, match="captured before it has run"):
         Scratch(CPU).begin(fake_cuda.stream, 10)
 
 

@@ -37,7 +37,7 @@ def test_the_least_recently_used_graph_is_freed_first(caplog: pytest.LogCaptureF
     assert [kept.take("unet", kind, QUEUE) for kind in "abcde"] == [None, None, None, "d", "e"]
     assert kept.evicted == 3
     (message,) = [text for text in caplog.messages if "captured graphs" in text]
-    assert "captured graphs of 30 kB were freed, since there is room for 100 kB (100 kB are kept)" in message
+    assert "evicted 30 kB of captured graphs (limit 100 kB, 100 kB stored)" in message
     assert "loop_memory=" in message
 
 

@@ -110,7 +110,7 @@ def test_what_stays_on_the_device_is_needed_beside_what_runs() -> None:
         }
         for other in set(POLICIES) - {policy}:
             assert plan.need(other) == PLAN.need(other)
-        assert plan.describe(policy).endswith(", beside vae_encoder that stays there)")
+        assert plan.describe(policy).endswith(", besides vae_encoder, which stays there)")
 
 
 def test_what_fits_passes() -> None:

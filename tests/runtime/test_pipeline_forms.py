@@ -122,7 +122,8 @@ def test_fields_of_the_scheduler_can_be_overridden(
 
 
 @pytest.mark.parametrize(
-    ("steps", "told"), [(1, "1, where a picture is 100 %"), (4, "751, where a picture is 24 %"), (5, "")]
+    ("steps", "told"),
+    [(1, "1, where the model expects 100 %"), (4, "751, where the model expects 24 %"), (5, "")],
 )
 def test_too_few_steps_of_leading_spacing_are_warned_of(
     steps: int, told: str, base: latentrt.Pipeline, caplog: pytest.LogCaptureFixture

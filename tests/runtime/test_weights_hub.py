@@ -123,7 +123,9 @@ def test_whatever_the_hub_raises_the_cache_is_tried(
 
 def test_a_revision_is_looked_up(cached: Path) -> None:
     assert open_checkpoint("owner/tiny", revision=COMMIT).folder.name == COMMIT
-    with pytest.raises(CheckpointNotFoundError, match=r"did not give it at revision 'v9'"):
+    with pytest.raises(
+        CheckpointNotFoundError, match=r"could not be fetched from the model hub at revision 'v9'"
+    ):
         open_checkpoint("owner/tiny", revision="v9")
 
 

@@ -134,7 +134,9 @@ def test_a_rare_size_is_admitted_despite_a_long_queue_of_another() -> None:
     admission.call_times.learn(SMALL.size, SMALL.cost, 1.0, 0.0)
     for _ in range(50):
         queue.add(Waiting(SMALL, 0.0))
-    with pytest.raises(QueueFullError, match=r"with 50 images queued .* take an estimated 51.0 to 127.5 s") as full:
+    with pytest.raises(
+        QueueFullError, match=r"with 50 images queued .* take an estimated 51.0 to 127.5 s"
+    ) as full:
         admission.check([SMALL], 100.0, 0.0)
     assert full.value.retry_after == 28
     admission.check([SMALL._replace(width=72)], 100.0, 0.0)  # of another size, it has its turn soon

@@ -205,7 +205,7 @@ def test_the_page_shows_a_full_queue(tab: Tab, server: Served, runner: PageRunne
         thread.start()
         until(lambda k=k: server.service.running == 1 and server.service.waiting == k)
     tab.page.click("#go")
-    tab.message(re.compile("Too many are waiting: .*at most 2 may wait; try again in"))
+    tab.message(re.compile("Too many are waiting: .*2 of 2 places are taken, .*; try again in"))
     runner.release()
     for thread in threads:
         thread.join(SECONDS)

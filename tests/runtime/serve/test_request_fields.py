@@ -24,7 +24,7 @@ def demo() -> Iterator[Served]:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("n", 9, "9 images are asked for at once, and at most 8 may wait; ask for fewer"),
+        ("n", 9, "the request asks for 9 images, and at most 8 may wait; ask for fewer"),
         ("size", "60x64", "width is 60; it must be a multiple of 8"),
         ("size", "64x60", "height is 60; it must be a multiple of 8"),
         ("size", "8x20000", "height is 20000"),
