@@ -1,4 +1,4 @@
-"""Whether a side's pictures are good enough for its speed to be told."""
+"""Decides whether a side's pictures are close enough to the reference for its speed to be reported."""
 
 from __future__ import annotations
 

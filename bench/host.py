@@ -1,5 +1,5 @@
-"""Where a side runs: in a process of its own, so that its memory is its own, its first picture is a cold process's,
-and its end is not everybody's."""
+"""Runs a side in a process of its own: it has memory of its own and a cold start, and if it crashes the others go
+on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How kernels are timed, for `kernels` and `kernel_tuning`: on what, held against what, kept where."""
+"""What `kernels` and `kernel_tuning` share: timing by CUDA graphs, the check against float64, inputs, result files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One side of a case while it is measured: what is known of it so far, and the row that this comes to."""
+"""The state of one side while its case is measured, and its row in the results."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ class Lane:
     profile: Profile | None = None
 
     def end(self, status: str, reason: str) -> None:
-        """It is out; a second reason does not replace the first."""
+        """Mark it as failed; a second reason does not replace the first."""
         if self.status == "measured":
             self.status, self.reason = status, "; ".join(filter(None, [reason, self.reason]))
         self.close()
 
     def leave_out(self, sizes: Mapping[int, str]) -> None:
-        """Batch sizes that there is no room for, and why; it is out where no size is left."""
+        """Leave out batch sizes that there is no room for, with the reason; without any left, the side has failed."""
         self.reason = "; ".join(f"batch {batch} {why}" for batch, why in sizes.items())
         if not self.batches:
             self.status = "skipped"
 
     def close(self) -> None:
-        """Its process ends."""
+        """End its process."""
         if self.host is not None:
             self.host.close()
             self.host = None

@@ -1,4 +1,4 @@
-"""What the demo's ratio says of SDXL itself on this CPU: its blocks at their real shapes, weighted by its work.
+"""Times SDXL's own blocks on this CPU, at their real shapes, and estimates a forward of its UNet from them.
 
     python -m latentrt.bench.proportions [--rounds 7] [--out bench/results/sdxl_blocks_cpu.json]
 

@@ -1,4 +1,4 @@
-"""Whether what a part of `make gpu` has written says that it did its work.
+"""Checks what the parts of `make gpu` have written.
 
 `latentrt bench` ends well where anything was measured; a part is for one side. What is left of kernels is reported.
 """

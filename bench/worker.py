@@ -1,4 +1,4 @@
-"""What a side's process does: a job in, runs out. Tests have a `Worker` in their own."""
+"""The process of one side: it takes requests from a pipe and answers them. Tests use `Worker` in their own process."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ class Worker:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """The others wait meanwhile."""
+        """What changes in GPU memory meanwhile is this process's: the other sides wait."""
         if self._share is None:
             yield
             return

@@ -1,4 +1,4 @@
-"""What a stage leaves for the next ones: written whole, and beside it what it was made from."""
+"""The outputs of stages: written atomically, each with a note of what it was made from."""
 
 from __future__ import annotations
 
