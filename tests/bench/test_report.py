@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from collections.abc import Callable
@@ -284,6 +285,7 @@ def test_a_planted_leak_shows_in_the_report_and_in_a_comparison(
     case = Case("planted", "nothing real", "none", steps=1)
 
     def measured(leak_bytes: int) -> Report:
+        gc.collect()  # what other tests left would be freed between two pictures
         run = CaseRun(
             case,
             [replace(planted("kept", leak_bytes=leak_bytes), name="kept")],

@@ -227,7 +227,9 @@ def test_folders_that_are_no_pipeline(tiny: Tiny, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["no_such_thing", "./no/such/folder", "a/b/c", "/no/such.safetensors", ""])
 def test_an_unknown_model_says_what_can_be_given(model: str) -> None:
-    with pytest.raises(CheckpointNotFoundError, match=r'no folder or file.*owner/name.*"demo"') as caught:
+    with pytest.raises(
+        CheckpointNotFoundError, match=r'not a local folder or file.*owner/name.*"demo"'
+    ) as caught:
         open_checkpoint(model)
     assert repr(model) in str(caught.value)
 
