@@ -11,7 +11,7 @@ what depends on the machine's drivers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any, NamedTuple
@@ -196,12 +196,14 @@ def _case(
             state = "not run" if now is None else f"{now.status}: {now.reason}"
             yield Change(name, row.side, "runs", row.status, state, "worse")
         if now is not None and (now.batches or not lost):
-            interleaved = a.is_interleaved(row) and b.is_interleaved(now)
-            wider = max(_SECONDS_TOLERANCE, tolerance)
-            yield from _row(runs if interleaved else replace(runs, tolerance=wider), row, now)
+            sizes = {x.batch for x in row.batches}
+            apart = {x for x in sizes if not (a.is_interleaved(row, x) and b.is_interleaved(now, x))}
+            yield from _row(runs, row, now, apart)
 
 
-def _row(runs: _Runs, a: Row, b: Row) -> Iterator[Change]:
+def _row(runs: _Runs, a: Row, b: Row, apart: Container[int]) -> Iterator[Change]:
+    """`apart` has the batch sizes at which a side was not interleaved with the first one, in either run."""
+    wider = replace(runs, tolerance=max(_SECONDS_TOLERANCE, runs.tolerance))
     yield from _quality(runs, a, b)
     for field, (what, share, least) in _ONCE.items():
         before, after = getattr(a, field), getattr(b, field)
@@ -219,7 +221,7 @@ def _row(runs: _Runs, a: Row, b: Row) -> Iterator[Change]:
         if y is None:
             yield Change(runs.case, a.side, f"batch {x.batch}", "measured", "not run", "worse")
             continue
-        yield from _speed(runs, a.side, x, y)
+        yield from _speed(wider if x.batch in apart else runs, a.side, x, y)
         yield from _stages(runs, a.side, x, y)
         yield from _joules(runs, a.side, x, y)
         yield from _memory(runs, a.side, f"batch {x.batch}", x.memory, y.memory)

@@ -53,7 +53,7 @@ class BatchFigures:
     Attributes:
         seconds: of the call of each round, in order.
         speedup: the first side's seconds by this one's, round by round; above 1 is faster. None where the first was
-            not measured. See `CaseResult.is_interleaved`.
+            not measured. See `CaseResult.are_interleaved`.
         images_per_second: of the median.
         stages: median seconds of each stage; `base_step` and `refiner_step` are of one step.
         psnr, ssim: the worst over all rounds, beside the reference's pictures.
@@ -122,7 +122,8 @@ class CaseResult:
         skipped: why nothing was run; empty where it was.
         prompts: digest of the prompts, in their order.
         seconds: that it took in all.
-        groups: the sides that were resident together, in the order in which they were measured.
+        groups: the sides that were resident together, in the order in which they were measured; all were where empty.
+        group_batches: the batch sizes at which each group was; all of them where empty.
         builders: how many sides were built at the same time.
     """
 
@@ -136,16 +137,23 @@ class CaseResult:
     seconds: float | None = None
     groups: list[list[str]] = field(default_factory=list)
     builders: int = 1
+    group_batches: list[list[int]] = field(default_factory=list)
 
     def first(self, row: Row) -> BatchFigures | None:
         """A side's figures at the first batch size that was asked for, which tables have; None where it has none."""
         return next((b for b in row.batches if b.batch == self.case["batches"][0]), None)
 
-    def is_interleaved(self, row: Row) -> bool:
-        """Whether a side's rounds alternated with the first side's. Otherwise the two did not fit together, and the
-        machine's drift between their times is part of the speedup."""
-        pair = {row.side, self.rows[0].side}
-        return any(pair <= set(group) for group in self.groups)
+    def is_interleaved(self, row: Row, batch: int) -> bool:
+        """Whether a side's rounds alternated with the first side's."""
+        return self.are_interleaved({row.side, self.rows[0].side}, batch)
+
+    def are_interleaved(self, sides: set[str], batch: int) -> bool:
+        """Whether the rounds of these sides alternated at a batch size. Otherwise they did not fit together, and the
+        machine's drift between their times is part of their ratio."""
+        return not self.groups or any(
+            sides <= set(group) and (not self.group_batches or batch in self.group_batches[k])
+            for k, group in enumerate(self.groups)
+        )
 
 
 @dataclass(frozen=True)

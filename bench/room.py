@@ -1,9 +1,9 @@
 """Estimates each side's memory and disk, and groups the sides that fit together.
 
 Interleaved rounds need sides that are resident together. Where not all fit, they are measured in groups, each with the
-first side, which the others are compared with. A side that does not fit together with the first one is measured by
-itself, before or after. Only what does not even fit alone is left out, with the estimate as the reason: a batch size of
-a side, or all of it.
+first side, which the others are compared with, and at the batch sizes at which they fit together. A side is measured by
+itself at those at which it does not fit together with the first one. Only what does not even fit alone is left out,
+with the estimate as the reason: a batch size of a side, or all of it.
 """
 
 from __future__ import annotations
@@ -52,18 +52,20 @@ class Room:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Which sides are resident together.
+    """Which sides are resident together, and at which batch sizes.
 
     Attributes:
         groups: names of sides, in the order in which they are measured. Sides of a group without the first side are
-            not interleaved with it.
+            not interleaved with it. A side may be in a group of its own after one with the first side.
         batches: the batch sizes of each side.
         lost: side -> batch size -> why it is not measured.
+        group_batches: the batch sizes of each group; every group has all of them where empty.
     """
 
     groups: list[list[str]]
     batches: dict[str, tuple[int, ...]]
     lost: dict[str, dict[int, str]] = field(default_factory=dict)
+    group_batches: list[tuple[int, ...]] = field(default_factory=list)
 
     @classmethod
     def together(cls, case: Case, sides: Sequence[SideSpec]) -> Arrangement:
@@ -120,7 +122,8 @@ def arrange(case: Case, sides: Sequence[SideSpec], found: Room, built: Container
     exact = pictures_only(case, sides)
     batches: dict[str, tuple[int, ...]] = {}
     lost: dict[str, dict[int, str]] = {}
-    memory, written = {}, {}
+    memory: dict[str, dict[int, int]] = {}
+    written: dict[str, int] = {}
     free = f"{_gib(found.memory)} GiB of memory and {_gib(found.disk)} GiB of disk are free"
     disk = found.disk
     for side in sides:
@@ -136,27 +139,44 @@ def arrange(case: Case, sides: Sequence[SideSpec], found: Room, built: Container
             lost[side.name] = why
         if fits:
             batches[side.name] = fits
-            memory[side.name] = sizes[max(fits)]
+            memory[side.name] = sizes
             disk -= written[side.name] if found.keeps else 0
 
-    def fit_together(*names: str) -> bool:
-        return sum(memory[n] for n in names) <= found.memory and sum(written[n] for n in names) <= found.disk
+    def fit_together(*names: str) -> tuple[int, ...]:
+        """The batch sizes at which these are resident together."""
+        if not all(name in batches for name in names) or sum(written[n] for n in names) > found.disk:
+            return ()
+        common = (b for b in batches[names[0]] if all(b in batches[n] for n in names))
+        return tuple(b for b in common if sum(memory[n][b] for n in names) <= found.memory)
 
     first, eager = sides[0].name, eager_sides(sides)
     alone = None if exact is None else exact.name
-    before: list[list[str]] = []
-    groups = [[first]] if first in batches else []
-    after: list[list[str]] = []
+    before: list[tuple[list[str], tuple[int, ...]]] = []
+    shared: list[tuple[list[str], tuple[int, ...]]] = []
+    after: list[tuple[list[str], tuple[int, ...]]] = []
     for name in sorted(batches, key=lambda name: (name != alone, name not in eager)):
         if name == first:
             continue
-        if not groups or name == alone or not fit_together(first, name):
-            (before if name in eager else after).append([name])
-        elif fit_together(*groups[-1], name):
-            groups[-1].append(name)
+        at = () if name == alone else fit_together(first, name)
+        if not at:
+            (before if name in eager else after).append(([name], batches[name]))
+        elif shared and shared[-1][1] == at == fit_together(*shared[-1][0], name):
+            shared[-1][0].append(name)
         else:
-            groups.append([first, name])
-    return Arrangement([*before, *groups, *after], batches, lost)
+            shared.append(([first, name], at))
+    groups = before
+    for names, at in shared:
+        groups.append((names, at))
+        for name in names[
+            1:
+        ]:  # right after its group, so that what it wrote is removed before the next one writes
+            if rest := tuple(b for b in batches[name] if b not in at):
+                groups.append(([name], rest))
+    met = {b for _, at in shared for b in at}
+    if rest := tuple(b for b in batches.get(first, ()) if b not in met):
+        groups.append(([first], rest))
+    groups += after
+    return Arrangement([names for names, _ in groups], batches, lost, [at for _, at in groups])
 
 
 def _own_size(model: str) -> tuple[int, int]:

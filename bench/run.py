@@ -7,8 +7,9 @@
     each batch size     a warm-up, a run with memory sampled, then rounds: A B C, B C A, C A B, ...; timed pictures are
                         held against what the reference made of the same seeds one by one
 
-Where not all sides fit together this is done for one group after another (see `room`). A side in a group without the
-first one is not interleaved with it: its speedup is of rounds at different times, and is marked so.
+Where not all sides fit together this is done for one group after another (see `room`). A side that is measured without
+the first one, at all batch sizes or at the larger ones, is not interleaved with it there: its speedup is of rounds at
+different times, and is marked so.
 
 A side that fails anywhere is told with its reason, and the others go on. What was measured is there at any time.
 """
@@ -133,6 +134,7 @@ class CaseRun:
         ]
         lanes = {lane.spec.name: lane for lane in self._lanes}
         self._groups = [[lanes[name] for name in group] for group in arrangement.groups]
+        self._group_batches = arrangement.group_batches or [case.batches] * len(self._groups)
         for name, why in missing.items():
             lanes[name].end("skipped", why)
         for name, sizes in arrangement.lost.items():
@@ -146,10 +148,13 @@ class CaseRun:
         begun = time.perf_counter()
         try:
             for k, group in enumerate(self._groups):
-                self._measure_group(group)
+                self._measure_group(group, self._group_batches[k])
+                later = self._groups[k + 1 :]
                 for lane in group:
-                    if not any(lane in later for later in self._groups[k + 1 :]):
+                    if not any(lane in other for other in later):
                         self._finish(lane)
+                    elif lane not in later[0]:
+                        lane.close()  # its memory is for the next group
         finally:
             for lane in self._lanes:
                 lane.close()
@@ -174,6 +179,7 @@ class CaseRun:
             builders=self._plan.builders,
             prompts=hashlib.sha256("\n".join(self._plan.prompts).encode()).hexdigest()[:12],
             groups=[[lane.spec.name for lane in group] for group in self._groups],
+            group_batches=[list(batches) for batches in self._group_batches],
         )
 
     def _seconds_of_first(self, lane: Lane) -> Mapping[int, list[float]]:
@@ -182,12 +188,17 @@ class CaseRun:
         first, rounds = self._lanes[0], self._plan.rounds
         if first.status not in ("measured", "failed"):
             return {}
-        if any(first in group and lane in group for group in self._groups):
-            return lane.beside
         whole = {batch: runs[-rounds:] for batch, runs in first.runs.items() if len(runs) >= rounds}
-        return {batch: [run.seconds for run in runs] for batch, runs in whole.items()}
+        apart = {batch: [run.seconds for run in runs] for batch, runs in whole.items()}
+        together = {
+            batch
+            for group, batches in zip(self._groups, self._group_batches, strict=True)
+            if first in group and lane in group
+            for batch in batches
+        }
+        return {b: lane.beside.get(b, []) if b in together else apart.get(b, []) for b in self._case.batches}
 
-    def _measure_group(self, group: Sequence[Lane]) -> None:
+    def _measure_group(self, group: Sequence[Lane], batches: Sequence[int]) -> None:
         """Eager PyTorch goes first: the others are held against it, and need not be kept once they are judged."""
         eager = [lane for lane in group if lane.spec.name in self._eager_sides]
         for lane in eager:
@@ -205,7 +216,7 @@ class CaseRun:
                 self._choose_reference([lane])
                 self._attempt(lane, self._judge)
                 self._note()
-        for batch in self._case.batches:
+        for batch in batches:
             lanes = [lane for lane in group if lane.status == "measured" and batch in lane.batches]
             self._measure_batch(lanes, batch)
             self._note()
@@ -221,7 +232,7 @@ class CaseRun:
             self._tell(lane.spec.name, f"failed: {lane.reason}")
 
     def _build_all(self, lanes: Sequence[Lane]) -> None:
-        todo = [lane for lane in lanes if lane.host is None and lane.spec.builds]
+        todo = [lane for lane in lanes if lane.host is None and lane.images is None and lane.spec.builds]
         with ThreadPoolExecutor(self._plan.builders) as builders:
             try:
                 for built in [builders.submit(self._attempt, lane, self._build) for lane in todo]:
@@ -242,9 +253,15 @@ class CaseRun:
         lane.job.note_built()
 
     def _begin(self, lane: Lane) -> None:
-        if lane.host is not None:  # the first side, in a later group
+        if lane.host is not None:  # it stayed open after the group before
             return
         name = lane.spec.name
+        if lane.images is not None:  # its process was closed for another group
+            self._tell(name, "opening again")
+            lane.host = self._open_host(lane.job)
+            lane.host.open()
+            lane.host.tune(lane.memory_format)
+            return
         timed = lane.spec is not self._pictures_only
         if timed and lane.build_seconds is None:
             self._tell(name, "its files")

@@ -45,21 +45,26 @@ def against_first(case: CaseResult, row: Row) -> str:
     if row is case.rows[0]:
         return "1"
     figures = case.first(row)
-    r = None if figures is None else figures.speedup
-    if r is None:
+    if figures is None or figures.speedup is None:
         return "-"
-    apart = "" if case.is_interleaved(row) else ", not interleaved"
+    r = figures.speedup
+    apart = "" if case.is_interleaved(row, figures.batch) else ", not interleaved"
     return f"{r.value:.2f} x\n({r.low:.2f} to {r.high:.2f}{apart})"
 
 
 def not_interleaved(case: CaseResult) -> str:
     """A sentence on the sides whose speedup is of rounds at different times; empty where there is none."""
-    compared = [row for row in case.rows if any(b.speedup is not None for b in row.batches)]
-    if all(case.is_interleaved(row) for row in compared):
+    apart: dict[int, None] = {}
+    for row in case.rows:
+        for b in row.batches:
+            if b.speedup is not None and not case.is_interleaved(row, b.batch):
+                apart[b.batch] = None
+    if not apart:
         return ""
+    sizes = ", ".join(map(str, sorted(apart)))
     return (
-        f"Sides that are not interleaved did not fit together with {case.rows[0].side}: they ran at another time, and "
-        "their speedups include how the machine changed meanwhile."
+        f"Sides that are not interleaved (at batch {sizes}) did not fit together with {case.rows[0].side}: they ran at "
+        "another time, and their speedups include how the machine changed meanwhile."
     )
 
 

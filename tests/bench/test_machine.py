@@ -109,8 +109,10 @@ def arranged(name: str, memory: float, disk: float = 1000, *, keeps: bool = Fals
     found = Room(int(memory * GIB), int(disk * GIB), keeps)
     made = arrange(case, sides, found)
     specs = {side.name: side for side in sides}
-    for group in made.groups:
-        assert sum(memory_bytes(case, specs[side], max(made.batches[side])) for side in group) <= found.memory
+    for group, batches in zip(made.groups, made.group_batches, strict=True):
+        largest = max(batches)
+        assert set(batches) <= set.intersection(*(set(made.batches[side]) for side in group))
+        assert sum(memory_bytes(case, specs[side], largest) for side in group) <= found.memory
         if not keeps:
             assert sum(written_bytes(case, specs[side]) for side in group) <= found.disk
     for side in sides:
@@ -119,8 +121,17 @@ def arranged(name: str, memory: float, disk: float = 1000, *, keeps: bool = Fals
             assert (batch in made.batches.get(side.name, ())) != (batch in made.lost.get(side.name, {}))
             if not keeps and batch in made.lost.get(side.name, {}):
                 assert memory_bytes(case, side, batch) > found.memory
-    others = [side for group in made.groups for side in group if side != "diffusers"]
-    assert sorted(others) == sorted(set(made.batches) - {"diffusers"})
+    measured = [
+        (side, batch)
+        for group, batches in zip(made.groups, made.group_batches, strict=True)
+        for side in group
+        for batch in batches
+    ]
+    others = [each for each in measured if each[0] != "diffusers"]
+    assert sorted(others) == sorted(
+        (side, b) for side, sizes in made.batches.items() for b in sizes if side != "diffusers"
+    )
+    assert {b for side, b in measured if side == "diffusers"} == set(made.batches["diffusers"])
     if "diffusers@float32" in made.batches:  # what the others are compared with, and is not timed
         assert made.groups[0] == ["diffusers@float32"]
     return made, len(sides)
@@ -138,6 +149,24 @@ def test_on_a_large_gpu_each_side_is_interleaved_with_the_first(name: str, memor
         "diffusers@float32": (1,),
     }
     assert made.lost == {}
+
+
+@pytest.mark.parametrize(("memory", "shared"), [(31, (1, 2)), (47, (1, 2, 4)), (78.5, (1, 2, 4))])
+def test_sizes_at_which_two_sides_fit_are_interleaved_and_larger_ones_measured_alone(
+    memory: float, shared: tuple[int, ...]
+) -> None:
+    made, _ = arranged("sdxl", memory)
+    found = list(zip(made.groups, made.group_batches, strict=True))
+    for side in SIDES:
+        if side != "diffusers":
+            together = [at for group, at in found if {"diffusers", side} <= set(group)]
+            assert together == [shared]
+    alone = {side: at for (side, *others), at in found if not others}
+    fit = made.batches["latentrt-triton"]
+    assert alone.pop("diffusers@float32") == (1,)
+    assert alone == {
+        side: tuple(b for b in fit if b not in shared) for side in SIDES if set(fit) - set(shared)
+    }
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sdxl-refiner"])

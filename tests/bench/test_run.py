@@ -233,7 +233,7 @@ def test_sides_that_do_not_fit_with_the_first_are_measured_alone(tmp_path: Path)
     assert set(together) == {frozenset({name}) for name in ("a", "b", "eager")}
     assert next(iter(together)) == {"eager"}
     assert (result.reference, reference.status) == ("eager", "reference")
-    assert [result.is_interleaved(row) for row in (a, b)] == [True, False]
+    assert [result.is_interleaved(row, 1) for row in (a, b)] == [True, False]
     assert (b.status, [f.batch for f in b.batches]) == ("failed", [1])
     assert b.batches[0].beside == a.batches[0].seconds
     assert b.batches[0].speedup.value > 1
@@ -242,6 +242,67 @@ def test_sides_that_do_not_fit_with_the_first_are_measured_alone(tmp_path: Path)
     assert re.search(r"\| b \| [^|]+ \| [0-9.]+ x \([0-9.]+ to [0-9.]+, not interleaved\) \|", text)
     assert "did not fit together with a: they ran at another time" in text
     assert "not interleaved" not in markdown(Report("", {}, 0, [replace(result, groups=[["a", "b"]])]))
+
+
+def test_a_side_that_fits_with_the_first_at_small_sizes_is_opened_again_for_larger_ones(
+    tmp_path: Path,
+) -> None:
+    """Its pictures, what building took and its first picture are those of the first process."""
+    events: list[str] = []
+
+    class Noting(Worker):
+        def __init__(self, job: Job) -> None:
+            super().__init__(job)
+            self._name = job.side.name
+
+        def open(self) -> str:
+            events.append(f"open {self._name}")
+            return super().open()
+
+        def tune(self, memory_format: str | None = None) -> Any:
+            events.append(f"tune {self._name}")
+            return super().tune(memory_format)
+
+        def run(self, prompts: Sequence[str], seeds: Sequence[int], **kwargs: Any) -> Any:
+            events.append(f"{self._name} {len(seeds)}")
+            return super().run(prompts, seeds, **kwargs)
+
+        def close(self) -> None:
+            events.append(f"close {self._name}")
+            super().close()
+
+    case = replace(CASE, steps=1, batches=(1, 2))
+    sides = [planted("a", step_seconds=0.002), replace(planted("b", step_seconds=0.001), builds=True)]
+    groups = Arrangement(
+        [["a", "b"], ["a"], ["b"]], dict.fromkeys("ab", (1, 2)), group_batches=[(1,), (2,), (2,)]
+    )
+    run = CaseRun(
+        case,
+        sides,
+        Plan(["a"], GATES["eager"], rounds=3, pictures=2),
+        steps={"base": 1},
+        device="cpu",
+        folder=tmp_path,
+        open_host=Noting,
+        arrangement=groups,
+    )
+    run.measure()
+    result = run.result()
+    a, b = result.rows
+    assert [(row.status, row.reason) for row in result.rows] == [("measured", "")] * 2
+    a_alone, b_alone = events.index("a 2"), events.index("b 2")  # the first calls with two pictures
+    assert "close b" in events[a_alone - 2 : a_alone]
+    assert events[b_alone - 3 : b_alone] == ["close a", "open b", "tune b"]
+    assert [events.count(f"tune {name}") for name in "ab"] == [1, 2]
+    assert b.built_before is False
+    assert b.build_seconds is not None
+    for row in (a, b):
+        assert [(f.batch, len(f.seconds)) for f in row.batches] == [(1, 3), (2, 3)]
+    assert [result.is_interleaved(b, batch) for batch in (1, 2)] == [True, False]
+    assert [f.beside for f in b.batches] == [f.seconds for f in a.batches]
+    text = markdown(Report("", {}, 0, [result]))
+    assert "Sides that are not interleaved (at batch 2) did not fit together with a" in text
+    assert ", not interleaved)" not in text  # the table is of batch 1
 
 
 def test_rounds_take_turns(measure: Callable[..., CaseResult]) -> None:
