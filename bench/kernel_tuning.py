@@ -5,7 +5,9 @@
 Each candidate of each tuning table is compiled ahead, compared with float64 at every case that reads the table, and
 timed there in bfloat16, one after another and maybe in several runs, at the clocks of that minute. The best few of
 each key are then timed again, interleaved, and the choice is by these times. Times are saved one by one: a second run
-goes on where the first stopped, and passes over what never came back.
+goes on where the first stopped, and passes over what never came back. Where several never came back together, they are
+timed one by one. A table whose candidates are timed, but not yet interleaved when the time ends, is written all the
+same.
 """
 
 from __future__ import annotations
@@ -52,6 +54,8 @@ HANG = 30.0
 _FINALISTS = 4
 _FINAL_SECONDS = 0.25
 """Of replays, for each of the best candidates at one case."""
+_ONE_OF_THEM = "one of several that never came back together"
+"""Written when they begin in turn: if it is still there, each is timed by itself."""
 
 Trials = dict[str, dict[str, float | str]]
 """Candidate -> case -> microseconds of its calls in one forward, or what went wrong."""
@@ -60,12 +64,13 @@ Trials = dict[str, dict[str, float | str]]
 def tune(timing: Timing, operators: Sequence[OpSpec] | None = None, save: bool = True) -> dict[str, Any]:
     """Time every candidate of every tuning table at the cases that read it; write the quickest.
 
-    A table is written when all its cases were timed: what is good for one of them may be bad for the rest.
+    A table is written when all its cases were timed: what is good for one of them may be bad for the rest. Until the
+    best few were interleaved at all of them, it is left too.
 
     Returns:
         {"machine": ..., "best": {table: {key: constants}}, "times": {table: {key: {candidate: {case: microseconds
         in one forward, or what went wrong}}}}, "finals": the same of the best candidates, interleaved, "left": tables
-        that are not written}.
+        that are not written or whose best candidates are not all interleaved}.
     """
     end = time.monotonic() + timing.seconds
     arch = arch_of(timing.device)
@@ -83,23 +88,28 @@ def tune(timing: Timing, operators: Sequence[OpSpec] | None = None, save: bool =
 
     compile_ahead(timing, _requests(tables, arch))
     for table, uses in tables.items():
-        for use in uses:
-            trials = times.setdefault(table, {}).setdefault(use.key, {})
-            if not _try(timing, use, table, trials, write, end):
+        trials, rows = times.setdefault(table, {}), finals.setdefault(table, {})
+        if not all(_try(timing, use, table, trials.setdefault(use.key, {}), write, end) for use in uses):
+            if not answers(timing):
                 return result
-        for use in uses:
-            best_few = _ranked(times[table][use.key])[:_FINALISTS]
-            rows = finals.setdefault(table, {}).setdefault(use.key, {name: {} for name in best_few})
-            if not _try_together(timing, use, table, rows, write, end):
-                return result
-        best = {
-            key: found for key in times[table] if (found := _quickest(times[table][key], finals[table][key]))
-        }
-        if len(best) < len(times[table]):
+            continue  # the time is up, but an earlier run may have timed all of the next
+        keys = dict.fromkeys(use.key for use in uses)
+        for key in keys:
+            best_few = _ranked(trials[key], _cases(trials[key]))[:_FINALISTS]
+            if key not in rows or rows[key].keys() != set(
+                best_few
+            ):  # an earlier run may have seen fewer cases
+                rows[key] = {name: {} for name in best_few}
+        interleaved = all(_try_together(timing, use, table, rows[use.key], write, end) for use in uses)
+        if not interleaved and not answers(timing):
+            return result
+        best = {key: found for key in keys if (found := _quickest(trials[key], rows[key]))}
+        if len(best) < len(keys):
             _log.error("no candidate of %s runs in all cases", table)
             continue
         result["best"][table] = best
-        result["left"].remove(table)
+        if interleaved:
+            result["left"].remove(table)
         write()
         if save:
             kept = ("gpu", "cuda", "driver", "versions", "commit", "sources")
@@ -113,8 +123,11 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
         for key, constants in best.items():
             name = json.dumps(constants)
             times, finals = (result[kind][table][key] for kind in ("times", "finals"))
-            row = finals[name] if name in _ranked(finals) else times[name]
-            yield f"{table} {key}: {name}, {sum(row.values()):.1f} us in one forward"
+            for other, why in _failures(finals).items():
+                yield f"{table} {key}: passed over {other}: {why}"
+            row = finals[name] if name in _ranked(finals, _cases(times)) else times[name]
+            alone = ", its rivals not yet timed in turn" if table in result["left"] else ""
+            yield f"{table} {key}: {name}, {sum(row.values()):.1f} us in one forward{alone}"
     yield f"left: {', '.join(result['left']) or 'none'}"
 
 
@@ -234,29 +247,42 @@ def _try_together(
     timing: Timing, use: _Use, table: str, rows: Trials, save: Callable[[], None], end: float
 ) -> bool:
     """Fill in the times of the best candidates at one case, replayed in turn so that a change of clocks meets all of
-    them; False where time ran out or the GPU was lost."""
-    if len(rows) < 2 or all(use.name in row for row in rows.values()):
+    them; False where time ran out or the GPU was lost. Those that never came back together are timed one by one."""
+    failed = {name for name, why in _failures(rows).items() if why != _ONE_OF_THEM}
+    alive = [name for name in rows if name not in failed]
+    untimed = [name for name in alive if not isinstance(rows[name].get(use.name), float)]
+    suspected = any(use.name in rows[name] for name in untimed)
+    if not untimed or (len(alive) < 2 and not suspected):
         return True
-    if time.monotonic() > end:
-        return False
-    calls = {name: _with(table, json.loads(name), use.spec) for name in rows}
-    inputs = draw(timing, use.case, DTYPE)
-    for row in rows.values():
-        row[use.name] = LOST
-    save()
-    try:
-        with watched(timing, HANG):
-            found = timing.timer(calls, inputs, _FINAL_SECONDS)
-    except KeyboardInterrupt:
-        for row in rows.values():
-            del row[use.name]
+    inputs: list[tuple[Any, ...]] = []
+    for names in [[name] for name in untimed] if suspected else [untimed]:
+        if time.monotonic() > end:
+            return False
+        inputs = inputs or draw(timing, use.case, DTYPE)
+        calls = {name: _with(table, json.loads(name), use.spec) for name in names}
+        before = {name: dict(rows[name]) for name in names}
+        for name in names:
+            rows[name][use.name] = _ONE_OF_THEM if len(names) > 1 else LOST
         save()
-        raise
-    for name, us in found.items():
-        rows[name][use.name] = us if isinstance(us, str) else us * max(1, use.case.calls)
-    _log.info("%s %s: %s", table, use.name, found)
-    save()
-    return not any(isinstance(us, str) for us in found.values()) or answers(timing)
+        try:
+            with watched(timing, HANG):
+                found = timing.timer(calls, inputs, _FINAL_SECONDS)
+        except KeyboardInterrupt:  # they would have come back
+            rows.update(before)
+            save()
+            raise
+        except Exception as error:  # an illegal access is reported where the results are waited for
+            why = f"{type(error).__name__}: {error}"[:200]
+            found = {name: why if len(names) == 1 else _ONE_OF_THEM for name in names}
+        for name, us in found.items():
+            rows[name][use.name] = us if isinstance(us, str) else us * max(1, use.case.calls)
+        _log.info("%s %s: %s", table, use.name, found)
+        save()
+        if any(isinstance(us, str) for us in found.values()) and not answers(timing):
+            return False
+        if _ONE_OF_THEM in found.values():
+            return _try_together(timing, use, table, rows, save, end)
+    return True
 
 
 def _with(table: str, candidate: Mapping[str, int], spec: OpSpec) -> Callable[..., Any]:
@@ -278,9 +304,17 @@ def _hopeless(row: Mapping[str, float | str], trials: Trials) -> bool:
     return False
 
 
-def _ranked(trials: Trials) -> list[str]:
-    """Candidates that ran in all cases, by their times in all of them together."""
-    cases = {case for row in trials.values() for case in row}
+def _cases(trials: Trials) -> set[str]:
+    return {case for row in trials.values() for case in row}
+
+
+def _failures(finals: Trials) -> dict[str, str]:
+    """Of the best candidates those that failed or never came back at a case, and how."""
+    return {name: us for name, row in finals.items() for us in row.values() if isinstance(us, str)}
+
+
+def _ranked(trials: Trials, cases: set[str]) -> list[str]:
+    """Candidates that ran in all of these cases, by their times in all of them together."""
     sums = {
         name: sum(us for us in row.values() if isinstance(us, float))
         for name, row in trials.items()
@@ -290,7 +324,9 @@ def _ranked(trials: Trials) -> list[str]:
 
 
 def _quickest(trials: Trials, finals: Trials) -> Mapping[str, int] | None:
-    """By the interleaved times where there are any; None where no candidate ran in all cases."""
-    ranked = (_ranked(finals) if any(finals.values()) else []) or _ranked(trials)
+    """By the interleaved times where they are of all cases, never one that failed there; None where no candidate ran in
+    all cases."""
+    cases, failed = _cases(trials), _failures(finals)
+    ranked = _ranked(finals, cases) or [name for name in _ranked(trials, cases) if name not in failed]
     found: Mapping[str, int] | None = json.loads(ranked[0]) if ranked else None
     return found

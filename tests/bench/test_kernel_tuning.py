@@ -91,7 +91,7 @@ def test_the_choice_is_among_the_best_few_timed_in_turn(here: Timing) -> None:
 def test_a_final_that_is_ended_is_run_again_unless_it_took_the_process_along(
     ended: type[BaseException], here: Timing
 ) -> None:
-    """Then the choice is by the times alone."""
+    """Then its candidates are timed one by one."""
     rounds: list[int] = []
 
     def stops(calls: Any, inputs: Any, seconds: float) -> dict[str, float | str]:
@@ -108,6 +108,137 @@ def test_a_final_that_is_ended_is_run_again_unless_it_took_the_process_along(
         result = kernel_tuning.tune(timing, [small_attention()], save=False)
     assert len(rounds) == (3 if ended is KeyboardInterrupt else 2)
     assert result["best"] == {"attention": {"16/d64-short": SMALL[2]}}
+
+
+def by_constants(name: str) -> int:
+    """BLOCK_N of the candidate that is timed: of a final by its name, else of the trial."""
+    return int((json.loads(name) if name else tuning._trials[-1][1])["BLOCK_N"])
+
+
+@pytest.mark.parametrize("survives", [True, False])
+def test_a_candidate_that_fails_in_its_final_is_found_one_by_one_and_never_chosen(
+    survives: bool, here: Timing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the GPU is lost with it the next run finds it."""
+    finals: list[list[int]] = []
+
+    def crashes(calls: Any, inputs: Any, seconds: float) -> dict[str, float | str]:
+        if "" not in calls:
+            finals.append([by_constants(name) for name in calls])
+            if 32 in finals[-1]:
+                raise RuntimeError("an illegal memory access was encountered")
+        return fake_timer(calls, inputs, seconds)
+
+    saved: list[Any] = []
+    monkeypatch.setattr(tuning, "save", lambda *args: saved.append(args[2]))
+    monkeypatch.setattr(kernel_tuning, "answers", lambda timing: survives)
+    timing = Timing(here.device, crashes, folder=here.folder)
+    spec = small_attention(candidates={"attention": SMALL[1:]})  # the one of 32 is the quickest alone
+    with forced():
+        result = kernel_tuning.tune(timing, [spec])
+        if not survives:
+            assert (result["best"], saved, finals) == ({}, [], [[32, 16]])
+            again = kernel_tuning.tune(timing, [spec])
+            assert (again["best"], saved, finals) == ({}, [], [[32, 16], [32]])
+            monkeypatch.setattr(kernel_tuning, "answers", lambda timing: True)
+            result = kernel_tuning.tune(timing, [spec])
+    assert finals == [[32, 16], [32], [16]]
+    assert result["best"] == {"attention": {"16/d64-short": SMALL[1]}}
+    assert saved == [{"16/d64-short": SMALL[1]}]
+    assert result["left"] == []
+    told = list(kernel_tuning.lines(result))
+    assert told[0].startswith(
+        f"attention 16/d64-short: passed over {json.dumps(SMALL[2])}: RuntimeError: an ill"
+    )
+    assert told[1] == f"attention 16/d64-short: {json.dumps(SMALL[1])}, 76.0 us in one forward"
+
+
+def test_a_final_that_never_came_back_loses_only_the_candidate_that_hangs(here: Timing) -> None:
+    """The process ends with it each time; the others are chosen among by their finals."""
+    third = {**SMALL[1], "BLOCK_N": 64}
+
+    def hangs(calls: Any, inputs: Any, seconds: float) -> dict[str, float | str]:
+        if "" not in calls and 32 in map(by_constants, calls):
+            raise SystemExit
+        found = fake_timer(calls, inputs, seconds)
+        return {name: 15.0 if by_constants(name) == 64 and name else us for name, us in found.items()}
+
+    timing = Timing(here.device, hangs, folder=here.folder)
+    spec = small_attention(candidates={"attention": [*SMALL[1:], third]})
+    with forced():
+        for _ in range(2):
+            with pytest.raises(SystemExit):
+                kernel_tuning.tune(timing, [spec], save=False)
+        result = kernel_tuning.tune(timing, [spec], save=False)
+    found = result["finals"]["attention"]["16/d64-short"]
+    assert found[json.dumps(SMALL[2])] == {FIRST: LOST}
+    assert found[json.dumps(third)] == {FIRST: 15.0, SECOND: 45.0}
+    assert result["best"] == {"attention": {"16/d64-short": third}}
+    assert result["left"] == []
+
+
+def test_a_candidate_that_is_wrong_at_a_case_of_another_operator_is_not_chosen_by_earlier_finals(
+    here: Timing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The finals of the first case alone had it; with the second one they begin again without it."""
+    judge = kernel_timing.Float64Check.judge
+
+    def wrong(check: Any, got: Any) -> tuple[float, bool]:
+        return (707.3, False) if by_constants("") == 32 and len(seen) else judge(check, got)
+
+    seen: list[str] = []
+    monkeypatch.setattr(kernel_timing.Float64Check, "judge", wrong)
+    candidates = {"attention": [*SMALL[1:], {**SMALL[1], "BLOCK_N": 64}]}
+    both = small_attention(candidates=candidates)
+    with forced():
+        first = kernel_tuning.tune(
+            here, [small_attention(candidates=candidates, cases=both.cases[:1])], save=False
+        )
+        assert first["best"] == {"attention": {"16/d64-short": SMALL[2]}}
+        seen.append("the second case")
+        result = kernel_tuning.tune(here, [both], save=False)
+    assert "wrong" in result["times"]["attention"]["16/d64-short"][json.dumps(SMALL[2])][SECOND]
+    assert json.dumps(SMALL[2]) not in result["finals"]["attention"]["16/d64-short"]
+    assert result["best"]["attention"]["16/d64-short"] != SMALL[2]
+    assert result["left"] == []
+
+
+def test_a_table_whose_candidates_are_all_timed_is_written_when_the_time_ends(
+    here: Timing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By these times, also where one case of two was interleaved; the next run does what is left."""
+    clock = [0.0]
+    monkeypatch.setattr(kernel_tuning.time, "monotonic", lambda: clock[0])
+    saved: list[Any] = []
+    monkeypatch.setattr(tuning, "save", lambda *args: saved.append(args[2]))
+    groups: list[int] = []
+
+    def timer(calls: Any, inputs: Any, seconds: float) -> dict[str, float | str]:
+        if "" not in calls:
+            groups.append(len(calls))
+            clock[0] += 1000.0  # one final, and the time is up
+            return {name: 5.0 if by_constants(name) == 16 else 6.0 for name in calls}
+        return fake_timer(calls, inputs, seconds)
+
+    with forced():
+        timing = Timing(here.device, timer, seconds=400.0, folder=here.folder)
+        result = kernel_tuning.tune(timing, [small_attention()])
+        assert groups == [2]
+        assert result["best"] == {"attention": {"16/d64-short": SMALL[2]}}
+        assert saved == [{"16/d64-short": SMALL[2]}]
+        assert result["left"] == ["attention"]
+        assert "40.0 us in one forward, its rivals not yet timed in turn" in next(kernel_tuning.lines(result))
+        assert verdicts.is_left(here.folder, "tuning")
+        again = kernel_tuning.tune(timing, [small_attention()])
+    assert groups == [2, 2]
+    assert saved[1:] == [{"16/d64-short": SMALL[1]}]
+    assert again["left"] == []
+
+
+def test_a_single_candidate_is_reported_with_its_time(here: Timing) -> None:
+    with forced():
+        result = kernel_tuning.tune(here, [small_attention(candidates={"attention": SMALL[2:]})], save=False)
+    assert "40.0 us in one forward" in next(kernel_tuning.lines(result))
 
 
 def test_tuning_resumes(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
