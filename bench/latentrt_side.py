@@ -1,12 +1,14 @@
 """latentrt as a side of the benchmark, on one of its back ends.
 
 In eager PyTorch its modules stand in for diffusers' where that is not installed, so they run as people run those:
-without CUDA graphs, in the layout that is faster.
+without CUDA graphs, in the layout that is faster, and on a GPU with a float16 model's VAE in bfloat16, as both
+diffusers' side and the Triton back end decode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from ..runtime.engines.base import Component, Engine
 from ..runtime.engines.eager import EagerBackend, EagerEngine
 from ..runtime.pipeline import Pipeline
-from .cases import Case
+from .cases import Case, reference_side
 from .monitor import Span
 from .side import Made, Side, now, take_quicker_layout, try_convolutions, vae_in
 
@@ -104,14 +106,27 @@ def open_side(
 ) -> LatentrtSide:
     """Load the case's checkpoints; exports and engines are kept in `folder`."""
     eager = backend == "eager"
-    pipe = Pipeline.from_pretrained(
-        case.model,
-        case.refiner,
-        backend=backend,
-        dtype=dtype,
-        device=device,
-        cache_dir=folder / "cache",
-        graphs=False if eager else graphs,
-    )
+    stands_in = eager and device.type == "cuda" and reference_side() == "latentrt-eager"
+    with _vae_upcast_to(torch.bfloat16 if stands_in else EagerBackend.upcast):
+        pipe = Pipeline.from_pretrained(
+            case.model,
+            case.refiner,
+            backend=backend,
+            dtype=dtype,
+            device=device,
+            cache_dir=folder / "cache",
+            graphs=False if eager else graphs,
+        )
     pipe.set_progress_bar_config(disable=True)
     return (_Eager if eager else LatentrtSide)(case, pipe)
+
+
+@contextmanager
+def _vae_upcast_to(dtype: torch.dtype) -> Iterator[None]:
+    """Of pipelines that are loaded on the eager back end meanwhile; a side has its process to itself."""
+    usual = EagerBackend.upcast
+    EagerBackend.upcast = dtype
+    try:
+        yield
+    finally:
+        EagerBackend.upcast = usual

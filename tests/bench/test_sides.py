@@ -27,6 +27,7 @@ from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.side import factory
 from latentrt.bench.worker import Job, Worker
 from latentrt.errors import BackendUnavailableError, RequestError
+from latentrt.runtime.engines.eager import EagerBackend
 from latentrt.runtime.latents import NoiseSource
 from latentrt.runtime.pipeline import Pipeline
 
@@ -102,6 +103,36 @@ def test_a_vae_that_float16_would_overflow_is_upcast_once(case: Case, upcast: to
     assert side.settings == f"eager, VAE in {str(upcast).removeprefix('torch.')}"
     # What the pipelines ask before they move it for a picture.
     assert not (base.vae.dtype == torch.float16 and base.vae.config.force_upcast)
+
+
+@pytest.mark.parametrize(
+    ("place", "there", "dtype"),
+    [
+        ("cuda", False, torch.bfloat16),
+        ("cuda", True, torch.float32),
+        ("cpu", False, torch.float32),
+    ],
+)
+def test_the_eager_reference_decodes_as_triton_does_where_diffusers_is_not_there(
+    place: str, there: bool, dtype: torch.dtype, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 its decoder would flatter every speedup."""
+    load = Pipeline.from_pretrained
+    monkeypatch.setattr(
+        Pipeline, "from_pretrained", lambda *args, **how: load(*args, **{**how, "device": "cpu"})
+    )
+    monkeypatch.setattr("latentrt.bench.cases.find_spec", lambda name: object() if there else None)
+    made = {}
+    for name in ("latentrt-eager", "latentrt-eager@float32"):
+        (spec,) = sides_named([name])
+        exact = torch.float32 if spec.dtype else torch.float16
+        made[name] = factory(spec)(case, torch.device(place), exact, tmp_path, **spec.options)
+    half, exact = made.values()
+    assert (half._pipe.vae.dtype, exact._pipe.vae.dtype) == (dtype, torch.float32)
+    assert f"VAE in {str(dtype).removeprefix('torch.')}" in half.settings
+    assert EagerBackend.upcast == torch.float32  # of any other pipeline
+    images = half(["a cat"], [3]).images
+    assert np.isfinite(images).all()
 
 
 def test_plain_onnx_runtime_says_that_it_takes_no_bfloat16(case: Case, tmp_path: Path) -> None:
