@@ -23,6 +23,7 @@ from .lpips import Lpips
 from .machine import describe_machine
 from .models import located
 from .nvml import open_nvml
+from .quality import pictures_for_fid
 from .results import CaseResult, Report, read_report, write_report
 from .room import arrange, room, too_little
 from .run import CaseRun, Plan
@@ -217,7 +218,7 @@ class Suite:
         """By the weights that were given; the demo's own know the demo's world only.
 
         Raises:
-            RequestError: a metric was asked for by name, and nobody here can judge it.
+            RequestError: a metric was asked for by name, and it has no network here or too few pictures.
         """
         s = self._settings
         judges = demo_judges() if case.model == "demo" and _wants_a_judge(s.metrics) else Judges()
@@ -237,6 +238,13 @@ class Suite:
                 raise RequestError(f"metric {name!r} of case {case.name!r} needs {needed}")
             if s.metrics and name not in s.metrics:
                 judges = replace(judges, **{name: None})
+        if "fid" in s.metrics and judges.fid is not None and judges.truth is not None:
+            least, made = pictures_for_fid(len(judges.truth.mean)), max(s.plan.pictures, *case.batches)
+            if made < least:
+                raise RequestError(
+                    f"metric 'fid' of case {case.name!r} by {judges.fid.name} takes at least {least} pictures, and "
+                    f"there are {made}; give --pictures {least}"
+                )
         return judges
 
     def _report(self, *, complete: bool) -> Report:

@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +103,27 @@ def test_an_earlier_report_stays_whole_until_there_is_another(tmp_path: Path) ->
     found = read_report(tmp_path / "bench.json")
     assert (found.command, found.complete) == ("as typed", True)
     assert not (tmp_path / "bench.partial.json").exists()
+
+
+def test_fid_that_is_asked_for_by_name_takes_as_many_pictures_as_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise hours would pass, and the report would have none."""
+    inception, truth = SimpleNamespace(name="Inception-v3 (x)"), SimpleNamespace(mean=[0.0] * 2048)
+    monkeypatch.setattr("latentrt.bench.suite.InceptionFeatures", lambda path: inception)
+    monkeypatch.setattr("latentrt.bench.suite.read_truth", lambda path, network: truth)
+
+    def judges(pictures: int, *metrics: str) -> Judges:
+        plan = Plan([], GATES["eager"], pictures=pictures)
+        paths = {"inception": tmp_path, "truth": tmp_path}
+        settings = Settings(plan, torch.device("cpu"), tmp_path, "", metrics=metrics, **paths)
+        return Suite([], settings)._judges(CASES["sdxl"])  # of up to 8 pictures a batch
+
+    for pictures, made in ((4, 8), (2048, 2048)):
+        with pytest.raises(RequestError, match=rf"'fid' .* 2049 pictures, .* {made}; give --pictures 2049"):
+            judges(pictures, "psnr", "fid")
+    assert judges(2049, "fid").fid is inception
+    assert judges(4).fid is inception  # by default what there is, and that is reported to be too little
 
 
 def test_a_case_that_its_gate_cannot_judge_is_refused_before_anything_is_measured(
