@@ -142,10 +142,11 @@ def bench_list(args: argparse.Namespace) -> Iterator[str]:
     from .cases import CASES, SIDES
     from .gates import GATES
 
+    width = 2 + max(map(len, (*CASES, *SIDES, *GATES)))
     for title, table in (("cases", CASES), ("sides", SIDES), ("gates", GATES)):
         yield title
         for row in table.values():
-            yield f"    {row.name:<24}{row.summary}"
+            yield f"    {row.name:<{width}}{row.summary}"
 
 
 def bench_compare(args: argparse.Namespace) -> Iterator[str]:
@@ -189,8 +190,9 @@ def bench_loadgen(args: argparse.Namespace) -> Iterator[str]:
         factors = {"Server": _BELOW, "Offline": _ABOVE}
         tests = [replace(test, rate=reached * factors.get(test.scenario, 1.0)) for test in tests]
     verdicts: list[Verdict] = []
+    warmed: set[int] = set()
     for test in tests:
-        verdict = run_loadgen(test, make, args.out / test.scenario)
+        verdict = run_loadgen(test, make, args.out / test.scenario, warmed)
         verdicts.append(verdict)
         yield f"{test.scenario}: {'VALID' if verdict.valid else 'INVALID'}"
         yield from (f"    {name}: {value}" for name, value in verdict.figures.items())

@@ -185,8 +185,11 @@ class _System:
         )
 
 
-def run_loadgen(test: LoadTest, make: Make, folder: Path) -> Verdict:
+def run_loadgen(test: LoadTest, make: Make, folder: Path, warmed: set[int] | None = None) -> Verdict:
     """One scenario; LoadGen's logs are left in `folder`.
+
+    Args:
+        warmed: batch sizes that `make` made before, to which those are added that it makes here; none where None.
 
     Raises:
         BackendUnavailableError: mlcommons-loadgen is not installed.
@@ -195,10 +198,11 @@ def run_loadgen(test: LoadTest, make: Make, folder: Path) -> Verdict:
     lg = _library()
     folder.mkdir(parents=True, exist_ok=True)
     largest = 1 if test.scenario == "SingleStream" else test.batch
-    for count in range(
-        1, largest + 1
-    ):  # of each size: the first call of a size compiles, or captures its graph
-        make([index % test.prompts for index in range(count)])
+    warmed = set() if warmed is None else warmed
+    for count in range(1, largest + 1):
+        if count not in warmed:  # the first call of a size compiles, or captures its graph
+            make([index % test.prompts for index in range(count)])
+            warmed.add(count)
     picture = min(_seconds(make) for _ in range(3)) if test.scenario == "SingleStream" else 0.0
     system = _System(lg, make, test.batch)
     sut = lg.ConstructSUT(system.issue, system.flush)

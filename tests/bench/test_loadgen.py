@@ -65,6 +65,17 @@ def test_every_scenario_is_valid(scenario: str, tmp_path: Path) -> None:
         assert float(verdict.figures["Samples per second"]) <= 8 / PICTURE_SECONDS
 
 
+def test_a_size_is_made_for_warming_up_once_in_a_run(tmp_path: Path) -> None:
+    """The second scenario, with larger batches, warms up only those that the first had not."""
+    make, warmed = Maker(), set[int]()
+    run_loadgen(load_test("Server", batch=3), make, tmp_path / "server", warmed)
+    assert make.batches[:3] == [1, 2, 3]
+    before = len(make.batches)
+    run_loadgen(load_test("Offline", batch=5), make, tmp_path / "offline", warmed)
+    assert make.batches[before : before + 2] == [4, 5]
+    assert warmed == {1, 2, 3, 4, 5}
+
+
 def test_a_quick_model_lasts_as_long_as_it_has_to(tmp_path: Path) -> None:
     """64 pictures are through long before; LoadGen makes up its queries beforehand, by what a picture should take."""
     make = Maker(seconds=0.0005)
