@@ -6,7 +6,7 @@ differs by a tenth from one hour to the next. A change counts where the interval
 tolerance; intervals of too few rounds decide nothing. What is timed once or has no interval (building, the first
 picture, stages, energy) has wide tolerances too; quality is compared where both made the same pictures, and likeness
 where they were held against the same side's. What is measured in the first and missing in the second is worse, but for
-what depends on the machine's drivers.
+what depends on the machine's drivers, and for FID of fewer pictures than any FID is now reported of.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from math import isfinite
 from typing import Any, NamedTuple
 
 from ..errors import BenchmarkError, RequestError
+from .quality import pictures_for_fid
 from .results import BatchFigures, CaseResult, Memory, Report, Row
 from .stats import COVER, Interval
 
-__all__ = ["TOLERANCE", "Change", "compare", "differences"]
+__all__ = ["SECONDS_TOLERANCE", "TOLERANCE", "Change", "compare", "differences"]
 
 TOLERANCE = 0.03
 """Of a speedup: what one machine's runs differ by, from clocks and memory layout, outside of their own intervals."""
-_SECONDS_TOLERANCE = 0.25
+SECONDS_TOLERANCE = 0.25
 """Of seconds, and of speedups of sides that were not interleaved: eager diffusers took 1.18 and 1.07 s in two runs of
 one machine."""
 _STAGE_TOLERANCE, _STAGE_LEAST = 0.25, 0.02
@@ -67,6 +68,8 @@ _QUALITY = {
 }
 _LIKENESS = ("psnr", "ssim", "lpips")
 """Of these, what is measured beside the reference's pictures."""
+_FID_PICTURES = pictures_for_fid(2048)
+"""Of Inception's features, the most of any judge: of fewer pictures a result may have no FID where an older one has."""
 _NOT_SETTINGS = ("name", "summary", "batches")
 """Fields of a case that its figures do not depend on: a batch size has figures of its own."""
 
@@ -203,7 +206,7 @@ def _case(
 
 def _row(runs: _Runs, a: Row, b: Row, apart: Container[int]) -> Iterator[Change]:
     """`apart` has the batch sizes at which a side was not interleaved with the first one, in either run."""
-    wider = replace(runs, tolerance=max(_SECONDS_TOLERANCE, runs.tolerance))
+    wider = replace(runs, tolerance=max(SECONDS_TOLERANCE, runs.tolerance))
     yield from _quality(runs, a, b)
     for field, (what, share, least) in _ONCE.items():
         before, after = getattr(a, field), getattr(b, field)
@@ -235,7 +238,7 @@ def _speed(runs: _Runs, side: str, x: BatchFigures, y: BatchFigures) -> Iterator
         yield Change(runs.case, side, f"{what}, speedup", _told(x.speedup), _told(y.speedup), verdict)
         return
     before, after = x.median, y.median
-    tolerance = max(_SECONDS_TOLERANCE, runs.tolerance)
+    tolerance = max(SECONDS_TOLERANCE, runs.tolerance)
     verdict = (
         _verdict(before, after, tolerance, more_is_better=False) if runs.same_machine else "other machine"
     )
@@ -312,7 +315,9 @@ def _quality(runs: _Runs, a: Row, b: Row) -> Iterator[Change]:
         if before is None or not isfinite(before):
             continue
         if after is None:
-            yield Change(runs.case, a.side, measure.what, f"{before:.4g}", "not measured", "worse")
+            few = field == "fid" and b.quality is not None and b.quality.pictures < _FID_PICTURES
+            verdict = "not measured" if few else "worse"
+            yield Change(runs.case, a.side, measure.what, f"{before:.4g}", "not measured", verdict)
             continue
         by = [getattr(row.quality, f"{field}_by", None) for row in (a, b)]
         if by[0] != by[1]:

@@ -94,9 +94,10 @@ def _measured(report: Report, case: CaseResult, source: str) -> Iterator[str]:
     interrupted = "" if report.complete else " It was interrupted: these are the figures there were by then."
     at_once = f" Up to {case.builders} sides were built at the same time." if case.builders > 1 else ""
     apart = f" {sentence}" if (sentence := tables.not_interleaved(case)) else ""
+    turns = "sides that fit together taking turns" if apart else "the sides taking turns"
     told = (
         f"{where}, commit {machine['commit']}{source}: {c['summary']}, {c['steps']} steps, guidance {c['guidance']:g}, "
-        f"{c['dtype']}, the sides taking turns on the same noise; medians of {len(fewest.seconds)} rounds, ratios of "
+        f"{c['dtype']}, {turns} on the same noise; medians of {len(fewest.seconds)} rounds, ratios of "
         f"each round with an interval that covers {100 * fewest.median.cover:.0f} %. PSNR is of a side's "
         f"worst picture beside that of {case.reference}.{apart}{at_once}{took}{interrupted}"
     )

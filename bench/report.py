@@ -13,7 +13,7 @@ from typing import Any
 import PIL.Image
 
 from . import tables
-from .compare import differences
+from .compare import SECONDS_TOLERANCE, differences
 from .plots import Line, bars, lines
 from .results import CaseResult, Report
 from .side import Images, as_bytes
@@ -174,7 +174,7 @@ def _machine(machine: Mapping[str, Any]) -> str:
 
 def _best(case: CaseResult) -> str:
     """The quickest sides, where they are quicker than the first one beyond noise: one, or several that differ by no
-    more than noise."""
+    more than noise. Of rounds at different times the machine's drift is noise too."""
     found = {
         row.side: (figures, figures.speedup)
         for row in case.rows[1:]
@@ -184,18 +184,20 @@ def _best(case: CaseResult) -> str:
         return ""
     best = max(found, key=lambda side: found[side][1].value)
     figures, speedup = found.pop(best)
-    if not _is_above_1(speedup):
+    first = case.rows[0].side
+    apart = {side for side in (best, *found) if not case.are_interleaved({first, side}, figures.batch)}
+    if not _is_above_1(speedup) or (best in apart and speedup.value <= 1 + SECONDS_TOLERANCE):
         return ""
-    text = (
-        f"{speedup.value:.2f} times as fast as {case.rows[0].side} ({speedup.low:.2f} to {speedup.high:.2f})"
-    )
+    mark = ", not interleaved" if best in apart else ""
+    text = f"{speedup.value:.2f} times as fast as {first} ({speedup.low:.2f} to {speedup.high:.2f}{mark})"
     equal = []
     for side, (others, other) in found.items():
-        if any({side, best} <= set(group) for group in case.groups):
+        if case.are_interleaved({side, best}, figures.batch):
             rounds = min(len(others.seconds), len(figures.seconds))
             quicker = _is_above_1(ratio(others.seconds[:rounds], figures.seconds[:rounds]))
         else:
-            quicker = other.high < speedup.low
+            drift = SECONDS_TOLERANCE if {side, best} & apart else 0.0
+            quicker = other.high < speedup.low and speedup.value > (1 + drift) * other.value
         if not quicker:
             equal.append(side)
     if not equal:

@@ -139,6 +139,17 @@ def test_versions_and_machines_of_both_runs_are_shown() -> None:
     ]
 
 
+@pytest.mark.parametrize(("pictures", "verdict"), [(56, "not measured"), (5000, "worse")])
+def test_a_fid_of_too_few_pictures_that_is_no_longer_measured_is_no_regression(
+    pictures: int, verdict: str
+) -> None:
+    """Results of before the least number had one of 50 pictures."""
+    before = Quality(pictures, 120.0, 1.0, fid=0.3, fid_by="a")
+    found = ours(report(quality=before), report(quality=replace(before, fid=None, fid_by=None)))
+    assert found["FID"] == verdict
+    assert ours(report(quality=before), report(quality=None))["FID"] == "worse"
+
+
 def test_quality_of_other_pictures_is_not_compared() -> None:
     good = Quality(500, 120.0, 1.0, fid=23.0, fid_by="a")
     a = report(quality=good)

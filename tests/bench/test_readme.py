@@ -100,6 +100,15 @@ def test_rounds_are_those_of_the_side_with_the_fewest(tmp_path: Path) -> None:
     assert "medians of 7 rounds, ratios of each round with an interval that covers 98 %" in text
 
 
+def test_sides_that_do_not_fit_together_are_not_said_to_take_turns(tmp_path: Path) -> None:
+    made = report()
+    assert "the sides taking turns on the same noise" in " ".join(readme.section(made, tmp_path).split())
+    apart = replace(made.cases[0], groups=[[row.side] for row in made.cases[0].rows])
+    text = " ".join(readme.section(replace(made, cases=[apart]), tmp_path).split())
+    assert ", sides that fit together taking turns on the same noise" in text
+    assert "they ran at another time" in text
+
+
 def test_a_side_without_a_speed_shows_its_reason(tmp_path: Path) -> None:
     gone = report(status="failed", reason="not loaded after 200 s", batches=[], quality=None)
     text = readme.section(gone, tmp_path)

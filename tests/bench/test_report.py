@@ -170,6 +170,21 @@ def test_the_quickest_side_is_quicker_than_the_next_beyond_noise() -> None:
     assert re.search(r"^Quickest: c, [^;]*; not different beyond noise: a, b\.$", quickest(a, b, c))
 
 
+def test_the_quickest_side_is_said_to_be_not_interleaved_and_drift_decides_nothing() -> None:
+    base, groups = noisy(2.0), [["diffusers"], ["a"], ["b"]]
+
+    def quickest(a: float, b: float) -> str | None:
+        sides = [row(name, noisy(each, seed=k), base) for k, (name, each) in enumerate((("a", a), ("b", b)))]
+        made = replace(report().cases[0], rows=[row("diffusers", base, base), *sides], groups=groups)
+        page = reports.html(replace(report(), cases=[made]), {})
+        return next(iter(re.findall(r"Quickest: [^<]*", page)), None)
+
+    marked = r"^Quickest: a, [0-9.]+ times as fast as diffusers \([0-9.]+ to [0-9.]+, not interleaved\)"
+    assert re.search(marked + r"; not different beyond noise: b\.$", quickest(1.0, 1.2))
+    assert re.search(marked + r"\.$", quickest(1.0, 1.4))
+    assert quickest(1.8, 2.5) is None  # 1.11 times as fast, as one side may be an hour later
+
+
 def test_figures_name_their_block_sizes() -> None:
     """Of a GPU: the commit does not tell of them."""
     tuned = report(machine={**MACHINE, "gpu": "H200", "tuned": "0123abcd"})
@@ -370,6 +385,7 @@ def test_what_there_is_is_listed(run_cli: Run) -> None:
     assert code == 0
     for name in ("demo", "sdxl-refiner", "diffusers-max-autotune", "latentrt-onnxruntime", "mlperf", *GATES):
         assert re.search(rf"^    {name} ", out, re.MULTILINE)
+    assert re.search(r"^    diffusers-reduce-overhead +torch.compile with", out, re.MULTILINE)
 
 
 def test_statistics() -> None:
