@@ -171,10 +171,12 @@ def run_part(part: Part, folder: Path, *, again: bool = False) -> Result:
             ended, memory = _watch(process, begun + part.limit)
         finally:
             _end(process, part.name)
+    good_statuses = (0, *((_NOTHING_LEFT,) if part.tests else ()))
     why = ""
-    if not ended:
+    # Tests that were through while they were being ended have passed: interrupted ones have another status.
+    if not ended and not (part.tests and process.returncode in good_statuses):
         why = f"ended after {part.limit:,.0f} s"
-    elif process.returncode not in (0, *((_NOTHING_LEFT,) if part.tests else ())):
+    elif process.returncode not in good_statuses:
         why = f"exit status {process.returncode}"
     elif memory > part.memory:
         why = f"took {memory / 1e9:.1f} GB, the limit is {part.memory / 1e9:.0f} GB"

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.waiting import until
 from latentrt.bench import full, passed
 from latentrt.bench.full import PARTS, Part, main, run_part
 
@@ -98,6 +99,25 @@ def test_a_part_that_takes_too_long_or_too_much(
     result = run_part(Part("large", 60, command=("-c", "import time; time.sleep(1.5)")), places)
     assert (result.passed, result.memory) == (False, 25 * 10**9)
     assert result.why == "took 25.0 GB, the limit is 24 GB"
+
+
+@pytest.mark.parametrize(("status", "why"), [(0, ""), (5, ""), (2, "ended after 0 s")])
+def test_tests_that_are_through_before_they_are_ended_have_passed(
+    status: int, why: str, places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their time was up, and the last of them passed while they were being ended; pytest says 2 where some did not."""
+    ready = places / "ready"
+    code = f"import signal, sys, time; signal.signal(2, lambda *_: sys.exit({status}))\n"
+    code += f"open({str(ready)!r}, 'w').close(); time.sleep(600)"
+    monkeypatch.setattr(full, "_tests", lambda *_, **__: ["-c", code])
+
+    def over_once_it_runs(*_: object) -> tuple[bool, int]:
+        until(ready.exists)
+        return False, 0
+
+    monkeypatch.setattr(full, "_watch", over_once_it_runs)
+    result = run_part(Part("tests", 0.2, tests=("tests/test_a.py",)), places)
+    assert (result.passed, result.why) == (not why, why)
 
 
 def test_what_passed_is_noted_and_left_out(tmp_path: Path) -> None:
