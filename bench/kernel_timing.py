@@ -228,13 +228,17 @@ def read_if_same(path: Path, machine: Mapping[str, Any], *more: str) -> dict[str
     """An earlier run's file, if its times compare with those of this run; nothing otherwise.
 
     Args:
-        more: of the machine's fields, what has to be equal besides GPU, driver, CUDA, versions and sources.
+        more: of the machine's fields, what has to be equal besides GPU, driver, CUDA, versions and sources. A driver
+            that NVML did not report in one of the runs may be any.
     """
     if not path.exists():
         return {}
     earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    keys = ("gpu", "driver", "cuda", "versions", "sources", *more)
-    return earlier if all(earlier["machine"].get(key) == machine.get(key) for key in keys) else {}
+    before = earlier["machine"]
+    read = [run["driver"] for run in (before, machine) if run.get("driver") is not None]
+    keys = ("gpu", "cuda", "versions", "sources", *more)
+    same = len(set(read)) < 2 and all(before.get(key) == machine.get(key) for key in keys)
+    return earlier if same else {}
 
 
 def slug(machine: Mapping[str, Any]) -> str:

@@ -120,6 +120,17 @@ def test_times_of_another_machine_are_not_continued(changed: str, tmp_path: Path
     assert bool(kernel_timing.read_if_same(path, other)) is (changed == "tuned")
 
 
+@pytest.mark.parametrize("without", ["earlier", "now", "both"])
+def test_a_driver_that_could_not_be_read_does_not_drop_earlier_times(without: str, tmp_path: Path) -> None:
+    """NVML may fail once; what is read in both runs has to be equal."""
+    path = tmp_path / "kernels.json"
+    machine = {"gpu": "H200", "driver": "580.1", "cuda": "13.0", "versions": {}, "sources": "s"}
+    unread = {name: value for name, value in machine.items() if name != "driver"}
+    path.write_text(json.dumps({"machine": machine if without == "now" else unread}))
+    assert kernel_timing.read_if_same(path, machine if without == "earlier" else unread) != {}
+    assert kernel_timing.read_if_same(path, {**unread, "cuda": "12.8"}) == {}
+
+
 def test_a_wrong_kernel_is_not_timed(here: Timing) -> None:
     def wrong(*args: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = ATTENTION.op(*args)
