@@ -140,6 +140,13 @@ def test_the_page_is_whole_and_needs_nothing_beside_it() -> None:
     assert "http" not in re.sub(r"http://www.w3.org/\S+", "", page)
 
 
+def test_sides_of_a_result_without_groups_were_interleaved() -> None:
+    """Results that are older than groups have none."""
+    case = replace(report().cases[0], groups=[])
+    assert case.is_interleaved(case.rows[1], 1)
+    assert "not interleaved" not in reports.markdown(replace(report(), cases=[case]))
+
+
 def test_a_case_that_options_changed_is_named_once() -> None:
     made = report()
     assert "## demo: the <demo>\n" in reports.markdown(made)
