@@ -122,7 +122,7 @@ class CaseResult:
         skipped: why nothing was run; empty where it was.
         prompts: digest of the prompts, in their order.
         seconds: that it took in all.
-        groups: the sides that were resident together, in the order in which they were measured; all were where empty.
+        groups: the sides that were resident together, in the order in which they were measured. Where empty, all were.
         group_batches: the batch sizes at which each group was; all of them where empty.
         builders: how many sides were built at the same time.
     """
