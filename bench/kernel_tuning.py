@@ -77,6 +77,8 @@ def tune(timing: Timing, operators: Sequence[OpSpec] | None = None, save: bool =
     machine = here(timing)
     path = timing.folder / f"tuning-{slug(machine)}.json"
     earlier = read_if_same(path, machine)
+    if earlier and machine.get("driver") is None:  # NVML did not report it this time
+        machine["driver"] = earlier["machine"].get("driver")
     times: dict[str, dict[str, Trials]] = earlier.get("times", {})
     finals: dict[str, dict[str, Trials]] = earlier.get("finals", {})
     tables = _tables(specs() if operators is None else operators, arch)
@@ -274,11 +276,14 @@ def _try_together(
         except Exception as error:  # an illegal access is reported where the results are waited for
             why = f"{type(error).__name__}: {error}"[:200]
             found = {name: why if len(names) == 1 else _ONE_OF_THEM for name in names}
+        lost = any(isinstance(us, str) for us in found.values()) and not answers(timing)
+        if lost and len(names) > 1:  # after the first of them all others fail too
+            found = dict.fromkeys(names, _ONE_OF_THEM)
         for name, us in found.items():
             rows[name][use.name] = us if isinstance(us, str) else us * max(1, use.case.calls)
         _log.info("%s %s: %s", table, use.name, found)
         save()
-        if any(isinstance(us, str) for us in found.values()) and not answers(timing):
+        if lost:
             return False
         if _ONE_OF_THEM in found.values():
             return _try_together(timing, use, table, rows, save, end)

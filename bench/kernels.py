@@ -91,6 +91,8 @@ def measure(
     machine = here(timing)
     path = timing.folder / f"kernels-{slug(machine)}.json"
     earlier = read_if_same(path, machine, "tuned")
+    if earlier and machine.get("driver") is None:  # NVML did not report it this time
+        machine["driver"] = earlier["machine"].get("driver")
     # What failed is tried again, unless it took the process along.
     rows = [row for row in earlier.get("rows", []) if "us" in row or row.get("error") == LOST]
     done = {(row["op"], row["case"], row["dtype"]) for row in rows}

@@ -93,11 +93,13 @@ class Lane:
             build_seconds=self.build_seconds if told else None,
             first_image_seconds=self.first_image_seconds if told else None,
             quality=self.quality,
-            batches=[self._figures(batch, steps, beside.get(batch, [])) for batch in sizes],
+            batches=[self._figures(batch, steps, rounds, beside.get(batch, [])) for batch in sizes],
             profile=self.profile if told else None,
         )
 
-    def _figures(self, batch: int, steps: Mapping[str, int], beside: list[float]) -> BatchFigures:
+    def _figures(
+        self, batch: int, steps: Mapping[str, int], rounds: int, beside: list[float]
+    ) -> BatchFigures:
         runs = self.runs[batch]
         seconds = [run.seconds for run in runs]
         paired = min(len(beside), len(seconds))  # an interruption may have come in the middle of a round
@@ -111,7 +113,8 @@ class Lane:
             stages=_stages(runs, steps),
             psnr=psnr,
             ssim=ssim,
-            memory=_memory(self.traces.get(batch), [run.memory for run in runs], batch),
+            # Of the last process: the first side has one for each group that it is not resident between.
+            memory=_memory(self.traces.get(batch), [run.memory for run in runs[-rounds:]], batch),
             joules_per_image=median(joules) if len(joules) == len(runs) else None,
             busy_elsewhere=[round(run.busy_elsewhere, 2) for run in runs],
             gpu=[run.gpu for run in runs],

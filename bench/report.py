@@ -182,12 +182,17 @@ def _best(case: CaseResult) -> str:
     }
     if not found:
         return ""
-    best = max(found, key=lambda side: found[side][1].value)
-    figures, speedup = found.pop(best)
     first = case.rows[0].side
-    apart = {side for side in (best, *found) if not case.are_interleaved({first, side}, figures.batch)}
-    if not _is_above_1(speedup) or (best in apart and speedup.value <= 1 + SECONDS_TOLERANCE):
+    apart = {side for side, (x, _) in found.items() if not case.are_interleaved({first, side}, x.batch)}
+    quicker_than_first = {
+        side: speedup.value
+        for side, (_, speedup) in found.items()
+        if _is_above_1(speedup) and (side not in apart or speedup.value > 1 + SECONDS_TOLERANCE)
+    }
+    if not quicker_than_first:
         return ""
+    best = max(quicker_than_first, key=quicker_than_first.__getitem__)
+    figures, speedup = found.pop(best)
     mark = ", not interleaved" if best in apart else ""
     text = f"{speedup.value:.2f} times as fast as {first} ({speedup.low:.2f} to {speedup.high:.2f}{mark})"
     equal = []

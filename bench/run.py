@@ -200,6 +200,8 @@ class CaseRun:
 
     def _measure_group(self, group: Sequence[Lane], batches: Sequence[int]) -> None:
         """Eager PyTorch goes first: the others are held against it, and need not be kept once they are judged."""
+        # A side may have nothing to do here: one that is compiled for each size is measured at the first only.
+        group = [lane for lane in group if lane.images is None or set(lane.batches) & set(batches)]
         eager = [lane for lane in group if lane.spec.name in self._eager_sides]
         for lane in eager:
             self._attempt(lane, self._begin)

@@ -279,7 +279,9 @@ class Budget:
             # Only here are the frames that failed gone, with the tensors that they held.
             if again or not (freed := self._freed()):
                 break
-            _log.warning("%s; freed %s of captured graphs, trying once more", failure, format_bytes(freed))
+            _log.warning(
+                "%s; freed %s kept from earlier requests, trying once more", failure, format_bytes(freed)
+            )
             begin_again()
         raise OutOfMemoryError(f"{failure}. By plan, {plan().describe(self._policy)}") from failure.__cause__
 
