@@ -77,11 +77,11 @@ def test_other_files_are_refused(content: str, message: str, tmp_path: Path) -> 
         read_report(tmp_path / "x.json")
 
 
-@pytest.mark.parametrize("name", ["demo_bench_cpu.json", "demo_bench_xeon.json"])
-def test_published_results_are_read(name: str) -> None:
-    """Of schema 2: its other fields are of the same rounds."""
-    written = json.loads((RESULTS / name).read_text())
-    read = read_report(RESULTS / name)
+def test_published_results_of_schema_2_are_read() -> None:
+    """Its other fields are of the same rounds."""
+    path = RESULTS / "demo_bench_xeon.json"
+    written, read = json.loads(path.read_text()), read_report(path)
+    assert written["schema"] == 2
     for case, rows in zip(read.cases, (case["rows"] for case in written["cases"]), strict=True):
         for made, theirs in zip(case.rows, rows, strict=True):
             assert all(case.is_interleaved(made, figures.batch) for figures in made.batches)
