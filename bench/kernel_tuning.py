@@ -98,9 +98,8 @@ def tune(timing: Timing, operators: Sequence[OpSpec] | None = None, save: bool =
         keys = dict.fromkeys(use.key for use in uses)
         for key in keys:
             best_few = _ranked(trials[key], _cases(trials[key]))[:_FINALISTS]
-            if key not in rows or rows[key].keys() != set(
-                best_few
-            ):  # an earlier run may have seen fewer cases
+            # An earlier run may have seen fewer cases, and so have had another best few.
+            if key not in rows or rows[key].keys() != set(best_few):
                 rows[key] = {name: {} for name in best_few}
         interleaved = all(_try_together(timing, use, table, rows[use.key], write, end) for use in uses)
         if not interleaved and not answers(timing):

@@ -167,9 +167,8 @@ def arrange(case: Case, sides: Sequence[SideSpec], found: Room, built: Container
     groups = before
     for names, at in shared:
         groups.append((names, at))
-        for name in names[
-            1:
-        ]:  # right after its group, so that what it wrote is removed before the next one writes
+        # Right after its group, so that what it wrote is removed before the next one writes.
+        for name in names[1:]:
             if rest := tuple(b for b in batches[name] if b not in at):
                 groups.append(([name], rest))
     met = {b for _, at in shared for b in at}
