@@ -7,8 +7,7 @@ diffusers' side and the Triton back end decode.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from ..runtime.engines.base import Component, Engine
 from ..runtime.engines.eager import EagerBackend, EagerEngine
+from ..runtime.parts import load_parts
 from ..runtime.pipeline import Pipeline
 from .cases import Case, reference_side
 from .monitor import Span
@@ -107,26 +107,16 @@ def open_side(
     """Load the case's checkpoints; exports and engines are kept in `folder`."""
     eager = backend == "eager"
     stands_in = eager and device.type == "cuda" and reference_side() == "latentrt-eager"
-    with _vae_upcast_to(torch.bfloat16 if stands_in else EagerBackend.upcast):
-        pipe = Pipeline.from_pretrained(
-            case.model,
-            case.refiner,
-            backend=backend,
-            dtype=dtype,
-            device=device,
-            cache_dir=folder / "cache",
-            graphs=False if eager else graphs,
-        )
+    parts = load_parts(
+        case.model,
+        case.refiner,
+        backend=backend,
+        dtype=dtype,
+        device=device,
+        cache_dir=folder / "cache",
+        graphs=False if eager else graphs,
+        upcast=torch.bfloat16 if stands_in else None,
+    )
+    pipe = Pipeline(parts)
     pipe.set_progress_bar_config(disable=True)
     return (_Eager if eager else LatentrtSide)(case, pipe)
-
-
-@contextmanager
-def _vae_upcast_to(dtype: torch.dtype) -> Iterator[None]:
-    """Of pipelines that are loaded on the eager back end meanwhile; a side has its process to itself."""
-    usual = EagerBackend.upcast
-    EagerBackend.upcast = dtype
-    try:
-        yield
-    finally:
-        EagerBackend.upcast = usual

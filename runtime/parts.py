@@ -55,24 +55,29 @@ def dtype_for(device: torch.device, dtype: torch.dtype | str | None) -> torch.dt
 
 def load_parts(
     model: str | os.PathLike[str],
-    refiner: str | os.PathLike[str] | None,
+    refiner: str | os.PathLike[str] | None = None,
     *,
-    backend: str,
-    dtype: torch.dtype | str | None,
-    variant: str | None,
-    revision: str | None,
-    cache_dir: str | os.PathLike[str] | None,
-    device: torch.device | str | None,
-    graphs: bool | None,
-    memory: str,
-    memory_limit: int | str | None,
-    loop_memory: int | str | None,
-    text_encoder: TextEncoder | None,
-    text_encoder_2: TextEncoder | None,
-    vae: VAE | None,
-    scheduler: Mapping[str, Any] | None,
+    backend: str = "auto",
+    dtype: torch.dtype | str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    device: torch.device | str | None = None,
+    graphs: bool | None = None,
+    memory: str = "resident",
+    memory_limit: int | str | None = None,
+    loop_memory: int | str | None = None,
+    text_encoder: TextEncoder | None = None,
+    text_encoder_2: TextEncoder | None = None,
+    vae: VAE | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+    upcast: torch.dtype | None = None,
 ) -> Parts:
-    """Load the parts. Arguments and errors are those of `Pipeline.from_pretrained`."""
+    """Load the parts. Arguments and errors are those of `Pipeline.from_pretrained`, but for one.
+
+    Args:
+        upcast: of a VAE that overflows in float16; by default the back end's `upcast`.
+    """
     shared = ((text_encoder, TextEncoder), (text_encoder_2, TextEncoder), (vae, VAE))
     for part, kind in shared:
         if part is not None and not isinstance(part, kind):
@@ -89,7 +94,7 @@ def load_parts(
     loader = EngineLoader(backend, place, precision, cache, graphs, policy, shared=lent)
     checkpoint = open_checkpoint(model, variant=variant, revision=revision, cache_dir=cache_dir)
     base = load_expert(checkpoint, loader, text_encoder, text_encoder_2, scheduler)
-    vae = vae or load_vae(checkpoint, loader)
+    vae = vae or load_vae(checkpoint, loader, upcast=upcast)
     second = None
     if refiner is not None:
         source = refiner_source(refiner)

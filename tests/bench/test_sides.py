@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.planted_sides import planted
-from latentrt.bench import onnxruntime_side
+from latentrt.bench import latentrt_side, onnxruntime_side
 from latentrt.bench.cases import Case, sides_named
 from latentrt.bench.diffusers_side import DiffusersSide, load_pipelines, open_side
 from latentrt.bench.gates import GATES, likeness
@@ -29,7 +29,7 @@ from latentrt.bench.worker import Job, Worker
 from latentrt.errors import BackendUnavailableError, RequestError
 from latentrt.runtime.engines.eager import EagerBackend
 from latentrt.runtime.latents import NoiseSource
-from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.parts import load_parts
 
 SMALL_UNET = {
     "block_out_channels": [32, 64, 64],
@@ -117,9 +117,8 @@ def test_the_eager_reference_decodes_as_triton_does_where_diffusers_is_not_there
     place: str, there: bool, dtype: torch.dtype, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32 its decoder would flatter every speedup."""
-    load = Pipeline.from_pretrained
     monkeypatch.setattr(
-        Pipeline, "from_pretrained", lambda *args, **how: load(*args, **{**how, "device": "cpu"})
+        latentrt_side, "load_parts", lambda *args, **how: load_parts(*args, **{**how, "device": "cpu"})
     )
     monkeypatch.setattr("latentrt.bench.cases.find_spec", lambda name: object() if there else None)
     made = {}
@@ -176,9 +175,10 @@ def test_latentrts_eager_modules_run_as_diffusers_does(
     """As they stand in for it: without CUDA graphs, which are the default on a GPU, and in the quicker layout, without
     the other one's weights."""
     asked: dict[str, Any] = {}
-    load = Pipeline.from_pretrained
     monkeypatch.setattr(
-        Pipeline, "from_pretrained", lambda *args, **options: asked.update(options) or load(*args, **options)
+        latentrt_side,
+        "load_parts",
+        lambda *args, **options: asked.update(options) or load_parts(*args, **options),
     )
     (spec,) = sides_named(["latentrt-eager"])
     side: Any = factory(spec)(case, torch.device("cpu"), torch.float32, tmp_path, **spec.options)
