@@ -16,7 +16,7 @@ from .denoiser import Denoiser, LoopRequest, all_ready
 from .image import Images, from_tensor
 from .latents import NoiseSource, initial_latents, noised_latents
 from .parts import Parts
-from .progress import Watch
+from .progress import CallProgress
 from .request import GenerationRequest
 from .sampler import SamplerTable
 from .stages import Stage
@@ -30,7 +30,7 @@ def make_images(
     request: GenerationRequest,
     stages: Sequence[Stage],
     noise: NoiseSource,
-    watch: Watch,
+    progress: CallProgress,
     tile: int | None,
 ) -> Images | None:
     """The images of a request.
@@ -39,7 +39,7 @@ def make_images(
         parts: the experts and the VAE.
         stages: from `stages_of_request`: which expert takes which steps.
         noise: drawn for the first latents and then for each stage, in this order.
-        watch: times the stages, calls back and may end the call; see `Watch`.
+        progress: times the stages, calls back and may end the call; see `CallProgress`.
         tile: as for `VAE.decode`.
 
     Returns:
@@ -51,26 +51,26 @@ def make_images(
         RequestError: a callback returned something that it may not.
     """
     residency, vae = parts.loader.residency, parts.vae
-    with watch.stage("prepare"):
+    with progress.stage("prepare"):
         _prepare(parts, request, stages, tile)
-    with watch.stage("text"):
+    with progress.stage("text"):
         conditionings = _conditionings(parts, request, stages)
-    with watch.stage("start"):
+    with progress.stage("start"):
         latents = first_latents(parts, request, stages[0].table, noise)
     with ExitStack() as held:
-        with watch.stage("prepare"):
+        with progress.stage("prepare"):
             loops = _loops(request, stages, conditionings, latents, noise)
             together = residency is None or residency.together("denoise")
             runs = held.enter_context(all_ready(loops, together=together))
         for stage, run in zip(stages, runs, strict=True):
-            with watch.stage(stage.name):
-                latents = run(latents, watch)
-    watch.deliver()
-    if watch.discarded:
+            with progress.stage(stage.name):
+                latents = run(latents, progress)
+    progress.deliver()
+    if progress.discarded:
         return None
     if request.output_type == "latent":
         return latents
-    with watch.stage("decode"):
+    with progress.stage("decode"):
         return from_tensor(vae.decode(latents, tile=tile), request.output_type)
 
 

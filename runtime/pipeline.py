@@ -20,7 +20,7 @@ from .latents import NoiseSource
 from .parts import Parts, load_parts
 from .place import parse_device, parse_dtype
 from .previews import Previewer
-from .progress import Watch
+from .progress import CallProgress
 from .record import records
 from .request import GenerationRequest, OutputType, Size
 from .residency import exclusive
@@ -61,8 +61,8 @@ class Pipeline:
         self._parts = parts
         self._loader = parts.loader
         self._budget = parts.budget
-        self._progress: dict[str, Any] = {}
-        self._running: set[Watch] = set()
+        self._bar_options: dict[str, Any] = {}
+        self._running: set[CallProgress] = set()
 
     @classmethod
     def from_pretrained(
@@ -216,17 +216,17 @@ class Pipeline:
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options for tqdm, such as `disable=True`. By default bars show on a terminal only."""
-        self._progress = options
+        self._bar_options = options
 
     def interrupt(self) -> None:
         """Stop every call in progress after the step it is at; each returns what it has."""
-        for watch in list(self._running):
-            watch.stop.set()
+        for call in list(self._running):
+            call.stop.set()
 
     @property
     def _interrupt(self) -> bool:
         """diffusers' callbacks write `pipe._interrupt = True` for `pipe.interrupt()`."""
-        return any(watch.stop.is_set() for watch in list(self._running))
+        return any(call.stop.is_set() for call in list(self._running))
 
     @_interrupt.setter
     def _interrupt(self, value: bool) -> None:
@@ -353,36 +353,39 @@ class Pipeline:
         """
         return self._run(
             self._checked(locals()),
-            self._progress,
+            self._bar_options,
             on_step=self._bound("callback_on_step_end", callback_on_step_end),
             on_progress=self._bound("callback_on_progress", callback_on_progress),
             previewer=previewer,
         )
 
     def _run(self, request: GenerationRequest, bar: Mapping[str, Any], **reporting: Any) -> PipelineOutput:
-        """Make the images of a request; `bar` and `reporting` are as for `Watch`."""
+        """Make the images of a request; `bar` and `reporting` are as for `CallProgress`."""
         stages = self._stages(request)
         tile = self._budget.admit(request, stages, idle=not self._running).tile
         if request.image is None:
             warn_of_late_start(stages[0].table)
         noise = NoiseSource(request.generators, request.batch)
-        with self._watched(stages, bar, **reporting) as watch, self._executing():
+        with self._watched(stages, bar, **reporting) as progress, self._executing():
             states = noise.states()
 
             def begin_again() -> None:
                 noise.restore(states)
-                watch.begin_again()
+                progress.begin_again()
 
             images = self._budget.retried(
-                lambda: make_images(self._parts, request, stages, noise, watch, tile),
+                lambda: make_images(self._parts, request, stages, noise, progress, tile),
                 begin_again,
                 plan=lambda: self._budget.plan(request, stages, tile),
-                in_callback=lambda: watch.in_callback,
+                in_callback=lambda: progress.in_callback,
             )
-        if watch.discarded:  # the last steps may be reported after the images were made
+        if progress.discarded:  # the last steps may be reported after the images were made
             images = None
         return PipelineOutput(
-            images, records(request, self._parts, tile), watch.timings, watch.interrupted or images is None
+            images,
+            records(request, self._parts, tile),
+            progress.timings,
+            progress.interrupted or images is None,
         )
 
     def check(
@@ -461,16 +464,18 @@ class Pipeline:
             yield
 
     @contextmanager
-    def _watched(self, stages: Sequence[Stage], bar: Mapping[str, Any], **options: Any) -> Iterator[Watch]:
-        """A `Watch` of one call, which `interrupt` reaches while it lasts."""
-        watch = Watch(sum(len(stage.table) for stage in stages), bar, self.device, **options)
-        self._running.add(watch)
+    def _watched(
+        self, stages: Sequence[Stage], bar: Mapping[str, Any], **options: Any
+    ) -> Iterator[CallProgress]:
+        """The progress of one call, which `interrupt` reaches while it lasts."""
+        progress = CallProgress(sum(len(stage.table) for stage in stages), bar, self.device, **options)
+        self._running.add(progress)
         try:
-            yield watch
-            watch.finish()
+            yield progress
+            progress.finish()
         finally:
-            self._running.discard(watch)
-            watch.close()
+            self._running.discard(progress)
+            progress.close()
 
 
 @cache

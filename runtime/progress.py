@@ -17,7 +17,7 @@ from .place import memory_ran_out
 from .previews import Previewer, StepReports
 from .streams import Event, Pace, queue_of
 
-__all__ = ["ProgressCallback", "StepCallback", "Watch"]
+__all__ = ["CallProgress", "ProgressCallback", "StepCallback"]
 
 StepCallback = Callable[[int, float, dict[str, Any]], Mapping[str, Any] | None]
 """(step, timestep, {"latents": x}) -> None, or a mapping with `latents` to go on with or `interrupt`."""
@@ -27,7 +27,7 @@ ProgressCallback = Callable[[int, dict[str, Any]], Mapping[str, Any] | None]
 `discard`."""
 
 
-class Watch:
+class CallProgress:
     """One call's progress; the `StepHooks` of its loops.
 
     Attributes:

@@ -13,7 +13,7 @@ from helpers.fake_queue import FakeEvent, FakeQueue
 from helpers.sampler_oracle import config_of, make_scheduler
 from latentrt.runtime.denoise import run_steps
 from latentrt.runtime.previews import Previewer
-from latentrt.runtime.progress import Watch
+from latentrt.runtime.progress import CallProgress
 from latentrt.runtime.sampler import build_table
 from torch.nn import functional as F
 
@@ -65,9 +65,9 @@ def reported(steps: int, previewer: Any) -> list[tuple[int, int | None]]:
 
     latents = torch.zeros(2, 4, 3, 5)
     table = build_table(config_of(make_scheduler("euler")), steps)
-    watch = Watch(steps, {"disable": True}, CPU, on_progress=on_progress, previewer=previewer)
-    run_steps(latents, lambda: latents.add_(1), table, watch)
-    watch.finish()
+    progress = CallProgress(steps, {"disable": True}, CPU, on_progress=on_progress, previewer=previewer)
+    run_steps(latents, lambda: latents.add_(1), table, progress)
+    progress.finish()
     return calls
 
 
@@ -102,8 +102,8 @@ def test_without_a_previewer_steps_are_reported_all_the_same(queue: FakeQueue) -
 
 def test_on_the_cpu_a_step_is_reported_before_the_next_begins() -> None:
     told: list[int] = []
-    watch = Watch(4, {"disable": True}, CPU, on_progress=lambda n, _: told.append(n))
+    progress = CallProgress(4, {"disable": True}, CPU, on_progress=lambda n, _: told.append(n))
     table = build_table(config_of(make_scheduler("euler")), 4)
     before: list[int] = []
-    run_steps(torch.zeros(1, 4, 2, 2), lambda: before.append(len(told)), table, watch)
+    run_steps(torch.zeros(1, 4, 2, 2), lambda: before.append(len(told)), table, progress)
     assert before == [0, 1, 2, 3]

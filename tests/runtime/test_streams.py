@@ -16,7 +16,7 @@ from helpers.fake_queue import FakeQueue
 from helpers.sampler_oracle import config_of, make_scheduler
 from latentrt.runtime import streams
 from latentrt.runtime.denoise import run_steps
-from latentrt.runtime.progress import Watch
+from latentrt.runtime.progress import CallProgress
 from latentrt.runtime.sampler import SamplerTable, build_table
 from latentrt.runtime.streams import queue_of
 
@@ -40,10 +40,10 @@ class Stop(threading.Event):
         return self._asked - 1 == self._before
 
 
-def watched(queue: FakeQueue, stop_before: int | None = None) -> Watch:
-    watch = Watch(4, {"disable": True}, LATENTS.device)
-    watch.stop = Stop(queue, stop_before)
-    return watch
+def progress_of(queue: FakeQueue, stop_before: int | None = None) -> CallProgress:
+    progress = CallProgress(4, {"disable": True}, LATENTS.device)
+    progress.stop = Stop(queue, stop_before)
+    return progress
 
 
 def step(queue: FakeQueue) -> None:
@@ -55,7 +55,7 @@ def step(queue: FakeQueue) -> None:
 def test_before_a_step_the_host_waits_for_the_one_before_the_last_and_asks_whether_to_stop(
     queue: FakeQueue,
 ) -> None:
-    run_steps(LATENTS, lambda: step(queue), table(4), watched(queue))
+    run_steps(LATENTS, lambda: step(queue), table(4), progress_of(queue))
     assert queue.log == [
         *("stop?", "step", "record 1"),
         *("stop?", "step", "record 2"),
@@ -66,20 +66,20 @@ def test_before_a_step_the_host_waits_for_the_one_before_the_last_and_asks_wheth
 
 def test_the_host_waits_for_nothing_else(queue: FakeQueue) -> None:
     """Of 30 steps the last two are still under way when the loop has ended."""
-    run_steps(LATENTS, lambda: step(queue), table(30), watched(queue))
+    run_steps(LATENTS, lambda: step(queue), table(30), progress_of(queue))
     assert [line for line in queue.log if line.startswith("wait")] == [f"wait {k}" for k in range(1, 29)]
 
 
 def test_an_interruption_is_seen_before_the_next_step_is_given(queue: FakeQueue) -> None:
-    run_steps(LATENTS, lambda: step(queue), table(30), watched(queue, stop_before=3))
+    run_steps(LATENTS, lambda: step(queue), table(30), progress_of(queue, stop_before=3))
     assert queue.log.count("step") == 3
     assert queue.log[-2:] == ["wait 2", "stop?"]
 
 
 def test_a_loop_that_follows_another_keeps_its_distance_too(queue: FakeQueue) -> None:
-    watch = watched(queue)
+    progress = progress_of(queue)
     for _ in range(2):
-        run_steps(LATENTS, lambda: step(queue), table(3), watch)
+        run_steps(LATENTS, lambda: step(queue), table(3), progress)
     second = queue.log.index("record 3") + 1
     assert queue.log[second : second + 4] == ["wait 2", "stop?", "step", "record 4"]
     assert [line for line in queue.log if line.startswith("wait")] == [f"wait {k}" for k in range(1, 5)]
@@ -90,8 +90,8 @@ def test_a_callback_sees_a_step_that_is_done(queue: FakeQueue) -> None:
         assert queue.done == queue.places
         queue.log.append("callback")
 
-    watch = Watch(2, {"disable": True}, LATENTS.device, on_step=on_step)
-    run_steps(LATENTS, lambda: step(queue), table(2), watch)
+    progress = CallProgress(2, {"disable": True}, LATENTS.device, on_step=on_step)
+    run_steps(LATENTS, lambda: step(queue), table(2), progress)
     first = ("step", "record 1", "record 2", "wait 2", "callback")
     assert queue.log == [*first, "step", "record 3", "record 4", "wait 4", "callback"]
 
