@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -15,17 +13,12 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError, UnsafeWeightsError
-from .flow import make_images
-from .latents import NoiseSource
+from .calls import Calls, PipelineOutput
 from .parts import Parts, load_parts
 from .place import parse_device, parse_dtype
 from .previews import Previewer
-from .progress import CallProgress
-from .record import records
 from .request import GenerationRequest, OutputType, Size
-from .residency import exclusive
 from .sampler import SAMPLERS
-from .stages import Stage, stages_of_request, warn_of_late_start
 from .text_encoder import TextEncoder
 from .vae import VAE
 
@@ -33,24 +26,6 @@ __all__ = ["Pipeline", "PipelineOutput"]
 
 OnStepEnd = Callable[["Pipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
 OnProgress = Callable[["Pipeline", int, dict[str, Any]], Mapping[str, Any] | None]
-
-
-@dataclass(frozen=True)
-class PipelineOutput:
-    """The result of a call.
-
-    Attributes:
-        images: a list of PIL images, an array, a tensor or latents, by `output_type`; None if discarded.
-        parameters: what made each image, ready for a PNG; a seed is None where a used generator was given.
-        timings: seconds of each stage: prepare (load, and export and capture the first time), text, start, base,
-            refiner, decode, total.
-        interrupted: the call was stopped, so the images are unfinished or None.
-    """
-
-    images: Any
-    parameters: list[dict[str, Any]]
-    timings: dict[str, float]
-    interrupted: bool = False
 
 
 class Pipeline:
@@ -61,8 +36,8 @@ class Pipeline:
         self._parts = parts
         self._loader = parts.loader
         self._budget = parts.budget
+        self._calls = Calls(parts)
         self._bar_options: dict[str, Any] = {}
-        self._running: set[CallProgress] = set()
 
     @classmethod
     def from_pretrained(
@@ -207,7 +182,7 @@ class Pipeline:
         """
         place = parse_device(device)
         if place != self._loader.device:
-            if self._running:
+            if self._calls.running:
                 raise RequestError(
                     f"the pipeline cannot move to {str(device)!r} while a call runs; wait for its end"
                 )
@@ -220,13 +195,12 @@ class Pipeline:
 
     def interrupt(self) -> None:
         """Stop every call in progress after the step it is at; each returns what it has."""
-        for call in list(self._running):
-            call.stop.set()
+        self._calls.interrupt()
 
     @property
     def _interrupt(self) -> bool:
         """diffusers' callbacks write `pipe._interrupt = True` for `pipe.interrupt()`."""
-        return any(call.stop.is_set() for call in list(self._running))
+        return self._calls.interrupted
 
     @_interrupt.setter
     def _interrupt(self, value: bool) -> None:
@@ -266,7 +240,7 @@ class Pipeline:
                     seed=0,
                     output_type="pt",
                 )
-                self._run(request, {"disable": True})
+                self._calls.make(request, {"disable": True})
         self._budget.warn_of_evictions(evicted)
 
     def __call__(
@@ -351,41 +325,12 @@ class Pipeline:
             RequestError: an argument cannot be met; the message names it. A MemoryPlanError says what it needs.
             OutOfMemoryError: the device had too little memory after all; the pipeline can still be used.
         """
-        return self._run(
+        return self._calls.make(
             self._checked(locals()),
             self._bar_options,
             on_step=self._bound("callback_on_step_end", callback_on_step_end),
             on_progress=self._bound("callback_on_progress", callback_on_progress),
             previewer=previewer,
-        )
-
-    def _run(self, request: GenerationRequest, bar: Mapping[str, Any], **reporting: Any) -> PipelineOutput:
-        """Make the images of a request; `bar` and `reporting` are as for `CallProgress`."""
-        stages = self._stages(request)
-        tile = self._budget.admit(request, stages, idle=not self._running).tile
-        if request.image is None:
-            warn_of_late_start(stages[0].table)
-        noise = NoiseSource(request.generators, request.batch)
-        with self._watched(stages, bar, **reporting) as progress, self._executing():
-            states = noise.states()
-
-            def begin_again() -> None:
-                noise.restore(states)
-                progress.begin_again()
-
-            images = self._budget.retried(
-                lambda: make_images(self._parts, request, stages, noise, progress, tile),
-                begin_again,
-                plan=lambda: self._budget.plan(request, stages, tile),
-                in_callback=lambda: progress.in_callback,
-            )
-        if progress.discarded:  # the last steps may be reported after the images were made
-            images = None
-        return PipelineOutput(
-            images,
-            records(request, self._parts, tile),
-            progress.timings,
-            progress.interrupted or images is None,
         )
 
     def check(
@@ -403,10 +348,7 @@ class Pipeline:
             RequestError: as a call does.
         """
         request = self._request(prompt, **arguments)
-        stages = self._stages(request)
-        if planned:
-            self._budget.require(request, stages, idle=not self._running)
-        return request, sum(len(stage.table) for stage in stages)
+        return request, self._calls.check(request, planned=planned)
 
     def fit_previewer(self) -> Previewer:
         """A previewer of this model's latents, fitted to its VAE at the model's own size.
@@ -414,10 +356,7 @@ class Pipeline:
         Raises:
             MemoryPlanError: that size does not fit.
         """
-        request = self._request("")
-        tile = self._budget.admit(request, self._stages(request), idle=not self._running).tile
-        with self._executing():
-            return Previewer.fit(self.vae, request.height, request.width, self.device, tile=tile)
+        return self._calls.fit_previewer(self._request(""))
 
     def _bound(self, name: str, callback: Callable[..., Any] | None) -> Callable[..., Any] | None:
         """A callback with this pipeline as its first argument."""
@@ -447,35 +386,6 @@ class Pipeline:
             latent_scale=scale,
             latent_channels=self.vae.channels,
         )
-
-    def _stages(self, request: GenerationRequest) -> list[Stage]:
-        return stages_of_request(self._parts.base, self._parts.refiner, request)
-
-    @contextmanager
-    def _executing(self) -> Iterator[None]:
-        """Keep other threads from offloading these engines, and turn off a caller's autocast: networks would run, be
-        captured and be exported in its dtypes."""
-        with (
-            exclusive(self._parts.engines()),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast(self.device.type, enabled=False),
-            torch.no_grad(),
-        ):
-            yield
-
-    @contextmanager
-    def _watched(
-        self, stages: Sequence[Stage], bar: Mapping[str, Any], **options: Any
-    ) -> Iterator[CallProgress]:
-        """The progress of one call, which `interrupt` reaches while it lasts."""
-        progress = CallProgress(sum(len(stage.table) for stage in stages), bar, self.device, **options)
-        self._running.add(progress)
-        try:
-            yield progress
-            progress.finish()
-        finally:
-            self._running.discard(progress)
-            progress.close()
 
 
 @cache

@@ -61,14 +61,14 @@ def test_whether_a_call_is_interrupted_is_read_while_others_begin(both: latentrt
     class Call:
         @property
         def stop(self) -> threading.Event:
-            both._running.add(Call())  # as another thread's call does meanwhile
+            both._calls.running.add(Call())  # as another thread's call does meanwhile
             return threading.Event()
 
     try:
-        both._running.update([Call(), Call()])
+        both._calls.running.update([Call(), Call()])
         assert not both._interrupt
     finally:
-        both._running.clear()
+        both._calls.running.clear()
 
 
 def test_interrupt_from_another_thread(both: latentrt.Pipeline) -> None:

@@ -103,7 +103,7 @@ def test_out_of_memory_twice_shows_the_plan_and_the_pipeline_stays_usable(
         str(caught.value),
     )
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
-    assert used._running == set()
+    assert used._calls.running == set()
     assert np.array_equal(used(**SEEDED_CALL).images, image_of_call)
 
 

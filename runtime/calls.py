@@ -1,0 +1,136 @@
+"""The calls of a pipeline: each within its memory budget, apart from its caller's settings, interruptible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .flow import make_images
+from .latents import NoiseSource
+from .parts import Parts
+from .previews import Previewer
+from .progress import CallProgress
+from .record import records
+from .request import GenerationRequest
+from .residency import exclusive
+from .stages import Stage, stages_of_request, warn_of_late_start
+
+__all__ = ["Calls", "PipelineOutput"]
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """The result of a call.
+
+    Attributes:
+        images: a list of PIL images, an array, a tensor or latents, by `output_type`; None if discarded.
+        parameters: what made each image, ready for a PNG; a seed is None where a used generator was given.
+        timings: seconds of each stage: prepare (load, and export and capture the first time), text, start, base,
+            refiner, decode, total.
+        interrupted: the call was stopped, so the images are unfinished or None.
+    """
+
+    images: Any
+    parameters: list[dict[str, Any]]
+    timings: dict[str, float]
+    interrupted: bool = False
+
+
+class Calls:
+    """Makes the images of requests, which may come from several threads.
+
+    Attributes:
+        running: those in progress.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.running: set[CallProgress] = set()
+        self._parts = parts
+        self._budget = parts.budget
+
+    def make(self, request: GenerationRequest, bar: Mapping[str, Any], **reporting: Any) -> PipelineOutput:
+        """Make the images of a request; `bar` and `reporting` are as for `CallProgress`."""
+        stages = self._stages(request)
+        tile = self._budget.admit(request, stages, idle=not self.running).tile
+        if request.image is None:
+            warn_of_late_start(stages[0].table)
+        noise = NoiseSource(request.generators, request.batch)
+        with self._progress(stages, bar, **reporting) as progress, self._executing():
+            states = noise.states()
+
+            def begin_again() -> None:
+                noise.restore(states)
+                progress.begin_again()
+
+            images = self._budget.retried(
+                lambda: make_images(self._parts, request, stages, noise, progress, tile),
+                begin_again,
+                plan=lambda: self._budget.plan(request, stages, tile),
+                in_callback=lambda: progress.in_callback,
+            )
+        if progress.discarded:  # the last steps may be reported after the images were made
+            images = None
+        return PipelineOutput(
+            images,
+            records(request, self._parts, tile),
+            progress.timings,
+            progress.interrupted or images is None,
+        )
+
+    def check(self, request: GenerationRequest, *, planned: bool) -> int:
+        """The steps that a request takes; refuses one that cannot be met, by plan too if it is to be `planned`."""
+        stages = self._stages(request)
+        if planned:
+            self._budget.require(request, stages, idle=not self.running)
+        return sum(len(stage.table) for stage in stages)
+
+    def fit_previewer(self, request: GenerationRequest) -> Previewer:
+        """A previewer fitted to the VAE at the request's size."""
+        tile = self._budget.admit(request, self._stages(request), idle=not self.running).tile
+        vae, device = self._parts.vae, self._parts.loader.device
+        with self._executing():
+            return Previewer.fit(vae, request.height, request.width, device, tile=tile)
+
+    def interrupt(self) -> None:
+        """Stop every call in progress after the step it is at."""
+        for call in list(self.running):
+            call.stop.set()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether one in progress is to stop."""
+        return any(call.stop.is_set() for call in list(self.running))
+
+    def _stages(self, request: GenerationRequest) -> list[Stage]:
+        return stages_of_request(self._parts.base, self._parts.refiner, request)
+
+    @contextmanager
+    def _executing(self) -> Iterator[None]:
+        """Keep other threads from offloading these engines, and turn off a caller's autocast: networks would run, be
+        captured and be exported in its dtypes."""
+        with (
+            exclusive(self._parts.engines()),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast(self._parts.loader.device.type, enabled=False),
+            torch.no_grad(),
+        ):
+            yield
+
+    @contextmanager
+    def _progress(
+        self, stages: Sequence[Stage], bar: Mapping[str, Any], **reporting: Any
+    ) -> Iterator[CallProgress]:
+        """The progress of one call, which `interrupt` reaches while it lasts."""
+        steps = sum(len(stage.table) for stage in stages)
+        progress = CallProgress(steps, bar, self._parts.loader.device, **reporting)
+        self.running.add(progress)
+        try:
+            yield progress
+            progress.finish()
+        finally:
+            self.running.discard(progress)
+            progress.close()
