@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from ..errors import RequestError
+from ..errors import RequestError, UnsafeWeightsError
 from .budget import Budget
 from .engines.lazy import EngineLoader, LazyEngine
 from .expert import Expert, check_fit
 from .loading import load_expert, load_vae
 from .memory import check_policy
 from .place import parse_bytes, parse_device, parse_dtype
+from .request import GenerationRequest
 from .text_encoder import TextEncoder
 from .vae import VAE
 from .weights import open_checkpoint, refiner_source
@@ -43,6 +44,25 @@ class Parts:
         """Every engine of the pipeline, in load order."""
         return [*(x for expert in self.experts for x in expert.engines()), self.vae.encoder, self.vae.decoder]
 
+    def request(self, arguments: Mapping[str, Any]) -> GenerationRequest:
+        """The request of a call with these arguments, all by name, with the model's defaults.
+
+        Raises:
+            RequestError: as of `GenerationRequest.create`.
+        """
+        config, scale = self.base.config, self.vae.scale
+        defaults = {
+            "guidance_scale": 5.0 if config.takes_sizes else 7.5,
+            "strength": 0.3 if config.takes_sizes else 0.8,
+        }
+        height, width = config.latent_size
+        return GenerationRequest.create(
+            {**arguments, **{name: x for name, x in defaults.items() if arguments[name] is None}},
+            default_size=(height * scale, width * scale),
+            latent_scale=scale,
+            latent_channels=self.vae.channels,
+        )
+
 
 def dtype_for(device: torch.device, dtype: torch.dtype | str | None) -> torch.dtype:
     """A dtype from itself or its name; by default float32 on the CPU and float16 elsewhere.
@@ -59,6 +79,7 @@ def load_parts(
     *,
     backend: str = "auto",
     dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
     variant: str | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -67,6 +88,7 @@ def load_parts(
     memory: str = "resident",
     memory_limit: int | str | None = None,
     loop_memory: int | str | None = None,
+    use_safetensors: bool | None = None,
     text_encoder: TextEncoder | None = None,
     text_encoder_2: TextEncoder | None = None,
     vae: VAE | None = None,
@@ -78,14 +100,20 @@ def load_parts(
     Args:
         upcast: of a VAE that overflows in float16; by default the back end's `upcast`.
     """
+    if use_safetensors is not None and not use_safetensors:
+        raise UnsafeWeightsError(
+            "use_safetensors=False asks for pickled weights, which can run code; leave it out"
+        )
+    if dtype is not None and torch_dtype is not None and parse_dtype(dtype) != parse_dtype(torch_dtype):
+        raise RequestError(f"dtype is {dtype} and torch_dtype {torch_dtype}; give one of them")
     shared = ((text_encoder, TextEncoder), (text_encoder_2, TextEncoder), (vae, VAE))
-    for part, kind in shared:
-        if part is not None and not isinstance(part, kind):
+    for part, wanted in shared:
+        if part is not None and not isinstance(part, wanted):
             raise RequestError(
-                f"a {type(part).__name__} was given to share; give the {kind.__name__} of a latentrt.Pipeline"
+                f"a {type(part).__name__} was given to share; give the {wanted.__name__} of a latentrt.Pipeline"
             )
     place = parse_device(device)
-    precision = dtype_for(place, dtype)
+    precision = dtype_for(place, torch_dtype if dtype is None else dtype)
     policy = check_policy(memory)
     limit, loops = parse_bytes(memory_limit, "memory_limit"), parse_bytes(loop_memory, "loop_memory")
     cache = None if cache_dir is None else Path(cache_dir)

@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..errors import RequestError, UnsafeWeightsError
+from ..errors import RequestError
 from .calls import Calls, PipelineOutput
 from .parts import Parts, load_parts
-from .place import parse_device, parse_dtype
+from .place import parse_device
 from .previews import Previewer
 from .request import GenerationRequest, OutputType, Size
 from .sampler import SAMPLERS
@@ -97,32 +97,8 @@ class Pipeline:
             BackendError: unknown, or it cannot run here.
             MemoryPlanError: the weights alone take more memory than there is.
         """
-        if use_safetensors is not None and not use_safetensors:
-            raise UnsafeWeightsError(
-                "use_safetensors=False asks for pickled weights, which can run code; leave it out"
-            )
-        if dtype is not None and torch_dtype is not None and parse_dtype(dtype) != parse_dtype(torch_dtype):
-            raise RequestError(f"dtype is {dtype} and torch_dtype {torch_dtype}; give one of them")
-        return cls(
-            load_parts(
-                model,
-                refiner,
-                backend=backend,
-                dtype=dtype if dtype is not None else torch_dtype,
-                variant=variant,
-                revision=revision,
-                cache_dir=cache_dir,
-                device=device,
-                graphs=graphs,
-                memory=memory,
-                memory_limit=memory_limit,
-                loop_memory=loop_memory,
-                text_encoder=text_encoder,
-                text_encoder_2=text_encoder_2,
-                vae=vae,
-                scheduler=scheduler,
-            )
-        )
+        arguments = {name: value for name, value in locals().items() if name != "cls"}
+        return cls(load_parts(**arguments))
 
     @property
     def text_encoder(self) -> TextEncoder | None:
@@ -326,7 +302,7 @@ class Pipeline:
             OutOfMemoryError: the device had too little memory after all; the pipeline can still be used.
         """
         return self._calls.make(
-            self._checked(locals()),
+            self._parts.request(locals()),
             self._bar_options,
             on_step=self._bound("callback_on_step_end", callback_on_step_end),
             on_progress=self._bound("callback_on_progress", callback_on_progress),
@@ -370,22 +346,7 @@ class Pipeline:
         """The request that a call with these arguments would make."""
         call = _signature().bind(self, *arguments, **named)
         call.apply_defaults()
-        return self._checked(call.arguments)
-
-    def _checked(self, arguments: Mapping[str, Any]) -> GenerationRequest:
-        """The request of a call with these arguments, all by name, with the model's defaults."""
-        config, scale = self._parts.base.config, self.vae.scale
-        defaults = {
-            "guidance_scale": 5.0 if config.takes_sizes else 7.5,
-            "strength": 0.3 if config.takes_sizes else 0.8,
-        }
-        height, width = config.latent_size
-        return GenerationRequest.create(
-            {**arguments, **{name: x for name, x in defaults.items() if arguments[name] is None}},
-            default_size=(height * scale, width * scale),
-            latent_scale=scale,
-            latent_channels=self.vae.channels,
-        )
+        return self._parts.request(call.arguments)
 
 
 @cache
