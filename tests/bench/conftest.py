@@ -1,4 +1,4 @@
-"""Planted sides, measured in this process; kernels, timed without a GPU."""
+"""Tiny models for real sides; planted sides, measured in this process; kernels, timed without a GPU."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ from latentrt.bench.kernel_timing import Timing
 from latentrt.bench.results import CaseResult
 from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.worker import Job, Worker
+
+
+@pytest.fixture
+def case(tiny: Callable[..., Path]) -> Case:
+    """Of two tiny models, base and refiner, for sides that make pictures."""
+    model, refiner = (str(tiny(kind)) for kind in ("sdxl", "refiner"))
+    return Case("tiny", "random", model, refiner, size=(64, 64), batches=(1, 2), steps=2, high_noise_frac=0.5)
 
 
 @pytest.fixture
