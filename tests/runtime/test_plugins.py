@@ -1,11 +1,11 @@
-"""The plugins' own code: what they launch, run in Triton's interpreter; what they tell a builder; what they refuse.
+"""`runtime/engines/plugins.py`, `plugin_launch.py` and `plugin_code.py`: what plugins launch, run in Triton's
+interpreter; what they tell a builder; what they refuse.
 
 The classes are made over TensorRT for RTX; that its builder takes them is in tests/export/test_plugins.py.
 """
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import textwrap
@@ -18,7 +18,7 @@ import tensorrt_rtx_bindings as rtx
 import torch
 from helpers.fake_cuda import FakeCuda, code_of
 from helpers.kernel_checks import assert_as_good
-from latentrt.errors import BackendError, RequestError
+from latentrt.errors import BackendError
 from latentrt.kernels import reference
 from latentrt.kernels._group_norm_triton import plan as plan_group_norm
 from latentrt.kernels.binaries import AttentionKernels, GroupNormKernels, Kernels
@@ -307,63 +307,7 @@ def test_channels_that_are_not_fixed() -> None:
         OPERATORS["DotProductAttention"].key("float16", [(-1, -1, 8, -1)] * 3, {"scale": 1.0})
 
 
-# --- names and versions
-
-
-def test_choosing() -> None:
-    assert plugins.chosen("none") == ()
-    assert plugins.chosen("all") == tuple(sorted(OPERATORS))
-    assert plugins.chosen(" GroupNormSilu,GroupNorm, GroupNorm") == ("GroupNorm", "GroupNormSilu")
-    with pytest.raises(RequestError, match=r"no plugin 'Geglu'; there are GroupNorm, .* and all or none"):
-        plugins.chosen("GroupNorm,Geglu")
-
-
-def test_a_version_follows_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    (before,) = plugins.versions(["GroupNorm"]).values()
-    monkeypatch.setattr(plugins, "_SOURCES", plugins._SOURCES[1:])
-    plugins._digest.cache_clear()
-    (after,) = plugins.versions(["GroupNorm"]).values()
-    assert before != after
-    assert before.partition("-")[0] == after.partition("-")[0] == "1"
-    assert all((plugins._PACKAGE / source).exists() for source in plugins._SOURCES)
-
-
-def test_every_module_of_a_plugin_s_kernels_counts() -> None:
-    """Those that its kernels' modules import, too; plugins run no attention by TMA or by PyTorch's libraries."""
-    listed = [source for source in plugins._SOURCES if source.startswith("kernels/_")]
-    imported = {
-        f"kernels/{name}.py"
-        for source in listed
-        for name in re.findall(r"^from \.(_\w+) import", (plugins._PACKAGE / source).read_text("utf-8"), re.M)
-    }
-    assert imported - set(listed) <= {"kernels/_attention_tma.py", "kernels/_attention_library.py"}
-
-
-@pytest.mark.parametrize(
-    ("name", "version", "why"),
-    [
-        ("Geglu", "1-abc", r"plugin Geglu 1-abc, and this latentrt has only GroupNorm, .*; build it again"),
-        (
-            "GroupNorm",
-            "2-abc",
-            r"plugin GroupNorm 2-abc, and this latentrt has it in version 1; build it again",
-        ),
-    ],
-)
-def test_a_plugin_that_is_missing(name: str, version: str, why: str) -> None:
-    with pytest.raises(BackendError, match=why):
-        plugins.loading(rtx, {name: version})
-
-
-def test_loading_registers_once() -> None:
-    registry = rtx.get_plugin_registry()
-    plugins.loading(rtx, {"GroupNorm": "1-x"})
-    plugins.loading(rtx, {"GroupNorm": "1-y"})
-    try:
-        found = registry.get_creator("GroupNorm", "1", "latentrt")
-        assert found is plugins._loaded[id(rtx), "GroupNorm"][0]
-    finally:  # for tests that register their own
-        registry.deregister_creator(plugins._loaded.pop((id(rtx), "GroupNorm"))[0])
+# --- where it runs
 
 
 def test_plugins_run_where_torch_and_triton_are_not() -> None:
