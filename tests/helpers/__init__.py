@@ -4,7 +4,8 @@ tiny_*                                small random models, calls of them, entrie
 published_configs, original_layout    configurations of real models; SDXL's keys in a single file
 parity, parity_cases, sampler_oracle  what diffusers computes, and which calls are compared with it
 kernel_checks, engine_checks          an operator against float64; an engine that is replayed
-loops, threads, stream_order          run a loop; work in several threads; whether streams are ordered
+loops, threads                        run a loop; work in several threads
+stream_order, vector_clocks           whether streams are ordered; what each stream and thread comes after
 faults                                errors of the operating system to plant
 waiting                               until a condition holds, a file is written, a process has ended
 fake_*                                stand in for a clock, a device, its queue, NVML, a runner, a builder, TensorRT

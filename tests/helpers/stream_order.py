@@ -21,7 +21,6 @@ from __future__ import annotations
 import re
 import sys
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +34,8 @@ from torch.cuda import _gpu_trace as trace
 from torch.cuda._sanitizer import zip_arguments
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from helpers.vector_clocks import Clock, Clocks, FollowedLock, merge
 
 __all__ = ["StreamOrder", "following"]
 
@@ -70,97 +71,6 @@ class _Block:
         yield from self.reads.values()
 
 
-_Clock = dict[int, int]
-"""Of each stream the number of the last work that is known to be done: vector clocks, as race detectors have them."""
-
-
-def _merge(into: _Clock, known: _Clock) -> None:
-    for stream, number in known.items():
-        into[stream] = max(number, into.get(stream, 0))
-
-
-class _Clocks:
-    """What each stream and each thread of the host comes after."""
-
-    def __init__(self) -> None:
-        self._streams = defaultdict[int, _Clock](dict)
-        self._events = dict[int, _Clock]()
-        self._host = threading.local()
-
-    @property
-    def host(self) -> _Clock:
-        """The current thread's."""
-        if not hasattr(self._host, "clock"):
-            self._host.clock = _Clock()
-        return self._host.clock
-
-    def stream(self, stream: int) -> _Clock:
-        """What comes after all that the current thread puts on a stream now."""
-        clock = self._streams[stream]
-        _merge(clock, self.host)
-        return clock
-
-    def record(self, event: int, stream: int) -> None:
-        self._events[event] = dict(self.stream(stream))
-
-    def wait(self, event: int, stream: int) -> None:
-        _merge(self.stream(stream), self._events.get(event, {}))
-
-    def synchronize_event(self, event: int) -> None:
-        _merge(self.host, self._events.get(event, {}))
-
-    def synchronize_stream(self, stream: int) -> None:
-        _merge(self.host, self._streams[stream])
-
-    def synchronize_device(self) -> None:
-        for clock in self._streams.values():
-            _merge(self.host, clock)
-
-
-class _FollowedLock:
-    """A lock whose holder comes after those who held it before."""
-
-    def __init__(self, lock: Any, clocks: _Clocks) -> None:
-        self._lock, self._clocks, self._clock = lock, clocks, _Clock()
-
-    def acquire(self, *args: Any, **kwargs: Any) -> bool:
-        taken: bool = self._lock.acquire(*args, **kwargs)
-        if taken:
-            _merge(self._clocks.host, self._clock)
-        return taken
-
-    def release(self) -> None:
-        _merge(self._clock, self._clocks.host)
-        self._lock.release()
-
-    def __enter__(self) -> bool:
-        return self.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def locked(self) -> bool:
-        return self._lock.locked()  # type: ignore[no-any-return]
-
-    # What `threading.Condition` asks of a lock that may be taken again by who has it.
-
-    def _is_owned(self) -> bool:
-        if hasattr(self._lock, "_is_owned"):
-            return self._lock._is_owned()  # type: ignore[no-any-return]
-        return self.locked()
-
-    def _release_save(self) -> Any:
-        _merge(self._clock, self._clocks.host)
-        return self._lock._release_save() if hasattr(self._lock, "_release_save") else self._lock.release()
-
-    def _acquire_restore(self, state: Any) -> None:
-        if hasattr(self._lock, "_acquire_restore"):
-            self._lock._acquire_restore(state)
-        else:
-            self._lock.acquire()
-        _merge(self._clocks.host, self._clock)
-
-
 class StreamOrder:
     """Follows one process's work, in the threads that are in its `mode`.
 
@@ -171,7 +81,7 @@ class StreamOrder:
     def __init__(self) -> None:
         self.races: dict[str, None] = {}
         self._lock = threading.RLock()
-        self.clocks = _Clocks()
+        self.clocks = Clocks()
         self._number = 0
         self._blocks: dict[int, _Block] = {}
         self._host: dict[
@@ -350,8 +260,8 @@ def following(order: StreamOrder) -> Iterator[StreamOrder]:
     start, run, join = threading.Thread.start, threading.Thread.run, threading.Thread.join
     clocks = order.clocks
     parents, ended = (
-        WeakKeyDictionary[threading.Thread, _Clock](),
-        WeakKeyDictionary[threading.Thread, _Clock](),
+        WeakKeyDictionary[threading.Thread, Clock](),
+        WeakKeyDictionary[threading.Thread, Clock](),
     )
 
     def noted_begin(self: torch.cuda.CUDAGraph, *args: Any, **kwargs: Any) -> None:
@@ -373,7 +283,7 @@ def following(order: StreamOrder) -> Iterator[StreamOrder]:
         start(self)
 
     def followed_run(self: threading.Thread) -> None:
-        _merge(clocks.host, parents[self])
+        merge(clocks.host, parents[self])
         try:
             with order.mode:
                 run(self)
@@ -383,15 +293,15 @@ def following(order: StreamOrder) -> Iterator[StreamOrder]:
     def followed_join(self: threading.Thread, timeout: float | None = None) -> None:
         join(self, timeout)
         if not self.is_alive():
-            _merge(clocks.host, ended.get(self, {}))
+            merge(clocks.host, ended.get(self, {}))
 
     order.races.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda.CUDAGraph, "capture_begin", noted_begin)
         patch.setattr(torch.cuda.CUDAGraph, "replay", noted_replay)
         patch.setattr(torch.cuda.Event, "query", noted_query)
-        patch.setattr(threading, "Lock", lambda: _FollowedLock(make_lock(), clocks))
-        patch.setattr(threading, "RLock", lambda: _FollowedLock(make_rlock(), clocks))
+        patch.setattr(threading, "Lock", lambda: FollowedLock(make_lock(), clocks))
+        patch.setattr(threading, "RLock", lambda: FollowedLock(make_rlock(), clocks))
         patch.setattr(threading.Thread, "start", followed_start)
         patch.setattr(threading.Thread, "run", followed_run)
         patch.setattr(threading.Thread, "join", followed_join)
