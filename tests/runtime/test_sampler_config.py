@@ -20,6 +20,7 @@ from helpers.sampler_oracle import (
     start_at,
     table_steps,
 )
+from helpers.tiny_checkpoints import SCHEDULERS
 from latentrt.errors import RequestError, UnsupportedConfigError
 from latentrt.runtime.sampler import SAMPLERS, SamplerConfig, build_table
 from latentrt.runtime.sampler_config import scheduler_fields
@@ -29,36 +30,8 @@ X = noise_like(1, 4, 6, 6)
 
 # As published; fields of other samplers are there from conversions.
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "SDXL": {
-        "_class_name": "EulerDiscreteScheduler",
-        "_diffusers_version": "0.19.0.dev0",
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "clip_sample": False,
-        "interpolation_type": "linear",
-        "num_train_timesteps": 1000,
-        "prediction_type": "epsilon",
-        "sample_max_value": 1.0,
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
-        "timestep_spacing": "leading",
-        "trained_betas": None,
-        "use_karras_sigmas": False,
-    },
-    "SD 1.5": {
-        "_class_name": "PNDMScheduler",
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "num_train_timesteps": 1000,
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
-        "trained_betas": None,
-        "clip_sample": False,
-    },
+    "SDXL": SCHEDULERS["sdxl"],
+    "SD 1.5": SCHEDULERS["sd15"],
     "SD 2.1, zero SNR": {
         "_class_name": "DDIMScheduler",
         "beta_end": 0.012,
