@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["AllocatorEvent", "room_for"]
+__all__ = ["AllocatorEvent", "arena_bytes"]
 
 AllocatorEvent = tuple[int, int]
 """A tensor's number and its bytes, when it is allocated; its number and 0, when it is freed."""
@@ -25,7 +25,7 @@ _BISECTIONS = 6
 """They leave 1/64 of the gap between the bounds."""
 
 
-def room_for(events: Sequence[AllocatorEvent]) -> int:
+def arena_bytes(events: Sequence[AllocatorEvent]) -> int:
     """Bytes of one arena that serves all of this, and of the segments of small tensors; multiples of 2 MiB.
 
     Args:

@@ -41,12 +41,12 @@ class Admission:
     Attributes:
         plan: what it takes; None where nothing bounds the memory, and so nothing was planned.
         tile: as for `VAE.decode`; set also where a whole image would not fit.
-        room: bytes that it leaves for captured graphs, those of its own loops included; None likewise.
+        graph_memory: bytes that it leaves for captured graphs, those of its own loops included; None likewise.
     """
 
     plan: Plan | None
     tile: int | None
-    room: int | None
+    graph_memory: int | None
 
 
 class Budget:
@@ -219,13 +219,14 @@ class Budget:
             )
         cache, graphs = self._loader.graph_cache, self._loader.graphs
         if self._loop_memory is None:
-            cache.limit = DEFAULT_LIMIT if admission.room is None else admission.room
-        if admission.room is not None:
-            cache.shrink(min(admission.room, cache.limit))
+            cache.limit = DEFAULT_LIMIT if admission.graph_memory is None else admission.graph_memory
+        if admission.graph_memory is not None:
+            cache.shrink(min(admission.graph_memory, cache.limit))
         if admission.plan is not None and graphs is not None and self._loader.backend.name in _OF_PYTORCH:
-            graphs.room = admission.plan.graph_bytes(self._policy, cache.limit)
+            graphs.first_block = admission.plan.graph_bytes(self._policy, cache.limit)
             if idle and self._might_outgrow(admission, graphs):
-                cache.drop()  # with its last graph the pool goes, and the next capture begins one of `room`
+                # With its last graph the pool goes, and the next capture begins one of `first_block`.
+                cache.drop()
         return admission
 
     def _might_outgrow(self, admission: Admission, graphs: Graphs) -> bool:
@@ -234,11 +235,11 @@ class Budget:
         It would grow tensor by tensor, to half as much again as one block would be (`arena`), and what it began with
         is not part of that.
         """
-        plan, room, begun_with = admission.plan, admission.room, graphs.pool_room
-        if plan is None or room is None or begun_with is None or begun_with >= graphs.room:
+        plan, graph_memory, begun_with = admission.plan, admission.graph_memory, graphs.pool_began_with
+        if plan is None or graph_memory is None or begun_with is None or begun_with >= graphs.first_block:
             return False
-        spare = room - plan.buffer_bytes - self._loader.graph_cache.nbytes
-        return spare < begun_with + graphs.room // 2
+        spare = graph_memory - plan.buffer_bytes - self._loader.graph_cache.nbytes
+        return spare < begun_with + graphs.first_block // 2
 
     def warn_of_evictions(self, before: int) -> None:
         """Warn if a warm-up evicted graphs of its own; `before` is the cache's `evicted` when it began."""

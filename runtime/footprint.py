@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from ..kernels import as_nodes
 from ..kernels._triton import Descriptor
 from ..kernels.registry import OpSpec, specs
-from .arena import AllocatorEvent, room_for
+from .arena import AllocatorEvent, arena_bytes
 from .graph import expect_modes
 
 __all__ = ["Footprint", "Tracker", "follow", "measure"]
@@ -63,7 +63,7 @@ class Tracker(TorchDispatchMode):
         live: bytes of the storages made meanwhile that still exist.
         peak: the most `live` has been.
         scratch: bytes of the largest workspace of one operator.
-        events: allocations and frees, workspaces' too, for `arena.room_for`.
+        events: allocations and frees, workspaces' too, for `arena.arena_bytes`.
     """
 
     def __init__(self, arch: int | None = None) -> None:
@@ -132,9 +132,9 @@ class Tracker(TorchDispatchMode):
         return self._count
 
     @property
-    def room(self) -> int:
+    def arena_bytes(self) -> int:
         """Bytes of the arena that serves all this."""
-        return room_for(self.events)
+        return arena_bytes(self.events)
 
 
 def follow(work: Callable[[], object], arch: int) -> Tracker:
@@ -172,7 +172,7 @@ def measure(
         flops=tracker.flops,
         activation_bytes=memory.peak,
         scratch_bytes=memory.scratch,
-        pool_bytes=memory.room,
+        pool_bytes=memory.arena_bytes,
         input_bytes=sum(t.nbytes for t in inputs),
         output_bytes=sum(t.nbytes for t in outputs),
     )

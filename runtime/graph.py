@@ -72,25 +72,25 @@ class Graphs:
     Graphs that share a pool must not run at once: hold `exclusive` while one is captured or replayed.
 
     Attributes:
-        room: bytes of the one block that a new pool begins with, if a plan tells what will be captured. Grown tensor
-            by tensor, the pool would be many blocks, into which a larger tensor does not fit.
+        first_block: bytes of the one block that a new pool begins with, if a plan tells what will be captured.
+            Grown tensor by tensor, the pool would be many blocks, into which a larger tensor does not fit.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.room = 0
+        self.first_block = 0
         self._lock = threading.RLock()
         self._pool: Any = None
-        self._pool_room = 0
+        self._pool_began_with = 0
         self._in_pool: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
         self._stream: Any = None
         self._last: Any = None  # the event after what ran last
         self._holder: Any = None  # the stream of who is exclusive now
 
     @property
-    def pool_room(self) -> int | None:
-        """`room` when the pool that there is was begun; None while no graph has one."""
-        return self._pool_room if self._in_pool else None
+    def pool_began_with(self) -> int | None:
+        """The `first_block` of the pool that there is; None while no graph has one."""
+        return self._pool_began_with if self._in_pool else None
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -144,7 +144,7 @@ class Graphs:
         with _CAPTURING, torch.cuda.device(self.device):
             keep_alive = list(self._in_pool)  # or the pool could go meanwhile
             if not keep_alive:  # a pool that no graph has any more cannot be used again
-                self._pool, self._pool_room = torch.cuda.graph_pool_handle(), self.room
+                self._pool, self._pool_began_with = torch.cuda.graph_pool_handle(), self.first_block
             if self._stream is None:
                 # Of high priority: PyTorch hands out 32 streams of each priority in rotation, and the one that is
                 # captured must not be a caller's.
@@ -154,7 +154,7 @@ class Graphs:
             graph, last_operation = torch.cuda.CUDAGraph(), _LastOperation()
             _choose_cudnn_algorithms(stream, work)
             with ExitStack() as held:
-                _warm_up(pool, stream, work, 0 if keep_alive else self.room, held)
+                _warm_up(pool, stream, work, 0 if keep_alive else self.first_block, held)
                 try:
                     # Other threads may use the device meanwhile, so only what this one does counts.
                     captured: AbstractContextManager[None] = torch.cuda.graph(
@@ -208,14 +208,14 @@ def _choose_cudnn_algorithms(stream: torch.cuda.Stream, work: Callable[[], objec
 
 
 def _warm_up(
-    pool: Any, stream: torch.cuda.Stream, work: Callable[[], object], room: int, held: ExitStack
+    pool: Any, stream: torch.cuda.Stream, work: Callable[[], object], first_block: int, held: ExitStack
 ) -> None:
     """Run `work` before it is captured, so that kernels are compiled and libraries set up outside of the graph.
 
     In the graphs' pool: elsewhere it would take as much memory again, which no plan counts.
 
     Args:
-        room: bytes of one block that the pool is to have; 0 for none.
+        first_block: bytes of one block that the pool is to have; 0 for none.
         held: keeps the pool until it is closed, by when a graph may have it.
     """
     device = torch.cuda.current_device()
@@ -229,9 +229,9 @@ def _warm_up(
         torch._C._cuda_clearCublasWorkspaces()
         with torch.cuda.stream(stream):
             torch.cuda.current_blas_handle()  # allocates the workspace now: it must not lie in the block
-            if room and not _splits_are_limited():
+            if first_block and not _splits_are_limited():
                 # Freed at once, and split among what follows.
-                torch.empty(room, dtype=torch.uint8, device="cuda")
+                torch.empty(first_block, dtype=torch.uint8, device="cuda")
             work()
     finally:
         torch._C._cuda_endAllocateToPool(device, pool)

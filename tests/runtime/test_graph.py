@@ -220,7 +220,7 @@ def test_cudnn_tries_in_the_pool_where_there_is_no_room_elsewhere(monkeypatch: p
 def test_a_pool_begins_with_the_room_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is made in it, and what outlives the work lies elsewhere; once for all that share it."""
     cuda, graphs = FakeAllocator(monkeypatch), Graphs(torch.device("cuda:0"))
-    graphs.room = 8
+    graphs.first_block = 8
     monkeypatch.setattr(torch, "empty", lambda size, **_: cuda.log.append(f"{size} bytes in {cuda.into}"))
     kept = [graphs.capture(cuda.work, "work") for _ in range(2)]
     ran = [line.removesuffix(" in (0, 1)") for line in cuda.log if " in " in line]
@@ -248,16 +248,16 @@ def test_graphs_share_a_pool_while_one_of_them_is_there(monkeypatch: pytest.Monk
 def test_a_pool_knows_the_room_that_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, graphs = FakeAllocator(monkeypatch), Graphs(torch.device("cuda:0"))
     monkeypatch.setattr(torch, "empty", lambda size, **_: None)
-    rooms = [graphs.pool_room]
+    begun_with = [graphs.pool_began_with]
     kept = []
-    for graphs.room in (8, 16):
+    for graphs.first_block in (8, 16):
         kept.append(graphs.capture(cuda.work, "work"))
-        rooms.append(graphs.pool_room)
+        begun_with.append(graphs.pool_began_with)
     kept.clear()
-    rooms.append(graphs.pool_room)
+    begun_with.append(graphs.pool_began_with)
     kept.append(graphs.capture(cuda.work, "work"))
-    rooms.append(graphs.pool_room)
-    assert rooms == [None, 8, 8, None, 16]
+    begun_with.append(graphs.pool_began_with)
+    assert begun_with == [None, 8, 8, None, 16]
 
 
 def test_work_that_fails_leaves_the_next_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:

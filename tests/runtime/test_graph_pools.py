@@ -26,7 +26,7 @@ def test_a_pool_that_a_small_request_began_does_not_grow_beyond_the_plan(
 
     def pooled(self: Graphs, work: Callable[[], object], what: str) -> Graph:
         if not self._in_pool:
-            self._pool_room = self.room  # as on a GPU
+            self._pool_began_with = self.first_block  # as on a GPU
         made = capture(self, work, what)
         self._in_pool.add(made)
         captured.append(what)
@@ -43,18 +43,18 @@ def test_a_pool_that_a_small_request_began_does_not_grow_beyond_the_plan(
     pipe = load(
         memory_limit="1GB" if plenty else plan.peak("resident") + plan.buffer_bytes + kept, graphs=True
     )
-    rooms, counts = [], []
+    begun_with, counts = [], []
     for call in (small, large, small, large, small):
         captured.clear()
         pipe(**call)
-        rooms.append(pipe._loader.graphs.pool_room)
+        begun_with.append(pipe._loader.graphs.pool_began_with)
         counts.append(len(captured))
-    assert rooms[0] < plan.graph_bytes("resident", kept)
+    assert begun_with[0] < plan.graph_bytes("resident", kept)
     if plenty:
-        assert rooms == [rooms[0]] * 5
+        assert begun_with == [begun_with[0]] * 5
         assert counts[2:] == [0, 0, 0]
     else:
-        assert rooms[1:] == [plan.graph_bytes("resident", kept)] * 4
+        assert begun_with[1:] == [plan.graph_bytes("resident", kept)] * 4
         assert counts[2] > 0  # the small ones again, in the new pool
         assert counts[3:] == [0, 0]
 
@@ -68,7 +68,7 @@ def test_a_pool_is_left_alone_while_another_call_runs(load: Load) -> None:
     pipe._budget._limit = pipe._budget.plan(request, stages).peak("resident") + (1 << 20)
     graphs, cache = pipe._loader.graphs, pipe._loader.graph_cache
     graph = graphs.capture(lambda: None, "one of the pool")
-    graphs._in_pool, graphs._pool_room = WeakSet([graph]), 1
+    graphs._in_pool, graphs._pool_began_with = WeakSet([graph]), 1
     count = len(cache)
     pipe._budget.admit(request, stages, idle=False)
     assert len(cache) == count > 0

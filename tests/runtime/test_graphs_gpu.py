@@ -152,12 +152,12 @@ def test_the_memory_of_graphs_begins_as_one_piece() -> None:
 
     tracker = follow(work, 90)
     graphs = Graphs(x.device)
-    graphs.room = tracker.room
+    graphs.first_block = tracker.arena_bytes
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     graph = graphs.capture(work, "work")
     taken = torch.cuda.memory_reserved() - before
-    assert taken <= tracker.room + (40 << 20)  # cuBLAS's workspace, and the segments of small tensors
+    assert taken <= tracker.arena_bytes + (40 << 20)  # cuBLAS's workspace, and the segments of small tensors
     del graph
 
 
@@ -191,7 +191,7 @@ def test_what_libraries_take_at_full_size_fits_the_reserve(name: str, rows: int,
         index = torch.zeros(1, dtype=torch.int64, device=device)
         steps = Timesteps(torch.full((4,), 500.0, device=device), index)
         graphs = Graphs(device)
-        graphs.room = planner.plan(height=side, width=side).pool_bytes({name})
+        graphs.first_block = planner.plan(height=side, width=side).pool_bytes({name})
         with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark):
             program = engine.bind(inputs, outputs, timesteps=steps)
             program.prepare()
@@ -199,7 +199,7 @@ def test_what_libraries_take_at_full_size_fits_the_reserve(name: str, rows: int,
             before = torch.cuda.memory_reserved()
             graph = graphs.capture(program.run, name)
         torch.cuda.empty_cache()
-        beside = torch.cuda.memory_reserved() - before - graphs.room
+        beside = torch.cuda.memory_reserved() - before - graphs.first_block
         assert beside <= RESERVE, f"{format_bytes(beside)} at {side}x{side}"
         del graph, program
 

@@ -120,7 +120,7 @@ def test_graphs_get_their_pool_size_from_the_plan(load: Load, options: Any, kind
     pipe = load(memory_limit="1GB", graphs=True, **options)
     pipe(**SEEDED_CALL)
     plan = plan_of(pipe, SEEDED_CALL)
-    found = pipe._loader.graphs.room if pipe._loader.backend.name in ("eager", "triton") else 0
+    found = pipe._loader.graphs.first_block if pipe._loader.backend.name in ("eager", "triton") else 0
     assert found == plan.pool_bytes(plan.used(*kinds)) > 0
 
 
