@@ -91,8 +91,8 @@ class _Arena:
         if not fitting:
             return False
         size, k = min(fitting)
-        left = size - nbytes
-        self.blocks[k : k + 1] = [(nbytes, number), (left, None)] if left > _SMALL else [(size, number)]
+        rest = size - nbytes
+        self.blocks[k : k + 1] = [(nbytes, number), (rest, None)] if rest > _SMALL else [(size, number)]
         return True
 
     def grow(self, number: int, nbytes: int) -> None:

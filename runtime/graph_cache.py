@@ -98,14 +98,14 @@ class GraphCache:
                 evicted.append(self._items.pop(0))
             self.evicted += len(evicted)
             warn, self._warned = bool(evicted) and not self._warned, self._warned or bool(evicted)
-            left = self._nbytes()
+            kept = self._nbytes()
         if warn:
             _log.warning(
                 "evicted %s of captured graphs (limit %s, %s stored): requests of their kinds are captured again; "
                 "raise loop_memory= to keep more (logged once)",
                 format_bytes(sum(item.nbytes for item in evicted)),
                 format_bytes(limit),
-                format_bytes(left),
+                format_bytes(kept),
             )
         _wait_for([*gone, *evicted])
 

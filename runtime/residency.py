@@ -70,7 +70,7 @@ class Residency:
         self._present = [weakref.ref(other) for other in self.present if other is not engine]
         self._present.append(weakref.ref(engine))
 
-    def left(self, engine: LazyEngine) -> None:
+    def forget(self, engine: LazyEngine) -> None:
         """It is no longer on the device, for whatever reason."""
         self._present = [weakref.ref(other) for other in self.present if other is not engine]
 

@@ -120,8 +120,10 @@ class WeightSet:
             state[key] = tensor.reshape(wanted[key])
         module.load_state_dict(state, strict=True, assign=True)
         module.requires_grad_(False)
-        left = [name for name, t in chain(module.named_parameters(), module.named_buffers()) if t.is_meta]
-        assert not left, f"{type(module).__name__} keeps {left} out of its state dict: they stay on meta"
+        unloaded = [name for name, t in chain(module.named_parameters(), module.named_buffers()) if t.is_meta]
+        assert not unloaded, (
+            f"{type(module).__name__} keeps {unloaded} out of its state dict: they stay on meta"
+        )
 
     def _match(
         self, wanted: Mapping[str, tuple[int, ...]], rename: Callable[[str], str | None] | None

@@ -316,7 +316,7 @@ class LazyEngine:
             finally:  # last: an engine that must not lose what is running waits for it as it closes
                 self.graph_cache.drop(self.token)
             if self.residency is not None:
-                self.residency.left(self)
+                self.residency.forget(self)
 
     def _close(self) -> None:
         if self._engine is not None:

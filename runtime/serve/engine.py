@@ -94,7 +94,7 @@ class AsyncEngine:
     @property
     def running(self) -> int:
         """Images being made for which somebody waits."""
-        return sum(not job.left for job in self._running)
+        return sum(not job.ended for job in self._running)
 
     @property
     def draining(self) -> bool:

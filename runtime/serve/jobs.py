@@ -12,7 +12,7 @@ __all__ = ["Job"]
 
 
 class Job:
-    """What `AsyncEngine.submit` returns. For the event loop's thread, except for `left`.
+    """What `AsyncEngine.submit` returns. For the event loop's thread, except for `ended`.
 
     Attributes:
         request: the image to generate, with its seed.
@@ -50,7 +50,7 @@ class Job:
         return self.request.group
 
     @property
-    def left(self) -> bool:
+    def ended(self) -> bool:
         """Whether it has ended; may be read from any thread."""
         return self._end.done()
 
@@ -86,7 +86,7 @@ class Job:
         ended."""
         if not self._end.done():
             self._end.cancel()
-            self._ended()
+            self._after_end()
 
     def begin(self) -> None:
         """Record that its call begins."""
@@ -107,13 +107,13 @@ class Job:
             self._end.set_exception(end)
         else:
             self._end.set_result(end)
-        self._ended()
+        self._after_end()
 
     def _expire(self, timeout: float) -> None:
         where = "waiting" if self.waited is None else "being made"
         self.finish(DeadlineError(f"the image was still {where} after {timeout:g} s; give it more time"))
 
-    def _ended(self) -> None:
+    def _after_end(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._changed.set()

@@ -108,12 +108,12 @@ class Accepted:
         """
         fields = self.fields
         if self.timeout is not None:
-            left = self.timeout - (time.monotonic() - self._begun)
-            if left <= 0:
+            remaining = self.timeout - (time.monotonic() - self._begun)
+            if remaining <= 0:
                 raise DeadlineError(
                     f"the image was still being made after {self.timeout:g} s; give it more time"
                 )
-            fields = {**fields, "timeout": left}
+            fields = {**fields, "timeout": remaining}
         body = json.dumps(fields).encode()
         headers = [
             (k, v)

@@ -81,7 +81,7 @@ class Worker:
         """Generate those images of one group that are still wanted, in calls of sizes that are formed. A batch that
         fails is divided: in halves if memory ran out or no engine was built for it, and otherwise into single images.
         """
-        while live := [job for job in jobs if not job.left]:
+        while live := [job for job in jobs if not job.ended]:
             images = self._formable(len(live))
             self._make(live[:images])
             jobs = live[images:]
@@ -137,10 +137,10 @@ class Worker:
         def on_step(done: int, preview: Callable[[int], PIL.Image.Image] | None) -> None:
             nonlocal steps
             steps = done
-            if all(job.left for job in jobs):
+            if all(job.ended for job in jobs):
                 raise _AbandonedError
             for k, job in enumerate(jobs):
-                if not job.left:
+                if not job.ended:
                     picture = preview(k) if job.previews and preview is not None else None
                     self._tell(job.progress, Progress(done, job.request.steps, picture))
 

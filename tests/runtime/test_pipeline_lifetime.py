@@ -130,7 +130,7 @@ def test_engines_of_other_devices_stay() -> None:
             self.device, self.residency, self.graph_cache = torch.device(device), held, None
 
         def offload(self) -> None:
-            held.left(self)
+            held.forget(self)
 
     held = Residency("low")
     first, elsewhere, second = Engine("cuda:0"), Engine("cuda:1"), Engine("cuda:0")

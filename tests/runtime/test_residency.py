@@ -32,7 +32,7 @@ class FakeEngine:
 
     def offload(self) -> None:
         self._gone.append(self._name)
-        self.residency.left(self)
+        self.residency.forget(self)
 
 
 def walk(policy: Policy, requests: int = 2) -> tuple[list[set[str]], list[str]]:
