@@ -27,7 +27,7 @@ from .digests import DigestMemory, combined
 __all__ = ["TensorRef", "UnreadWeights", "WeightSet", "read_header"]
 
 _REMAP_AFTER = 16 << 20  # bytes converted before the file's mapping is dropped
-_LISTED = 20  # keys of a kind that an error spells out
+_LISTED = 20  # keys of one fault that an error spells out
 
 # Buffers of older transformers releases: 0, 1, ... 76, which no model reads from its file any more.
 _HARMLESS = ("position_ids",)
@@ -196,11 +196,11 @@ def _stripped(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _listed(kind: str, keys: list[str]) -> str:
+def _listed(fault: str, keys: list[str]) -> str:
     if not keys:
         return ""
     more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
-    return f"  {len(keys)} {kind}: {', '.join(keys[:_LISTED])}{more}"
+    return f"  {len(keys)} {fault}: {', '.join(keys[:_LISTED])}{more}"
 
 
 def _read(refs: Mapping[str, TensorRef], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

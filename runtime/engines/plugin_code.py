@@ -129,7 +129,7 @@ class Code:
 
 
 def _cubin(row: Mapping[str, Any]) -> Cubin:
-    parameters = tuple((str(name), str(kind)) for name, kind in row["parameters"])
+    parameters = tuple((str(name), str(triton_type)) for name, triton_type in row["parameters"])
     return Cubin(
         row["entry"], parameters, row["shared"], row["warps"], base64.b64decode(row["cubin"], validate=True)
     )
@@ -143,13 +143,13 @@ class Prepared:
         self._function = function
         self._pointers: list[tuple[ctypes.c_void_p, Buffer]] = []
         self._kept: list[Any] = []
-        for name, kind in cubin.parameters:
+        for name, triton_type in cubin.parameters:
             value = call.values[name]
             if isinstance(value, Buffer):
                 held: Any = ctypes.c_void_p()
                 self._pointers.append((held, value))
             else:
-                held = _NUMBERS[kind](value)
+                held = _NUMBERS[triton_type](value)
             self._kept.append(held)
         self._kept += [ctypes.c_void_p() for _ in range(_SCRATCH)]
         addresses = [ctypes.cast(ctypes.byref(held), ctypes.c_void_p) for held in self._kept]

@@ -196,10 +196,10 @@ def loading(trt: Any, wanted: Mapping[str, str]) -> None:
     Raises:
         BackendError: one of them is not in this latentrt.
     """
-    for name, kind in formats(wanted).items():
+    for name, built_format in formats(wanted).items():
         if name == AOT_ATTENTION:
             continue  # it is all in the engine
-        if name not in OPERATORS or kind != _FORMAT:
+        if name not in OPERATORS or built_format != _FORMAT:
             have = f"it in version {_FORMAT}" if name in OPERATORS else f"only {', '.join(OPERATORS)}"
             raise BackendError(
                 f"its engine was built with the plugin {name} {wanted[name]}, and this latentrt has {have}; build it "
@@ -233,8 +233,11 @@ def _creator(trt: Any, operator: Operator, session: Session) -> Any:
             self.name = operator.name
             self.plugin_namespace = NAMESPACE
             self.plugin_version = _VERSION
-            kinds = {int: trt.PluginFieldType.INT32, float: trt.PluginFieldType.FLOAT32}
-            empty = [trt.PluginField(name, b"", kinds[kind]) for name, kind in operator.attributes.items()]
+            field_types = {int: trt.PluginFieldType.INT32, float: trt.PluginFieldType.FLOAT32}
+            empty = [
+                trt.PluginField(name, b"", field_types[value_type])
+                for name, value_type in operator.attributes.items()
+            ]
             self.field_names = trt.PluginFieldCollection(empty)
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
@@ -242,7 +245,7 @@ def _creator(trt: Any, operator: Operator, session: Session) -> Any:
             if phase == trt.TensorRTPhase.BUILD:
                 made = None  # with which the parser rejects the node
                 with session.watching(f"{operator.name} of {name}", swallow=True):
-                    given = {n: kind(found[n].data[0]) for n, kind in operator.attributes.items()}
+                    given = {n: value_type(found[n].data[0]) for n, value_type in operator.attributes.items()}
                     made = plugin(given, Code())
                     session.calls[operator.name]["created"] += 1
                 return made

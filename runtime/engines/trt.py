@@ -175,10 +175,10 @@ def plugin_library(product: Product) -> Iterator[dict[str, str]]:
         yield {"LD_LIBRARY_PATH": os.pathsep.join(paths)}
 
 
-def make(kind: Callable[[Any], Any], log: Any) -> Any:
+def make(factory: Callable[[Any], Any], log: Any) -> Any:
     """A builder or a runtime; None where it cannot start, and the log says why."""
     try:
-        return kind(log)
+        return factory(log)
     except TypeError:  # the binding's way to say so: "factory function returned nullptr"
         return None
 

@@ -279,15 +279,15 @@ def _wants_png(request: Request) -> bool:
     """Whether Accept prefers a picture to JSON, as RFC 9110, section 12.5.1, weighs them."""
     weights: dict[str, float] = {}
     for part in request.headers.get("accept", "").lower().split(","):
-        kind, *options = (word.strip() for word in part.split(";"))
+        media_type, *options = (word.strip() for word in part.split(";"))
         given = [option.removeprefix("q=") for option in options if option.startswith("q=")]
         try:
-            weights[kind] = float(given[0]) if given else 1.0
+            weights[media_type] = float(given[0]) if given else 1.0
         except ValueError:
-            weights[kind] = 0.0
+            weights[media_type] = 0.0
 
-    def weight(*kinds: str) -> float:
-        return next((weights[kind] for kind in kinds if kind in weights), 0.0)
+    def weight(*media_types: str) -> float:
+        return next((weights[x] for x in media_types if x in weights), 0.0)
 
     return weight("image/png", "image/*", "*/*") > weight("application/json", "application/*", "*/*")
 

@@ -83,8 +83,8 @@ class AsyncEngine:
         await self.start()
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        await self.drain(None if kind is None else 0)
+    async def __aexit__(self, error: type[BaseException] | None, *_: object) -> None:
+        await self.drain(None if error is None else 0)
 
     @property
     def waiting(self) -> int:
