@@ -64,7 +64,12 @@ class OnnxRuntimeEngine:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with _current(device):
             self._session: onnxruntime.InferenceSession | None = open_session(
-                model, device, stream=self._stream, options=options, tf32=component.tf32
+                model,
+                device,
+                stream=self._stream,
+                options=options,
+                dtype=component.dtype,
+                tf32=component.tf32,
             )
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -167,8 +172,20 @@ class OnnxRuntimeBackend:
         found = self.availability(device, component.dtype)
         if not found.ok:
             raise BackendUnavailableError(f"back end {self.name!r}: {found.reason}; {found.remedy}")
+        options = _chosen()
+        if "tensorrt" in options and _tensorrt_would_round(component):
+            raise BackendError(
+                f"ONNX Runtime's TensorRT provider rounds the float32 of {component.name} to TF32, and has no option "
+                "against that; set NVIDIA_TF32_OVERRIDE=0, or leave tensorrt out of LATENTRT_ONNXRUNTIME"
+            )
         model = onnx_model(component, cache_dir=cache_dir)
-        return OnnxRuntimeEngine(component, model, device, _chosen())
+        return OnnxRuntimeEngine(component, model, device, options)
+
+
+def _tensorrt_would_round(component: Component) -> bool:
+    """Whether TensorRT, left to its default, would use TF32 where float32 has to mean float32."""
+    strict = component.dtype == torch.float32 and not component.tf32
+    return strict and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
 
 
 def _chosen() -> tuple[str, ...]:
@@ -188,6 +205,7 @@ def open_session(
     optimized: bool = True,
     stream: torch.cuda.Stream | None = None,
     options: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
     tf32: bool = False,
 ) -> onnxruntime.InferenceSession:
     """A session on `device`, with as many threads as PyTorch uses: OMP_NUM_THREADS, else physical cores.
@@ -200,6 +218,7 @@ def open_session(
             float16 weights are otherwise kept in float32 as well: three times their memory.
         stream: on a GPU, the one to compute on. PyTorch's default one has no address that ONNX Runtime would take.
         options: of a GPU, "graph" and "tensorrt"; see above.
+        dtype: the model's.
         tf32: a GPU may round float32 to TF32; otherwise float32 means float32.
 
     Raises:
@@ -215,7 +234,7 @@ def open_session(
     # Each session has its own threads, which would keep spinning after a run on cores that the next session needs.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     settings.log_severity_level = 3
-    providers = _providers(device, stream, options, tf32=tf32)
+    providers = _providers(device, stream, options, dtype=dtype, tf32=tf32)
     try:
         # With fallback it would print that a provider failed and go on with others.
         session = ort.InferenceSession(model, settings, providers=providers, enable_fallback=0)
@@ -232,7 +251,12 @@ def open_session(
 
 
 def _providers(
-    device: torch.device, stream: torch.cuda.Stream | None, options: Sequence[str], *, tf32: bool = False
+    device: torch.device,
+    stream: torch.cuda.Stream | None,
+    options: Sequence[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    tf32: bool = False,
 ) -> list[str | tuple[str, dict[str, str]]]:
     """The execution providers, best first, with their settings."""
     providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
@@ -244,7 +268,10 @@ def _providers(
         cuda = {**where, "use_tf32": "1" if tf32 else "0", "enable_cuda_graph": graph}
         providers.insert(0, ("CUDAExecutionProvider", cuda))
         if "tensorrt" in options:
-            providers.insert(0, ("TensorrtExecutionProvider", {**where, "trt_cuda_graph_enable": graph}))
+            # Up to TensorRT 10 it builds no float16 layer without this one.
+            half = "1" if dtype == torch.float16 else "0"
+            tensorrt = {**where, "trt_fp16_enable": half, "trt_cuda_graph_enable": graph}
+            providers.insert(0, ("TensorrtExecutionProvider", tensorrt))
     return providers
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from latentrt.export import checked
 from latentrt.export.check import relative_error
 from latentrt.runtime import prepare
 from latentrt.runtime.engines import onnxruntime as ort_engine
-from latentrt.runtime.engines.base import Component, Engine
+from latentrt.runtime.engines.base import Availability, Component, Engine
 from latentrt.runtime.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine
 from latentrt.runtime.prepare import onnx_model
 from tolerances import EXPORT_FLOAT32
@@ -152,10 +153,39 @@ def test_providers_and_their_settings() -> None:
             "CPUExecutionProvider",
         ]
         if "tensorrt" in options:
-            wanted.insert(0, ("TensorrtExecutionProvider", {**where, "trt_cuda_graph_enable": graph}))
+            tensorrt = {**where, "trt_fp16_enable": "0", "trt_cuda_graph_enable": graph}
+            wanted.insert(0, ("TensorrtExecutionProvider", tensorrt))
         assert ort_engine._providers(device, stream, options) == wanted  # type: ignore[arg-type]
-    (_, settings), _ = ort_engine._providers(torch.device("cuda", 1), None, (), tf32=True)
+    (_, settings), *_ = ort_engine._providers(device, None, ("tensorrt",), dtype=torch.float16)
+    assert settings == {"device_id": "1", "trt_fp16_enable": "1", "trt_cuda_graph_enable": "0"}
+    (_, settings), _ = ort_engine._providers(device, None, (), tf32=True)
     assert settings == {"device_id": "1", "use_tf32": "1", "enable_cuda_graph": "0"}
+
+
+@pytest.mark.parametrize("override", ["1", "0"])
+def test_the_tensorrt_provider_rounds_no_float32_unasked(
+    override: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no option for that (microsoft/onnxruntime issue 26029): a strict float32 is refused."""
+    device = torch.device("cuda", 0)
+    backend = OnnxRuntimeBackend()
+    loaded: list[str] = []
+    monkeypatch.setenv("LATENTRT_ONNXRUNTIME", "tensorrt")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
+    monkeypatch.setattr(backend, "availability", lambda *_: Availability(True, "here"))
+    monkeypatch.setattr(ort_engine, "onnx_model", lambda *_, **__: Path("model.onnx"))
+    monkeypatch.setattr(ort_engine, "OnnxRuntimeEngine", lambda component, *_: loaded.append(component.name))
+    strict = tiny.affine()
+    for component in (replace(strict, tf32=True), replace(strict, dtype=torch.float16)):
+        backend.load(component, device=device, cache_dir=None)
+    assert len(loaded) == 2
+    with (
+        nullcontext()
+        if override == "0"
+        else pytest.raises(BackendError, match="rounds the float32 of affine")
+    ):
+        backend.load(strict, device=device, cache_dir=None)
+    assert len(loaded) == (3 if override == "0" else 2)
 
 
 @pytest.mark.parametrize("allowed", [False, True])
