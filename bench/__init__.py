@@ -20,7 +20,7 @@ Kernels:
     packing, timeline, profile            the layout's gain; gaps between steps; where a picture's time goes
 Long runs:
     full, gpu                             `make test-full` and `make gpu`, part after part
-    passed, verdicts, endings             which tests passed; whether a part did its work; how processes end
+    pytest_resume, verdicts, shutdown     tests are resumed; whether a part did its work; how processes end
 Whole models:
     full_size, full_size_engines          SDXL at its full size: a forward on the CPU, exports and engines
     proportions, sweep                    what the demo says of SDXL; time against quality, by steps

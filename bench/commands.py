@@ -18,8 +18,8 @@ from ..kernels import aot, roofline
 from ..kernels.registry import specs
 from ..runtime.place import parse_device
 from .cases import Case, SideSpec
-from .endings import signals_as_ctrl_c
 from .machine import command, describe_machine
+from .shutdown import signals_as_ctrl_c
 
 __all__ = ["bench", "bench_compare", "bench_list", "bench_loadgen", "bench_sweep", "kernels"]
 

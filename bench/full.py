@@ -28,9 +28,9 @@ from ..kernels.atomic_file import write_json
 from ..runtime.digests import combined
 from ..runtime.host_memory import available_bytes
 from ..runtime.sha256 import digest_of_files
-from . import passed
-from .endings import signals_as_ctrl_c
+from . import pytest_resume
 from .machine import ROOT
+from .shutdown import signals_as_ctrl_c
 
 __all__ = ["FAREWELL", "PARTS", "Judged", "Part", "Result", "line", "main", "read_result", "run_part"]
 
@@ -202,7 +202,7 @@ def _tests(part: Part, folder: Path, digest: str, *, again: bool) -> list[str]:
     files = ["--note-passed", str(now), "--skip-passed", str(before)]
     if part.figures:
         files += ["-rP", "--note-printed", str(printed)]
-    command = f"-m pytest -p latentrt.bench.passed -v --durations=0 -n {part.workers}".split()
+    command = f"-m pytest -p latentrt.bench.pytest_resume -v --durations=0 -n {part.workers}".split()
     return [*command, "-m", part.marked, *part.options, *files, *part.tests]
 
 
@@ -272,7 +272,10 @@ def _package_digest(apart: tuple[str, ...]) -> str:
 def line(part: Part, result: Result | None, folder: Path) -> str:
     """How a part stands, in one line."""
     if result is None or result.digest != _digest(part):
-        done = sum(len(passed.read(file)) for file in folder.glob(f"{part.name}.{_digest(part)[:12]}.passed"))
+        done = sum(
+            len(pytest_resume.read_passed(file))
+            for file in folder.glob(f"{part.name}.{_digest(part)[:12]}.passed")
+        )
         return f"{part.name:<40}not run" + (f", {done} of its tests passed" if done else "")
     state = "passed" if result.passed else "FAILED"
     seconds, memory = f"{result.seconds:,.0f} s", f"{result.memory / 1e9:.1f} GB"
@@ -282,7 +285,7 @@ def line(part: Part, result: Result | None, folder: Path) -> str:
 def _figures(part: Part, folder: Path) -> str:
     """What its tests printed, also those that failed, with the sources as they are."""
     file = folder / f"{part.name}.{_digest(part)[:12]}.printed"
-    rows = passed.read_printed(file) if part.figures else {}
+    rows = pytest_resume.read_printed(file) if part.figures else {}
     return "".join(f"\n{name.rpartition('::')[2]}:\n{text.strip()}\n" for name, text in rows.items())
 
 

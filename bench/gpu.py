@@ -30,10 +30,10 @@ import torch
 
 from ..kernels import tuning
 from .cases import SIDES, reference_side, unavailable_reason
-from .endings import signals_as_ctrl_c
 from .full import FAREWELL, Part, line, read_result, run_part
 from .kernel_tuning import take_tuned
 from .machine import RESULTS, ROOT
+from .shutdown import signals_as_ctrl_c
 from .stats import LEAST_ROUNDS
 from .verdicts import is_left, of_resumable, of_side
 

@@ -21,11 +21,11 @@ import torch
 
 from ..errors import BenchmarkError
 from .cases import DTYPES, Case, SideSpec
-from .endings import end_with_parent
 from .machine import commit, is_commit
 from .monitor import BusyElsewhere, MemorySampler, Series, memory_now
 from .nvml import GpuShare, open_nvml
 from .profile import Profile, Sessions, profile_sessions, profiled
+from .shutdown import exit_with_parent
 from .side import Images, Side, factory
 
 __all__ = ["Job", "Run", "Trace", "Worker", "serve"]
@@ -214,7 +214,8 @@ def _float32_is_float32() -> None:
 def serve(job: Job, threads: int, pipe: Connection) -> None:
     """The process: answers until the pipe is closed. Ctrl-C is the parent's to handle."""
     os.setsid()
-    end_with_parent()  # one that is killed closes nothing, and this would go on with what the next run measures
+    # A parent that was killed closes no pipe, and this process would disturb what runs next.
+    exit_with_parent()
     os.dup2(sys.stderr.fileno(), 1)  # what libraries print is no part of a result on standard output
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("TQDM_DISABLE", "1")

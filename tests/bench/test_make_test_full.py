@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from helpers.waiting import until
-from latentrt.bench import full, passed
+from latentrt.bench import full, pytest_resume
 from latentrt.bench.full import PARTS, Part, main, run_part
 
 ROOT = Path(__file__).parents[2]
@@ -126,8 +126,10 @@ def test_what_passed_is_noted_and_left_out(tmp_path: Path) -> None:
     hook = SimpleNamespace(pytest_deselected=lambda items: dropped.extend(items))  # noqa: PLW0108 (by keyword)
     manager = SimpleNamespace(register=registered.append)
     config: Any = SimpleNamespace(getoption=options.get, pluginmanager=manager, hook=hook)
-    passed.pytest_configure(config)
-    passed.pytest_configure(SimpleNamespace(**vars(config), workerinput={}))  # the first process does it
+    pytest_resume.pytest_configure(config)
+    pytest_resume.pytest_configure(
+        SimpleNamespace(**vars(config), workerinput={})
+    )  # the first process does it
     (notes,) = registered
     for name, call, end in (
         ("good", "passed", "passed"),
@@ -140,10 +142,10 @@ def test_what_passed_is_noted_and_left_out(tmp_path: Path) -> None:
             notes.pytest_runtest_logreport(report)
     with now.open("a") as file:
         file.write('["half", 0.')  # cut off: the machine stopped
-    assert passed.read(now) == {"good": 3.0}
-    assert passed.read_printed(printed) == {"good": "good has 7 of 9\n", "bad": "bad has 7 of 9\n"}
+    assert pytest_resume.read_passed(now) == {"good": 3.0}
+    assert pytest_resume.read_printed(printed) == {"good": "good has 7 of 9\n", "bad": "bad has 7 of 9\n"}
     items: Any = [SimpleNamespace(nodeid=name) for name in ("bad", "good", "half")]
-    passed.pytest_collection_modifyitems(config, items)
+    pytest_resume.pytest_collection_modifyitems(config, items)
     assert [item.nodeid for item in items] == ["bad", "half"]
     assert [item.nodeid for item in dropped] == ["good"]
 
@@ -162,7 +164,17 @@ def test_a_run_of_tests_resumes(tmp_path: Path) -> None:
 
     def run() -> tuple[int, str]:
         before.write_text(now.read_text() if now.exists() else "")
-        command = ["-m", "pytest", "-p", "latentrt.bench.passed", "-p", "no:cacheprovider", "-n", "1", "-q"]
+        command = [
+            "-m",
+            "pytest",
+            "-p",
+            "latentrt.bench.pytest_resume",
+            "-p",
+            "no:cacheprovider",
+            "-n",
+            "1",
+            "-q",
+        ]
         files = ["--note-passed", str(now), "--skip-passed", str(before), "test_some.py"]
         done = subprocess.run(  # noqa: PLW1510
             [sys.executable, *command, *files], cwd=tmp_path, capture_output=True, text=True, timeout=500
@@ -171,7 +183,7 @@ def test_a_run_of_tests_resumes(tmp_path: Path) -> None:
 
     code, out = run()
     assert (code, "1 failed, 3 passed" in out) == (1, True), out
-    assert [name.partition("[")[2] for name in sorted(passed.read(now))] == ["0]", "1]", "3]"]
+    assert [name.partition("[")[2] for name in sorted(pytest_resume.read_passed(now))] == ["0]", "1]", "3]"]
     with now.open("a") as file:
         file.write('["test_some.py::test_it[2]", 0.')  # cut off: the machine stopped
     (tmp_path / "good").touch()

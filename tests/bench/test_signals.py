@@ -1,4 +1,4 @@
-"""`bench/endings.py`: runs that are ended by SIGTERM and SIGHUP, which can be caught, and by SIGKILL."""
+"""`bench/shutdown.py`: runs that are ended by SIGTERM and SIGHUP, which can be caught, and by SIGKILL."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import pytest
 import torch
 from helpers.waiting import has_ended, until, written
 from latentrt.bench import full, kernel_timing, kernels
-from latentrt.bench.endings import signals_as_ctrl_c
 from latentrt.bench.full import Part, run_part
 from latentrt.bench.results import read_report
+from latentrt.bench.shutdown import signals_as_ctrl_c
 from latentrt.bench.suite import Suite
 
 RUN = """
