@@ -2,8 +2,8 @@
 
 `latentrt bench`:
     arguments, commands                   the command line, and what each of its commands does
-    suite > run > lane                    cases in turn; a case; one side of it while it is measured
-    cases, models, room                   the table of cases and sides, their models, and whether they fit the machine
+    suite > run > side_run                cases in turn; a case; one side of it while it is measured
+    cases, models, grouping               the table of cases and sides, their models, and which fit in memory together
     host > worker                         the process of its own that a side runs in; what it does there
     side                                  what a side is: latentrt_side, diffusers_side, onnxruntime_side
     monitor, nvml, machine, stats         memory and energy meanwhile; what it ran on; intervals of ratios

@@ -234,7 +234,7 @@ def bench_sweep(args: argparse.Namespace) -> Iterator[str]:
             fracs=args.share,
             batch=args.batch,
             seed=args.seed,
-            tell=lambda state: live.tell("demo", state),
+            tell=lambda state: live.update("demo", state),
             keep=write,
         )
     write(points)

@@ -16,7 +16,7 @@ from .cases import DTYPES, MLPERF, Case
 from .features import Judges
 from .lpips import Lpips
 from .quality import frechet_distance, pictures_for_fid
-from .side import Images, Picture, Pictures, as_bytes, unit
+from .side import Images, Picture, Pictures, as_bytes, as_float
 
 __all__ = ["GATES", "Gate", "Quality", "gate_named", "likeness", "measure_quality"]
 
@@ -63,7 +63,7 @@ def likeness(images: Pictures, reference: Pictures) -> tuple[float, float]:
     for mine, theirs in zip(images, reference, strict=True):
         if not (np.isfinite(mine).all() and np.isfinite(theirs).all()):
             return float("-inf"), -1.0
-        a, b = (torch.from_numpy(unit(x).transpose(2, 0, 1)[None]) for x in (mine, theirs))
+        a, b = (torch.from_numpy(as_float(x).transpose(2, 0, 1)[None]) for x in (mine, theirs))
         worst_psnr, worst_ssim = min(worst_psnr, psnr(a, b, peak=1.0)), min(worst_ssim, ssim(a, b))
     return worst_psnr, worst_ssim
 
@@ -93,7 +93,7 @@ def measure_quality(images: Pictures, reference: Pictures, prompts: Sequence[str
 def _unlikeness(lpips: Lpips, images: Pictures, reference: Pictures) -> float:
     """LPIPS of the worst picture."""
     return max(
-        lpips(*(torch.from_numpy(unit(x).transpose(2, 0, 1)[None].astype(np.float32)) for x in pair))
+        lpips(*(torch.from_numpy(as_float(x).transpose(2, 0, 1)[None].astype(np.float32)) for x in pair))
         for pair in zip(images, reference, strict=True)
     )
 

@@ -1,4 +1,4 @@
-"""What is going on, as a table that changes while a benchmark runs; on a terminal only."""
+"""Progress of a benchmark as a live table, on a terminal only; elsewhere it is logged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 class LiveTable:
-    """`with LiveTable("demo", names) as live:` and then `live.tell(side, state)`."""
+    """`with LiveTable("demo", names) as live:` and then `live.update(side, state)`."""
 
     def __init__(self, title: str, sides: list[str], console: Console | None = None) -> None:
         self._title = title
@@ -35,8 +35,8 @@ class LiveTable:
         if self._live is not None:
             self._live.stop()
 
-    def tell(self, side: str, state: str) -> None:
-        """Show what a side is at."""
+    def update(self, side: str, state: str) -> None:
+        """Show the state of a side."""
         _log.info("%s, %s: %s", self._title, side, state)
         self._states[side] = state
         if self._live is not None:

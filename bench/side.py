@@ -24,11 +24,11 @@ __all__ = [
     "Pictures",
     "Side",
     "as_bytes",
+    "as_float",
     "factory",
     "now",
     "take_quicker_layout",
     "try_convolutions",
-    "unit",
     "vae_in",
 ]
 
@@ -47,7 +47,7 @@ def as_bytes(images: Images) -> list[Picture]:
     return [np.round(image * 255).clip(0, 255).astype(np.uint8) for image in images]
 
 
-def unit(pictures: Pictures) -> NDArray[np.float64]:
+def as_float(pictures: Pictures) -> NDArray[np.float64]:
     """In [0, 1], whatever they are kept in."""
     scale = 255.0 if pictures.dtype == np.uint8 else 1.0
     return pictures.astype(np.float64) / scale

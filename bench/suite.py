@@ -16,6 +16,7 @@ from ..runtime.weights import open_checkpoint
 from . import report
 from .cases import Case, SideSpec, unavailable_reason
 from .features import ClipFeatures, Judges, demo_judges, demo_prompts, read_truth
+from .grouping import free_space, group_sides, shortage
 from .host import Host, OwnProcess, job_for
 from .inception import InceptionFeatures
 from .live import LiveTable
@@ -25,7 +26,6 @@ from .models import located
 from .nvml import open_nvml
 from .quality import pictures_for_fid
 from .results import CaseResult, Report, read_report, write_report
-from .room import arrange, room, too_little
 from .run import CaseRun, Plan
 from .worker import Job
 
@@ -143,22 +143,23 @@ class Suite:
     def _run_case(self, case: Case, sides: list[SideSpec], judges: Judges) -> None:
         settings = self._settings
         prompts = settings.plan.prompts or (demo_prompts(64) if case.model == "demo" else _PROMPTS)
-        missing = {side.name: unavailable_reason(side, settings.device, case.dtype) for side in sides}
-        missing = {name: why for name, why in missing.items() if why}
-        present = [side for side in sides if side.name not in missing]
+        unavailable = {side.name: unavailable_reason(side, settings.device, case.dtype) for side in sides}
+        unavailable = {name: why for name, why in unavailable.items() if why}
+        available = [side for side in sides if side.name not in unavailable]
         with tempfile.TemporaryDirectory(prefix="latentrt-bench-") as scratch:
             folder = settings.work or Path(scratch)
-            reason = "; ".join(f"{name}: {why}" for name, why in missing.items())
-            if present:
-                reason = too_little(case, present, settings.device, folder)
+            reason = "; ".join(f"{name}: {why}" for name, why in unavailable.items())
+            if available:
+                reason = shortage(case, available, settings.device, folder)
             if reason:
                 empty = CaseResult(asdict(case), {}, settings.plan.gate.name, None, [], reason)
                 self._results.append(empty)
                 return
             here = located(case, folder, settings.device)
-            device, keep = str(settings.device), settings.work is not None
-            jobs = [job_for(here, side, device, folder / case.name) for side in present if side.builds]
+            device, keep_builds = str(settings.device), settings.work is not None
+            jobs = [job_for(here, side, device, folder / case.name) for side in available if side.builds]
             built = {job.side.name for job in jobs if job.is_built()}
+            free = free_space(settings.device, folder, keep_builds=keep_builds)
             with LiveTable(case.name, [side.name for side in sides]) as live:
                 run = CaseRun(
                     here,
@@ -169,11 +170,11 @@ class Suite:
                     folder=folder / case.name,
                     open_host=self._open_host,
                     judges=judges,
-                    tell=live.tell,
-                    note=lambda: self._note(replace(run.result(), case=asdict(case))),
-                    arrangement=arrange(here, present, room(settings.device, folder, keeps=keep), built),
-                    missing=missing,
-                    keep=keep,
+                    on_progress=live.update,
+                    on_result=lambda: self._write_partial(replace(run.result(), case=asdict(case))),
+                    grouping=group_sides(here, available, free, built),
+                    unavailable=unavailable,
+                    keep_builds=keep_builds,
                 )
                 try:
                     run.measure()
@@ -183,7 +184,7 @@ class Suite:
                     self._pictures[case.name] = report.save_pictures(pictures, run.pictures)
         self._write(self._report(complete=False))
 
-    def _note(self, so_far: CaseResult) -> None:
+    def _write_partial(self, so_far: CaseResult) -> None:
         """What a case has come to until now, for whoever is ended without a warning; pictures come with its end. In a
         file of its own: an earlier run's report stays whole until this one has its own."""
         made = replace(self._report(complete=False), cases=[*self._results, so_far])

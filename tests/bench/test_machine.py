@@ -1,4 +1,4 @@
-"""`bench/machine.py`, `room.py` and `cases.py`: what a machine is, what fits on it, and what a case takes."""
+"""`bench/machine.py`, `grouping.py` and `cases.py`: what a machine is, what fits on it, and what a case takes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ import pytest
 import torch
 from latentrt.bench import full, host, machine, worker
 from latentrt.bench.cases import CASES, DTYPES, SIDES, default_sides, sides_named
+from latentrt.bench.grouping import (
+    FreeSpace,
+    Grouping,
+    free_space,
+    group_sides,
+    memory_bytes,
+    shortage,
+    written_bytes,
+)
 from latentrt.bench.machine import describe_machine, installed_versions
-from latentrt.bench.room import Arrangement, Room, arrange, memory_bytes, room, too_little, written_bytes
 from latentrt.bench.side import factory
 from latentrt.cli import build_parser
 from latentrt.runtime.weights import open_checkpoint
@@ -102,67 +110,69 @@ def test_memory_is_estimated_before_a_case_begins() -> None:
     )
 
 
-def arranged(name: str, memory: float, disk: float = 1000, *, keeps: bool = False) -> tuple[Arrangement, int]:
+def names_of(grouping: Grouping) -> list[list[str]]:
+    return [group.sides for group in grouping.groups]
+
+
+def grouped(
+    name: str, memory: float, disk: float = 1000, *, keep_builds: bool = False
+) -> tuple[Grouping, int]:
     """How all sides are grouped with as many GiB free; how many sides there are."""
     case = CASES[name]
     sides = sides_named([*SIDES, "diffusers@float32"])
-    found = Room(int(memory * GIB), int(disk * GIB), keeps)
-    made = arrange(case, sides, found)
+    free = FreeSpace(int(memory * GIB), int(disk * GIB), keep_builds)
+    grouping = group_sides(case, sides, free)
     specs = {side.name: side for side in sides}
-    for group, batches in zip(made.groups, made.group_batches, strict=True):
-        largest = max(batches)
-        assert set(batches) <= set.intersection(*(set(made.batches[side]) for side in group))
-        assert sum(memory_bytes(case, specs[side], largest) for side in group) <= found.memory
-        if not keeps:
-            assert sum(written_bytes(case, specs[side]) for side in group) <= found.disk
+    for group in grouping.groups:
+        largest = max(group.batches)
+        assert set(group.batches) <= set.intersection(*(set(grouping.batches[side]) for side in group.sides))
+        assert sum(memory_bytes(case, specs[side], largest) for side in group.sides) <= free.memory
+        if not keep_builds:
+            assert sum(written_bytes(case, specs[side]) for side in group.sides) <= free.disk
     for side in sides:
         sizes = (1,) if side.dtype else case.batches
         for batch in sizes:  # each is measured, or left out with the reason
-            assert (batch in made.batches.get(side.name, ())) != (batch in made.lost.get(side.name, {}))
-            if not keeps and batch in made.lost.get(side.name, {}):
-                assert memory_bytes(case, side, batch) > found.memory
-    measured = [
-        (side, batch)
-        for group, batches in zip(made.groups, made.group_batches, strict=True)
-        for side in group
-        for batch in batches
-    ]
+            assert (batch in grouping.batches.get(side.name, ())) != (
+                batch in grouping.skipped.get(side.name, {})
+            )
+            if not keep_builds and batch in grouping.skipped.get(side.name, {}):
+                assert memory_bytes(case, side, batch) > free.memory
+    measured = [(side, batch) for group in grouping.groups for side in group.sides for batch in group.batches]
     others = [each for each in measured if each[0] != "diffusers"]
     assert sorted(others) == sorted(
-        (side, b) for side, sizes in made.batches.items() for b in sizes if side != "diffusers"
+        (side, b) for side, sizes in grouping.batches.items() for b in sizes if side != "diffusers"
     )
-    assert {b for side, b in measured if side == "diffusers"} == set(made.batches["diffusers"])
-    if "diffusers@float32" in made.batches:  # what the others are compared with, and is not timed
-        assert made.groups[0] == ["diffusers@float32"]
-    return made, len(sides)
+    assert {b for side, b in measured if side == "diffusers"} == set(grouping.batches["diffusers"])
+    if "diffusers@float32" in grouping.batches:  # what the others are compared with, and is not timed
+        assert names_of(grouping)[0] == ["diffusers@float32"]
+    return grouping, len(sides)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sdxl-refiner"])
 @pytest.mark.parametrize("memory", [138.5, 79.2])
 def test_on_a_large_gpu_each_side_is_interleaved_with_the_first(name: str, memory: float) -> None:
-    made, count = arranged(name, memory, disk=60)
-    assert len(made.batches) == count
-    assert len(made.groups) > 2
-    assert all(group[0] == "diffusers" for group in made.groups[1:])
-    assert made.batches == {
-        **dict.fromkeys(made.batches, CASES[name].batches),
+    grouping, count = grouped(name, memory, disk=60)
+    assert len(grouping.batches) == count
+    assert len(grouping.groups) > 2
+    assert all(names[0] == "diffusers" for names in names_of(grouping)[1:])
+    assert grouping.batches == {
+        **dict.fromkeys(grouping.batches, CASES[name].batches),
         "diffusers@float32": (1,),
     }
-    assert made.lost == {}
+    assert grouping.skipped == {}
 
 
 @pytest.mark.parametrize(("memory", "shared"), [(31, (1, 2)), (47, (1, 2, 4)), (78.5, (1, 2, 4))])
 def test_sizes_at_which_two_sides_fit_are_interleaved_and_larger_ones_measured_alone(
     memory: float, shared: tuple[int, ...]
 ) -> None:
-    made, _ = arranged("sdxl", memory)
-    found = list(zip(made.groups, made.group_batches, strict=True))
+    grouping, _ = grouped("sdxl", memory)
     for side in SIDES:
         if side != "diffusers":
-            together = [at for group, at in found if {"diffusers", side} <= set(group)]
+            together = [group.batches for group in grouping.groups if {"diffusers", side} <= set(group.sides)]
             assert together == [shared]
-    alone = {side: at for (side, *others), at in found if not others}
-    fit = made.batches["latentrt-triton"]
+    alone = {group.sides[0]: group.batches for group in grouping.groups if len(group.sides) == 1}
+    fit = grouping.batches["latentrt-triton"]
     assert alone.pop("diffusers@float32") == (1,)
     assert alone == {
         side: tuple(b for b in fit if b not in shared) for side in SIDES if set(fit) - set(shared)
@@ -172,15 +182,15 @@ def test_sizes_at_which_two_sides_fit_are_interleaved_and_larger_ones_measured_a
 @pytest.mark.parametrize("name", ["sdxl", "sdxl-refiner"])
 def test_on_24_gb_every_side_is_measured_one_after_another(name: str) -> None:
     """No two fit together; each fits alone, at the sizes that do."""
-    made, count = arranged(name, 22.5)
+    grouping, count = grouped(name, 22.5)
     exact = name == "sdxl"  # the refiner's weights too take 29 GiB in float32
-    assert len(made.batches) == count - (not exact)
-    assert all(len(group) == 1 for group in made.groups)
-    assert made.groups[exact] == ["diffusers"]
+    assert len(grouping.batches) == count - (not exact)
+    assert all(len(names) == 1 for names in names_of(grouping))
+    assert names_of(grouping)[exact] == ["diffusers"]
     sizes = {"sdxl": (1, 2), "sdxl-refiner": (1,)}[name]
-    assert {b for side, b in made.batches.items() if side != "diffusers@float32"} == {sizes}
+    assert {b for side, b in grouping.batches.items() if side != "diffusers@float32"} == {sizes}
     needed = {"sdxl": "23.5", "sdxl-refiner": "29.1"}[name]
-    assert made.lost["latentrt-triton"][4] == (
+    assert grouping.skipped["latentrt-triton"][4] == (
         f"needs about {needed} GiB; 22.5 GiB of memory and 1000.0 GiB of disk are free"
     )
 
@@ -188,29 +198,29 @@ def test_on_24_gb_every_side_is_measured_one_after_another(name: str) -> None:
 def test_eager_sides_that_do_not_fit_beside_the_first_come_before_it() -> None:
     """The others are compared with their pictures."""
     case, sides = CASES["sdxl"], sides_named(["latentrt-triton", "latentrt-tensorrt", "diffusers"])
-    made = arrange(replace(case, batches=(1,)), sides, Room(20 * GIB, 1000 * GIB))
-    assert made.groups == [["diffusers"], ["latentrt-triton"], ["latentrt-tensorrt"]]
-    both = arrange(replace(case, batches=(1,)), sides, Room(25 * GIB, 1000 * GIB))
-    assert both.groups == [["latentrt-triton", "diffusers"], ["latentrt-triton", "latentrt-tensorrt"]]
+    grouping = group_sides(replace(case, batches=(1,)), sides, FreeSpace(20 * GIB, 1000 * GIB))
+    assert names_of(grouping) == [["diffusers"], ["latentrt-triton"], ["latentrt-tensorrt"]]
+    both = group_sides(replace(case, batches=(1,)), sides, FreeSpace(25 * GIB, 1000 * GIB))
+    assert names_of(both) == [["latentrt-triton", "diffusers"], ["latentrt-triton", "latentrt-tensorrt"]]
 
 
 def test_what_is_kept_on_disk_adds_up() -> None:
-    swept, count = arranged("sdxl", 1000, disk=30)
-    assert len(swept.batches) == count
-    assert len(swept.groups) > 2
-    kept, _ = arranged("sdxl", 1000, disk=30, keeps=True)
-    assert kept.lost["latentrt-tensorrt-rtx"][1] == (
+    removed, count = grouped("sdxl", 1000, disk=30)
+    assert len(removed.batches) == count
+    assert len(removed.groups) > 2
+    kept, _ = grouped("sdxl", 1000, disk=30, keep_builds=True)
+    assert kept.skipped["latentrt-tensorrt-rtx"][1] == (
         "needs about 12.9 GiB on disk, where 4.2 GiB are left; 1000.0 GiB of memory and 30.0 GiB of disk are free"
     )
     sides = sides_named([*SIDES, "diffusers@float32"])
-    again = arrange(
-        CASES["sdxl"], sides, Room(1000 * GIB, 30 * GIB, True), built={side.name for side in sides}
+    again = group_sides(
+        CASES["sdxl"], sides, FreeSpace(1000 * GIB, 30 * GIB, True), built={side.name for side in sides}
     )
-    assert again.lost == {}
+    assert again.skipped == {}
     writes_too_much = sides_named(["latentrt-tensorrt", "latentrt-triton"])
-    made = arrange(CASES["sdxl"], writes_too_much, Room(1000 * GIB, GIB))
-    assert made.groups == [["latentrt-triton"]]
-    assert set(made.lost) == {"latentrt-tensorrt"}
+    grouping = group_sides(CASES["sdxl"], writes_too_much, FreeSpace(1000 * GIB, GIB))
+    assert names_of(grouping) == [["latentrt-triton"]]
+    assert set(grouping.skipped) == {"latentrt-tensorrt"}
 
 
 def test_the_digest_of_block_sizes_is_over_names_and_contents(
@@ -242,28 +252,28 @@ def test_a_container_s_limit_bounds_the_room(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("latentrt.runtime.host_memory._CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("300000000\n")
     (tmp_path / "memory.current").write_text("100000000\n")
-    assert room(CPU, tmp_path, keeps=False).memory == 200_000_000
+    assert free_space(CPU, tmp_path, keep_builds=False).memory == 200_000_000
     monkeypatch.setattr("latentrt.runtime.host_memory._MEMINFO", tmp_path / "none")  # not Linux
-    assert room(CPU, tmp_path, keeps=False).memory > 200_000_000
+    assert free_space(CPU, tmp_path, keep_builds=False).memory > 200_000_000
 
 
 def test_a_case_without_room_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sides = sides_named(["diffusers", "latentrt-eager"])
-    monkeypatch.setattr("latentrt.bench.room._free_memory", lambda device: 10 * GIB)
-    assert too_little(CASES["demo"], sides, CPU, tmp_path) == ""
+    monkeypatch.setattr("latentrt.bench.grouping._free_memory", lambda device: 10 * GIB)
+    assert shortage(CASES["demo"], sides, CPU, tmp_path) == ""
     assert (
-        too_little(CASES["sdxl"], sides, CPU, tmp_path)
+        shortage(CASES["sdxl"], sides, CPU, tmp_path)
         == "diffusers needs about 11.5 GiB and 10.0 GiB are free on cpu"
     )
-    monkeypatch.setattr("latentrt.bench.room._free_memory", lambda device: 40 * GIB)
-    monkeypatch.setattr("latentrt.bench.room._free_disk", lambda folder: 5 * GIB)
-    found = too_little(CASES["sdxl-refiner"], sides, CPU, tmp_path)
+    monkeypatch.setattr("latentrt.bench.grouping._free_memory", lambda device: 40 * GIB)
+    monkeypatch.setattr("latentrt.bench.grouping._free_disk", lambda folder: 5 * GIB)
+    found = shortage(CASES["sdxl-refiner"], sides, CPU, tmp_path)
     assert re.match(
         r"its random weights take 12\.\d GiB and 5\.0 GiB are free in .*; give another --work", found
     )
     for model in ("sdxl-random", "sdxl-refiner-random"):
         (tmp_path / model).mkdir()
-    assert too_little(CASES["sdxl-refiner"], sides, CPU, tmp_path) == ""
+    assert shortage(CASES["sdxl-refiner"], sides, CPU, tmp_path) == ""
 
 
 def test_the_tables_fit_together() -> None:

@@ -81,7 +81,7 @@ def test_wrong_pictures_withhold_the_speed(measure: Callable[..., CaseResult]) -
 def test_pictures_that_are_not_finite_are_no_reference(
     many: int, measure: Callable[..., CaseResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("latentrt.bench.run._MANY", many)  # of which bytes are kept
+    monkeypatch.setattr("latentrt.bench.run._MAX_FLOAT_PICTURES", many)  # of which bytes are kept
     result = measure(planted("nan", nan=True), planted("sound"), planted("wrong", wrong_from=0), rounds=1)
     assert result.reference == "sound"
     status, reason = ("failed", "a picture is not") if many == 1 else ("invalid", "PSNR -inf dB")
@@ -120,8 +120,8 @@ def test_a_batch_in_another_order_is_wrong(measure: Callable[..., CaseResult]) -
 def test_many_pictures_are_kept_as_bytes(
     measure: Callable[..., CaseResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("latentrt.bench.run._MANY", 2)
-    monkeypatch.setattr("latentrt.bench.run._SHOWN", 1)
+    monkeypatch.setattr("latentrt.bench.run._MAX_FLOAT_PICTURES", 2)
+    monkeypatch.setattr("latentrt.bench.run._REPORT_PICTURES", 1)
     runs: list[CaseRun] = []
     begin = CaseRun.measure
     monkeypatch.setattr(CaseRun, "measure", lambda self: (runs.append(self), begin(self)))
@@ -129,8 +129,8 @@ def test_many_pictures_are_kept_as_bytes(
     assert found["other"].quality.psnr == 200
     assert found["other"].batches[0].psnr == 200
     assert (found["late"].status, found["late"].reason[:13]) == ("invalid", "batch 1: PSNR")
-    lanes = {lane.spec.name: lane for lane in runs[0]._lanes}
-    assert [(lanes[name].images.dtype, len(lanes[name].images)) for name in ("right", "other")] == [
+    sides = {side.spec.name: side for side in runs[0]._sides}
+    assert [(sides[name].images.dtype, len(sides[name].images)) for name in ("right", "other")] == [
         (np.uint8, 3),
         (np.uint8, 1),
     ]

@@ -154,7 +154,7 @@ def test_a_terminal_sees_what_each_side_is_at() -> None:
     for terminal in (True, False):
         console = Console(file=StringIO(), force_terminal=terminal, width=60)
         with LiveTable("demo", ["diffusers", "ours"], console) as live:
-            live.tell("ours", "round 3 of 9")
+            live.update("ours", "round 3 of 9")
         drawn = console.file.getvalue()
         assert ("round 3 of 9" in drawn) == terminal
         assert ("waiting" in drawn) == terminal

@@ -14,10 +14,10 @@ from helpers.fake_clock import FakeClock
 from helpers.planted_sides import CASE, STEPS, planted, rows
 from latentrt.bench.cases import Case, SideSpec
 from latentrt.bench.gates import GATES
+from latentrt.bench.grouping import Group, Grouping
 from latentrt.bench.host import Host
 from latentrt.bench.report import markdown
 from latentrt.bench.results import CaseResult, Report, Row
-from latentrt.bench.room import Arrangement
 from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.worker import Job, Worker
 
@@ -140,9 +140,13 @@ def test_energy_is_of_all_rounds_or_not_reported(
     assert b.batches[0].joules_per_image == joules
 
 
-def grouped(case: Case, *groups: Sequence[str], lost: dict[str, dict[int, str]] | None = None) -> Arrangement:
+def grouped(case: Case, *groups: Sequence[str], skipped: dict[str, dict[int, str]] | None = None) -> Grouping:
     names = {name for group in groups for name in group}
-    return Arrangement([list(group) for group in groups], dict.fromkeys(names, case.batches), lost or {})
+    return Grouping(
+        [Group(list(group), case.batches) for group in groups],
+        dict.fromkeys(names, case.batches),
+        skipped or {},
+    )
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -182,8 +186,8 @@ def test_sides_that_do_not_fit_together_are_measured_in_groups(
         device="cpu",
         folder=tmp_path,
         open_host=Counting,
-        arrangement=grouped(case, "ab", "ac", lost={"d": {1: "needs about 40.0 GiB"}}),
-        keep=keep,
+        grouping=grouped(case, "ab", "ac", skipped={"d": {1: "needs about 40.0 GiB"}}),
+        keep_builds=keep,
     )
     run.measure()
     found = rows(run.result())
@@ -225,7 +229,7 @@ def test_sides_that_do_not_fit_with_the_first_are_measured_alone(tmp_path: Path)
         device="cpu",
         folder=tmp_path,
         open_host=Counting,
-        arrangement=grouped(case, ["eager"], "a", "b"),
+        grouping=grouped(case, ["eager"], "a", "b"),
     )
     run.measure()
     result = run.result()
@@ -273,8 +277,8 @@ def test_a_side_that_fits_with_the_first_at_small_sizes_is_opened_again_for_larg
 
     case = replace(CASE, steps=1, batches=(1, 2))
     sides = [planted("a", step_seconds=0.002), replace(planted("b", step_seconds=0.001), builds=True)]
-    groups = Arrangement(
-        [["a", "b"], ["a"], ["b"]], dict.fromkeys("ab", (1, 2)), group_batches=[(1,), (2,), (2,)]
+    groups = Grouping(
+        [Group(["a", "b"], (1,)), Group(["a"], (2,)), Group(["b"], (2,))], dict.fromkeys("ab", (1, 2))
     )
     run = CaseRun(
         case,
@@ -284,7 +288,7 @@ def test_a_side_that_fits_with_the_first_at_small_sizes_is_opened_again_for_larg
         device="cpu",
         folder=tmp_path,
         open_host=Noting,
-        arrangement=groups,
+        grouping=groups,
     )
     run.measure()
     result = run.result()
