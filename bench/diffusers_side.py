@@ -1,4 +1,4 @@
-"""diffusers as a side of the benchmark: eager, or compiled by PyTorch, in the setting that suits it best.
+"""diffusers as a side of the benchmark: eager, or compiled by PyTorch, in its fastest settings.
 
 Source of the settings: diffusers' guide "Accelerate inference of text-to-image diffusion models": SDPA attention
 (the default since PyTorch 2), channels_last, `torch.compile` of the UNets and of the VAE's decoder as whole graphs, and
@@ -21,12 +21,12 @@ from ..runtime.weights import refiner_source
 from .cases import Case
 from .models import checkpoint_folder
 from .monitor import Span
-from .side import Made, Side, now, take_quicker_layout, try_convolutions, vae_in
+from .side import Side, SideOutput, now, take_quicker_layout, try_convolutions, vae_in
 
 __all__ = ["DiffusersSide", "compile_options", "load_pipelines", "open_side"]
 
 _FROM_NOISE = 1e-6
-"""Of the schedule, so that diffusers' refiner takes every step: at 0 it falls back to image to image."""
+"""`denoising_start` with which diffusers' refiner takes every step: at 0 it would fall back to image to image."""
 
 
 def load_pipelines(
@@ -35,7 +35,7 @@ def load_pipelines(
     """diffusers' own pipelines of base and refiner, sharing the second text encoder and the VAE.
 
     Args:
-        upcast: dtype of a VAE that would overflow in float16, where `dtype` is that.
+        upcast: dtype of a VAE that would overflow in float16, if `dtype` is float16.
     """
     import diffusers
     import transformers
@@ -65,7 +65,7 @@ def load_pipelines(
 
 
 def _upcast(vae: Any, dtype: torch.dtype) -> None:
-    """Once: the pipelines would move its weights to float32 and back for every picture."""
+    """Convert the VAE once: the pipelines would convert its weights to float32 and back for every picture."""
     vae.to(dtype)
     decode = vae.decode
 
@@ -93,44 +93,44 @@ class DiffusersSide(Side):
                 pipe.encode_prompt = self._timed_text(pipe.encode_prompt)
                 pipe.scheduler.scale_model_input = self._marking("loop", pipe.scheduler.scale_model_input)
         base.vae.decode = self._marking("decode", base.vae.decode)
-        # What was moved, or replaced by sessions: NVML would count it as this side's.
+        # NVML would count cached memory, of weights that were moved or replaced by sessions, as this side's.
         if device.type == "cuda":
             release_memory()
 
-    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
-        return self.make(prompts, seeds, self._case.steps)
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> SideOutput:
+        return self.generate(prompts, seeds, self._case.steps)
 
-    def make(self, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Made:
-        """The same at another number of steps."""
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> SideOutput:
+        """Generate picture k from prompt k and seed k in `steps` steps."""
         case = self._case
         height, width = case.size or (None, None)
-        asked: dict[str, Any] = {
+        call_args: dict[str, Any] = {
             "prompt": list(prompts),
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
             "num_inference_steps": steps,
             "guidance_scale": case.guidance,
             "negative_prompt": None if case.negative is None else [case.negative] * len(prompts),
         }
-        noise = self._drawn(asked["generator"])
-        sized = {**asked, "height": height, "width": width, "latents": noise}
+        noise = self._noise(call_args["generator"])
+        base_args = {**call_args, "height": height, "width": width, "latents": noise}
         self._spans = []
         share = case.high_noise_frac
         if self._refiner is None or share == 1:
-            images = self._stage("base", self._base, output_type="np", **sized)
-            return Made(images, self._spans)
+            images = self._stage("base", self._base, output_type="np", **base_args)
+            return SideOutput(images, self._spans)
         if share == 0:
-            latents = self._scaled(noise, steps)
+            latents = self._initial_latents(noise, steps)
             share = _FROM_NOISE
         else:
-            latents = self._stage("base", self._base, denoising_end=share, output_type="latent", **sized)
+            latents = self._stage("base", self._base, denoising_end=share, output_type="latent", **base_args)
         images = self._stage(
-            "refiner", self._refiner, image=latents, denoising_start=share, output_type="np", **asked
+            "refiner", self._refiner, image=latents, denoising_start=share, output_type="np", **call_args
         )
-        return Made(images, self._spans)
+        return SideOutput(images, self._spans)
 
-    def _drawn(self, generators: Sequence[torch.Generator]) -> torch.Tensor:
-        """Noise [B, C, H/8, W/8] of latentrt's numbers: drawn in float32, then rounded. diffusers would draw in the
-        model's dtype, which need not give the same ones."""
+    def _noise(self, generators: Sequence[torch.Generator]) -> torch.Tensor:
+        """The same noise [B, C, H/8, W/8] as latentrt's: drawn in float32, then rounded. diffusers would draw it in
+        the model's dtype, which can give other numbers."""
         base = self._base
         height, width = self._case.size or (base.default_sample_size * base.vae_scale_factor,) * 2
         shape = (
@@ -142,23 +142,24 @@ class DiffusersSide(Side):
         drawn = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
         return drawn.to(self._device, base.unet.dtype)
 
-    def _scaled(self, noise: torch.Tensor, steps: int) -> torch.Tensor:
-        """As the base begins from; the refiner's pipeline makes none."""
+    def _initial_latents(self, noise: torch.Tensor, steps: int) -> torch.Tensor:
+        """Noise scaled as the base's pipeline scales it; the refiner's pipeline does not scale."""
         self._base.scheduler.set_timesteps(steps)
         scaled: torch.Tensor = noise * self._base.scheduler.init_noise_sigma
         return scaled
 
     def set_memory_format(self, memory_format: torch.memory_format) -> None:
-        """Of the weights of everything that convolves."""
+        """Convert the weights of every network with convolutions."""
         for pipe in (self._base, self._refiner):
             if pipe is not None:
                 pipe.unet.to(memory_format=memory_format)
         self._base.vae.to(memory_format=memory_format)
 
-    def _stage(self, name: str, pipe: Any, **asked: Any) -> Any:
-        """Run one pipeline: its loop is from the first scaled input to the decoder, or else to the end."""
+    def _stage(self, name: str, pipe: Any, **call_args: Any) -> Any:
+        """Run one pipeline. Its denoising loop lasts from the first scaled input to the decoder, or to the end if there
+        is no decoder."""
         self._marks.clear()
-        images = pipe(**asked).images
+        images = pipe(**call_args).images
         end = now(self._device)
         decode = self._marks.get("decode", end)
         self._spans.append(Span(name, self._marks.get("loop", decode), decode))
@@ -177,7 +178,7 @@ class DiffusersSide(Side):
         return timed
 
     def _marking(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """`call`, which notes as `name` when it was first entered."""
+        """Wrap `call` so that it records the time of its first call as `name`."""
 
         @functools.wraps(call)
         def marking(*args: Any, **kwargs: Any) -> Any:
@@ -189,11 +190,11 @@ class DiffusersSide(Side):
 
 
 class _Eager(DiffusersSide):
-    """In the layout that is faster here."""
+    """Eager diffusers in the memory format that is fastest on this machine."""
 
     def tune(self, memory_format: str | None = None) -> None:
         self.memory_format = take_quicker_layout(
-            self.set_memory_format, self.make, self._device, memory_format
+            self.set_memory_format, self.generate, self._device, memory_format
         )
         self.settings += f", {self.memory_format}"
 
@@ -201,40 +202,40 @@ class _Eager(DiffusersSide):
 def open_side(
     case: Case, device: torch.device, dtype: torch.dtype, folder: Path, *, mode: str | None = None
 ) -> DiffusersSide:
-    """diffusers eager, or compiled in a mode of `torch.compile`; its process says where compiled code is kept."""
-    # In bfloat16 on a GPU, as latentrt's own: float32 would cost diffusers a good part of its decoding.
+    """Load diffusers eager, or compiled with a mode of `torch.compile`. The process's environment says where compiled
+    code is stored."""
+    # bfloat16 on a GPU, as latentrt uses: in float32 decoding would take diffusers much longer.
     upcast = torch.bfloat16 if device.type == "cuda" else torch.float32
     base, refiner = load_pipelines(case, device, dtype, upcast=upcast)
-    also = try_convolutions(device)
+    extra_settings = try_convolutions(device)
     if mode is None:
-        return _Eager(case, device, base, refiner, "eager, SDPA" + also)
+        return _Eager(case, device, base, refiner, "eager, SDPA" + extra_settings)
     if device.type == "cuda" and mode == "max-autotune":
         base.fuse_qkv_projections()
         if refiner is not None:
             refiner.unet.fuse_qkv_projections()  # the VAE is the base's
-        also += ", fused QKV"
-    # Base and refiner are one function to PyTorch, and each size of a batch is compiled apart.
+        extra_settings += ", fused QKV"
+    # PyTorch counts recompilations of base and refiner together, and compiles each batch size separately.
     dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(case.batches))
     options = compile_options(mode, device)
-    how: dict[str, Any] = {"options": options, "dynamic": False, "fullgraph": True}
+    compile_args: dict[str, Any] = {"options": options, "dynamic": False, "fullgraph": True}
     for pipe in (base, refiner):
         if pipe is not None:
             pipe.unet.to(memory_format=torch.channels_last)
-            pipe.unet.compile(**how)
+            pipe.unet.compile(**compile_args)
     base.vae.to(memory_format=torch.channels_last)
-    base.vae.decode = torch.compile(base.vae.decode, **how)
-    told = ", ".join(f"{name}={value}" for name, value in options.items())
-    settings = (
-        f"torch.compile({mode}, static sizes, whole graphs{', ' if told else ''}{told}), SDPA, channels_last"
-    )
-    return DiffusersSide(case, device, base, refiner, settings + also)
+    base.vae.decode = torch.compile(base.vae.decode, **compile_args)
+    described = ", ".join([mode, "static sizes", "whole graphs", *(f"{k}={v}" for k, v in options.items())])
+    settings = f"torch.compile({described}), SDPA, channels_last"
+    return DiffusersSide(case, device, base, refiner, settings + extra_settings)
 
 
 def compile_options(mode: str, device: torch.device) -> dict[str, Any]:
-    """Inductor's settings of a mode, and on a GPU with max-autotune those of diffusers' guide.
+    """Inductor's options of a mode, and on a GPU with max-autotune also those of diffusers' guide.
 
-    Freezing is left out on a CPU: the demo's UNet was 1.40 and 1.45 times as fast as eager with it and 1.45 times
-    without, and a second process took twice as long to begin: PyTorch's cache of traced graphs holds no frozen ones.
+    Freezing is not used on a CPU. It gained nothing: the demo's UNet was 1.40 and 1.45 times as fast as eager with it,
+    and 1.45 times without. And a second process took twice as long to start, because PyTorch's cache of traced graphs
+    has no frozen ones.
     """
     options: dict[str, Any] = dict(torch._inductor.list_mode_options(mode))
     if device.type == "cuda" and mode == "max-autotune":

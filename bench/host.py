@@ -1,5 +1,4 @@
-"""Runs a side in a process of its own: it has memory of its own and a cold start, and if it crashes the others go
-on."""
+"""Runs a side in a process of its own, so that it has its own memory and a cold start, and a crash is only its own."""
 
 from __future__ import annotations
 
@@ -26,12 +25,12 @@ _log = logging.getLogger(__name__)
 
 __all__ = ["Host", "OwnProcess", "job_for"]
 
-_FAREWELL = 5.0
-"""Seconds that a process may take to end by itself."""
+_EXIT_SECONDS = 5.0
+"""Time for a process to exit by itself, before it is killed."""
 
 
 def job_for(case: Case, side: SideSpec, device: str, folder: Path) -> Job:
-    """With a folder in `folder`: another one for other weights, sizes or versions."""
+    """The job of a side, with a subfolder of `folder` that is another one for other weights, sizes or versions."""
     built_from = {
         "models": [(m, weights_on_disk(m)) for m in (case.model, case.refiner) if m is not None],
         "shapes": [case.size, case.batches],
@@ -48,15 +47,15 @@ class Host(Protocol):
     """A place where one side is loaded."""
 
     def open(self) -> str:
-        """Load the side; how it was set up."""
+        """Load the side, and return its settings."""
         ...
 
     def run(self, prompts: Sequence[str], seeds: Sequence[int], *, traced: bool = False) -> Run:
-        """Make pictures; with `traced`, memory is sampled, which takes time of its own."""
+        """Generate pictures. With `traced`, memory is sampled, which slows the call down."""
         ...
 
     def tune(self, memory_format: str | None = None) -> tuple[str, str | None]:
-        """Let the side try out what suits this machine, or take a memory format that was tried out before.
+        """Let the side choose its fastest settings, or use a memory format that was chosen before.
 
         Returns:
             Its settings, and its memory format if it chose one.
@@ -64,35 +63,35 @@ class Host(Protocol):
         ...
 
     def profile(self, prompts: Sequence[str], seeds: Sequence[int]) -> Profile:
-        """Where the time goes, of a side that was opened for it."""
+        """Profile one call of a side whose job says `profiled`."""
         ...
 
     def close(self) -> None:
-        """Free everything; closing again is no error."""
+        """Free everything. May be called again."""
         ...
 
 
 class OwnProcess:
-    """A side in a process of its own, begun by `open`.
+    """A side in a process of its own, which `open` starts.
 
     Args:
         threads: of PyTorch, and so of ONNX Runtime; the same for every side.
-        patience: seconds that one answer may take: loading, a picture with all that it compiles, or a batch.
+        patience: seconds to wait for one answer: to loading, to a picture with all that it compiles, or to a batch.
     """
 
     def __init__(self, job: Job, *, threads: int, patience: float = 3600.0) -> None:
         self._job = job
         self._patience = patience
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(job, threads, theirs), name=job.side.name)
-        self._theirs: Connection | None = theirs
+        self._pipe, child_pipe = context.Pipe()
+        self._process = context.Process(target=serve, args=(job, threads, child_pipe), name=job.side.name)
+        self._child_pipe: Connection | None = child_pipe
 
     def open(self) -> str:
         self._process.start()
-        if self._theirs is not None:
-            self._theirs.close()  # so that the process's end is the pipe's end
-            self._theirs = None
+        if self._child_pipe is not None:
+            self._child_pipe.close()  # so that the pipe ends when the process does
+            self._child_pipe = None
         return cast(str, self._ask("open"))
 
     def run(self, prompts: Sequence[str], seeds: Sequence[int], *, traced: bool = False) -> Run:
@@ -108,28 +107,28 @@ class OwnProcess:
         if self._process.pid is None:
             return
         self._pipe.close()
-        self._process.join(_FAREWELL)
-        # The whole group: compilers that it began would slow down the others.
+        self._process.join(_EXIT_SECONDS)
+        # The whole group: compilers that it started would slow down the other sides.
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.join()
 
-    def _ask(self, what: str, *arguments: Any, **options: Any) -> Any:
+    def _ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
         try:
-            self._pipe.send((what, arguments, options))
+            self._pipe.send((method, args, kwargs))
             if not self._pipe.poll(self._patience):
-                done = {"open": "loaded", "tune": "tuned", "run": "done making its pictures"}.get(
-                    what, "profiled"
+                action = {"open": "loaded", "tune": "tuned", "run": "done making its pictures"}.get(
+                    method, "profiled"
                 )
-                raise BenchmarkError(f"not {done} after {self._patience:.0f} s; raise --patience")
+                raise BenchmarkError(f"not {action} after {self._patience:.0f} s; raise --patience")
             kind, answer, trace = self._pipe.recv()
         except (EOFError, OSError) as error:
             self._process.join(5)
             code = self._process.exitcode
-            how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+            ending = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
             killed = "; the system may have been out of memory" if code == -signal.SIGKILL else ""
-            raise BenchmarkError(f"its process ended by {how}{killed}") from error
+            raise BenchmarkError(f"its process ended by {ending}{killed}") from error
         if kind == "error":
             _log.info("%s: %s", self._job.side.name, trace)
             raise BenchmarkError(str(answer))

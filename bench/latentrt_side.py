@@ -19,7 +19,7 @@ from ..runtime.parts import load_parts
 from ..runtime.pipeline import Pipeline
 from .cases import Case, reference_side
 from .monitor import Span
-from .side import Made, Side, now, take_quicker_layout, try_convolutions, vae_in
+from .side import Side, SideOutput, now, take_quicker_layout, try_convolutions, vae_in
 
 __all__ = ["open_side"]
 
@@ -33,10 +33,10 @@ class LatentrtSide(Side):
         also = try_convolutions(pipe.device) if pipe.backend in ("eager", "triton") else ""
         self.settings = f"back end {pipe.backend}, {vae_in(pipe.vae.dtype)}{also}"
 
-    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> SideOutput:
         return self.make(prompts, seeds, self._case.steps)
 
-    def make(self, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Made:
+    def make(self, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> SideOutput:
         """The same at another number of steps."""
         case = self._case
         height, width = case.size or (None, None)
@@ -51,7 +51,7 @@ class LatentrtSide(Side):
             high_noise_frac=case.high_noise_frac,
             output_type="np",
         )
-        return Made(result.images, _spans(result.timings, now(self._pipe.device)))
+        return SideOutput(result.images, _spans(result.timings, now(self._pipe.device)))
 
 
 class _Eager(LatentrtSide):

@@ -1,4 +1,4 @@
-"""Memory while something runs, sampled in a thread; what else the machine was doing meanwhile."""
+"""Memory during a call, sampled in a thread, and how busy other processes kept the machine."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from .nvml import GpuShare
 __all__ = ["BusyElsewhere", "MemorySampler", "Series", "Span", "memory_now", "peak_within"]
 
 Series = dict[str, list[float]]
-"""`seconds` from the start, and beside it bytes: `resident` of the process on the host; on a GPU PyTorch's tensors,
-`allocated`, what its allocator has `reserved` for them and for recorded graphs, and `gpu` or `gpu by turns`, which is
-everything of the process there (see `nvml.GpuShare`)."""
+"""`seconds` since the start, and for each kind of memory as many values in bytes:
+
+- `resident`: of the process on the host;
+- `allocated`: PyTorch's tensors on the GPU;
+- `reserved`: what PyTorch's allocator holds for them and for recorded graphs;
+- `gpu` or `gpu by turns`: everything of the process on the GPU (see `nvml.GpuShare`).
+"""
 
 _PROCESS = psutil.Process()
 _INTERVAL = 0.005  # seconds between samples
@@ -40,13 +44,13 @@ class MemorySampler:
         self._share = share
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self.begun = 0.0
+        self.started = 0.0
         self.series: Series = {"seconds": []}
 
     def __enter__(self) -> MemorySampler:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        self.begun = time.perf_counter()
+        self.started = time.perf_counter()
         self._sample()
         self._thread.start()
         return self
@@ -55,7 +59,8 @@ class MemorySampler:
         self._done.set()
         self._thread.join()
         self._sample()
-        count = len(self.series["seconds"])  # what could not be read each time has no place in time
+        # A kind that could not be read every time cannot be matched with the seconds.
+        count = len(self.series["seconds"])
         self.series = {name: values for name, values in self.series.items() if len(values) == count}
 
     def _run(self) -> None:
@@ -64,65 +69,68 @@ class MemorySampler:
 
     def _sample(self) -> None:
         values = memory_now(self._device, self._share)
-        self.series["seconds"].append(time.perf_counter() - self.begun)
+        self.series["seconds"].append(time.perf_counter() - self.started)
         for name, value in values.items():
             self.series.setdefault(name, []).append(value)
 
     def peaks(self) -> dict[str, float]:
-        """The most of each in bytes; PyTorch's allocator counts its own, between samples too."""
-        found = {name: max(values) for name, values in self.series.items() if name != "seconds"}
+        """The largest value of each kind in bytes. PyTorch's allocator counts its own peaks, also between samples."""
+        peaks = {name: max(values) for name, values in self.series.items() if name != "seconds"}
         if self._device.type == "cuda":
-            found["allocated"] = float(torch.cuda.max_memory_allocated(self._device))
-            found["reserved"] = float(torch.cuda.max_memory_reserved(self._device))
-        return found
+            peaks["allocated"] = float(torch.cuda.max_memory_allocated(self._device))
+            peaks["reserved"] = float(torch.cuda.max_memory_reserved(self._device))
+        return peaks
 
     def peaks_by_stage(self, spans: Sequence[Span]) -> dict[str, dict[str, float]]:
-        """The most of each sampled while a stage ran, which may be several times; a stage shorter than the interval has
-        the nearest sample. Samples miss what lasts less than an interval; `peaks` does not."""
-        found: dict[str, dict[str, float]] = {}
+        """Stage -> the largest sample of each kind while it ran, over all of its runs.
+
+        A stage that is shorter than the sampling interval gets the nearest sample. Peaks shorter than the interval are
+        missed here, but not by `peaks`.
+        """
+        by_stage: dict[str, dict[str, float]] = {}
         for span in spans:
-            most = found.setdefault(span.name, {})
-            for kind, value in peak_within(self.series, span, self.begun).items():
-                most[kind] = max(value, most.get(kind, 0.0))
-        return found
+            peaks = by_stage.setdefault(span.name, {})
+            for kind, value in peak_within(self.series, span, self.started).items():
+                peaks[kind] = max(value, peaks.get(kind, 0.0))
+        return by_stage
 
 
-def peak_within(series: Series, span: Span, begun: float) -> dict[str, float]:
-    """The largest sample of each kind in a stage; in a stage too short for one, the nearest."""
-    times = [t + begun for t in series["seconds"]]
+def peak_within(series: Series, span: Span, started: float) -> dict[str, float]:
+    """The largest sample of each kind within a stage; the nearest one if the stage is too short to have any."""
+    times = [t + started for t in series["seconds"]]
     inside = [k for k, t in enumerate(times) if span.begin <= t <= span.end]
-    middle = (span.begin + span.end) / 2
-    inside = inside or [min(range(len(times)), key=lambda k: abs(times[k] - middle))]
+    midpoint = (span.begin + span.end) / 2
+    inside = inside or [min(range(len(times)), key=lambda k: abs(times[k] - midpoint))]
     return {name: max(values[k] for k in inside) for name, values in series.items() if name != "seconds"}
 
 
 def memory_now(device: torch.device, share: GpuShare | None) -> dict[str, float]:
-    """Bytes of this process by kind, see `Series`; what the driver does not tell is not in it."""
-    found = {"resident": float(_PROCESS.memory_info().rss)}
+    """Bytes of this process by kind (see `Series`), without those that the driver does not report."""
+    values = {"resident": float(_PROCESS.memory_info().rss)}
     if device.type == "cuda":
-        found["allocated"] = float(torch.cuda.memory_allocated(device))
-        found["reserved"] = float(torch.cuda.memory_reserved(device))
+        values["allocated"] = float(torch.cuda.memory_allocated(device))
+        values["reserved"] = float(torch.cuda.memory_reserved(device))
     used = None if share is None else share.used()
     if share is not None and used is not None:
-        found[share.series] = float(used)
-    return found
+        values[share.series] = float(used)
+    return values
 
 
 class BusyElsewhere:
-    """Cores that others kept busy since the last `lap`: what the machine did less what this process did."""
+    """Cores that other processes kept busy: the machine's busy time less this process's."""
 
     def __init__(self) -> None:
         self._since = _clocks()
 
     def lap(self) -> float:
-        """Mean number of busy cores besides this process's, at least 0."""
+        """Mean number of cores that others kept busy since the last call, at least 0."""
         before, self._since = self._since, _clocks()
         wall, busy, own = (b - a for a, b in zip(before, self._since, strict=True))
         return max(0.0, (busy - own) / wall)
 
 
 def _clocks() -> tuple[float, float, float]:
-    """Seconds of the wall, of all busy cores and of this process's."""
+    """Seconds of wall time, of all cores' busy time, and of this process's CPU time."""
     return time.perf_counter(), _busy_seconds(), time.process_time()
 
 

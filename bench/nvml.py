@@ -1,8 +1,8 @@
-"""What NVIDIA's management library tells of one GPU: memory, energy, clocks. Where it is absent there is nothing.
+"""Memory, energy and clocks of one GPU, from NVIDIA's management library (NVML) if it is installed.
 
-Inside a container the driver lists processes by numbers that the container does not know. `GpuShare` then goes by
-turns: sides wait for each other, so what the device's memory changes by while one is at work is that one's, as long as
-nobody else uses the GPU.
+Inside a container the driver lists processes by ids of the host, which the container does not know. `GpuShare` then
+counts by turns. Only one side runs at a time, so any change of the device's memory during its turn is that side's, as
+long as nobody else uses the GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Nvml:
     """One GPU by its handle.
 
     Attributes:
-        unsupported: functions, with their arguments, that this GPU or driver lacks, found out by asking.
+        unsupported: functions, with their arguments, that this GPU or driver turned out not to support.
     """
 
     def __init__(self, library: Any, handle: Any) -> None:
@@ -29,45 +29,46 @@ class Nvml:
         self.unsupported: set[tuple[Any, ...]] = set()
 
     def process_bytes(self) -> int | None:
-        """Memory of this process on the GPU, whoever allocated it. None where the driver does not tell processes
-        apart (in some containers)."""
+        """Memory of this process on the GPU, whichever library allocated it. None if the driver does not list this
+        process, as in some containers."""
         rows = self._ask("nvmlDeviceGetComputeRunningProcesses") or []
         mine = [row.usedGpuMemory for row in rows if row.pid == os.getpid()]
         return int(mine[0]) if mine and mine[0] is not None else None
 
     def device_bytes(self) -> int | None:
-        """Memory in use on the GPU, by every process."""
-        found = self._ask("nvmlDeviceGetMemoryInfo")
-        return None if found is None else int(found.used)
+        """Memory in use on the GPU by all processes."""
+        memory = self._ask("nvmlDeviceGetMemoryInfo")
+        return None if memory is None else int(memory.used)
 
     def joules(self) -> float | None:
-        """Energy since the driver was loaded."""
-        found = self._ask("nvmlDeviceGetTotalEnergyConsumption")
-        return None if found is None else found / 1e3
+        """Energy used since the driver was loaded."""
+        millijoules = self._ask("nvmlDeviceGetTotalEnergyConsumption")
+        return None if millijoules is None else millijoules / 1e3
 
     def state(self) -> dict[str, float]:
-        """Clocks in MHz, power and its limit in W, temperature in degrees Celsius, as they are now."""
+        """Present clocks in MHz, power and power limit in W, and temperature in degrees Celsius."""
         n = self._nvml
-        asked = {
+        queries = {
             "sm_mhz": ("nvmlDeviceGetClockInfo", n.NVML_CLOCK_SM, 1.0),
             "memory_mhz": ("nvmlDeviceGetClockInfo", n.NVML_CLOCK_MEM, 1.0),
             "power_w": ("nvmlDeviceGetPowerUsage", None, 1e-3),
             "power_limit_w": ("nvmlDeviceGetEnforcedPowerLimit", None, 1e-3),
             "temperature_c": ("nvmlDeviceGetTemperature", n.NVML_TEMPERATURE_GPU, 1.0),
         }
-        found = {}
-        for name, (function, argument, unit) in asked.items():
+        values = {}
+        for name, (function, argument, unit) in queries.items():
             value = self._ask(function, *(() if argument is None else (argument,)))
             if value is not None:
-                found[name] = value * unit
-        return found
+                values[name] = value * unit
+        return values
 
     def driver(self) -> str:
         """The driver's version."""
         return str(self._nvml.nvmlSystemGetDriverVersion())
 
     def _ask(self, function: str, *arguments: Any) -> Any:
-        """None where there is no answer. What is not supported is not asked again; any other error may pass."""
+        """Call a function of NVML; None if it fails. An unsupported one is not called again; other errors may be
+        temporary."""
         if (function, *arguments) in self.unsupported:
             return None
         try:
@@ -79,11 +80,11 @@ class Nvml:
 
 
 class GpuShare:
-    """How much of a GPU's memory is this process's; made before it uses the GPU.
+    """This process's share of a GPU's memory. Has to be created before the process uses the GPU.
 
     Attributes:
-        series: what the figure is called: `gpu` where the driver tells it of this process, `gpu by turns` where it is
-            what the device's use changed by during this process's turns.
+        series: the kind of memory in `monitor.Series`: `gpu` if the driver reports it for this process, `gpu by turns`
+            if it is the change of the device's memory during this process's turns.
     """
 
     def __init__(self, nvml: Nvml) -> None:
@@ -93,16 +94,16 @@ class GpuShare:
         self.series = "gpu by turns"
 
     def begin(self) -> None:
-        """This process's turn begins."""
+        """Begin this process's turn."""
         self._before = self._nvml.device_bytes()
 
     def end(self) -> None:
-        """The turn is over; what it left on the device stays this process's."""
+        """End the turn. What the process still holds on the device stays its own."""
         self._own = self.used() or 0
         self._before = None
 
     def used(self) -> int | None:
-        """Bytes now, in a turn; None where the driver does not even tell the device's."""
+        """Bytes in use now; None outside a turn, or if the driver does not even report the device's memory."""
         mine = self._nvml.process_bytes()
         if mine is not None:
             self.series = "gpu"
@@ -112,7 +113,7 @@ class GpuShare:
 
 
 def open_nvml(device: torch.device) -> Nvml | None:
-    """Of a CUDA device; None for others, and where the library or its driver is not there."""
+    """NVML for a CUDA device. None for other devices, and if the library or the driver is missing."""
     if device.type != "cuda":
         return None
     try:
@@ -121,7 +122,7 @@ def open_nvml(device: torch.device) -> Nvml | None:
         return None
     try:
         nvml.nvmlInit()
-        # NVML counts all GPUs, PyTorch those it was shown.
+        # By UUID: NVML numbers all GPUs, PyTorch only those that are visible to it.
         uuid = str(torch.cuda.get_device_properties(device).uuid)
         name = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
         return Nvml(nvml, nvml.nvmlDeviceGetHandleByUUID(name))

@@ -26,7 +26,7 @@ class _Exported:
     """An exported module: tensors in by name, tensors out in order."""
 
     def __init__(self, file: Path, device: torch.device) -> None:
-        # As diffusers' convolutions have it: in a float16 case its VAE's float32 is TF32.
+        # The same setting as diffusers' convolutions: in a float16 case they run its float32 VAE in TF32.
         self._session = open_session(file, device, tf32=torch.backends.cudnn.allow_tf32)
         self._names = [value.name for value in self._session.get_inputs()]
         self._outputs = [value.name for value in self._session.get_outputs()]
@@ -35,8 +35,8 @@ class _Exported:
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         binding = self._session.io_binding()
         place, index = self._device.type, self._device.index or 0
-        held = [x.detach().contiguous() for x in tensors]
-        for name, x in zip(self._names, held, strict=True):
+        contiguous = [x.detach().contiguous() for x in tensors]
+        for name, x in zip(self._names, contiguous, strict=True):
             binding.bind_input(name, place, index, _NUMPY[x.dtype], list(x.shape), x.data_ptr())
         for name in self._outputs:
             binding.bind_output(name, place, index)
@@ -53,13 +53,13 @@ class _Text(nn.Module):
         self.encoder = encoder
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 77] -> the output diffusers pools, and the sequence SDXL reads."""
+        """[B, 77] -> the output whose pooled embedding diffusers takes, and the sequence that SDXL reads."""
         out = self.encoder(input_ids, output_hidden_states=True)
         return out[0], out.hidden_states[-2]
 
 
 class _TextOutput:
-    """As much of transformers' output as SDXL's pipelines read."""
+    """The part of transformers' output that SDXL's pipelines read."""
 
     def __init__(self, first: Tensor, penultimate: Tensor) -> None:
         self._first = first
@@ -95,16 +95,17 @@ class _Decoder(nn.Module):
 
 
 def open_side(case: Case, device: torch.device, dtype: torch.dtype, folder: Path) -> DiffusersSide:
-    """Export what is not in `folder` yet, and put sessions in the place of the modules.
+    """Export what is not in `folder` yet, and replace the modules by sessions.
 
     Raises:
-        RequestError: ONNX Runtime does not take the dtype.
-        BackendUnavailableError: it is not there, or not for the device.
+        RequestError: ONNX Runtime does not support the dtype.
+        BackendUnavailableError: ONNX Runtime is not installed, or not for the device.
     """
     if dtype not in _NUMPY:
         name = dtype_name(dtype)
         raise RequestError(f"plain ONNX Runtime takes no {name}; measure it in float32 or float16")
-    choose("onnxruntime", device, dtype)  # or minutes of exports would end in there being no provider
+    # Fails at once if there is no execution provider, and not after minutes of exports.
+    choose("onnxruntime", device, dtype)
     base, refiner = load_pipelines(case, device, dtype)
 
     def exported(
@@ -115,15 +116,15 @@ def open_side(case: Case, device: torch.device, dtype: torch.dtype, folder: Path
     for name in ("text_encoder", "text_encoder_2"):
         encoder = getattr(base, name)
         ids = torch.full((2, 77), 1, dtype=torch.int64, device=device)
-        run = exported(name, _Text(encoder), {"input_ids": ids}, [(0,)])
-        _replace(encoder, _text_forward(run))
+        session = exported(name, _Text(encoder), {"input_ids": ids}, [(0,)])
+        _replace(encoder, _text_forward(session))
     channels = base.unet.config.in_channels
     for name, pipe in (("unet", base), ("refiner_unet", refiner)):
         if pipe is None:
             continue
         inputs = _unet_inputs(pipe.unet, pipe.text_encoder_2.config.projection_dim, channels, dtype, device)
-        run = exported(name, _UNet(pipe.unet), inputs, [(0, 2, 3), (), (0,), (0,), (0,)])
-        _replace(pipe.unet, _unet_forward(run))
+        session = exported(name, _UNet(pipe.unet), inputs, [(0, 2, 3), (), (0,), (0,), (0,)])
+        _replace(pipe.unet, _unet_forward(session))
     vae_dtype = base.vae.dtype
     latents = torch.zeros((2, base.vae.config.latent_channels, 16, 24), dtype=vae_dtype, device=device)
     decoder = exported("vae_decoder", _Decoder(base.vae), {"latents": latents}, [(0, 2, 3)])
@@ -139,7 +140,7 @@ def open_side(case: Case, device: torch.device, dtype: torch.dtype, folder: Path
 def _export(
     file: Path, module: nn.Module, inputs: Mapping[str, Tensor], axes: Sequence[Sequence[int]]
 ) -> Path:
-    """Write the module with the named axes free, unless it is there."""
+    """Export a module unless the file exists; `axes` are the dynamic axes of each input."""
     if file.is_file():
         return file
     partial = file.parent.with_suffix(".partial")
@@ -166,7 +167,7 @@ def _export(
 def _unet_inputs(
     unet: Any, pooled: int, channels: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """Two rows, as guidance makes them, of latents 16 high and 24 wide."""
+    """Example inputs: a batch of 2, as with guidance, and latents of 16 x 24."""
     config = unet.config
     numbers = (config.projection_class_embeddings_input_dim - pooled) // config.addition_time_embed_dim
     values = {
@@ -179,14 +180,14 @@ def _unet_inputs(
     return {name: value.to(device) for name, value in values.items()}
 
 
-def _text_forward(run: _Exported) -> Callable[..., _TextOutput]:
+def _text_forward(session: _Exported) -> Callable[..., _TextOutput]:
     def forward(input_ids: Tensor, **_: Any) -> _TextOutput:
-        return _TextOutput(*run(input_ids))
+        return _TextOutput(*session(input_ids))
 
     return forward
 
 
-def _unet_forward(run: _Exported) -> Callable[..., tuple[Tensor]]:
+def _unet_forward(session: _Exported) -> Callable[..., tuple[Tensor]]:
     def forward(
         sample: Tensor,
         timestep: Tensor,
@@ -196,18 +197,18 @@ def _unet_forward(run: _Exported) -> Callable[..., tuple[Tensor]]:
         **_: Any,
     ) -> tuple[Tensor]:
         pooled, ids = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
-        return (run(sample, timestep.float(), encoder_hidden_states, pooled, ids)[0],)
+        return (session(sample, timestep.float(), encoder_hidden_states, pooled, ids)[0],)
 
     return forward
 
 
 def _replace(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Let a session answer for the module."""
+    """Run a session in place of the module."""
     module.forward = forward
     _drop_weights(module)
 
 
 def _drop_weights(module: nn.Module) -> None:
-    """The pipelines still ask for their device and dtype, and for nothing else."""
+    """Free the weights. Their empty parameters still tell the pipelines the device and the dtype."""
     for parameter in module.parameters():
         parameter.data = parameter.data.new_empty(0)

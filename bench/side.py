@@ -1,4 +1,4 @@
-"""What a side is: one way to make a case's pictures, timed stage by stage by itself."""
+"""The interface of a side: one way to generate a case's pictures. A side reports the times of its stages itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from .monitor import Span
 __all__ = [
     "MEMORY_FORMATS",
     "Images",
-    "Made",
     "Picture",
     "Pictures",
     "Side",
@@ -37,75 +36,87 @@ MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.
 Images = NDArray[np.float32]
 """[B, H, W, 3] in [0, 1]."""
 Pictures = Images | NDArray[np.uint8]
-"""The same, or in bytes, as where many are kept."""
+"""The same, or [B, H, W, 3] in bytes, which large numbers of pictures are stored in."""
 Picture = NDArray[np.uint8]
-"""[H, W, 3], as it is written to a file."""
+"""[H, W, 3], as in an image file."""
 
 
 def as_bytes(images: Images) -> list[Picture]:
-    """Pictures in [0, 1] as they are written to files."""
+    """Pictures in [0, 1], rounded as in an image file."""
     return [np.round(image * 255).clip(0, 255).astype(np.uint8) for image in images]
 
 
 def as_float(pictures: Pictures) -> NDArray[np.float64]:
-    """In [0, 1], whatever they are kept in."""
+    """Floats in [0, 1], whatever pictures are stored as."""
     scale = 255.0 if pictures.dtype == np.uint8 else 1.0
     return pictures.astype(np.float64) / scale
 
 
 @dataclass(frozen=True)
-class Made:
-    """One call's pictures, and its stages in the order they ran: text, base, refiner, decode and others."""
+class SideOutput:
+    """What one call returns.
+
+    Attributes:
+        images: the pictures.
+        spans: the stages in the order in which they ran: text, base, refiner, decode and others.
+    """
 
     images: Images
     spans: list[Span]
 
 
 class Side:
-    """One way to make the pictures, loaded.
+    """One loaded way to generate the pictures.
 
     Attributes:
-        settings: how it is set up, for people to read.
-        memory_format: of `MEMORY_FORMATS`, once `tune` has chosen one; None for a side that does not choose.
+        settings: how it is configured, for people to read.
+        memory_format: the name in `MEMORY_FORMATS` that `tune` chose; None for a side that does not choose.
     """
 
     settings: str
     memory_format: str | None = None
 
-    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
-        """Make picture k from prompt k and seed k."""
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> SideOutput:
+        """Generate picture k from prompt k and seed k."""
         raise NotImplementedError
 
     def tune(self, memory_format: str | None = None) -> None:
-        """Try out what suits this machine; called once, after the first picture, whose time is a cold process's.
+        """Choose the settings that are fastest on this machine.
+
+        Called once, after the first picture, so that the first picture's time is a cold process's.
 
         Args:
-            memory_format: to be taken without a trial, as where the same side was tuned before.
+            memory_format: use this one without a trial, because the same side was tuned before.
         """
 
     def close(self) -> None:
-        """Free what it holds; what its process's end frees may stay."""
+        """Release resources that outlive the process; the rest is freed when the process ends."""
 
 
 Factory = Callable[..., Side]
-"""(case, device, dtype, folder, **options) -> the side. The folder is for what it exports or compiles, and is the
-same each time, so that the second process finds it there."""
+"""(case, device, dtype, folder, **options) -> the side. It exports and compiles into the folder, which is the same each
+time, so that the second process finds what the first one built."""
 
 
 def factory(spec: SideSpec) -> Factory:
-    """The function a spec names."""
+    """The function that a spec names."""
     module, _, name = spec.factory.partition(":")
     return cast(Factory, getattr(importlib.import_module(module), name))
 
 
 def vae_in(dtype: torch.dtype) -> str:
-    """Of a side's settings: in a float16 case the VAE may run in something wider, and not in the same everywhere."""
+    """For a side's settings: in a float16 case the VAE may run in a wider dtype, and sides differ in which one."""
     return f"VAE in {str(dtype).removeprefix('torch.')}"
 
 
 def try_convolutions(device: torch.device) -> str:
-    """Let cuDNN try its ways to convolve a size when it first meets it, which pays where sizes stay the same: for every
-    side whose convolutions are PyTorch's, or their times would not compare. How this is told of in `settings`."""
+    """Turn on `cudnn.benchmark`, which times cuDNN's algorithms on the first convolution of each size.
+
+    Every side with PyTorch's convolutions has to use it; otherwise their times could not be compared.
+
+    Returns:
+        What to add to the side's `settings`.
+    """
     if device.type != "cuda":
         return ""
     torch.backends.cudnn.benchmark = True
@@ -113,38 +124,39 @@ def try_convolutions(device: torch.device) -> str:
 
 
 def take_quicker_layout(
-    lay_out: Callable[[torch.memory_format], None],
-    make: Callable[[Sequence[str], Sequence[int], int], object],
+    set_memory_format: Callable[[torch.memory_format], None],
+    generate: Callable[[Sequence[str], Sequence[int], int], object],
     device: torch.device,
     memory_format: str | None = None,
 ) -> str:
-    """Which layout convolutions are faster in depends on the machine: takes a few steps in each and stays in the best.
+    """Time a few steps in each memory format, and set the fastest one. Which one that is depends on the machine.
 
     Args:
-        make: pictures of these prompts and seeds in that many steps.
-        memory_format: the only one to be tried.
+        set_memory_format: puts the model's weights into a memory format.
+        generate: (prompts, seeds, steps) -> pictures.
+        memory_format: use this one, and try no other.
 
     Returns:
-        Its name in `MEMORY_FORMATS`.
+        The name in `MEMORY_FORMATS` of the one that was set.
     """
     seconds = {}
     for name in MEMORY_FORMATS if memory_format is None else (memory_format,):
-        lay_out(MEMORY_FORMATS[name])
+        set_memory_format(MEMORY_FORMATS[name])
         times = []
         for _ in range(3):
-            begin = time.perf_counter()
-            make([""], [0], _TRIAL_STEPS)
-            times.append(now(device) - begin)
+            started = time.perf_counter()
+            generate([""], [0], _TRIAL_STEPS)
+            times.append(now(device) - started)
         seconds[name] = min(times)
     best = min(seconds, key=lambda name: seconds[name])
-    lay_out(MEMORY_FORMATS[best])
+    set_memory_format(MEMORY_FORMATS[best])
     if device.type == "cuda":
-        release_memory()  # or NVML would count it as this side's
+        release_memory()  # NVML would count cached memory as this side's
     return best
 
 
 def now(device: torch.device) -> float:
-    """`time.perf_counter`, once the device is through with what it was given."""
+    """`time.perf_counter`, after waiting for the device to finish its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

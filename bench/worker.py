@@ -1,4 +1,4 @@
-"""The process of one side: it takes requests from a pipe and answers them. Tests use `Worker` in their own process."""
+"""The process of one side: it answers requests from a pipe. Tests use `Worker` in their own process."""
 
 from __future__ import annotations
 
@@ -30,15 +30,19 @@ from .side import Images, Side, factory
 
 __all__ = ["Job", "Run", "Trace", "Worker", "serve"]
 
-_BUILT = "built"
-_CODE = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
-"""Where PyTorch, Triton and the driver keep compiled code."""
+_BUILT_MARKER = "built"
+_CODE_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
+"""Variables that say where PyTorch, Triton and the driver store compiled code."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a process is to do: one side of one case, in a folder of its own for what it builds; with `profiled`, so
-    that its operators can be told apart, which makes them slower."""
+    """One side of one case, for a process to load.
+
+    Attributes:
+        folder: for what the side builds, and for nothing else.
+        profiled: load it so that it can be profiled, which makes it slower.
+    """
 
     case: Case
     side: SideSpec
@@ -48,21 +52,23 @@ class Job:
 
     @property
     def dtype(self) -> str:
-        """The side's, else the case's."""
+        """The side's own dtype, or else the case's."""
         return self.side.dtype or self.case.dtype
 
     def is_built(self) -> bool:
-        """Whether an earlier run was through with building here. What one left that was not is removed, since with it
-        building would look short; and what sources made that are not those of a commit, since nobody knows whether
-        they are the same as now."""
-        if (self.folder / _BUILT).exists() and is_commit(commit()):
+        """Whether an earlier run has finished building here, from sources of a clean commit.
+
+        Anything else in the folder is removed: an unfinished build would make building look faster, and a build from
+        modified sources need not be of the present ones.
+        """
+        if (self.folder / _BUILT_MARKER).exists() and is_commit(commit()):
             return True
         shutil.rmtree(self.folder, ignore_errors=True)
         return False
 
     def note_built(self) -> None:
-        """The next run need not build."""
-        (self.folder / _BUILT).touch()
+        """Record that the build is finished, so that the next run can use it."""
+        (self.folder / _BUILT_MARKER).touch()
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,8 @@ class Trace:
 
     Attributes:
         series: samples over time.
-        peaks: the most of each kind.
-        by_stage: the same for each stage.
+        peaks: the largest value of each kind.
+        by_stage: stage -> the same during this stage.
         stages: (name, begin, end), in seconds of the series.
     """
 
@@ -88,11 +94,11 @@ class Run:
 
     Attributes:
         seconds: of the whole call.
-        stages: seconds of each stage; what was between them is in none.
-        memory: bytes of the process after it, by kind (see `monitor.Series`).
-        busy_elsewhere: cores that others kept busy meanwhile.
-        joules: of the GPU, where it tells.
-        gpu: clocks, power and temperature after it, where it tells.
+        stages: seconds of each stage; time between stages is in none of them.
+        memory: bytes of the process after the call, by kind (see `monitor.Series`).
+        busy_elsewhere: cores that other processes kept busy during the call.
+        joules: of the GPU; None if it does not report them.
+        gpu: its clocks, power and temperature after the call; empty if it does not report them.
     """
 
     images: Images
@@ -114,35 +120,35 @@ class Worker:
         self._nvml = open_nvml(self._device)
         self._share = None if self._nvml is None else GpuShare(self._nvml)
         self._side: Side | None = None
-        self._closing = ExitStack()
+        self._exit_stack = ExitStack()
         self._sessions: Sessions | None = None
 
     def open(self) -> str:
         job = self._job
         job.folder.mkdir(parents=True, exist_ok=True)
-        make = factory(job.side)
+        open_side = factory(job.side)
         if job.profiled:
-            folder = self._closing.enter_context(tempfile.TemporaryDirectory(prefix="latentrt-profile-"))
-            self._sessions = self._closing.enter_context(profile_sessions(Path(folder)))
+            folder = self._exit_stack.enter_context(tempfile.TemporaryDirectory(prefix="latentrt-profile-"))
+            self._sessions = self._exit_stack.enter_context(profile_sessions(Path(folder)))
         if job.dtype == "float32":
-            _float32_is_float32()
-        with self._turn():
-            self._side = make(job.case, self._device, DTYPES[job.dtype], job.folder, **job.side.options)
+            _disable_tf32()
+        with self._gpu_turn():
+            self._side = open_side(job.case, self._device, DTYPES[job.dtype], job.folder, **job.side.options)
         return self._settings(self._side)
 
     def tune(self, memory_format: str | None = None) -> tuple[str, str | None]:
-        side = self._opened()
-        with self._turn():
+        side = self._loaded_side()
+        with self._gpu_turn():
             side.tune(memory_format)
         return self._settings(side), side.memory_format
 
     def run(self, prompts: Sequence[str], seeds: Sequence[int], *, traced: bool = False) -> Run:
-        side = self._opened()
-        with self._turn():
+        side = self._loaded_side()
+        with self._gpu_turn():
             return (self._traced if traced else self._timed)(side, prompts, seeds)
 
     def profile(self, prompts: Sequence[str], seeds: Sequence[int]) -> Profile:
-        side = self._opened()
+        side = self._loaded_side()
         if self._sessions is None:
             raise BenchmarkError(f"{self._job.side.name} was not opened to be profiled")
         return profiled(partial(side, prompts, seeds), self._sessions)
@@ -151,14 +157,14 @@ class Worker:
         exact = self._job.dtype == "float32" and self._device.type == "cuda"
         return side.settings + (", no TF32" if exact else "")
 
-    def _opened(self) -> Side:
+    def _loaded_side(self) -> Side:
         if self._side is None:
             raise BenchmarkError(f"{self._job.side.name} was asked for pictures before it was opened")
         return self._side
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """What changes in GPU memory meanwhile is this process's: the other sides wait."""
+    def _gpu_turn(self) -> Iterator[None]:
+        """Count changes of the GPU's memory in this block as this process's: the other sides wait meanwhile."""
         if self._share is None:
             yield
             return
@@ -168,28 +174,28 @@ class Worker:
 
     def _traced(self, side: Side, prompts: Sequence[str], seeds: Sequence[int]) -> Run:
         with MemorySampler(self._device, self._share) as sampler:
-            made = side(prompts, seeds)
+            output = side(prompts, seeds)
         trace = Trace(
             series=sampler.series,
             peaks=sampler.peaks(),
-            by_stage=sampler.peaks_by_stage(made.spans),
-            stages=[(s.name, s.begin - sampler.begun, s.end - sampler.begun) for s in made.spans],
+            by_stage=sampler.peaks_by_stage(output.spans),
+            stages=[(s.name, s.begin - sampler.started, s.end - sampler.started) for s in output.spans],
         )
         after = memory_now(self._device, self._share)
-        return Run(made.images, sampler.series["seconds"][-1], {}, after, 0.0, trace=trace)
+        return Run(output.images, sampler.series["seconds"][-1], {}, after, 0.0, trace=trace)
 
     def _timed(self, side: Side, prompts: Sequence[str], seeds: Sequence[int]) -> Run:
         elsewhere = BusyElsewhere()
         energy = self._nvml.joules() if self._nvml else None
-        begun = time.perf_counter()
-        made = side(prompts, seeds)
-        seconds = time.perf_counter() - begun
+        started = time.perf_counter()
+        output = side(prompts, seeds)
+        seconds = time.perf_counter() - started
         spent = self._nvml.joules() if self._nvml else None
         stages: dict[str, float] = {}
-        for span in made.spans:
+        for span in output.spans:
             stages[span.name] = stages.get(span.name, 0.0) + span.end - span.begin
         return Run(
-            images=made.images,
+            images=output.images,
             seconds=seconds,
             stages=stages,
             memory=memory_now(self._device, self._share),
@@ -202,39 +208,41 @@ class Worker:
         if self._side is not None:
             self._side.close()
             self._side = None
-        self._closing.close()
+        self._exit_stack.close()
 
 
-def _float32_is_float32() -> None:
-    """On a GPU cuDNN convolves float32 in TF32 unless it is told not to."""
+def _disable_tf32() -> None:
+    """Turn TF32 off, in which cuDNN would convolve float32 by default."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def serve(job: Job, threads: int, pipe: Connection) -> None:
-    """The process: answers until the pipe is closed. Ctrl-C is the parent's to handle."""
+    """The process's main function: answers until the pipe is closed. Only the parent handles Ctrl-C."""
     os.setsid()
     # A parent that was killed closes no pipe, and this process would disturb what runs next.
     exit_with_parent()
-    os.dup2(sys.stderr.fileno(), 1)  # what libraries print is no part of a result on standard output
+    # Standard output is for results, and libraries print to it.
+    os.dup2(sys.stderr.fileno(), 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in _CODE:  # what another side or an earlier run compiled would make building look short
+    # Code that another side or an earlier run compiled would make building look faster.
+    for name in _CODE_CACHES:
         os.environ[name] = str(job.folder / name.lower())
     torch.set_num_threads(threads)
     worker = Worker(job)
     while True:
         try:
-            what, arguments, options = pipe.recv()
+            method, arguments, options = pipe.recv()
         except EOFError:
             return
         try:
-            answer: Any = getattr(worker, what)(*arguments, **options)
-            told = ("ok", answer, "")
+            answer: Any = getattr(worker, method)(*arguments, **options)
+            reply = ("ok", answer, "")
         except Exception as error:
-            told = ("error", f"{type(error).__name__}: {error}", traceback.format_exc())
+            reply = ("error", f"{type(error).__name__}: {error}", traceback.format_exc())
         try:
-            pipe.send(told)
-        except BrokenPipeError:  # nobody waits any more
+            pipe.send(reply)
+        except BrokenPipeError:  # the parent no longer waits for an answer
             return

@@ -38,7 +38,7 @@ def test_a_stage_that_runs_twice_has_the_larger_peak() -> None:
         pass
     sampler.series = {"seconds": [0.0, 1.0, 2.0], "resident": [5.0, 9.0, 3.0]}
     at = [
-        Span(name, sampler.begun + t - 0.1, sampler.begun + t + 0.1)
+        Span(name, sampler.started + t - 0.1, sampler.started + t + 0.1)
         for t, name in enumerate(("text", "text", "base"))
     ]
     assert sampler.peaks_by_stage(at) == {"text": {"resident": 9.0}, "base": {"resident": 3.0}}

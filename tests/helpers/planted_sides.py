@@ -17,7 +17,7 @@ from latentrt.bench.latentrt_side import LatentrtSide
 from latentrt.bench.latentrt_side import open_side as open_latentrt
 from latentrt.bench.monitor import Span
 from latentrt.bench.results import CaseResult, Row
-from latentrt.bench.side import Made, Side
+from latentrt.bench.side import Side, SideOutput
 from latentrt.runtime.engines.base import Component
 from latentrt.runtime.engines.eager import EagerBackend, EagerEngine
 from latentrt.runtime.pipeline import Pipeline
@@ -68,7 +68,7 @@ class PlantedSide(Side):
         self._calls = 0
         self._kept: list[bytes] = []
 
-    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> SideOutput:
         call, self._calls = self._calls, self._calls + 1
         if self._note is not None:
             with open(self._note, "a") as stream:
@@ -99,7 +99,7 @@ class PlantedSide(Side):
         if self._nan:
             images[:] = np.nan
         end = time.perf_counter()
-        return Made(images, [Span("base", begun, stepped), Span("decode", stepped, end)])
+        return SideOutput(images, [Span("base", begun, stepped), Span("decode", stepped, end)])
 
     def tune(self, memory_format: str | None = None) -> None:
         time.sleep(self._tuning_seconds)
