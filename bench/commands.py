@@ -1,4 +1,4 @@
-"""The bodies of `latentrt bench` and `latentrt kernels`: parsed arguments in, lines to print out."""
+"""What `latentrt bench` and `latentrt kernels` run: they take parsed arguments and yield lines to print."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .shutdown import signals_as_ctrl_c
 
 __all__ = ["bench", "bench_compare", "bench_list", "bench_loadgen", "bench_sweep", "kernels"]
 
-_BELOW, _ABOVE = 0.5, 2.0
-"""Of the rate that is reached: what Server asks for, so that queues stay short, and Offline, so that it lasts."""
+_SERVER_RATE, _OFFLINE_RATE = 0.5, 2.0
+"""LoadGen's rates over the measured one: below it queues stay short in Server, above it Offline lasts long enough."""
 
 
 def bench(args: argparse.Namespace) -> Iterator[str]:
-    """Measure sides beside each other; the report's tables, and where it lies."""
+    """Measure sides beside each other; yields the report's tables and its path."""
     _require_libraries()
     from . import report
     from .cases import case_named, default_sides, sides_named
@@ -38,15 +38,15 @@ def bench(args: argparse.Namespace) -> Iterator[str]:
 
     device = parse_device(args.device)
     names = args.case or (["demo"] if device.type == "cpu" else ["sdxl", "sdxl-refiner"])
-    work: list[tuple[Case, list[SideSpec]]] = []
+    cases: list[tuple[Case, list[SideSpec]]] = []
     for name in dict.fromkeys(names):
         case = _adjusted(case_named(name), args)
-        work.append((case, sides_named(args.side or default_sides(case, device))))
-    measured = [side.name for _, sides in work for side in sides]
+        cases.append((case, sides_named(args.side or default_sides(case, device))))
+    side_names = [side.name for _, sides in cases for side in sides]
     for name in args.profile:
-        if name not in measured:
+        if name not in side_names:
             raise RequestError(
-                f"--profile {name}: it is not measured; {', '.join(dict.fromkeys(measured))} are"
+                f"--profile {name}: it is not measured; {', '.join(dict.fromkeys(side_names))} are"
             )
     plan = Plan(
         prompts=_prompts(args.prompts),
@@ -72,22 +72,22 @@ def bench(args: argparse.Namespace) -> Iterator[str]:
         patience=args.patience,
     )
     with signals_as_ctrl_c():
-        found = Suite(work, settings).run()
+        result = Suite(cases, settings).run()
     if args.json:
         yield (args.out / "bench.json").read_text("utf-8").rstrip()
     else:
-        yield report.markdown(found)
+        yield report.markdown(result)
         yield f"{args.out / 'bench.html'} shows it with plots and pictures; {args.out / 'bench.json'} has all figures"
-    rows = [row for case in found.cases for row in case.rows]
+    rows = [row for case in result.cases for row in case.rows]
     if not any(row.batches for row in rows):
-        skipped = [f"{case.case['name']}: {case.skipped}" for case in found.cases if case.skipped]
+        skipped = [f"{case.case['name']}: {case.skipped}" for case in result.cases if case.skipped]
         reasons = [f"{row.side}: {row.reason}" for row in rows] + skipped
         raise BenchmarkError(f"nothing could be measured; {'; '.join(reasons)}")
 
 
 def _adjusted(case: Case, args: argparse.Namespace) -> Case:
-    """The case with the options that replace its fields; it is described by them, since its own description would no
-    longer be true."""
+    """The case with its fields replaced by the options given. They are listed in its summary, which would no longer be
+    true otherwise."""
     changes: dict[str, Any] = {
         "model": args.model,
         "refiner": args.refiner,
@@ -100,15 +100,16 @@ def _adjusted(case: Case, args: argparse.Namespace) -> Case:
     }
     changes = {name: value for name, value in changes.items() if value is not None}
     if args.refiner == "none" or (args.model is not None and args.refiner is None):
-        changes["refiner"] = None  # a refiner is its base's: another base has the one that is given with it
+        # A refiner belongs to its base: with another base, only the one given with it is used.
+        changes["refiner"] = None
     changes = {name: value for name, value in changes.items() if value != getattr(case, name)}
-    described = [f"{name} {_shown(value)}" for name, value in changes.items() if name != "batches"]
+    described = [f"{name} {_as_option(value)}" for name, value in changes.items() if name != "batches"]
     summary = f"{case.name} with {', '.join(described)}" if described else case.summary
     return replace(case, summary=summary, **changes)
 
 
-def _shown(value: Any) -> str:
-    """A field of a case as its option is typed."""
+def _as_option(value: Any) -> str:
+    """A field of a case, written as its command line option."""
     if isinstance(value, tuple):
         height, width = value
         return f"{width}x{height}"
@@ -116,10 +117,10 @@ def _shown(value: Any) -> str:
 
 
 def _require_libraries() -> None:
-    """What no side can be measured without.
+    """Check for libraries that every side needs.
 
     Raises:
-        BackendUnavailableError: it is not installed.
+        BackendUnavailableError: one is not installed.
     """
     if find_spec("psutil") is None:
         raise BackendUnavailableError(
@@ -128,7 +129,7 @@ def _require_libraries() -> None:
 
 
 def _prompts(file: Path | None) -> list[str]:
-    """One a line; empty lines are passed over."""
+    """The lines of a file, without empty ones; no prompts if there is no file."""
     if file is None:
         return []
     prompts = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
@@ -138,7 +139,7 @@ def _prompts(file: Path | None) -> list[str]:
 
 
 def bench_list(args: argparse.Namespace) -> Iterator[str]:
-    """The cases, sides and gates there are."""
+    """All cases, sides and gates."""
     from .cases import CASES, SIDES
     from .gates import GATES
 
@@ -150,26 +151,37 @@ def bench_list(args: argparse.Namespace) -> Iterator[str]:
 
 
 def bench_compare(args: argparse.Namespace) -> Iterator[str]:
-    """What changed between two results; an error where something got worse."""
+    """What changed between two results.
+
+    Raises:
+        BenchmarkError: something got worse.
+    """
     from .compare import compare
     from .results import read_report
 
     changes = compare(read_report(args.before), read_report(args.after), args.tolerance)
     yield from map(str, changes)
-    worse = [f"{c.case}, {c.side}, {c.what}" for c in changes if c.verdict == "worse"]
-    if worse:
-        raise BenchmarkError(f"{len(worse)} of {len(changes)} figures got worse: {'; '.join(worse)}")
+    regressions = [f"{c.case}, {c.side}, {c.what}" for c in changes if c.verdict == "worse"]
+    if regressions:
+        raise BenchmarkError(
+            f"{len(regressions)} of {len(changes)} figures got worse: {'; '.join(regressions)}"
+        )
 
 
 def bench_loadgen(args: argparse.Namespace) -> Iterator[str]:
-    """MLPerf's scenarios over a pipeline; LoadGen's verdict on each, and an error where one is INVALID."""
+    """Run MLPerf's scenarios over a pipeline; yields LoadGen's verdict on each.
+
+    Raises:
+        BenchmarkError: one is INVALID.
+    """
     from ..runtime.commands import refiner_of
     from ..runtime.pipeline import Pipeline
     from .features import demo_prompts
-    from .loadgen import QUERIES, LoadTest, PipelineMaker, Verdict, run_loadgen
+    from .loadgen import QUERIES, LoadTest, PipelineRunner, Verdict, run_loadgen
 
     prompts = _prompts(args.prompts) or demo_prompts(64)
-    tests = [  # or an error before anything is loaded
+    # Before the pipeline is loaded, so that options are checked first.
+    tests = [
         LoadTest(
             scenario,
             prompts=len(prompts),
@@ -184,19 +196,19 @@ def bench_loadgen(args: argparse.Namespace) -> Iterator[str]:
     pipe = Pipeline.from_pretrained(
         args.model, refiner_of(args), backend=args.backend, dtype=args.dtype, device=args.device
     )
-    make = PipelineMaker(pipe, prompts, size=args.size, steps=args.steps, guidance=args.guidance)
+    generate = PipelineRunner(pipe, prompts, size=args.size, steps=args.steps, guidance=args.guidance)
     if args.rate is None:
-        reached = make.rate(args.batch)
-        factors = {"Server": _BELOW, "Offline": _ABOVE}
-        tests = [replace(test, rate=reached * factors.get(test.scenario, 1.0)) for test in tests]
+        measured_rate = generate.rate(args.batch)
+        factors = {"Server": _SERVER_RATE, "Offline": _OFFLINE_RATE}
+        tests = [replace(test, rate=measured_rate * factors.get(test.scenario, 1.0)) for test in tests]
     verdicts: list[Verdict] = []
-    warmed: set[int] = set()
+    warm_sizes: set[int] = set()
     for test in tests:
-        verdict = run_loadgen(test, make, args.out / test.scenario, warmed)
+        verdict = run_loadgen(test, generate, args.out / test.scenario, warm_sizes)
         verdicts.append(verdict)
         yield f"{test.scenario}: {'VALID' if verdict.valid else 'INVALID'}"
         yield from (f"    {name}: {value}" for name, value in verdict.figures.items())
-        yield from (f"    {reason}" for reason in verdict.why_not)
+        yield from (f"    {reason}" for reason in verdict.reasons)
     invalid = [verdict.scenario for verdict in verdicts if not verdict.valid]
     if invalid:
         raise BenchmarkError(
@@ -205,7 +217,7 @@ def bench_loadgen(args: argparse.Namespace) -> Iterator[str]:
 
 
 def bench_sweep(args: argparse.Namespace) -> Iterator[str]:
-    """Time against quality over steps and the refiner's share, on the demo."""
+    """Measure time against quality over steps and the refiner's share, on the demo."""
     from ..runtime.pipeline import Pipeline
     from .demo_model.evaluate import grammar_prompts
     from .features import DemoFeatures
@@ -215,27 +227,27 @@ def bench_sweep(args: argparse.Namespace) -> Iterator[str]:
     pipe = Pipeline.from_pretrained("demo", "demo", backend=args.backend)
     pipe.set_progress_bar_config(disable=True)
 
-    def make(prompts: Sequence[str], seeds: Sequence[int], steps: int, frac: float) -> Any:
+    def generate(prompts: Sequence[str], seeds: Sequence[int], steps: int, frac: float) -> Any:
         return pipe(
             list(prompts), seed=list(seeds), num_inference_steps=steps, high_noise_frac=frac, output_type="np"
         ).images
 
     machine = describe_machine()
-    about = {"command": command(), "machine": machine, "seed": args.seed, "backend": pipe.backend}
+    metadata = {"command": command(), "machine": machine, "seed": args.seed, "backend": pipe.backend}
     write = partial(
-        write_sweep, args.out, about=about, title=f"The demo on {machine['processor']}, {pipe.backend}"
+        write_sweep, args.out, metadata=metadata, title=f"The demo on {machine['processor']}, {pipe.backend}"
     )
     with LiveTable("sweep", ["demo"]) as live:
         points = sweep(
-            make,
+            generate,
             grammar_prompts(args.pictures, args.seed),
             DemoFeatures(),
             steps=args.steps,
             fracs=args.share,
             batch=args.batch,
             seed=args.seed,
-            tell=lambda state: live.update("demo", state),
-            keep=write,
+            on_progress=lambda state: live.update("demo", state),
+            on_interrupt=write,
         )
     write(points)
     yield from table(points)
@@ -243,7 +255,7 @@ def bench_sweep(args: argparse.Namespace) -> Iterator[str]:
 
 
 def kernels(args: argparse.Namespace) -> Iterator[str]:
-    """What kernels compile to beside their roofline, or their times on this GPU."""
+    """What kernels compile to, beside their roofline, or their times on this GPU."""
     unknown = set(args.op) - {spec.name for spec in specs()}
     if unknown:
         names = ", ".join(spec.name for spec in specs())
@@ -300,7 +312,7 @@ def _kernels_on_gpu(args: argparse.Namespace) -> Iterator[str]:
         )
         yield json.dumps(timings.dry_run(requests, args.seconds), indent=2)
         return
-    here = kernel_timing.Timing(
+    timing = kernel_timing.Timing(
         kernel_timing.require_gpu(),
         kernel_timing.cuda_microseconds,
         args.seconds,
@@ -308,7 +320,7 @@ def _kernels_on_gpu(args: argparse.Namespace) -> Iterator[str]:
     )
     with signals_as_ctrl_c():
         result = (
-            kernel_tuning.tune(here, operators) if args.tune else timings.measure(here, operators, dtypes)
+            kernel_tuning.tune(timing, operators) if args.tune else timings.measure(timing, operators, dtypes)
         )
     lines = kernel_tuning.lines(result) if args.tune else timings.lines(result)
     yield json.dumps(result, indent=2) if args.json else "\n".join(lines)

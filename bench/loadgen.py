@@ -1,7 +1,9 @@
-"""MLPerf's LoadGen over latentrt: it asks for pictures as its scenarios say, keeps the time, and judges.
+"""MLPerf's LoadGen over latentrt: it sends queries as its scenarios say, takes the times, and decides whether a run is
+valid.
 
-SingleStream asks for the next picture when one is there, Offline for all at once, Server at random times of a mean
-rate. Source: MLPerf inference rules, stable-diffusion-xl; its settings are `cases.MLPERF`, with Euler's steps.
+SingleStream sends a query when the last one is answered, Offline sends all at once, and Server sends them at random
+times of a mean rate. Source: MLPerf inference rules, stable-diffusion-xl; its settings are `cases.MLPERF`, with the
+sampler Euler.
 """
 
 from __future__ import annotations
@@ -25,33 +27,34 @@ from .side import Images
 
 __all__ = [
     "QUERIES",
+    "Generate",
     "LoadTest",
-    "Make",
-    "PipelineMaker",
+    "PipelineRunner",
     "Verdict",
     "read_summary",
     "run_loadgen",
 ]
 
 QUERIES = {"SingleStream": 64, "Offline": 64, "Server": 700}
-"""Scenario -> how many queries its verdict takes at the least; 99 % are certain after some hundreds."""
+"""Scenario -> the least number of queries that its verdict needs; a 99th percentile takes some hundreds."""
 
-Make = Callable[[Sequence[int]], Images]
+Generate = Callable[[Sequence[int]], Images]
 """Indices of prompts -> their pictures."""
 
 
 @dataclass(frozen=True)
 class LoadTest:
-    """How much is asked for.
+    """The load of one run.
 
     Attributes:
-        scenario: of `QUERIES`.
+        scenario: a key of `QUERIES`.
         prompts: how many there are to choose from.
-        seconds: least duration.
-        queries: least number of them; in Offline, of pictures.
-        rate: queries a second, in Server those that come, in Offline more than are reached, so that it lasts.
-        latency: seconds that 99 % of Server have to stay under.
-        batch: pictures made at once, at most.
+        seconds: minimum duration.
+        queries: minimum number of queries; in Offline, of pictures.
+        rate: queries a second. In Server this is the rate at which they are sent; in Offline it must be more than the
+            system reaches, so that the run lasts long enough.
+        latency: limit of Server's 99th percentile in seconds.
+        batch: maximum batch size.
     """
 
     scenario: str
@@ -75,24 +78,24 @@ class Verdict:
     """What LoadGen's own log says.
 
     Attributes:
-        valid: its verdict.
-        why_not: its reasons.
-        figures: name -> value, as its summary has them.
+        valid: whether the run is VALID.
+        reasons: why it is INVALID; empty if it is valid.
+        figures: name -> value, as in its summary.
     """
 
     scenario: str
     valid: bool
-    why_not: list[str]
+    reasons: list[str]
     figures: dict[str, str] = field(default_factory=dict)
 
 
-class PipelineMaker:
-    """latentrt in MLPerf's settings, or others; picture k has prompt k and seed k.
+class PipelineRunner:
+    """Generates pictures with a pipeline, by default in MLPerf's settings; picture k has prompt k and seed k.
 
     Args:
-        pipe: to ask.
+        pipe: to run.
         prompts: of the pictures.
-        size: (height, width) in pixels; the model's own where None.
+        size: (height, width) in pixels; the model's own if None.
     """
 
     def __init__(
@@ -108,7 +111,7 @@ class PipelineMaker:
         self._pipe = pipe
         self._prompts = prompts
         height, width = size or (None, None)
-        self._asked: dict[str, Any] = {
+        self._call_args: dict[str, Any] = {
             "height": height,
             "width": width,
             "num_inference_steps": steps,
@@ -120,25 +123,25 @@ class PipelineMaker:
 
     def __call__(self, indices: Sequence[int]) -> Images:
         images: Images = self._pipe(
-            [self._prompts[index] for index in indices], seed=list(indices), **self._asked
+            [self._prompts[index] for index in indices], seed=list(indices), **self._call_args
         ).images
         return images
 
     def rate(self, batch: int) -> float:
-        """Pictures a second in batches, by one batch after a warm-up."""
+        """Measure pictures a second in batches of this size, on one batch after a warm-up."""
         indices = [index % len(self._prompts) for index in range(batch)]
         self(indices)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         self(indices)
-        return batch / (time.perf_counter() - begun)
+        return batch / (time.perf_counter() - started)
 
 
-class _System:
-    """What is tested: a queue that one thread empties, in batches where several wait."""
+class _SystemUnderTest:
+    """MLPerf's system under test (SUT): a queue that one thread serves, in batches if several samples wait."""
 
-    def __init__(self, library: Any, make: Make, batch: int) -> None:
+    def __init__(self, library: Any, generate: Generate, batch: int) -> None:
         self._lg = library
-        self._make = make
+        self._generate = generate
         self._batch = batch
         self._queue: queue.Queue[Any] = queue.Queue()
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -146,12 +149,12 @@ class _System:
         self._thread.start()
 
     def issue(self, samples: Sequence[Any]) -> None:
-        """LoadGen asks; it does not wait here."""
+        """Take a query from LoadGen, without waiting for its answer."""
         for sample in samples:
             self._queue.put((sample.id, sample.index))
 
     def flush(self) -> None:
-        """LoadGen says that no more comes for now; nothing is held back anyway."""
+        """LoadGen sends no more for now. Nothing to do: no sample is held back for a larger batch."""
 
     def close(self) -> None:
         self._queue.put(None)
@@ -159,56 +162,59 @@ class _System:
 
     def _serve(self) -> None:
         while (first := self._queue.get()) is not None:
-            asked = [first]
-            while len(asked) < self._batch and not self._queue.empty():
-                following = self._queue.get()
-                if following is None:
+            samples = [first]
+            while len(samples) < self._batch and not self._queue.empty():
+                sample = self._queue.get()
+                if sample is None:
                     self._queue.put(None)
                     break
-                asked.append(following)
-            self._answer(asked)
+                samples.append(sample)
+            self._answer(samples)
 
-    def _answer(self, asked: Sequence[tuple[int, int]]) -> None:
-        """LoadGen waits for every answer, so that after an error there are empty ones, and the error is kept."""
-        images: Images = np.zeros((len(asked), 0, 0, 3), np.float32)
+    def _answer(self, samples: Sequence[tuple[int, int]]) -> None:
+        """Generate and return a batch. LoadGen waits for every answer, so after an error the answers are empty, and
+        the error is stored."""
+        images: Images = np.zeros((len(samples), 0, 0, 3), np.float32)
         if self.error is None:
             try:
-                images = self._make([index for _, index in asked])
+                images = self._generate([index for _, index in samples])
             except Exception as error:
                 self.error = error
-        held = [np.ascontiguousarray(image) for image in images]
+        contiguous = [np.ascontiguousarray(image) for image in images]
         self._lg.QuerySamplesComplete(
             [
                 self._lg.QuerySampleResponse(id_, image.ctypes.data, image.nbytes)
-                for (id_, _), image in zip(asked, held, strict=True)
+                for (id_, _), image in zip(samples, contiguous, strict=True)
             ]
         )
 
 
-def run_loadgen(test: LoadTest, make: Make, folder: Path, warmed: set[int] | None = None) -> Verdict:
-    """One scenario; LoadGen's logs are left in `folder`.
+def run_loadgen(
+    test: LoadTest, generate: Generate, folder: Path, warm_sizes: set[int] | None = None
+) -> Verdict:
+    """Run one scenario; LoadGen writes its logs to `folder`.
 
     Args:
-        warmed: batch sizes that `make` made before, to which those are added that it makes here; none where None.
+        warm_sizes: batch sizes that `generate` has run before. Those of this run are added; None means none yet.
 
     Raises:
         BackendUnavailableError: mlcommons-loadgen is not installed.
         BenchmarkError: a picture could not be made, or LoadGen wrote no summary.
     """
-    lg = _library()
+    lg = _import_loadgen()
     folder.mkdir(parents=True, exist_ok=True)
     largest = 1 if test.scenario == "SingleStream" else test.batch
-    warmed = set() if warmed is None else warmed
+    warm_sizes = set() if warm_sizes is None else warm_sizes
     for count in range(1, largest + 1):
-        if count not in warmed:  # the first call of a size compiles, or captures its graph
-            make([index % test.prompts for index in range(count)])
-            warmed.add(count)
-    picture = min(_seconds(make) for _ in range(3)) if test.scenario == "SingleStream" else 0.0
-    system = _System(lg, make, test.batch)
+        if count not in warm_sizes:  # the first call of a size compiles, or captures its graph
+            generate([index % test.prompts for index in range(count)])
+            warm_sizes.add(count)
+    image_seconds = min(_time_image(generate) for _ in range(3)) if test.scenario == "SingleStream" else 0.0
+    system = _SystemUnderTest(lg, generate, test.batch)
     sut = lg.ConstructSUT(system.issue, system.flush)
-    qsl = lg.ConstructQSL(test.prompts, test.prompts, _nothing, _nothing)
+    qsl = lg.ConstructQSL(test.prompts, test.prompts, _no_op, _no_op)
     try:
-        lg.StartTestWithLogSettings(sut, qsl, _settings(lg, test, picture), _log_settings(lg, folder))
+        lg.StartTestWithLogSettings(sut, qsl, _settings(lg, test, image_seconds), _log_settings(lg, folder))
     finally:
         lg.DestroyQSL(qsl)
         lg.DestroySUT(sut)
@@ -221,21 +227,21 @@ def run_loadgen(test: LoadTest, make: Make, folder: Path, warmed: set[int] | Non
 
 
 def read_summary(file: Path, scenario: str) -> Verdict:
-    """LoadGen's verdict and figures.
+    """Read LoadGen's verdict and figures.
 
     Raises:
         BenchmarkError: it says neither VALID nor INVALID.
     """
     text = file.read_text("utf-8") if file.is_file() else ""
-    found = re.search(r"^Result is\s*: (VALID|INVALID)", text, re.MULTILINE)
-    if found is None:
+    match = re.search(r"^Result is\s*: (VALID|INVALID)", text, re.MULTILINE)
+    if match is None:
         raise BenchmarkError(f"{file} holds no verdict of LoadGen")
     pairs = re.findall(r"^([^:\n]+?)\s*: (\S.*)$", text.partition("Test Parameters Used")[0], re.MULTILINE)
-    why_not = re.findall(r"^\s*\* (.+)$", text, re.MULTILINE)
-    return Verdict(scenario, found[1] == "VALID", [] if found[1] == "VALID" else why_not, dict(pairs))
+    reasons = re.findall(r"^\s*\* (.+)$", text, re.MULTILINE)
+    return Verdict(scenario, match[1] == "VALID", [] if match[1] == "VALID" else reasons, dict(pairs))
 
 
-def _library() -> Any:
+def _import_loadgen() -> Any:
     try:
         return import_module("mlperf_loadgen")
     except ImportError as error:
@@ -244,15 +250,15 @@ def _library() -> Any:
         ) from error
 
 
-def _seconds(make: Make) -> float:
-    """Of one picture."""
-    begun = time.perf_counter()
-    make([0])
-    return time.perf_counter() - begun
+def _time_image(generate: Generate) -> float:
+    """Seconds for one picture."""
+    started = time.perf_counter()
+    generate([0])
+    return time.perf_counter() - started
 
 
-def _settings(lg: Any, test: LoadTest, picture: float) -> Any:
-    """`picture` is the seconds that one takes; for SingleStream only."""
+def _settings(lg: Any, test: LoadTest, image_seconds: float) -> Any:
+    """`image_seconds` is the time for one picture, which only SingleStream needs."""
     settings = lg.TestSettings()
     settings.scenario = getattr(lg.TestScenario, test.scenario)
     settings.mode = lg.TestMode.PerformanceOnly
@@ -260,10 +266,10 @@ def _settings(lg: Any, test: LoadTest, picture: float) -> Any:
     settings.min_query_count = test.queries
     settings.performance_sample_count_override = test.prompts
     if test.scenario == "SingleStream":
-        # LoadGen makes up duration / this queries, twice that to be safe, and runs out where they are answered sooner.
-        settings.single_stream_expected_latency_ns = max(1, round(1e9 * picture / 2))
+        # LoadGen prepares duration / latency queries and fails if it runs out of them: half the latency doubles them.
+        settings.single_stream_expected_latency_ns = max(1, round(1e9 * image_seconds / 2))
     elif test.scenario == "Offline":
-        # LoadGen asks for rate x duration x 1.1 pictures in its one query.
+        # LoadGen's single query has rate x duration x 1.1 samples.
         settings.min_query_count = 1
         settings.offline_expected_qps = max(test.rate, test.queries / (1.1 * test.seconds))
     else:
@@ -283,5 +289,5 @@ def _log_settings(lg: Any, folder: Path) -> Any:
     return settings
 
 
-def _nothing(indices: Sequence[int]) -> None:
-    """Prompts are in memory all along."""
+def _no_op(indices: Sequence[int]) -> None:
+    """Loading and unloading samples: prompts are always in memory."""

@@ -1,7 +1,7 @@
 """Time against quality over numbers of steps and shares of the refiner, on the demo.
 
-Each setting generates the same prompts and seeds. Settings are interleaved, one batch at a time, forwards and backwards
-in turn, so that a change in the machine's speed meets all of them.
+Every setting generates the same prompts and seeds. Settings take turns, one batch at a time, in an order that is
+reversed for every other batch, so that a change of the machine's speed affects all of them alike.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from .report import STYLE
 from .side import Images, as_bytes
 from .tables import as_markdown
 
-__all__ = ["Make", "Point", "page", "sweep", "table", "write_sweep"]
+__all__ = ["Generate", "Point", "page", "sweep", "table", "write_sweep"]
 
-Make = Callable[[Sequence[str], Sequence[int], int, float], Images]
+Generate = Callable[[Sequence[str], Sequence[int], int, float], Images]
 """(prompts, seeds, steps, high_noise_frac) -> pictures."""
 
 
@@ -39,9 +39,9 @@ class Point:
 
     Attributes:
         high_noise_frac: the base's share of the schedule; at 1 the refiner does nothing.
-        seconds: of a picture, the median over batches.
+        seconds: for one picture, the median over batches.
         clip: mean CLIP score.
-        objects: share of the pictures in which every object has its colour and its shape, by `demo_model/checker.py`.
+        objects: share of the pictures in which every object has its colour and shape, by `demo_model/checker.py`.
         pictures: how many were generated.
     """
 
@@ -54,7 +54,7 @@ class Point:
 
 
 def sweep(
-    make: Make,
+    generate: Generate,
     scenes: Sequence[tuple[str, Scene]],
     clip: ClipNetwork,
     *,
@@ -62,75 +62,88 @@ def sweep(
     fracs: Sequence[float],
     batch: int,
     seed: int,
-    tell: Callable[[str], None] = lambda state: None,
-    keep: Callable[[list[Point]], None] = lambda points: None,
+    on_progress: Callable[[str], None] = lambda state: None,
+    on_interrupt: Callable[[list[Point]], None] = lambda points: None,
 ) -> list[Point]:
-    """Every combination, over all prompts.
+    """Measure every combination of steps and shares, over all prompts.
 
     Args:
         scenes: prompts, with the scenes that they describe.
         batch: pictures generated at once.
-        keep: called if it is interrupted, with the points over the batches that every setting has completed.
+        on_progress: called with a description of each batch before it is generated.
+        on_interrupt: called on Ctrl-C, with the points over the batches that every setting has completed.
 
     Raises:
-        KeyboardInterrupt: after `keep`.
+        KeyboardInterrupt: after `on_interrupt`.
         RequestError: a share is not in [0, 1], steps or the batch are below 1, or there is no prompt.
     """
-    wrong = [frac for frac in fracs if not 0 <= frac <= 1]
-    if wrong or not all(count >= 1 for count in (*steps, batch)) or not scenes:
+    invalid = [frac for frac in fracs if not 0 <= frac <= 1]
+    if invalid or not all(count >= 1 for count in (*steps, batch)) or not scenes:
         raise RequestError(
             f"steps {list(steps)}, shares {list(fracs)}, {len(scenes)} prompts, batch {batch}; steps, prompts and the "
             "batch must be at least 1, shares 0 to 1"
         )
     settings = list(itertools.product(steps, fracs))
-    found = {setting: _Made([], []) for setting in settings}
+    measured = {setting: _Measurements([], []) for setting in settings}
     prompts = [prompt for prompt, _ in scenes]
 
     def points() -> list[Point]:
-        done = min(len(made.images) for made in found.values())
-        return [_point(setting, found[setting], done, scenes, clip) for setting in settings] if done else []
+        """Over the batches that every setting has completed; none if there is no such batch."""
+        batches = min(len(measurements.images) for measurements in measured.values())
+        if batches == 0:
+            return []
+        return [_point(setting, measured[setting], batches, scenes, clip) for setting in settings]
 
-    # Warm-up: what only some shares ask for, the refiner, is loaded by then.
+    # The warm-up takes every share, because some of them do not load the refiner.
     for frac in dict.fromkeys(fracs):
-        make(prompts[:batch], list(range(seed, seed + min(batch, len(prompts)))), max(steps), frac)
+        generate(prompts[:batch], list(range(seed, seed + min(batch, len(prompts)))), max(steps), frac)
     try:
-        for number, first in enumerate(range(0, len(prompts), batch)):
-            some = prompts[first : first + batch]
-            seeds = [seed + first + k for k in range(len(some))]
-            for setting in settings if number % 2 == 0 else reversed(settings):
-                tell(f"{setting[0]} steps, share {setting[1]:g}: pictures {first + 1} to {first + len(some)}")
-                begun = time.perf_counter()
-                images = make(some, seeds, *setting)
-                found[setting].seconds.append((time.perf_counter() - begun) / len(some))
-                found[setting].images.append(images)
+        for batch_number, first in enumerate(range(0, len(prompts), batch)):
+            batch_prompts = prompts[first : first + batch]
+            seeds = [seed + first + k for k in range(len(batch_prompts))]
+            for setting in settings if batch_number % 2 == 0 else reversed(settings):
+                last = first + len(batch_prompts)
+                on_progress(f"{setting[0]} steps, share {setting[1]:g}: pictures {first + 1} to {last}")
+                started = time.perf_counter()
+                images = generate(batch_prompts, seeds, *setting)
+                measured[setting].seconds.append((time.perf_counter() - started) / len(batch_prompts))
+                measured[setting].images.append(images)
     except KeyboardInterrupt:
         if completed := points():
-            keep(completed)
+            on_interrupt(completed)
         raise
     return points()
 
 
 @dataclass(frozen=True)
-class _Made:
-    """A setting's batches, and the seconds of a picture in each."""
+class _Measurements:
+    """A setting's batches of pictures, and the seconds for one picture in each batch."""
 
     images: list[Images]
     seconds: list[float]
 
 
 def _point(
-    setting: tuple[int, float], made: _Made, done: int, scenes: Sequence[tuple[str, Scene]], clip: ClipNetwork
+    setting: tuple[int, float],
+    measurements: _Measurements,
+    batches: int,
+    scenes: Sequence[tuple[str, Scene]],
+    clip: ClipNetwork,
 ) -> Point:
-    """Of the first `done` batches."""
-    pictures = as_bytes(np.concatenate(made.images[:done]))
-    prompts, shown = zip(*scenes[: len(pictures)], strict=True)
+    """The point of a setting over its first `batches` batches."""
+    pictures = as_bytes(np.concatenate(measurements.images[:batches]))
+    prompts, expected_scenes = zip(*scenes[: len(pictures)], strict=True)
     score = float(clip.scores(pictures, prompts).mean())
-    right = [judge(picture, scene).objects for picture, scene in zip(pictures, shown, strict=True)]
-    return Point(*setting, median(made.seconds[:done]), score, float(np.mean(right)), len(pictures))
+    correct = [
+        judge(picture, scene).objects for picture, scene in zip(pictures, expected_scenes, strict=True)
+    ]
+    return Point(
+        *setting, median(measurements.seconds[:batches]), score, float(np.mean(correct)), len(pictures)
+    )
 
 
 def table(points: Sequence[Point]) -> list[str]:
-    """A Markdown table."""
+    """The points as a Markdown table."""
     rows = [["steps", "base's share", "s/picture", "CLIP score", "objects right"]]
     for p in points:
         rows.append(
@@ -140,7 +153,10 @@ def table(points: Sequence[Point]) -> list[str]:
 
 
 def page(points: Sequence[Point], title: str) -> str:
-    """A page with CLIP score and objects right against seconds, a line for each share of the base through its steps."""
+    """An HTML page that plots CLIP score and correct objects against seconds.
+
+    Each share of the base is a line, with a point for each number of steps.
+    """
     plots = []
     for name, unit in (("clip", "CLIP score"), ("objects", "share of pictures with every object right")):
         series = []
@@ -160,12 +176,12 @@ def page(points: Sequence[Point], title: str) -> str:
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
 
-def write_sweep(folder: Path, points: Sequence[Point], about: dict[str, Any], title: str) -> None:
-    """`sweep.json` and `sweep.html`."""
+def write_sweep(folder: Path, points: Sequence[Point], metadata: dict[str, Any], title: str) -> None:
+    """Write `sweep.json` and `sweep.html`."""
     content = {
         "schema": 2,
         "benchmark": "latentrt bench sweep",
-        **about,
+        **metadata,
         "points": [asdict(p) for p in points],
     }
     write_json(folder / "sweep.json", content)

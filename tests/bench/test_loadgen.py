@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from latentrt.bench.features import demo_prompts
-from latentrt.bench.loadgen import QUERIES, LoadTest, PipelineMaker, read_summary, run_loadgen
+from latentrt.bench.loadgen import QUERIES, LoadTest, PipelineRunner, read_summary, run_loadgen
 from latentrt.errors import BenchmarkError, RequestError
 from latentrt.runtime.pipeline import Pipeline
 
@@ -125,7 +125,7 @@ def test_the_refiner_is_that_of_generate(
 def test_the_demo_in_small(scenario: str, tmp_path: Path) -> None:
     """One step of 64x64 on eager, so that nothing is exported first."""
     pipe = Pipeline.from_pretrained("demo", backend="eager", device="cpu")
-    make = PipelineMaker(pipe, demo_prompts(5), size=(64, 64), steps=1)
+    make = PipelineRunner(pipe, demo_prompts(5), size=(64, 64), steps=1)
     assert make([3, 1]).shape == (2, 64, 64, 3)
     verdict = run_loadgen(load_test(scenario, rate=1.0), make, tmp_path)
     assert verdict.valid, verdict
@@ -151,7 +151,7 @@ def test_the_demo_is_valid_in_every_scenario(run_cli: Callable[..., tuple[int, s
 def test_too_slow_a_server_is_invalid_and_says_why(tmp_path: Path) -> None:
     verdict = run_loadgen(load_test("Server", latency=0.001), Maker(), tmp_path)
     assert not verdict.valid
-    assert verdict.why_not
+    assert verdict.reasons
 
 
 def test_an_error_ends_the_test_and_is_reported(tmp_path: Path) -> None:

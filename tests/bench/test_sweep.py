@@ -87,7 +87,14 @@ def test_an_interrupted_sweep_reports_the_batches_that_every_setting_completed()
 
         with pytest.raises(KeyboardInterrupt):
             sweep(
-                make, SCENES, Brightness(), steps=(2, 8), fracs=(1.0,), batch=2, seed=0, keep=reported.append
+                make,
+                SCENES,
+                Brightness(),
+                steps=(2, 8),
+                fracs=(1.0,),
+                batch=2,
+                seed=0,
+                on_interrupt=reported.append,
             )
 
     interrupted(at_call=6)  # in the third batch
