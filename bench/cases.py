@@ -1,7 +1,7 @@
 """The cases and the sides of `latentrt bench`, in one table each.
 
-A case says what is asked for; a side is a way to make it. A side runs in the case's dtype, or in another one when it
-is written `SIDE@DTYPE`, such as `diffusers@float32`.
+A case is a workload: which pictures are generated. A side is a way to generate them. A side runs in the case's dtype,
+or in another one if it is written `SIDE@DTYPE`, such as `diffusers@float32`.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ MLPERF: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """What every side is asked for.
+    """A workload that every side runs.
 
     Attributes:
         model, refiner: as `Pipeline.from_pretrained` takes them, or `sdxl-random` and `sdxl-refiner-random`: the
             published configurations with random weights.
-        size: (height, width) in pixels; the model's own where None.
-        batches: images at once; the first one is what latency and first image are told of.
+        size: (height, width) in pixels; the model's own if None.
+        batches: batch sizes; latency and the first image are reported for the first one.
         steps: of the whole schedule, base and refiner together.
-        high_noise_frac: the base's share of the schedule, where there is a refiner.
-        guidance: scale.
-        negative: what to steer away from; nothing where None.
+        high_noise_frac: the base's share of the schedule, if there is a refiner.
+        guidance: guidance scale.
+        negative: negative prompt, if any.
         dtype: of weights and activations.
     """
 
@@ -83,7 +83,7 @@ class Case:
             raise RequestError(f"case {self.name}: guidance is {self.guidance}; give a finite number")
 
     def split_steps(self, scheduler: Mapping[str, Any]) -> dict[str, int]:
-        """Steps that base and refiner take, by the checkpoint's `scheduler_config.json`."""
+        """Stage -> the number of steps it takes, by the checkpoint's `scheduler_config.json`."""
         config = SamplerConfig.from_dict(scheduler)
         if self.refiner is None:
             first, last = step_range(config, self.steps)
@@ -113,14 +113,14 @@ CASES: Mapping[str, Case] = {case.name: case for case in _ROWS}
 
 @dataclass(frozen=True)
 class SideSpec:
-    """One way to make the pictures.
+    """One way to generate the pictures.
 
     Attributes:
-        factory: `module:function` that makes a `Side` from a case, a device and a folder for what it builds.
+        factory: `module:function` that loads a `Side` (see `side.Factory`).
         options: further arguments of the factory.
-        builds: it exports or compiles first, which is measured in a process of its own.
-        compiles_each_size: a batch size is minutes of compilation, so that on a CPU only the first is measured.
-        copies: of the weights that it writes: one of an export, one of an engine.
+        builds: it exports or compiles first, which is timed in a process of its own.
+        compiles_each_size: each batch size takes minutes to compile; on a CPU only the first is measured.
+        copies: how many copies of the weights it writes to disk: one for an export, one for an engine.
         dtype: in place of the case's.
     """
 
@@ -135,11 +135,11 @@ class SideSpec:
 
     @property
     def is_eager_diffusers(self) -> bool:
-        """What quality is measured against."""
+        """Whether quality is measured against it."""
         return self.factory == _DIFFUSERS and not self.options
 
     def at(self, dtype: str) -> SideSpec:
-        """The same in another dtype."""
+        """The same side in another dtype."""
         return replace(self, name=f"{self.name}@{dtype}", dtype=dtype)
 
 
@@ -154,7 +154,7 @@ _MODES = (
     ("reduce-overhead", "reduce-overhead", "torch.compile with CUDA graphs"),
     ("max-autotune", "max-autotune", "torch.compile(max-autotune)"),
 )
-"""Sides of diffusers compiled: what follows in the name, mode of `torch.compile`, summary."""
+"""Compiled diffusers: (suffix of the side's name, mode of `torch.compile`, summary)."""
 
 
 def _side_table() -> dict[str, SideSpec]:
@@ -202,7 +202,7 @@ _ON_CPU = ("diffusers", "diffusers-compile", "onnxruntime", "latentrt-eager", "l
 
 
 def case_named(name: str) -> Case:
-    """A case of the table.
+    """Look up a case.
 
     Raises:
         RequestError: there is no such case; all are listed.
@@ -213,10 +213,10 @@ def case_named(name: str) -> Case:
 
 
 def sides_named(names: Sequence[str]) -> list[SideSpec]:
-    """Sides of the table, in the order given; the first is what the others' speed is compared with.
+    """Look up sides; the others' speed is compared with the first.
 
     Raises:
-        RequestError: there is no such side or dtype, or one is named twice.
+        RequestError: there is no such side or dtype, or a side is named twice.
     """
     found = []
     for name in names:
@@ -232,47 +232,47 @@ def sides_named(names: Sequence[str]) -> list[SideSpec]:
 
 
 def eager_sides(sides: Sequence[SideSpec]) -> set[str]:
-    """Names of those that quality is measured against: eager diffusers, or, where that is not among them, eager PyTorch
-    of latentrt's own modules."""
-    theirs = {side.name for side in sides if side.is_eager_diffusers}
-    ours = {side.name for side in sides if side.options == {"backend": "eager"}}
-    return theirs or ours
+    """Names of the sides that quality can be measured against: eager diffusers, or, if it is not among `sides`,
+    latentrt's own modules in eager PyTorch."""
+    diffusers = {side.name for side in sides if side.is_eager_diffusers}
+    latentrt = {side.name for side in sides if side.options == {"backend": "eager"}}
+    return diffusers or latentrt
 
 
 def pictures_only(case: Case, sides: Sequence[SideSpec]) -> SideSpec | None:
-    """The side that the others' pictures are compared with and that is not timed: eager PyTorch in float32 in a case of
-    half precision, unless speed is compared with it; None where there is no such side."""
+    """The side that only generates reference pictures and is not timed, if there is one: eager PyTorch in float32, in a
+    case of half precision, unless it is the first side, which speed is compared with."""
     eager = [side for side in sides[1:] if side.name in eager_sides(sides)]
     exact = [side for side in eager if side.dtype == "float32" != case.dtype]
     return next(iter(exact), None)
 
 
 def unavailable_reason(side: SideSpec, device: torch.device, dtype: str) -> str:
-    """Why a side cannot run here, and the remedy; empty where it can. No weights are read.
+    """Why a side cannot run on this machine, and the remedy; empty if it can. Reads no weights.
 
     Args:
-        dtype: of the case, for a side that has none of its own.
+        dtype: of the case, for a side without a dtype of its own.
     """
     if side.factory in (_DIFFUSERS, _ONNXRUNTIME) and find_spec("diffusers") is None:
         return "diffusers is not installed; pip install diffusers"
     backend = "onnxruntime" if side.factory == _ONNXRUNTIME else side.options.get("backend")
     if backend is None:
         return ""
-    answer = get_backend(backend).availability(device, DTYPES[side.dtype or dtype])
-    return "" if answer.ok else f"{answer.reason}; {answer.remedy}"
+    availability = get_backend(backend).availability(device, DTYPES[side.dtype or dtype])
+    return "" if availability.ok else f"{availability.reason}; {availability.remedy}"
 
 
 def reference_side() -> str:
-    """The side that others are compared with by default: eager diffusers, or, where that is not installed, latentrt's
-    own modules in eager PyTorch."""
+    """Name of the side that others are compared with by default: eager diffusers, or, if diffusers is not installed,
+    latentrt's own modules in eager PyTorch."""
     return "latentrt-eager" if find_spec("diffusers") is None else "diffusers"
 
 
 def default_sides(case: Case, device: torch.device) -> list[str]:
-    """What is compared when nothing is asked for, of what is installed; `reference_side` is first.
+    """Names of the sides that are compared by default: those that are installed, `reference_side` first.
 
-    On a CPU that leaves out what needs a GPU, and max-autotune, which compiles for as long again; in half precision
-    on a GPU it adds the reference in float32, whose pictures all are compared with.
+    On a CPU these are without the sides that need a GPU, and with one mode of `torch.compile` only. In half
+    precision on a GPU the reference in float32 is added, whose pictures the others are compared with.
     """
     first = reference_side()
     names = [first, *(name for name in SIDES if name != first)]

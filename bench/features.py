@@ -1,7 +1,7 @@
-"""The networks that judge pictures: CLIP score, FID and LPIPS.
+"""The networks of the metrics CLIP score, FID and LPIPS.
 
-The demo's own image tower is shipped. CLIP's, Inception's and AlexNet's weights are read from where the user has them,
-and never fetched; figures of different networks are not comparable, so each says whose it is.
+The demo's own image tower is shipped. CLIP's, Inception's and AlexNet's weights are read from files that the user has,
+and never downloaded. Figures of different networks cannot be compared, so each is reported with its network's name.
 """
 
 from __future__ import annotations
@@ -38,37 +38,38 @@ __all__ = [
 ]
 
 _CLIP_SIZES = {(12, 768): "ViT-B", (24, 1024): "ViT-L", (32, 1280): "ViT-H"}
-"""(layers, width) of the picture's side."""
+"""(layers, width) of the vision model -> its name."""
 
 
 class FidNetwork(Protocol):
-    """A network that FID is defined over; `name` says whose figures these are."""
+    """A network whose features FID compares. Its name is reported with the figures."""
 
     name: str
 
-    def see(self, pictures: Sequence[Picture]) -> Features:
+    def features(self, pictures: Sequence[Picture]) -> Features:
         """Features [N, F] of pictures of one size."""
         ...
 
 
 class ClipNetwork(Protocol):
-    """A network that CLIP score is defined over; `name` says whose figures these are."""
+    """A network that computes CLIP score. Its name is reported with the figures."""
 
     name: str
 
     def scores(self, pictures: Sequence[Picture], prompts: Sequence[str]) -> NDArray[np.float64]:
-        """CLIP score of each picture with its prompt: 100 x cosine."""
+        """CLIP score [N] of each picture with its prompt: 100 x cosine similarity."""
         ...
 
 
 @dataclass(frozen=True)
 class Judges:
-    """Who judges pictures; what has no judge is not measured.
+    """The network of each metric; a metric without one is not measured.
 
     Attributes:
         clip: for CLIP score.
-        fid, truth: for FID, beside what true pictures are to the same network.
-        lpips: how unlike the reference's picture one looks.
+        fid: for FID.
+        truth: mean and covariance of true pictures' features, of the same network as `fid`.
+        lpips: for LPIPS, beside the reference's pictures.
     """
 
     clip: ClipNetwork | None = None
@@ -95,13 +96,13 @@ class DemoFeatures:
 
 
 def demo_judges() -> Judges:
-    """The shipped ones, for the demo's world. FID is not among them: it needs more pictures than a benchmark makes (see
+    """The shipped networks, for the demo's world. FID has none: it needs more pictures than a benchmark generates (see
     `demo_model/evaluate.py`)."""
     return Judges(clip=DemoFeatures())
 
 
 class ClipFeatures:
-    """A CLIP model from a folder in transformers' layout, for CLIP score and, where nothing better is there, for FID.
+    """A CLIP model from a folder in transformers' layout, for CLIP score and, without Inception's weights, for FID.
 
     Raises:
         RequestError: the folder holds no CLIP model.
@@ -126,7 +127,7 @@ class ClipFeatures:
         self.name = f"CLIP {size}/{vision.patch_size} ({folder.name})"
 
     @torch.no_grad()
-    def see(self, pictures: Sequence[Picture]) -> Features:
+    def features(self, pictures: Sequence[Picture]) -> Features:
         rows = [self._embed(pictures[k : k + 16]).double().numpy() for k in range(0, len(pictures), 16)]
         return np.concatenate(rows)
 
@@ -134,7 +135,7 @@ class ClipFeatures:
     def scores(self, pictures: Sequence[Picture], prompts: Sequence[str]) -> NDArray[np.float64]:
         tokens = self._tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
         text = self._model.text_projection(self._model.text_model(**tokens).pooler_output)
-        image = torch.from_numpy(self.see(pictures))
+        image = torch.from_numpy(self.features(pictures))
         scores: NDArray[np.float64] = (100 * F.cosine_similarity(image, text.double())).numpy()
         return scores
 
@@ -149,19 +150,19 @@ class ClipFeatures:
         x = x[:, :, top : top + side, left : left + side]
         mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
         deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
-        seen = self._model.vision_model((x - mean) / deviation).pooler_output
-        embedding: torch.Tensor = self._model.visual_projection(seen)
+        pooled = self._model.vision_model((x - mean) / deviation).pooler_output
+        embedding: torch.Tensor = self._model.visual_projection(pooled)
         return embedding
 
 
 def read_truth(source: Path, judge: FidNetwork) -> Moments:
-    """Of true pictures in a folder, or of an `.npz` file with `mu` and `sigma`, as FID's statistics are passed around.
+    """FID's statistics of true pictures: of a folder of pictures, or from an `.npz` file with `mu` and `sigma`.
 
     Raises:
-        RequestError: it is neither, or there are too few pictures.
+        RequestError: `source` is neither, or there are too few pictures.
     """
     if source.suffix != ".npz":
-        features = judge.see(read_pictures(source))
+        features = judge.features(read_pictures(source))
         if (least := pictures_for_fid(features.shape[1])) > len(features):
             raise RequestError(
                 f"{source} has {len(features)} pictures; FID over the {features.shape[1]} features of {judge.name} "
@@ -169,14 +170,14 @@ def read_truth(source: Path, judge: FidNetwork) -> Moments:
             )
         return Moments.of(features)
     try:
-        with np.load(source) as found:
-            return Moments(found["mu"].astype(np.float64), found["sigma"].astype(np.float64))
+        with np.load(source) as stats:
+            return Moments(stats["mu"].astype(np.float64), stats["sigma"].astype(np.float64))
     except (OSError, ValueError, KeyError) as error:
         raise RequestError(f"{source} cannot be read as FID's mu and sigma: {error}") from error
 
 
 def read_pictures(folder: Path) -> list[Picture]:
-    """The PNG and JPEG files of a folder, in the order of their names.
+    """Read the PNG and JPEG files of a folder, in the order of their names.
 
     Raises:
         RequestError: there are none.
@@ -190,6 +191,6 @@ def read_pictures(folder: Path) -> list[Picture]:
 
 
 def demo_prompts(count: int, seed: int = 0) -> list[str]:
-    """Prompts of the demo's world."""
+    """Random prompts of the demo's world."""
     rng = random.Random(f"latentrt bench prompts {seed}")
     return [caption(rng, random_scene(rng), say_relation=True) for _ in range(count)]

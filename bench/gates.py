@@ -20,25 +20,27 @@ from .side import Images, Picture, Pictures, as_bytes, as_float
 
 __all__ = ["GATES", "Gate", "Quality", "gate_named", "likeness", "measure_quality"]
 
-_LEAST_DB = 20.0  # of eager PyTorch in half precision; below it there is something wrong with itself
-_WORSE_DB = 3.0
-"""Twice the squared error of eager PyTorch in the same dtype: what rounding in another order may cost."""
-_WORSE_SSIM = 0.02
+_MIN_EAGER_PSNR = 20.0
+"""In dB. Eager PyTorch in half precision that is further from float32 than this is wrong itself, and sets no limit."""
+_PSNR_MARGIN = 3.0
+"""In dB below eager PyTorch in the same dtype: twice its squared error, for rounding in another order."""
+_SSIM_MARGIN = 0.02
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Of `pictures` pictures, beside the reference's of the same prompts and seeds.
+    """The quality of a side's pictures, compared with the reference's of the same prompts and seeds.
 
     Attributes:
+        pictures: how many were compared.
         psnr: of the worst picture, in dB.
         ssim: of the worst picture.
         lpips: of the worst picture.
         clip: mean CLIP score.
         clip_reference: the same of the reference's pictures.
-        fid: to true pictures, if there are enough of them (`pictures_for_fid`).
+        fid: FID to true pictures, if there are enough pictures for it (`pictures_for_fid`).
         fid_reference: the same of the reference's pictures.
-        lpips_by, clip_by, fid_by: the networks.
+        lpips_by, clip_by, fid_by: names of the networks that these were measured by.
     """
 
     pictures: int
@@ -55,8 +57,10 @@ class Quality:
 
 
 def likeness(images: Pictures, reference: Pictures) -> tuple[float, float]:
-    """PSNR in dB and SSIM of the worst picture, by the measures that the limits of `latentrt verify` were set by; equal
-    pictures have 200 dB. Where one or the other is not finite it is minus infinity and -1."""
+    """PSNR in dB and SSIM of the worst picture, as `latentrt verify` measures them.
+
+    Equal pictures have 200 dB. If pictures are not finite, or differ in size, the result is minus infinity and -1.
+    """
     if images.shape != reference.shape:
         return float("-inf"), -1.0
     worst_psnr, worst_ssim = MAX_PSNR, 1.0
@@ -69,28 +73,30 @@ def likeness(images: Pictures, reference: Pictures) -> tuple[float, float]:
 
 
 def measure_quality(images: Pictures, reference: Pictures, prompts: Sequence[str], judges: Judges) -> Quality:
-    """Of pictures [N, H, W, 3] beside the reference's."""
+    """Compare pictures [N, H, W, 3] with the reference's, by every metric that has a network in `judges`."""
     ratio, similarity = likeness(images, reference)
-    found = Quality(len(images), ratio, similarity)
+    quality = Quality(len(images), ratio, similarity)
     if ratio == float("-inf"):  # not finite, or of another size
-        return found
+        return quality
     mine, theirs = (
         list(cast(Picture, x)) if x.dtype == np.uint8 else as_bytes(cast(Images, x))
         for x in (images, reference)
     )
     if judges.lpips is not None:
-        found = replace(found, lpips=_unlikeness(judges.lpips, images, reference), lpips_by=judges.lpips.name)
+        quality = replace(
+            quality, lpips=_worst_lpips(judges.lpips, images, reference), lpips_by=judges.lpips.name
+        )
     if judges.clip is not None:
         scores = [float(judges.clip.scores(pictures, prompts).mean()) for pictures in (mine, theirs)]
-        found = replace(found, clip=scores[0], clip_reference=scores[1], clip_by=judges.clip.name)
+        quality = replace(quality, clip=scores[0], clip_reference=scores[1], clip_by=judges.clip.name)
     truth = judges.truth
     if judges.fid is not None and truth is not None and len(images) >= pictures_for_fid(len(truth.mean)):
-        fids = [frechet_distance(truth, judges.fid.see(pictures)) for pictures in (mine, theirs)]
-        found = replace(found, fid=fids[0], fid_reference=fids[1], fid_by=judges.fid.name)
-    return found
+        fids = [frechet_distance(truth, judges.fid.features(pictures)) for pictures in (mine, theirs)]
+        quality = replace(quality, fid=fids[0], fid_reference=fids[1], fid_by=judges.fid.name)
+    return quality
 
 
-def _unlikeness(lpips: Lpips, images: Pictures, reference: Pictures) -> float:
+def _worst_lpips(lpips: Lpips, images: Pictures, reference: Pictures) -> float:
     """LPIPS of the worst picture."""
     return max(
         lpips(*(torch.from_numpy(as_float(x).transpose(2, 0, 1)[None].astype(np.float32)) for x in pair))
@@ -100,30 +106,30 @@ def _unlikeness(lpips: Lpips, images: Pictures, reference: Pictures) -> float:
 
 @dataclass(frozen=True)
 class Gate:
-    """What a speed has to pass.
+    """What a side's pictures have to pass, so that its speed is reported.
 
     Attributes:
-        of_each_picture: it judges any pictures beside the reference's, and so those of timed runs too.
-        needs: settings without which it cannot judge.
-        least_pictures: that it judges.
-        asked: what a case has to ask for.
-        networks: metric -> how the name of the network begins that has to judge it.
-        judge: (a side's quality, its dtype, the quality of eager PyTorch in that dtype where it ran) -> what is
-            beyond its limit, empty where it passes.
+        of_each_picture: it works on any number of pictures, and so is applied to those of timed runs too.
+        judge: (a side's quality, its dtype, the quality of eager PyTorch in that dtype or None if it did not run) ->
+            the limits that are exceeded; empty if it passes.
+        required_settings: settings of the run that it cannot work without.
+        min_pictures: how many it needs.
+        required_case: field -> the value that a case must have.
+        networks: metric -> how the name of its network must begin.
     """
 
     name: str
     summary: str
     of_each_picture: bool
     judge: Callable[[Quality, str, Quality | None], list[str]]
-    needs: tuple[str, ...] = ()
-    least_pictures: int = 1
-    asked: Mapping[str, Any] = field(default_factory=dict)
+    required_settings: tuple[str, ...] = ()
+    min_pictures: int = 1
+    required_case: Mapping[str, Any] = field(default_factory=dict)
     networks: Mapping[str, str] = field(default_factory=dict)
 
-    def refuses(self, case: Case, judges: Judges) -> str:
-        """Why it could not judge a case; empty where it can. Asked before anything is measured."""
-        for name, value in self.asked.items():
+    def refusal(self, case: Case, judges: Judges) -> str:
+        """Why it cannot be applied to a case; empty if it can. For checks before anything is measured."""
+        for name, value in self.required_case.items():
             if getattr(case, name) != value:
                 return f"{name} is {getattr(case, name)!r}, and it judges {value!r}"
         for name, network in self.networks.items():
@@ -136,17 +142,18 @@ class Gate:
 
 
 def _like_eager(quality: Quality, dtype: str, eager: Quality | None) -> list[str]:
-    """The limits of `latentrt verify`; in half precision, or what eager PyTorch in that dtype reaches itself."""
+    """The limits of `latentrt verify`. In half precision they are lowered to a margin below what eager PyTorch in that
+    dtype reaches itself."""
     limits = LIMITS["pipeline"][DTYPES[dtype]]
-    least, similar = limits.psnr, limits.ssim or 0.0
-    # Beside nonsense anything passes.
-    if dtype != "float32" and eager is not None and eager.psnr >= _LEAST_DB:
-        least, similar = min(least, eager.psnr - _WORSE_DB), min(similar, eager.ssim - _WORSE_SSIM)
+    least, min_ssim = limits.psnr, limits.ssim or 0.0
+    # If eager PyTorch's own pictures were nonsense, any picture would pass.
+    if dtype != "float32" and eager is not None and eager.psnr >= _MIN_EAGER_PSNR:
+        least, min_ssim = min(least, eager.psnr - _PSNR_MARGIN), min(min_ssim, eager.ssim - _SSIM_MARGIN)
     failures = []
     if not quality.psnr >= least:  # so that nan fails
         failures.append(f"PSNR {quality.psnr:.1f} dB, at least {least:.1f}")
-    if not quality.ssim >= similar:
-        failures.append(f"SSIM {quality.ssim:.4f}, at least {similar:.4f}")
+    if not quality.ssim >= min_ssim:
+        failures.append(f"SSIM {quality.ssim:.4f}, at least {min_ssim:.4f}")
     return failures
 
 
@@ -185,9 +192,9 @@ _ROWS = (
         "MLPerf's CLIP score and FID over its 5,000 captions; needs --prompts, --clip, --inception and --truth",
         False,
         _mlperf,
-        needs=("clip", "inception", "truth"),
-        least_pictures=_MLPERF_PICTURES,
-        asked={**MLPERF, "refiner": None, "size": (1024, 1024)},
+        required_settings=("clip", "inception", "truth"),
+        min_pictures=_MLPERF_PICTURES,
+        required_case={**MLPERF, "refiner": None, "size": (1024, 1024)},
         networks={metric: network for metric, (*_, network) in _MLPERF.items()},
     ),
 )

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 
 from ..errors import BenchmarkError
 from .cases import Case, SideSpec
-from .machine import commit, installed_versions, tuned
+from .machine import commit, installed_versions, tuned_digest
 from .models import weights_on_disk
 from .profile import Profile
 from .worker import Job, Run, serve
@@ -37,7 +37,7 @@ def job_for(case: Case, side: SideSpec, device: str, folder: Path) -> Job:
         "side": [side.factory, dict(side.options), side.dtype or case.dtype, device],
         "versions": installed_versions(),
         "commit": commit(),
-        "tuned": tuned(),
+        "tuned": tuned_digest(),
     }
     digest = hashlib.sha256(json.dumps(built_from, sort_keys=True).encode()).hexdigest()
     return Job(case, side, device, folder / f"{side.name.replace('@', '-')}-{digest[:12]}")

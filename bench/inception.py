@@ -28,10 +28,11 @@ _BATCH = 16
 
 _Kernel = int | tuple[int, int]
 _Conv = tuple[str, int, _Kernel, int]
-"""(name, channels out, kernel, stride); padded to keep the size where the stride is 1, not at all where it is 2."""
+"""(name, channels out, kernel, stride). A stride of 1 is padded to keep the size, a stride of 2 is not padded, and a
+stride of 0 means 1 without padding."""
 _Branch = tuple[_Conv | str, ...]
-"""Convolutions one after another; `average`, `maximum` and `shrink` pool. Of a name in two parts, `x_2a` and `x_2b`,
-both see what came before, side by side."""
+"""Convolutions in sequence; `average`, `maximum` and `shrink` are poolings. Two convolutions whose names end in `a` and
+`b`, such as `x_2a` and `x_2b`, run in parallel on the same input, and their outputs are concatenated."""
 
 
 def _a(pool: int) -> tuple[_Branch, ...]:
@@ -83,7 +84,6 @@ _STEM: tuple[_Conv | str, ...] = (
     ("Conv2d_4a_3x3", 192, 3, 0),
     "shrink",
 )
-"""A stride of 0 is 1 without padding."""
 _BLOCKS: Mapping[str, tuple[_Branch, ...]] = {
     "Mixed_5b": _a(32),
     "Mixed_5c": _a(64),
@@ -149,7 +149,7 @@ class _Mixed(nn.Module):
         before = x
         for step in branch:
             if isinstance(step, str):
-                x = _pooled(step, x)
+                x = _pool(step, x)
             elif step[0].endswith("b"):
                 x = torch.cat([x, self.get_submodule(step[0])(before)], dim=1)
             else:
@@ -157,10 +157,10 @@ class _Mixed(nn.Module):
         return x
 
 
-def _pooled(how: str, x: Tensor) -> Tensor:
-    if how == "average":
+def _pool(kind: str, x: Tensor) -> Tensor:
+    if kind == "average":
         return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-    return F.max_pool2d(x, 3, 1, 1) if how == "maximum" else F.max_pool2d(x, 3, 2)
+    return F.max_pool2d(x, 3, 1, 1) if kind == "maximum" else F.max_pool2d(x, 3, 2)
 
 
 class Inception(nn.Module):
@@ -181,14 +181,14 @@ class Inception(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for step in _STEM:
-            x = _pooled(step, x) if isinstance(step, str) else self.get_submodule(step[0])(x)
+            x = _pool(step, x) if isinstance(step, str) else self.get_submodule(step[0])(x)
         for name in _BLOCKS:
             x = self.get_submodule(name)(x)
         return x.mean(dim=(2, 3))
 
 
 class InceptionFeatures:
-    """FID's features of pictures, by weights from a file.
+    """The features that FID compares, with weights from a file.
 
     Raises:
         RequestError: the file holds other weights.
@@ -197,18 +197,18 @@ class InceptionFeatures:
     def __init__(self, file: Path) -> None:
         self.name = f"Inception-v3 ({file.name})"
         self._network = Inception().eval()
-        found = {k: v.float() for k, v in read_tensors(file).items() if not k.startswith(("fc.", "Aux"))}
-        wanted = {k for k in self._network.state_dict() if not k.endswith("num_batches_tracked")}
-        lacking = sorted(wanted - found.keys())
-        if lacking:
+        tensors = {k: v.float() for k, v in read_tensors(file).items() if not k.startswith(("fc.", "Aux"))}
+        expected = {k for k in self._network.state_dict() if not k.endswith("num_batches_tracked")}
+        missing = sorted(expected - tensors.keys())
+        if missing:
             raise RequestError(
-                f"{file} is not Inception-v3 for FID: {lacking[0]} and {len(lacking) - 1} more tensors are missing"
+                f"{file} is not Inception-v3 for FID: {missing[0]} and {len(missing) - 1} more tensors are missing"
             )
-        self._network.load_state_dict({k: found[k] for k in wanted}, strict=False)
+        self._network.load_state_dict({k: tensors[k] for k in expected}, strict=False)
 
     @torch.no_grad()
-    def see(self, pictures: Sequence[NDArray[np.uint8]]) -> Features:
-        """[N, 2048] of uint8 pictures [H, W, 3] of one size, resized as pytorch-fid does."""
+    def features(self, pictures: Sequence[NDArray[np.uint8]]) -> Features:
+        """Features [N, 2048] of uint8 pictures [H, W, 3] of one size, which are resized as in pytorch-fid."""
         rows = []
         for k in range(0, len(pictures), _BATCH):
             x = torch.from_numpy(np.stack(pictures[k : k + _BATCH])).permute(0, 3, 1, 2).float() / 255
@@ -218,19 +218,19 @@ class InceptionFeatures:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """A state dict from `.safetensors`, or from PyTorch's own format without running code.
+    """Read a state dict from a `.safetensors` file, or from PyTorch's own format without executing code from it.
 
     Raises:
-        RequestError: it is neither.
+        RequestError: the file is neither.
     """
     if not file.is_file():
         raise RequestError(f"{file} is no file; give one of weights, .safetensors or PyTorch's .pth")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise RequestError(f"{file} cannot be read as weights: {str(error).splitlines()[0]}") from error
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise RequestError(f"{file} holds no state dict; give one of weights, .safetensors or PyTorch's .pth")
-    return found
+    return tensors

@@ -23,7 +23,7 @@ from ..errors import BackendUnavailableError
 from ..kernels import aot, tuning
 from ..kernels.registry import Case, OpSpec, allowed_error
 from ..runtime.sha256 import digest_of_files
-from .machine import command, describe_machine, tuned
+from .machine import command, describe_machine, tuned_digest
 from .nvml import open_nvml
 
 __all__ = [
@@ -207,7 +207,7 @@ def here(timing: Timing) -> dict[str, Any]:
         **describe_machine(),
         **gpu_state(timing),
         "sources": sources(),
-        "tuned": tuned(),
+        "tuned": tuned_digest(),
         "command": command(),
     }
 

@@ -1,4 +1,4 @@
-"""What a measurement was made on: processor, memory, GPU, versions and commit."""
+"""Describes what a measurement was made on: processor, memory, GPU, versions and commit."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ __all__ = [
     "commit",
     "describe_machine",
     "installed_versions",
-    "is_commit",
+    "is_clean_commit",
     "module_command",
-    "tuned",
+    "tuned_digest",
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
 """The repository's root, which is the package's folder."""
 RESULTS = ROOT / "bench" / "results"
-"""Where results are kept that are told of."""
+"""Published results."""
 _PACKAGES = (
     "torch",
     "onnxruntime",
@@ -48,15 +48,14 @@ _PACKAGES = (
     "torchmetrics",
     "mlcommons-loadgen",
 )
-"""Distributions; some libraries have several."""
+"""Distributions whose versions are reported; some libraries have several names."""
 
 
 def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
-    """Everything a figure has to be read with.
+    """Everything that one has to know about a machine to interpret a figure.
 
     Args:
-        device: what was measured on; with the CPU a GPU that is there as well is not told of. Where None, the current
-            GPU is.
+        device: that was measured. If it is the CPU, no GPU is described; if None, the current GPU is, if there is one.
     """
     machine: dict[str, Any] = {
         "processor": _processor(),
@@ -71,7 +70,7 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
     if device is not None:
         machine["device"] = str(device)
     if torch.cuda.is_available() and (device is None or device.type == "cuda"):
-        machine["tuned"] = tuned()
+        machine["tuned"] = tuned_digest()
         machine["gpu"] = torch.cuda.get_device_name(device)
         machine["cuda"] = torch.version.cuda
     return machine
@@ -87,7 +86,7 @@ def _processor() -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    """Of the packages that figures depend on, and of the cuDNN that PyTorch runs."""
+    """Versions of the packages that figures depend on, and of the cuDNN that PyTorch runs."""
     found = {}
     for name in _PACKAGES:
         try:
@@ -99,16 +98,16 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def tuned() -> str:
-    """Digest of the kernels' block sizes, which `latentrt kernels --tune` writes; the commit does not tell of them."""
+def tuned_digest() -> str:
+    """Digest of the kernels' block sizes, which `latentrt kernels --tune` changes without a commit."""
     return digest_of_files(sorted(tuning.FOLDER.glob("*.json")), tuning.FOLDER)[:16]
 
 
 @functools.cache
 def commit() -> str:
-    """Of this project; it ends in `+` where files differ from it, results and tuned block sizes apart.
+    """This project's commit, with a `+` if files were modified since. Results and tuned block sizes do not count.
 
-    Without a repository it is what LATENTRT_COMMIT says, or `unknown`.
+    Without a repository it is the value of LATENTRT_COMMIT, or `unknown`.
     """
 
     def git(*arguments: str) -> str:
@@ -125,19 +124,20 @@ def commit() -> str:
 
 
 def command() -> str:
-    """What was typed, as it can be typed again."""
+    """The command line of this process, quoted so that it can be run again."""
     return shlex.join(["latentrt", *sys.argv[1:]])
 
 
 def module_command(module: str, arguments: Sequence[str] | None) -> str:
-    """The same of a module that is run by itself, by its full name.
+    """The command line of a module that is run with `python -m`.
 
     Args:
-        arguments: what `main` was given; those of this process where that is None.
+        module: its full name.
+        arguments: the arguments of its `main`; those of this process if None.
     """
     return shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)])
 
 
-def is_commit(name: str) -> bool:
-    """Whether sources that `commit` calls so are always the same."""
+def is_clean_commit(name: str) -> bool:
+    """Whether a name that `commit` returned identifies the sources exactly."""
     return name != "unknown" and not name.endswith("+")

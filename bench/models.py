@@ -1,4 +1,4 @@
-"""The models of the cases: what a name stands for on disk."""
+"""The models of the cases: where they are on disk."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from .cases import Case
 from .machine import ROOT
 from .random_checkpoint import PUBLISHED, write_checkpoint
 
-__all__ = ["RANDOM", "checkpoint_folder", "located", "weights_on_disk"]
+__all__ = ["RANDOM", "checkpoint_folder", "resolve_models", "weights_on_disk"]
 
 RANDOM = {"sdxl-random": "sdxl_base", "sdxl-refiner-random": "sdxl_refiner"}
-"""Name -> published configurations that get random weights."""
+"""Model name -> the published configurations that it takes, with random weights."""
 
 
 def checkpoint_folder(model: str) -> Path:
-    """Where a model's diffusers folder is; only the demo's names stand for one."""
+    """A model's diffusers folder: the shipped one for the demo's names, and otherwise the name itself as a path."""
     demo = ROOT / "runtime" / "demo"
     return {"demo": demo, "demo-refiner": demo / "refiner"}.get(model, Path(model))
 
 
-def located(case: Case, folder: Path, device: torch.device) -> Case:
-    """The case with folders in the place of random models' names; their weights are written to `folder`, 7 GB for the
-    base and 6 for the refiner, unless they are there.
+def resolve_models(case: Case, folder: Path, device: torch.device) -> Case:
+    """The case with the names of random models replaced by folders.
+
+    Their weights are written to subfolders of `folder` unless they exist: 7 GB for the base and 6 for the refiner.
 
     Args:
-        device: on which they are drawn.
+        device: on which random weights are drawn.
 
     Raises:
         OSError: the disk is full, or cannot be written.
@@ -43,7 +44,7 @@ def located(case: Case, folder: Path, device: torch.device) -> Case:
 
 
 def weights_on_disk(model: str) -> list[tuple[str, int, int]]:
-    """(name, bytes, time of change) of each file of weights; none for a hub id."""
+    """(name, bytes, modification time) of each file of weights; none for a hub id."""
     folder = checkpoint_folder(model)
     files = sorted(folder.rglob("*.safetensors"))
     return [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]

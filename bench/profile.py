@@ -1,7 +1,7 @@
-"""Where the time of a picture goes on a CPU: by kind of operator, and what is left between operators.
+"""Profiles one picture on a CPU: the time by kind of operator, and the rest between operators.
 
-PyTorch's operators are timed by its profiler, ONNX Runtime's by its own. Both cost time themselves, so that the whole
-is longer than without, and what is left between operators is an upper bound.
+PyTorch's operators are timed by its profiler, ONNX Runtime's by its own. Profilers take time themselves, so the total
+is longer than without them, and the time between operators is an upper bound.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from ..errors import BenchmarkError
 
-__all__ = ["BETWEEN", "KINDS", "Profile", "Sessions", "kind_of", "profile_sessions", "profiled"]
+__all__ = ["BETWEEN", "KINDS", "Profile", "Sessions", "kind_of", "profile_call", "profile_sessions"]
 
 BETWEEN = "between operators"
 KINDS = {
@@ -32,17 +32,17 @@ KINDS = {
     "moving": r"copy|cat|transpose|reshape|reorder|slice|split|gather|resize|upsample|expand|pad|index|shape|cast|fill"
     r"|clone|permute|view|squeeze|empty|resolve|::to$|as_strided|select|flip|repeat|narrow|chunk|tile|range|contiguous",
 }
-"""Kind -> operators of PyTorch and ONNX by their names; the first that fits."""
+"""Kind -> a pattern for the names of PyTorch's and ONNX's operators; the first match counts."""
 _OTHER = "other operators"
 
 
 @dataclass(frozen=True)
 class Profile:
-    """One picture.
+    """The profile of one picture.
 
     Attributes:
-        seconds: of it, with the profilers at work.
-        parts: kind of operator -> seconds; `BETWEEN` is the rest: Python, and what a session does besides its
+        seconds: in all, with the profilers running.
+        parts: kind of operator -> seconds. `BETWEEN` is the rest: Python, and what a session does outside of its
             operators.
         operators: how many were called.
     """
@@ -53,40 +53,42 @@ class Profile:
 
 
 def kind_of(operator: str) -> str:
-    """Of `aten::addmm`, `FusedConv` and so on."""
+    """The kind of an operator such as `aten::addmm` or `FusedConv`."""
     name = operator.lower()
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), _OTHER)
 
 
-def profiled(make: Callable[[], Any], sessions: Sessions) -> Profile:
-    """Of the second of two calls, which has nothing left to load."""
-    make()
+def profile_call(call: Callable[[], Any], sessions: Sessions) -> Profile:
+    """Profile the second of two equal calls: the first one loads what is missing."""
+    call()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        begun = time.perf_counter()
-        make()
-        seconds = time.perf_counter() - begun
-    found = [(e.key, e.self_cpu_time_total / 1e6, e.count) for e in profiler.key_averages() if "::" in e.key]
-    found += sessions.operators()
+        started = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - started
+    operators = [
+        (e.key, e.self_cpu_time_total / 1e6, e.count) for e in profiler.key_averages() if "::" in e.key
+    ]
+    operators += sessions.operators()
     parts = dict.fromkeys((*KINDS, _OTHER), 0.0)
-    for name, spent, _ in found:
-        parts[kind_of(name)] += spent
+    for name, operator_seconds, _ in operators:
+        parts[kind_of(name)] += operator_seconds
     parts[BETWEEN] = max(0.0, seconds - sum(parts.values()))
-    return Profile(seconds, parts, sum(count for *_, count in found))
+    return Profile(seconds, parts, sum(count for *_, count in operators))
 
 
 class Sessions:
-    """ONNX Runtime's sessions that were opened meanwhile, each writing its own profile."""
+    """ONNX Runtime's sessions that were opened in `profile_sessions`, each of which writes its own profile."""
 
     def __init__(self) -> None:
         self.opened: list[Any] = []
 
     def operators(self) -> list[tuple[str, float, int]]:
-        """(operator, seconds, 1) of the later half of each session's runs; sessions write no more afterwards."""
+        """(operator, seconds, 1) of each operator in the second half of each session's runs. Ends the profiling."""
         return [row for session in self.opened for row in _later_half(Path(session.end_profiling()))]
 
 
 def _later_half(file: Path) -> Iterator[tuple[str, float, int]]:
-    """Both of two equal calls run a session as often."""
+    """The operators of the second of two equal calls, which both run a session equally often."""
     events = json.loads(file.read_text("utf-8"))
     runs = sorted(event["ts"] for event in events if event.get("name") == "model_run")
     if len(runs) % 2:
@@ -99,7 +101,7 @@ def _later_half(file: Path) -> Iterator[tuple[str, float, int]]:
 
 @contextmanager
 def profile_sessions(folder: Path) -> Iterator[Sessions]:
-    """Sessions of ONNX Runtime that are opened within write their profiles to `folder`."""
+    """Let sessions of ONNX Runtime that are opened in this block write their profiles to `folder`."""
     import onnxruntime
 
     sessions = Sessions()

@@ -1,7 +1,7 @@
-"""Quality measures over the demo's image tower: CLIP score, and FID with a paired bootstrap.
+"""CLIP score and FID, and the demo's image tower that they can be measured with.
 
-The tower is a small convolutional network trained contrastively against the demo's text encoders; its inputs are
-pictures of the demo's world, so its figures compare demo models with each other and with nothing else.
+The tower is a small convolutional network, trained contrastively against the demo's text encoders on pictures of the
+demo's world. So its figures compare demo models with each other, and with nothing else.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Features = NDArray[np.float64]
 
 
 class ImageTower(nn.Module):
-    """Pictures [B, 3, H, W] in [-1, 1] -> an embedding beside the text's, and features of several depths."""
+    """Pictures [B, 3, H, W] in [-1, 1] -> an embedding in the text's space, and features of several depths."""
 
     def __init__(self, channels: Sequence[int] = (16, 32, 64, 128), embedding: int = 128) -> None:
         super().__init__()
@@ -37,14 +37,15 @@ class ImageTower(nn.Module):
         self.norm = nn.ModuleList(nn.GroupNorm(8, c) for c in channels)
         self.refine = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for c in channels[3:])
         last = channels[-1]
-        self.place = nn.Conv2d(last + 2, 2 * last, 1)  # sees where it is: relations need places
+        # With two channels of coordinates: relations between objects depend on their positions.
+        self.place = nn.Conv2d(last + 2, 2 * last, 1)
         self.head = nn.Sequential(nn.Linear(2 * last, 2 * last), nn.GELU(), nn.Linear(2 * last, embedding))
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, H, W] -> FID features [B, F], pooled placed map [B, 2C].
 
-        The features are averages of the deeper maps, which tell what is shown, and deviations of the shallower ones,
-        which tell how sharply: averages alone hardly change when a picture is blurred.
+        The features are means of the deeper maps, which depend on what is shown, and standard deviations of the
+        shallower ones, which depend on sharpness: means alone hardly change when a picture is blurred.
         """
         moments = []
         for k, (down, norm) in enumerate(zip(self.down, self.norm, strict=True)):
@@ -101,7 +102,7 @@ def fid_features(tower: ImageTower, pictures: Sequence[NDArray[np.uint8]], batch
 def clip_scores(
     tower: ImageTower, pictures: Sequence[NDArray[np.uint8]], text: Tensor
 ) -> NDArray[np.float64]:
-    """100 x cosine of each picture's embedding with its text embedding [N, E] of the second encoder."""
+    """CLIP score: 100 x the cosine of each picture's embedding with its text embedding [N, E] of the second encoder."""
     image = F.normalize(tower(as_input(pictures)), dim=-1)
     scores: NDArray[np.float64] = (100 * (image * F.normalize(text.float(), dim=-1)).sum(-1)).double().numpy()
     return scores
@@ -109,7 +110,7 @@ def clip_scores(
 
 @dataclass(frozen=True)
 class Moments:
-    """What FID knows of a set of pictures.
+    """The statistics of a set of pictures that FID compares.
 
     Attributes:
         mean: of the features, [F].
@@ -121,14 +122,16 @@ class Moments:
 
     @classmethod
     def of(cls, features: Features) -> Moments:
-        """Of features [N, F]."""
+        """From features [N, F]."""
         return cls(features.mean(0), np.cov(features, rowvar=False))
 
 
 def pictures_for_fid(features: int) -> int:
-    """How many pictures FID over so many features needs at least. The covariance of fewer is singular, and the distance
-    then depends on their number more than on what they show: between two samples of one normal distribution over 592
-    features, where the true distance is 0, it is 860 for 56 pictures."""
+    """The least number of pictures for FID over so many features.
+
+    With fewer, the covariance is singular, and the distance depends on their number more than on what they show. For
+    example, two samples of 56 from one normal distribution over 592 features have 860, and the true distance is 0.
+    """
     return features + 1
 
 

@@ -1,6 +1,6 @@
-"""Checkpoints of random weights, at any size: for machines where published ones are out of reach.
+"""Writes checkpoints with random weights, at any size, for machines without the published ones.
 
-Written one tensor at a time, in float16, so that memory stays that of the largest tensor.
+They are written one tensor at a time, in float16, so that no more than the largest tensor is in memory.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _WEIGHTS = {
 
 
 def component_bytes(configs: Path) -> dict[str, int]:
-    """What the weights of each component take, by the folder name of a component.
+    """Component (its folder's name) -> bytes of its weights in float16.
 
     Args:
-        configs: a diffusers folder; nothing but its configurations is read.
+        configs: a diffusers folder; only its configurations are read.
     """
     return {name: 2 * sum(s.numel() for s in shapes.values()) for name, shapes in _shapes(configs).items()}
 
@@ -49,15 +49,15 @@ def write_checkpoint(
     *,
     device: torch.device | None = None,
 ) -> Path:
-    """Write a checkpoint with the configurations of another and random weights; the seed is fixed.
+    """Write a checkpoint with the configurations of another one and random weights, from a fixed seed.
 
-    What two checkpoints have in common, as base and refiner the second text encoder and the VAE, has the same weights.
-    An earlier one at `folder` that is whole is kept.
+    Components that two checkpoints share get the same weights, such as the second text encoder and the VAE of base and
+    refiner. If `folder` exists, nothing is written.
 
     Args:
-        folder: to write; it is there as a whole or not at all.
-        configs: a diffusers folder, which need not have weights or a tokenizer's tables.
-        changes: fields of a component's configuration that are to be others, by component.
+        folder: to write; it appears only when it is complete.
+        configs: a diffusers folder, which needs no weights and no tokenizer's tables.
+        changes: component -> fields of its configuration to replace.
         device: on which weights are drawn, see `write_weights`.
 
     Returns:
@@ -68,29 +68,30 @@ def write_checkpoint(
     """
     if folder.exists():
         return folder
-    aside = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    partial = folder.with_name(f"{folder.name}.partial")
+    # An earlier run may have been killed while it wrote.
+    shutil.rmtree(partial, ignore_errors=True)
     weights = shutil.ignore_patterns("*.safetensors", "*.bin")
-    shutil.copytree(configs, aside, ignore=weights)
-    for tokenizer in aside.glob("tokenizer*"):
+    shutil.copytree(configs, partial, ignore=weights)
+    for tokenizer in partial.glob("tokenizer*"):
         _write_tokenizer(tokenizer)
     for name, fields in (changes or {}).items():
-        file = aside / name / "config.json"
+        file = partial / name / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **fields}, indent=2) + "\n")
-    for name, shapes in _shapes(aside).items():
-        write_weights(aside / name / _WEIGHTS[name], shapes, device)
-    aside.rename(folder)
+    for name, shapes in _shapes(partial).items():
+        write_weights(partial / name / _WEIGHTS[name], shapes, device)
+    partial.rename(folder)
     return folder
 
 
 def write_weights(file: Path, shapes: Mapping[str, torch.Size], device: torch.device | None = None) -> None:
     """Write random float16 weights of these names and shapes as a safetensors file.
 
-    Weights keep the variance of what passes through them, norms are 1 and biases 0, so that a float16 forward
-    stays finite. The seed is fixed: the weights are always the same on one kind of device, and others on another.
+    Weights preserve the variance of their inputs, norms' weights are 1 and biases 0, so that a forward in float16
+    stays finite. The seed is fixed: on one kind of device the weights are always the same, on another one they differ.
 
     Args:
-        device: on which they are drawn, the CPU where None; a GPU draws the billions of SDXL in seconds, not minutes.
+        device: on which they are drawn, the CPU if None. For SDXL a GPU takes seconds, not minutes.
     """
     header: dict[str, Any] = {}
     end = 0
@@ -110,11 +111,12 @@ def write_weights(file: Path, shapes: Mapping[str, torch.Size], device: torch.de
                 tensor = torch.ones(shape) if key.endswith("weight") else torch.zeros(shape)
             stream.write(tensor.half().cpu().numpy().data)
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # or what was drawn on would be missing to those that are measured
+        # Memory that this process keeps would be missing to the sides that are measured.
+        torch.cuda.empty_cache()
 
 
 def _shapes(configs: Path) -> dict[str, dict[str, torch.Size]]:
-    """Every weight of every component that has a configuration there."""
+    """Component -> key -> shape, for every component that has a configuration."""
     found = {}
     for name in _WEIGHTS:
         file = configs / name / "config.json"
@@ -131,12 +133,12 @@ def _modules(name: str, config: Mapping[str, Any]) -> tuple[nn.Module, ...]:
     if name == "vae":
         vae = VAEConfig.from_dict(config)
         return VAEEncoder(vae), VAEDecoder(vae)
-    # Which layer is handed out makes no difference to the weights.
+    # Which layer's output is used makes no difference to the weights.
     return (CLIPTextEncoder(CLIPTextConfig.from_dict(config), normalize_sequence=False),)
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """CLIP's tables, where there are none."""
+    """Write CLIP's tables, unless there are any."""
     if (folder / "vocab.json").exists():
         return
     merges = clip_merges()

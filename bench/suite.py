@@ -1,4 +1,4 @@
-"""A whole run of `latentrt bench`: cases one after another, and what was found written after each."""
+"""A whole run of `latentrt bench`: cases one after another, with the report written after each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 
 from ..errors import RequestError
 from ..runtime.weights import open_checkpoint
-from . import report
 from .cases import Case, SideSpec, unavailable_reason
 from .features import ClipFeatures, Judges, demo_judges, demo_prompts, read_truth
 from .grouping import free_space, group_sides, shortage
@@ -22,9 +21,10 @@ from .inception import InceptionFeatures
 from .live import LiveTable
 from .lpips import Lpips
 from .machine import describe_machine
-from .models import located
+from .models import resolve_models
 from .nvml import open_nvml
 from .quality import pictures_for_fid
+from .report import html, markdown, save_pictures
 from .results import CaseResult, Report, read_report, write_report
 from .run import CaseRun, Plan
 from .worker import Job
@@ -32,13 +32,13 @@ from .worker import Job
 __all__ = ["METRICS", "Settings", "Suite"]
 
 METRICS = ("psnr", "ssim", "lpips", "clip", "fid")
-_SO_FAR = "bench.partial.json"
-_WEIGHTS = {
+_PARTIAL_REPORT = "bench.partial.json"
+_METRIC_NEEDS = {
     "lpips": "AlexNet's weights: --lpips FILE",
     "clip": "a CLIP model: --clip DIR",
     "fid": "true pictures and a network that sees them: --truth DIR, and --inception FILE or --clip DIR",
 }
-_PROMPTS = (
+_DEFAULT_PROMPTS = (
     "an astronaut riding a horse on mars",
     "a cup of coffee on a wooden table by a window in the morning",
     "a lighthouse on a cliff in a storm, oil painting",
@@ -48,21 +48,21 @@ _PROMPTS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for, besides cases and sides.
+    """Options of a run, besides its cases and sides.
 
     Attributes:
-        plan: whose prompts are the case's own where there are none.
+        plan: how much to measure; if it has no prompts, each case uses its own.
         out: folder of the report.
         command: for the report.
-        metrics: of `METRICS`, an error where one has no weights; all that have where empty. The first two are always
-            measured.
+        metrics: names of `METRICS`; each must have its weights. If empty, all that have weights are measured. PSNR and
+            SSIM always are.
         clip: folder of a CLIP model, for CLIP score.
-        inception: file of Inception's weights, for FID, which is CLIP's where there are none.
-        truth: folder of true pictures, or file of their statistics.
+        inception: file of Inception's weights, for FID; without it FID is over CLIP's features.
+        truth: folder of true pictures for FID, or file of their statistics.
         lpips: file of AlexNet's weights.
-        work: folder for random weights, exports and compiled code, kept; a temporary one where None.
-        beside: results to show beside.
-        patience: seconds after which a side that does not answer is out.
+        work: permanent folder for random weights, exports and compiled code; a temporary one if None.
+        beside: files of other results, to show beside these.
+        patience: seconds after which a side that does not answer has failed.
     """
 
     plan: Plan
@@ -80,11 +80,11 @@ class Settings:
 
 
 class Suite:
-    """Cases to run, and what came of them so far."""
+    """Cases to run, and their results so far."""
 
     def __init__(
         self,
-        work: Sequence[tuple[Case, list[SideSpec]]],
+        cases: Sequence[tuple[Case, list[SideSpec]]],
         settings: Settings,
         open_host: Callable[[Job], Host] | None = None,
     ) -> None:
@@ -101,8 +101,8 @@ class Suite:
             raise RequestError(
                 "--profile tells a CPU's operators apart; on a GPU take a trace by Nsight Systems"
             )
-        self._require(settings)
-        self._work = work
+        self._check_gate(settings)
+        self._cases = cases
         self._settings = settings
         threads = torch.get_num_threads()
         self._open_host = open_host or (
@@ -112,22 +112,22 @@ class Suite:
         self._results: list[CaseResult] = []
         self._pictures: dict[str, dict[str, list[bytes]]] = {}
         self._load = [os.getloadavg()[0]]
-        self._begun = time.perf_counter()
+        self._started = time.perf_counter()
         self._machine = describe_machine(settings.device)
         nvml = open_nvml(settings.device)
         if nvml is not None:
             self._machine |= {"driver": nvml.driver(), "gpu_state": nvml.state()}
 
     def run(self) -> Report:
-        """Every case; what was measured before an interruption or an error is written all the same, and that goes on.
+        """Run every case. After an interruption or an error the results so far are written before it is raised again.
 
         Raises:
             RequestError: the gate cannot judge a case; nothing is measured.
         """
         gate = self._settings.plan.gate
-        judged = [(case, sides, self._judges(case)) for case, sides in self._work]
+        judged = [(case, sides, self._judges_for(case)) for case, sides in self._cases]
         for case, _, judges in judged:
-            if why := gate.refuses(case, judges):
+            if why := gate.refusal(case, judges):
                 raise RequestError(f"gate {gate.name!r} cannot judge case {case.name!r}: {why}")
         complete = False
         try:
@@ -135,14 +135,14 @@ class Suite:
                 self._run_case(case, sides, judges)
             complete = True
         finally:
-            made = self._report(complete=complete)
+            report = self._report(complete=complete)
             if complete or self._results:
-                self._write(made)
-        return made
+                self._write(report)
+        return report
 
     def _run_case(self, case: Case, sides: list[SideSpec], judges: Judges) -> None:
         settings = self._settings
-        prompts = settings.plan.prompts or (demo_prompts(64) if case.model == "demo" else _PROMPTS)
+        prompts = settings.plan.prompts or (demo_prompts(64) if case.model == "demo" else _DEFAULT_PROMPTS)
         unavailable = {side.name: unavailable_reason(side, settings.device, case.dtype) for side in sides}
         unavailable = {name: why for name, why in unavailable.items() if why}
         available = [side for side in sides if side.name not in unavailable]
@@ -155,24 +155,26 @@ class Suite:
                 empty = CaseResult(asdict(case), {}, settings.plan.gate.name, None, [], reason)
                 self._results.append(empty)
                 return
-            here = located(case, folder, settings.device)
+            local_case = resolve_models(case, folder, settings.device)
             device, keep_builds = str(settings.device), settings.work is not None
-            jobs = [job_for(here, side, device, folder / case.name) for side in available if side.builds]
+            jobs = [
+                job_for(local_case, side, device, folder / case.name) for side in available if side.builds
+            ]
             built = {job.side.name for job in jobs if job.is_built()}
             free = free_space(settings.device, folder, keep_builds=keep_builds)
             with LiveTable(case.name, [side.name for side in sides]) as live:
                 run = CaseRun(
-                    here,
+                    local_case,
                     sides,
                     replace(settings.plan, prompts=prompts),
-                    steps=here.split_steps(open_checkpoint(here.model).config("scheduler")),
+                    steps=local_case.split_steps(open_checkpoint(local_case.model).config("scheduler")),
                     device=device,
                     folder=folder / case.name,
                     open_host=self._open_host,
                     judges=judges,
                     on_progress=live.update,
                     on_result=lambda: self._write_partial(replace(run.result(), case=asdict(case))),
-                    grouping=group_sides(here, available, free, built),
+                    grouping=group_sides(local_case, available, free, built),
                     unavailable=unavailable,
                     keep_builds=keep_builds,
                 )
@@ -181,48 +183,55 @@ class Suite:
                 finally:
                     self._results.append(replace(run.result(), case=asdict(case)))
                     pictures = settings.out / "pictures" / case.name
-                    self._pictures[case.name] = report.save_pictures(pictures, run.pictures)
+                    self._pictures[case.name] = save_pictures(pictures, run.pictures)
         self._write(self._report(complete=False))
 
     def _write_partial(self, so_far: CaseResult) -> None:
-        """What a case has come to until now, for whoever is ended without a warning; pictures come with its end. In a
-        file of its own: an earlier run's report stays whole until this one has its own."""
-        made = replace(self._report(complete=False), cases=[*self._results, so_far])
-        write_report(self._settings.out / _SO_FAR, made)
+        """Save the results so far, in case the process is killed; pictures are saved when the case ends.
+
+        They have a file of their own, so that an earlier run's report stays whole until this run has a whole one.
+        """
+        report = replace(self._report(complete=False), cases=[*self._results, so_far])
+        write_report(self._settings.out / _PARTIAL_REPORT, report)
 
     @staticmethod
-    def _require(settings: Settings) -> None:
-        """What a gate needs, before hours are spent on what it could not judge."""
+    def _check_gate(settings: Settings) -> None:
+        """Check that the gate has what it needs, before hours are spent on pictures that it cannot judge.
+
+        Raises:
+            RequestError: something is missing.
+        """
         gate = settings.plan.gate
-        lacking = [f"--{name}" for name in gate.needs if getattr(settings, name) is None]
-        if lacking:
-            raise RequestError(f"gate {gate.name!r} cannot judge without {', '.join(lacking)}")
-        if settings.plan.pictures < gate.least_pictures:
+        missing = [f"--{name}" for name in gate.required_settings if getattr(settings, name) is None]
+        if missing:
+            raise RequestError(f"gate {gate.name!r} cannot judge without {', '.join(missing)}")
+        if settings.plan.pictures < gate.min_pictures:
             raise RequestError(
-                f"gate {gate.name!r} judges {gate.least_pictures} pictures, and --pictures is {settings.plan.pictures}"
+                f"gate {gate.name!r} judges {gate.min_pictures} pictures, and --pictures is {settings.plan.pictures}"
             )
         prompts = len(settings.plan.prompts)
-        if max(prompts, 1) < gate.least_pictures:  # with none it would be a case's own few, taken in turn
+        # Without prompts the case's own few would be used in turn.
+        if max(prompts, 1) < gate.min_pictures:
             raise RequestError(
-                f"gate {gate.name!r} judges {gate.least_pictures} pictures, each of a prompt of its own, and there are "
+                f"gate {gate.name!r} judges {gate.min_pictures} pictures, each of a prompt of its own, and there are "
                 f"{prompts} prompts; give them by --prompts"
             )
-        lacking = [name for name in gate.networks if settings.metrics and name not in settings.metrics]
-        if lacking:
+        missing = [name for name in gate.networks if settings.metrics and name not in settings.metrics]
+        if missing:
             raise RequestError(
-                f"gate {gate.name!r} judges by {' and '.join(lacking)}; give --metric for it, or for none"
+                f"gate {gate.name!r} judges by {' and '.join(missing)}; give --metric for it, or for none"
             )
         if settings.inception is not None and settings.truth is None:
             raise RequestError("--inception is for FID, which needs true pictures: give --truth as well")
 
-    def _judges(self, case: Case) -> Judges:
-        """By the weights that were given; the demo's own know the demo's world only.
+    def _judges_for(self, case: Case) -> Judges:
+        """The networks of the weights that were given. The demo's own networks are only for the demo's world.
 
         Raises:
-            RequestError: a metric was asked for by name, and it has no network here or too few pictures.
+            RequestError: a metric that was requested by name has no network or too few pictures.
         """
         s = self._settings
-        judges = demo_judges() if case.model == "demo" and _wants_a_judge(s.metrics) else Judges()
+        judges = demo_judges() if case.model == "demo" and _needs_networks(s.metrics) else Judges()
         if s.clip is not None:
             clip = ClipFeatures(s.clip)
             judges = replace(judges, clip=clip)
@@ -234,17 +243,17 @@ class Suite:
             judges = replace(judges, truth=read_truth(s.truth, judges.fid))
         if s.lpips is not None:
             judges = replace(judges, lpips=Lpips(s.lpips))
-        for name, needed in _WEIGHTS.items():
+        for name, needed in _METRIC_NEEDS.items():
             if name in s.metrics and getattr(judges, name) is None:
                 raise RequestError(f"metric {name!r} of case {case.name!r} needs {needed}")
             if s.metrics and name not in s.metrics:
                 judges = replace(judges, **{name: None})
         if "fid" in s.metrics and judges.fid is not None and judges.truth is not None:
-            least, made = pictures_for_fid(len(judges.truth.mean)), max(s.plan.pictures, *case.batches)
-            if made < least:
+            least, planned = pictures_for_fid(len(judges.truth.mean)), max(s.plan.pictures, *case.batches)
+            if planned < least:
                 raise RequestError(
                     f"metric 'fid' of case {case.name!r} by {judges.fid.name} takes at least {least} pictures, and "
-                    f"there are {made}; give --pictures {least}"
+                    f"there are {planned}; give --pictures {least}"
                 )
         return judges
 
@@ -256,16 +265,16 @@ class Suite:
             cases=self._results,
             complete=complete,
             conditions={"load": [*self._load, os.getloadavg()[0]]},
-            seconds=time.perf_counter() - self._begun,
+            seconds=time.perf_counter() - self._started,
         )
 
-    def _write(self, made: Report) -> None:
+    def _write(self, report: Report) -> None:
         out = self._settings.out
-        write_report(out / "bench.json", made)
-        (out / "bench.md").write_text(report.markdown(made, self._beside), "utf-8")
-        (out / "bench.html").write_text(report.html(made, self._pictures, self._beside), "utf-8")
-        (out / _SO_FAR).unlink(missing_ok=True)
+        write_report(out / "bench.json", report)
+        (out / "bench.md").write_text(markdown(report, self._beside), "utf-8")
+        (out / "bench.html").write_text(html(report, self._pictures, self._beside), "utf-8")
+        (out / _PARTIAL_REPORT).unlink(missing_ok=True)
 
 
-def _wants_a_judge(metrics: Sequence[str]) -> bool:
+def _needs_networks(metrics: Sequence[str]) -> bool:
     return not metrics or not {"clip", "fid"}.isdisjoint(metrics)

@@ -31,8 +31,8 @@ from ..errors import BenchmarkError
 from ..kernels.atomic_file import write_json
 from ..runtime.pipeline import Pipeline
 from .cases import CASES, DTYPES, Case, case_named
-from .machine import describe_machine, is_commit
-from .models import located
+from .machine import describe_machine, is_clean_commit
+from .models import resolve_models
 from .side import try_convolutions
 
 __all__ = ["Launch", "Run", "launches_of", "profile", "runs_of", "table"]
@@ -200,7 +200,7 @@ def profile(case: Case, folder: Path, backend: str) -> dict[str, Any]:
         folder: where random weights are written, and what a back end builds.
     """
     device = torch.device("cuda")
-    case = located(case, folder, device)
+    case = resolve_models(case, folder, device)
     try_convolutions(device)  # as the benchmark has it, whose times this explains
     pipe = Pipeline.from_pretrained(
         case.model,
@@ -256,7 +256,9 @@ def measure(case: Case, folder: Path, backend: str, out: Path) -> str:
     """Profile, write `<case>.json` into `out`, and give the table; at once where that was done at this commit."""
     path, machine = out / f"{case.name}.json", describe_machine()
     found = _read(path)
-    if (found.get("machine"), found.get("backend")) == (machine, backend) and is_commit(machine["commit"]):
+    if (found.get("machine"), found.get("backend")) == (machine, backend) and is_clean_commit(
+        machine["commit"]
+    ):
         _log.info("%s has been profiled at this commit", case.name)
         return table(Run(**run) for run in found["runs"])
     launches = launches_of(profile(case, folder, backend))

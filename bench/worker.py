@@ -21,10 +21,10 @@ import torch
 
 from ..errors import BenchmarkError
 from .cases import DTYPES, Case, SideSpec
-from .machine import commit, is_commit
+from .machine import commit, is_clean_commit
 from .monitor import BusyElsewhere, MemorySampler, Series, memory_now
 from .nvml import GpuShare, open_nvml
-from .profile import Profile, Sessions, profile_sessions, profiled
+from .profile import Profile, Sessions, profile_call, profile_sessions
 from .shutdown import exit_with_parent
 from .side import Images, Side, factory
 
@@ -61,7 +61,7 @@ class Job:
         Anything else in the folder is removed: an unfinished build would make building look faster, and a build from
         modified sources need not be of the present ones.
         """
-        if (self.folder / _BUILT_MARKER).exists() and is_commit(commit()):
+        if (self.folder / _BUILT_MARKER).exists() and is_clean_commit(commit()):
             return True
         shutil.rmtree(self.folder, ignore_errors=True)
         return False
@@ -151,7 +151,7 @@ class Worker:
         side = self._loaded_side()
         if self._sessions is None:
             raise BenchmarkError(f"{self._job.side.name} was not opened to be profiled")
-        return profiled(partial(side, prompts, seeds), self._sessions)
+        return profile_call(partial(side, prompts, seeds), self._sessions)
 
     def _settings(self, side: Side) -> str:
         exact = self._job.dtype == "float32" and self._device.type == "cuda"

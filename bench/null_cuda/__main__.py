@@ -29,7 +29,7 @@ from ...runtime.pipeline import Pipeline
 from ...runtime.planner import Planner
 from ..cases import case_named
 from ..machine import ROOT, describe_machine, module_command
-from ..models import located
+from ..models import resolve_models
 from .build import build, environment
 
 _ROUNDED = 16 << 20
@@ -62,7 +62,7 @@ def make(row: Row, work: Path) -> dict[str, int]:
     """Two pictures in this process: bytes that were live and reserved at the most."""
     device = torch.device("cuda")
     torch.backends.cuda.enable_cudnn_sdp(False)  # whose graphs the stand-in does not know
-    case = located(case_named(row.case), work, device)
+    case = resolve_models(case_named(row.case), work, device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     pipe = Pipeline.from_pretrained(

@@ -122,7 +122,7 @@ class Colours:
 
     name = "mean colours"
 
-    def see(self, pictures: Sequence[Picture]) -> Features:
+    def features(self, pictures: Sequence[Picture]) -> Features:
         return np.stack([picture.mean((0, 1)) for picture in pictures]).astype(np.float64)
 
 
@@ -134,7 +134,7 @@ def test_quality_of_pictures_beside_the_references(features: DemoFeatures) -> No
     damaged = np.clip(clean + 0.2 * np.random.default_rng(0).standard_normal(clean.shape), 0, 1).astype(
         np.float32
     )
-    truth = Moments.of(Colours().see([render(random_scene(rng)) for _ in range(30)]))
+    truth = Moments.of(Colours().features([render(random_scene(rng)) for _ in range(30)]))
     judges = Judges(clip=features, fid=Colours(), truth=truth)
     same, other = (measure_quality(x, clean, captions, judges) for x in (clean, damaged))
     assert (same.psnr, same.pictures) == (200.0, 6)
@@ -192,7 +192,7 @@ def test_clip_from_a_folder_sees_as_transformers_does(tmp_path: Path) -> None:
             tmp_path / "truth" / f"{k}.png"
         )
     truth = read_truth(tmp_path / "truth", clip)
-    assert np.allclose(truth.mean, clip.see(read_pictures(tmp_path / "truth")).mean(0))
+    assert np.allclose(truth.mean, clip.features(read_pictures(tmp_path / "truth")).mean(0))
     np.savez(tmp_path / "truth.npz", mu=truth.mean, sigma=truth.covariance)
     again = read_truth(tmp_path / "truth.npz", clip)
     assert np.array_equal(again.mean, truth.mean)

@@ -56,14 +56,14 @@ def test_mlperfs_gate_refuses_what_it_could_not_judge(tmp_path: Path) -> None:
     gate, case = GATES["mlperf"], CASES["sdxl-mlperf"]
     clip, inception = SimpleNamespace(name="CLIP ViT-B/32 (x)"), SimpleNamespace(name="Inception-v3 (y)")
     judges = Judges(clip=clip, fid=inception)
-    assert gate.refuses(case, judges) == ""
-    assert gate.refuses(replace(case, steps=30), judges) == "steps is 30, and it judges 20"
-    assert gate.refuses(replace(case, negative=None), judges).startswith(
+    assert gate.refusal(case, judges) == ""
+    assert gate.refusal(replace(case, steps=30), judges) == "steps is 30, and it judges 20"
+    assert gate.refusal(replace(case, negative=None), judges).startswith(
         "negative is None, and it judges 'normal"
     )
-    assert gate.refuses(CASES["sdxl"], judges) != ""
+    assert gate.refusal(CASES["sdxl"], judges) != ""
     other = replace(judges, clip=SimpleNamespace(name="CLIP ViT-L/14 (z)"))
-    assert gate.refuses(case, other) == "clip would be by CLIP ViT-L/14 (z), and it judges CLIP ViT-B/32's"
+    assert gate.refusal(case, other) == "clip would be by CLIP ViT-L/14 (z), and it judges CLIP ViT-B/32's"
     plan = Plan(["a"] * 5000, gate, pictures=5000)
     paths = dict.fromkeys(("clip", "inception", "truth"), tmp_path)
     for prompts in ([], ["a"] * 4999):
@@ -75,7 +75,7 @@ def test_mlperfs_gate_refuses_what_it_could_not_judge(tmp_path: Path) -> None:
     settings = Settings(plan, torch.device("cpu"), tmp_path, "", metrics=("psnr", "fid"), **paths)
     with pytest.raises(RequestError, match="gate 'mlperf' judges by clip; give --metric for it, or for none"):
         Suite([(case, [planted("a")])], settings)
-    assert GATES["eager"].refuses(CASES["demo"], Judges()) == ""
+    assert GATES["eager"].refusal(CASES["demo"], Judges()) == ""
 
 
 def test_likeness_is_what_another_measures() -> None:

@@ -87,7 +87,7 @@ def test_inception_reads_weights_and_sees_as_they_say(inception: Inception, tmp_
     with torch.no_grad():
         x = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
         wanted = inception(F.interpolate(x, (299, 299), mode="bilinear") / 127.5 - 1)
-    assert features.see([picture, picture]) == pytest.approx(wanted.repeat(2, 1).numpy(), abs=FEATURES)
+    assert features.features([picture, picture]) == pytest.approx(wanted.repeat(2, 1).numpy(), abs=FEATURES)
 
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:

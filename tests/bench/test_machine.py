@@ -37,7 +37,7 @@ def test_the_machine_names_the_device_that_was_measured(monkeypatch: pytest.Monk
     assert describe_machine(torch.device("cuda:1"))["gpu"] == "GPU at cuda:1"
     on_cpu = describe_machine(CPU)
     assert (on_cpu["device"], "gpu" in on_cpu) == ("cpu", False)
-    assert describe_machine(torch.device("cuda:1"))["tuned"] == machine.tuned()
+    assert describe_machine(torch.device("cuda:1"))["tuned"] == machine.tuned_digest()
 
 
 @pytest.mark.parametrize("said", ["0123abc", ""])
@@ -69,7 +69,7 @@ def test_what_was_built_is_used_again_only_by_the_same_sources(
     job = host.job_for(CASES["demo"], SIDES["latentrt-triton"], "cpu", tmp_path)
     job.folder.mkdir()
     job.note_built()
-    monkeypatch.setattr(host, "tuned", lambda: "other block sizes")
+    monkeypatch.setattr(host, "tuned_digest", lambda: "other block sizes")
     assert not host.job_for(CASES["demo"], SIDES["latentrt-triton"], "cpu", tmp_path).is_built()
     assert job.is_built() is kept
     assert job.folder.exists() is kept
@@ -228,11 +228,11 @@ def test_the_digest_of_block_sizes_is_over_names_and_contents(
 ) -> None:
     monkeypatch.setattr("latentrt.kernels.tuning.FOLDER", tmp_path)
     (tmp_path / "sm_80.json").write_text("{}")
-    found = {machine.tuned()}
+    found = {machine.tuned_digest()}
     (tmp_path / "sm_80.json").rename(tmp_path / "sm_90.json")
-    found.add(machine.tuned())
+    found.add(machine.tuned_digest())
     (tmp_path / "sm_90.json").write_text("{ }")
-    found.add(machine.tuned())
+    found.add(machine.tuned_digest())
     assert len(found) == 3
 
 

@@ -15,7 +15,7 @@ from helpers.planted_sides import planted
 from latentrt.bench import report
 from latentrt.bench.cases import Case
 from latentrt.bench.gates import GATES
-from latentrt.bench.profile import BETWEEN, kind_of, profile_sessions, profiled
+from latentrt.bench.profile import BETWEEN, kind_of, profile_call, profile_sessions
 from latentrt.bench.results import CaseResult, Report
 from latentrt.bench.run import CaseRun, Plan
 from latentrt.bench.worker import Worker
@@ -51,7 +51,7 @@ def test_operators_of_both_libraries_are_distinguished(tmp_path: Path) -> None:
                 session.run(None, {"x0": ones})
             torch.nn.functional.conv2d(torch.ones(1, 8, 64, 64), torch.ones(8, 8, 3, 3))
 
-        found = profiled(make, sessions)
+        found = profile_call(make, sessions)
     assert onnxruntime.InferenceSession.__name__ == "InferenceSession"
     assert found.parts["matrix products"] > 0
     assert found.parts["convolutions"] > 0
@@ -74,7 +74,7 @@ def test_calls_that_differ_cannot_be_profiled(tmp_path: Path) -> None:
                 session.run(None, {"x0": np.ones((SIDE, SIDE), np.float32)})
 
         with pytest.raises(BenchmarkError, match="ran 3 times in two equal calls"):
-            profiled(make, sessions)
+            profile_call(make, sessions)
 
 
 @pytest.mark.parametrize(

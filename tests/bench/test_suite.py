@@ -117,7 +117,7 @@ def test_fid_that_is_asked_for_by_name_takes_as_many_pictures_as_it_needs(
         plan = Plan([], GATES["eager"], pictures=pictures)
         paths = {"inception": tmp_path, "truth": tmp_path}
         settings = Settings(plan, torch.device("cpu"), tmp_path, "", metrics=metrics, **paths)
-        return Suite([], settings)._judges(CASES["sdxl"])  # of up to 8 pictures a batch
+        return Suite([], settings)._judges_for(CASES["sdxl"])  # of up to 8 pictures a batch
 
     for pictures, made in ((4, 8), (2048, 2048)):
         with pytest.raises(RequestError, match=rf"'fid' .* 2049 pictures, .* {made}; give --pictures 2049"):
@@ -129,7 +129,7 @@ def test_fid_that_is_asked_for_by_name_takes_as_many_pictures_as_it_needs(
 def test_a_case_that_its_gate_cannot_judge_is_refused_before_anything_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Suite, "_judges", lambda self, case: Judges())
+    monkeypatch.setattr(Suite, "_judges_for", lambda self, case: Judges())
     settings = Settings(
         Plan(["a"] * 5000, GATES["mlperf"], pictures=5000),
         torch.device("cpu"),
