@@ -306,7 +306,7 @@ def _kernels_on_gpu(args: argparse.Namespace) -> Iterator[str]:
     if args.dry_run:
         arch = args.arch or roofline.gpu(args.gpu).arch
         requests = (
-            kernel_tuning.tuned_requests(operators, arch)
+            kernel_tuning.tuning_requests(operators, arch)
             if args.tune
             else timings.measured_requests(operators, arch, dtypes)
         )

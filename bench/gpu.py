@@ -31,7 +31,7 @@ import torch
 from ..kernels import tuning
 from .cases import SIDES, reference_side, unavailable_reason
 from .full import FAREWELL, Part, line, read_result, run_part
-from .kernel_tuning import take_tuned
+from .kernel_tuning import import_tuned
 from .machine import RESULTS, ROOT
 from .shutdown import signals_as_ctrl_c
 from .stats import LEAST_ROUNDS
@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(f"these parts are for a CUDA GPU, and PyTorch {torch.__version__} sees none")
         return 1
-    if out is not None and (taken := take_tuned(out / "tuned")):
+    if out is not None and (taken := import_tuned(out / "tuned")):
         print(f"block sizes from {out / 'tuned'}: {', '.join(taken)}", flush=True)
     lines: list[tuple[str, bool]] = []
     interrupted = False

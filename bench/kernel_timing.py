@@ -1,4 +1,4 @@
-"""What `kernels` and `kernel_tuning` share: timing by CUDA graphs, the check against float64, inputs, result files."""
+"""Shared by `kernels` and `kernel_tuning`: timing with CUDA graphs, the check against float64, inputs, result files."""
 
 from __future__ import annotations
 
@@ -27,50 +27,53 @@ from .machine import command, describe_machine, tuned_digest
 from .nvml import open_nvml
 
 __all__ = [
-    "LOST",
+    "HUNG",
     "Float64Check",
     "Timing",
-    "answers",
+    "clone_args",
     "compile_ahead",
     "cuda_microseconds",
-    "draw",
-    "fresh",
+    "gpu_is_alive",
+    "gpu_slug",
     "gpu_state",
-    "here",
-    "read_if_same",
+    "hang_watchdog",
+    "make_inputs",
+    "read_resumable",
     "require_gpu",
-    "slug",
-    "sources",
-    "watched",
+    "run_metadata",
+    "sources_digest",
 ]
 
 _log = logging.getLogger(__name__)
 
-KERNELS = Path(tuning.__file__).parent
+KERNELS_FOLDER = Path(tuning.__file__).parent
 CACHE_BYTES = 256 << 20
-"""Inputs of one timing together, so that none is still in the cache when its turn comes again."""
-CALLS = 16
-"""At most, in one recorded graph."""
-HANG = 90.0
-"""Seconds after which one part of a row is given up, and the process with it: a kernel may never return."""
-LOST = "never came back"
-"""Written when a row begins and overwritten when it ends: if it is still there, the process died in that row."""
+"""Least size of all inputs of one timing together, so that an input has left the cache before it is used again."""
+MAX_CALLS = 16
+"""Of the operator in one recorded graph."""
+HANG_SECONDS = 90.0
+"""Seconds after which one part of a row counts as hanging, and the process is ended: a kernel may never return."""
+HUNG = "never came back"
+"""Saved before something is timed, and replaced by its time. If it is still there, the process died meanwhile."""
 
 Calls = Mapping[str, Callable[..., Any]]
 Timer = Callable[[Calls, Sequence[tuple[Any, ...]], float], dict[str, float | str]]
-"""Microseconds of a call of each, given what to call them with in turn and for how many seconds; or what went wrong."""
+"""(calls, inputs to use in turn, seconds) -> microseconds of each call, or what went wrong."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Where and how to time."""
+    """Where and how to time.
+
+    Attributes:
+        seconds: after this time nothing new is started.
+        folder: for result files.
+    """
 
     device: torch.device
     timer: Timer
     seconds: float = 400.0
-    """After this much nothing new is begun."""
     folder: Path = Path("out/kernels")
-    """Of the result files."""
 
 
 def require_gpu() -> torch.device:
@@ -87,33 +90,37 @@ def require_gpu() -> torch.device:
 def cuda_microseconds(
     calls: Calls, inputs: Sequence[tuple[Any, ...]], seconds: float
 ) -> dict[str, float | str]:
-    """Medians over replays, in turn, of one graph for each: its calls on each of `inputs`."""
-    found: dict[str, float | str] = {}
+    """A `Timer` for CUDA: medians over replays.
+
+    Each call is recorded into a graph, once for each of the inputs, and the graphs are replayed in turn.
+    """
+    failures: dict[str, float | str] = {}
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     for name, call in calls.items():
         try:
-            graphs[name] = _recorded(call, inputs)
+            graphs[name] = _record_graph(call, inputs)
         except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}"[:300]
+            failures[name] = f"{type(error).__name__}: {error}"[:300]
     times: dict[str, list[float]] = {name: [] for name in graphs}
     end = time.monotonic() + seconds * len(graphs)
     rounds = 0
     while graphs and (rounds < 7 or (time.monotonic() < end and rounds < 200)):
-        marks = {}
+        events = {}
         for name, graph in graphs.items():
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             graph.replay()
             stop.record()
-            marks[name] = start, stop
+            events[name] = start, stop
         torch.cuda.synchronize()
-        for name, (start, stop) in marks.items():
+        for name, (start, stop) in events.items():
             times[name].append(start.elapsed_time(stop) * 1e3 / len(inputs))
         rounds += 1
-    return found | {name: statistics.median(list_[1:]) for name, list_ in times.items()}
+    # The first replay is a warm-up.
+    return failures | {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def _recorded(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> torch.cuda.CUDAGraph:
+def _record_graph(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -128,26 +135,28 @@ def _recorded(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> to
 
 
 class Float64Check:
-    """Whether a result may be timed: whether it is within the operator's tolerance of float64."""
+    """Checks an operator's results against float64, by the operator's tolerance."""
 
     def __init__(self, spec: OpSpec, args: tuple[Any, ...]) -> None:
-        self.usual = _tensors(spec.reference(*fresh(args)))
+        self.reference = _tensors(spec.reference(*clone_args(args)))
         try:
-            self.exact = _tensors(spec.reference(*_raised(args, torch.float64)))
+            self.exact = _tensors(spec.reference(*_upcast(args, torch.float64)))
         except torch.OutOfMemoryError:
-            self.exact = _tensors(spec.reference(*_raised(args, torch.float32)))
+            self.exact = _tensors(spec.reference(*_upcast(args, torch.float32)))
 
-    def judge(self, got: Any) -> tuple[float, bool]:
-        """The largest error over the reference's (0 where that is exact), and whether it is good enough."""
-        ratio, good = 0.0, True
-        for ours, theirs, true in zip(_tensors(got), self.usual, self.exact, strict=True):
-            error, usual = (float((t.to(true.dtype) - true).abs().max()) for t in (ours, theirs))
-            good = good and math.isfinite(error) and error <= allowed_error(theirs, true)
-            ratio = max(ratio, error / usual if usual else 0.0)
-        return ratio, good
+    def check(self, result: Any) -> tuple[float, bool]:
+        """The largest error as a multiple of the reference's (0 if that is exact), and whether all are tolerated."""
+        ratio, correct = 0.0, True
+        for out, reference, exact in zip(_tensors(result), self.reference, self.exact, strict=True):
+            error, reference_error = (
+                float((t.to(exact.dtype) - exact).abs().max()) for t in (out, reference)
+            )
+            correct = correct and math.isfinite(error) and error <= allowed_error(reference, exact)
+            ratio = max(ratio, error / reference_error if reference_error else 0.0)
+        return ratio, correct
 
 
-def _raised(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+def _upcast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
@@ -155,23 +164,23 @@ def _tensors(out: Any) -> list[Tensor]:
     return [out] if isinstance(out, Tensor) else list(out)
 
 
-def draw(timing: Timing, case: Case, dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    """Inputs that together exceed the cache. Large ones do alone, and two calls still hide the start of a replay."""
-    count = min(CALLS, max(2, math.ceil(CACHE_BYTES / case.nbytes(dtype))))
+def make_inputs(timing: Timing, case: Case, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    """Inputs that together exceed the cache. There are at least two, which hide the time to start a replay."""
+    count = min(MAX_CALLS, max(2, math.ceil(CACHE_BYTES / case.nbytes(dtype))))
     return [case.inputs(dtype, timing.device) for _ in range(count if timing.device.type == "cuda" else 1)]
 
 
-def fresh(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copies with the same strides, for operators that write into their arguments."""
-    return tuple(_copied(a) if isinstance(a, Tensor) else a for a in args)
+def clone_args(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copies of tensors with the same strides, for operators that write into their arguments."""
+    return tuple(_clone(a) if isinstance(a, Tensor) else a for a in args)
 
 
-def _copied(x: Tensor) -> Tensor:
+def _clone(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def compile_ahead(timing: Timing, requests: Sequence[aot.Request]) -> None:
-    """Fill Triton's cache, by as many processes as there are cores, for at most half of the time."""
+    """Compile everything into Triton's cache, with one process for each core and in at most half of the time."""
     if timing.device.type != "cuda":
         return
     found = aot.attempts(requests, processes=os.cpu_count() or 1, seconds=timing.seconds / 2)
@@ -181,8 +190,8 @@ def compile_ahead(timing: Timing, requests: Sequence[aot.Request]) -> None:
 
 
 @contextmanager
-def watched(timing: Timing, seconds: float = HANG) -> Iterator[None]:
-    """A kernel that hangs takes the process with it, and the next run goes on behind it."""
+def hang_watchdog(timing: Timing, seconds: float = HANG_SECONDS) -> Iterator[None]:
+    """End the process if this block takes longer, because a kernel hangs. The next run resumes after that kernel."""
     if timing.device.type == "cuda":
         faulthandler.dump_traceback_later(seconds, exit=True)
     try:
@@ -191,8 +200,8 @@ def watched(timing: Timing, seconds: float = HANG) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def answers(timing: Timing) -> bool:
-    """Whether the GPU still runs anything: an illegal access ends that for the whole process."""
+def gpu_is_alive(timing: Timing) -> bool:
+    """Whether the GPU still works in this process: after an illegal memory access it does not."""
     try:
         torch.zeros(1, device=timing.device).item()
     except Exception as error:
@@ -201,46 +210,48 @@ def answers(timing: Timing) -> bool:
     return True
 
 
-def here(timing: Timing) -> dict[str, Any]:
-    """The machine, the GPU's state, the kernels' sources and the command: what a result has to be read with."""
+def run_metadata(timing: Timing) -> dict[str, Any]:
+    """The metadata of a result: the machine, the GPU's state, digests of the kernels' sources, and the command."""
     return {
         **describe_machine(),
         **gpu_state(timing),
-        "sources": sources(),
+        "sources": sources_digest(),
         "tuned": tuned_digest(),
         "command": command(),
     }
 
 
 def gpu_state(timing: Timing) -> dict[str, Any]:
-    """Driver, clocks, power and temperature of the GPU that is timed, as they are now; empty where NVML is absent."""
+    """Present driver, clocks, power and temperature of the timed GPU; empty without NVML."""
     nvml = open_nvml(timing.device)
     return {} if nvml is None else {"driver": nvml.driver(), **nvml.state()}
 
 
-def sources() -> str:
-    """Digest of what is timed and how, for where there is no repository to ask."""
-    files = [*KERNELS.glob("*.py"), *Path(__file__).parent.glob("kernel*.py")]
-    return digest_of_files(sorted(files), KERNELS.parent)[:16]
+def sources_digest() -> str:
+    """Digest of the kernels and of how they are timed, which works without a repository too."""
+    files = [*KERNELS_FOLDER.glob("*.py"), *Path(__file__).parent.glob("kernel*.py")]
+    return digest_of_files(sorted(files), KERNELS_FOLDER.parent)[:16]
 
 
-def read_if_same(path: Path, machine: Mapping[str, Any], *more: str) -> dict[str, Any]:
-    """An earlier run's file, if its times compare with those of this run; nothing otherwise.
+def read_resumable(path: Path, machine: Mapping[str, Any], *more: str) -> dict[str, Any]:
+    """Read an earlier run's file, if its times can be compared with those of this run; otherwise it is empty.
+
+    GPU, driver, CUDA, versions and sources have to be the same. A driver that NVML did not report in one of the runs
+    is not compared.
 
     Args:
-        more: of the machine's fields, what has to be equal besides GPU, driver, CUDA, versions and sources. A driver
-            that NVML did not report in one of the runs may be any.
+        more: further fields of the machine that have to be the same.
     """
     if not path.exists():
         return {}
     earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     before = earlier["machine"]
-    read = [run["driver"] for run in (before, machine) if run.get("driver") is not None]
+    drivers = {run["driver"] for run in (before, machine) if run.get("driver") is not None}
     keys = ("gpu", "cuda", "versions", "sources", *more)
-    same = len(set(read)) < 2 and all(before.get(key) == machine.get(key) for key in keys)
+    same = len(drivers) < 2 and all(before.get(key) == machine.get(key) for key in keys)
     return earlier if same else {}
 
 
-def slug(machine: Mapping[str, Any]) -> str:
-    """The GPU's name, as part of a file's."""
+def gpu_slug(machine: Mapping[str, Any]) -> str:
+    """The GPU's name in a form for file names."""
     return re.sub(r"[^a-z0-9]+", "-", str(machine.get("gpu", "cpu")).lower()).strip("-")

@@ -1,13 +1,14 @@
-"""Find the block sizes, and the variant, that are quickest on this GPU.
+"""Find the block sizes and the kernel variants that are fastest on this GPU.
 
     latentrt kernels --tune        writes kernels/tuned/sm_NN.json, and every time to out/kernels/tuning-GPU.json
 
-Each candidate of each tuning table is compiled ahead, compared with float64 at every case that reads the table, and
-timed there in bfloat16, one after another and maybe in several runs, at the clocks of that minute. The best few of
-each key are then timed again, interleaved, and the choice is by these times. Times are saved one by one: a second run
-goes on where the first stopped, and passes over what never came back. Where several never came back together, they are
-timed one by one. A table whose candidates are timed, but not yet interleaved when the time ends, is written all the
-same.
+All candidates of all tuning tables are compiled first. Each is then compared with float64 at every case that reads its
+table, and timed there in bfloat16. These times are taken one after another, maybe in several runs, while clocks change.
+So the best few of each key are timed again, interleaved, and the fastest of them is chosen.
+
+Every time is saved at once: another run resumes where the last one stopped, and skips candidates that hung. If several
+were being timed together when one of them hung, each is timed by itself. A table is written as soon as all of its
+candidates are timed, even if the time ends before the best of them are interleaved.
 """
 
 from __future__ import annotations
@@ -27,56 +28,59 @@ from ..kernels._triton import arch_of
 from ..kernels.atomic_file import write_json
 from ..kernels.registry import Case, OpSpec, specs
 from .kernel_timing import (
-    LOST,
+    HUNG,
     Float64Check,
     Timing,
-    answers,
+    clone_args,
     compile_ahead,
-    draw,
-    fresh,
-    here,
-    read_if_same,
-    slug,
-    sources,
-    watched,
+    gpu_is_alive,
+    gpu_slug,
+    hang_watchdog,
+    make_inputs,
+    read_resumable,
+    run_metadata,
+    sources_digest,
 )
 
-__all__ = ["lines", "take_tuned", "tune", "tuned_requests"]
+__all__ = ["import_tuned", "lines", "tune", "tuning_requests"]
 
 _log = logging.getLogger(__name__)
 
 DTYPE = torch.bfloat16
 SECONDS = 0.08
-"""Of replays, for one candidate at one case."""
-HANG = 30.0
-"""Seconds after which a candidate is given up; what it compiles to is there by then."""
+"""Of replays, for each candidate at each case."""
+HANG_SECONDS = 30.0
+"""Seconds after which a candidate counts as hanging; it is compiled before."""
 
 _FINALISTS = 4
+"""How many of the best candidates of each key are timed again, interleaved."""
 _FINAL_SECONDS = 0.25
-"""Of replays, for each of the best candidates at one case."""
-_ONE_OF_THEM = "one of several that never came back together"
-"""Written when they begin in turn: if it is still there, each is timed by itself."""
+"""Of replays, for each finalist at each case."""
+_HUNG_IN_GROUP = "one of several that never came back together"
+"""Saved for finalists before they are timed in turn. If it is still there afterwards, each is timed by itself."""
 
 Trials = dict[str, dict[str, float | str]]
 """Candidate -> case -> microseconds of its calls in one forward, or what went wrong."""
 
 
 def tune(timing: Timing, operators: Sequence[OpSpec] | None = None, save: bool = True) -> dict[str, Any]:
-    """Time every candidate of every tuning table at the cases that read it; write the quickest.
+    """Time every candidate of every tuning table at the cases that read it, and write the fastest ones.
 
-    A table is written when all its cases were timed: what is good for one of them may be bad for the rest. Until the
-    best few were interleaved at all of them, it is left too.
+    A table is written only when all of its cases are timed, since what is fast for one may be slow for the others.
+
+    Args:
+        save: write the tables to `kernels/tuned`.
 
     Returns:
-        {"machine": ..., "best": {table: {key: constants}}, "times": {table: {key: {candidate: {case: microseconds
-        in one forward, or what went wrong}}}}, "finals": the same of the best candidates, interleaved, "left": tables
-        that are not written or whose best candidates are not all interleaved}.
+        A dictionary with "machine"; "best": {table: {key: constants}}; "times": {table: {key: {candidate: {case:
+        microseconds in one forward, or what went wrong}}}}; "finals": the same for the best candidates, interleaved;
+        "left": the tables that are not written yet, or whose best candidates are not interleaved at every case.
     """
     end = time.monotonic() + timing.seconds
     arch = arch_of(timing.device)
-    machine = here(timing)
-    path = timing.folder / f"tuning-{slug(machine)}.json"
-    earlier = read_if_same(path, machine)
+    machine = run_metadata(timing)
+    path = timing.folder / f"tuning-{gpu_slug(machine)}.json"
+    earlier = read_resumable(path, machine)
     if earlier and machine.get("driver") is None:  # NVML did not report it this time
         machine["driver"] = earlier["machine"].get("driver")
     times: dict[str, dict[str, Trials]] = earlier.get("times", {})
@@ -85,41 +89,46 @@ def tune(timing: Timing, operators: Sequence[OpSpec] | None = None, save: bool =
     result: dict[str, Any] = {"machine": machine, "best": {}, "times": times, "finals": finals}
     result["left"] = list(tables)
 
-    def write() -> None:
+    def save_result() -> None:
         write_json(path, result)
 
     compile_ahead(timing, _requests(tables, arch))
     for table, uses in tables.items():
         trials, rows = times.setdefault(table, {}), finals.setdefault(table, {})
-        if not all(_try(timing, use, table, trials.setdefault(use.key, {}), write, end) for use in uses):
-            if not answers(timing):
+        if not all(
+            _time_candidates(timing, use, table, trials.setdefault(use.key, {}), save_result, end)
+            for use in uses
+        ):
+            if not gpu_is_alive(timing):
                 return result
-            continue  # the time is up, but an earlier run may have timed all of the next
+            continue  # the time is up, but an earlier run may have timed all of the next table
         keys = dict.fromkeys(use.key for use in uses)
         for key in keys:
             best_few = _ranked(trials[key], _cases(trials[key]))[:_FINALISTS]
-            # An earlier run may have seen fewer cases, and so have had another best few.
+            # An earlier run with fewer cases may have had other finalists.
             if key not in rows or rows[key].keys() != set(best_few):
                 rows[key] = {name: {} for name in best_few}
-        interleaved = all(_try_together(timing, use, table, rows[use.key], write, end) for use in uses)
-        if not interleaved and not answers(timing):
+        interleaved = all(
+            _time_finalists(timing, use, table, rows[use.key], save_result, end) for use in uses
+        )
+        if not interleaved and not gpu_is_alive(timing):
             return result
-        best = {key: found for key in keys if (found := _quickest(trials[key], rows[key]))}
+        best = {key: found for key in keys if (found := _fastest(trials[key], rows[key]))}
         if len(best) < len(keys):
             _log.error("no candidate of %s runs in all cases", table)
             continue
         result["best"][table] = best
         if interleaved:
             result["left"].remove(table)
-        write()
+        save_result()
         if save:
-            kept = ("gpu", "cuda", "driver", "versions", "commit", "sources")
-            tuning.save(arch, table, best, {key: machine.get(key) for key in kept})
+            fields = ("gpu", "cuda", "driver", "versions", "commit", "sources")
+            tuning.save(arch, table, best, {field: machine.get(field) for field in fields})
     return result
 
 
 def lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """What was chosen, briefly."""
+    """A short summary of what `tune` returns."""
     for table, best in result["best"].items():
         for key, constants in best.items():
             name = json.dumps(constants)
@@ -132,39 +141,38 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"left: {', '.join(result['left']) or 'none'}"
 
 
-def take_tuned(folder: Path) -> list[str]:
-    """Put the block sizes that an earlier run of these sources measured where kernels read them, which may be as they
-    were before it.
+def import_tuned(folder: Path) -> list[str]:
+    """Copy block sizes that an earlier run measured into `kernels/tuned`, if it ran with the same sources.
 
     Args:
-        folder: of files such as kernels/tuned has; one that is not there, torn, or of another form counts for nothing.
+        folder: with files like those of `kernels/tuned`. Missing, truncated and malformed files are ignored.
 
     Returns:
         The tables that were changed, each with its architecture.
     """
-    taken = []
+    imported = []
     for arch in tuning.architectures():
         try:
-            theirs = json.loads((folder / f"sm_{arch}.json").read_text(encoding="utf-8"))
+            content = json.loads((folder / f"sm_{arch}.json").read_text(encoding="utf-8"))
             found = [
-                (table, measured, {key: theirs["tables"][table][key] for key in measured["keys"]})
-                for table, measured in theirs["measured_on"].items()
-                if measured["sources"] == sources()
+                (table, measured, {key: content["tables"][table][key] for key in measured["keys"]})
+                for table, measured in content["measured_on"].items()
+                if measured["sources"] == sources_digest()
             ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-        ours = tuning.load(arch)["measured_on"]
+        present = tuning.load(arch)["measured_on"]
         for table, measured, rows in found:
-            if measured != ours.get(table):
+            if measured != present.get(table):
                 tuning.save(
                     arch, table, rows, {name: value for name, value in measured.items() if name != "keys"}
                 )
-                taken.append(f"{table} of sm_{arch}")
-    return taken
+                imported.append(f"{table} of sm_{arch}")
+    return imported
 
 
 @dataclass(frozen=True)
-class _Use:
+class _TableUse:
     """A case that reads a tuning table."""
 
     spec: OpSpec
@@ -177,25 +185,25 @@ class _Use:
         return f"{self.spec.name}, {self.case.name}"
 
 
-def _tables(operators: Sequence[OpSpec], arch: int) -> dict[str, list[_Use]]:
-    """Who reads each table, found by planning; several operators may read one."""
-    tables: dict[str, list[_Use]] = {}
+def _tables(operators: Sequence[OpSpec], arch: int) -> dict[str, list[_TableUse]]:
+    """Table -> the cases that read it, which planning each case finds out. Several operators may share a table."""
+    tables: dict[str, list[_TableUse]] = {}
     for spec in operators:
         for table, candidates in spec.candidates.items():
             for case in spec.cases:
                 with tuning.trying(table, candidates[0]) as keys:
                     spec.plan(*case.inputs(DTYPE, torch.device("meta")), arch=arch)
                 for key in keys:
-                    tables.setdefault(table, []).append(_Use(spec, case, key, candidates))
+                    tables.setdefault(table, []).append(_TableUse(spec, case, key, candidates))
     return tables
 
 
-def tuned_requests(operators: Sequence[OpSpec], arch: int) -> list[aot.Request]:
-    """What `tune` will have Triton compile."""
+def tuning_requests(operators: Sequence[OpSpec], arch: int) -> list[aot.Request]:
+    """What Triton compiles for `tune`."""
     return _requests(_tables(operators, arch), arch)
 
 
-def _requests(tables: Mapping[str, Sequence[_Use]], arch: int) -> list[aot.Request]:
+def _requests(tables: Mapping[str, Sequence[_TableUse]], arch: int) -> list[aot.Request]:
     meta = torch.device("meta")
     return [
         aot.Request(use.spec.name, use.case.inputs(DTYPE, meta), arch, (table, candidate))
@@ -205,92 +213,121 @@ def _requests(tables: Mapping[str, Sequence[_Use]], arch: int) -> list[aot.Reque
     ]
 
 
-def _try(timing: Timing, use: _Use, table: str, trials: Trials, save: Callable[[], None], end: float) -> bool:
-    """Fill in each candidate's time at one case; False where time ran out or the GPU was lost."""
+def _time_candidates(
+    timing: Timing, use: _TableUse, table: str, trials: Trials, save: Callable[[], None], end: float
+) -> bool:
+    """Time each candidate at one case, if it is not timed yet. False if the time is up or the GPU is lost."""
     inputs: list[tuple[Any, ...]] = []
     for candidate in use.candidates:
         row = trials.setdefault(json.dumps(candidate), {})
-        if use.name in row or _hopeless(row, trials):
+        if use.name in row or _can_skip(row, trials):
             continue
         if time.monotonic() > end:
             return False
         if not inputs:
-            inputs = draw(timing, use.case, DTYPE)
-            check = Float64Check(use.spec, inputs[0])
-        row[use.name] = LOST
+            inputs = make_inputs(timing, use.case, DTYPE)
+            checker = Float64Check(use.spec, inputs[0])
+        row[use.name] = HUNG
         save()
         try:
-            with watched(timing, HANG), tuning.trying(table, candidate):
-                row[use.name] = _time(timing, use, check, inputs)
-        except KeyboardInterrupt:  # it would have come back
+            with hang_watchdog(timing, HANG_SECONDS), tuning.trying(table, candidate):
+                row[use.name] = _time_candidate(timing, use, checker, inputs)
+        except KeyboardInterrupt:  # it did not hang: the next run times it again
             del row[use.name]
             save()
             raise
         _log.info("%s %s %s: %s", table, candidate, use.name, row[use.name])
         save()
-        if isinstance(row[use.name], str) and not answers(timing):
+        if isinstance(row[use.name], str) and not gpu_is_alive(timing):
             return False
     return True
 
 
-def _time(timing: Timing, use: _Use, check: Float64Check, inputs: Sequence[tuple[Any, ...]]) -> float | str:
+def _time_candidate(
+    timing: Timing, use: _TableUse, checker: Float64Check, inputs: Sequence[tuple[Any, ...]]
+) -> float | str:
+    """Microseconds of a case's calls in one forward, or what went wrong."""
     try:
-        ratio, good = check.judge(use.spec.op(*fresh(inputs[0])))
-        if not good:
+        ratio, correct = checker.check(use.spec.op(*clone_args(inputs[0])))
+        if not correct:
             return f"wrong: the error is {ratio:.1f} times the reference's"
         (us,) = timing.timer({"": use.spec.op}, inputs, SECONDS).values()
-    except Exception as error:  # too much shared memory, too many registers, a shape that cannot be
+    except Exception as error:  # such as too much shared memory, too many registers, an impossible shape
         return f"{type(error).__name__}: {error}"[:200]
     return us if isinstance(us, str) else us * max(1, use.case.calls)
 
 
-def _try_together(
-    timing: Timing, use: _Use, table: str, rows: Trials, save: Callable[[], None], end: float
+def _time_finalists(
+    timing: Timing, use: _TableUse, table: str, finals: Trials, save: Callable[[], None], end: float
 ) -> bool:
-    """Fill in the times of the best candidates at one case, replayed in turn so that a change of clocks meets all of
-    them; False where time ran out or the GPU was lost. Those that never came back together are timed one by one."""
-    failed = {name for name, why in _failures(rows).items() if why != _ONE_OF_THEM}
-    alive = [name for name in rows if name not in failed]
-    untimed = [name for name in alive if not isinstance(rows[name].get(use.name), float)]
-    suspected = any(use.name in rows[name] for name in untimed)
-    if not untimed or (len(alive) < 2 and not suspected):
+    """Time the best candidates at one case, interleaved, so that a change of clocks affects all of them alike.
+
+    If one of them hangs or crashes, nobody knows which one it was. Then each is timed by itself: here if the process
+    and the GPU survive, else in the next run.
+
+    Returns:
+        False if the time is up or the GPU is lost.
+    """
+    failed = {name for name, reason in _failures(finals).items() if reason != _HUNG_IN_GROUP}
+    finalists = [name for name in finals if name not in failed]
+    untimed = [name for name in finalists if not isinstance(finals[name].get(use.name), float)]
+    one_by_one = any(use.name in finals[name] for name in untimed)
+    if not untimed or (len(finalists) == 1 and not one_by_one):
         return True
-    inputs: list[tuple[Any, ...]] = []
-    for names in [[name] for name in untimed] if suspected else [untimed]:
-        if time.monotonic() > end:
+    if time.monotonic() > end:
+        return False
+    inputs = make_inputs(timing, use.case, DTYPE)
+    if not one_by_one:
+        if not _time_group(timing, use, table, finals, untimed, inputs, save):
             return False
-        inputs = inputs or draw(timing, use.case, DTYPE)
-        calls = {name: _with(table, json.loads(name), use.spec) for name in names}
-        before = {name: dict(rows[name]) for name in names}
-        for name in names:
-            rows[name][use.name] = _ONE_OF_THEM if len(names) > 1 else LOST
-        save()
-        try:
-            with watched(timing, HANG):
-                found = timing.timer(calls, inputs, _FINAL_SECONDS)
-        except KeyboardInterrupt:  # they would have come back
-            rows.update(before)
-            save()
-            raise
-        except Exception as error:  # an illegal access is reported where the results are waited for
-            why = f"{type(error).__name__}: {error}"[:200]
-            found = {name: why if len(names) == 1 else _ONE_OF_THEM for name in names}
-        lost = any(isinstance(us, str) for us in found.values()) and not answers(timing)
-        if lost and len(names) > 1:  # after the first of them all others fail too
-            found = dict.fromkeys(names, _ONE_OF_THEM)
-        for name, us in found.items():
-            rows[name][use.name] = us if isinstance(us, str) else us * max(1, use.case.calls)
-        _log.info("%s %s: %s", table, use.name, found)
-        save()
-        if lost:
+        untimed = [name for name in untimed if finals[name][use.name] == _HUNG_IN_GROUP]
+    for name in untimed:
+        if time.monotonic() > end or not _time_group(timing, use, table, finals, [name], inputs, save):
             return False
-        if _ONE_OF_THEM in found.values():
-            return _try_together(timing, use, table, rows, save, end)
     return True
 
 
-def _with(table: str, candidate: Mapping[str, int], spec: OpSpec) -> Callable[..., Any]:
-    """The operator with a candidate's constants, which matter only while it is recorded."""
+def _time_group(
+    timing: Timing,
+    use: _TableUse,
+    table: str,
+    finals: Trials,
+    names: Sequence[str],
+    inputs: Sequence[tuple[Any, ...]],
+    save: Callable[[], None],
+) -> bool:
+    """Time candidates at one case, replayed in turn; False if the GPU is lost.
+
+    If several of them crash together, all are marked with `_HUNG_IN_GROUP`.
+    """
+    calls = {name: _with_constants(table, json.loads(name), use.spec) for name in names}
+    before = {name: dict(finals[name]) for name in names}
+    for name in names:
+        finals[name][use.name] = _HUNG_IN_GROUP if len(names) > 1 else HUNG
+    save()
+    try:
+        with hang_watchdog(timing, HANG_SECONDS):
+            times = timing.timer(calls, inputs, _FINAL_SECONDS)
+    except KeyboardInterrupt:  # they did not hang: the next run times them again
+        finals.update(before)
+        save()
+        raise
+    except Exception as error:  # an illegal memory access is only reported when the GPU is waited for
+        reason = f"{type(error).__name__}: {error}"[:200]
+        times = dict.fromkeys(names, reason if len(names) == 1 else _HUNG_IN_GROUP)
+    gpu_lost = any(isinstance(us, str) for us in times.values()) and not gpu_is_alive(timing)
+    # Once the GPU is lost all of them fail, so their own errors say nothing.
+    if gpu_lost and len(names) > 1:
+        times = dict.fromkeys(names, _HUNG_IN_GROUP)
+    for name, us in times.items():
+        finals[name][use.name] = us if isinstance(us, str) else us * max(1, use.case.calls)
+    _log.info("%s %s: %s", table, use.name, times)
+    save()
+    return not gpu_lost
+
+
+def _with_constants(table: str, candidate: Mapping[str, int], spec: OpSpec) -> Callable[..., Any]:
+    """The operator with a candidate's constants, which only matter while it is recorded into a graph."""
 
     def call(*args: Any) -> Any:
         with tuning.trying(table, candidate):
@@ -299,8 +336,8 @@ def _with(table: str, candidate: Mapping[str, int], spec: OpSpec) -> Callable[..
     return call
 
 
-def _hopeless(row: Mapping[str, float | str], trials: Trials) -> bool:
-    """Whether it failed at another case, or took more than twice as long there as the quickest."""
+def _can_skip(row: Mapping[str, float | str], trials: Trials) -> bool:
+    """Whether a candidate failed at another case, or took more than twice as long there as the fastest one."""
     for case, us in row.items():
         others = [other for t in trials.values() if isinstance(other := t.get(case), float)]
         if isinstance(us, str) or us > 2 * min(others):
@@ -313,12 +350,12 @@ def _cases(trials: Trials) -> set[str]:
 
 
 def _failures(finals: Trials) -> dict[str, str]:
-    """Of the best candidates those that failed or never came back at a case, and how."""
+    """Finalist -> what went wrong, for those that failed or hung at any case."""
     return {name: us for name, row in finals.items() for us in row.values() if isinstance(us, str)}
 
 
 def _ranked(trials: Trials, cases: set[str]) -> list[str]:
-    """Candidates that ran in all of these cases, by their times in all of them together."""
+    """Candidates that ran at all of these cases, the fastest first, by the sum of their times."""
     sums = {
         name: sum(us for us in row.values() if isinstance(us, float))
         for name, row in trials.items()
@@ -327,9 +364,11 @@ def _ranked(trials: Trials, cases: set[str]) -> list[str]:
     return sorted(sums, key=sums.__getitem__)
 
 
-def _quickest(trials: Trials, finals: Trials) -> Mapping[str, int] | None:
-    """By the interleaved times where they are of all cases, never one that failed there; None where no candidate ran in
-    all cases."""
+def _fastest(trials: Trials, finals: Trials) -> Mapping[str, int] | None:
+    """The constants of the fastest candidate; None if none ran at all cases.
+
+    Interleaved times count, if some finalist has them for all cases. A finalist that failed is never chosen.
+    """
     cases, failed = _cases(trials), _failures(finals)
     ranked = _ranked(finals, cases) or [name for name in _ranked(trials, cases) if name not in failed]
     found: Mapping[str, int] | None = json.loads(ranked[0]) if ranked else None

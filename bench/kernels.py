@@ -2,11 +2,13 @@
 
     latentrt kernels --measure     writes out/kernels/kernels-GPU.json
 
-A kernel is timed only after its result was held against float64. What is compared is recorded into CUDA graphs over
-inputs that together exceed the cache, so that neither the host nor the cache flatters a time, and replayed in turn,
-so that a change of clocks meets all of it. Rented time is short: what Triton compiles is compiled before, by as
-many processes as there are cores; what takes the most of a forward comes first; every row is saved; after the time
-limit nothing is begun; and a second run goes on where the first one stopped, past what never came back.
+A kernel is timed only after its result was checked against float64. The calls that are compared are recorded into CUDA
+graphs, over inputs that together exceed the cache, so that times depend neither on the host nor on the cache. The
+graphs are replayed in turn, so that a change of clocks affects all of them alike.
+
+Time on a GPU is short. So everything that Triton compiles is compiled first, with one process for each core; cases that
+take the largest part of a forward come first; every row is saved at once; after the time limit nothing new is started;
+and another run resumes where the last one stopped, after a kernel that hung.
 """
 
 from __future__ import annotations
@@ -28,18 +30,18 @@ from ..kernels.atomic_file import write_json
 from ..kernels.registry import Case, OpSpec, specs
 from ..runtime.place import dtype_name
 from .kernel_timing import (
-    LOST,
+    HUNG,
     Float64Check,
     Timing,
-    answers,
+    clone_args,
     compile_ahead,
-    draw,
-    fresh,
+    gpu_is_alive,
+    gpu_slug,
     gpu_state,
-    here,
-    read_if_same,
-    slug,
-    watched,
+    hang_watchdog,
+    make_inputs,
+    read_resumable,
+    run_metadata,
 )
 
 __all__ = ["ceilings", "dry_run", "failures", "lines", "measure", "measured_requests"]
@@ -47,26 +49,27 @@ __all__ = ["ceilings", "dry_run", "failures", "lines", "measure", "measured_requ
 _log = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16)
-_TOLD = 3  # cases of what is wrong; the file has all
+_MAX_LISTED = 3
+"""Failed cases in a message; the file has all of them."""
 
 
 def ceilings(timing: Timing) -> dict[str, float]:
-    """TFLOP/s of an 8192^3 matmul in each half type, TB/s of a copy (read and written), now.
+    """What the GPU reaches now: TFLOP/s of an 8192^3 matmul in each half type, and TB/s (read and written) of a copy.
 
-    Of random numbers: zeros are quicker.
+    The inputs are random numbers, since zeros would be faster.
     """
     n = 8192 if timing.device.type == "cuda" else 32
-    found = {}
+    reached = {}
     for dtype in (torch.float16, torch.bfloat16):
         a, b = (torch.randn(n, n, device=timing.device).to(dtype) for _ in range(2))
-        found[dtype_name(dtype)] = 2e-6 * n**3 / _one(timing.timer({"": torch.mm}, [(a, b)] * 4, 0.5))
+        reached[dtype_name(dtype)] = 2e-6 * n**3 / _one(timing.timer({"": torch.mm}, [(a, b)] * 4, 0.5))
     a = torch.randn(n * 4, n * 4, dtype=torch.bfloat16, device=timing.device)
-    found["copy"] = 2e-6 * a.nbytes / _one(timing.timer({"": torch.Tensor.clone}, [(a,)] * 2, 0.5))
-    return found
+    reached["copy"] = 2e-6 * a.nbytes / _one(timing.timer({"": torch.Tensor.clone}, [(a,)] * 2, 0.5))
+    return reached
 
 
-def _one(found: Mapping[str, float | str]) -> float:
-    (us,) = found.values()
+def _one(times: Mapping[str, float | str]) -> float:
+    (us,) = times.values()
     if isinstance(us, str):
         raise BackendUnavailableError(f"the GPU's ceilings cannot be measured: {us}")
     return us
@@ -77,24 +80,24 @@ def measure(
     operators: Sequence[OpSpec] | None = None,
     dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> dict[str, Any]:
-    """Every operator at every case: correct or not, time, rate, share of the ceiling, PyTorch's own times.
+    """Measure every operator at every case: correctness, time, rate, share of the ceiling, and PyTorch's own times.
 
     Args:
-        timing: where, how, for how long; the file is `kernels-GPU.json` in its folder.
-        operators: all where None.
+        timing: where, how, and for how long; results go to `kernels-GPU.json` in its folder.
+        operators: all if None.
         dtypes: to run, in this order.
 
     Returns:
-        What was written; "left" lists what the time did not allow.
+        What was written; "left" lists the cases that there was no time for.
     """
     started = time.monotonic()
-    machine = here(timing)
-    path = timing.folder / f"kernels-{slug(machine)}.json"
-    earlier = read_if_same(path, machine, "tuned")
+    machine = run_metadata(timing)
+    path = timing.folder / f"kernels-{gpu_slug(machine)}.json"
+    earlier = read_resumable(path, machine, "tuned")
     if earlier and machine.get("driver") is None:  # NVML did not report it this time
         machine["driver"] = earlier["machine"].get("driver")
-    # What failed is tried again, unless it took the process along.
-    rows = [row for row in earlier.get("rows", []) if "us" in row or row.get("error") == LOST]
+    # A case that failed is measured again, unless it ended the process.
+    rows = [row for row in earlier.get("rows", []) if "us" in row or row.get("error") == HUNG]
     done = {(row["op"], row["case"], row["dtype"]) for row in rows}
     operators = specs() if operators is None else operators
     todo = [
@@ -107,25 +110,25 @@ def measure(
     compile_ahead(timing, measured_requests(operators, arch_of(timing.device), dtypes))
     ceilings(timing)  # to get the clocks up
     limits = ceilings(timing)
-    todo.sort(key=lambda item: (dtypes.index(item[2]), -_weight(item[1], item[2], limits)))
+    todo.sort(key=lambda item: (dtypes.index(item[2]), -_floor_us(item[1], item[2], limits)))
     left = [[spec.name, case.name, dtype_name(dtype)] for spec, case, dtype in todo]
     result: dict[str, Any] = {"machine": machine, "ceilings": limits, "rows": rows, "left": left}
     for spec, case, dtype in todo:
         if time.monotonic() - started > timing.seconds:
             break
         row = {"op": spec.name, "case": case.name, "dtype": dtype_name(dtype), "calls": case.calls}
-        rows.append({**row, "error": LOST})
+        rows.append({**row, "error": HUNG})
         del left[0]
         write_json(path, result)
         try:
             rows[-1] = _row(timing, spec, case, dtype, row, limits)
-        except KeyboardInterrupt:  # it would have come back
+        except KeyboardInterrupt:  # it did not hang: the next run measures it again
             left.insert(0, [spec.name, case.name, dtype_name(dtype)])
             write_json(path, {**result, "rows": rows[:-1]})
             raise
         _log.info("%s", rows[-1])
         write_json(path, result)
-        if "error" in rows[-1] and not answers(timing):
+        if "error" in rows[-1] and not gpu_is_alive(timing):
             _log.error("the GPU answers no more; run this again to go on")
             return result
     result["ceilings_after"], result["machine_after"] = ceilings(timing), gpu_state(timing)
@@ -136,7 +139,7 @@ def measure(
 def measured_requests(
     operators: Sequence[OpSpec], arch: int, dtypes: Sequence[torch.dtype] = DTYPES
 ) -> list[aot.Request]:
-    """What `measure` will have Triton compile."""
+    """What Triton compiles for `measure`."""
     meta = torch.device("meta")
     return [
         aot.Request(spec.name, case.inputs(dtype, meta), arch)
@@ -147,7 +150,7 @@ def measured_requests(
 
 
 def dry_run(requests: Sequence[aot.Request], seconds: float) -> list[dict[str, Any]]:
-    """What compiles, what spills and what does not compile of a run that is to come; without a GPU."""
+    """Compile what a run on a GPU would need, without a GPU: each request's compiled kernels, or the error."""
     found = aot.attempts(requests, processes=os.cpu_count() or 1, seconds=seconds)
     return [
         {
@@ -160,7 +163,7 @@ def dry_run(requests: Sequence[aot.Request], seconds: float) -> list[dict[str, A
 
 
 def lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """A short table of what `measure` returns."""
+    """What `measure` returns, as a short table."""
     yield f"{'':58}{'us':>10}{'rate':>13}{'share':>7}{'against PyTorch':>17}  best of its own"
     for row in result["rows"]:
         name = f"{row['op']}, {row['case']}, {row['dtype']}"
@@ -180,21 +183,23 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def failures(result: Mapping[str, Any]) -> str:
-    """Of what `measure` returns, which cases have no time and why; empty where all that were begun have one."""
+    """Which cases in what `measure` returns have no time, and why; empty if all that were started have one."""
     rows = result["rows"]
-    wrong = [f"{row['op']}, {row['case']}, {row['dtype']}: {row['error']}" for row in rows if "us" not in row]
-    if not wrong:
+    failed = [
+        f"{row['op']}, {row['case']}, {row['dtype']}: {row['error']}" for row in rows if "us" not in row
+    ]
+    if not failed:
         return ""
-    more = [f"and {len(wrong) - _TOLD} more"] if len(wrong) > _TOLD else []
-    return f"{len(wrong)} of {len(rows)} without a time: {'; '.join([*wrong[:_TOLD], *more])}"
+    more = [f"and {len(failed) - _MAX_LISTED} more"] if len(failed) > _MAX_LISTED else []
+    return f"{len(failed)} of {len(rows)} without a time: {'; '.join([*failed[:_MAX_LISTED], *more])}"
 
 
 def _rate(row: Mapping[str, Any]) -> str:
     return f"{row['tflops']:.0f} TFLOP/s" if row["tflops"] else f"{row['tbs'] * 1e3:.0f} GB/s"
 
 
-def _weight(case: Case, dtype: torch.dtype, limits: Mapping[str, float]) -> float:
-    """The least microseconds that one forward spends in this call."""
+def _floor_us(case: Case, dtype: torch.dtype, limits: Mapping[str, float]) -> float:
+    """The least microseconds that one forward spends in this case's calls, by the measured ceilings."""
     compute, traffic = case.flops / limits[dtype_name(dtype)], case.nbytes(dtype) / limits["copy"]
     return case.calls * max(compute, traffic) * 1e-6
 
@@ -208,27 +213,28 @@ def _row(
     limits: Mapping[str, float],
 ) -> dict[str, Any]:
     try:
-        inputs = draw(timing, case, dtype)
-        with watched(timing), counted() as launches:
-            out = spec.op(*fresh(inputs[0]))
+        inputs = make_inputs(timing, case, dtype)
+        with hang_watchdog(timing), counted() as launches:
+            out = spec.op(*clone_args(inputs[0]))
         row["launches"] = dict(launches)
         if not launches:
             return {**row, "error": "neither a kernel of ours ran nor the libraries in its place"}
-        with watched(timing):
-            row["error_over_reference"], row["correct"] = Float64Check(spec, inputs[0]).judge(out)
+        with hang_watchdog(timing):
+            row["error_over_reference"], row["correct"] = Float64Check(spec, inputs[0]).check(out)
         if not row["correct"]:
             return {**row, "error": "wrong result"}
         del out
         baselines = _baselines(timing, spec)
-        for call in baselines.values():  # what has to be compiled takes its time before the watch begins
-            with watched(timing), suppress(Exception):
-                call(*fresh(inputs[0]))
-        with watched(timing):
-            found = timing.timer({"ours": spec.op, **baselines}, inputs, 0.25)
-    except Exception as error:  # of one operator: the others are still to be timed
+        # Compile the baselines first, so that the watchdog below counts only their run time.
+        for call in baselines.values():
+            with hang_watchdog(timing), suppress(Exception):
+                call(*clone_args(inputs[0]))
+        with hang_watchdog(timing):
+            times = timing.timer({"ours": spec.op, **baselines}, inputs, 0.25)
+    except Exception as error:  # only this case fails; the others are still measured
         return {**row, "error": f"{type(error).__name__}: {error}"[:300]}
-    us = found.pop("ours")
-    row["baselines"] = found
+    us = times.pop("ours")
+    row["baselines"] = times
     if isinstance(us, str):
         return {**row, "error": us}
     row["us"] = us
@@ -237,16 +243,17 @@ def _row(
     by_compute = spec.limit == "matmul"
     row["ceiling"] = limits[dtype_name(dtype)] if by_compute else limits["copy"]
     row["share"] = (row["tflops"] if by_compute else row["tbs"]) / row["ceiling"]
-    times = [t for t in found.values() if isinstance(t, float)]
-    row["speedup_over_best"] = min(times) / us if times else None
+    baseline_us = [t for t in times.values() if isinstance(t, float)]
+    row["speedup_over_best"] = min(baseline_us) / us if baseline_us else None
     return row
 
 
 def _baselines(timing: Timing, spec: OpSpec) -> dict[str, Callable[..., Any]]:
-    """PyTorch's own, and those that are several operators also compiled."""
+    """PyTorch's own implementations; those of several operators also compiled."""
     baselines = dict(spec.baselines)
     if timing.device.type == "cuda":
-        torch._dynamo.reset()  # which gives up, silently, after a few shapes of one function
+        # Without this, dynamo silently stops compiling after a few shapes of one function.
+        torch._dynamo.reset()
         eager = {name: call for name, call in baselines.items() if not name.startswith("SDPA")}
         baselines |= {f"{name}; compiled": torch.compile(call, dynamic=False) for name, call in eager.items()}
     return baselines

@@ -26,7 +26,7 @@ from ..kernels.atomic_file import write_json
 from ..runtime.engines.packing import FusedUpsample, defer_in_resnet
 from ..runtime.models.layers import ResnetBlock, Upsample
 from ..runtime.place import dtype_name
-from .kernel_timing import CACHE_BYTES, CALLS, Calls, cuda_microseconds, slug
+from .kernel_timing import CACHE_BYTES, MAX_CALLS, Calls, cuda_microseconds, gpu_slug
 from .machine import describe_machine, module_command
 
 __all__ = ["BLOCKS", "Block", "main", "measure"]
@@ -110,7 +110,7 @@ def measure(block: Block, dtype: torch.dtype, device: torch.device, seconds: flo
     }
     shape = (rows, block.widths[0], block.side, block.side)
     nbytes = rows * block.widths[0] * block.side**2 * dtype.itemsize
-    count = min(CALLS, max(2, CACHE_BYTES // nbytes)) if device.type == "cuda" else 1
+    count = min(MAX_CALLS, max(2, CACHE_BYTES // nbytes)) if device.type == "cuda" else 1
     inputs = [(_image(shape, dtype, device),) for _ in range(count)]
     exact = _call(copy.deepcopy(module).float(), time_.float(), device)(inputs[0][0].float())
     lacking = lacking.to(device)[:, None, None]
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "dtype": dtype_name(dtype),
         "rows": rows,
     }
-    where = slug(machine) if args.device == "cuda" else "cpu"
+    where = gpu_slug(machine) if args.device == "cuda" else "cpu"
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
         for block in BLOCKS:
             if args.only in block.name:

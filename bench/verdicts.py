@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import BenchmarkError
 from .full import Judged
-from .kernel_timing import slug
+from .kernel_timing import gpu_slug
 from .machine import describe_machine
 from .results import read_report
 
@@ -45,7 +45,7 @@ def of_resumable(out: Path, what: str) -> Judged:
     Args:
         out: folder of its results.
     """
-    found = _read(out / f"{what}-{slug(describe_machine())}.json")
+    found = _read(out / f"{what}-{gpu_slug(describe_machine())}.json")
     if isinstance(found, Judged):
         return found
     return Judged(True, f"{len(found['left'])} left" if found["left"] else "")
@@ -57,7 +57,7 @@ def is_left(out: Path, what: str) -> bool:
     Args:
         out: folder of its results.
     """
-    found = _read(out / f"{what}-{slug(describe_machine())}.json")
+    found = _read(out / f"{what}-{gpu_slug(describe_machine())}.json")
     return isinstance(found, Judged) or bool(found["left"])
 
 

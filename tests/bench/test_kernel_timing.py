@@ -15,7 +15,7 @@ import torch
 from helpers.dry_timing import ATTENTION, BF16, FALLEN, SMALL, fake_timer, small_attention
 from latentrt.bench import kernel_timing, verdicts
 from latentrt.bench import kernels as timings
-from latentrt.bench.kernel_timing import LOST, Timing
+from latentrt.bench.kernel_timing import HUNG, Timing
 from latentrt.kernels import tuning
 from latentrt.kernels._triton import forced
 
@@ -80,9 +80,9 @@ def test_measuring_resumes(here: Timing) -> None:
         assert (left["rows"], [case for _, case, _ in left["left"]]) == ([], ["two", "one"])
         with pytest.raises(SystemExit):
             timings.measure(here, [small_attention(op=died)], BF16)
-        assert [row["error"] for row in json.loads(path.read_text())["rows"]] == [LOST]
+        assert [row["error"] for row in json.loads(path.read_text())["rows"]] == [HUNG]
         fallen = timings.measure(here, [small_attention(op=ATTENTION.reference)], BF16)
-        assert [row["error"] for row in fallen["rows"]] == [LOST, FALLEN]
+        assert [row["error"] for row in fallen["rows"]] == [HUNG, FALLEN]
         result = timings.measure(here, [small_attention()], BF16)
         assert [(row["case"], "us" in row) for row in result["rows"]] == [("two", False), ("one", True)]
         again = timings.measure(here, [small_attention(op=died)], BF16)
@@ -103,7 +103,7 @@ def test_the_state_is_of_the_gpu_that_is_timed(here: Timing, monkeypatch: pytest
     asked: list[torch.device] = []
     monkeypatch.setattr(kernel_timing, "open_nvml", lambda device: asked.append(device) or Gpu())
     second = Timing(torch.device("cuda:1"), fake_timer)
-    assert kernel_timing.here(second).items() >= {"driver": "580.1", "sm_mhz": 1980.0}.items()
+    assert kernel_timing.run_metadata(second).items() >= {"driver": "580.1", "sm_mhz": 1980.0}.items()
     assert asked == [torch.device("cuda:1")]
     monkeypatch.undo()
     assert kernel_timing.gpu_state(here) == {}
@@ -114,10 +114,10 @@ def test_times_of_another_machine_are_not_continued(changed: str, tmp_path: Path
     path = tmp_path / "kernels.json"
     machine = {"gpu": "H200", "driver": "580.1", "cuda": "13.0", "versions": {}, "sources": "s", "tuned": "t"}
     path.write_text(json.dumps({"machine": machine}))
-    assert kernel_timing.read_if_same(path, machine, "tuned") == {"machine": machine}
+    assert kernel_timing.read_resumable(path, machine, "tuned") == {"machine": machine}
     other = {**machine, changed: "another"}
-    assert kernel_timing.read_if_same(path, other, "tuned") == {}
-    assert bool(kernel_timing.read_if_same(path, other)) is (changed == "tuned")
+    assert kernel_timing.read_resumable(path, other, "tuned") == {}
+    assert bool(kernel_timing.read_resumable(path, other)) is (changed == "tuned")
 
 
 @pytest.mark.parametrize("without", ["earlier", "now", "both"])
@@ -127,8 +127,8 @@ def test_a_driver_that_could_not_be_read_does_not_drop_earlier_times(without: st
     machine = {"gpu": "H200", "driver": "580.1", "cuda": "13.0", "versions": {}, "sources": "s"}
     unread = {name: value for name, value in machine.items() if name != "driver"}
     path.write_text(json.dumps({"machine": machine if without == "now" else unread}))
-    assert kernel_timing.read_if_same(path, machine if without == "earlier" else unread) != {}
-    assert kernel_timing.read_if_same(path, {**unread, "cuda": "12.8"}) == {}
+    assert kernel_timing.read_resumable(path, machine if without == "earlier" else unread) != {}
+    assert kernel_timing.read_resumable(path, {**unread, "cuda": "12.8"}) == {}
 
 
 def test_a_wrong_kernel_is_not_timed(here: Timing) -> None:
@@ -161,7 +161,7 @@ def test_each_part_of_a_row_has_its_own_time(here: Timing, monkeypatch: pytest.M
 
         return call
 
-    monkeypatch.setattr(timings, "watched", watched)
+    monkeypatch.setattr(timings, "hang_watchdog", watched)
     with forced(), tuning.trying("attention", SMALL[1]):
         spec = small_attention(op=noted("o"), baselines={"a": noted("a"), "b": noted("b")})
         result = timings.measure(here, [spec], BF16)
@@ -170,7 +170,7 @@ def test_each_part_of_a_row_has_its_own_time(here: Timing, monkeypatch: pytest.M
 
 
 def test_a_lost_gpu_ends_the_run(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timings, "answers", lambda _: False)
+    monkeypatch.setattr(timings, "gpu_is_alive", lambda _: False)
     result = timings.measure(here, [small_attention()], BF16)  # not forced: no kernel of ours runs
     assert len(result["rows"]) == 1
     assert result["left"] == [["attention", "one", "bfloat16"]]
@@ -246,7 +246,7 @@ def test_a_hang_is_given_up() -> None:
     program = (
         "import time, torch\n"
         "from latentrt.bench import kernel_timing as t\n"
-        "with t.watched(t.Timing(torch.device('cuda'), None), 0.2): time.sleep(3600)\n"
+        "with t.hang_watchdog(t.Timing(torch.device('cuda'), None), 0.2): time.sleep(3600)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -12,7 +12,7 @@ import torch
 from helpers.dry_timing import ATTENTION, BF16, FIRST, SECOND, SMALL, fake_timer, small_attention
 from latentrt.bench import kernel_timing, kernel_tuning, verdicts
 from latentrt.bench import kernels as timings
-from latentrt.bench.kernel_timing import LOST, Timing
+from latentrt.bench.kernel_timing import HUNG, Timing
 from latentrt.kernels import aot, tuning
 from latentrt.kernels._triton import forced
 from latentrt.kernels.registry import specs
@@ -134,7 +134,7 @@ def test_a_candidate_that_fails_in_its_final_is_found_one_by_one_and_never_chose
 
     saved: list[Any] = []
     monkeypatch.setattr(tuning, "save", lambda *args: saved.append(args[2]))
-    monkeypatch.setattr(kernel_tuning, "answers", lambda timing: survives)
+    monkeypatch.setattr(kernel_tuning, "gpu_is_alive", lambda timing: survives)
     timing = Timing(here.device, crashes, folder=here.folder)
     spec = small_attention(candidates={"attention": SMALL[1:]})  # the one of 32 is the quickest alone
     with forced():
@@ -143,7 +143,7 @@ def test_a_candidate_that_fails_in_its_final_is_found_one_by_one_and_never_chose
             assert (result["best"], saved, finals) == ({}, [], [[32, 16]])
             again = kernel_tuning.tune(timing, [spec])
             assert (again["best"], saved, finals) == ({}, [], [[32, 16], [32]])
-            monkeypatch.setattr(kernel_tuning, "answers", lambda timing: True)
+            monkeypatch.setattr(kernel_tuning, "gpu_is_alive", lambda timing: True)
             result = kernel_tuning.tune(timing, [spec])
     assert finals == [[32, 16], [32], [16]]
     assert result["best"] == {"attention": {"16/d64-short": SMALL[1]}}
@@ -174,7 +174,7 @@ def test_a_final_that_never_came_back_loses_only_the_candidate_that_hangs(here: 
                 kernel_tuning.tune(timing, [spec], save=False)
         result = kernel_tuning.tune(timing, [spec], save=False)
     found = result["finals"]["attention"]["16/d64-short"]
-    assert found[json.dumps(SMALL[2])] == {FIRST: LOST}
+    assert found[json.dumps(SMALL[2])] == {FIRST: HUNG}
     assert found[json.dumps(third)] == {FIRST: 15.0, SECOND: 45.0}
     assert result["best"] == {"attention": {"16/d64-short": third}}
     assert result["left"] == []
@@ -184,13 +184,13 @@ def test_a_candidate_that_is_wrong_at_a_case_of_another_operator_is_not_chosen_b
     here: Timing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The finals of the first case alone had it; with the second one they begin again without it."""
-    judge = kernel_timing.Float64Check.judge
+    judge = kernel_timing.Float64Check.check
 
     def wrong(check: Any, got: Any) -> tuple[float, bool]:
         return (707.3, False) if by_constants("") == 32 and len(seen) else judge(check, got)
 
     seen: list[str] = []
-    monkeypatch.setattr(kernel_timing.Float64Check, "judge", wrong)
+    monkeypatch.setattr(kernel_timing.Float64Check, "check", wrong)
     candidates = {"attention": [*SMALL[1:], {**SMALL[1], "BLOCK_N": 64}]}
     both = small_attention(candidates=candidates)
     with forced():
@@ -269,7 +269,7 @@ def test_tuning_resumes(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
         result = kernel_tuning.tune(Timing(here.device, stops, folder=here.folder), [small_attention()])
     assert timed == [16, 16, 32, 16]  # the other case of the one that is left
     times = result["times"]["attention"]["16/d64-short"]
-    assert times[json.dumps(SMALL[2])] == {FIRST: LOST}
+    assert times[json.dumps(SMALL[2])] == {FIRST: HUNG}
     arch, table, best, measured_on = saved[0]
     assert (arch, table, best) == (80, "attention", {"16/d64-short": SMALL[1]})
     assert measured_on["gpu"] == "A Fake"
@@ -305,12 +305,12 @@ def test_block_sizes_of_an_earlier_run_are_taken(block_sizes: tuple[Path, Path])
     """The sources came anew, and with them what is reasoned."""
     read, left = block_sizes
     before = {path.name: path.read_text() for path in read.iterdir()}
-    assert kernel_tuning.take_tuned(left.parent / "none") == []
-    assert kernel_tuning.take_tuned(left) == []  # nothing is measured there
+    assert kernel_tuning.import_tuned(left.parent / "none") == []
+    assert kernel_tuning.import_tuned(left) == []  # nothing is measured there
     assert {path.name: path.read_text() for path in read.iterdir()} == before
-    measured = {"gpu": "A", "sources": kernel_timing.sources()}
+    measured = {"gpu": "A", "sources": kernel_timing.sources_digest()}
     leave(left, "attention", {KEY: NEW}, measured)
-    assert kernel_tuning.take_tuned(left) == ["attention of sm_90"]
+    assert kernel_tuning.import_tuned(left) == ["attention of sm_90"]
     assert tuning.constants("attention", 90, torch.float16, "d64") == NEW
     found = tuning.load(90)
     assert found["measured_on"] == {"attention": {**measured, "keys": [KEY]}}
@@ -319,7 +319,7 @@ def test_block_sizes_of_an_earlier_run_are_taken(block_sizes: tuple[Path, Path])
     assert {k: v for k, v in found["tables"].items() if k != "attention"} == {
         k: v for k, v in reasoned.items() if k != "attention"
     }
-    assert kernel_tuning.take_tuned(left) == []
+    assert kernel_tuning.import_tuned(left) == []
 
 
 def test_block_sizes_of_other_sources_or_forms_are_not_taken(block_sizes: tuple[Path, Path]) -> None:
@@ -333,9 +333,9 @@ def test_block_sizes_of_other_sources_or_forms_are_not_taken(block_sizes: tuple[
         100: '{"tables": {}, "measured_on": {"attention": {"sources": "%s", "keys": ["16/d64"]}}}',
         120: '{"tables": {}, "measured_on": {"attention": 7}}',
     }.items():
-        (left / f"sm_{arch}.json").write_text(text.replace("%s", kernel_timing.sources()))
+        (left / f"sm_{arch}.json").write_text(text.replace("%s", kernel_timing.sources_digest()))
     (left / "sm_70.json").write_text("{}")
-    assert kernel_tuning.take_tuned(left) == []
+    assert kernel_tuning.import_tuned(left) == []
     assert tuning.load(90) == before
     assert {path.name for path in read.iterdir()} == {f"sm_{arch}.json" for arch in tuning.architectures()}
 
@@ -361,7 +361,7 @@ def test_levels_of_the_unet_are_tuned_apart() -> None:
 def test_both_variants_of_a_kernel_are_tried() -> None:
     tried = {
         launch.kernel.name
-        for r in kernel_tuning.tuned_requests(specs(["attention", "linear_geglu"]), 90)
+        for r in kernel_tuning.tuning_requests(specs(["attention", "linear_geglu"]), 90)
         for launch in aot._launches(r)
     }
     assert tried == {

@@ -176,7 +176,7 @@ def test_block_sizes_that_an_earlier_run_found_are_taken_first(
 ) -> None:
     taken: list[tuple[Path, dict[str, int]]] = []
     monkeypatch.setattr(
-        gpu, "take_tuned", lambda folder: taken.append((folder, ran(planted))) or ["attention of sm_90"]
+        gpu, "import_tuned", lambda folder: taken.append((folder, ran(planted))) or ["attention of sm_90"]
     )
     out = planted / "out"
     assert gpu.main(["--out", str(out), "good"]) == 0
