@@ -1,10 +1,10 @@
-"""Everything that is slow, part after part: what `make test-full` runs.
+"""Runs all slow tests, in parts: `make test-full`.
 
     python -m latentrt.bench.full [--list] [--again] [PART ...]
 
-Each part is a process, with a limit to its time. A part that passed, and within a part of tests each test that passed,
-is not run again while the sources it depends on stay the same: run the same command again after a failure, or after it
-was stopped. Ends with a table and the figures that tests printed; results and logs are in build/full.
+Each part is a process with a time limit. A part that passed is not run again as long as the sources that it depends on
+stay the same; nor is, within a part, a test that passed. So after a failure or an interruption, run the same command
+again. It ends with a table and the figures that tests printed; results and logs are in build/full.
 """
 
 from __future__ import annotations
@@ -32,18 +32,29 @@ from . import pytest_resume
 from .machine import ROOT
 from .shutdown import signals_as_ctrl_c
 
-__all__ = ["FAREWELL", "PARTS", "Judged", "Part", "Result", "line", "main", "read_result", "run_part"]
+__all__ = [
+    "GRACE_SECONDS",
+    "PARTS",
+    "Part",
+    "PartVerdict",
+    "Result",
+    "line",
+    "main",
+    "read_result",
+    "run_part",
+]
 
-_NOTHING_LEFT = 5  # pytest's exit status where every test was left out
-FAREWELL = 45.0
-"""Seconds in which a part that is stopped may write down what it has."""
-# What any part depends on, besides its own tests.
-_SOURCES = ("bench", "export", "kernels", "runtime")
-_KINDS = {".py", ".json", ".safetensors", ".txt", ".html"}
+_NO_TESTS_COLLECTED = 5
+"""pytest's exit status if every test was skipped because it had passed."""
+GRACE_SECONDS = 45.0
+"""Time for a part to save its results after it was told to end."""
+_SOURCE_FOLDERS = ("bench", "export", "kernels", "runtime")
+_SOURCE_SUFFIXES = {".py", ".json", ".safetensors", ".txt", ".html"}
+"""What every part depends on, besides its own tests."""
 
 
-class Judged(NamedTuple):
-    """Whether a part did what it is for, and why not, or what is left of it."""
+class PartVerdict(NamedTuple):
+    """Whether a part passed, and why not, or what remains to be done."""
 
     passed: bool
     why: str
@@ -51,35 +62,35 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """Something to run.
+    """Something to run: tests or a command.
 
     Attributes:
         name: of the part.
-        limit: seconds after which it is ended.
-        tests: files of tests of which those marked `full` are run.
-        command: what is run in place of tests: arguments of Python's.
-        workers: processes that share the tests; 0 runs them in one, as what measures time has to.
-        figures: what its tests print is shown in the end.
-        marked: which tests of the files are run.
-        options: more of pytest's.
-        memory: bytes that it may take.
-        apart: folders left out of the digest: a change there does not make a passed part stale.
-        beside: the side it is compared with; part of the digest, so another one runs the part anew.
-        verdict: asked about what a part has written that ended well by its exit status.
+        time_limit: seconds after which it is ended.
+        tests: files of tests.
+        command: what is run in place of tests: arguments of Python.
+        workers: processes that share the tests; 0 runs all in one process, as measuring time requires.
+        show_output: what its tests print is shown at the end.
+        markers: which tests of the files are run: pytest's `-m`.
+        options: more options of pytest.
+        memory_limit: bytes that it may take.
+        digest_excludes: folders that are not in the digest: after a change there, a passed part is not run again.
+        reference: the side that it compares with, which is in the digest: with another one the part is run again.
+        verdict: called if the exit status is good, to check what the part has written.
     """
 
     name: str
-    limit: float
+    time_limit: float
     tests: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
     workers: int = 0
-    figures: bool = False
-    marked: str = "full and not gpu"
+    show_output: bool = False
+    markers: str = "full and not gpu"
     options: tuple[str, ...] = ()
-    memory: float = 24e9
-    apart: tuple[str, ...] = ("results",)
-    beside: str = ""
-    verdict: Callable[[], Judged] | None = None
+    memory_limit: float = 24e9
+    digest_excludes: tuple[str, ...] = ("results",)
+    reference: str = ""
+    verdict: Callable[[], PartVerdict] | None = None
 
 
 _BUILD = ROOT / "build" / "full"
@@ -103,9 +114,9 @@ _NAMED = (
         "serving",
         5400,
         ("tests/runtime/serve/test_load.py", "tests/runtime/serve/test_ray.py"),
-        figures=True,
+        show_output=True,
     ),
-    Part("quality", 10800, ("tests/bench/test_demo_quality.py",), figures=True),
+    Part("quality", 10800, ("tests/bench/test_demo_quality.py",), show_output=True),
     Part("full-size-forward", 1800, command=("-m", "latentrt.bench.full_size")),
     Part("full-size-base", 3600, command=(*_ENGINES, "sdxl_base")),
     Part("full-size-refiner", 3600, command=(*_ENGINES, "sdxl_refiner")),
@@ -114,8 +125,8 @@ _NAMED = (
 )
 
 
-def _unnamed() -> tuple[str, ...]:
-    """The other files that hold slow tests."""
+def _other_test_files() -> tuple[str, ...]:
+    """Files with slow tests that are in no named part."""
     named = {file for part in _NAMED for file in part.tests}
     files = {
         path.relative_to(ROOT).as_posix()
@@ -125,19 +136,19 @@ def _unnamed() -> tuple[str, ...]:
     return tuple(sorted(files - named))
 
 
-PARTS = (*_NAMED, Part("others", 9000, _unnamed()))
+PARTS = (*_NAMED, Part("others", 9000, _other_test_files()))
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a part went, the last time it was run.
+    """The result of a part's last run.
 
     Attributes:
-        digest: of the sources it depends on.
-        passed: whether all of it did.
-        why: where it did not; where it did, what is left to say.
-        seconds: that run's; tests that had passed before are not in it.
-        memory: by how many bytes the machine's available memory fell meanwhile, other programs included.
+        digest: of the sources that it depends on.
+        passed: whether all of it passed.
+        why: why it did not pass; or, if it did, what remains to be done.
+        seconds: of that run, without tests that had passed before.
+        memory: by how many bytes the machine's available memory fell, other programs included.
     """
 
     digest: str
@@ -148,13 +159,17 @@ class Result:
 
 
 def run_part(part: Part, folder: Path, *, again: bool = False) -> Result:
-    """Run what of a part has not passed yet, and note how it went in `folder`."""
+    """Run what has not passed yet of a part, and save the result in `folder`.
+
+    Args:
+        again: run what passed, too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     digest = _digest(part)
-    known = read_result(folder, part)
-    if known is not None and known.digest == digest and known.passed and not again:
-        return known
-    begun = time.monotonic()
+    earlier = read_result(folder, part)
+    if earlier is not None and earlier.digest == digest and earlier.passed and not again:
+        return earlier
+    started = time.monotonic()
     with open(folder / f"{part.name}.log", "w", encoding="utf-8") as log:
         command = [sys.executable, *(part.command or _tests(part, folder, digest, again=again))]
         threads = {"OMP_NUM_THREADS": "1"} if part.workers or part.name == "quick" else {}
@@ -164,78 +179,80 @@ def run_part(part: Part, folder: Path, *, again: bool = False) -> Result:
             env={**os.environ, **threads},
             stdout=log,
             stderr=subprocess.STDOUT,
-            process_group=0,  # so that all it starts can be ended; no terminal's signals reach it
-            preexec_fn=_heed_ctrl_c,  # noqa: PLW1509, there is one thread
+            # In a group of its own all that it starts can be ended, and the terminal's signals do not reach it.
+            process_group=0,
+            preexec_fn=_restore_sigint,  # noqa: PLW1509, there is one thread
         )
         try:
-            ended, memory = _watch(process, begun + part.limit)
+            ended, memory = _watch(process, started + part.time_limit)
         finally:
-            _end(process, part.name)
-    good_statuses = (0, *((_NOTHING_LEFT,) if part.tests else ()))
+            _terminate(process, part.name)
+    good_statuses = (0, *((_NO_TESTS_COLLECTED,) if part.tests else ()))
     why = ""
-    # Tests that were through while they were being ended have passed: interrupted ones have another status.
+    # Tests that finished while they were being terminated have passed: interrupted ones have another status.
     if not ended and not (part.tests and process.returncode in good_statuses):
-        why = f"ended after {part.limit:,.0f} s"
+        why = f"ended after {part.time_limit:,.0f} s"
     elif process.returncode not in good_statuses:
         why = f"exit status {process.returncode}"
-    elif memory > part.memory:
-        why = f"took {memory / 1e9:.1f} GB, the limit is {part.memory / 1e9:.0f} GB"
-    good = not why
-    if good and part.verdict is not None:
-        good, why = part.verdict()
-    result = Result(digest, good, why, round(time.monotonic() - begun, 1), memory)
+    elif memory > part.memory_limit:
+        why = f"took {memory / 1e9:.1f} GB, the limit is {part.memory_limit / 1e9:.0f} GB"
+    passed = not why
+    if passed and part.verdict is not None:
+        passed, why = part.verdict()
+    result = Result(digest, passed, why, round(time.monotonic() - started, 1), memory)
     write_json(folder / f"{part.name}.json", asdict(result), indent=2)
     return result
 
 
 def _tests(part: Part, folder: Path, digest: str, *, again: bool) -> list[str]:
-    """Arguments that run the tests of a part, without those that passed."""
-    now = folder / f"{part.name}.{digest[:12]}.passed"
-    before = now.with_suffix(".before")
-    printed = now.with_suffix(".printed")
-    for kept in (now, printed):
-        for old in folder.glob(f"{part.name}.*{kept.suffix}"):
-            if old != kept or again:
-                old.unlink()
-    # A copy, since workers read it while others write the first.
-    before.write_bytes(now.read_bytes() if now.exists() else b"")
-    files = ["--note-passed", str(now), "--skip-passed", str(before)]
-    if part.figures:
+    """Python's arguments to run the tests of a part, without those that passed."""
+    passed = folder / f"{part.name}.{digest[:12]}.passed"
+    passed_before = passed.with_suffix(".before")
+    printed = passed.with_suffix(".printed")
+    for current in (passed, printed):
+        for file in folder.glob(f"{part.name}.*{current.suffix}"):
+            if file != current or again:
+                file.unlink()
+    # Workers read this copy while the original is being written.
+    passed_before.write_bytes(passed.read_bytes() if passed.exists() else b"")
+    files = ["--note-passed", str(passed), "--skip-passed", str(passed_before)]
+    if part.show_output:
         files += ["-rP", "--note-printed", str(printed)]
     command = f"-m pytest -p latentrt.bench.pytest_resume -v --durations=0 -n {part.workers}".split()
-    return [*command, "-m", part.marked, *part.options, *files, *part.tests]
+    return [*command, "-m", part.markers, *part.options, *files, *part.tests]
 
 
 def _watch(process: subprocess.Popen[bytes], until: float) -> tuple[bool, int]:
-    """Whether it ended by itself before then, and the memory that was taken meanwhile."""
+    """Wait for a process until that time: whether it ended by itself, and how much memory was taken meanwhile."""
     first = available_bytes() or 0
-    least = first
+    lowest = first
     while time.monotonic() < until:
         try:
             process.wait(1.0)
         except subprocess.TimeoutExpired:
-            least = min(least, available_bytes() or first)
+            lowest = min(lowest, available_bytes() or first)
             continue
-        return True, first - least
-    return False, first - least
+        return True, first - lowest
+    return False, first - lowest
 
 
-def _heed_ctrl_c() -> None:
-    """What a shell begins in its background ignores Ctrl-C, and so would all that it begins itself."""
+def _restore_sigint() -> None:
+    """A shell's background jobs ignore SIGINT, and their child processes would inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _end(process: subprocess.Popen[bytes], name: str) -> None:
-    """It and all it started; by Ctrl-C first, so that it writes down what it has, unless nobody waits for that."""
+def _terminate(process: subprocess.Popen[bytes], name: str) -> None:
+    """End a process and all that it started. It first gets SIGINT and some time, so that it can save its results."""
     try:
         if process.poll() is None:
             with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, signal.SIGINT)
-                with suppress(OSError):  # of a terminal that is gone
+                with suppress(OSError):  # if the terminal is gone
                     print(
-                        f"ending {name}, which has {FAREWELL:.0f} s to write down what it found", flush=True
+                        f"ending {name}, which has {GRACE_SECONDS:.0f} s to write down what it found",
+                        flush=True,
                     )
-                process.wait(FAREWELL)
+                process.wait(GRACE_SECONDS)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -243,7 +260,7 @@ def _end(process: subprocess.Popen[bytes], name: str) -> None:
 
 
 def read_result(folder: Path, part: Part) -> Result | None:
-    """How a part went, as `run_part` noted it."""
+    """The result of a part that `run_part` saved, if there is one."""
     try:
         return Result(**json.loads((folder / f"{part.name}.json").read_text("utf-8")))
     except (OSError, ValueError, TypeError):
@@ -251,18 +268,21 @@ def read_result(folder: Path, part: Part) -> Result | None:
 
 
 def _digest(part: Part) -> str:
-    """Of the sources that a part depends on: the package, what tests share, and its own tests."""
-    own = [ROOT / file for file in part.tests]
+    """Digest of the sources that a part depends on: the package, what tests share, and its own tests."""
+    own_tests = [ROOT / file for file in part.tests]
     if not part.tests and "pytest" in part.command:
-        own = sorted((ROOT / "tests").rglob("*.py"))
-    return combined([_package_digest(part.apart), part.beside, digest_of_files(own, ROOT)])
+        own_tests = sorted((ROOT / "tests").rglob("*.py"))
+    package = _package_digest(part.digest_excludes)
+    return combined([package, part.reference, digest_of_files(own_tests, ROOT)])
 
 
 @cache
-def _package_digest(apart: tuple[str, ...]) -> str:
-    files = [path for folder in _SOURCES for path in sorted((ROOT / folder).rglob("*"))]
+def _package_digest(excludes: tuple[str, ...]) -> str:
+    files = [path for folder in _SOURCE_FOLDERS for path in sorted((ROOT / folder).rglob("*"))]
     files = [
-        path for path in files if path.suffix in _KINDS and not set(apart) & set(path.relative_to(ROOT).parts)
+        path
+        for path in files
+        if path.suffix in _SOURCE_SUFFIXES and not set(excludes) & set(path.relative_to(ROOT).parts)
     ]
     files += [*sorted(ROOT.glob("*.py")), ROOT / "pyproject.toml"]
     files += [*sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "tests" / "helpers").glob("*.py"))]
@@ -270,7 +290,7 @@ def _package_digest(apart: tuple[str, ...]) -> str:
 
 
 def line(part: Part, result: Result | None, folder: Path) -> str:
-    """How a part stands, in one line."""
+    """The state of a part, in one line."""
     if result is None or result.digest != _digest(part):
         done = sum(
             len(pytest_resume.read_passed(file))
@@ -283,9 +303,9 @@ def line(part: Part, result: Result | None, folder: Path) -> str:
 
 
 def _figures(part: Part, folder: Path) -> str:
-    """What its tests printed, also those that failed, with the sources as they are."""
+    """What the tests of a part printed, passed or failed, with the present sources."""
     file = folder / f"{part.name}.{_digest(part)[:12]}.printed"
-    rows = pytest_resume.read_printed(file) if part.figures else {}
+    rows = pytest_resume.read_printed(file) if part.show_output else {}
     return "".join(f"\n{name.rpartition('::')[2]}:\n{text.strip()}\n" for name, text in rows.items())
 
 
@@ -293,22 +313,22 @@ def main(
     argv: Sequence[str] | None = None, *, parts: Iterable[Part] = PARTS, folder: Path | None = None
 ) -> int:
     """Command line; 1 where a part did not pass."""
-    known = {part.name: part for part in parts}
+    by_name = {part.name: part for part in parts}
     parser = argparse.ArgumentParser(description="The slow tests, part after part.")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(known)}; all by default")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(by_name)}; all by default")
     parser.add_argument("--list", action="store_true", help="show what passed, and run nothing")
     parser.add_argument("--again", action="store_true", help="run what passed, too")
     args = parser.parse_args(argv)
-    unknown = [name for name in args.parts if name not in known]
+    unknown = [name for name in args.parts if name not in by_name]
     if unknown:
-        parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(known)}")
+        parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(by_name)}")
     folder = folder or _BUILD
-    chosen = [known[name] for name in dict.fromkeys(args.parts or known)]
+    chosen = [by_name[name] for name in dict.fromkeys(args.parts or by_name)]
     if not args.list:
         with signals_as_ctrl_c():
             for part in chosen:
                 print(
-                    f"{part.name}: at most {part.limit / 60:.0f} minutes; {folder / part.name}.log",
+                    f"{part.name}: at most {part.time_limit / 60:.0f} minutes; {folder / part.name}.log",
                     flush=True,
                 )
                 print(line(part, run_part(part, folder, again=args.again), folder), flush=True)
@@ -317,10 +337,10 @@ def main(
     for part, result in zip(chosen, results, strict=True):
         print(line(part, result, folder))
     print("".join(_figures(part, folder) for part in chosen), end="")
-    good = [
+    passed = [
         r is not None and r.passed and r.digest == _digest(p) for p, r in zip(chosen, results, strict=True)
     ]
-    return int(not all(good) and not args.list)
+    return int(not all(passed) and not args.list)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""What needs a CUDA GPU, part after part: what `make gpu` runs.
+"""Runs everything that needs a CUDA GPU, in parts: `make gpu`.
 
     python -m latentrt.bench.gpu [--list] [--again] [--out FOLDER] [--seconds N] [PART ...]
 
-What is worth most comes first: whether graphs and kernels are right, where the time of a picture goes, what it takes
-beside the reference, the kernels one by one, then everything else. A part that fails or takes too long does not keep
-the others from their turn, and what it had found until then is written. What is not installed is left out and said to
-be.
+The most valuable parts come first: tests of graphs and kernels, where the time of a picture goes, speed compared with
+the reference, the kernels one by one, then everything else. If a part fails or takes too long, its results so far are
+saved, and the others still run. Parts of what is not installed are skipped and reported.
 
-A part is judged by what it wrote, not by its exit status alone. It is not run again while the sources are the same.
-Tuned block sizes are results, not sources, except to tests, so use `--again` for figures with new ones. With `--out`,
-sizes tuned by an earlier run are copied back first, since freshly copied sources lack them.
+Whether a part passed depends on what it wrote, and not only on its exit status. A part that passed is not run again as
+long as the sources are the same. Tuned block sizes are not sources, except for tests, so use `--again` to measure with
+new ones. With `--out`, block sizes that an earlier run tuned are copied back first, since freshly copied sources do not
+have them.
 
-Where diffusers is not installed, latentrt's own modules in eager PyTorch are what others are held against.
+If diffusers is not installed, sides are compared with latentrt's own modules in eager PyTorch.
 """
 
 from __future__ import annotations
@@ -30,31 +30,35 @@ import torch
 
 from ..kernels import tuning
 from .cases import SIDES, reference_side, unavailable_reason
-from .full import FAREWELL, Part, line, read_result, run_part
+from .full import GRACE_SECONDS, Part, line, read_result, run_part
 from .kernel_tuning import import_tuned
 from .machine import RESULTS, ROOT
 from .shutdown import signals_as_ctrl_c
 from .stats import LEAST_ROUNDS
-from .verdicts import is_left, of_resumable, of_side
+from .verdicts import is_unfinished, resumable_verdict, side_verdict
 
 __all__ = ["Step", "main", "steps"]
 
 _BUILD = ROOT / "build" / "gpu"
-_LIMIT = 600.0
-_COMPILES = 3600.0  # the limit of torch.compile's slowest mode
+_TIME_LIMIT = 600.0
+_MAX_AUTOTUNE_LIMIT = 3600.0
+"""For torch.compile's slowest mode."""
 _PATIENCE = {
-    "diffusers-compile": _LIMIT,
-    "diffusers-reduce-overhead": _LIMIT,
-    "diffusers-max-autotune": _COMPILES,
+    "diffusers-compile": _TIME_LIMIT,
+    "diffusers-reduce-overhead": _TIME_LIMIT,
+    "diffusers-max-autotune": _MAX_AUTOTUNE_LIMIT,
 }
-_PATIENCE_ELSE = 240.0  # seconds of one answer of a side
-_SHOWN = 40  # lines of a log
-_LEAST = 60.0  # seconds below which nothing is begun
-_RUNS = 4
-"""Of one that goes on by itself, at most: a kernel that never comes back ends it, and the next run passes over that."""
-_FIRST = "latentrt-triton"
-_LAST = "diffusers-max-autotune"
-_REST = (
+_DEFAULT_PATIENCE = 240.0
+"""`--patience` of a side that is not in `_PATIENCE`."""
+_LOG_LINES = 40
+"""Of a part's log, to print."""
+_MIN_SECONDS = 60.0
+"""With less time left, no part is started."""
+_MAX_ATTEMPTS = 4
+"""Runs of a part that resumes by itself: a kernel that hangs ends a run, and the next one skips that kernel."""
+_MAIN_SIDE = "latentrt-triton"
+_SLOWEST_SIDE = "diffusers-max-autotune"
+_OTHER_SIDES = (
     "latentrt-triton-plain",
     "latentrt-eager",
     "diffusers-reduce-overhead",
@@ -69,28 +73,29 @@ _CASES = ("sdxl", "sdxl-refiner")
 
 @dataclass(frozen=True)
 class Step:
-    """A part, and the sides of the benchmark without which it has nothing to do.
+    """A part, and the sides of the benchmark that it needs.
 
     Attributes:
-        choosing: one of the sides is enough: it takes those that there are.
-        kept: what its side builds, by glob; removed when it passed, since a disk does not hold that of all sides.
-        left: for a part that resumes by itself and passes when its time is up: whether work remains. Such a part is
-            always run.
-        seconds: the time such a part gets, as `--seconds`.
+        any_side: one of the sides is enough.
+        build_glob: what its side builds, as a glob in the work folder. It is removed when the part has passed, since a
+            disk cannot hold the builds of all sides.
+        unfinished: for a part that resumes by itself, and passes even if its time was up: whether work remains. Such a
+            part is always run.
+        seconds: the time that such a part gets, as `--seconds`.
     """
 
     part: Part
     sides: tuple[str, ...] = ()
-    choosing: bool = False
-    kept: str = ""
-    left: Callable[[], bool] | None = None
+    any_side: bool = False
+    build_glob: str = ""
+    unfinished: Callable[[], bool] | None = None
     seconds: float = 0.0
 
-    def missing(self) -> list[str]:
-        """Why it has nothing to do on this machine; empty where it has."""
+    def unavailable_reasons(self) -> list[str]:
+        """Why it cannot run on this machine; empty if it can."""
         gpu = torch.device("cuda")
-        why = [reason for name in self.sides if (reason := unavailable_reason(SIDES[name], gpu, "float16"))]
-        return [] if self.choosing and len(why) < len(self.sides) else list(dict.fromkeys(why))
+        reasons = [why for name in self.sides if (why := unavailable_reason(SIDES[name], gpu, "float16"))]
+        return [] if self.any_side and len(reasons) < len(self.sides) else list(dict.fromkeys(reasons))
 
 
 def steps(
@@ -99,92 +104,97 @@ def steps(
     *,
     out: Path | None = None,
     kernel_seconds: float = 400.0,
-    tuned: Sequence[str] = (),
+    tune_ops: Sequence[str] = (),
 ) -> list[Step]:
-    """Everything, in its order.
+    """All steps, in the order in which they run.
 
     Args:
-        results: folder of what the benchmark and the timeline find.
-        work: folder of random weights and of what sides build.
-        out: folder of the kernels' times and tuning; `results` where None.
-        kernel_seconds: after which these begin nothing new.
-        tuned: the operators that are tuned; all where empty.
+        results: folder for the results of the benchmark and the timeline.
+        work: folder for random weights and for what sides build.
+        out: folder for the kernels' times and tuning; `results` if None.
+        kernel_seconds: time after which these start nothing new.
+        tune_ops: the operators that are tuned; all if empty.
     """
     reference = reference_side()
     sides = _Sides(results, work, reference)
     files = _files()
-    first = {name: sides.step(name, 1, _FIRST) for name in _CASES}
-    found = results if out is None else out
-    kernels = ("-m", "latentrt.cli", "kernels", "--out", str(found))
-    tune = _part("tune", *kernels, "--tune", *(word for op in tuned for word in ("--op", op)))
-    time_them = _part("kernels", *kernels, "--measure")
-    rest = [sides.step(case, 1, side) for case in _CASES for side in _REST if side != reference]
-    many = [sides.step("sdxl", n, side) for n in (2, 4, 8) for side in (_FIRST, "latentrt-tensorrt")]
+    main_side = {name: sides.step(name, 1, _MAIN_SIDE) for name in _CASES}
+    other_sides = [sides.step(case, 1, side) for case in _CASES for side in _OTHER_SIDES if side != reference]
+    batches = [sides.step("sdxl", n, side) for n in (2, 4, 8) for side in (_MAIN_SIDE, "latentrt-tensorrt")]
+    kernels_out = results if out is None else out
+    kernels = ("-m", "latentrt.cli", "kernels", "--out", str(kernels_out))
+    tune = _part("tune", *kernels, "--tune", *(word for op in tune_ops for word in ("--op", op)))
+    measure = _part("kernels", *kernels, "--measure")
     return [
         Step(_tests("graph-tests", files["graph"])),
-        # Of a test's first call most is compiling, at most 5 s on a slow core.
+        # Most of a test's first call is compiling, which takes at most 5 s on a slow core.
         Step(_tests("kernel-tests", files["kernel"], "--timeout=45", workers=4)),
         Step(_timeline("sdxl", results, work)),
-        first["sdxl"],
-        first["sdxl-refiner"],
+        main_side["sdxl"],
+        main_side["sdxl-refiner"],
         Step(_timeline("sdxl-refiner", results, work)),
-        Step(_part("packing", "-m", "latentrt.bench.packing", "--device", "cuda", "--out", str(found))),
+        Step(_part("packing", "-m", "latentrt.bench.packing", "--device", "cuda", "--out", str(kernels_out))),
         Step(
-            replace(tune, verdict=partial(of_resumable, found, "tuning")),
-            left=partial(is_left, found, "tuning"),
+            replace(tune, verdict=partial(resumable_verdict, kernels_out, "tuning")),
+            unfinished=partial(is_unfinished, kernels_out, "tuning"),
             seconds=kernel_seconds,
         ),
         Step(
-            replace(time_them, verdict=partial(of_resumable, found, "kernels")),
-            left=partial(is_left, found, "kernels"),
+            replace(measure, verdict=partial(resumable_verdict, kernels_out, "kernels")),
+            unfinished=partial(is_unfinished, kernels_out, "kernels"),
             seconds=kernel_seconds,
         ),
         Step(_tests("stream-tests", files["stream"])),
         Step(
             _tests("engine-tests", files["engine"]),
             ("latentrt-tensorrt", "latentrt-tensorrt-rtx"),
-            choosing=True,
+            any_side=True,
         ),
-        *rest,
-        *many,
-        # What compiles for longest is last, and begins anew where it was stopped.
-        *(sides.step(case, 1, _LAST) for case in _CASES),
+        *other_sides,
+        *batches,
+        # The side that compiles for longest is last. If it is stopped, it has to start again.
+        *(sides.step(case, 1, _SLOWEST_SIDE) for case in _CASES),
     ]
 
 
-def _part(name: str, *command: str, limit: float = _LIMIT) -> Part:
-    return Part(name, limit, command=command, memory=math.inf, apart=("results", "tuned"))
+def _part(name: str, *command: str, time_limit: float = _TIME_LIMIT) -> Part:
+    return Part(
+        name, time_limit, command=command, memory_limit=math.inf, digest_excludes=("results", "tuned")
+    )
 
 
 def _tests(name: str, files: Sequence[str], *options: str, workers: int = 0) -> Part:
-    """A test that waits for a kernel that never returns is ended with its process, which no signal would do; what
-    passed before is not run again, unless with other block sizes, which make other kernels."""
+    """A part of tests.
+
+    A test that hangs ends its process (`--timeout-method=thread`), since a signal cannot interrupt a wait for a kernel.
+    Tests that passed are run again with other block sizes, which make other kernels.
+    """
     return replace(
         _part(name),
         tests=tuple(files),
-        apart=("results",),
+        digest_excludes=("results",),
         workers=workers,
-        marked="gpu",
+        markers="gpu",
         options=("-p", "no:randomly", "--timeout-method=thread", *options),
     )
 
 
 def _files() -> dict[str, list[str]]:
-    """Files that hold tests for a GPU: of graphs, of streams, of kernels, with the riskiest last, and of engines. No
-    other is imported: it may need what is not installed."""
-    found: dict[str, list[str]] = {"graph": [], "stream": [], "kernel": [], "engine": []}
+    """Kind -> files with tests for a GPU, the riskiest last. Other files are not even imported: they may need something
+    that is not installed."""
+    files: dict[str, list[str]] = {"graph": [], "stream": [], "kernel": [], "engine": []}
     for path in sorted(
         (ROOT / "tests").rglob("test_*.py"), key=lambda path: ("attention" in path.name, path)
     ):
         if "pytest.mark.gpu" in path.read_text("utf-8"):
-            known = {
+            kinds = {
                 "test_graphs_gpu": "graph",
                 "test_stream_order_gpu": "stream",
                 "test_second_device_gpu": "stream",
             }
-            kind = known.get(path.stem, "kernel" if path.parent.name == "kernels" else "engine")
-            found[kind].append(path.relative_to(ROOT).as_posix())
-    return found
+            kind = kinds.get(path.stem, "kernel" if path.parent.name == "kernels" else "engine")
+            files[kind].append(path.relative_to(ROOT).as_posix())
+    return files
 
 
 def _timeline(case: str, results: Path, work: Path) -> Part:
@@ -199,19 +209,23 @@ class _Sides:
     reference: str
 
     def step(self, case: str, batch: int, side: str) -> Step:
-        """A side beside the reference; alone, held against pictures of that in float32 and in as few rounds as an
-        interval of 95 % takes, and in a batch for its throughput."""
-        exact = ["--rounds", "3"]
+        """A side compared with the reference.
+
+        At batch size 1 its pictures are compared with the reference's in float32, and there are just enough rounds for
+        a 95 % interval. Larger batches only measure throughput.
+        """
+        options = ["--rounds", "3"]
         if batch == 1:
-            exact = f"--side {self.reference}@float32 --pictures 2 --rounds {LEAST_ROUNDS}".split()
+            options = f"--side {self.reference}@float32 --pictures 2 --rounds {LEAST_ROUNDS}".split()
         out = self.results / f"gpu-{case}-{batch}" / side
         command = f"-m latentrt.cli bench --device cuda --case {case} --batch {batch}".split()
-        command += ["--work", str(self.work), "--patience", f"{_PATIENCE.get(side, _PATIENCE_ELSE):g}"]
-        command += ["--side", self.reference, *exact, "--side", side, "--out", str(out)]
+        command += ["--work", str(self.work), "--patience", f"{_PATIENCE.get(side, _DEFAULT_PATIENCE):g}"]
+        command += ["--side", self.reference, *options, "--side", side, "--out", str(out)]
         name = "-".join([case, *([f"batch-{batch}"] if batch > 1 else []), side])
-        part = _part(name, *command, limit=_COMPILES if side == _LAST else _LIMIT)
-        part = replace(part, beside=self.reference, verdict=partial(of_side, out, side))
-        return Step(part, (self.reference, side), kept=f"{case}/{side}-{'[0-9a-f]' * 12}")
+        time_limit = _MAX_AUTOTUNE_LIMIT if side == _SLOWEST_SIDE else _TIME_LIMIT
+        part = _part(name, *command, time_limit=time_limit)
+        part = replace(part, reference=self.reference, verdict=partial(side_verdict, out, side))
+        return Step(part, (self.reference, side), build_glob=f"{case}/{side}-{'[0-9a-f]' * 12}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -241,12 +255,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = _BUILD if out is None else out / "parts"
     results = RESULTS if out is None else out
     work = _BUILD / "kept"
-    made = steps(results, work, out=out, kernel_seconds=args.kernel_seconds, tuned=args.tune)
-    known = {step.part.name: step for step in made}
-    unknown = [name for name in args.parts if name not in known]
+    all_steps = steps(results, work, out=out, kernel_seconds=args.kernel_seconds, tune_ops=args.tune)
+    by_name = {step.part.name: step for step in all_steps}
+    unknown = [name for name in args.parts if name not in by_name]
     if unknown:
-        parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(known)}")
-    chosen = [known[name] for name in dict.fromkeys(args.parts or known)]
+        parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(by_name)}")
+    chosen = [by_name[name] for name in dict.fromkeys(args.parts or by_name)]
     if args.list:
         for step in chosen:
             print(line(step.part, read_result(folder, step.part), folder))
@@ -254,66 +268,68 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(f"these parts are for a CUDA GPU, and PyTorch {torch.__version__} sees none")
         return 1
-    if out is not None and (taken := import_tuned(out / "tuned")):
-        print(f"block sizes from {out / 'tuned'}: {', '.join(taken)}", flush=True)
-    lines: list[tuple[str, bool]] = []
+    if out is not None and (imported := import_tuned(out / "tuned")):
+        print(f"block sizes from {out / 'tuned'}: {', '.join(imported)}", flush=True)
+    summary: list[tuple[str, bool]] = []
     interrupted = False
     with signals_as_ctrl_c():
         try:
-            for told in _run(chosen, folder, work, end, again=args.again):
-                lines.append(told)
+            for text, passed in _run(chosen, folder, work, end, again=args.again):
+                summary.append((text, passed))
         except KeyboardInterrupt:
             interrupted = True
-    print("\n" + "\n".join(text for text, _ in lines))
+    print("\n" + "\n".join(text for text, _ in summary))
     if interrupted:
         print("interrupted; what was found is written, and the same command goes on")
         return 130
-    return int(not all(good for _, good in lines))
+    return int(not all(passed for _, passed in summary))
 
 
 def _run(
     chosen: Sequence[Step], folder: Path, work: Path, end: float, *, again: bool
 ) -> Iterator[tuple[str, bool]]:
-    """A line for each part, and whether there is nothing left to do in it."""
+    """Run steps; yields for each a line of the summary, and whether nothing remains to be done."""
     for step in chosen:
         name = step.part.name
-        missing = step.missing()
-        if missing:
-            yield _told(f"{name:<40}left out: {', '.join(missing)}"), True
+        unavailable = step.unavailable_reasons()
+        if unavailable:
+            yield _printed(f"{name:<40}left out: {', '.join(unavailable)}"), True
             continue
-        if _until(end) < _LEAST:
-            yield _told(f"{name:<40}not run: no time is left"), False
+        if _seconds_until(end) < _MIN_SECONDS:
+            yield _printed(f"{name:<40}not run: no time is left"), False
             continue
-        begun = _now()
-        for _ in range(_RUNS):
-            part = replace(step.part, limit=min(step.part.limit, _until(end)))
-            if step.left is not None:
-                seconds = begun + step.seconds - _now()
+        started = _now()
+        for _ in range(_MAX_ATTEMPTS):
+            part = replace(step.part, time_limit=min(step.part.time_limit, _seconds_until(end)))
+            if step.unfinished is not None:
+                seconds = started + step.seconds - _now()
                 part = replace(part, command=(*part.command, "--seconds", f"{seconds:.0f}"))
-            _told(f"{name}: at most {part.limit:.0f} s; {folder / name}.log")
+            _printed(f"{name}: at most {part.time_limit:.0f} s; {folder / name}.log")
             try:
-                result = run_part(part, folder, again=again or step.left is not None)
+                result = run_part(part, folder, again=again or step.unfinished is not None)
             finally:
-                if name == "tune" and folder != _BUILD:  # they are written where the kernels read them
+                # Tuned block sizes are written where kernels read them, and copied to the results.
+                if name == "tune" and folder != _BUILD:
                     shutil.copytree(tuning.FOLDER, folder.parent / "tuned", dirs_exist_ok=True)
-            with suppress(FileNotFoundError):  # one that passed before may have left its result only
+            with suppress(FileNotFoundError):  # of a part that passed before, only the result may remain
                 log = (folder / f"{name}.log").read_text("utf-8", errors="replace").splitlines()
-                _told("\n".join(log[-_SHOWN:]))
-            spent = min(begun + step.seconds - _now(), _until(end)) < _LEAST
-            if result.passed or step.left is None or not step.left() or spent:
+                _printed("\n".join(log[-_LOG_LINES:]))
+            time_is_up = min(started + step.seconds - _now(), _seconds_until(end)) < _MIN_SECONDS
+            if result.passed or step.unfinished is None or not step.unfinished() or time_is_up:
                 break
-        if result.passed and step.kept:
-            for built in work.glob(step.kept):
-                shutil.rmtree(built, ignore_errors=True)
-        yield _told(line(part, result, folder)), result.passed
+        if result.passed and step.build_glob:
+            for build in work.glob(step.build_glob):
+                shutil.rmtree(build, ignore_errors=True)
+        yield _printed(line(part, result, folder)), result.passed
 
 
-def _until(end: float) -> float:
-    """Seconds that a part may take, so that it may still write down what it found."""
-    return end - _now() - FAREWELL
+def _seconds_until(end: float) -> float:
+    """The time that a part may take, and still save its results before `end`."""
+    return end - _now() - GRACE_SECONDS
 
 
-def _told(text: str) -> str:
+def _printed(text: str) -> str:
+    """Print a text and return it."""
     print(text, flush=True)
     return text
 

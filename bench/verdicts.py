@@ -1,6 +1,7 @@
-"""Checks what the parts of `make gpu` have written.
+"""Checks the results that the parts of `make gpu` have written.
 
-`latentrt bench` ends well where anything was measured; a part is for one side. What is left of kernels is reported.
+Exit statuses do not suffice: `latentrt bench` succeeds if any side was measured, but a part is for one side, and
+`latentrt kernels` succeeds when its time is up, with cases left.
 """
 
 from __future__ import annotations
@@ -10,60 +11,64 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BenchmarkError
-from .full import Judged
+from .full import PartVerdict
 from .kernel_timing import gpu_slug
 from .machine import describe_machine
 from .results import read_report
 
-__all__ = ["is_left", "of_resumable", "of_side"]
+__all__ = ["is_unfinished", "resumable_verdict", "side_verdict"]
 
 
-def of_side(out: Path, side: str) -> Judged:
-    """Of `latentrt bench`: whether it was through, and the side was measured; of the others what became of them.
+def side_verdict(out: Path, side: str) -> PartVerdict:
+    """The verdict on `latentrt bench`: it passes if it was complete and measured a side.
+
+    Reasons why other sides were not measured are reported too.
 
     Args:
         out: folder of its report.
-        side: that is judged.
+        side: the side that has to be measured.
     """
     try:
-        found = read_report(out / "bench.json")
+        report = read_report(out / "bench.json")
     except (OSError, BenchmarkError) as error:
-        return Judged(False, str(error))
-    rows = [row for case in found.cases for row in case.rows]
-    good = [row.side for row in rows if row.status == "measured" and row.batches]
-    bad = [row for row in rows if row.side not in good and row.status != "reference"]
-    why = [f"{row.side} {row.status}: {row.reason}" for row in bad]
-    why += [f"skipped: {case.skipped}" for case in found.cases if case.skipped]
-    why += [] if found.complete else ["it was interrupted"]
-    return Judged(found.complete and side in good, "; ".join(why))
+        return PartVerdict(False, str(error))
+    rows = [row for case in report.cases for row in case.rows]
+    measured = [row.side for row in rows if row.status == "measured" and row.batches]
+    others = [row for row in rows if row.side not in measured and row.status != "reference"]
+    why = [f"{row.side} {row.status}: {row.reason}" for row in others]
+    why += [f"skipped: {case.skipped}" for case in report.cases if case.skipped]
+    why += [] if report.complete else ["it was interrupted"]
+    return PartVerdict(report.complete and side in measured, "; ".join(why))
 
 
-def of_resumable(out: Path, what: str) -> Judged:
-    """Of `latentrt kernels --measure` ("kernels") or `--tune` ("tuning"), which go on in another run: what is left.
-    Where a kernel is wrong the command itself fails.
-
-    Args:
-        out: folder of its results.
-    """
-    found = _read(out / f"{what}-{gpu_slug(describe_machine())}.json")
-    if isinstance(found, Judged):
-        return found
-    return Judged(True, f"{len(found['left'])} left" if found["left"] else "")
-
-
-def is_left(out: Path, what: str) -> bool:
-    """Whether anything is left of "kernels" (`--measure`) or "tuning" (`--tune`); all is where nothing was written.
+def resumable_verdict(out: Path, what: str) -> PartVerdict:
+    """The verdict on `latentrt kernels --measure` or `--tune`: it passes if it wrote results, even with cases left for
+    another run. If a kernel is wrong, the command itself fails.
 
     Args:
         out: folder of its results.
+        what: "kernels" for `--measure`, "tuning" for `--tune`.
     """
-    found = _read(out / f"{what}-{gpu_slug(describe_machine())}.json")
-    return isinstance(found, Judged) or bool(found["left"])
+    result = _read(out / f"{what}-{gpu_slug(describe_machine())}.json")
+    if isinstance(result, PartVerdict):
+        return result
+    return PartVerdict(True, f"{len(result['left'])} left" if result["left"] else "")
 
 
-def _read(path: Path) -> dict[str, Any] | Judged:
+def is_unfinished(out: Path, what: str) -> bool:
+    """Whether `latentrt kernels --measure` or `--tune` has cases left, or has not written anything.
+
+    Args:
+        out: folder of its results.
+        what: "kernels" for `--measure`, "tuning" for `--tune`.
+    """
+    result = _read(out / f"{what}-{gpu_slug(describe_machine())}.json")
+    return isinstance(result, PartVerdict) or bool(result["left"])
+
+
+def _read(path: Path) -> dict[str, Any] | PartVerdict:
     try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        result: dict[str, Any] = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        return Judged(False, str(error))
-    return found
+        return PartVerdict(False, str(error))
+    return result

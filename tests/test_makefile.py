@@ -96,7 +96,7 @@ def test_the_benchmark_is_the_demos_on_the_cpu_also_where_there_is_a_gpu(
     suites: list[Suite] = []
     monkeypatch.setattr(Suite, "run", lambda self: suites.append(self) or report())
     list(commands.bench(build_parser().parse_args(handed_on(folder, "bench", "EXTRA=cpu"))))
-    assert [case.name for case, _ in suites[0]._work] == ["demo"]
+    assert [case.name for case, _ in suites[0]._cases] == ["demo"]
     assert suites[0]._settings.device.type == "cpu"
 
 

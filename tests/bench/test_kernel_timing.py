@@ -28,10 +28,10 @@ def test_measuring(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
         none = timings.measure(Timing(here.device, fake_timer, -1.0, here.folder), [small_attention()], BF16)
         assert none["rows"] == []
         assert none["left"] == [["attention", "two", "bfloat16"], ["attention", "one", "bfloat16"]]
-        assert verdicts.of_resumable(here.folder, "kernels") == (True, "2 left")
+        assert verdicts.resumable_verdict(here.folder, "kernels") == (True, "2 left")
         result = timings.measure(here, [small_attention()], BF16)
     assert json.loads(path.read_text()) == result
-    assert verdicts.of_resumable(here.folder, "kernels") == (True, "")
+    assert verdicts.resumable_verdict(here.folder, "kernels") == (True, "")
     assert [row["case"] for row in result["rows"]] == ["two", "one"]
     assert result["left"] == []
     assert {"gpu", "commit", "versions", "sources", "tuned", "command"} <= result["machine"].keys()
@@ -175,7 +175,7 @@ def test_a_lost_gpu_ends_the_run(here: Timing, monkeypatch: pytest.MonkeyPatch) 
     assert len(result["rows"]) == 1
     assert result["left"] == [["attention", "one", "bfloat16"]]
     assert timings.failures(result).endswith(FALLEN)
-    assert verdicts.of_resumable(here.folder, "kernels") == (True, "1 left")
+    assert verdicts.resumable_verdict(here.folder, "kernels") == (True, "1 left")
 
 
 class FakeEvent:

@@ -231,7 +231,7 @@ def test_a_table_whose_candidates_are_all_timed_is_written_when_the_time_ends(
         assert saved == [{"16/d64-short": SMALL[2]}]
         assert result["left"] == ["attention"]
         assert "40.0 us in one forward, its rivals not yet timed in turn" in next(kernel_tuning.lines(result))
-        assert verdicts.is_left(here.folder, "tuning")
+        assert verdicts.is_unfinished(here.folder, "tuning")
         again = kernel_tuning.tune(timing, [small_attention()])
     assert groups == [2, 2]
     assert saved[1:] == [{"16/d64-short": SMALL[1]}]
@@ -264,8 +264,8 @@ def test_tuning_resumes(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(ended):
                 kernel_tuning.tune(Timing(here.device, stops, folder=here.folder), [small_attention()])
         assert not saved
-        assert verdicts.of_resumable(here.folder, "tuning") == (True, "1 left")
-        assert verdicts.is_left(here.folder, "tuning")
+        assert verdicts.resumable_verdict(here.folder, "tuning") == (True, "1 left")
+        assert verdicts.is_unfinished(here.folder, "tuning")
         result = kernel_tuning.tune(Timing(here.device, stops, folder=here.folder), [small_attention()])
     assert timed == [16, 16, 32, 16]  # the other case of the one that is left
     times = result["times"]["attention"]["16/d64-short"]
@@ -273,9 +273,9 @@ def test_tuning_resumes(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
     arch, table, best, measured_on = saved[0]
     assert (arch, table, best) == (80, "attention", {"16/d64-short": SMALL[1]})
     assert measured_on["gpu"] == "A Fake"
-    assert verdicts.of_resumable(here.folder, "tuning") == (True, "")
-    assert not verdicts.is_left(here.folder, "tuning")
-    assert verdicts.is_left(here.folder, "kernels")  # which nobody has timed
+    assert verdicts.resumable_verdict(here.folder, "tuning") == (True, "")
+    assert not verdicts.is_unfinished(here.folder, "tuning")
+    assert verdicts.is_unfinished(here.folder, "kernels")  # which nobody has timed
 
 
 @pytest.fixture

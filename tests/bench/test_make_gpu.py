@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.waiting import until
 from latentrt.bench import full, gpu
-from latentrt.bench.full import Judged, Part, run_part
+from latentrt.bench.full import Part, PartVerdict, run_part
 from latentrt.bench.gpu import Step
 
 
@@ -33,11 +33,11 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         Step(
             part("broken", "print('it broke'); raise SystemExit(3)"),
             ("latentrt-eager",),
-            kept="sdxl/broken-*",
+            build_glob="sdxl/broken-*",
         ),
         Step(part("absent", ""), ("diffusers",)),
-        Step(part("good", ""), kept="sdxl/good-*"),
-        Step(part("tune", ""), left=lambda: False, seconds=90),
+        Step(part("good", ""), build_glob="sdxl/good-*"),
+        Step(part("tune", ""), unfinished=lambda: False, seconds=90),
     ]
     monkeypatch.setattr(gpu, "steps", lambda *args, **kwargs: made)
     monkeypatch.setattr(
@@ -91,7 +91,7 @@ def test_nothing_is_begun_that_has_no_time(
     assert "no time is left" in capsys.readouterr().out
     (good,) = (step for step in gpu.steps(planted, planted) if step.part.name == "good")
     monkeypatch.setattr(
-        gpu, "steps", lambda *args, **kwargs: [replace(good, part=replace(good.part, limit=600))]
+        gpu, "steps", lambda *args, **kwargs: [replace(good, part=replace(good.part, time_limit=600))]
     )
     assert gpu.main(["--seconds", "140", "good"]) == 0
     assert 60 <= int(re.search(r"good: at most (\d+) s", capsys.readouterr().out)[1]) <= 95
@@ -121,7 +121,7 @@ def test_a_part_whose_time_is_over_may_write_down_what_it_has(
     assert (result.passed, result.why) == (False, "ended after 2 s")
     assert note.read_text() == "7 of 9"
     note.unlink()
-    monkeypatch.setattr(full, "FAREWELL", 0.2)
+    monkeypatch.setattr(full, "GRACE_SECONDS", 0.2)
     deaf = "signal.signal(signal.SIGINT, signal.SIG_IGN); note.touch(); time.sleep(600)"
     assert run_part(replace(part, command=("-c", works + deaf)), tmp_path, again=True).seconds < 60
 
@@ -142,7 +142,7 @@ def test_a_hang_does_not_end_tuning(
         f"sys.exit(len(file.read_text().split()) <= {hangs})"
     )
     part = Part("tune", 60, command=("-c", code))
-    step = Step(part, left=lambda: not lost, seconds=time_of_its_own)
+    step = Step(part, unfinished=lambda: not lost, seconds=time_of_its_own)
     # Each run takes 30 s, and nothing else takes time.
     monkeypatch.setattr(gpu, "_now", lambda: 30.0 * len(told.read_text().split()) if told.exists() else 0.0)
     monkeypatch.setattr(gpu, "steps", lambda *args, **kwargs: [step])
@@ -195,9 +195,9 @@ def test_a_part_passes_by_what_it_found(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(full, "_digest", lambda part: "")
     asked: list[str] = []
 
-    def verdict() -> Judged:
+    def verdict() -> PartVerdict:
         asked.append("")
-        return Judged(len(asked) > 1, ("it is wrong", "2 left")[len(asked) - 1])
+        return PartVerdict(len(asked) > 1, ("it is wrong", "2 left")[len(asked) - 1])
 
     part = Part("side", 60, command=("-c", "raise SystemExit(3)"), verdict=verdict)
     assert run_part(part, tmp_path).why == "exit status 3"

@@ -44,7 +44,7 @@ def test_what_is_worth_most_comes_first() -> None:
     assert names.index("sdxl-diffusers-reduce-overhead") < names.index("sdxl-diffusers-compile")
     # What compiles for longest is last, since everything after it would wait.
     assert ["max-autotune" in name for name in names] == [False] * (len(names) - 2) + [True] * 2
-    assert all(step.part.limit <= 600 for step in steps()[:-2])
+    assert all(step.part.time_limit <= 600 for step in steps()[:-2])
     sides = {side for step in steps() for side in step.sides}
     assert sides == set(SIDES)
 
@@ -63,8 +63,8 @@ def test_the_documented_half_hour_has_time_for_each_of_its_parts() -> None:
         parts = [word for word in words if word in known]
         before = 0.0
         for name in parts:
-            needed = kernels if known[name].left is not None else takes.get(name, 480.0 / len(parts))
-            assert before + max(needed, gpu._LEAST) + full.FAREWELL <= seconds, name
+            needed = kernels if known[name].unfinished is not None else takes.get(name, 480.0 / len(parts))
+            assert before + max(needed, gpu._MIN_SECONDS) + full.GRACE_SECONDS <= seconds, name
             before += needed
         total += seconds
     assert len(commands) == 3
@@ -111,7 +111,7 @@ def test_tests_for_a_gpu_are_collected_without_what_they_do_not_need(tmp_path: P
     (tmp_path / "without.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\n")
     parts = [step.part for step in steps() if step.part.tests]
     files = [file for part in parts for file in part.tests]
-    options = [*parts[0].options, "-m", parts[0].marked, "--collect-only", "-q", *files]
+    options = [*parts[0].options, "-m", parts[0].markers, "--collect-only", "-q", *files]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "without", "-p", "pytest_timeout", *options],
         cwd=ROOT,
@@ -133,11 +133,11 @@ def test_tests_for_a_gpu_are_collected_without_what_they_do_not_need(tmp_path: P
 def test_kernels_are_tuned_and_timed_as_it_is_asked(tmp_path: Path) -> None:
     plain = {step.part.name: step.part.command for step in steps()}
     assert plain["tune"] == ("-m", "latentrt.cli", "kernels", "--out", "results", "--tune")
-    asked = gpu.steps(Path("r"), Path("w"), out=Path("o"), kernel_seconds=90, tuned=["attention", "geglu"])
+    asked = gpu.steps(Path("r"), Path("w"), out=Path("o"), kernel_seconds=90, tune_ops=["attention", "geglu"])
     found = {step.part.name: step.part.command[3:] for step in asked}
     assert found["tune"] == ("--out", "o", "--tune", "--op", "attention", "--op", "geglu")
     assert found["kernels"] == ("--out", "o", "--measure")
-    assert {step.part.name: step.seconds for step in asked if step.left} == {"tune": 90, "kernels": 90}
+    assert {step.part.name: step.seconds for step in asked if step.unfinished} == {"tune": 90, "kernels": 90}
     commands = [step.part.command[1:] for step in asked if step.part.command]
     for module, *arguments in commands:  # which take what they are given
         if module == "latentrt.cli":
@@ -176,17 +176,17 @@ def test_tests_of_some_back_ends_are_run_where_one_of_them_is(monkeypatch: pytes
     engines = next(step for step in steps() if step.part.name == "engine-tests")
     lacking = {"latentrt-tensorrt": "not installed"}
     monkeypatch.setattr(gpu, "unavailable_reason", lambda side, *_: lacking.get(side.name, ""))
-    assert engines.missing() == []
-    assert Step(engines.part, engines.sides).missing() == ["not installed"]
+    assert engines.unavailable_reasons() == []
+    assert Step(engines.part, engines.sides).unavailable_reasons() == ["not installed"]
     lacking["latentrt-tensorrt-rtx"] = "too old"
-    assert engines.missing() == ["not installed", "too old"]
+    assert engines.unavailable_reasons() == ["not installed", "too old"]
 
 
 def test_only_what_its_own_side_built_is_removed(tmp_path: Path) -> None:
     sides = ("latentrt-triton", "latentrt-triton-plain", "latentrt-tensorrt", "latentrt-tensorrt-rtx")
     for side in sides:
         job_for(CASES["sdxl"], SIDES[side], "cpu", tmp_path / "sdxl").folder.mkdir(parents=True)
-    found = {step.part.name: step.kept for step in steps()}
+    found = {step.part.name: step.build_glob for step in steps()}
     for side in sides:
         (built,) = tmp_path.glob(found[f"sdxl-{side}"])
         assert built.name.rpartition("-")[0] == side

@@ -227,7 +227,7 @@ def test_figures_are_shown_in_the_end(
 
     subprocess_popen = subprocess.Popen
     monkeypatch.setattr(full.subprocess, "Popen", popen)
-    part = Part("some", 60, ("tests/test_some.py",), figures=True)
+    part = Part("some", 60, ("tests/test_some.py",), show_output=True)
     for _ in range(3):
         capsys.readouterr()
         assert main([], parts=(part,), folder=places) == 1

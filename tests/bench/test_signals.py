@@ -163,7 +163,7 @@ def test_a_second_ctrl_c_kills_a_part_that_ignores_the_first(
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run_part(Part("deaf", 300, command=("-c", DEAF, str(note))), tmp_path)
-    assert time.monotonic() - begun < full.FAREWELL
+    assert time.monotonic() - begun < full.GRACE_SECONDS
     thread.join()
     assert has_ended(int(note.read_text()))
     assert "ending deaf, which has 45 s to write down what it found" in capsys.readouterr().out
