@@ -1,10 +1,10 @@
-"""README's figures, from files of results, so that nobody types them.
+"""Writes README's figures from files of results.
 
     python -m latentrt.bench.readme                        # from what is in bench/results
-    python -m latentrt.bench.readme out/bench/bench.json   # puts that file in the demo's place first
+    python -m latentrt.bench.readme out/bench/bench.json   # first makes that file the demo's result
 
-They are the demo's (`demo_bench_cpu.json`) with where its time goes, SDXL's blocks on a CPU (`sdxl_blocks_cpu.json`),
-and full size on a GPU (`gpu-*/bench.json`, or a part of it in a folder below); the last two where there are such files.
+They are the demo's figures with its profile (`demo_bench_cpu.json`); and, if there are such files, those of SDXL's
+blocks on a CPU (`sdxl_blocks_cpu.json`) and of full size on a GPU (`bench.json` in `gpu-*`, or in a folder below).
 """
 
 from __future__ import annotations
@@ -35,18 +35,19 @@ _BEGIN, _END = "<!-- figures: python -m latentrt.bench.readme -->", "<!-- end of
 
 
 def section(demo: Report, results: Path) -> str:
-    """All that stands between README's two marks.
+    """The text between README's two marks.
 
     Args:
-        results: folder where the other files of results may be.
+        demo: the demo's result.
+        results: folder with the other files of results.
 
     Raises:
-        BenchmarkError: the demo was not measured, or on a GPU, or not beside diffusers; or a file cannot be read.
+        BenchmarkError: the demo was not measured on a CPU and compared with diffusers, or a file cannot be read.
     """
-    found = [*_demo(demo), *_blocks(results / _BLOCKS)]
+    lines = [*_demo(demo), *_blocks(results / _BLOCKS)]
     for path in sorted(results.glob(_GPU)):
-        found += _on_gpu(read_report(path), path.relative_to(results.parent.parent))
-    return "\n".join(found).rstrip()
+        lines += _on_gpu(read_report(path), path.relative_to(results.parent.parent))
+    return "\n".join(lines).rstrip()
 
 
 def _demo(report: Report) -> Iterator[str]:
@@ -71,8 +72,8 @@ def _blocks(path: Path) -> Iterator[str]:
     *table, _, words = blocks_table(content["blocks"], content["forward"])
     machine = content["machine"]
     where = f"{machine['processor']}, {machine['threads']} threads, commit {machine['commit']}"
-    told = f"SDXL's own blocks at the shapes of 1024x1024, {content['rounds']} rounds on {where}. {words}"
-    yield from [*_wrapped(told), "", *table, ""]
+    text = f"SDXL's own blocks at the shapes of 1024x1024, {content['rounds']} rounds on {where}. {words}"
+    yield from [*_wrapped(text), "", *table, ""]
 
 
 def _on_gpu(report: Report, source: Path) -> Iterator[str]:
@@ -82,28 +83,32 @@ def _on_gpu(report: Report, source: Path) -> Iterator[str]:
 
 
 def _measured(report: Report, case: CaseResult, source: str) -> Iterator[str]:
-    """A case in words, and its sides in a table."""
+    """A paragraph on a case, and a table of its sides."""
     machine, c = report.machine, case.case
     where = f"{machine['processor']}, {machine['threads']} threads"
     if machine.get("gpu"):
         torch = machine.get("versions", {}).get("torch", "unknown")
         where = f"{machine['gpu']}, driver {machine.get('driver', 'unknown')}, PyTorch {torch}"
     figures = [b for row in case.rows if (b := case.first(row)) is not None]
-    fewest = min(figures, key=lambda b: len(b.seconds))  # the first side has those of every group
-    took = "" if report.seconds is None else f" The whole run took {report.seconds / 60:.0f} minutes."
+    # The first side has more rounds if it was measured in several groups.
+    fewest = min(figures, key=lambda b: len(b.seconds))
+    duration = "" if report.seconds is None else f" The whole run took {report.seconds / 60:.0f} minutes."
     interrupted = "" if report.complete else " It was interrupted: these are the figures there were by then."
-    at_once = f" Up to {case.builders} sides were built at the same time." if case.builders > 1 else ""
-    apart = f" {sentence}" if (sentence := tables.not_interleaved(case)) else ""
-    turns = "sides that fit together taking turns" if apart else "the sides taking turns"
-    told = (
+    parallel_builds = (
+        f" Up to {case.builders} sides were built at the same time." if case.builders > 1 else ""
+    )
+    not_interleaved = f" {sentence}" if (sentence := tables.not_interleaved(case)) else ""
+    turns = "sides that fit together taking turns" if not_interleaved else "the sides taking turns"
+    text = (
         f"{where}, commit {machine['commit']}{source}: {c['summary']}, {c['steps']} steps, guidance {c['guidance']:g}, "
         f"{c['dtype']}, {turns} on the same noise; medians of {len(fewest.seconds)} rounds, ratios of "
         f"each round with an interval that covers {100 * fewest.median.cover:.0f} %. PSNR is of a side's "
-        f"worst picture beside that of {case.reference}.{apart}{at_once}{took}{interrupted}"
+        f"worst picture beside that of {case.reference}."
+        f"{not_interleaved}{parallel_builds}{duration}{interrupted}"
     )
     head = ["side", "what it is", "seconds", f"against {case.rows[0].side}", "PSNR", "CLIP score", "FID"]
     table = [[*head, "peak MiB", "built in", "first image"], *(_row(case, row) for row in case.rows)]
-    yield from [*_wrapped(told), "", *tables.as_markdown(tables.known(table, 5)), ""]
+    yield from [*_wrapped(text), "", *tables.as_markdown(tables.drop_empty_columns(table, 5)), ""]
 
 
 def _row(case: CaseResult, row: Row) -> list[str]:
@@ -137,15 +142,15 @@ def _wrapped(words: str) -> list[str]:
 
 
 def refreshed(readme: str, demo: Report, results: Path) -> str:
-    """README's text with the figures of `demo` and of what else there is in `results`.
+    """README's text with the figures of `demo` and of the files in `results`.
 
     Raises:
-        BenchmarkError: it has no place for them.
+        BenchmarkError: it does not have the two marks.
     """
-    place = re.compile(f"{re.escape(_BEGIN)}.*{re.escape(_END)}", re.DOTALL)
-    if not place.search(readme):
+    marked = re.compile(f"{re.escape(_BEGIN)}.*{re.escape(_END)}", re.DOTALL)
+    if not marked.search(readme):
         raise BenchmarkError(f"README has no lines {_BEGIN} and {_END} to write figures between")
-    return place.sub(lambda _: f"{_BEGIN}\n{section(demo, results)}\n{_END}", readme)
+    return marked.sub(lambda _: f"{_BEGIN}\n{section(demo, results)}\n{_END}", readme)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""A report for people: Markdown, and one HTML page that needs nothing beside it."""
+"""The report of a run: Markdown, and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .stats import COVER, Interval, ratio
 __all__ = ["PROFILE", "STYLE", "html", "markdown", "save_pictures"]
 
 _MIB = 2**20
-_SHOWN = 4
-"""Pictures of a side that are kept: eleven sides' pictures at 1024x1024 are a page that no browser opens."""
-_SHOWN_PIXELS = 256
+_SAVED_PICTURES = 4
+"""Of each side. With all pictures of eleven sides at 1024x1024 no browser would open the page."""
+_THUMBNAIL_PIXELS = 256
 PROFILE = (
     "Milliseconds of one picture by kind of operator, with profilers at work, which cost time themselves; between "
     "operators is Python, and what a session of ONNX Runtime does besides its operators."
 )
-_LEFT = (
+_GROWTH_NOTE = (
     "Peaks at the first batch size. What a picture leaves behind is the slope of the memory over the rounds, where a "
     "leak shows."
 )
@@ -55,8 +55,8 @@ figure{margin:0;font-size:12px;color:var(--soft)}figure img{width:150px;display:
 """
 
 
-def markdown(report: Report, beside: Sequence[Report] = ()) -> str:
-    """Tables of every case; results of other machines beside them."""
+def markdown(report: Report, others: Sequence[Report] = ()) -> str:
+    """Tables of every case, with those of other results for comparison."""
     out = ["# latentrt bench", "", *_about(report)]
     for case in report.cases:
         out += ["", f"## {_title(case)}", ""]
@@ -64,29 +64,29 @@ def markdown(report: Report, beside: Sequence[Report] = ()) -> str:
             out.append(f"Skipped: {case.skipped}")
             continue
         out += [tables.settings(case), "", *tables.as_markdown(tables.latency(case)), ""]
-        if reasons := list(_without_speed(case)):
+        if reasons := list(_failures(case)):
             out += [*(f"- **{side}** {reason}" for side, reason in reasons), ""]
         for words, table in (
             ("", tables.batches(case)),
-            (_LEFT, tables.memory(case)),
+            (_GROWTH_NOTE, tables.memory(case)),
             ("", tables.conditions(case)),
             (PROFILE, tables.profile(case)),
         ):
             if table:
                 out += [*([words, ""] if words else []), *tables.as_markdown(table), ""]
-        for words, theirs in _beside(report, case, beside):
+        for words, theirs in _other_results(report, case, others):
             out += [f"{words}:", "", *tables.as_markdown(tables.latency(theirs)), ""]
         out.pop()
     return "\n".join(out) + "\n"
 
 
 def html(
-    report: Report, pictures: Mapping[str, Mapping[str, Sequence[bytes]]], beside: Sequence[Report] = ()
+    report: Report, pictures: Mapping[str, Mapping[str, Sequence[bytes]]], others: Sequence[Report] = ()
 ) -> str:
-    """The same with plots and the pictures.
+    """The same tables with plots and pictures.
 
     Args:
-        pictures: case -> side -> JPEG files, as `save_pictures` makes them.
+        pictures: case -> side -> JPEG files, as `save_pictures` returns them.
     """
     about = (_inline(line) for line in _about(report) if line)
     body = ["<h1>latentrt bench</h1>", *(f'<p class="soft">{line}</p>' for line in about)]
@@ -95,18 +95,18 @@ def html(
         if case.skipped:
             body.append(f'<p class="warn">Skipped: {escape(case.skipped)}</p>')
         else:
-            body += _case(report, case, pictures.get(case.case["name"], {}), beside)
+            body += _case(report, case, pictures.get(case.case["name"], {}), others)
     head = f'<meta charset="utf-8"><title>latentrt bench</title><style>{STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
 
 
 def _case(
-    report: Report, case: CaseResult, pictures: Mapping[str, Sequence[bytes]], beside: Sequence[Report]
+    report: Report, case: CaseResult, pictures: Mapping[str, Sequence[bytes]], others: Sequence[Report]
 ) -> Iterator[str]:
-    if best := _best(case):
-        yield f'<p class="best">{escape(best)}</p>'
+    if fastest := _fastest(case):
+        yield f'<p class="best">{escape(fastest)}</p>'
     yield tables.as_html(tables.latency(case))
-    for side, reason in _without_speed(case):
+    for side, reason in _failures(case):
         yield f'<p class="warn">{escape(f"{side} {reason}")}</p>'
     yield f'<p class="soft">{escape(tables.settings(case))}</p>'
     yield "<h3>Images a second, beside the worst timed picture's PSNR</h3>" + tables.as_html(
@@ -117,27 +117,27 @@ def _case(
         yield f"<h3>Where the time of a picture goes</h3>{_profile_plot(case)}{tables.as_html(table)}"
         yield f'<p class="soft">{escape(PROFILE)}</p>'
     if table := tables.memory(case):
-        yield f"<h3>Memory</h3>{tables.as_html(table)}" + f'<p class="soft">{escape(_LEFT)}</p>'
+        yield f"<h3>Memory</h3>{tables.as_html(table)}" + f'<p class="soft">{escape(_GROWTH_NOTE)}</p>'
         yield _memory_plot(case)
     yield "<h3>How each side was set up</h3>" + tables.as_html(tables.conditions(case))
-    for words, theirs in _beside(report, case, beside):
+    for words, theirs in _other_results(report, case, others):
         yield f"<h3>{escape(words)}</h3>{tables.as_html(tables.latency(theirs))}"
-    yield from _grid(pictures)
+    yield from _picture_grid(pictures)
 
 
 def save_pictures(folder: Path, pictures: Mapping[str, Images]) -> dict[str, list[bytes]]:
-    """Write the first few of each side as SIDE-0.png, SIDE-1.png, ...
+    """Write the first few pictures of each side as SIDE-0.png, SIDE-1.png, ...
 
     Returns:
-        The same by side for the page: JPEG files, reduced.
+        Side -> the same pictures for the HTML page: small JPEG files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[bytes]] = {}
     for side, images in pictures.items():
-        for k, picture in enumerate(as_bytes(images[:_SHOWN])):
+        for k, picture in enumerate(as_bytes(images[:_SAVED_PICTURES])):
             image = PIL.Image.fromarray(picture)
             image.save(folder / f"{side}-{k}.png")
-            image.thumbnail((_SHOWN_PIXELS, _SHOWN_PIXELS))
+            image.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
             buffer = BytesIO()
             image.save(buffer, format="jpeg", quality=90, subsampling=0)
             found.setdefault(side, []).append(buffer.getvalue())
@@ -172,42 +172,45 @@ def _machine(machine: Mapping[str, Any]) -> str:
     return f"{gpu}{processor}, {machine.get('memory_gib')} GiB"
 
 
-def _best(case: CaseResult) -> str:
-    """The quickest sides, where they are quicker than the first one beyond noise: one, or several that differ by no
-    more than noise. Of rounds at different times the machine's drift is noise too."""
-    found = {
+def _fastest(case: CaseResult) -> str:
+    """A sentence on the fastest side and on those that do not differ from it beyond noise.
+
+    Empty if no side is faster than the first one beyond noise. Between rounds at different times, the machine's drift
+    is noise too.
+    """
+    first = case.rows[0].side
+    figures_of = {
         row.side: (figures, figures.speedup)
         for row in case.rows[1:]
         if (figures := case.first(row)) is not None and figures.speedup is not None
     }
-    if not found:
-        return ""
-    first = case.rows[0].side
-    apart = {side for side, (x, _) in found.items() if not case.are_interleaved({first, side}, x.batch)}
-    quicker_than_first = {
-        side: speedup.value
-        for side, (_, speedup) in found.items()
-        if _is_above_1(speedup) and (side not in apart or speedup.value > 1 + SECONDS_TOLERANCE)
+    not_interleaved = {
+        side for side, (x, _) in figures_of.items() if not case.are_interleaved({first, side}, x.batch)
     }
-    if not quicker_than_first:
+    faster_than_first = {
+        side: speedup.value
+        for side, (_, speedup) in figures_of.items()
+        if _is_above_1(speedup) and (side not in not_interleaved or speedup.value > 1 + SECONDS_TOLERANCE)
+    }
+    if not faster_than_first:
         return ""
-    best = max(quicker_than_first, key=quicker_than_first.__getitem__)
-    figures, speedup = found.pop(best)
-    mark = ", not interleaved" if best in apart else ""
+    fastest = max(faster_than_first, key=faster_than_first.__getitem__)
+    figures, speedup = figures_of.pop(fastest)
+    mark = ", not interleaved" if fastest in not_interleaved else ""
     text = f"{speedup.value:.2f} times as fast as {first} ({speedup.low:.2f} to {speedup.high:.2f}{mark})"
     equal = []
-    for side, (others, other) in found.items():
-        if case.are_interleaved({side, best}, figures.batch):
-            rounds = min(len(others.seconds), len(figures.seconds))
-            quicker = _is_above_1(ratio(others.seconds[:rounds], figures.seconds[:rounds]))
+    for side, (side_figures, side_speedup) in figures_of.items():
+        if case.are_interleaved({side, fastest}, figures.batch):
+            rounds = min(len(side_figures.seconds), len(figures.seconds))
+            is_slower = _is_above_1(ratio(side_figures.seconds[:rounds], figures.seconds[:rounds]))
         else:
-            drift = SECONDS_TOLERANCE if {side, best} & apart else 0.0
-            quicker = other.high < speedup.low and speedup.value > (1 + drift) * other.value
-        if not quicker:
+            drift = SECONDS_TOLERANCE if {side, fastest} & not_interleaved else 0.0
+            is_slower = side_speedup.high < speedup.low and speedup.value > (1 + drift) * side_speedup.value
+        if not is_slower:
             equal.append(side)
     if not equal:
-        return f"Quickest: {best}, {text}."
-    return f"Quickest: {best}, {text}; not different beyond noise: {', '.join(equal)}."
+        return f"Quickest: {fastest}, {text}."
+    return f"Quickest: {fastest}, {text}; not different beyond noise: {', '.join(equal)}."
 
 
 def _is_above_1(value: Interval) -> bool:
@@ -219,20 +222,22 @@ def _title(case: CaseResult) -> str:
     return str(summary) if summary.startswith(f"{name} with ") else f"{name}: {summary}"
 
 
-def _without_speed(case: CaseResult) -> Iterator[tuple[str, str]]:
+def _failures(case: CaseResult) -> Iterator[tuple[str, str]]:
     for row in case.rows:
         if row.reason:
             yield row.side, f"{row.status}: {row.reason}"
 
 
-def _beside(report: Report, case: CaseResult, others: Sequence[Report]) -> Iterator[tuple[str, CaseResult]]:
-    """The case in other results, each with where it is from and what was not the same there."""
+def _other_results(
+    report: Report, case: CaseResult, others: Sequence[Report]
+) -> Iterator[tuple[str, CaseResult]]:
+    """The same case in other results, each with a title: the machine, and which settings differ."""
     for other in others:
         for theirs in other.cases:
             if theirs.case["name"] == case.case["name"] and not theirs.skipped:
                 found = differences(report, case, other, theirs)
-                told = f" (here and there: {'; '.join(found)})" if found else ""
-                yield f"Beside it: {_machine(other.machine)}{told}", theirs
+                suffix = f" (here and there: {'; '.join(found)})" if found else ""
+                yield f"Beside it: {_machine(other.machine)}{suffix}", theirs
 
 
 def _profile_plot(case: CaseResult) -> str:
@@ -279,7 +284,7 @@ def _memory_plot(case: CaseResult) -> str:
     return f"<h3>Memory during one call ({tables.KINDS[kind]})</h3>{lines(timeline, 's', 'MiB')}"
 
 
-def _grid(pictures: Mapping[str, Sequence[bytes]]) -> Iterator[str]:
+def _picture_grid(pictures: Mapping[str, Sequence[bytes]]) -> Iterator[str]:
     if pictures:
         yield "<h3>The same prompts and seeds</h3>"
         yield '<p class="soft">Reduced; whole ones are in the folder pictures.</p>'
@@ -295,6 +300,6 @@ def _grid(pictures: Mapping[str, Sequence[bytes]]) -> Iterator[str]:
 
 
 def _inline(line: str) -> str:
-    """Markdown's code and bold, as far as this module writes them."""
+    """HTML of a line of Markdown, with the code and bold text that this module writes."""
     line = re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(line))
     return re.sub(r"\*\*(.*?)\*\*", r"<b>\1</b>", line)

@@ -1,4 +1,4 @@
-"""What `latentrt bench` found: the form it is kept in, as JSON with a schema number, and how it is read again."""
+"""The results of `latentrt bench`: dataclasses, and reading and writing them as JSON with a schema number."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ from .stats import Interval, median
 __all__ = ["SCHEMA", "BatchFigures", "CaseResult", "Memory", "Report", "Row", "read_report", "write_report"]
 
 SCHEMA = 3
-_READ = (2, 3)
-"""Schema 2 also held fields that follow from others."""
+_READABLE_SCHEMAS = (2, 3)
+"""Schema 2 has further fields that follow from others."""
 BENCHMARK = "latentrt bench"
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: `resident` on the host; on a GPU PyTorch's tensors, `allocated`, what is `reserved` for them and for
-    recorded graphs, and `gpu` or `gpu by turns` in all.
+    """Bytes of memory by kind (see `monitor.Series`).
 
     Attributes:
-        peaks: the most of each during a run; of `allocated` and `reserved` by the allocator's own count, of the others
-            sampled.
-        by_stage: the same of each stage, all of it sampled.
+        peaks: the peak of each kind during a run. `allocated` and `reserved` are counted by the allocator, the others
+            are sampled.
+        by_stage: stage -> the same, all of it sampled.
         series: samples over the seconds of one run, thinned out.
         stages: (name, begin, end) in the series' seconds.
-        at_rest: what is held between runs, of each kind; the median.
-        growths: what the process holds more after each picture, of each kind.
+        at_rest: median of what the process holds between runs.
+        growths: how much more the process holds after each picture.
     """
 
     peaks: dict[str, float]
@@ -51,16 +50,17 @@ class BatchFigures:
     """One side at one batch size.
 
     Attributes:
-        seconds: of the call of each round, in order.
-        speedup: the first side's seconds by this one's, round by round; above 1 is faster. None where the first was
-            not measured. See `CaseResult.are_interleaved`.
-        images_per_second: of the median.
-        stages: median seconds of each stage; `base_step` and `refiner_step` are of one step.
-        psnr, ssim: the worst over all rounds, beside the reference's pictures.
+        seconds: of each round's call, in order.
+        speedup: the first side's seconds divided by this one's, round by round; above 1 is faster. None if the first
+            side was not measured. See `CaseResult.are_interleaved`.
+        images_per_second: by the median.
+        stages: median seconds of each stage; `base_step` and `refiner_step` are those of one step.
+        psnr, ssim: the lowest over all rounds, compared with the reference's pictures.
+        memory: during the call and between calls.
         joules_per_image: median over the rounds; None unless the GPU's counter could be read in all of them.
-        busy_elsewhere: cores that others kept busy, of each round.
-        gpu: clocks, power and temperature of each round.
-        beside: the first side's seconds that the speedup is of.
+        busy_elsewhere: for each round, how many cores other processes kept busy.
+        gpu: the GPU's clocks, power and temperature in each round.
+        beside: the first side's seconds that `speedup` compares with.
     """
 
     batch: int
@@ -78,7 +78,7 @@ class BatchFigures:
 
     @property
     def median(self) -> Interval:
-        """Of the seconds of a call."""
+        """The median of the seconds, with its interval."""
         return median(self.seconds)
 
 
@@ -87,15 +87,18 @@ class Row:
     """One side of a case.
 
     Attributes:
-        status: `measured`; `invalid`, whose pictures fail the gate, so that it has no speed; `failed`, which keeps the
-            batch sizes that it was through with; `skipped`, which is not installed or does not fit; `reference`, whose
-            pictures the others are compared with, and which is not timed.
+        status: one of
+            `measured`;
+            `invalid`: its pictures fail the gate, so it has no speed;
+            `failed`: it keeps the batch sizes that were complete;
+            `skipped`: it is not installed, or does not fit;
+            `reference`: the others' pictures are compared with its own, and it is not timed.
         reason: why it is not measured, or not at some batch sizes.
-        built_before: an earlier run had built it, so that what building takes was not measured.
-        build_seconds: from a cold process to the first picture with nothing exported or compiled yet.
-        profile: where the time of one picture goes, if that was asked for.
-        first_image_seconds: the same once that is there, or where nothing is built. Another process has made a picture
-            before, so that the files are in memory (the page cache is warm) for every side.
+        built_before: an earlier run had built it, so building was not timed.
+        build_seconds: from starting the process to the first picture, with nothing exported or compiled yet.
+        first_image_seconds: from starting the process to the first picture, with everything built. Another process has
+            generated a picture before, so the files are in the page cache for every side.
+        profile: of one picture, if it was requested.
     """
 
     side: str
@@ -116,15 +119,16 @@ class CaseResult:
     """One case.
 
     Attributes:
-        case: as it was run.
+        case: the fields of `cases.Case`.
         steps: that base and refiner took.
-        reference: the side whose pictures the others are held against.
-        skipped: why nothing was run; empty where it was.
+        gate: its name.
+        reference: the side that the others' pictures were compared with.
+        skipped: why the case was not run; empty if it was.
         prompts: digest of the prompts, in their order.
-        seconds: that it took in all.
-        groups: the sides that were resident together, in the order in which they were measured. Where empty, all were.
-        group_batches: the batch sizes at which each group was; all of them where empty.
+        seconds: for the whole case.
+        groups: the sides that were resident together, in the order in which they were measured; if empty, all of them.
         builders: how many sides were built at the same time.
+        group_batches: the batch sizes of each group; if empty, every group has all of them.
     """
 
     case: dict[str, Any]
@@ -140,16 +144,18 @@ class CaseResult:
     group_batches: list[list[int]] = field(default_factory=list)
 
     def first(self, row: Row) -> BatchFigures | None:
-        """A side's figures at the first batch size that was asked for, which tables have; None where it has none."""
+        """A side's figures at the case's first batch size, which tables show; None if it has none."""
         return next((b for b in row.batches if b.batch == self.case["batches"][0]), None)
 
     def is_interleaved(self, row: Row, batch: int) -> bool:
-        """Whether a side's rounds alternated with the first side's."""
+        """Whether a side's rounds alternated with the first side's at a batch size."""
         return self.are_interleaved({row.side, self.rows[0].side}, batch)
 
     def are_interleaved(self, sides: set[str], batch: int) -> bool:
-        """Whether the rounds of these sides alternated at a batch size. Otherwise they did not fit together, and the
-        machine's drift between their times is part of their ratio."""
+        """Whether the rounds of these sides alternated at a batch size.
+
+        If not, they did not fit in memory together, and their ratio includes how the machine changed meanwhile.
+        """
         return not self.groups or any(
             sides <= set(group) and (not self.group_batches or batch in self.group_batches[k])
             for k, group in enumerate(self.groups)
@@ -161,9 +167,9 @@ class Report:
     """A whole run.
 
     Attributes:
-        complete: false where it was interrupted.
-        conditions: `load` of the machine when it began and when it ended.
-        seconds: that the whole run took, where it was kept.
+        complete: false if it was interrupted.
+        conditions: `load` is the machine's load at the start and at the end.
+        seconds: for the whole run; older results do not have it.
     """
 
     command: str
@@ -176,7 +182,7 @@ class Report:
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write it whole or not at all; numbers that JSON lacks are null."""
+    """Write a report atomically. Infinities and NaNs, which JSON does not have, become null."""
     write_json(path, {"schema": SCHEMA, "benchmark": BENCHMARK, **_finite(asdict(report))})
 
 
@@ -184,7 +190,7 @@ def read_report(path: Path) -> Report:
     """Read what `write_report` wrote.
 
     Raises:
-        BenchmarkError: it is no such file, of another schema, or damaged.
+        BenchmarkError: the file is something else, of another schema, or damaged.
     """
     try:
         content = json.loads(path.read_text("utf-8"))
@@ -192,9 +198,10 @@ def read_report(path: Path) -> Report:
         raise BenchmarkError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("benchmark") != BENCHMARK:
         raise BenchmarkError(f"{path} holds no results of `latentrt bench`; give a file that it wrote")
-    if content.get("schema") not in _READ:
+    if content.get("schema") not in _READABLE_SCHEMAS:
+        readable = " and ".join(map(str, _READABLE_SCHEMAS))
         raise BenchmarkError(
-            f"{path} has schema {content.get('schema')!r} and this version reads {' and '.join(map(str, _READ))}; "
+            f"{path} has schema {content.get('schema')!r} and this version reads {readable}; "
             "measure again, or read it with the version that wrote it"
         )
     try:
@@ -220,7 +227,7 @@ _LISTS = {"cases": CaseResult, "rows": Row, "batches": BatchFigures}
 
 
 def _build(kind: Any, content: Mapping[str, Any]) -> Any:
-    """A dataclass from its dictionary, with those it holds."""
+    """Build a dataclass from its dictionary, and the dataclasses in its fields; unknown keys are ignored."""
     hints = get_type_hints(kind)
     needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     missing = [name for name in needed if name not in content]
@@ -242,6 +249,6 @@ def _build(kind: Any, content: Mapping[str, Any]) -> Any:
 
 
 def _dataclass_of(hint: Any) -> Any | None:
-    """The dataclass in `X` or `X | None`."""
+    """The dataclass in a type hint `X` or `X | None`, if there is one."""
     options = getattr(hint, "__args__", (hint,))
     return next((option for option in options if is_dataclass(option)), None)

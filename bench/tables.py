@@ -1,4 +1,4 @@
-"""What a case's results say, as tables of text; `report` shows them as Markdown and HTML, `readme` some of them."""
+"""A case's results as tables of text, which `report` shows as Markdown and HTML, and `readme` in part."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = [
     "as_markdown",
     "batches",
     "conditions",
-    "known",
+    "drop_empty_columns",
     "latency",
     "main_kind",
     "memory",
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 Table = list[list[str]]
-"""Rows of cells, the head first; what follows a cell's line break is smaller."""
+"""Rows of cells, the head first. In HTML the second line of a cell is smaller."""
 
 KINDS = {
     "gpu": "GPU",
@@ -35,33 +35,34 @@ KINDS = {
     "allocated": "PyTorch's tensors",
     "resident": "host",
 }
-"""Kinds of memory as people read them, the most telling first; see `results.Memory` and `nvml.GpuShare`."""
+"""Kind of memory (see `monitor.Series`) -> its name for people. The most informative one is first."""
 _MIB = 2**20
 _STAGES = {"text": "text", "base": "base", "refiner": "refiner", "decode": "VAE"}
 
 
 def against_first(case: CaseResult, row: Row) -> str:
-    """How many times as fast as the case's first side, which is 1 by definition; at the first batch size."""
+    """A side's speedup over the case's first side, at the first batch size."""
     if row is case.rows[0]:
         return "1"
     figures = case.first(row)
     if figures is None or figures.speedup is None:
         return "-"
     r = figures.speedup
-    apart = "" if case.is_interleaved(row, figures.batch) else ", not interleaved"
-    return f"{r.value:.2f} x\n({r.low:.2f} to {r.high:.2f}{apart})"
+    mark = "" if case.is_interleaved(row, figures.batch) else ", not interleaved"
+    return f"{r.value:.2f} x\n({r.low:.2f} to {r.high:.2f}{mark})"
 
 
 def not_interleaved(case: CaseResult) -> str:
-    """A sentence on the sides whose speedup is of rounds at different times; empty where there is none."""
-    apart: dict[int, None] = {}
-    for row in case.rows:
-        for b in row.batches:
-            if b.speedup is not None and not case.is_interleaved(row, b.batch):
-                apart[b.batch] = None
-    if not apart:
+    """A sentence on the sides whose speedup compares rounds at different times; empty if there are none."""
+    batches = {
+        b.batch
+        for row in case.rows
+        for b in row.batches
+        if b.speedup is not None and not case.is_interleaved(row, b.batch)
+    }
+    if not batches:
         return ""
-    sizes = ", ".join(map(str, sorted(apart)))
+    sizes = ", ".join(map(str, sorted(batches)))
     return (
         f"Sides that are not interleaved (at batch {sizes}) did not fit together with {case.rows[0].side}: they ran at "
         "another time, and their speedups include how the machine changed meanwhile."
@@ -69,26 +70,26 @@ def not_interleaved(case: CaseResult) -> str:
 
 
 def settings(case: CaseResult) -> str:
-    """What was asked for, and how to read the figures."""
+    """The case's settings, and how to read the figures."""
     c = case.case
     size = "the model's own size" if c["size"] is None else f"{c['size'][1]}x{c['size'][0]}"
     steps = " + ".join(str(count) for count in case.steps.values())
     text = (
         f"{size}, {c['steps']} steps ({steps}), guidance {c['guidance']:g}, {c['dtype']}; pictures held against "
-        f"{case.reference}{_own(case)}, gate {case.gate!r}. Seconds are medians (fastest to slowest); the speedup is "
-        f"of paired rounds, with the interval of its median{_cover(case)}."
+        f"{case.reference}{_own_reference(case)}, gate {case.gate!r}. Seconds are medians (fastest to slowest); the "
+        f"speedup is of paired rounds, with the interval of its median{_coverage(case)}."
     )
-    return " ".join(filter(None, [text, not_interleaved(case), _judged(case)]))
+    return " ".join(filter(None, [text, not_interleaved(case), _networks(case)]))
 
 
-def _own(case: CaseResult) -> str:
-    """Said of a reference that shares latentrt's mistakes, or is the side itself that is judged."""
+def _own_reference(case: CaseResult) -> str:
+    """A warning that the reference is latentrt's own, and would share its mistakes."""
     own = (case.reference or "").startswith("latentrt-")
     return " (latentrt's own: there is no diffusers beside it to tell whether that is right)" if own else ""
 
 
-def _cover(case: CaseResult) -> str:
-    """What intervals hold; all have as many rounds, unless it was interrupted."""
+def _coverage(case: CaseResult) -> str:
+    """The coverage of the intervals. All have the same number of rounds, unless the run was interrupted."""
     covers = [b.median.cover for row in case.rows for b in row.batches]
     if not covers:
         return ""
@@ -96,28 +97,28 @@ def _cover(case: CaseResult) -> str:
     return f" ({100 * min(covers):.1f} %{few})"
 
 
-def _judged(case: CaseResult) -> str:
-    """Whose figures CLIP score, FID and LPIPS are."""
+def _networks(case: CaseResult) -> str:
+    """By which networks CLIP score, FID and LPIPS were measured."""
     qualities = [row.quality for row in case.rows if row.quality]
-    told = []
+    sentences = []
     for name, field in (("LPIPS", "lpips_by"), ("CLIP score", "clip_by"), ("FID", "fid_by")):
         by = next((getattr(q, field) for q in qualities if getattr(q, field)), None)
         if by is not None:
-            told.append(f"{name} is by {by}.")
+            sentences.append(f"{name} is by {by}.")
         elif name == "FID" and qualities:
-            told.append(f"{qualities[0].pictures} pictures are too few for FID, or nobody judges it.")
+            sentences.append(f"{qualities[0].pictures} pictures are too few for FID, or nobody judges it.")
     if any("(" in cell for row in case.rows for cell in _quality(row)):
-        told.append("In parentheses: of the reference's pictures.")
-    return " ".join(told)
+        sentences.append("In parentheses: of the reference's pictures.")
+    return " ".join(sentences)
 
 
 def latency(case: CaseResult) -> Table:
-    """Of the first batch size; a side that is not measured has no times."""
+    """All figures at the first batch size. A side that was not measured has no times."""
     head = ["side", "seconds", f"against {case.rows[0].side}" if case.rows else "", "text ms", "base step ms"]
     head += ["refiner step ms", "VAE ms", "build s", "first image s", "peak MiB", "J/image"]
     table = [[*head, "PSNR dB", "SSIM", "LPIPS", "CLIP", "FID"]]
     table += [[row.side, *_times(case, row), *_quality(row)] for row in case.rows]
-    return known(table, 2)
+    return drop_empty_columns(table, 2)
 
 
 def _times(case: CaseResult, row: Row) -> list[str]:
@@ -149,42 +150,45 @@ def _quality(row: Row) -> list[str]:
 
 
 def _beside_reference(value: float | None, reference: float | None, form: str) -> str:
-    """With that of the reference's pictures, in parentheses, where it is another."""
-    ours, theirs = _number(value, form), _number(reference, form)
-    return ours if reference is None or ours == theirs else f"{ours}\n({theirs})"
+    """A value, with that of the reference's pictures in parentheses if it differs."""
+    own, other = _number(value, form), _number(reference, form)
+    return own if reference is None or own == other else f"{own}\n({other})"
 
 
 def batches(case: CaseResult) -> Table:
-    """Images a second by batch size, each beside the PSNR of its worst timed picture."""
+    """Images a second by batch size, each with the PSNR of its worst timed picture."""
     sizes = list(dict.fromkeys(b.batch for row in case.rows for b in row.batches))
     table = [["images/s", *(f"batch {size}" for size in sizes)]]
     for row in case.rows:
-        told = {b.batch: f"{b.images_per_second:.3g}\n({b.psnr:.0f} dB)" for b in row.batches}
-        if told:
-            table.append([row.side, *(told.get(size, "-") for size in sizes)])
+        cells = {b.batch: f"{b.images_per_second:.3g}\n({b.psnr:.0f} dB)" for b in row.batches}
+        if cells:
+            table.append([row.side, *(cells.get(size, "-") for size in sizes)])
     return table
 
 
 def conditions(case: CaseResult) -> Table:
-    """How each side was set up, and what else was going on meanwhile: the worst over all rounds."""
+    """How each side was configured, and the conditions of its rounds: most cores used by others, and GPU clocks."""
     table = [["side", "set up", "dtype", "others kept busy, cores", "GPU's MHz"]]
     for row in case.rows:
         busy = max((value for b in row.batches for value in b.busy_elsewhere), default=None)
         clocks = [state["sm_mhz"] for b in row.batches for state in b.gpu if "sm_mhz" in state]
-        told = f"{min(clocks):.0f} to {max(clocks):.0f}" if clocks else "-"
-        table.append([row.side, row.settings or "-", row.dtype, _number(busy, ".2f"), told])
-    return known(table, 3)
+        clock_range = f"{min(clocks):.0f} to {max(clocks):.0f}" if clocks else "-"
+        table.append([row.side, row.settings or "-", row.dtype, _number(busy, ".2f"), clock_range])
+    return drop_empty_columns(table, 3)
 
 
 def main_kind(case: CaseResult) -> str | None:
-    """The kind of memory that tells most here; None where nobody's was sampled."""
-    found = {kind for row in case.rows for b in row.batches if b.memory for kind in b.memory.peaks}
-    return next((kind for kind in KINDS if kind in found), None)
+    """The most informative kind of memory that any side has; None if none was sampled."""
+    sampled = {kind for row in case.rows for b in row.batches if b.memory for kind in b.memory.peaks}
+    return next((kind for kind in KINDS if kind in sampled), None)
 
 
 def memory(case: CaseResult) -> Table:
-    """MiB at the first batch size: peaks of each kind; of the main kind by stage, between runs, and what a picture
-    leaves behind, which is told of the host too. Empty where none was sampled."""
+    """MiB at the first batch size; empty if no memory was sampled.
+
+    Columns are the peak of each kind; and for the main kind the peak in each stage, the memory between runs, and its
+    growth with each picture, which is shown for the host too.
+    """
     main = main_kind(case)
     if main is None:
         return []
@@ -197,38 +201,44 @@ def memory(case: CaseResult) -> Table:
             cells = [m.peaks.get(kind) for kind in KINDS]
             cells += [m.by_stage.get(stage, {}).get(main) for stage in _STAGES]
             cells.append(m.at_rest.get(main))
-            left = [m.growths.get(main), m.growths.get("resident") if main != "resident" else None]
-            told = [_mib(value, ",.0f") for value in cells] + [_mib(value, "+.1f") for value in left]
-            table.append([row.side, *told])
-    return known(table, 1)
+            growths = [m.growths.get(main), m.growths.get("resident") if main != "resident" else None]
+            formatted = [_mib(value, ",.0f") for value in cells] + [_mib(value, "+.1f") for value in growths]
+            table.append([row.side, *formatted])
+    return drop_empty_columns(table, 1)
 
 
 def profile(case: CaseResult, sides: tuple[str, ...] = ()) -> Table:
-    """Kinds of operators down, sides across, all that were profiled or those named; empty where there is none."""
+    """Milliseconds of each kind of operator (rows) for each side (columns); empty if no side was profiled.
+
+    Args:
+        sides: only these; all that were profiled if empty.
+    """
     rows = [row for row in case.rows if row.profile and (not sides or row.side in sides)]
-    found = {row.side: row.profile for row in rows if row.profile}
-    if not found:
+    profiles = {row.side: row.profile for row in rows if row.profile}
+    if not profiles:
         return []
-    kinds = dict.fromkeys(kind for p in found.values() for kind in p.parts)
-    table = [["ms", *found]]
-    table += [[kind, *(f"{1e3 * p.parts.get(kind, 0.0):.1f}" for p in found.values())] for kind in kinds]
-    table.append(["in all", *(f"{1e3 * p.seconds:.1f}" for p in found.values())])
+    kinds = dict.fromkeys(kind for p in profiles.values() for kind in p.parts)
+    table = [["ms", *profiles]]
+    table += [[kind, *(f"{1e3 * p.parts.get(kind, 0.0):.1f}" for p in profiles.values())] for kind in kinds]
+    table.append(["in all", *(f"{1e3 * p.seconds:.1f}" for p in profiles.values())])
     timed = [_ms(b.median.value if (b := case.first(row)) else None) for row in rows]
     table.append(["without profilers", *timed])
-    return [*table, ["operators called", *(f"{p.operators:,}" for p in found.values())]]
+    return [*table, ["operators called", *(f"{p.operators:,}" for p in profiles.values())]]
 
 
 def peak(memory: Memory | None) -> str:
-    """MiB of the kind that tells most, and which one where that is not plain."""
+    """The peak of the most informative kind in MiB, with its name unless it is the whole process's."""
     kind = next((name for name in KINDS if memory and name in memory.peaks), None)
     if memory is None or kind is None:
         return "-"
-    how = {"gpu by turns": " by turns", "reserved": " by PyTorch", "allocated": " of tensors"}.get(kind, "")
-    return f"{memory.peaks[kind] / _MIB:,.0f}{how}"
+    suffix = {"gpu by turns": " by turns", "reserved": " by PyTorch", "allocated": " of tensors"}.get(
+        kind, ""
+    )
+    return f"{memory.peaks[kind] / _MIB:,.0f}{suffix}"
 
 
 def as_markdown(table: Table) -> list[str]:
-    """A line each; a second line of a cell goes on in the first."""
+    """Lines of Markdown; the two lines of a cell are joined."""
     head, *rows = table
     return [
         f"| {' | '.join(head)} |",
@@ -238,7 +248,7 @@ def as_markdown(table: Table) -> list[str]:
 
 
 def as_html(table: Table) -> str:
-    """A table that scrolls where the page is too narrow for it; columns of words begin at the left."""
+    """An HTML table that scrolls if the page is too narrow. Columns of words are aligned to the left."""
     rows, columns = table[1:], range(len(table[0]))
     words = [not any(row[k][:1].isdigit() or row[k][:1] in "+-" for row in rows) for k in columns]
     lines = []
@@ -254,10 +264,10 @@ def _html_cell(cell: str) -> str:
     return escape(first) + (f"<small>{escape(second)}</small>" if second else "")
 
 
-def known(table: Table, always: int) -> Table:
-    """Without the columns that nobody has a figure in, but the first few."""
-    known = [k for k in range(len(table[0])) if k < always or any(line[k] != "-" for line in table[1:])]
-    return [[line[k] for k in known] for line in table]
+def drop_empty_columns(table: Table, always: int) -> Table:
+    """The table without columns that have no figure in any row; the first `always` columns stay."""
+    columns = [k for k in range(len(table[0])) if k < always or any(line[k] != "-" for line in table[1:])]
+    return [[line[k] for k in columns] for line in table]
 
 
 def _number(value: float | None, form: str) -> str:
