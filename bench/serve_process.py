@@ -1,4 +1,4 @@
-"""`latentrt serve` as a process to measure: started, ready, looked at, ended."""
+"""Runs `latentrt serve` in a process, to measure it."""
 
 from __future__ import annotations
 
@@ -17,55 +17,59 @@ import httpx2 as httpx
 from ..errors import BenchmarkError
 from .stats import growth
 
-__all__ = ["Memory", "Running", "serving"]
+__all__ = ["Memory", "ServerProcess", "run_server"]
 
 _LOADING_SECONDS = 900.0
-"""In which a server has to be ready once it listens."""
+"""Time for a server to become ready after it listens."""
 
 
 @dataclass(frozen=True)
-class Running:
-    """A server process."""
+class ServerProcess:
+    """A running server."""
 
     url: str
     pid: int
 
     @property
     def resident(self) -> float:
-        """MiB."""
+        """The process's resident memory in MiB."""
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
-    def counted(self, name: str) -> float:
-        """A figure of its metrics."""
+    def metric(self, name: str) -> float:
+        """The value of one of its Prometheus metrics."""
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
         return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
 
 class Memory:
-    """A server's, while it is at work: requests that have ended -> MiB."""
+    """Samples a server's memory while it is at work.
 
-    def __init__(self, server: Running, *, every: int) -> None:
-        """`every` so many requests it is looked at."""
+    Attributes:
+        resident: number of requests done -> MiB.
+    """
+
+    def __init__(self, server: ServerProcess, *, every: int) -> None:
+        """Take a sample after every `every` requests."""
         self.resident: dict[int, float] = {}
         self._server = server
         self._every = every
 
     def sample(self, count: int) -> None:
-        """So many have ended."""
+        """Called with the number of requests that are done."""
         if count % self._every == 0:
             self.resident[count] = self._server.resident
 
     @property
     def slope(self) -> float:
-        """KiB a request, over the last half of them."""
-        late = slice(len(self.resident) // 2, None)
-        return 1024 * growth(list(self.resident.values())[late], list(self.resident)[late])
+        """Growth in KiB a request, over the last half of the samples."""
+        last_half = slice(len(self.resident) // 2, None)
+        return 1024 * growth(list(self.resident.values())[last_half], list(self.resident)[last_half])
 
 
 @contextmanager
-def serving(max_batch: int, backend: str, checks: dict[str, bool]) -> Iterator[Running]:
-    """The demo behind a port, warm; told to end by SIGTERM, and `checks` whether it did."""
+def run_server(max_batch: int, backend: str, checks: dict[str, bool]) -> Iterator[ServerProcess]:
+    """Serve the demo, and wait until it is ready. At the end it gets SIGTERM, and `checks` whether it exited with 0."""
     command = [
         sys.executable,
         "-m",
@@ -82,18 +86,18 @@ def serving(max_batch: int, backend: str, checks: dict[str, bool]) -> Iterator[R
         [*command, "--max-batch", str(max_batch), "--max-queue", "64"], stderr=subprocess.PIPE, text=True
     )
     try:
-        yield Running(_ready(process), process.pid)
+        yield ServerProcess(_ready(process), process.pid)
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(120)
         checks[f"the server with batches of {max_batch} ended with 0"] = process.poll() == 0
     finally:
-        process.kill()  # nothing, where it has ended
+        process.kill()
         process.wait()
 
 
 def _ready(process: subprocess.Popen[str]) -> str:
-    """Its address, once it takes requests."""
+    """Wait until a server takes requests, and return its address."""
     log = process.stderr
     if log is None:
         raise AssertionError("it is piped")
@@ -101,26 +105,27 @@ def _ready(process: subprocess.Popen[str]) -> str:
     for line in log:
         seen.append(line)
         if (url := _url(line)) is not None:
-            threading.Thread(target=lambda: [None for _ in log], daemon=True).start()  # or it would fill up
+            # Read on, so that the pipe does not fill up.
+            threading.Thread(target=lambda: [None for _ in log], daemon=True).start()
             break
     else:
         raise BenchmarkError(f"the server ended: {''.join(seen[-5:])}")
     deadline = time.monotonic() + _LOADING_SECONDS
-    answer = ""
+    last_response = ""
     while time.monotonic() < deadline and process.poll() is None:
-        with suppress(httpx.TransportError):  # a busy one may take longer than one question waits
+        with suppress(httpx.TransportError):  # a busy server may not answer in time
             response = httpx.get(f"{url}/ready")
             if response.status_code == 200:
                 return url
-            answer = response.text
-            if "does not load" in answer:
+            last_response = response.text
+            if "does not load" in last_response:
                 break
         time.sleep(0.2)
-    raise BenchmarkError(f"the server is not ready: {answer or 'no answer'}")
+    raise BenchmarkError(f"the server is not ready: {last_response or 'no answer'}")
 
 
 def _url(line: str) -> str | None:
-    """The address, if this line of the log has it; libraries write lines there that are no JSON."""
+    """The server's address, if this line of its log has it. Libraries log lines that are not JSON."""
     try:
         return str(json.loads(line)["url"])
     except (ValueError, KeyError, TypeError):

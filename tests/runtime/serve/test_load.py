@@ -20,7 +20,7 @@ from helpers.served import Served, served
 from helpers.waiting import until
 from latentrt.bench import serve_load, serve_process
 from latentrt.bench.serve_load import Outcome, mixed_bodies, send
-from latentrt.bench.serve_process import Running, serving
+from latentrt.bench.serve_process import ServerProcess, run_server
 from latentrt.errors import BenchmarkError
 from latentrt.runtime.serve.requests import ImageResult
 from latentrt.runtime.serve.runner import OnStep
@@ -37,8 +37,8 @@ class Timed(FakeRunner):
         return super().run(requests, step)
 
 
-def process_of(server: Served) -> Running:
-    return Running(server.url, os.getpid())
+def process_of(server: Served) -> ServerProcess:
+    return ServerProcess(server.url, os.getpid())
 
 
 def digest(image: PIL.Image.Image) -> str:
@@ -55,7 +55,7 @@ def test_nothing_is_lost_or_mixed_up() -> None:
         )
         assert (server.service.waiting, server.service.running) == (0, 0)
     assert set(outcome.statuses) == {200}
-    assert len(outcome.images) + outcome.left == 80
+    assert len(outcome.images) + outcome.disconnected == 80
     assert all(made == digest(picture(seed)) for seed, made in outcome.images.items())
     made = Counter(seed for call in runner.calls for seed in call)
     assert set(made.values()) == {1}  # none twice
@@ -68,7 +68,7 @@ def test_the_measurement_of_load() -> None:
     with served(Timed, max_batch=1) as one, served(Timed, max_batch=8, window=0.2) as many:
         alone, batched = process_of(one), process_of(many)
         gain = serve_load.batching(alone, batched, clients=4, rounds=1, checks=checks)
-        mixed = serve_load.mixed(alone, batched, requests=20, clients=4, pace=0.05, checks=checks)
+        mixed = serve_load.mixed(alone, batched, requests=20, clients=4, image_seconds=0.05, checks=checks)
         flood = serve_load.overload(batched, rate=5.0, seconds=1.0, timeout=60.0, checks=checks)
     assert set(gain["one_at_a_time"]["images_by_batch"]) == {"1"}
     assert max(map(int, gain["batched"]["images_by_batch"])) > 1
@@ -91,7 +91,7 @@ def test_the_measurement_of_load() -> None:
 def test_a_third_leaves_midway(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the first preview, or before it; no image is finished before those who leave have left."""
     gone: set[int] = set()
-    leave = serve_load._left
+    leave = serve_load._stream_and_disconnect
 
     async def left(http: httpx.AsyncClient, body: Any, seconds: float) -> Any:
         result = await leave(http, body, seconds)
@@ -106,11 +106,11 @@ def test_a_third_leaves_midway(monkeypatch: pytest.MonkeyPatch) -> None:
 
             return super().run(requests, step)
 
-    monkeypatch.setattr(serve_load, "_left", left)
+    monkeypatch.setattr(serve_load, "_stream_and_disconnect", left)
     checks: dict[str, bool] = {}
     with served(FakeRunner, max_batch=1) as one, served(Waiting, max_batch=8) as many:
         found = serve_load.mixed(
-            process_of(one), process_of(many), requests=60, clients=20, pace=0.05, checks=checks
+            process_of(one), process_of(many), requests=60, clients=20, image_seconds=0.05, checks=checks
         )
     assert found["left"] == 20
     assert checks["a third left midway"]
@@ -121,10 +121,12 @@ def test_a_server_that_keeps_what_it_made_is_found(monkeypatch: pytest.MonkeyPat
     sizes = iter(range(10_000))
     for a_request, flat in ((60, False), (20, True)):  # kilobytes
         checks: dict[str, bool] = {}
-        monkeypatch.setattr(Running, "resident", property(lambda _, kb=a_request: next(sizes) * kb / 1024))
+        monkeypatch.setattr(
+            ServerProcess, "resident", property(lambda _, kb=a_request: next(sizes) * kb / 1024)
+        )
         with served(FakeRunner, max_batch=1) as one, served(FakeRunner) as many:
             serve_load.mixed(
-                process_of(one), process_of(many), requests=25, clients=4, pace=1.0, checks=checks
+                process_of(one), process_of(many), requests=25, clients=4, image_seconds=1.0, checks=checks
             )
         assert checks["and in the end by less than 40 KiB a request"] is flat
 
@@ -132,7 +134,7 @@ def test_a_server_that_keeps_what_it_made_is_found(monkeypatch: pytest.MonkeyPat
 def test_refusals_that_do_not_say_when_are_found() -> None:
     outcome = Outcome()
     for headers in ({"retry-after": "3"}, {"retry-after": "soon"}, {}):
-        outcome.take({"seed": 1}, httpx.Response(429, headers=headers), 0.1)
+        outcome.add_response({"seed": 1}, httpx.Response(429, headers=headers), 0.1)
     assert outcome.retry_after == [3, None, None]
 
 
@@ -176,7 +178,7 @@ def test_warnings_in_a_server_s_log_are_passed_over(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(serve_process.httpx, "get", get)
     warnings = "print('UserWarning: old', 7, '[1]', '{}', 'null', file=err, sep='\\n')\n"
     server_that(warnings + LISTENS + "signal.pause()", monkeypatch)
-    with serving(8, "eager", {}) as server:
+    with run_server(8, "eager", {}) as server:
         assert server.url == "x"
 
 
@@ -197,7 +199,7 @@ def test_a_server_that_does_not_get_ready_is_an_error(
     monkeypatch.setattr(serve_process.httpx, "get", get)
     monkeypatch.setattr(serve_process, "_LOADING_SECONDS", 1.0, raising=False)
     server_that(script, monkeypatch)
-    with pytest.raises(BenchmarkError, match=message), serving(8, "eager", {}):
+    with pytest.raises(BenchmarkError, match=message), run_server(8, "eager", {}):
         pass
 
 
@@ -214,7 +216,7 @@ signal.pause()"""
         monkeypatch.setattr(
             serve_process.subprocess, "Popen", lambda _, command=command, **options: popen(command, **options)
         )
-        with serving(8, "eager", checks) as server:
+        with run_server(8, "eager", checks) as server:
             assert server.url == "x"
         assert checks == {"the server with batches of 8 ended with 0": status == 0}
 
@@ -230,7 +232,7 @@ def test_an_image_that_differs_is_found() -> None:
     checks: dict[str, bool] = {}
     with served(FakeRunner, max_batch=1) as one, served(Blurred, max_batch=1) as other:
         mixed = serve_load.mixed(
-            process_of(one), process_of(other), requests=8, clients=1, pace=1e4, checks=checks
+            process_of(one), process_of(other), requests=8, clients=1, image_seconds=1e4, checks=checks
         )
     assert mixed["differ"] == [5]
     assert not checks["every image equals the same made alone"]
