@@ -1,10 +1,10 @@
-"""Every kernel that may run, compiled for every architecture without a GPU: what is asked, and what came of it.
+"""Compiles every kernel that may run for every architecture, without a GPU, and checks the result.
 
     python -m latentrt.bench.compiled_kernels     writes out/kernels_compiled.json
 
-The cases of the registry are SDXL's shapes on the usual path. To them come the other head sizes, layouts and variants
-that shapes and arguments choose, so that each block size in `kernels/tuned` is compiled at least once, and the
-variants by the copy engine that are tried on a GPU. `tests/kernels/test_aot.py` asks for the same list and judges it.
+The registry's cases are SDXL's shapes on the usual path. Added to these are other head sizes, layouts and variants, so
+that each block size in `kernels/tuned` is compiled at least once; and the variants with tensor descriptors (TMA) that
+are tried on a GPU. `tests/kernels/test_aot.py` checks the same list.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from .machine import describe_machine, module_command
 
 __all__ = [
     "CACHE",
-    "COPIED",
-    "COPIED_WIDE",
     "DTYPES",
-    "SPECIALIZED",
+    "SPECIALIZED_SIZES",
     "TENSOR_CORES",
+    "TMA_SIZES",
+    "TMA_WIDE_SIZES",
     "Entry",
     "compiled_matrix",
     "faults",
@@ -44,17 +44,17 @@ __all__ = [
 ]
 
 CACHE = Path(sys.prefix) / "latentrt-aot"
-"""The virtual environment's own folder: gone with it, and with it Triton's version."""
+"""In the virtual environment's folder, so that it is removed with it when Triton's version changes."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 """The instructions that an architecture's matmuls should compile to: on sm_90, HMMA is the slower path."""
 
-COPIED = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "TMA": 1}
-SPECIALIZED = {**COPIED, "num_warps": 4, "num_stages": 2, "SPECIALIZE": 1}
-COPIED_WIDE = {**COPIED, "BLOCK_D": 64, "BLOCK_V": 256, "BLOCK_M": 64, "BLOCK_N": 32, "num_stages": 2}
-_COPIED_LINEAR = {
+TMA_SIZES = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "TMA": 1}
+SPECIALIZED_SIZES = {**TMA_SIZES, "num_warps": 4, "num_stages": 2, "SPECIALIZE": 1}
+TMA_WIDE_SIZES = {**TMA_SIZES, "BLOCK_D": 64, "BLOCK_V": 256, "BLOCK_M": 64, "BLOCK_N": 32, "num_stages": 2}
+_TMA_LINEAR_SIZES = {
     "BLOCK_M": 128,
     "BLOCK_N": 64,
     "BLOCK_K": 64,
@@ -63,8 +63,8 @@ _COPIED_LINEAR = {
     "num_stages": 4,
     "TMA": 1,
 }
-_SPECIALIZED_LINEAR = {**_COPIED_LINEAR, "num_warps": 4, "SPECIALIZE": 1}
-"""Block sizes of kernels by the copy engine, as they are tried on a GPU: none is in the tuned data yet."""
+_SPECIALIZED_LINEAR_SIZES = {**_TMA_LINEAR_SIZES, "num_warps": 4, "SPECIALIZE": 1}
+"""Block sizes of kernels with TMA, as they are tried on a GPU; the tuned data has none yet."""
 
 _META = torch.device("meta")
 _Row = tuple[str, str, tuple[Any, ...], aot.Trial | None]
@@ -73,35 +73,38 @@ _Row = tuple[str, str, tuple[Any, ...], aot.Trial | None]
 
 @dataclass(frozen=True)
 class Entry:
-    """One request of the matrix."""
+    """One request of the matrix.
+
+    Attributes:
+        case: its name, unique within the operator, the dtype and the architecture.
+    """
 
     case: str
-    """Unique within the operator, the dtype and the architecture."""
     request: aot.Request
     dtype: torch.dtype
 
     @property
     def trial(self) -> Mapping[str, int]:
-        """Its block sizes where they are not the tuned ones."""
+        """Its block sizes, if they are not the tuned ones."""
         return {} if self.request.trial is None else self.request.trial[1]
 
 
 def matrix(arch: int, dtype: torch.dtype) -> list[Entry]:
-    """All that is compiled for one architecture in one dtype. In float32 the registry's cases only."""
-    meta: list[_Row] = [
+    """Everything that is compiled for one architecture in one dtype. In float32 these are only the registry's cases."""
+    rows: list[_Row] = [
         (spec.name, case.name, case.inputs(dtype, _META), None) for spec in specs() for case in spec.cases
     ]
     if dtype != torch.float32:
-        meta += _attention(arch, dtype)
-        for ours in (_group_norm, _layer_norm, _linear_geglu, _sampler_step):
-            meta += ours(dtype)
+        rows += _attention(arch, dtype)
+        for rows_of in (_group_norm, _layer_norm, _linear_geglu, _sampler_step):
+            rows += rows_of(dtype)
         if arch in (90, 100):
-            meta += _by_copy_engine(arch, dtype)
-    return [Entry(case, aot.Request(op, args, arch, trial), dtype) for op, case, args, trial in meta]
+            rows += _tma_variants(arch, dtype)
+    return [Entry(case, aot.Request(op, args, arch, trial), dtype) for op, case, args, trial in rows]
 
 
 def _qkv(D: int, Sk: int, dtype: torch.dtype, columns: int | None = None) -> tuple[Tensor, ...]:
-    """As a model has them, of a projection with `columns` a head."""
+    """Queries, keys and values as in a model: slices of one projection, with `columns` columns for each head."""
     H = 1 if D == 512 else 10
     q, k, v = torch.empty(2, 4096, 3, H, columns or D, dtype=dtype, device=_META)[..., :D].unbind(2)
     if Sk != 4096:
@@ -110,7 +113,7 @@ def _qkv(D: int, Sk: int, dtype: torch.dtype, columns: int | None = None) -> tup
 
 
 def _attention(arch: int, dtype: torch.dtype) -> list[_Row]:
-    """The kernels, also where the data choose the libraries; by TMA they are apart."""
+    """Attention without TMA. The kernels are compiled even where the tuned data choose PyTorch's libraries."""
 
     def row(case: str, q: Tensor, k: Tensor, v: Tensor) -> _Row:
         trial = None
@@ -123,7 +126,8 @@ def _attention(arch: int, dtype: torch.dtype) -> list[_Row]:
         for D in (40, 64, 80, 128, 160, 256, 512)
         for Sk in (77, 4096)
     ]
-    unaligned = [  # which copies mend
+    # The operator copies these to aligned memory.
+    unaligned = [
         row(f"head of {D}, 4096 keys, rows of {columns}", *_qkv(D, 4096, dtype, columns))
         for D, columns in ((64, 65), (160, 161), (512, 513))
     ]
@@ -146,13 +150,15 @@ def _group_norm(dtype: torch.dtype) -> list[_Row]:
 
     for shape in ((2, 320, 128, 128), (2, 1920, 32, 32), (1, 128, 1024, 1024)):
         add(shape, "contiguous")
-    for layout in ("contiguous", "channels_last"):  # no whole blocks
+    # Sizes that are no multiple of the blocks.
+    for layout in ("contiguous", "channels_last"):
         add((2, 320, 33, 31), layout)
     return rows
 
 
 def _layer_norm(dtype: torch.dtype) -> list[_Row]:
-    D = 10000  # longer than the longest block
+    # Longer than the longest block.
+    D = 10000
     x, one = (torch.empty(*size, D, dtype=dtype, device=_META) for size in ((2, 77), ()))
     return [
         ("layer_norm", f"77 x {D}", (x, one, one, 1e-5), None),
@@ -179,7 +185,7 @@ def _linear_geglu(dtype: torch.dtype) -> list[_Row]:
 
 
 def _sampler_step(dtype: torch.dtype) -> list[_Row]:
-    """The model's output in `dtype`; the rest is float32."""
+    """The sampler's step with the model's output in `dtype`; everything else is float32."""
     (spec,) = specs(["sampler_step"])
     x, out, history, noise, table, step, *guidance = spec.cases[0].inputs(dtype, _META)
     variance = torch.cat([out, out], 1)
@@ -195,18 +201,18 @@ def _sampler_step(dtype: torch.dtype) -> list[_Row]:
     return [("sampler_step", case, args, None) for case, args in calls.items()]
 
 
-def _by_copy_engine(arch: int, dtype: torch.dtype) -> list[_Row]:
+def _tma_variants(arch: int, dtype: torch.dtype) -> list[_Row]:
     rows: list[_Row] = []
-    trials = {"specialized": SPECIALIZED, **({"copied": COPIED} if arch == 90 else {})}
+    trials = {"specialized": SPECIALIZED_SIZES, **({"copied": TMA_SIZES} if arch == 90 else {})}
     for Sk in (4096, 4000):
         for name, sizes in trials.items():
             rows.append(
                 ("attention", f"head of 64, {Sk} keys, {name}", _qkv(64, Sk, dtype), ("attention", sizes))
             )
         if arch == 90:
-            trial = ("attention_wide", COPIED_WIDE)
+            trial = ("attention_wide", TMA_WIDE_SIZES)
             rows.append(("attention", f"head of 512, {Sk} keys, copied", _qkv(512, Sk, dtype), trial))
-    for name, sizes in {"copied": _COPIED_LINEAR, "specialized": _SPECIALIZED_LINEAR}.items():
+    for name, sizes in {"copied": _TMA_LINEAR_SIZES, "specialized": _SPECIALIZED_LINEAR_SIZES}.items():
         rows.append(
             ("linear_geglu", f"4096 x 640, {name}", _linear(4096, 640, dtype), ("linear_geglu", sizes))
         )
@@ -214,21 +220,22 @@ def _by_copy_engine(arch: int, dtype: torch.dtype) -> list[_Row]:
 
 
 def faults(entry: Entry, report: aot.Report) -> Iterator[str]:
-    """What is wrong with one kernel of an entry; nothing where all is well."""
+    """What is wrong with one compiled kernel of an entry, if anything."""
     if report.spills or report.stack:
         yield f"{report.spills} spills, {report.stack} bytes of stack"
     if report.shared > aot.SHARED_LIMIT[report.arch] * 1024:
         yield f"{report.shared} bytes of shared memory, of {aot.SHARED_LIMIT[report.arch]} KiB"
     (spec,) = specs([report.op])
-    # Tensor cores do no float32 matmuls, and beside the libraries' matmuls a kernel has none of its own.
-    without = entry.dtype == torch.float32 or aot.by_library(entry.request)
-    wanted = {TENSOR_CORES[report.arch]} if spec.tensor_cores and not without else set()
-    if set(report.tensor_core) != wanted:
-        yield f"tensor cores by {sorted(report.tensor_core)}, not {sorted(wanted)}"
+    # Tensor cores have no float32 matmuls, and where libraries do the matmuls the kernel has none.
+    no_matmuls = entry.dtype == torch.float32 or aot.by_library(entry.request)
+    expected = {TENSOR_CORES[report.arch]} if spec.tensor_cores and not no_matmuls else set()
+    if set(report.tensor_core) != expected:
+        yield f"tensor cores by {sorted(report.tensor_core)}, not {sorted(expected)}"
     specialized = bool(entry.trial.get("SPECIALIZE"))
     if report.specialized != specialized:
         yield "warps have roles" if report.specialized else "no warps have roles"
-    if (report.scratch > 0) != specialized:  # TensorRT plugins have none to give
+    # Only specialised kernels may need scratch memory, which TensorRT plugins do not provide.
+    if (report.scratch > 0) != specialized:
         yield f"{report.scratch} bytes of scratch"
     if bool(report.block_copies) != bool(entry.trial.get("TMA")):
         yield f"{report.block_copies} copies of whole blocks"
@@ -237,36 +244,35 @@ def faults(entry: Entry, report: aot.Report) -> Iterator[str]:
 def compiled_matrix(
     entries: Sequence[Entry], cache: Path = CACHE, seconds: float = 600.0
 ) -> list[dict[str, Any]]:
-    """One row for each kernel of each entry; what is not in the cache yet is compiled.
+    """Compile what is not in the cache yet; returns a row for each kernel of each entry.
 
     Raises:
         BackendUnavailableError: Triton is not installed.
-        BackendError: entries do not compile, or not in the time.
+        BackendError: entries do not compile, or not within the time.
     """
     processes = os.cpu_count() or 1
     rows, failed = [], []
-    for entry, found in zip(
-        entries, aot.attempts([e.request for e in entries], cache, processes, seconds), strict=True
-    ):
-        if isinstance(found, str):
-            failed.append(f"{_title(entry)}: {found}")
+    attempts = aot.attempts([e.request for e in entries], cache, processes, seconds)
+    for entry, attempt in zip(entries, attempts, strict=True):
+        if isinstance(attempt, str):
+            failed.append(f"{_title(entry)}: {attempt}")
             continue
-        for report in found:
-            named = {
+        for report in attempt:
+            names = {
                 "op": entry.request.op,
                 "case": entry.case,
                 "arch": entry.request.arch,
                 "dtype": dtype_name(entry.dtype),
                 "tuned": entry.request.trial is None,
             }
-            rows.append({**named, **asdict(report), "faults": list(faults(entry, report))})
+            rows.append({**names, **asdict(report), "faults": list(faults(entry, report))})
     if failed:
         raise BackendError("\n".join(failed))
     return rows
 
 
 def floors() -> list[dict[str, Any]]:
-    """The least microseconds of each of the registry's cases, on each GPU whose ceilings are known."""
+    """The roofline's least microseconds of each of the registry's cases, on each GPU with known ceilings."""
     return [
         {
             "op": spec.name,
@@ -282,7 +288,7 @@ def floors() -> list[dict[str, Any]]:
 
 
 def _write(path: Path, result: Mapping[str, Any]) -> None:
-    """A line for each element of a list."""
+    """Write JSON with one line for each element of a list."""
     parts = []
     for name, value in result.items():
         text = json.dumps(value)
@@ -297,7 +303,7 @@ def _title(entry: Entry) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile what is not compiled yet, and write the file. 1 where a kernel has faults."""
+    """Compile what is not compiled yet, and write the file; 1 if a kernel has faults."""
     parser = argparse.ArgumentParser(prog="python -m latentrt.bench.compiled_kernels", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/kernels_compiled.json"), metavar="FILE")
     parser.add_argument("--cache", type=Path, default=CACHE, metavar="FOLDER", help=f"default {CACHE}")

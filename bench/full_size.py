@@ -1,10 +1,10 @@
-"""SDXL's base UNet at its full size, on the CPU: loaded from safetensors, and one forward.
+"""Loads SDXL's base UNet at full size on the CPU, and runs one forward.
 
     python -m latentrt.bench.full_size [--dtype bfloat16] [--size 512] [--folder DIR] [--out FILE.json]
 
-The weights are random (there may be no published ones at hand), written to a file in float16 one tensor at a
-time: 5.1 GB, removed afterwards unless `--folder` names where to keep them. What is held: loading takes less
-than 1.3 times the weights' own memory, and the output is finite.
+The weights are random, since the published ones may not be on this machine. They are written to a file in float16, one
+tensor at a time: 5.1 GB, which are removed afterwards unless `--folder` says where to keep them. It is checked that
+loading takes less than 1.3 times the weights' own memory, and that the output is finite.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _POOLED = 1280
 
 @dataclass(frozen=True)
 class Result:
-    """One run.
+    """The result of one run.
 
     Attributes:
         parameters: of the UNet.
@@ -49,10 +49,10 @@ class Result:
         size: of the image in pixels, along each side.
         weight_bytes: of the weights in `dtype`.
         load_seconds, forward_seconds: wall time.
-        load_ratio: the process's peak memory in loading, less what it had before, over `weight_bytes`.
-        forward_ratio: the same of the forward, the weights included.
-        output_std: of the prediction.
-        finite: no infinities or NaNs in it.
+        load_ratio: by how much loading raised the process's peak memory, divided by `weight_bytes`.
+        forward_ratio: the same for the forward, with the weights included.
+        output_std: standard deviation of the output.
+        finite: the output has no infinities or NaNs.
     """
 
     parameters: int
@@ -91,7 +91,7 @@ def measure(folder: Path, dtype: torch.dtype, size: int) -> Result:
         size: of the image in pixels, along each side.
 
     Raises:
-        OSError: nobody counts memory here (not Linux).
+        OSError: the system does not report peak memory (not Linux).
     """
     checkpoint = open_checkpoint(folder)
     config = UNetConfig.from_dict(checkpoint.config("unet"))
@@ -100,19 +100,19 @@ def measure(folder: Path, dtype: torch.dtype, size: int) -> Result:
     parameters = sum(p.numel() for p in unet.parameters())
     weight_bytes = parameters * dtype.itemsize
 
-    before = _peak_from_here()
-    begun = time.perf_counter()
+    before = _reset_peak()
+    started = time.perf_counter()
     checkpoint.weights("unet").load_into(unet, dtype)
-    _touch(unet)
-    load_seconds = time.perf_counter() - begun
+    _read_all_pages(unet)
+    load_seconds = time.perf_counter() - started
     load_ratio = ((peak_bytes() or 0) - before) / weight_bytes
 
     inputs = _inputs(config, dtype, size // 8)
-    _peak_from_here()
-    begun = time.perf_counter()
+    _reset_peak()
+    started = time.perf_counter()
     with torch.inference_mode():
         output = unet(*inputs)
-    forward_seconds = time.perf_counter() - begun
+    forward_seconds = time.perf_counter() - started
     return Result(
         parameters=parameters,
         dtype=dtype_name(dtype),
@@ -127,8 +127,8 @@ def measure(folder: Path, dtype: torch.dtype, size: int) -> Result:
     )
 
 
-def _touch(module: nn.Module) -> None:
-    """Read every page: weights that are mapped from the file are in memory only from then on."""
+def _read_all_pages(module: nn.Module) -> None:
+    """Weights that are mapped from a file only take memory when their pages are read."""
     for parameter in module.parameters():
         parameter.detach().view(torch.int8).flatten()[::4096].sum()
 
@@ -149,14 +149,14 @@ def _inputs(config: UNetConfig, dtype: torch.dtype, side: int) -> list[torch.Ten
     return [values[name] for name in input_names(config)]
 
 
-def _peak_from_here() -> int:
-    """Forget the peak of what went before, such as writing the weights; what the process has now, in bytes."""
+def _reset_peak() -> int:
+    """Reset the process's peak memory, for example after writing the weights; returns what it holds now, in bytes."""
     forget_peak()
     return peak_bytes() or 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; 1 where what must hold does not."""
+    """Command line; 1 if a check fails."""
     parser = argparse.ArgumentParser(description="One forward of the full-size SDXL base UNet on the CPU.")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--size", type=int, default=512, help="pixels along each side, a multiple of 8")

@@ -1,20 +1,21 @@
-"""Every component of SDXL's base and refiner and of SD 1.5 and 2.1 at full size: exported to ONNX and built by
+"""Exports every component of SDXL's base and refiner and of SD 1.5 and 2.1 at full size to ONNX, and builds them with
 TensorRT for RTX.
 
     python -m latentrt.bench.full_size_engines [sdxl_base sdxl_refiner sd15 sd21] [--component unet] [--again]
                                                [--out FILE.json]
 
 Needs no GPU: engines are for sm_89, images from half to 5/4 of the model's own size (SDXL: 512 to 1280 pixels, 64 to
-160 latents a side) and batches of up to 8 rows (4 images with guidance). Weights are random from a seed, in float16.
-SDXL base's VAE stays in float32, as its configuration asks. The others' are in float16: the refiner gets the
-configuration of those that were fixed for it, and SD's do not overflow.
+160 latents a side) and batches of up to 8 rows (4 images with guidance). Weights are float16 and random from a fixed
+seed. SDXL base's VAE stays in float32, as its configuration says. The others' are in float16: the refiner gets the
+configuration of VAEs that were fixed for float16, and SD's do not overflow.
 
-Each step is a process of its own, so that its memory is its own and goes back. What is held, besides that everything
-builds: seconds and memory of the base UNet's export and build, and that a second build finds the first in 5 s.
+Each step is a process of its own, so that its memory can be measured and is freed. Besides that everything builds, it
+is checked that the base UNet's export and build stay within limits of time and memory, and that a second build finds
+the first one within 5 s.
 
-Components are done one by one, and what was made of one is removed before the next: the disk holds one checkpoint and
-the model and engine of one component. Every row is written as soon as it is there; run again, the script goes on with
-those that are missing, or were measured at another commit or with other versions.
+Components are processed one by one, and files of one are removed before the next: the disk holds one checkpoint, and
+the model and engine of one component. Every row is saved as soon as it is measured. Run again, the script continues
+with rows that are missing, or that were measured at another commit or with other versions.
 """
 
 from __future__ import annotations
@@ -52,11 +53,12 @@ from ..runtime.weights import open_checkpoint
 from .machine import ROOT, describe_machine, module_command
 from .random_checkpoint import PUBLISHED, component_bytes, write_checkpoint
 
-__all__ = ["Limits", "Row", "broken", "disk_needed", "main", "measure"]
+__all__ = ["Limits", "Row", "disk_needed", "exceeded_limits", "main", "measure"]
 
 _TARGET = EngineTarget("tensorrt-rtx", (89,))
 _BATCH = "1..4"
-_PER_WEIGHT_BYTE = 2.1  # what an exported model and its engine take on the disk
+_DISK_PER_WEIGHT_BYTE = 2.1
+"""An exported model and its engine together."""
 _FOUND_SECONDS = 5.0
 
 
@@ -76,19 +78,20 @@ CHANGES = {model: {"vae": {"force_upcast": False}} for model in ("sdxl_refiner",
 
 @dataclass(frozen=True)
 class Row:
-    """One component.
+    """The figures of one component.
 
     Attributes:
-        model, component, dtype: which.
-        sizes: what the engine takes.
+        model, component, dtype: which one.
+        sizes: the input sizes of the engine.
         weight_bytes: of the exported model's weights.
         export_seconds: from reading the weights to the end of the check against PyTorch.
-        export_bytes: peak memory of the process that exported, mapped files included.
-        relative_error: the largest of the export, on ONNX Runtime beside PyTorch.
-        build_seconds: of the process that built, all of it.
+        export_bytes: peak memory of the exporting process, mapped files included.
+        relative_error: the export's largest error, on ONNX Runtime compared with PyTorch.
+        build_seconds: of the whole building process.
         build_bytes: its peak memory.
-        engine_bytes, layers: of the engine, and of the network as it was parsed.
-        found_seconds: what a new process took, once it had imported what it needs, to find the engine that was built.
+        engine_bytes: size of the engine.
+        layers: of the parsed network.
+        found_seconds: for a new process to find the built engine, not counting its imports.
         machine: what it was measured on.
     """
 
@@ -112,12 +115,12 @@ class Row:
         return self.model, self.component
 
 
-def broken(row: Row) -> list[str]:
-    """Which limits a row is beyond, in words; none where it is within all of them."""
-    held = [("finding its engine again", row.found_seconds, _FOUND_SECONDS, "s", 1.0)]
+def exceeded_limits(row: Row) -> list[str]:
+    """Which limits a row exceeds, in words."""
+    checks = [("finding its engine again", row.found_seconds, _FOUND_SECONDS, "s", 1.0)]
     limits = LIMITS.get(row.key)
     if limits is not None:
-        held += [
+        checks += [
             ("export", row.export_seconds, limits.export_seconds, "s", 1.0),
             ("export", row.export_bytes or 0, limits.export_bytes, "GB", 1e9),
             ("build", row.build_seconds, limits.build_seconds, "s", 1.0),
@@ -125,46 +128,47 @@ def broken(row: Row) -> list[str]:
         ]
     return [
         f"{row.model} {row.component}: {what} took {value / unit:.1f} {name}, the limit is {limit / unit:.0f} {name}"
-        for what, value, limit, name, unit in held
+        for what, value, limit, name, unit in checks
         if value > limit
     ]
 
 
 def disk_needed(weights: Mapping[str, int]) -> int:
-    """Bytes that measuring a checkpoint takes on the disk at its peak, about.
+    """About how many bytes of disk space measuring a checkpoint takes at most.
 
     Args:
-        weights: of its components.
+        weights: component -> bytes of its weights.
     """
-    return int(sum(weights.values()) + _PER_WEIGHT_BYTE * max(weights.values()))
+    return int(sum(weights.values()) + _DISK_PER_WEIGHT_BYTE * max(weights.values()))
 
 
 def measure(model: str, checkpoint: Path, name: str, cache_dir: Path, sizes: Sequence[str]) -> dict[str, Any]:
-    """Export a component, build it, and build it again, which finds the first; what was made is removed.
+    """Export a component, build it, and build it again, which has to find the first build. Removes both at the end.
 
     Args:
         model: for messages.
         checkpoint: a diffusers folder.
         name: of the component.
-        cache_dir: holds what is made, and digests of the weights, which stay.
-        sizes: as `SizePolicy.parse` takes them; sizes around the model's own where it is empty.
+        cache_dir: for the exported model and the engine, and for digests of the weights, which stay.
+        sizes: as `SizePolicy.parse` takes them; if empty, sizes around the model's own.
 
     Returns:
-        The fields of a row that are measured.
+        The measured fields of a row.
 
     Raises:
-        LatentRTError: what a step says, or that the second build did not find the first.
-        BrokenProcessPool: a step was killed, as where memory ran out.
+        LatentRTError: a step failed, or the second build did not find the first.
+        BrokenProcessPool: a step was killed, for example when memory ran out.
     """
     component = (checkpoint, name, cache_dir)
     entries = Store(cache_dir).entries
-    shutil.rmtree(entries, ignore_errors=True)  # of a run that was ended
+    # An earlier run may have been killed.
+    shutil.rmtree(entries, ignore_errors=True)
     try:
         print(f"{model} {name}: exporting", flush=True)
-        exported = _in_a_process(_export, *component)
+        exported = _in_new_process(_export, *component)
         print(f"{model} {name}: exported in {exported['export_seconds']:.0f} s; building", flush=True)
-        built = _in_a_process(_build, *component, tuple(sizes))
-        found = _in_a_process(_build, *component, tuple(sizes))
+        built = _in_new_process(_build, *component, tuple(sizes))
+        found = _in_new_process(_build, *component, tuple(sizes))
     finally:
         shutil.rmtree(entries, ignore_errors=True)
     if found["built"]:
@@ -184,23 +188,23 @@ def measure(model: str, checkpoint: Path, name: str, cache_dir: Path, sizes: Seq
 # --- steps, each in a process of its own
 
 
-def _in_a_process(step: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+def _in_new_process(step: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(step, *args).result()
 
 
 def _component(checkpoint: Path, name: str, cache_dir: Path) -> Component:
     half, upcast = torch.float16, TensorRTRTXBackend.upcast
-    found = load_components(open_checkpoint(checkpoint, cache_dir=cache_dir), half, upcast=upcast)
+    components = load_components(open_checkpoint(checkpoint, cache_dir=cache_dir), half, upcast=upcast)
     whole, _, part = name.partition(".")
-    return next(c for c in in_parts(found[whole]) if c.name == name) if part else found[whole]
+    return next(c for c in in_parts(components[whole]) if c.name == name) if part else components[whole]
 
 
 def _export(checkpoint: Path, name: str, cache_dir: Path) -> dict[str, Any]:
     component = _component(checkpoint, name, cache_dir)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     model = onnx_model(component, cache_dir=cache_dir)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     manifest = json.loads((model.parent / "manifest.json").read_text("utf-8"))
     errors = manifest["figures"]["relative_error"]
     return {
@@ -213,15 +217,15 @@ def _export(checkpoint: Path, name: str, cache_dir: Path) -> dict[str, Any]:
 
 
 def _build(checkpoint: Path, name: str, cache_dir: Path, sizes: Sequence[str]) -> dict[str, Any]:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     component = _component(checkpoint, name, cache_dir)
     policy = SizePolicy.parse(sizes, _BATCH) if sizes else None
-    made = engine(component, _TARGET, policy or SizePolicy.around(component), cache_dir=cache_dir)
+    built = engine(component, _TARGET, policy or SizePolicy.around(component), cache_dir=cache_dir)
     return {
-        "built": made.built,
-        "seconds": time.perf_counter() - begun,
-        "figures": dict(made.figures),
-        "sizes": "; ".join(str(profile) for profile in made.profiles),
+        "built": built.built,
+        "seconds": time.perf_counter() - started,
+        "figures": dict(built.figures),
+        "sizes": "; ".join(str(profile) for profile in built.profiles),
     }
 
 
@@ -246,9 +250,9 @@ def _gb(size: int | None) -> str:
 
 
 def _components(configs: Path) -> list[str]:
-    """Names of the components that a checkpoint with these configurations has."""
-    halves = {"vae": ["vae_decoder", "vae_encoder"]}
-    return [half for name in component_bytes(configs) for half in halves.get(name, [name])]
+    """Names of the components of a checkpoint with these configurations."""
+    parts = {"vae": ["vae_decoder", "vae_encoder"]}
+    return [part for name in component_bytes(configs) for part in parts.get(name, [name])]
 
 
 def _read(out: Path) -> dict[tuple[str, str], Row]:
@@ -271,7 +275,7 @@ def _write(out: Path, rows: Sequence[Row], command: str) -> None:
 
 
 def _shortage(configs: Path, folder: Path) -> str | None:
-    """What a checkpoint's components take that is not there, in words; it says what they take in any case."""
+    """Print how much disk and memory a checkpoint takes. Returns what is missing, in words, or None."""
     weights = component_bytes(configs)
     disk, free_disk = disk_needed(weights), shutil.disk_usage(folder).free
     memory, free_memory = build_bytes(max(weights.values())), available_bytes()
@@ -289,7 +293,7 @@ def _shortage(configs: Path, folder: Path) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; 1 where what must hold does not, or a machine is too small."""
+    """Command line; 1 if a check fails, or the machine is too small."""
     parser = argparse.ArgumentParser(
         description="Full-size checkpoints exported, and built by TensorRT for RTX."
     )
@@ -312,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     command = module_command("latentrt.bench.full_size_engines", argv)
     machine, rows = describe_machine(), _read(args.out)
     args.folder.mkdir(parents=True, exist_ok=True)
-    asked: list[tuple[str, str]] = []
+    requested: list[tuple[str, str]] = []
     problems: list[str] = []
 
     for given in args.models:
@@ -322,9 +326,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.split and "unet" in names:
             at = names.index("unet")
             names[at : at + 1] = [f"unet.{part}" for part in PARTS]
-        asked += [(model, name) for name in names]
-        known = {name for name in names if (model, name) in rows and rows[model, name].machine == machine}
-        todo = names if args.again else [name for name in names if name not in known]
+        requested += [(model, name) for name in names]
+        measured_before = {
+            name for name in names if (model, name) in rows and rows[model, name].machine == machine
+        }
+        todo = names if args.again else [name for name in names if name not in measured_before]
         if not todo:
             continue
         if shortage := _shortage(configs, args.folder):
@@ -336,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in todo:
             try:
                 measured = measure(model, checkpoint, name, cache_dir, args.size)
-            except (LatentRTError, BrokenProcessPool) as error:  # the others may do
+            except (LatentRTError, BrokenProcessPool) as error:  # the other components may still work
                 problems.append(f"{model} {name}: {error}")
                 print(problems[-1], flush=True)
                 continue
@@ -346,9 +352,9 @@ def main(argv: list[str] | None = None) -> int:
         shutil.rmtree(cache_dir, ignore_errors=True)
         if not args.keep and not problems:
             shutil.rmtree(checkpoint)
-    done = [rows[key] for key in asked if key in rows]
+    done = [rows[key] for key in requested if key in rows]
     print(_table(done))
-    problems += [problem for row in done for problem in broken(row)]
+    problems += [problem for row in done for problem in exceeded_limits(row)]
     print("\n".join(problems) if problems else f"within the limits; {args.out}")
     return int(bool(problems) or not done)
 

@@ -58,7 +58,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
         }
         return {"built": not found, "seconds": 2.0, "figures": figures, "sizes": "batch 1..8"}
 
-    monkeypatch.setattr(script, "_in_a_process", step)
+    monkeypatch.setattr(script, "_in_new_process", step)
     return asked
 
 
@@ -88,7 +88,7 @@ def test_one_component_for_real(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if not spawned:  # processes of their own cost seconds of imports
-        monkeypatch.setattr(script, "_in_a_process", lambda step, *arguments: step(*arguments))
+        monkeypatch.setattr(script, "_in_new_process", lambda step, *arguments: step(*arguments))
     source = next(path for path in configs if path.name == model)
     assert run(source, "--component", name) == 0
     (row,) = read(tmp_path)
@@ -137,7 +137,7 @@ def test_an_interrupted_run_resumes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole, calls = script._in_a_process, 0
+    whole, calls = script._in_new_process, 0
 
     def ends(*arguments: Any) -> Any:
         nonlocal calls
@@ -146,7 +146,7 @@ def test_an_interrupted_run_resumes(
             raise KeyboardInterrupt
         return whole(*arguments)
 
-    monkeypatch.setattr(script, "_in_a_process", ends)
+    monkeypatch.setattr(script, "_in_new_process", ends)
     with pytest.raises(KeyboardInterrupt):
         run(configs[0])
     assert [row["component"] for row in read(tmp_path)] == ["text_encoder"]
@@ -170,18 +170,18 @@ def test_a_component_that_fails_stops_no_other(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole = script._in_a_process
+    whole = script._in_new_process
 
     def fails(step: Any, checkpoint: Path, name: str, *more: Any) -> Any:
         if name == "unet":
             raise BuildError("unet: takes more memory than there is")
         return whole(step, checkpoint, name, *more)
 
-    monkeypatch.setattr(script, "_in_a_process", fails)
+    monkeypatch.setattr(script, "_in_new_process", fails)
     assert run(configs[1]) == 1
     assert "sdxl_refiner unet: unet: takes more memory than there is" in capsys.readouterr().out
     assert [row["component"] for row in read(tmp_path)] == ["text_encoder_2", "vae_decoder", "vae_encoder"]
-    monkeypatch.setattr(script, "_in_a_process", whole)
+    monkeypatch.setattr(script, "_in_new_process", whole)
     del steps[:]
     assert run(configs[1]) == 0
     assert {name for _, _, name in steps} == {"unet"}
@@ -226,11 +226,11 @@ ROW = script.Row(
     ],
 )
 def test_limits(change: dict[str, Any], problem: str) -> None:
-    assert script.broken(ROW) == []
+    assert script.exceeded_limits(ROW) == []
     row = script.Row(**{**script.asdict(ROW), **change})
-    assert script.broken(row) == [problem]
+    assert script.exceeded_limits(row) == [problem]
     other = script.Row(**{**script.asdict(row), "component": "text_encoder"})
-    assert len(script.broken(other)) == ("found_seconds" in change)
+    assert len(script.exceeded_limits(other)) == ("found_seconds" in change)
 
 
 def test_a_broken_limit_fails_and_is_printed(
