@@ -1,10 +1,10 @@
-"""What the layout of the back end `triton` gains: SDXL's blocks as they are, and as `engines/packing.py` lays them out.
+"""Measures what packing gains on the back end `triton`: SDXL's blocks as they are, and packed by `engines/packing.py`.
 
     python -m latentrt.bench.packing [--device cuda --dtype float16 --seconds 0.5 --out FOLDER]
 
-Both have their channels last and run the project's norms, so what differs is where biases are added and how an image
-is doubled. They take turns; what computes something else has no time. On a GPU calls are recorded as CUDA graphs over
-inputs that exceed its cache, as kernels are timed; on the CPU they are called as they are.
+Both are channels_last and use latentrt's norms, so they differ in where biases are added and in how an image is
+upsampled. They take turns. A packed block with another result is not timed. On a GPU, calls are timed like kernels: as
+CUDA graphs, over inputs that exceed its cache. On the CPU they are called directly.
 """
 
 from __future__ import annotations
@@ -31,22 +31,24 @@ from .machine import describe_machine, module_command
 
 __all__ = ["BLOCKS", "Block", "main", "measure"]
 
-_EMBEDDING = 1280  # of the time, in SDXL
-_MOST_OFF = 2.0
-"""Times the plain block's error: what the packed one's may be, both beside float32,"""
-_ROUNDING = 1e-5
-"""or this much of the largest value, where the dtype is float32 itself."""
+_TIME_EMBEDDING = 1280
+"""Channels in SDXL."""
+_MAX_ERROR_RATIO = 2.0
+"""The packed block's error may be so many times the plain block's, both compared with float32."""
+_MAX_FLOAT32_ERROR = 1e-5
+"""Errors up to this share of the largest value are always allowed, for float32 itself."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One of SDXL's, at 1024x1024.
+    """One of SDXL's blocks, at 1024x1024.
 
     Attributes:
-        of, calls: how often it runs in a "step" with guidance or in a "decoding".
+        of: where it runs: in a "step" with guidance, or in a "decoding".
+        calls: how often it runs there.
         kind: "residual" or "doubling".
-        widths: channels of what comes in and goes out.
-        side: of what comes in.
+        widths: channels of input and output.
+        side: height and width of the input.
     """
 
     of: str
@@ -60,15 +62,15 @@ class Block:
         channels = " to ".join(str(n) for n in dict.fromkeys(self.widths))
         return f"{self.of}: {self.kind}, {channels} x {self.side} x {self.side}"
 
-    def make(self) -> ResnetBlock | Upsample:
-        """With random weights, in float32."""
+    def build(self) -> ResnetBlock | Upsample:
+        """The block with random weights, in float32."""
         if self.kind == "doubling":
             return Upsample(self.widths[0])
-        return ResnetBlock(*self.widths, 32, 1e-6, _EMBEDDING if self.of == "step" else None)
+        return ResnetBlock(*self.widths, 32, 1e-6, _TIME_EMBEDDING if self.of == "step" else None)
 
 
 BLOCKS = (
-    # In a step the most frequent of each level, and with a shortcut; in a decoding all of them.
+    # Of a step, the most frequent block of each level and two with a shortcut; of a decoding, all blocks.
     Block("step", 5, "residual", (320, 320), 128),
     Block("step", 5, "residual", (640, 640), 64),
     Block("step", 7, "residual", (1280, 1280), 32),
@@ -96,14 +98,14 @@ def measure(block: Block, dtype: torch.dtype, device: torch.device, seconds: flo
         seconds: for the rounds of each.
 
     Returns:
-        A row: largest errors beside float32, relative to its largest value; microseconds of "plain" and "packed", and
-        how many times as fast that is, or an "error".
+        A row: the largest errors compared with float32, relative to its largest value; and microseconds of "plain" and
+        "packed" with the "speedup", or an "error".
     """
     torch.manual_seed(0)
-    module = block.make().to(dtype)
-    packed, lacking = _packed(module)
+    module = block.build().to(dtype)
+    packed, deferred_bias = _packed(module)
     rows = 2 if block.of == "step" else 1
-    time_ = F.silu(torch.randn(rows, _EMBEDDING).to(dtype))
+    time_ = F.silu(torch.randn(rows, _TIME_EMBEDDING).to(dtype))
     sides: dict[str, Callable[[Tensor], Tensor]] = {
         "plain": _call(module, time_, device),
         "packed": _call(packed, time_, device),
@@ -113,35 +115,35 @@ def measure(block: Block, dtype: torch.dtype, device: torch.device, seconds: flo
     count = min(MAX_CALLS, max(2, CACHE_BYTES // nbytes)) if device.type == "cuda" else 1
     inputs = [(_image(shape, dtype, device),) for _ in range(count)]
     exact = _call(copy.deepcopy(module).float(), time_.float(), device)(inputs[0][0].float())
-    lacking = lacking.to(device)[:, None, None]
+    deferred_bias = deferred_bias.to(device)[:, None, None]
     row: dict[str, Any] = {"block": block.name, "calls": block.calls}
     for name, side in sides.items():
-        result = side(inputs[0][0]).float() + (lacking if name == "packed" else 0)
+        result = side(inputs[0][0]).float() + (deferred_bias if name == "packed" else 0)
         row[f"{name}_error"] = float((result - exact).abs().max() / exact.abs().max())
-    if not row["packed_error"] <= max(_MOST_OFF * row["plain_error"], _ROUNDING):
+    if not row["packed_error"] <= max(_MAX_ERROR_RATIO * row["plain_error"], _MAX_FLOAT32_ERROR):
         return row | {"error": "it computes something else"}
     timer = cuda_microseconds if device.type == "cuda" else _microseconds
-    found = timer(sides, inputs, seconds)
-    plain, quicker = found["plain"], found["packed"]
-    if isinstance(plain, str) or isinstance(quicker, str):
-        return row | {"error": f"{plain}; {quicker}"}
-    return row | found | {"speedup": plain / quicker}
+    times = timer(sides, inputs, seconds)
+    plain_us, packed_us = times["plain"], times["packed"]
+    if isinstance(plain_us, str) or isinstance(packed_us, str):
+        return row | {"error": f"{plain_us}; {packed_us}"}
+    return row | times | {"speedup": plain_us / packed_us}
 
 
 def _packed(module: ResnetBlock | Upsample) -> tuple[nn.Module, Tensor]:
-    """A copy laid out anew, and what its results lack: float32 [Cout]."""
-    other = copy.deepcopy(module)
-    if isinstance(other, ResnetBlock):
-        lacking = defer_in_resnet(other, None)
-        return other, torch.zeros(other.conv2.out_channels) if lacking is None else lacking
-    bias = other.conv.bias
+    """A packed copy, and the bias [Cout] in float32 that it leaves to the following operator."""
+    packed = copy.deepcopy(module)
+    if isinstance(packed, ResnetBlock):
+        deferred_bias = defer_in_resnet(packed, None)
+        return packed, torch.zeros(packed.conv2.out_channels) if deferred_bias is None else deferred_bias
+    bias = packed.conv.bias
     assert bias is not None
-    other.conv.bias = None
-    return FusedUpsample(other, None), bias.float()
+    packed.conv.bias = None
+    return FusedUpsample(packed, None), bias.float()
 
 
 def _call(module: nn.Module, time_: Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The module on the device, its channels last, with what a time's embedding makes of its shift."""
+    """The module on the device, in channels_last; the shift from the time's embedding is computed beforehand."""
     module = module.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if not isinstance(module, ResnetBlock) or module.time_emb_proj is None:
         return module
@@ -154,19 +156,19 @@ def _image(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def _microseconds(calls: Calls, inputs: Sequence[tuple[Any, ...]], seconds: float) -> dict[str, float | str]:
-    """Medians on the CPU, in turns, after a warm-up of each."""
+    """A `kernel_timing.Timer` for the CPU: medians, in turns, after a warm-up of each."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.monotonic() + seconds * len(calls)
     while len(next(iter(times.values()))) < 4 or time.monotonic() < end:
         for name, call in calls.items():
-            begun = time.perf_counter()
+            started = time.perf_counter()
             call(*inputs[0])
-            times[name].append(1e6 * (time.perf_counter() - begun))
-    return {name: statistics.median(all_[1:]) for name, all_ in times.items()}
+            times[name].append(1e6 * (time.perf_counter() - started))
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each block, and what a step and a decoding save by them."""
+    """A line for each block, and how much time a step and a decoding save."""
     lines = [f"{'block':<48}{'plain us':>10}{'packed us':>11}{'faster':>9}"]
     saved: dict[str, float] = {}
     for row in rows:
@@ -180,7 +182,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; 1 where a block computes something else or cannot run."""
+    """Command line; 1 if a packed block has another result or cannot run."""
     parser = argparse.ArgumentParser(description="What packing gains, block by block.")
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
@@ -205,7 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for block in BLOCKS:
             if args.only in block.name:
                 rows.append(measure(block, dtype, device, args.seconds))
-                write_json(args.out / f"packing_{where}.json", result)  # whoever ends it has what there is
+                # After each block, in case the process is ended.
+                write_json(args.out / f"packing_{where}.json", result)
                 print("\n".join(table(rows[-1:])[1:2]), flush=True)
     print("\n" + "\n".join(table(rows)))
     return int(any("error" in row for row in rows))

@@ -1,13 +1,15 @@
-"""Times SDXL's own blocks on this CPU, at their real shapes, and estimates a forward of its UNet from them.
+"""Times SDXL's own blocks on this CPU, at their real shapes, and estimates a forward of its UNet from these times.
 
     python -m latentrt.bench.proportions [--rounds 7] [--out bench/results/sdxl_blocks_cpu.json]
 
-The demo's tensors are so small that much of a picture's time goes between operators. At 1024x1024 the products are
-hundreds of times larger, and what a back end saves is another thing. A whole step of SDXL is minutes on a CPU, so one
-block of each kind is timed instead, in turns: diffusers' eager in the layout that is quicker here, ONNX Runtime on
-PyTorch's export of the same module, and latentrt's own module with the same weights as its back end onnxruntime exports
-and runs it. A forward of the base UNet is made up of them by its floating-point operations. What is left out: the text
-encoders, the VAE, and memory that does not fit. The plain export has its sizes fixed; latentrt's may vary, as in use.
+The demo's tensors are so small that much of a picture's time passes between operators. At 1024x1024 matrix products are
+hundreds of times larger, so a back end gains something else. A whole step of SDXL takes minutes on a CPU. Instead, one
+block of each kind is timed on each side, in turns: eager diffusers, in the layout that is faster here; ONNX Runtime
+with PyTorch's export of the same module; and latentrt's own module with the same weights, exported and run by its back
+end onnxruntime. A forward of the base UNet is estimated from these by its floating-point operations.
+
+Text encoders, the VAE and memory limits are not part of the estimate. PyTorch's export has fixed sizes, latentrt's has
+dynamic ones, as in use.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ __all__ = [
     "BLOCKS",
     "FORWARD_TFLOP",
     "Block",
-    "Measured",
+    "BlockTimes",
     "estimate",
     "main",
     "measure",
@@ -58,7 +60,7 @@ __all__ = [
 BENCHMARK = "SDXL's blocks on a CPU"
 SCHEMA = 2
 FORWARD_TFLOP = 6.761
-"""Of the base UNet for one row at 1024x1024; `latentrt plan sdxl` counts it."""
+"""Work of the base UNet for a batch of 1 at 1024x1024, as `latentrt plan sdxl` counts it."""
 _SIDES = {"eager": "diffusers eager", "onnxruntime": "ONNX Runtime", "latentrt": "latentrt"}
 _CPU = torch.device("cpu")
 _LIMIT = LIMITS["unet"][torch.float32].relative_error
@@ -69,24 +71,24 @@ class Pair:
     """A block in both definitions.
 
     Attributes:
-        theirs: diffusers' module.
-        ours: latentrt's, with the same weights.
-        inputs: of both, batch 1.
-        dims: of each input; those that may vary by name.
+        diffusers: diffusers' module.
+        latentrt: latentrt's module, with the same weights.
+        inputs: of both, with batch 1.
+        dims: dimensions of each input; dynamic ones are names.
     """
 
-    theirs: nn.Module
-    ours: nn.Module
+    diffusers: nn.Module
+    latentrt: nn.Module
     inputs: dict[str, Tensor]
     dims: dict[str, tuple[int | str, ...]]
 
     def component(self) -> Component:
-        """As back ends take it."""
+        """latentrt's module, as back ends take it."""
         specs = tuple(TensorSpec(name, dims, torch.float32) for name, dims in self.dims.items())
         names = {dim for spec in specs for dim in spec.dims if isinstance(dim, str)}
         return Component(
             name="block",
-            build=lambda: self.ours,
+            build=lambda: self.latentrt,
             dtype=torch.float32,
             inputs=specs,
             outputs=(TensorSpec("out", specs[0].dims, torch.float32),),
@@ -100,23 +102,23 @@ class Block:
     """One kind of block at one of SDXL's shapes.
 
     Attributes:
-        calls: in a forward of the base UNet; None for the kind that the rest of the work is taken to be of.
+        calls: in a forward of the base UNet; None for the kind that stands for all remaining work.
     """
 
     name: str
     calls: int | None
-    make: Callable[[], Pair]
+    build: Callable[[], Pair]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One block.
+class BlockTimes:
+    """The times of one block.
 
     Attributes:
-        flops: of one call, products only.
-        layout: of eager's weights and activations, the quicker one.
+        flops: of one call, matrix products and convolutions only.
+        layout: the faster one for eager's weights and activations.
         eager, onnxruntime, latentrt: seconds of each round.
-        difference: largest, of any side's result from eager's.
+        difference: the largest difference of a side's result from eager's.
     """
 
     name: str
@@ -129,7 +131,7 @@ class Measured:
     difference: float
 
 
-class _TheirTransformer(nn.Module):
+class _DiffusersTransformer(nn.Module):
     def __init__(self, width: int, heads: int, text: int) -> None:
         from diffusers.models.attention import BasicTransformerBlock
 
@@ -144,10 +146,11 @@ class _TheirTransformer(nn.Module):
         return out
 
 
-class _OurTransformer(nn.Module):
+class _LatentrtTransformer(nn.Module):
     def __init__(self, width: int, heads: int, text: int) -> None:
         super().__init__()
-        config = UNetConfig.from_dict({"cross_attention_dim": text})  # a block reads no more of it
+        # A block reads only this field.
+        config = UNetConfig.from_dict({"cross_attention_dim": text})
         self.block = TransformerBlock(width, heads, config)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
@@ -157,7 +160,7 @@ class _OurTransformer(nn.Module):
         return out
 
 
-class _TheirResidual(nn.Module):
+class _DiffusersResidual(nn.Module):
     def __init__(self, width: int, embedding: int) -> None:
         from diffusers.models.resnet import ResnetBlock2D
 
@@ -170,7 +173,7 @@ class _TheirResidual(nn.Module):
         return out
 
 
-class _OurResidual(nn.Module):
+class _LatentrtResidual(nn.Module):
     def __init__(self, width: int, embedding: int) -> None:
         super().__init__()
         self.block = ResnetBlock(width, width, 32, 1e-5, embedding)
@@ -185,8 +188,8 @@ class _OurResidual(nn.Module):
 def transformer(tokens: int, width: int, heads: int, text: int = 2048) -> Pair:
     """A transformer block over a prompt of 77 tokens."""
     return _pair(
-        _TheirTransformer(width, heads, text),
-        _OurTransformer(width, heads, text),
+        _DiffusersTransformer(width, heads, text),
+        _LatentrtTransformer(width, heads, text),
         {"x": torch.randn(1, tokens, width), "text": torch.randn(1, 77, text)},
         {"x": ("batch", "tokens", width), "text": ("batch", 77, text)},
     )
@@ -195,18 +198,21 @@ def transformer(tokens: int, width: int, heads: int, text: int = 2048) -> Pair:
 def residual(side: int, width: int, embedding: int = 1280) -> Pair:
     """A residual block, two convolutions of 3x3."""
     return _pair(
-        _TheirResidual(width, embedding),
-        _OurResidual(width, embedding),
+        _DiffusersResidual(width, embedding),
+        _LatentrtResidual(width, embedding),
         {"x": torch.randn(1, width, side, side), "embedding": torch.randn(1, embedding)},
         {"x": ("batch", width, "height", "width"), "embedding": ("batch", embedding)},
     )
 
 
 def _pair(
-    theirs: nn.Module, ours: nn.Module, inputs: dict[str, Tensor], dims: dict[str, tuple[int | str, ...]]
+    diffusers: nn.Module,
+    latentrt: nn.Module,
+    inputs: dict[str, Tensor],
+    dims: dict[str, tuple[int | str, ...]],
 ) -> Pair:
-    ours.load_state_dict(theirs.state_dict())
-    return Pair(theirs.eval(), ours.eval(), inputs, dims)
+    latentrt.load_state_dict(diffusers.state_dict())
+    return Pair(diffusers.eval(), latentrt.eval(), inputs, dims)
 
 
 BLOCKS = (
@@ -217,26 +223,26 @@ BLOCKS = (
 
 
 @torch.no_grad()
-def measure(block: Block, rounds: int) -> Measured:
-    """All sides in turns, after a warm-up each.
+def measure(block: Block, rounds: int) -> BlockTimes:
+    """Time a block on all sides in turns, after a warm-up of each.
 
     Raises:
-        BenchmarkError: a side computes something else.
+        BenchmarkError: a side's result differs from eager's by more than the limit.
     """
     torch.manual_seed(0)
-    pair = block.make()
+    pair = block.build()
     with FlopCounterMode(display=False) as counter:
-        wanted = pair.theirs(*pair.inputs.values())
+        expected = pair.diffusers(*pair.inputs.values())
     with tempfile.TemporaryDirectory(prefix="latentrt-proportions-") as folder:
         engines = {
-            "onnxruntime": _plain(pair, Path(folder) / "block.onnx"),
+            "onnxruntime": _onnxruntime_engine(pair, Path(folder) / "block.onnx"),
             "latentrt": OnnxRuntimeBackend().load(pair.component(), device=_CPU, cache_dir=Path(folder)),
         }
         difference = max(
-            _difference(f"{block.name}, {_SIDES[name]}", engine(pair.inputs)["out"], wanted)
+            _difference(f"{block.name}, {_SIDES[name]}", engine(pair.inputs)["out"], expected)
             for name, engine in engines.items()
         )
-        layout, eager = _eager(pair)
+        layout, eager = _fastest_eager(pair)
         sides: dict[str, Callable[[], Any]] = {"eager": eager}
         sides |= {name: partial(engine, pair.inputs) for name, engine in engines.items()}
         seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -245,44 +251,44 @@ def measure(block: Block, rounds: int) -> Measured:
             for name in [*sides][first:] + [*sides][:first]:
                 seconds[name].append(_seconds(sides[name]))
     flops = float(counter.get_total_flops())
-    return Measured(block.name, block.calls, flops, layout, **seconds, difference=difference)
+    return BlockTimes(block.name, block.calls, flops, layout, **seconds, difference=difference)
 
 
-def _difference(side: str, out: Tensor, wanted: Tensor) -> float:
-    """The largest of any value, within what `latentrt verify` allows the UNet."""
-    found = relative_error(out, wanted)
-    if not found <= _LIMIT:  # so that nan fails
+def _difference(side: str, out: Tensor, expected: Tensor) -> float:
+    """The largest absolute difference, if it is within the limit of `latentrt verify` for the UNet."""
+    error = relative_error(out, expected)
+    if not error <= _LIMIT:  # so that NaN fails
         raise BenchmarkError(
-            f"{side} differs from eager by {found:.3g} of its largest value, at most {_LIMIT:g}; it has no speed"
+            f"{side} differs from eager by {error:.3g} of its largest value, at most {_LIMIT:g}; it has no speed"
         )
-    return float((out - wanted).abs().max())
+    return float((out - expected).abs().max())
 
 
-def _eager(pair: Pair) -> tuple[str, Callable[[], Tensor]]:
-    """diffusers' module in the quicker layout; what has no channels has one only."""
-    found: dict[str, tuple[float, Callable[[], Tensor]]] = {}
+def _fastest_eager(pair: Pair) -> tuple[str, Callable[[], Tensor]]:
+    """diffusers' module in the faster layout. Only images have more than one layout."""
+    measured: dict[str, tuple[float, Callable[[], Tensor]]] = {}
     images = any(x.dim() == 4 for x in pair.inputs.values())
     for layout in ("contiguous", "channels_last") if images else ("contiguous",):
         memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-        module = copy.deepcopy(pair.theirs).to(memory_format=memory_format)  # type: ignore[call-overload]
+        module = copy.deepcopy(pair.diffusers).to(memory_format=memory_format)  # type: ignore[call-overload]
         inputs = [x.to(memory_format=memory_format) if x.dim() == 4 else x for x in pair.inputs.values()]
         call = partial(module, *inputs)
         call()
-        found[layout] = min(_seconds(call) for _ in range(3)), call
-    best = min(found, key=lambda layout: found[layout][0])
-    return best, found[best][1]
+        measured[layout] = min(_seconds(call) for _ in range(3)), call
+    best = min(measured, key=lambda layout: measured[layout][0])
+    return best, measured[best][1]
 
 
 def _seconds(call: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     call()
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
-def _plain(pair: Pair, file: Path) -> Engine:
-    """PyTorch's export of diffusers' module, run as latentrt's is."""
+def _onnxruntime_engine(pair: Pair, file: Path) -> Engine:
+    """PyTorch's export of diffusers' module, run by the same engine as latentrt's."""
     torch.onnx.export(
-        pair.theirs,
+        pair.diffusers,
         tuple(pair.inputs.values()),
         file,
         input_names=list(pair.inputs),
@@ -295,15 +301,15 @@ def _plain(pair: Pair, file: Path) -> Engine:
     return OnnxRuntimeEngine(pair.component(), file, _CPU)
 
 
-def estimate(found: Sequence[Measured]) -> dict[str, Any]:
-    """A forward of the base UNet made up of the blocks: what is in none of those counted is of the kind with no count.
+def estimate(measured: Sequence[BlockTimes]) -> dict[str, Any]:
+    """Estimate a forward of the base UNet. Work outside of the counted blocks is taken to be of the kind with no count.
 
     Returns:
-        Seconds of each side, how many times as fast as eager the others are, and the share of the work that is in
-        counted blocks.
+        "seconds": side -> seconds; "speedups": side -> speedup over eager; "counted_share": the share of the work that
+        is in counted blocks.
     """
-    counted = [m for m in found if m.calls is not None]
-    (filler,) = (m for m in found if m.calls is None)
+    counted = [m for m in measured if m.calls is not None]
+    (filler,) = (m for m in measured if m.calls is None)
     work = sum(m.flops * (m.calls or 0) for m in counted)
     times = [m.calls or 0 for m in counted] + [(1e12 * FORWARD_TFLOP - work) / filler.flops]
     whole = {
@@ -320,27 +326,29 @@ def estimate(found: Sequence[Measured]) -> dict[str, Any]:
     }
 
 
-def table(found: Sequence[Mapping[str, Any]], whole: Mapping[str, Any]) -> list[str]:
-    """In Markdown, of blocks as `Measured` has them."""
-    from .tables import as_markdown  # which imports what judges pictures
+def table(measured: Sequence[Mapping[str, Any]], whole: Mapping[str, Any]) -> list[str]:
+    """Lines of Markdown: a table of blocks, in the form of `BlockTimes`, and a sentence on the estimate."""
+    # Imported here, because it imports the networks of quality metrics.
+    from .tables import as_markdown
 
-    others = [side for side in _SIDES if side != "eager"]
+    other_sides = [side for side in _SIDES if side != "eager"]
     head = ["block", "GFLOP", "eager's layout", *(f"{name}, GFLOP/s" for name in _SIDES.values())]
-    head += [f"{_SIDES[side]} against eager" for side in others]
+    head += [f"{_SIDES[side]} against eager" for side in other_sides]
     rows = [head]
-    for m in found:
+    for m in measured:
         rates = [f"{m['flops'] / median(m[side]) / 1e9:.0f}" for side in _SIDES]
-        ratios = [_told(ratio(m["eager"], m[side])) for side in others]
+        ratios = [_interval_text(ratio(m["eager"], m[side])) for side in other_sides]
         rows.append([m["name"], f"{m['flops'] / 1e9:.1f}", m["layout"], *rates, *ratios])
     s = whole["seconds"]
-    told = ", ".join(
-        f"{s[side]:.0f} s by {_SIDES[side]} ({_told(Interval(**whole['speedups'][side]))})" for side in others
+    seconds_text = ", ".join(
+        f"{s[side]:.0f} s by {_SIDES[side]} ({_interval_text(Interval(**whole['speedups'][side]))})"
+        for side in other_sides
     )
     return [
         *as_markdown(rows),
         "",
         f"A forward of SDXL's base UNet at 1024x1024 made up of them ({whole['counted_share']:.0%} of its work is in "
-        f"blocks counted, the rest is taken for residual ones): {s['eager']:.0f} s eager, {told}.",
+        f"blocks counted, the rest is taken for residual ones): {s['eager']:.0f} s eager, {seconds_text}.",
     ]
 
 
@@ -348,21 +356,21 @@ def read_blocks(path: Path) -> dict[str, Any]:
     """What `main` wrote.
 
     Raises:
-        BenchmarkError: it is something else, or of another schema.
+        BenchmarkError: the file is something else, or of another schema.
     """
     try:
         content: Any = json.loads(path.read_text("utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
         raise BenchmarkError(f"{path} is not JSON: {error}") from error
-    found = [content.get(key) for key in ("benchmark", "schema")] if isinstance(content, dict) else None
-    if found != [BENCHMARK, SCHEMA]:
+    kind = [content.get(key) for key in ("benchmark", "schema")] if isinstance(content, dict) else None
+    if kind != [BENCHMARK, SCHEMA]:
         raise BenchmarkError(
             f"{path} holds no blocks of SDXL in schema {SCHEMA}; write it with python -m latentrt.bench.proportions"
         )
     return dict(content)
 
 
-def _told(r: Interval) -> str:
+def _interval_text(r: Interval) -> str:
     return f"{r.value:.2f} x, {r.low:.2f} to {r.high:.2f}"
 
 
@@ -374,15 +382,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds is {args.rounds}; at least 1 is needed")
-    found = [measure(block, args.rounds) for block in BLOCKS]
+    measured = [measure(block, args.rounds) for block in BLOCKS]
     content = {
         "schema": SCHEMA,
         "benchmark": BENCHMARK,
         "command": module_command("latentrt.bench.proportions", argv),
         "machine": describe_machine(_CPU),
         "rounds": args.rounds,
-        "blocks": [asdict(m) for m in found],
-        "forward": estimate(found),
+        "blocks": [asdict(m) for m in measured],
+        "forward": estimate(measured),
     }
     print("\n".join(table(content["blocks"], content["forward"])))
     if args.out is not None:

@@ -1,14 +1,14 @@
-"""The gaps between the steps of a loop on a GPU, from PyTorch's profiler.
+"""Measures the gaps between the denoising steps on a GPU, with PyTorch's profiler.
 
-`python -m latentrt.bench.timeline --case sdxl` profiles one picture and writes what follows as JSON and as a table. A
-picture that was profiled at this commit is not profiled again.
+`python -m latentrt.bench.timeline --case sdxl` profiles one picture, and writes the gaps as JSON and prints them as a
+table. A case that was profiled at this commit is not profiled again.
 
-A step is one launch of a recorded graph. In the profiler's trace the call that launches it on the host and the kernels
-it runs on the device have one correlation number. So each launch has a begin and an end on the device, the time in
-which a kernel ran between them, and the time in which none did, within and until the next launch begins.
+A step is one launch of a recorded CUDA graph. In the profiler's trace, the call that launches it on the host and the
+kernels that it runs on the device have the same correlation number. That gives for each launch its begin and end on the
+device, the time between them in which a kernel ran or none did, and the idle time until the next launch.
 
-The profiler slows the host down, and a little the device: gaps are at most as long as they look here, and steps are
-timed by `latentrt bench`.
+The profiler slows down the host, and a little the device. So real gaps are at most as long as those measured here, and
+for the time of steps see `latentrt bench`.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ _WAIT = ("EventSynchronize", "StreamSynchronize", "DeviceSynchronize")
 
 @dataclass(frozen=True)
 class Launch:
-    """A recorded graph that ran once. Times are microseconds of the trace.
+    """One launch of a recorded graph. Times are microseconds of the trace.
 
     Attributes:
-        kernels: and copies that it ran.
+        kernels: how many kernels and copies it ran.
         begin, end: of the first and the last of them.
         busy: time in which at least one ran.
-        given: when the host had launched it.
-        waited: for how long the host had waited for the device since the launch before.
+        given: when the host's call to launch it returned.
+        waited: for how long the host waited for the device since the previous launch.
     """
 
     kernels: int
@@ -68,17 +68,18 @@ class Launch:
 
 @dataclass(frozen=True)
 class Run:
-    """Launches of the same number of kernels that follow one another: the steps of a loop. Medians and the most, in
+    """Consecutive launches with the same number of kernels, which are the steps of one loop. Times are medians in
     microseconds.
 
     Attributes:
         launches: how many.
-        kernels: of each.
-        step: from begin to end.
+        kernels: of each launch.
+        step: from its begin to its end.
         idle_within: time in a step in which nothing ran.
-        gap, gap_most: from the end of one to the begin of the next; of all that this holds, but the last.
-        gap_after: from the end of the last to the begin of whatever graph follows; None where none does.
-        host: from launch to launch on the host, less what it waited for the device; None for a single launch.
+        gap, gap_most: median and maximum from the end of a launch to the begin of the next one in this run; None for a
+            single launch.
+        gap_after: from the end of the last launch to the begin of the next graph, if there is one.
+        host: the host's time from launch to launch, without waiting for the device; None for a single launch.
     """
 
     launches: int
@@ -92,13 +93,13 @@ class Run:
 
 
 def launches_of(trace: Mapping[str, Any]) -> list[Launch]:
-    """The graphs that ran, in the device's order, of a trace in Chrome's format.
+    """The launches in a trace in Chrome's format, in the device's order.
 
     Raises:
-        BenchmarkError: there are none.
+        BenchmarkError: the trace has none.
     """
     events = [event for event in trace.get("traceEvents", ()) if event.get("ph") == "X"]
-    given = {
+    launched_at = {
         event["args"]["correlation"]: event["ts"] + event["dur"]
         for event in events
         if event.get("cat") in _HOST and _LAUNCH in event["name"] and "correlation" in event.get("args", {})
@@ -108,28 +109,28 @@ def launches_of(trace: Mapping[str, Any]) -> list[Launch]:
         for event in events
         if event.get("cat") in _HOST and event["name"].endswith(_WAIT)
     )
-    ran: dict[int, list[tuple[float, float]]] = {}
+    kernel_spans: dict[int, list[tuple[float, float]]] = {}
     for event in events:
         number = event.get("args", {}).get("correlation")
-        if event.get("cat") in _DEVICE and number in given:
-            ran.setdefault(number, []).append((event["ts"], event["ts"] + event["dur"]))
-    if not ran:
+        if event.get("cat") in _DEVICE and number in launched_at:
+            kernel_spans.setdefault(number, []).append((event["ts"], event["ts"] + event["dur"]))
+    if not kernel_spans:
         raise BenchmarkError(
             "the trace has no launch of a recorded graph; profile a GPU, with graphs and the profiler's CUDA activities"
         )
     launches = []
-    before = float("-inf")
-    for number in sorted(ran, key=lambda n: given[n]):
-        spans = ran[number]
-        waited = sum(length for at, length in waits if before <= at < given[number])
-        before = given[number]
+    previous = float("-inf")
+    for number in sorted(kernel_spans, key=lambda n: launched_at[n]):
+        spans = kernel_spans[number]
+        waited = sum(length for at, length in waits if previous <= at < launched_at[number])
+        previous = launched_at[number]
         launches.append(
             Launch(
                 kernels=len(spans),
                 begin=min(begin for begin, _ in spans),
                 end=max(end for _, end in spans),
-                busy=_covered(spans),
-                given=given[number],
+                busy=_union_length(spans),
+                given=launched_at[number],
                 waited=waited,
             )
         )
@@ -137,7 +138,7 @@ def launches_of(trace: Mapping[str, Any]) -> list[Launch]:
 
 
 def runs_of(launches: Sequence[Launch]) -> list[Run]:
-    """Launches gathered into loops."""
+    """Group consecutive launches into runs."""
     groups = [list(group) for _, group in groupby(launches, key=lambda launch: launch.kernels)]
     runs = []
     for group, following in zip(groups, [*groups[1:], None], strict=True):
@@ -159,7 +160,7 @@ def runs_of(launches: Sequence[Launch]) -> list[Run]:
 
 
 def table(runs: Iterable[Run]) -> str:
-    """Markdown."""
+    """The runs as a Markdown table."""
     head = (
         "launches",
         "kernels",
@@ -184,24 +185,28 @@ def table(runs: Iterable[Run]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _covered(spans: Iterable[tuple[float, float]]) -> float:
+def _union_length(spans: Iterable[tuple[float, float]]) -> float:
     """The length of the union of intervals."""
-    total, reached = 0.0, float("-inf")
+    total, covered_until = 0.0, float("-inf")
     for begin, end in sorted(spans):
-        total += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
+        total += max(0.0, end - max(begin, covered_until))
+        covered_until = max(covered_until, end)
     return total
 
 
 def profile(case: Case, folder: Path, backend: str) -> dict[str, Any]:
-    """A trace of one picture, after two that record and warm up.
+    """Profile one picture, after two that record graphs and warm up.
 
     Args:
-        folder: where random weights are written, and what a back end builds.
+        folder: for random weights, and for what a back end builds.
+
+    Returns:
+        The trace, in Chrome's format.
     """
     device = torch.device("cuda")
     case = resolve_models(case, folder, device)
-    try_convolutions(device)  # as the benchmark has it, whose times this explains
+    # The same setting as in the benchmark, whose times this explains.
+    try_convolutions(device)
     pipe = Pipeline.from_pretrained(
         case.model,
         case.refiner,
@@ -241,26 +246,29 @@ def profile(case: Case, folder: Path, backend: str) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """An earlier run's file; nothing where there is none, or where it is torn."""
+    """Read an earlier run's file; empty if it does not exist, or is damaged."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        result: dict[str, Any] = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:
         _log.warning("%s is not JSON (%s): profiling again", path, error)
         return {}
-    return found
+    return result
 
 
 def measure(case: Case, folder: Path, backend: str, out: Path) -> str:
-    """Profile, write `<case>.json` into `out`, and give the table; at once where that was done at this commit."""
+    """Profile a case, write `<case>.json` into `out`, and return the table.
+
+    If the case was profiled at this commit, its table is returned at once.
+    """
     path, machine = out / f"{case.name}.json", describe_machine()
-    found = _read(path)
-    if (found.get("machine"), found.get("backend")) == (machine, backend) and is_clean_commit(
+    result = _read(path)
+    if (result.get("machine"), result.get("backend")) == (machine, backend) and is_clean_commit(
         machine["commit"]
     ):
         _log.info("%s has been profiled at this commit", case.name)
-        return table(Run(**run) for run in found["runs"])
+        return table(Run(**run) for run in result["runs"])
     launches = launches_of(profile(case, folder, backend))
     runs = runs_of(launches)
     report = {
@@ -293,8 +301,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     with tempfile.TemporaryDirectory(prefix="latentrt-") as scratch:
         for name in args.case or ["sdxl-refiner"]:
-            found = measure(case_named(name), args.work or Path(scratch), args.backend, args.out)
-            print(f"{name}, {args.backend}\n\n{found}\n")
+            text = measure(case_named(name), args.work or Path(scratch), args.backend, args.out)
+            print(f"{name}, {args.backend}\n\n{text}\n")
     return 0
 
 

@@ -57,8 +57,8 @@ def test_the_command(
     first, second = result["rows"]
     saved = sum(row["calls"] * (row["plain"] - row["packed"]) for row in (first, second)) / 1e3
     assert f"a step's blocks above save {saved:.2f} ms" in capsys.readouterr().out
-    monkeypatch.setattr(packing, "_MOST_OFF", -1.0)
-    monkeypatch.setattr(packing, "_ROUNDING", 0.0)
+    monkeypatch.setattr(packing, "_MAX_ERROR_RATIO", -1.0)
+    monkeypatch.setattr(packing, "_MAX_FLOAT32_ERROR", 0.0)
     assert main([*arguments, "--only", "doubling"]) == 1
 
 

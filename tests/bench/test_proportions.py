@@ -13,7 +13,7 @@ from latentrt.bench.proportions import (
     BLOCKS,
     FORWARD_TFLOP,
     Block,
-    Measured,
+    BlockTimes,
     estimate,
     measure,
     residual,
@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 def test_a_forward_is_made_up_by_its_work() -> None:
     work = FORWARD_TFLOP * 1e12
-    counted = Measured("a", 10, 0.04 * work, "contiguous", [2.0, 2.2], [1.0, 1.1], [0.5, 0.5], 0.0)
-    rest = Measured("b", None, 0.2 * work, "channels_last", [8.0, 8.0], [4.0, 2.0], [2.0, 2.0], 0.0)
+    counted = BlockTimes("a", 10, 0.04 * work, "contiguous", [2.0, 2.2], [1.0, 1.1], [0.5, 0.5], 0.0)
+    rest = BlockTimes("b", None, 0.2 * work, "channels_last", [8.0, 8.0], [4.0, 2.0], [2.0, 2.0], 0.0)
     found = estimate([counted, rest])
     assert found["counted_share"] == pytest.approx(0.4)
     # 10 calls, and 0.6 of the work as three calls of 0.2
@@ -47,9 +47,9 @@ def test_the_blocks_are_sdxls() -> None:
     flops = []
     for block in BLOCKS:
         with torch.device("meta"):
-            pair = block.make()
+            pair = block.build()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            pair.theirs(*pair.inputs.values())
+            pair.diffusers(*pair.inputs.values())
         flops.append(counter.get_total_flops())
     wide, deep, conv = flops
     assert 10 * wide + 60 * deep == pytest.approx((4.30 + 0.75) * 1e12, rel=0.02)
@@ -89,8 +89,8 @@ def test_a_side_that_computes_something_else_has_no_speed(
 ) -> None:
     monkeypatch.setattr(
         proportions,
-        "_plain",
-        lambda pair, file: lambda inputs: {"out": plain(pair.theirs(*inputs.values()))},
+        "_onnxruntime_engine",
+        lambda pair, file: lambda inputs: {"out": plain(pair.diffusers(*inputs.values()))},
     )
     block = Block("residual", None, lambda: residual(8, 32, embedding=16))
     told = rf"residual, ONNX Runtime differs from eager by {differs} of its largest value, at most 0\.0"
@@ -101,9 +101,9 @@ def test_a_side_that_computes_something_else_has_no_speed(
 def test_the_result_is_written_with_what_it_was_made_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def quick(block: Block, rounds: int) -> Measured:
+    def quick(block: Block, rounds: int) -> BlockTimes:
         seconds = [[1.0 + k] * rounds for k in range(3)]
-        return Measured(block.name, block.calls, 6e10, "contiguous", *seconds, difference=0.0)
+        return BlockTimes(block.name, block.calls, 6e10, "contiguous", *seconds, difference=0.0)
 
     monkeypatch.setattr(proportions, "measure", quick)
     out = tmp_path / "new" / "blocks.json"

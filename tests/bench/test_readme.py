@@ -13,7 +13,7 @@ from helpers.planted_reports import MACHINE, report, with_figures
 from latentrt.bench import readme
 from latentrt.bench.machine import RESULTS
 from latentrt.bench.profile import Profile
-from latentrt.bench.proportions import BENCHMARK, SCHEMA, Measured, estimate
+from latentrt.bench.proportions import BENCHMARK, SCHEMA, BlockTimes, estimate
 from latentrt.bench.results import read_report, write_report
 from latentrt.errors import BenchmarkError
 
@@ -143,7 +143,7 @@ def test_other_results_are_shown_where_there_are_any(tmp_path: Path) -> None:
     results = tmp_path / "bench" / "results"
     before = readme.section(report(), results)
     blocks = [
-        Measured(name, calls, 6e10, "contiguous", [2.0], [1.0], [0.5], 0.0)
+        BlockTimes(name, calls, 6e10, "contiguous", [2.0], [1.0], [0.5], 0.0)
         for name, calls in (("a", 10), ("b", None))
     ]
     content = {"benchmark": BENCHMARK, "schema": SCHEMA, "machine": MACHINE, "rounds": 1}
