@@ -1,4 +1,4 @@
-"""Arguments of `latentrt kernels` and `bench`."""
+"""Command line arguments of `latentrt kernels` and `latentrt bench`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def shares(text: str) -> tuple[float, ...]:
 
 
 def add_commands(commands: Commands) -> None:
-    """To the command line's parser."""
+    """Add both commands to the command line's parser."""
     _add_kernels(commands)
     _add_bench(commands)
 
@@ -59,7 +59,7 @@ def _add_kernels(commands: Commands) -> None:
     on_a_gpu.add_argument(
         "--tune", action="store_true", help="find this GPU's block sizes and write them down"
     )
-    parser.add_argument("--seconds", type=float, default=400.0, help="begin nothing new after (default 400)")
+    parser.add_argument("--seconds", type=float, default=400.0, help="start nothing new after (default 400)")
     parser.add_argument(
         "--out",
         type=Path,
@@ -94,16 +94,14 @@ def _add_bench(commands: Commands) -> None:
     parser.add_argument(
         "--model",
         metavar="MODEL",
-        help="in place of the case's, whose refiner goes too: as for generate, or sdxl-random",
+        help="in place of the case's, which then has no refiner: as for generate, or sdxl-random",
     )
     parser.add_argument(
         "--refiner", metavar="MODEL", help="the same, or sdxl-refiner-random; 'none' for none"
     )
     parser.add_argument("--size", type=size, metavar="WxH", help="in place of the case's")
     parser.add_argument("--steps", type=int, help="in place of the case's")
-    parser.add_argument(
-        "--batch", type=counts, metavar="N,M,...", help="images at once, in place of the case's"
-    )
+    parser.add_argument("--batch", type=counts, metavar="N,M,...", help="batch sizes, in place of the case's")
     parser.add_argument("--dtype", choices=DTYPES, help="in place of the case's")
     parser.add_argument("--guidance", type=float, help="in place of the case's")
     parser.add_argument("--high-noise-frac", type=float, help="in place of the case's")
@@ -135,7 +133,7 @@ def _add_bench(commands: Commands) -> None:
         type=float,
         default=1800.0,
         metavar="SECONDS",
-        help="a side that loads, compiles or makes pictures for longer is out (default 1800)",
+        help="a side that loads, compiles or generates for longer has failed (default 1800)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first picture (default 0)")
     parser.add_argument(
@@ -145,10 +143,15 @@ def _add_bench(commands: Commands) -> None:
         "--work",
         type=Path,
         metavar="DIR",
-        help="keep weights, exports and compiled code here; what this commit built is not built again",
+        help="keep weights, exports and compiled code here; what this commit has built is used again",
     )
     parser.add_argument(
-        "--beside", type=Path, action="append", default=[], metavar="FILE.json", help="show as well"
+        "--beside",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.json",
+        help="other results, to show beside these",
     )
     parser.add_argument(
         "--builders",
@@ -162,7 +165,7 @@ def _add_bench(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="SIDE",
-        help="tell where the time of one of its pictures goes, on a CPU",
+        help="show where the time of one of its pictures goes, on a CPU",
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.set_defaults(run=("bench", "bench"))
@@ -207,7 +210,7 @@ def _add_loadgen(actions: Commands) -> None:
     parser.add_argument(
         "--latency", type=float, default=20.0, help="seconds that 99 %% of Server stay under (default 20)"
     )
-    parser.add_argument("--batch", type=int, default=1, help="pictures made at once, at most (default 1)")
+    parser.add_argument("--batch", type=int, default=1, help="maximum batch size (default 1)")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", default=Path("out/loadgen"), help="for LoadGen's logs"
     )
@@ -225,7 +228,7 @@ def _add_sweep(actions: Commands) -> None:
         "--share", type=shares, metavar="F,G,...", default=(0.6, 0.8, 1.0), help="default 0.6,0.8,1"
     )
     parser.add_argument("--pictures", type=int, default=56, help="of each setting (default 56)")
-    parser.add_argument("--batch", type=int, default=8, help="pictures at once (default 8)")
+    parser.add_argument("--batch", type=int, default=8, help="batch size (default 8)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", default="auto", help="see `latentrt backends` (default auto)")
     parser.add_argument(

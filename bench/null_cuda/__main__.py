@@ -1,12 +1,13 @@
-"""What PyTorch's allocator takes for SDXL at full size, beside the plan, on a CUDA device that computes nothing.
+"""Compares the memory that PyTorch's allocator takes for SDXL at full size with the plan, without a GPU.
 
     python -m latentrt.bench.null_cuda [--out FILE.json] [--only TEXT] [--trace FILE]
 
-Needs no GPU, but PyTorch's CUDA build, and gcc: see CONTRIBUTING.md. Each row makes two pictures, of random weights, in
-a process of its own: once with memory to spare, for the most that is ever reserved, and once on a device of the bytes
-that the plan says and 16 MiB more (a network's weights take a multiple of 2 MiB), where it has to succeed.
+It runs on a CUDA device that computes nothing, and needs PyTorch's CUDA build and gcc: see CONTRIBUTING.md. Each row
+generates two pictures, with random weights, in a process of its own. First with memory to spare, to measure the peak.
+Then on a device with as many bytes as the plan says and 16 MiB more (since a network's weights take a multiple of
+2 MiB), where it has to succeed.
 
-No figure here is a GPU's, and none is a time: cuDNN's workspaces are not in it, nor the CUDA context.
+These are no figures of a real GPU: they include neither cuDNN's workspaces nor the CUDA context, and no times.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ from ..machine import ROOT, describe_machine, module_command
 from ..models import resolve_models
 from .build import build, environment
 
-_ROUNDED = 16 << 20
+_ROUNDING = 16 << 20
+"""Bytes by which rounding may exceed the plan."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One request: the benchmark's case, a policy, and (height, width) in pixels."""
+    """One request: the benchmark's case, a memory policy, (height, width) in pixels, and the batch size."""
 
     case: str
     memory: str
@@ -58,10 +60,11 @@ ROWS = (
 )
 
 
-def make(row: Row, work: Path) -> dict[str, int]:
-    """Two pictures in this process: bytes that were live and reserved at the most."""
+def generate(row: Row, work: Path) -> dict[str, int]:
+    """Generate two pictures in this process; returns the peak bytes that were live and reserved."""
     device = torch.device("cuda")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # whose graphs the stand-in does not know
+    # cuDNN's attention needs functions that the stand-in for CUDA does not have.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     case = resolve_models(case_named(row.case), work, device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -91,20 +94,19 @@ def make(row: Row, work: Path) -> dict[str, int]:
 
 
 def measure(row: Row, library: Path, work: Path, trace: Path | None) -> dict[str, Any]:
-    """A row of the result: bytes by plan, bytes taken, and whether the plan's were enough."""
+    """A row of the result: the planned bytes, the bytes taken, and whether the planned ones are enough."""
     case = case_named(row.case)
     height, width = row.size
     refiner = None if case.refiner is None else "sdxl-refiner"
     plan = Planner.of("sdxl", refiner).plan(height=height, width=width, batch=row.batch).peak(row.memory)
     traced = {} if trace is None else {"trace": trace}
-    taken = _child(row, work, environment(library, **traced))
-    enough = _child(row, work, environment(library, bytes=plan + _ROUNDED))
-    found: dict[str, Any] = {**asdict(row), "plan": plan, **(taken or {}), "made_in_plan": enough is not None}
-    return found
+    taken = _run_child(row, work, environment(library, **traced))
+    in_plan = _run_child(row, work, environment(library, bytes=plan + _ROUNDING))
+    return {**asdict(row), "plan": plan, **(taken or {}), "made_in_plan": in_plan is not None}
 
 
-def _child(row: Row, work: Path, device: Mapping[str, str]) -> dict[str, int] | None:
-    """What `make` tells; None where it failed, and the process says why."""
+def _run_child(row: Row, work: Path, device: Mapping[str, str]) -> dict[str, int] | None:
+    """Run `generate` in a process; None if it failed, in which case the process has printed why."""
     command = [
         sys.executable,
         "-m",
@@ -120,12 +122,12 @@ def _child(row: Row, work: Path, device: Mapping[str, str]) -> dict[str, int] | 
     if done.returncode:
         print(f"{row}: exit status {done.returncode}", file=sys.stderr)
         return None
-    told: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return told
+    peaks: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return peaks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; 1 where a request that the plan admits was not made."""
+    """Command line; 1 if a request failed with the memory that was planned for it."""
     parser = argparse.ArgumentParser(description="SDXL's memory on a CUDA device that computes nothing.")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     parser.add_argument("--only", metavar="TEXT", default="", help="rows with this in their name")
@@ -136,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.row is not None:
-        told = json.loads(args.row)
-        print(json.dumps(make(Row(**{**told, "size": tuple(told["size"])}), args.work)))
+        fields = json.loads(args.row)
+        print(json.dumps(generate(Row(**{**fields, "size": tuple(fields["size"])}), args.work)))
         return 0
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="latentrt-") as scratch:
