@@ -218,17 +218,17 @@ def sides_named(names: Sequence[str]) -> list[SideSpec]:
     Raises:
         RequestError: there is no such side or dtype, or a side is named twice.
     """
-    found = []
+    specs = []
     for name in names:
         plain, _, dtype = name.partition("@")
         if plain not in SIDES:
             raise RequestError(f"no side {plain!r}; there are {', '.join(SIDES)}")
         if "@" in name and dtype not in DTYPES:
             raise RequestError(f"side {name!r}: no dtype {dtype!r}; there are {', '.join(DTYPES)}")
-        found.append(SIDES[plain].at(dtype) if dtype else SIDES[plain])
-    if len({side.name for side in found}) < len(found):
+        specs.append(SIDES[plain].at(dtype) if dtype else SIDES[plain])
+    if len({side.name for side in specs}) < len(specs):
         raise RequestError(f"a side is named twice in {', '.join(names)}; name each once")
-    return found
+    return specs
 
 
 def eager_sides(sides: Sequence[SideSpec]) -> set[str]:

@@ -144,13 +144,13 @@ def compare(before: Report, after: Report, tolerance: float = TOLERANCE) -> list
 
 def differences(a: Report, x: CaseResult, b: Report, y: CaseResult) -> list[str]:
     """How the settings of a case differ between two results, except for the machine; for people to read."""
-    found = _settings(x, y)
-    found += [row for row in _machines(a.machine, b.machine) if row[0] not in _SAME_MACHINE]
+    changed = _settings(x, y)
+    changed += [row for row in _machines(a.machine, b.machine) if row[0] not in _SAME_MACHINE]
     if a.seed != b.seed:
-        found.append(("seed", a.seed, b.seed))
+        changed.append(("seed", a.seed, b.seed))
     if x.prompts != y.prompts:
-        found.append(("prompts", x.prompts or "unknown", y.prompts or "unknown"))
-    return [f"{name} {mine} and {other}" for name, mine, other in found]
+        changed.append(("prompts", x.prompts or "unknown", y.prompts or "unknown"))
+    return [f"{name} {first} and {second}" for name, first, second in changed]
 
 
 Differences = list[tuple[str, Any, Any]]
@@ -163,13 +163,13 @@ def _settings(a: CaseResult, b: CaseResult) -> Differences:
 
 def _machines(a: Mapping[str, Any], b: Mapping[str, Any]) -> Differences:
     """Differences in machine, driver, versions and commit."""
-    here, there = (
+    first, second = (
         {name: machine.get(name) for name in (*_SAME_MACHINE, "driver", "cuda", "python", "commit")}
         | dict(machine.get("versions", {}))
         for machine in (a, b)
     )
-    names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
-    return [(name, here.get(name) or "none", there.get(name) or "none") for name in names]
+    names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
+    return [(name, first.get(name) or "none", second.get(name) or "none") for name in names]
 
 
 def _case(

@@ -30,8 +30,8 @@ __all__ = [
     "ClipNetwork",
     "DemoFeatures",
     "FidNetwork",
-    "Judges",
-    "demo_judges",
+    "MetricNetworks",
+    "demo_networks",
     "demo_prompts",
     "read_pictures",
     "read_truth",
@@ -62,7 +62,7 @@ class ClipNetwork(Protocol):
 
 
 @dataclass(frozen=True)
-class Judges:
+class MetricNetworks:
     """The network of each metric; a metric without one is not measured.
 
     Attributes:
@@ -95,10 +95,10 @@ class DemoFeatures:
         return clip_scores(self._tower, pictures, text)
 
 
-def demo_judges() -> Judges:
+def demo_networks() -> MetricNetworks:
     """The shipped networks, for the demo's world. FID has none: it needs more pictures than a benchmark generates (see
     `demo_model/evaluate.py`)."""
-    return Judges(clip=DemoFeatures())
+    return MetricNetworks(clip=DemoFeatures())
 
 
 class ClipFeatures:
@@ -155,17 +155,17 @@ class ClipFeatures:
         return embedding
 
 
-def read_truth(source: Path, judge: FidNetwork) -> Moments:
+def read_truth(source: Path, network: FidNetwork) -> Moments:
     """FID's statistics of true pictures: of a folder of pictures, or from an `.npz` file with `mu` and `sigma`.
 
     Raises:
         RequestError: `source` is neither, or there are too few pictures.
     """
     if source.suffix != ".npz":
-        features = judge.features(read_pictures(source))
+        features = network.features(read_pictures(source))
         if (least := pictures_for_fid(features.shape[1])) > len(features):
             raise RequestError(
-                f"{source} has {len(features)} pictures; FID over the {features.shape[1]} features of {judge.name} "
+                f"{source} has {len(features)} pictures; FID over the {features.shape[1]} features of {network.name} "
                 f"needs {least} or more"
             )
         return Moments.of(features)

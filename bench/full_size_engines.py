@@ -167,21 +167,21 @@ def measure(model: str, checkpoint: Path, name: str, cache_dir: Path, sizes: Seq
         print(f"{model} {name}: exporting", flush=True)
         exported = _in_new_process(_export, *component)
         print(f"{model} {name}: exported in {exported['export_seconds']:.0f} s; building", flush=True)
-        built = _in_new_process(_build, *component, tuple(sizes))
-        found = _in_new_process(_build, *component, tuple(sizes))
+        first_build = _in_new_process(_build, *component, tuple(sizes))
+        second_build = _in_new_process(_build, *component, tuple(sizes))
     finally:
         shutil.rmtree(entries, ignore_errors=True)
-    if found["built"]:
+    if second_build["built"]:
         raise CacheError(f"{model} {name} was built twice: the second build should find the first")
-    figures = built["figures"]
+    figures = first_build["figures"]
     return {
         **exported,
-        "sizes": built["sizes"],
+        "sizes": first_build["sizes"],
         "build_seconds": figures["seconds"],
         "build_bytes": figures["peak_memory_bytes"],
         "engine_bytes": figures["engine_bytes"],
         "layers": figures["layers"],
-        "found_seconds": found["seconds"],
+        "found_seconds": second_build["seconds"],
     }
 
 

@@ -13,7 +13,7 @@ from ..errors import RequestError
 from ..export.measures import MAX_PSNR, psnr, ssim
 from ..export.verify import LIMITS
 from .cases import DTYPES, MLPERF, Case
-from .features import Judges
+from .features import MetricNetworks
 from .lpips import Lpips
 from .quality import frechet_distance, pictures_for_fid
 from .side import Images, Picture, Pictures, as_bytes, as_float
@@ -64,35 +64,37 @@ def likeness(images: Pictures, reference: Pictures) -> tuple[float, float]:
     if images.shape != reference.shape:
         return float("-inf"), -1.0
     worst_psnr, worst_ssim = MAX_PSNR, 1.0
-    for mine, theirs in zip(images, reference, strict=True):
-        if not (np.isfinite(mine).all() and np.isfinite(theirs).all()):
+    for pair in zip(images, reference, strict=True):
+        if not all(np.isfinite(picture).all() for picture in pair):
             return float("-inf"), -1.0
-        a, b = (torch.from_numpy(as_float(x).transpose(2, 0, 1)[None]) for x in (mine, theirs))
+        a, b = (torch.from_numpy(as_float(picture).transpose(2, 0, 1)[None]) for picture in pair)
         worst_psnr, worst_ssim = min(worst_psnr, psnr(a, b, peak=1.0)), min(worst_ssim, ssim(a, b))
     return worst_psnr, worst_ssim
 
 
-def measure_quality(images: Pictures, reference: Pictures, prompts: Sequence[str], judges: Judges) -> Quality:
-    """Compare pictures [N, H, W, 3] with the reference's, by every metric that has a network in `judges`."""
+def measure_quality(
+    images: Pictures, reference: Pictures, prompts: Sequence[str], networks: MetricNetworks
+) -> Quality:
+    """Compare pictures [N, H, W, 3] with the reference's, by every metric that has a network."""
     ratio, similarity = likeness(images, reference)
     quality = Quality(len(images), ratio, similarity)
     if ratio == float("-inf"):  # not finite, or of another size
         return quality
-    mine, theirs = (
+    both = [
         list(cast(Picture, x)) if x.dtype == np.uint8 else as_bytes(cast(Images, x))
         for x in (images, reference)
-    )
-    if judges.lpips is not None:
+    ]
+    if networks.lpips is not None:
         quality = replace(
-            quality, lpips=_worst_lpips(judges.lpips, images, reference), lpips_by=judges.lpips.name
+            quality, lpips=_worst_lpips(networks.lpips, images, reference), lpips_by=networks.lpips.name
         )
-    if judges.clip is not None:
-        scores = [float(judges.clip.scores(pictures, prompts).mean()) for pictures in (mine, theirs)]
-        quality = replace(quality, clip=scores[0], clip_reference=scores[1], clip_by=judges.clip.name)
-    truth = judges.truth
-    if judges.fid is not None and truth is not None and len(images) >= pictures_for_fid(len(truth.mean)):
-        fids = [frechet_distance(truth, judges.fid.features(pictures)) for pictures in (mine, theirs)]
-        quality = replace(quality, fid=fids[0], fid_reference=fids[1], fid_by=judges.fid.name)
+    if networks.clip is not None:
+        scores = [float(networks.clip.scores(pictures, prompts).mean()) for pictures in both]
+        quality = replace(quality, clip=scores[0], clip_reference=scores[1], clip_by=networks.clip.name)
+    truth = networks.truth
+    if networks.fid is not None and truth is not None and len(images) >= pictures_for_fid(len(truth.mean)):
+        fids = [frechet_distance(truth, networks.fid.features(pictures)) for pictures in both]
+        quality = replace(quality, fid=fids[0], fid_reference=fids[1], fid_by=networks.fid.name)
     return quality
 
 
@@ -127,17 +129,17 @@ class Gate:
     required_case: Mapping[str, Any] = field(default_factory=dict)
     networks: Mapping[str, str] = field(default_factory=dict)
 
-    def refusal(self, case: Case, judges: Judges) -> str:
+    def refusal(self, case: Case, networks: MetricNetworks) -> str:
         """Why it cannot be applied to a case; empty if it can. For checks before anything is measured."""
         for name, value in self.required_case.items():
             if getattr(case, name) != value:
                 return f"{name} is {getattr(case, name)!r}, and it judges {value!r}"
         for name, network in self.networks.items():
-            judge = getattr(judges, name)
-            if judge is None:
+            given = getattr(networks, name)
+            if given is None:
                 return f"{name} is not measured; leave --metric out"
-            if not judge.name.startswith(network):
-                return f"{name} would be by {judge.name}, and it judges {network}'s"
+            if not given.name.startswith(network):
+                return f"{name} would be by {given.name}, and it judges {network}'s"
         return ""
 
 

@@ -3,7 +3,7 @@
 Source: Szegedy et al. 2015, "Rethinking the Inception Architecture for Computer Vision", in the form of the network
 that FID was published with (Heusel et al. 2017): average pooling leaves the padding out, and the last block takes the
 maximum. The keys are those of `pt_inception-2015-12-05-6726825d.pth`, which torch-fidelity and pytorch-fid read and
-MLPerf judges by.
+MLPerf uses.
 """
 
 from __future__ import annotations

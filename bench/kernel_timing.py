@@ -183,10 +183,10 @@ def compile_ahead(timing: Timing, requests: Sequence[aot.Request]) -> None:
     """Compile everything into Triton's cache, with one process for each core and in at most half of the time."""
     if timing.device.type != "cuda":
         return
-    found = aot.attempts(requests, processes=os.cpu_count() or 1, seconds=timing.seconds / 2)
-    for r, message in zip(requests, found, strict=True):
-        if isinstance(message, str):
-            _log.info("%s %s: %s", r.op, r.trial or "", message[:200])
+    attempts = aot.attempts(requests, processes=os.cpu_count() or 1, seconds=timing.seconds / 2)
+    for request, attempt in zip(requests, attempts, strict=True):
+        if isinstance(attempt, str):
+            _log.info("%s %s: %s", request.op, request.trial or "", attempt[:200])
 
 
 @contextmanager

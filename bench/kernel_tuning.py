@@ -113,7 +113,7 @@ def tune(timing: Timing, operators: Sequence[OpSpec] | None = None, save: bool =
         )
         if not interleaved and not gpu_is_alive(timing):
             return result
-        best = {key: found for key in keys if (found := _fastest(trials[key], rows[key]))}
+        best = {key: fastest for key in keys if (fastest := _fastest(trials[key], rows[key]))}
         if len(best) < len(keys):
             _log.error("no candidate of %s runs in all cases", table)
             continue
@@ -154,7 +154,7 @@ def import_tuned(folder: Path) -> list[str]:
     for arch in tuning.architectures():
         try:
             content = json.loads((folder / f"sm_{arch}.json").read_text(encoding="utf-8"))
-            found = [
+            entries = [
                 (table, measured, {key: content["tables"][table][key] for key in measured["keys"]})
                 for table, measured in content["measured_on"].items()
                 if measured["sources"] == sources_digest()
@@ -162,7 +162,7 @@ def import_tuned(folder: Path) -> list[str]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
         present = tuning.load(arch)["measured_on"]
-        for table, measured, rows in found:
+        for table, measured, rows in entries:
             if measured != present.get(table):
                 tuning.save(
                     arch, table, rows, {name: value for name, value in measured.items() if name != "keys"}
@@ -371,5 +371,5 @@ def _fastest(trials: Trials, finals: Trials) -> Mapping[str, int] | None:
     """
     cases, failed = _cases(trials), _failures(finals)
     ranked = _ranked(finals, cases) or [name for name in _ranked(trials, cases) if name not in failed]
-    found: Mapping[str, int] | None = json.loads(ranked[0]) if ranked else None
-    return found
+    fastest: Mapping[str, int] | None = json.loads(ranked[0]) if ranked else None
+    return fastest

@@ -151,14 +151,18 @@ def measured_requests(
 
 def dry_run(requests: Sequence[aot.Request], seconds: float) -> list[dict[str, Any]]:
     """Compile what a run on a GPU would need, without a GPU: each request's compiled kernels, or the error."""
-    found = aot.attempts(requests, processes=os.cpu_count() or 1, seconds=seconds)
+    attempts = aot.attempts(requests, processes=os.cpu_count() or 1, seconds=seconds)
     return [
         {
-            "op": r.op,
-            "trial": r.trial,
-            **({"error": f} if isinstance(f, str) else {"kernels": [asdict(k) for k in f]}),
+            "op": request.op,
+            "trial": request.trial,
+            **(
+                {"error": attempt}
+                if isinstance(attempt, str)
+                else {"kernels": [asdict(kernel) for kernel in attempt]}
+            ),
         }
-        for r, f in zip(requests, found, strict=True)
+        for request, attempt in zip(requests, attempts, strict=True)
     ]
 
 

@@ -87,15 +87,15 @@ def _processor() -> str:
 
 def installed_versions() -> dict[str, str]:
     """Versions of the packages that figures depend on, and of the cuDNN that PyTorch runs."""
-    found = {}
+    versions = {}
     for name in _PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     if torch.backends.cudnn.is_available():
-        found["cudnn"] = str(torch.backends.cudnn.version())
-    return found
+        versions["cudnn"] = str(torch.backends.cudnn.version())
+    return versions
 
 
 def tuned_digest() -> str:

@@ -32,8 +32,8 @@ class Nvml:
         """Memory of this process on the GPU, whichever library allocated it. None if the driver does not list this
         process, as in some containers."""
         rows = self._ask("nvmlDeviceGetComputeRunningProcesses") or []
-        mine = [row.usedGpuMemory for row in rows if row.pid == os.getpid()]
-        return int(mine[0]) if mine and mine[0] is not None else None
+        own = [row.usedGpuMemory for row in rows if row.pid == os.getpid()]
+        return int(own[0]) if own and own[0] is not None else None
 
     def device_bytes(self) -> int | None:
         """Memory in use on the GPU by all processes."""
@@ -104,10 +104,10 @@ class GpuShare:
 
     def used(self) -> int | None:
         """Bytes in use now; None outside a turn, or if the driver does not even report the device's memory."""
-        mine = self._nvml.process_bytes()
-        if mine is not None:
+        own = self._nvml.process_bytes()
+        if own is not None:
             self.series = "gpu"
-            return mine
+            return own
         now = self._nvml.device_bytes()
         return None if now is None or self._before is None else max(0, self._own + now - self._before)
 

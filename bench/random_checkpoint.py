@@ -117,14 +117,16 @@ def write_weights(file: Path, shapes: Mapping[str, torch.Size], device: torch.de
 
 def _shapes(configs: Path) -> dict[str, dict[str, torch.Size]]:
     """Component -> key -> shape, for every component that has a configuration."""
-    found = {}
+    shapes_by_component = {}
     for name in _WEIGHTS:
         file = configs / name / "config.json"
         if file.is_file():
             with torch.device("meta"):
                 modules = _modules(name, json.loads(file.read_text("utf-8")))
-            found[name] = {key: t.shape for module in modules for key, t in module.state_dict().items()}
-    return found
+            shapes_by_component[name] = {
+                key: t.shape for module in modules for key, t in module.state_dict().items()
+            }
+    return shapes_by_component
 
 
 def _modules(name: str, config: Mapping[str, Any]) -> tuple[nn.Module, ...]:

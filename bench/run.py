@@ -30,7 +30,7 @@ import numpy as np
 
 from ..errors import BenchmarkError
 from .cases import Case, SideSpec, eager_sides, pictures_only
-from .features import Judges
+from .features import MetricNetworks
 from .gates import Gate, Quality, likeness, measure_quality
 from .grouping import Grouping
 from .host import Host, job_for
@@ -95,7 +95,7 @@ class CaseRun:
         device: str,
         folder: Path,
         open_host: Callable[[Job], Host],
-        judges: Judges | None = None,
+        networks: MetricNetworks | None = None,
         on_progress: OnProgress = lambda side, state: None,
         on_result: Callable[[], None] = lambda: None,
         grouping: Grouping | None = None,
@@ -117,7 +117,7 @@ class CaseRun:
         self._plan = plan
         self._steps = steps
         self._open_host = open_host
-        self._judges = judges or Judges()
+        self._networks = networks or MetricNetworks()
         self._picture_count = max(plan.pictures, *case.batches)
         self._on_progress = on_progress
         self._on_result = on_result
@@ -336,7 +336,7 @@ class CaseRun:
         prompts, _ = self._plan.inputs(0, self._picture_count)
         # Without a reference this side's pictures are not finite, and fail even beside themselves.
         reference = side.images if self._reference is None else self._reference_images()
-        side.quality = measure_quality(side.images, reference, prompts, self._judges)
+        side.quality = measure_quality(side.images, reference, prompts, self._networks)
         if self._picture_count > _MAX_FLOAT_PICTURES and side is not self._reference:
             side.images = side.images[:_REPORT_PICTURES].copy()
         self._apply_gate(side, side.quality, "")

@@ -308,7 +308,7 @@ def mixed(
     outcome = asyncio.run(
         send(batched.url, bodies, clients, lambda body: leaving.get(body["seed"]), memory.sample)
     )
-    made = batched.metric(_IMAGES_METRIC) - before
+    generated = batched.metric(_IMAGES_METRIC) - before
     answered = [body for body in bodies if body["seed"] in outcome.images]
     expected = asyncio.run(send(unbatched.url, answered, 1))
     differ = [seed for seed, digest in outcome.images.items() if expected.images.get(seed) != digest]
@@ -324,7 +324,7 @@ def mixed(
     return {
         **outcome.figures(),
         "requests": requests,
-        "made": made,
+        "made": generated,
         "compared_with_alone": len(outcome.images),
         "made_in_company": shared,
         "differ": differ,
@@ -349,15 +349,15 @@ def overload(
     bodies = [{**fields, "seed": seed, "size": sizes[seed % 3]} for seed in range(int(5 * rate * seconds))]
     memory = Memory(batched, every=max(1, int(rate * seconds) // 200))
     outcome = asyncio.run(flood(batched.url, bodies, 5 * rate, memory.sample))
-    made, late, refused = (outcome.statuses[status] for status in (200, 504, 429))
-    checks["overload is answered with 200, 429 or 504"] = made + late + refused == len(bodies)
+    answered, late, refused = (outcome.statuses[status] for status in (200, 504, 429))
+    checks["overload is answered with 200, 429 or 504"] = answered + late + refused == len(bodies)
     figures = outcome.figures()
-    checks["99 % of what was let in was in time"] = late <= 0.01 * (made + late)
-    checks["so say the clients"] = made > 0 and figures["p99_seconds"] <= timeout
+    checks["99 % of what was let in was in time"] = late <= 0.01 * (answered + late)
+    checks["so say the clients"] = answered > 0 and figures["p99_seconds"] <= timeout
     checks["who is refused is told when to come again"] = all(
         wait is not None and wait >= 1 for wait in outcome.retry_after
     )
-    checks["the rest was refused, and the device not idle"] = refused > 0 and made >= 0.5 * rate * seconds
+    checks["the rest was refused, and the device not idle"] = refused > 0 and answered >= 0.5 * rate * seconds
     checks[f"meanwhile memory grew by less than {_MAX_LEAK_KIB} KiB an image"] = memory.slope < _MAX_LEAK_KIB
     return {
         **figures,

@@ -14,7 +14,7 @@ import torch
 from ..errors import RequestError
 from ..runtime.weights import open_checkpoint
 from .cases import Case, SideSpec, unavailable_reason
-from .features import ClipFeatures, Judges, demo_judges, demo_prompts, read_truth
+from .features import ClipFeatures, MetricNetworks, demo_networks, demo_prompts, read_truth
 from .grouping import free_space, group_sides, shortage
 from .host import Host, OwnProcess, job_for
 from .inception import InceptionFeatures
@@ -108,7 +108,7 @@ class Suite:
         self._open_host = open_host or (
             lambda job: OwnProcess(job, threads=threads, patience=settings.patience)
         )
-        self._beside = [read_report(path) for path in settings.beside]
+        self._other_reports = [read_report(path) for path in settings.beside]
         self._results: list[CaseResult] = []
         self._pictures: dict[str, dict[str, list[bytes]]] = {}
         self._load = [os.getloadavg()[0]]
@@ -125,14 +125,14 @@ class Suite:
             RequestError: the gate cannot judge a case; nothing is measured.
         """
         gate = self._settings.plan.gate
-        judged = [(case, sides, self._judges_for(case)) for case, sides in self._cases]
-        for case, _, judges in judged:
-            if why := gate.refusal(case, judges):
+        checked = [(case, sides, self._networks_for(case)) for case, sides in self._cases]
+        for case, _, networks in checked:
+            if why := gate.refusal(case, networks):
                 raise RequestError(f"gate {gate.name!r} cannot judge case {case.name!r}: {why}")
         complete = False
         try:
-            for case, sides, judges in judged:
-                self._run_case(case, sides, judges)
+            for case, sides, networks in checked:
+                self._run_case(case, sides, networks)
             complete = True
         finally:
             report = self._report(complete=complete)
@@ -140,7 +140,7 @@ class Suite:
                 self._write(report)
         return report
 
-    def _run_case(self, case: Case, sides: list[SideSpec], judges: Judges) -> None:
+    def _run_case(self, case: Case, sides: list[SideSpec], networks: MetricNetworks) -> None:
         settings = self._settings
         prompts = settings.plan.prompts or (demo_prompts(64) if case.model == "demo" else _DEFAULT_PROMPTS)
         unavailable = {side.name: unavailable_reason(side, settings.device, case.dtype) for side in sides}
@@ -171,7 +171,7 @@ class Suite:
                     device=device,
                     folder=folder / case.name,
                     open_host=self._open_host,
-                    judges=judges,
+                    networks=networks,
                     on_progress=live.update,
                     on_result=lambda: self._write_partial(replace(run.result(), case=asdict(case))),
                     grouping=group_sides(local_case, available, free, built),
@@ -224,38 +224,40 @@ class Suite:
         if settings.inception is not None and settings.truth is None:
             raise RequestError("--inception is for FID, which needs true pictures: give --truth as well")
 
-    def _judges_for(self, case: Case) -> Judges:
+    def _networks_for(self, case: Case) -> MetricNetworks:
         """The networks of the weights that were given. The demo's own networks are only for the demo's world.
 
         Raises:
             RequestError: a metric that was requested by name has no network or too few pictures.
         """
         s = self._settings
-        judges = demo_judges() if case.model == "demo" and _needs_networks(s.metrics) else Judges()
+        networks = (
+            demo_networks() if case.model == "demo" and _needs_networks(s.metrics) else MetricNetworks()
+        )
         if s.clip is not None:
             clip = ClipFeatures(s.clip)
-            judges = replace(judges, clip=clip)
+            networks = replace(networks, clip=clip)
             if s.truth is not None:
-                judges = replace(judges, fid=clip, truth=None)
+                networks = replace(networks, fid=clip, truth=None)
         if s.inception is not None:
-            judges = replace(judges, fid=InceptionFeatures(s.inception), truth=None)
-        if judges.fid is not None and judges.truth is None and s.truth is not None:
-            judges = replace(judges, truth=read_truth(s.truth, judges.fid))
+            networks = replace(networks, fid=InceptionFeatures(s.inception), truth=None)
+        if networks.fid is not None and networks.truth is None and s.truth is not None:
+            networks = replace(networks, truth=read_truth(s.truth, networks.fid))
         if s.lpips is not None:
-            judges = replace(judges, lpips=Lpips(s.lpips))
+            networks = replace(networks, lpips=Lpips(s.lpips))
         for name, needed in _METRIC_NEEDS.items():
-            if name in s.metrics and getattr(judges, name) is None:
+            if name in s.metrics and getattr(networks, name) is None:
                 raise RequestError(f"metric {name!r} of case {case.name!r} needs {needed}")
             if s.metrics and name not in s.metrics:
-                judges = replace(judges, **{name: None})
-        if "fid" in s.metrics and judges.fid is not None and judges.truth is not None:
-            least, planned = pictures_for_fid(len(judges.truth.mean)), max(s.plan.pictures, *case.batches)
+                networks = replace(networks, **{name: None})
+        if "fid" in s.metrics and networks.fid is not None and networks.truth is not None:
+            least, planned = pictures_for_fid(len(networks.truth.mean)), max(s.plan.pictures, *case.batches)
             if planned < least:
                 raise RequestError(
-                    f"metric 'fid' of case {case.name!r} by {judges.fid.name} takes at least {least} pictures, and "
+                    f"metric 'fid' of case {case.name!r} by {networks.fid.name} takes at least {least} pictures, and "
                     f"there are {planned}; give --pictures {least}"
                 )
-        return judges
+        return networks
 
     def _report(self, *, complete: bool) -> Report:
         return Report(
@@ -271,8 +273,8 @@ class Suite:
     def _write(self, report: Report) -> None:
         out = self._settings.out
         write_report(out / "bench.json", report)
-        (out / "bench.md").write_text(markdown(report, self._beside), "utf-8")
-        (out / "bench.html").write_text(html(report, self._pictures, self._beside), "utf-8")
+        (out / "bench.md").write_text(markdown(report, self._other_reports), "utf-8")
+        (out / "bench.html").write_text(html(report, self._pictures, self._other_reports), "utf-8")
         (out / _PARTIAL_REPORT).unlink(missing_ok=True)
 
 

@@ -18,7 +18,7 @@ from latentrt.bench.demo_model.scenes import caption, random_scene, render
 from latentrt.bench.features import (
     ClipFeatures,
     DemoFeatures,
-    Judges,
+    MetricNetworks,
     demo_prompts,
     read_pictures,
     read_truth,
@@ -135,14 +135,14 @@ def test_quality_of_pictures_beside_the_references(features: DemoFeatures) -> No
         np.float32
     )
     truth = Moments.of(Colours().features([render(random_scene(rng)) for _ in range(30)]))
-    judges = Judges(clip=features, fid=Colours(), truth=truth)
-    same, other = (measure_quality(x, clean, captions, judges) for x in (clean, damaged))
+    networks = MetricNetworks(clip=features, fid=Colours(), truth=truth)
+    same, other = (measure_quality(x, clean, captions, networks) for x in (clean, damaged))
     assert (same.psnr, same.pictures) == (200.0, 6)
     assert same.ssim == pytest.approx(1, abs=1e-9)
     assert same.clip == same.clip_reference
     assert other.fid > 0
     assert same.fid == other.fid_reference != other.fid
-    few = measure_quality(clean[:3], clean[:3], captions[:3], judges)
+    few = measure_quality(clean[:3], clean[:3], captions[:3], networks)
     assert few.fid is None  # three pictures for three features
     assert other.psnr == pytest.approx(14, abs=3)
     assert other.ssim < 0.7

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.planted_sides import planted
 from latentrt.bench.cases import CASES
-from latentrt.bench.features import Judges
+from latentrt.bench.features import MetricNetworks
 from latentrt.bench.gates import GATES, Quality, likeness
 from latentrt.bench.run import Plan
 from latentrt.bench.suite import Settings, Suite
@@ -55,14 +55,14 @@ def test_mlperfs_gate_wants_mlperfs_number_of_pictures() -> None:
 def test_mlperfs_gate_refuses_what_it_could_not_judge(tmp_path: Path) -> None:
     gate, case = GATES["mlperf"], CASES["sdxl-mlperf"]
     clip, inception = SimpleNamespace(name="CLIP ViT-B/32 (x)"), SimpleNamespace(name="Inception-v3 (y)")
-    judges = Judges(clip=clip, fid=inception)
-    assert gate.refusal(case, judges) == ""
-    assert gate.refusal(replace(case, steps=30), judges) == "steps is 30, and it judges 20"
-    assert gate.refusal(replace(case, negative=None), judges).startswith(
+    networks = MetricNetworks(clip=clip, fid=inception)
+    assert gate.refusal(case, networks) == ""
+    assert gate.refusal(replace(case, steps=30), networks) == "steps is 30, and it judges 20"
+    assert gate.refusal(replace(case, negative=None), networks).startswith(
         "negative is None, and it judges 'normal"
     )
-    assert gate.refusal(CASES["sdxl"], judges) != ""
-    other = replace(judges, clip=SimpleNamespace(name="CLIP ViT-L/14 (z)"))
+    assert gate.refusal(CASES["sdxl"], networks) != ""
+    other = replace(networks, clip=SimpleNamespace(name="CLIP ViT-L/14 (z)"))
     assert gate.refusal(case, other) == "clip would be by CLIP ViT-L/14 (z), and it judges CLIP ViT-B/32's"
     plan = Plan(["a"] * 5000, gate, pictures=5000)
     paths = dict.fromkeys(("clip", "inception", "truth"), tmp_path)
@@ -75,7 +75,7 @@ def test_mlperfs_gate_refuses_what_it_could_not_judge(tmp_path: Path) -> None:
     settings = Settings(plan, torch.device("cpu"), tmp_path, "", metrics=("psnr", "fid"), **paths)
     with pytest.raises(RequestError, match="gate 'mlperf' judges by clip; give --metric for it, or for none"):
         Suite([(case, [planted("a")])], settings)
-    assert GATES["eager"].refusal(CASES["demo"], Judges()) == ""
+    assert GATES["eager"].refusal(CASES["demo"], MetricNetworks()) == ""
 
 
 def test_likeness_is_what_another_measures() -> None:

@@ -19,7 +19,7 @@ from helpers.planted_sides import planted
 from helpers.waiting import until
 from latentrt.bench import commands
 from latentrt.bench.cases import CASES, Case
-from latentrt.bench.features import Judges
+from latentrt.bench.features import MetricNetworks
 from latentrt.bench.gates import GATES
 from latentrt.bench.results import read_report, write_report
 from latentrt.bench.run import Plan
@@ -113,23 +113,23 @@ def test_fid_that_is_asked_for_by_name_takes_as_many_pictures_as_it_needs(
     monkeypatch.setattr("latentrt.bench.suite.InceptionFeatures", lambda path: inception)
     monkeypatch.setattr("latentrt.bench.suite.read_truth", lambda path, network: truth)
 
-    def judges(pictures: int, *metrics: str) -> Judges:
+    def networks(pictures: int, *metrics: str) -> MetricNetworks:
         plan = Plan([], GATES["eager"], pictures=pictures)
         paths = {"inception": tmp_path, "truth": tmp_path}
         settings = Settings(plan, torch.device("cpu"), tmp_path, "", metrics=metrics, **paths)
-        return Suite([], settings)._judges_for(CASES["sdxl"])  # of up to 8 pictures a batch
+        return Suite([], settings)._networks_for(CASES["sdxl"])  # of up to 8 pictures a batch
 
     for pictures, made in ((4, 8), (2048, 2048)):
         with pytest.raises(RequestError, match=rf"'fid' .* 2049 pictures, .* {made}; give --pictures 2049"):
-            judges(pictures, "psnr", "fid")
-    assert judges(2049, "fid").fid is inception
-    assert judges(4).fid is inception  # by default what there is, and that is reported to be too little
+            networks(pictures, "psnr", "fid")
+    assert networks(2049, "fid").fid is inception
+    assert networks(4).fid is inception  # by default what there is, and that is reported to be too little
 
 
 def test_a_case_that_its_gate_cannot_judge_is_refused_before_anything_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Suite, "_judges_for", lambda self, case: Judges())
+    monkeypatch.setattr(Suite, "_networks_for", lambda self, case: MetricNetworks())
     settings = Settings(
         Plan(["a"] * 5000, GATES["mlperf"], pictures=5000),
         torch.device("cpu"),
