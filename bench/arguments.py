@@ -94,7 +94,7 @@ def _add_bench(commands: Commands) -> None:
     parser.add_argument(
         "--model",
         metavar="MODEL",
-        help="in place of the case's, which then has no refiner: as for generate, or sdxl-random",
+        help="in place of the case's, whose refiner is dropped: as for generate, or sdxl-random",
     )
     parser.add_argument(
         "--refiner", metavar="MODEL", help="the same, or sdxl-refiner-random; 'none' for none"

@@ -25,12 +25,12 @@ from .stats import COVER, Interval
 __all__ = ["SECONDS_TOLERANCE", "TOLERANCE", "Change", "compare", "differences"]
 
 TOLERANCE = 0.03
-"""Of a speedup: runs on one machine differ by so much beyond their intervals, from clocks and memory layout."""
+"""For speedups: runs on one machine differ by so much beyond their intervals, from clocks and memory layout."""
 SECONDS_TOLERANCE = 0.25
-"""Of seconds, and of speedups of sides that were not interleaved: eager diffusers took 1.18 and 1.07 s in two runs of
+"""For seconds, and for speedups of sides that were not interleaved: eager diffusers took 1.18 and 1.07 s in two runs of
 one machine."""
 _STAGE_TOLERANCE, _MIN_STAGE_SHARE = 0.25, 0.02
-"""Of a stage's seconds. A change also has to exceed this share of its side's whole call."""
+"""For a stage's seconds. A change also has to exceed this share of its side's whole call."""
 _JOULES_TOLERANCE = 0.1
 _MEMORY_TOLERANCE = 0.05
 _MIN_MEMORY_CHANGE = 16 << 20

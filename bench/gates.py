@@ -108,7 +108,7 @@ def _worst_lpips(lpips: Lpips, images: Pictures, reference: Pictures) -> float:
 
 @dataclass(frozen=True)
 class Gate:
-    """What a side's pictures have to pass, so that its speed is reported.
+    """A check that a side's pictures have to pass, so that its speed is reported.
 
     Attributes:
         of_each_picture: it works on any number of pictures, and so is applied to those of timed runs too.

@@ -51,7 +51,7 @@ _PATIENCE = {
 _DEFAULT_PATIENCE = 240.0
 """`--patience` of a side that is not in `_PATIENCE`."""
 _LOG_LINES = 40
-"""Of a part's log, to print."""
+"""The last lines of a part's log, which are printed."""
 _MIN_SECONDS = 60.0
 """With less time left, no part is started."""
 _MAX_ATTEMPTS = 4

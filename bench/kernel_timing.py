@@ -50,7 +50,7 @@ KERNELS_FOLDER = Path(tuning.__file__).parent
 CACHE_BYTES = 256 << 20
 """Least size of all inputs of one timing together, so that an input has left the cache before it is used again."""
 MAX_CALLS = 16
-"""Of the operator in one recorded graph."""
+"""Maximum number of calls in one recorded graph."""
 HANG_SECONDS = 90.0
 """Seconds after which one part of a row counts as hanging, and the process is ended: a kernel may never return."""
 HUNG = "never came back"

@@ -47,15 +47,15 @@ __all__ = ["import_tuned", "lines", "tune", "tuning_requests"]
 _log = logging.getLogger(__name__)
 
 DTYPE = torch.bfloat16
-SECONDS = 0.08
-"""Of replays, for each candidate at each case."""
+_TRIAL_SECONDS = 0.08
+"""Time to replay each candidate at each case."""
 HANG_SECONDS = 30.0
 """Seconds after which a candidate counts as hanging; it is compiled before."""
 
 _FINALISTS = 4
 """How many of the best candidates of each key are timed again, interleaved."""
 _FINAL_SECONDS = 0.25
-"""Of replays, for each finalist at each case."""
+"""Time to replay each finalist at each case."""
 _HUNG_IN_GROUP = "one of several that never came back together"
 """Saved for finalists before they are timed in turn. If it is still there afterwards, each is timed by itself."""
 
@@ -251,7 +251,7 @@ def _time_candidate(
         ratio, correct = checker.check(use.spec.op(*clone_args(inputs[0])))
         if not correct:
             return f"wrong: the error is {ratio:.1f} times the reference's"
-        (us,) = timing.timer({"": use.spec.op}, inputs, SECONDS).values()
+        (us,) = timing.timer({"": use.spec.op}, inputs, _TRIAL_SECONDS).values()
     except Exception as error:  # such as too much shared memory, too many registers, an impossible shape
         return f"{type(error).__name__}: {error}"[:200]
     return us if isinstance(us, str) else us * max(1, use.case.calls)

@@ -14,12 +14,12 @@ Line = tuple[str, Sequence[float], Sequence[float]]
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999", "#f0e442")
 _DASHES = ("", "7 4", "2 3")
-"""Of lines once the colours are through; parts of bars then get paler."""
+"""Dashes of lines when all colours are used; bars become paler instead."""
 _WIDTH, _LEFT, _RIGHT, _ROW = 860, 210, 90, 26
 
 
 def bars(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
-    """One bar a row, of named parts next to each other, with their sum at its end."""
+    """Stacked horizontal bars: one for each row, with its parts side by side and their sum at the end."""
     parts = list(dict.fromkeys(part for row in rows.values() for part in row))
     longest = max((sum(row.values()) for row in rows.values()), default=0.0) or 1.0
     scale = (_WIDTH - _LEFT - _RIGHT) / longest
@@ -29,19 +29,21 @@ def bars(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
         shapes.append(_text(_LEFT - 8, top + 17, name, "end"))
         for part, value in row.items():
             width = max(0.0, value * scale)
-            title = f"<title>{escape(name)}, {escape(part)}: {_short(value)} {escape(unit)}</title>"
-            box = f'x="{x:.1f}" y="{top + 4}" width="{width:.1f}" height="18" {_filled(parts.index(part))}'
+            title = f"<title>{escape(name)}, {escape(part)}: {_three_digits(value)} {escape(unit)}</title>"
+            box = (
+                f'x="{x:.1f}" y="{top + 4}" width="{width:.1f}" height="18" {_fill_style(parts.index(part))}'
+            )
             shapes.append(f"<rect {box}>{title}</rect>")
             x += width
-        shapes.append(_text(x + 6, top + 17, f"{_short(sum(row.values()))} {unit}", "start"))
-    return _svg(shapes, len(rows) * _ROW, parts, _box)
+        shapes.append(_text(x + 6, top + 17, f"{_three_digits(sum(row.values()))} {unit}", "start"))
+    return _svg(shapes, len(rows) * _ROW, parts, _bar_sample)
 
 
 def lines(series: Sequence[Line], x_unit: str, y_unit: str) -> str:
-    """A line through each series' points; both axes begin at 0."""
+    """One line for each series; both axes begin at 0."""
     height = 260
-    right = _nice(max((max(x, default=0) for _, x, _ in series), default=0))
-    top = _nice(max((max(y, default=0) for _, _, y in series), default=0))
+    right = _axis_end(max((max(x, default=0) for _, x, _ in series), default=0))
+    top = _axis_end(max((max(y, default=0) for _, _, y in series), default=0))
     across, down = (_WIDTH - 80 - _RIGHT) / right, (height - 40) / top
     shapes = []
     for k in range(5):
@@ -56,32 +58,32 @@ def lines(series: Sequence[Line], x_unit: str, y_unit: str) -> str:
         points = [(80 + x * across, height - 20 - y * down) for x, y in zip(xs, ys, strict=True)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         title = f"<title>{escape(name)}</title>"
-        shapes.append(f'<polyline points="{path}" fill="none" {_stroked(k)}>{title}</polyline>')
+        shapes.append(f'<polyline points="{path}" fill="none" {_stroke_style(k)}>{title}</polyline>')
         if len(points) <= 16:
             fill = _COLOURS[k % len(_COLOURS)]
             shapes += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{fill}"/>' for x, y in points]
-    return _svg(shapes, height, [name for name, _, _ in series], _stroke)
+    return _svg(shapes, height, [name for name, _, _ in series], _line_sample)
 
 
-def _filled(k: int) -> str:
-    """Attributes of the k-th part of bars."""
-    again, k = divmod(k, len(_COLOURS))
-    return f'fill="{_COLOURS[k]}"' + (f' fill-opacity="{0.55**again:.2f}"' if again else "")
+def _fill_style(k: int) -> str:
+    """SVG attributes of the k-th part of bars."""
+    cycle, k = divmod(k, len(_COLOURS))
+    return f'fill="{_COLOURS[k]}"' + (f' fill-opacity="{0.55**cycle:.2f}"' if cycle else "")
 
 
-def _stroked(k: int) -> str:
-    """Attributes of the k-th line."""
-    again, k = divmod(k, len(_COLOURS))
-    dash = _DASHES[again % len(_DASHES)]
+def _stroke_style(k: int) -> str:
+    """SVG attributes of the k-th line."""
+    cycle, k = divmod(k, len(_COLOURS))
+    dash = _DASHES[cycle % len(_DASHES)]
     return f'stroke="{_COLOURS[k]}" stroke-width="2"' + (f' stroke-dasharray="{dash}"' if dash else "")
 
 
-def _box(k: int, x: float, y: float) -> str:
-    return f'<rect x="{x:.1f}" y="{y - 10:.1f}" width="12" height="12" {_filled(k)}/>'
+def _bar_sample(k: int, x: float, y: float) -> str:
+    return f'<rect x="{x:.1f}" y="{y - 10:.1f}" width="12" height="12" {_fill_style(k)}/>'
 
 
-def _stroke(k: int, x: float, y: float) -> str:
-    return f'<line x1="{x - 6:.1f}" x2="{x + 13:.1f}" y1="{y - 4:.1f}" y2="{y - 4:.1f}" {_stroked(k)}/>'
+def _line_sample(k: int, x: float, y: float) -> str:
+    return f'<line x1="{x - 6:.1f}" x2="{x + 13:.1f}" y1="{y - 4:.1f}" y2="{y - 4:.1f}" {_stroke_style(k)}/>'
 
 
 def _svg(
@@ -102,13 +104,13 @@ def _text(x: float, y: float, words: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
-def _short(value: float) -> str:
-    """Three digits, and all before the point."""
+def _three_digits(value: float) -> str:
+    """Three significant digits, and all digits before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _nice(value: float) -> float:
-    """The next of 1, 2, 4, 8 times a power of ten, so that quarters are short numbers."""
+def _axis_end(value: float) -> float:
+    """The next larger of 1, 2, 4, 8 times a power of ten, so that quarters of it are short numbers."""
     if value <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))

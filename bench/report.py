@@ -23,7 +23,7 @@ __all__ = ["PROFILE", "STYLE", "html", "markdown", "save_pictures"]
 
 _MIB = 2**20
 _SAVED_PICTURES = 4
-"""Of each side. With all pictures of eleven sides at 1024x1024 no browser would open the page."""
+"""Pictures of each side in the report: with all of eleven sides at 1024x1024 no browser would open the page."""
 _THUMBNAIL_PIXELS = 256
 PROFILE = (
     "Milliseconds of one picture by kind of operator, with profilers at work, which cost time themselves; between "

@@ -302,7 +302,7 @@ class CaseRun:
         return time.perf_counter() - started, first
 
     def _compact(self, images: Images) -> Pictures:
-        """As they are stored: as bytes if there are many.
+        """Images in the form in which they are stored: as bytes if there are many.
 
         Raises:
             BenchmarkError: pictures that are to be bytes are not finite, which bytes would hide.

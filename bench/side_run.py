@@ -18,7 +18,7 @@ from .worker import Job, Run, Trace
 __all__ = ["SideRun"]
 
 _MAX_SAMPLES = 240
-"""Of a memory series in the results."""
+"""Maximum length of a memory series in the results."""
 
 
 @dataclass(eq=False)

@@ -186,11 +186,11 @@ class Worker:
 
     def _timed(self, side: Side, prompts: Sequence[str], seeds: Sequence[int]) -> Run:
         elsewhere = BusyElsewhere()
-        energy = self._nvml.joules() if self._nvml else None
+        energy_before = self._nvml.joules() if self._nvml else None
         started = time.perf_counter()
         output = side(prompts, seeds)
         seconds = time.perf_counter() - started
-        spent = self._nvml.joules() if self._nvml else None
+        energy_after = self._nvml.joules() if self._nvml else None
         stages: dict[str, float] = {}
         for span in output.spans:
             stages[span.name] = stages.get(span.name, 0.0) + span.end - span.begin
@@ -200,7 +200,7 @@ class Worker:
             stages=stages,
             memory=memory_now(self._device, self._share),
             busy_elsewhere=elsewhere.lap(),
-            joules=None if energy is None or spent is None else spent - energy,
+            joules=None if energy_before is None or energy_after is None else energy_after - energy_before,
             gpu=self._nvml.state() if self._nvml else {},
         )
 

@@ -44,7 +44,7 @@ Run = Callable[..., tuple[int, str, str]]
 def test_refusals_are_one_line(
     arguments: tuple[str, ...], message: str, run_cli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("latentrt.bench.room._free_memory", lambda device: 4 << 30)
+    monkeypatch.setattr("latentrt.bench.grouping._free_memory", lambda device: 4 << 30)
     Path("empty.txt").touch()
     code, _, err = run_cli("bench", *arguments)
     assert code == 1

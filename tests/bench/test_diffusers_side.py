@@ -139,7 +139,7 @@ def test_freed_weights_are_no_memory_of_a_side(
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     side = open_side(replace(case, refiner=None), torch.device("cuda"), torch.float16, tmp_path)
     assert given_back == [True]
-    monkeypatch.setattr(side, "_drawn", lambda generators: None)
+    monkeypatch.setattr(side, "_noise", lambda generators: None)
     leave()
     side.tune()
     assert given_back == [True, True]

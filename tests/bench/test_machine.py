@@ -248,7 +248,7 @@ def test_only_what_publishes_by_its_name_writes_to_the_published_results() -> No
     assert sum(word.endswith("build/full/full_size_engines.json") for word in commands) == 4
 
 
-def test_a_container_s_limit_bounds_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_container_s_limit_bounds_the_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("latentrt.runtime.host_memory._CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("300000000\n")
     (tmp_path / "memory.current").write_text("100000000\n")
