@@ -30,13 +30,13 @@ class LatentrtSide(Side):
     def __init__(self, case: Case, pipe: Pipeline) -> None:
         self._case = case
         self._pipe = pipe
-        also = try_convolutions(pipe.device) if pipe.backend in ("eager", "triton") else ""
-        self.settings = f"back end {pipe.backend}, {vae_in(pipe.vae.dtype)}{also}"
+        convolutions = try_convolutions(pipe.device) if pipe.backend in ("eager", "triton") else ""
+        self.settings = f"back end {pipe.backend}, {vae_in(pipe.vae.dtype)}{convolutions}"
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> SideOutput:
-        return self.make(prompts, seeds, self._case.steps)
+        return self.generate(prompts, seeds, self._case.steps)
 
-    def make(self, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> SideOutput:
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> SideOutput:
         """The same at another number of steps."""
         case = self._case
         height, width = case.size or (None, None)
@@ -62,7 +62,7 @@ class _Eager(LatentrtSide):
         self.settings += ", no CUDA graphs" if pipe.device.type == "cuda" else ""
 
     def tune(self, memory_format: str | None = None) -> None:
-        self.memory_format = take_quicker_layout(self._load_in, self.make, self._pipe.device, memory_format)
+        self.memory_format = take_quicker_layout(self._load_in, self.generate, self._pipe.device, memory_format)
         self.settings += f", {self.memory_format}"
 
     def _load_in(self, memory_format: torch.memory_format) -> None:
