@@ -21,7 +21,7 @@ from ..runtime.weights import refiner_source
 from .cases import Case
 from .models import checkpoint_folder
 from .monitor import Span
-from .side import Side, SideOutput, now, take_quicker_layout, try_convolutions, vae_in
+from .side import Side, SideOutput, choose_layout, now, try_convolutions, vae_in
 
 __all__ = ["DiffusersSide", "compile_options", "load_pipelines", "open_side"]
 
@@ -193,9 +193,7 @@ class _Eager(DiffusersSide):
     """Eager diffusers in the memory format that is fastest on this machine."""
 
     def tune(self, memory_format: str | None = None) -> None:
-        self.memory_format = take_quicker_layout(
-            self.set_memory_format, self.generate, self._device, memory_format
-        )
+        self.memory_format = choose_layout(self.set_memory_format, self.generate, self._device, memory_format)
         self.settings += f", {self.memory_format}"
 
 

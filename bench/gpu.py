@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--kernel-seconds",
         type=float,
         default=400.0,
-        help="tuning and timing kernels begin nothing new after",
+        help="tuning and timing kernels start nothing new after",
     )
     parser.add_argument(
         "--tune", action="append", default=[], metavar="OP", help="tune this operator only; may be repeated"

@@ -19,7 +19,7 @@ from ..runtime.parts import load_parts
 from ..runtime.pipeline import Pipeline
 from .cases import Case, reference_side
 from .monitor import Span
-from .side import Side, SideOutput, now, take_quicker_layout, try_convolutions, vae_in
+from .side import Side, SideOutput, choose_layout, now, try_convolutions, vae_in
 
 __all__ = ["open_side"]
 
@@ -62,7 +62,7 @@ class _Eager(LatentrtSide):
         self.settings += ", no CUDA graphs" if pipe.device.type == "cuda" else ""
 
     def tune(self, memory_format: str | None = None) -> None:
-        self.memory_format = take_quicker_layout(self._load_in, self.generate, self._pipe.device, memory_format)
+        self.memory_format = choose_layout(self._load_in, self.generate, self._pipe.device, memory_format)
         self.settings += f", {self.memory_format}"
 
     def _load_in(self, memory_format: torch.memory_format) -> None:

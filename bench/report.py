@@ -178,6 +178,8 @@ def _fastest(case: CaseResult) -> str:
     Empty if no side is faster than the first one beyond noise. Between rounds at different times, the machine's drift
     is noise too.
     """
+    if not case.rows:
+        return ""
     first = case.rows[0].side
     figures_of = {
         row.side: (figures, figures.speedup)

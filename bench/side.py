@@ -24,9 +24,9 @@ __all__ = [
     "Side",
     "as_bytes",
     "as_float",
+    "choose_layout",
     "factory",
     "now",
-    "take_quicker_layout",
     "try_convolutions",
     "vae_in",
 ]
@@ -123,7 +123,7 @@ def try_convolutions(device: torch.device) -> str:
     return ", cudnn.benchmark"
 
 
-def take_quicker_layout(
+def choose_layout(
     set_memory_format: Callable[[torch.memory_format], None],
     generate: Callable[[Sequence[str], Sequence[int], int], object],
     device: torch.device,

@@ -75,7 +75,7 @@ def settings(case: CaseResult) -> str:
     size = "the model's own size" if c["size"] is None else f"{c['size'][1]}x{c['size'][0]}"
     steps = " + ".join(str(count) for count in case.steps.values())
     text = (
-        f"{size}, {c['steps']} steps ({steps}), guidance {c['guidance']:g}, {c['dtype']}; pictures held against "
+        f"{size}, {c['steps']} steps ({steps}), guidance {c['guidance']:g}, {c['dtype']}; pictures compared with "
         f"{case.reference}{_own_reference(case)}, gate {case.gate!r}. Seconds are medians (fastest to slowest); the "
         f"speedup is of paired rounds, with the interval of its median{_coverage(case)}."
     )
@@ -106,7 +106,9 @@ def _networks(case: CaseResult) -> str:
         if by is not None:
             sentences.append(f"{name} is by {by}.")
         elif name == "FID" and qualities:
-            sentences.append(f"{qualities[0].pictures} pictures are too few for FID, or nobody judges it.")
+            sentences.append(
+                f"{qualities[0].pictures} pictures are too few for FID, or no network measures it."
+            )
     if any("(" in cell for row in case.rows for cell in _quality(row)):
         sentences.append("In parentheses: of the reference's pictures.")
     return " ".join(sentences)

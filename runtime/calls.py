@@ -1,4 +1,4 @@
-"""The calls of a pipeline: each within its memory budget, apart from its caller's settings, interruptible."""
+"""The calls of a pipeline: each within its memory budget, unaffected by its caller's autocast, and interruptible."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Calls:
     """Makes the images of requests, which may come from several threads.
 
     Attributes:
-        running: those in progress.
+        running: the progress of each call that is running.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -52,14 +52,16 @@ class Calls:
         self._parts = parts
         self._budget = parts.budget
 
-    def make(self, request: GenerationRequest, bar: Mapping[str, Any], **reporting: Any) -> PipelineOutput:
-        """Make the images of a request; `bar` and `reporting` are as for `CallProgress`."""
+    def make(
+        self, request: GenerationRequest, bar_options: Mapping[str, Any], **reporting: Any
+    ) -> PipelineOutput:
+        """Make the images of a request; `bar_options` and `reporting` are as for `CallProgress`."""
         stages = self._stages(request)
         tile = self._budget.admit(request, stages, idle=not self.running).tile
         if request.image is None:
             warn_of_late_start(stages[0].table)
         noise = NoiseSource(request.generators, request.batch)
-        with self._progress(stages, bar, **reporting) as progress, self._executing():
+        with self._progress(stages, bar_options, **reporting) as progress, self._executing():
             states = noise.states()
 
             def begin_again() -> None:
@@ -97,13 +99,13 @@ class Calls:
 
     def interrupt(self) -> None:
         """Stop every call in progress after the step it is at."""
-        for call in list(self.running):
-            call.stop.set()
+        for progress in list(self.running):
+            progress.stop.set()
 
     @property
-    def interrupted(self) -> bool:
-        """Whether one in progress is to stop."""
-        return any(call.stop.is_set() for call in list(self.running))
+    def stopping(self) -> bool:
+        """Whether one in progress was asked to stop."""
+        return any(progress.stop.is_set() for progress in list(self.running))
 
     def _stages(self, request: GenerationRequest) -> list[Stage]:
         return stages_of_request(self._parts.base, self._parts.refiner, request)
@@ -122,11 +124,11 @@ class Calls:
 
     @contextmanager
     def _progress(
-        self, stages: Sequence[Stage], bar: Mapping[str, Any], **reporting: Any
+        self, stages: Sequence[Stage], bar_options: Mapping[str, Any], **reporting: Any
     ) -> Iterator[CallProgress]:
         """The progress of one call, which `interrupt` reaches while it lasts."""
         steps = sum(len(stage.table) for stage in stages)
-        progress = CallProgress(steps, bar, self._parts.loader.device, **reporting)
+        progress = CallProgress(steps, bar_options, self._parts.loader.device, **reporting)
         self.running.add(progress)
         try:
             yield progress

@@ -132,7 +132,7 @@ class Tracker(TorchDispatchMode):
         return self._count
 
     @property
-    def arena_bytes(self) -> int:
+    def pool_bytes(self) -> int:
         """Bytes of the arena that serves all this."""
         return arena_bytes(self.events)
 
@@ -172,7 +172,7 @@ def measure(
         flops=tracker.flops,
         activation_bytes=memory.peak,
         scratch_bytes=memory.scratch,
-        pool_bytes=memory.arena_bytes,
+        pool_bytes=memory.pool_bytes,
         input_bytes=sum(t.nbytes for t in inputs),
         output_bytes=sum(t.nbytes for t in outputs),
     )

@@ -97,7 +97,9 @@ class Pipeline:
             BackendError: unknown, or it cannot run here.
             MemoryPlanError: the weights alone take more memory than there is.
         """
-        arguments = {name: value for name, value in locals().items() if name != "cls"}
+        # First of all: a local variable of before would be passed on too.
+        arguments = dict(locals())
+        del arguments["cls"]
         return cls(load_parts(**arguments))
 
     @property
@@ -176,7 +178,7 @@ class Pipeline:
     @property
     def _interrupt(self) -> bool:
         """diffusers' callbacks write `pipe._interrupt = True` for `pipe.interrupt()`."""
-        return self._calls.interrupted
+        return self._calls.stopping
 
     @_interrupt.setter
     def _interrupt(self, value: bool) -> None:

@@ -8,7 +8,8 @@ waits for neither. `LATENTRT_ONNXRUNTIME` names options, `graph` and `tensorrt`,
 written without a GPU:
 
     graph      the CUDA provider captures a bound session in a CUDA graph and replays it, if all of its nodes run there
-    tensorrt   its TensorRT provider comes first. It builds its engines at each load; the back end tensorrt keeps them
+    tensorrt   its TensorRT provider comes first. It builds its engines at each load; the back end tensorrt keeps them.
+               float32 models are refused unless NVIDIA_TF32_OVERRIDE=0, since it would round them to TF32
 """
 
 from __future__ import annotations
@@ -68,7 +69,6 @@ class OnnxRuntimeEngine:
                 device,
                 stream=self._stream,
                 options=options,
-                dtype=component.dtype,
                 tf32=component.tf32,
             )
 
@@ -176,7 +176,7 @@ class OnnxRuntimeBackend:
         if "tensorrt" in options and _tensorrt_would_round(component):
             raise BackendError(
                 f"ONNX Runtime's TensorRT provider rounds the float32 of {component.name} to TF32, and has no option "
-                "against that; set NVIDIA_TF32_OVERRIDE=0, or leave tensorrt out of LATENTRT_ONNXRUNTIME"
+                "against that; start Python with NVIDIA_TF32_OVERRIDE=0, or leave tensorrt out of LATENTRT_ONNXRUNTIME"
             )
         model = onnx_model(component, cache_dir=cache_dir)
         return OnnxRuntimeEngine(component, model, device, options)
@@ -205,7 +205,6 @@ def open_session(
     optimized: bool = True,
     stream: torch.cuda.Stream | None = None,
     options: Sequence[str] = (),
-    dtype: torch.dtype = torch.float32,
     tf32: bool = False,
 ) -> onnxruntime.InferenceSession:
     """A session on `device`, with as many threads as PyTorch uses: OMP_NUM_THREADS, else physical cores.
@@ -218,7 +217,6 @@ def open_session(
             float16 weights are otherwise kept in float32 as well: three times their memory.
         stream: on a GPU, the one to compute on. PyTorch's default one has no address that ONNX Runtime would take.
         options: of a GPU, "graph" and "tensorrt"; see above.
-        dtype: the model's.
         tf32: a GPU may round float32 to TF32; otherwise float32 means float32.
 
     Raises:
@@ -234,7 +232,7 @@ def open_session(
     # Each session has its own threads, which would keep spinning after a run on cores that the next session needs.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     settings.log_severity_level = 3
-    providers = _providers(device, stream, options, dtype=dtype, tf32=tf32)
+    providers = _providers(device, stream, options, tf32=tf32)
     try:
         # With fallback it would print that a provider failed and go on with others.
         session = ort.InferenceSession(model, settings, providers=providers, enable_fallback=0)
@@ -251,12 +249,7 @@ def open_session(
 
 
 def _providers(
-    device: torch.device,
-    stream: torch.cuda.Stream | None,
-    options: Sequence[str],
-    *,
-    dtype: torch.dtype = torch.float32,
-    tf32: bool = False,
+    device: torch.device, stream: torch.cuda.Stream | None, options: Sequence[str], *, tf32: bool = False
 ) -> list[str | tuple[str, dict[str, str]]]:
     """The execution providers, best first, with their settings."""
     providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
@@ -268,10 +261,8 @@ def _providers(
         cuda = {**where, "use_tf32": "1" if tf32 else "0", "enable_cuda_graph": graph}
         providers.insert(0, ("CUDAExecutionProvider", cuda))
         if "tensorrt" in options:
-            # Up to TensorRT 10 it builds no float16 layer without this one.
-            half = "1" if dtype == torch.float16 else "0"
-            tensorrt = {**where, "trt_fp16_enable": half, "trt_cuda_graph_enable": graph}
-            providers.insert(0, ("TensorrtExecutionProvider", tensorrt))
+            # Without `trt_fp16_enable` TensorRT 10 keeps the types of the graph; with it, it may lower float32 ones.
+            providers.insert(0, ("TensorrtExecutionProvider", {**where, "trt_cuda_graph_enable": graph}))
     return providers
 
 

@@ -88,17 +88,17 @@ def test_the_same_run_twice_differs_by_less_than_its_interval(tmp_path: Path) ->
 
 
 def test_fid_of_true_scenes_to_themselves_is_0_and_rises_with_noise(features: DemoFeatures) -> None:
-    def see(pictures: Sequence[Picture]) -> Features:
+    def measure(pictures: Sequence[Picture]) -> Features:
         return fid_features(features._tower, pictures)
 
     rng = random.Random(5)
     scenes = [render(random_scene(rng)) for _ in range(60)]
     noise = np.random.default_rng(0).normal(size=(60, *scenes[0].shape))
-    truth = see(scenes)
+    truth = measure(scenes)
     fids = []
     for level in (0, 6, 15, 40, 90):
         noisy = [np.clip(s + level * n, 0, 255).astype(np.uint8) for s, n in zip(scenes, noise, strict=True)]
-        fids.append(frechet_distance(truth, see(noisy)))
+        fids.append(frechet_distance(truth, measure(noisy)))
     print(fids)
     assert fids[0] == pytest.approx(0, abs=1e-4)  # fewer pictures than features: rounding
     assert all(later > 1.5 * earlier for earlier, later in pairwise(fids[1:]))

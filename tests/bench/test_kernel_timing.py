@@ -149,7 +149,7 @@ def test_each_part_of_a_row_has_its_own_time(here: Timing, monkeypatch: pytest.M
     begun: list[str] = []
 
     @contextmanager
-    def watched(_: Timing) -> Iterator[None]:
+    def watchdog(_: Timing) -> Iterator[None]:
         begun.append("")
         yield
 
@@ -161,7 +161,7 @@ def test_each_part_of_a_row_has_its_own_time(here: Timing, monkeypatch: pytest.M
 
         return call
 
-    monkeypatch.setattr(timings, "hang_watchdog", watched)
+    monkeypatch.setattr(timings, "hang_watchdog", watchdog)
     with forced(), tuning.trying("attention", SMALL[1]):
         spec = small_attention(op=noted("o"), baselines={"a": noted("a"), "b": noted("b")})
         result = timings.measure(here, [spec], BF16)

@@ -184,10 +184,10 @@ def test_a_candidate_that_is_wrong_at_a_case_of_another_operator_is_not_chosen_b
     here: Timing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The finals of the first case alone had it; with the second one they begin again without it."""
-    judge = kernel_timing.Float64Check.check
+    check_output = kernel_timing.Float64Check.check
 
     def wrong(check: Any, got: Any) -> tuple[float, bool]:
-        return (707.3, False) if by_constants("") == 32 and len(seen) else judge(check, got)
+        return (707.3, False) if by_constants("") == 32 and len(seen) else check_output(check, got)
 
     seen: list[str] = []
     monkeypatch.setattr(kernel_timing.Float64Check, "check", wrong)

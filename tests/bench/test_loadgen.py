@@ -1,4 +1,4 @@
-"""LoadGen over something that makes pictures in a known time; the demo itself in `make test-full`."""
+"""LoadGen over something that makes pictures in a known time; the demo itself in `generate test-full`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from latentrt.runtime.pipeline import Pipeline
 PICTURE_SECONDS = 0.005
 
 
-class Maker:
+class FakeGenerate:
     def __init__(self, fails_at: int | None = None, seconds: float = PICTURE_SECONDS) -> None:
         self.batches: list[int] = []
         self._seconds = seconds
@@ -48,40 +48,40 @@ def load_test(scenario: str, **fields: Any) -> LoadTest:
 
 @pytest.mark.parametrize("scenario", QUERIES)
 def test_every_scenario_is_valid(scenario: str, tmp_path: Path) -> None:
-    make = Maker()
-    verdict = run_loadgen(load_test(scenario), make, tmp_path)
+    generate = FakeGenerate()
+    verdict = run_loadgen(load_test(scenario), generate, tmp_path)
     assert verdict.valid, verdict
     assert "Result is : VALID" in " ".join((tmp_path / "mlperf_log_summary.txt").read_text().split())
-    assert sum(make.batches) > 64
+    assert sum(generate.batches) > 64
     largest = 1 if scenario == "SingleStream" else 8
-    assert make.batches[:largest] == list(
+    assert generate.batches[:largest] == list(
         range(1, largest + 1)
     )  # no size is made for the first time while it is timed
     if scenario == "SingleStream":
-        assert set(make.batches) == {1}
+        assert set(generate.batches) == {1}
         assert float(verdict.figures["90.0th percentile latency (ns)"]) >= 1e9 * PICTURE_SECONDS
     if scenario == "Offline":
-        assert set(make.batches[8:-1]) == {8}
+        assert set(generate.batches[8:-1]) == {8}
         assert float(verdict.figures["Samples per second"]) <= 8 / PICTURE_SECONDS
 
 
 def test_a_size_is_made_for_warming_up_once_in_a_run(tmp_path: Path) -> None:
     """The second scenario, with larger batches, warms up only those that the first had not."""
-    make, warmed = Maker(), set[int]()
-    run_loadgen(load_test("Server", batch=3), make, tmp_path / "server", warmed)
-    assert make.batches[:3] == [1, 2, 3]
-    before = len(make.batches)
-    run_loadgen(load_test("Offline", batch=5), make, tmp_path / "offline", warmed)
-    assert make.batches[before : before + 2] == [4, 5]
-    assert warmed == {1, 2, 3, 4, 5}
+    generate, warm_sizes = FakeGenerate(), set[int]()
+    run_loadgen(load_test("Server", batch=3), generate, tmp_path / "server", warm_sizes)
+    assert generate.batches[:3] == [1, 2, 3]
+    before = len(generate.batches)
+    run_loadgen(load_test("Offline", batch=5), generate, tmp_path / "offline", warm_sizes)
+    assert generate.batches[before : before + 2] == [4, 5]
+    assert warm_sizes == {1, 2, 3, 4, 5}
 
 
 def test_a_quick_model_lasts_as_long_as_it_has_to(tmp_path: Path) -> None:
     """64 pictures are through long before; LoadGen makes up its queries beforehand, by what a picture should take."""
-    make = Maker(seconds=0.0005)
-    verdict = run_loadgen(load_test("SingleStream", latency=20.0), make, tmp_path)
+    generate = FakeGenerate(seconds=0.0005)
+    verdict = run_loadgen(load_test("SingleStream", latency=20.0), generate, tmp_path)
     assert verdict.valid, verdict
-    assert len(make.batches) > 2 * 64
+    assert len(generate.batches) > 2 * 64
 
 
 def test_unusable_options_are_refused_before_anything_is_loaded(
@@ -125,9 +125,9 @@ def test_the_refiner_is_that_of_generate(
 def test_the_demo_in_small(scenario: str, tmp_path: Path) -> None:
     """One step of 64x64 on eager, so that nothing is exported first."""
     pipe = Pipeline.from_pretrained("demo", backend="eager", device="cpu")
-    make = PipelineRunner(pipe, demo_prompts(5), size=(64, 64), steps=1)
-    assert make([3, 1]).shape == (2, 64, 64, 3)
-    verdict = run_loadgen(load_test(scenario, rate=1.0), make, tmp_path)
+    generate = PipelineRunner(pipe, demo_prompts(5), size=(64, 64), steps=1)
+    assert generate([3, 1]).shape == (2, 64, 64, 3)
+    verdict = run_loadgen(load_test(scenario, rate=1.0), generate, tmp_path)
     assert verdict.valid, verdict
 
 
@@ -149,14 +149,14 @@ def test_the_demo_is_valid_in_every_scenario(run_cli: Callable[..., tuple[int, s
 
 
 def test_too_slow_a_server_is_invalid_and_says_why(tmp_path: Path) -> None:
-    verdict = run_loadgen(load_test("Server", latency=0.001), Maker(), tmp_path)
+    verdict = run_loadgen(load_test("Server", latency=0.001), FakeGenerate(), tmp_path)
     assert not verdict.valid
     assert verdict.reasons
 
 
 def test_an_error_ends_the_test_and_is_reported(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match="Offline: a picture could not be made: planted failure"):
-        run_loadgen(load_test("Offline"), Maker(fails_at=9), tmp_path)
+        run_loadgen(load_test("Offline"), FakeGenerate(fails_at=9), tmp_path)
 
 
 def test_bad_sizes_are_refused(tmp_path: Path) -> None:

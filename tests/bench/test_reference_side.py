@@ -204,5 +204,5 @@ def test_a_reference_that_speed_is_compared_with_is_timed(tmp_path: Path) -> Non
 @pytest.mark.parametrize("reference", ["diffusers@float32", "latentrt-eager@float32", "latentrt-triton"])
 def test_a_reference_of_latentrts_own_is_called_so(reference: str) -> None:
     told = tables.settings(replace(report().cases[0], reference=reference))
-    assert f"held against {reference}" in told
+    assert f"compared with {reference}" in told
     assert ("latentrt's own: there is no diffusers beside it" in told) is reference.startswith("latentrt")

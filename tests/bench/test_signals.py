@@ -176,7 +176,7 @@ def test_a_part_dies_with_its_runner(number: signal.Signals, tmp_path: Path) -> 
     script.write_text(
         "import signal, sys; from pathlib import Path; from latentrt.bench import full\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
-        "full.FAREWELL = 0.2\n"
+        "full.GRACE_SECONDS = 0.2\n"
         f"part = full.Part('deaf', 300, command=('-c', {DEAF!r}, sys.argv[1]))\n"
         "full.main([], parts=(part,), folder=Path(sys.argv[2]))\n"
     )

@@ -289,9 +289,9 @@ def test_the_vae_at_full_size(dtype: torch.dtype, launches: Counter[str]) -> Non
     assert launches == Counter(step.label for step in plan(q, k, v, arch=arch_of(q.device))[1])
 
 
-COPIED = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "TMA": 1}
-SPECIALIZED = {**COPIED, "num_warps": 4, "num_stages": 2, "SPECIALIZE": 1}
-COPIED_WIDE = {**COPIED, "BLOCK_D": 64, "BLOCK_V": 256, "BLOCK_M": 64, "BLOCK_N": 32, "num_stages": 2}
+TMA_SIZES = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "TMA": 1}
+SPECIALIZED_SIZES = {**TMA_SIZES, "num_warps": 4, "num_stages": 2, "SPECIALIZE": 1}
+TMA_WIDE_SIZES = {**TMA_SIZES, "BLOCK_D": 64, "BLOCK_V": 256, "BLOCK_M": 64, "BLOCK_N": 32, "num_stages": 2}
 
 
 @pytest.mark.gpu
@@ -302,9 +302,9 @@ COPIED_WIDE = {**COPIED, "BLOCK_D": 64, "BLOCK_V": 256, "BLOCK_M": 64, "BLOCK_N"
         *(
             (S, H, 64, variant)
             for S, H in ((4096, 10), (4000, 10), (1024, 20))
-            for variant in (COPIED, SPECIALIZED)
+            for variant in (TMA_SIZES, SPECIALIZED_SIZES)
         ),
-        (16384, 1, 512, COPIED_WIDE),
+        (16384, 1, 512, TMA_WIDE_SIZES),
     ],
 )
 def test_descriptors_at_full_size(

@@ -153,25 +153,24 @@ def test_providers_and_their_settings() -> None:
             "CPUExecutionProvider",
         ]
         if "tensorrt" in options:
-            tensorrt = {**where, "trt_fp16_enable": "0", "trt_cuda_graph_enable": graph}
-            wanted.insert(0, ("TensorrtExecutionProvider", tensorrt))
+            wanted.insert(0, ("TensorrtExecutionProvider", {**where, "trt_cuda_graph_enable": graph}))
         assert ort_engine._providers(device, stream, options) == wanted  # type: ignore[arg-type]
-    (_, settings), *_ = ort_engine._providers(device, None, ("tensorrt",), dtype=torch.float16)
-    assert settings == {"device_id": "1", "trt_fp16_enable": "1", "trt_cuda_graph_enable": "0"}
     (_, settings), _ = ort_engine._providers(device, None, (), tf32=True)
     assert settings == {"device_id": "1", "use_tf32": "1", "enable_cuda_graph": "0"}
 
 
-@pytest.mark.parametrize("override", ["1", "0"])
+@pytest.mark.parametrize("override", [None, "1", "0"])
 def test_the_tensorrt_provider_rounds_no_float32_unasked(
-    override: str, monkeypatch: pytest.MonkeyPatch
+    override: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has no option for that (microsoft/onnxruntime issue 26029): a strict float32 is refused."""
     device = torch.device("cuda", 0)
     backend = OnnxRuntimeBackend()
     loaded: list[str] = []
     monkeypatch.setenv("LATENTRT_ONNXRUNTIME", "tensorrt")
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    if override is not None:
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
     monkeypatch.setattr(backend, "availability", lambda *_: Availability(True, "here"))
     monkeypatch.setattr(ort_engine, "onnx_model", lambda *_, **__: Path("model.onnx"))
     monkeypatch.setattr(ort_engine, "OnnxRuntimeEngine", lambda component, *_: loaded.append(component.name))

@@ -152,12 +152,12 @@ def test_the_memory_of_graphs_begins_as_one_piece() -> None:
 
     tracker = follow(work, 90)
     graphs = Graphs(x.device)
-    graphs.first_block = tracker.arena_bytes
+    graphs.first_block = tracker.pool_bytes
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     graph = graphs.capture(work, "work")
     taken = torch.cuda.memory_reserved() - before
-    assert taken <= tracker.arena_bytes + (40 << 20)  # cuBLAS's workspace, and the segments of small tensors
+    assert taken <= tracker.pool_bytes + (40 << 20)  # cuBLAS's workspace, and the segments of small tensors
     del graph
 
 

@@ -1,5 +1,5 @@
-"""`runtime/pipeline.py`: what a call promises besides the right image: seeds, threads, forms of output, what it
-reports."""
+"""`runtime/pipeline.py` and `calls.py`: what a call promises besides the right image: seeds, threads, forms of output,
+what it reports."""
 
 from __future__ import annotations
 

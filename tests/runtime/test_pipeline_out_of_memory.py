@@ -1,4 +1,4 @@
-"""`runtime/pipeline.py`: pipelines that run out of memory, or whose work cannot be recorded: what is said, and that
+"""`runtime/calls.py`: pipelines that run out of memory, or whose work cannot be recorded: what is said, and that
 they go on."""
 
 from __future__ import annotations
