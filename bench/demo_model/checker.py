@@ -47,19 +47,31 @@ class Verdict:
     relation: bool | None
 
 
-def foreground(picture: Picture) -> Mask:
-    """Pixels that differ from the plane through the border's colours; picture is [H, W, 3]."""
-    image = picture.astype(np.float64)
-    height, width = image.shape[:2]
+def background_plane(picture: Picture) -> NDArray[np.float64]:
+    """[3, 3], the plane through the border's colours of a picture [H, W, 3]: row 0 is the colour at the upper left
+    corner, rows 1 and 2 are its change down and right across the whole picture."""
+    flat, design = _by_place(picture)
+    edge = np.zeros(picture.shape[:2], bool)
+    edge[:3], edge[-3:], edge[:, :3], edge[:, -3:] = True, True, True, True
+    rows = np.flatnonzero(edge.ravel())
+    rows = rows[np.abs(flat[rows] - np.median(flat[rows], axis=0)).max(axis=1) < CONTRAST]
+    plane: NDArray[np.float64] = np.linalg.lstsq(design[rows], flat[rows], rcond=None)[0]
+    return plane
+
+
+def _by_place(picture: Picture) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """[H * W, 3] colours, and as many rows (1, y / H, x / W)."""
+    height, width = picture.shape[:2]
     ys, xs = np.mgrid[0:height, 0:width]
     design = np.stack([np.ones(height * width), ys.ravel() / height, xs.ravel() / width], axis=1)
-    edge = np.zeros((height, width), bool)
-    edge[:3], edge[-3:], edge[:, :3], edge[:, -3:] = True, True, True, True
-    rows, flat = np.flatnonzero(edge.ravel()), image.reshape(-1, 3)
-    rows = rows[np.abs(flat[rows] - np.median(flat[rows], axis=0)).max(axis=1) < CONTRAST]
-    plane = design @ np.linalg.lstsq(design[rows], flat[rows], rcond=None)[0]
-    difference: Mask = (np.abs(flat - plane).max(axis=1) > CONTRAST).reshape(height, width)
-    return difference
+    return picture.reshape(-1, 3).astype(np.float64), design
+
+
+def foreground(picture: Picture) -> Mask:
+    """Pixels of [H, W, 3] that differ from the background's plane."""
+    flat, design = _by_place(picture)
+    far: Mask = np.abs(flat - design @ background_plane(picture)).max(axis=1) > CONTRAST
+    return far.reshape(picture.shape[:2])
 
 
 def find_objects(picture: Picture) -> list[Found]:

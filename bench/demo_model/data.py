@@ -24,6 +24,7 @@ from .scenes import CANVASES, Scene, caption, random_scene, render
 SMALL_ORIGINAL = 0.22  # share of enlarged small originals
 SMALL_SCALE = (0.2, 0.55)  # their size, of the canvas
 CROPPED = 0.18  # share of windows
+CLEAN = (5.5, 7.0)  # aesthetic scores of pictures that are not damaged
 DAMAGED = 0.3  # share of damaged pictures among the refiner's
 LARGEST_OFFSET = 40  # pixels
 FEW_CORES = 4
@@ -65,7 +66,7 @@ def example(seed: int, *, damaged: float = 0.0) -> Example:
             original = (height + crop[0], width + crop[1])
     else:
         pixels = render(scene)
-    aesthetic = rng.uniform(5.5, 7.0)
+    aesthetic = rng.uniform(*CLEAN)
     if rng.random() < damaged:
         severity = rng.uniform(0.15, 1.0)
         pixels, aesthetic = damage(rng, pixels, severity), 5.0 - 4.0 * severity

@@ -27,11 +27,13 @@ REFINER_SHARE = 0.2  # refiner's examples per base example
 
 @dataclass
 class Encoded:
-    """Examples of one canvas: scaled latents [N, 4, h, w] and what goes with row k."""
+    """Examples of one canvas: scaled latents [N, 4, h, w] and what goes with row k; with `noise` [N, 4, h, w], the one
+    they are to be learnt from, else any."""
 
     latents: Tensor
     captions: list[str]
     sizes: Tensor  # [N, 7]: original h, w, crop top, left, target h, w, aesthetic score
+    noise: Tensor | None = None
 
 
 def stage_latents(run: Run) -> None:

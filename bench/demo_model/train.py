@@ -1,7 +1,7 @@
 """Train the demo checkpoint: `python -m latentrt.bench.demo_model.train --out DIR --seed 0`.
 
-Stages, each resumable: vae, soft, text (both text encoders and the image tower), latents, base, refiner. On two CPU
-cores the default minutes take about as many steps as the shipped checkpoint had; a GPU trains in bf16.
+Stages, each resumable: vae, soft, text (both text encoders and the image tower), latents, base, handover, refiner. On
+two CPU cores the default minutes take about as many steps as the shipped checkpoint had; a GPU trains in bf16.
 """
 
 from __future__ import annotations
@@ -16,16 +16,25 @@ import torch
 from . import evaluate
 from .loop import Run
 
-STAGES = ("vae", "soft", "text", "latents", "base", "refiner")
+STAGES = ("vae", "soft", "text", "latents", "base", "handover", "refiner")
 MODULES = {
     "vae": "train_vae",
     "soft": "train_soft",
     "text": "train_text",
     "latents": "latents",
     "base": "train_unet",
+    "handover": "handover",
     "refiner": "train_unet",
 }
-MINUTES = {"vae": 70.0, "soft": 12.0, "text": 9.0, "latents": 0.0, "base": 220.0, "refiner": 60.0}
+MINUTES = {
+    "vae": 70.0,
+    "soft": 12.0,
+    "text": 9.0,
+    "latents": 0.0,
+    "base": 220.0,
+    "handover": 0.0,
+    "refiner": 60.0,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

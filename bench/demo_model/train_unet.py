@@ -6,6 +6,7 @@ and a small model that must get layout and colours right early learns them sever
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ...runtime.sha256 import sha256_of
 from .assemble import save_unet, write_pipelines
+from .handover import handovers_made_from, load_handovers
 from .latents import Encoded, TextEncoders, load, made_from
 from .loop import Ema, Run, Stage, console, train
 from .muon import Muon
@@ -27,8 +29,11 @@ DROPPED = 0.1  # share of examples without a caption, for guidance
 OFFSET_NOISE = 0.07  # of unit noise, one value per channel: brightness is then not read off the noise
 TIMESTEP_DRAWS = ([0.0, 0.07, 0.8, 1.0], [0, 200, 800, 1000])  # shares of the draws, timesteps
 REFINER_BELOW = 220  # timesteps; generation hands over at 200
-# The base hands over pictures whose colours are wrong in places; on drawn ones alone the refiner learns to trust them
-# and not the caption. So part of its noise is in patches of a quarter of the side: up to this share of unit noise.
+# The base hands over pictures whose colours are wrong in places; on drawings under white noise alone the refiner learns
+# to trust them and not the caption. So half of its batches are what the base did hand over, turned to fresh noise by up
+# to this angle, so that none is learnt by heart. In the others part of the noise is in patches of a quarter of the
+# side, up to this share of unit noise.
+HANDED_OVER, FRESH = 0.5, math.pi / 4
 PATCHES, PATCH_NOISE = 4, 0.8
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 POOLED, TIME_IDS = 128, 32  # width of the pooled text, and of each size's embedding
@@ -88,6 +93,7 @@ class Conditioning:
     sequence: Tensor  # [N, 77, C]
     pooled: Tensor  # [N, P]
     time_ids: Tensor  # [N, 6] or [N, 5]
+    noise: Tensor | None  # [N, 4, h, w], where it is not drawn
 
 
 def prepare(name: str, table: Encoded, text: TextEncoders) -> Conditioning:
@@ -96,9 +102,33 @@ def prepare(name: str, table: Encoded, text: TextEncoders) -> Conditioning:
     sequence, pooled = (torch.cat([part[k].half() for part in parts]) for k in (0, 1))
     latents, sizes = table.latents.to(text.device), table.sizes.to(text.device)
     if name == "base":
-        return Conditioning(latents, sequence, pooled, sizes[:, :6])
+        return Conditioning(latents, sequence, pooled, sizes[:, :6], table.noise)
     time_ids = torch.cat([sizes[:, :4], sizes[:, 6:]], dim=1)
-    return Conditioning(latents, sequence[..., text.widths[0] :].contiguous(), pooled, time_ids)
+    return Conditioning(latents, sequence[..., text.widths[0] :].contiguous(), pooled, time_ids, table.noise)
+
+
+def base_draws(x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Noise and timesteps [B] for latents [B, 4, h, w]: timesteps are spread evenly, with more of them where layout and
+    shapes are decided and fewer in the refiner's part."""
+    noise = torch.randn(x0.shape, generator=generator)
+    noise = noise + OFFSET_NOISE * torch.randn(*x0.shape[:2], 1, 1, generator=generator)
+    even = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)
+    return noise, torch.from_numpy(np.interp(even, *TIMESTEP_DRAWS)).long().clamp(max=999)
+
+
+def refiner_draws(x0: Tensor, handed: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Noise and timesteps [B] for latents [B, 4, h, w], with more timesteps near the hand-over, where shapes and
+    colours can still change; the noise is from `handed` where there is one."""
+    noise = torch.randn(x0.shape, generator=generator)
+    if handed is None:
+        strength = PATCH_NOISE * torch.rand((len(x0), 1, 1, 1), generator=generator)
+        patches = torch.randn((*x0.shape[:2], PATCHES, PATCHES), generator=generator)
+        noise = noise + strength * F.interpolate(patches, x0.shape[2:], mode="bilinear")
+    else:
+        angle = FRESH * torch.rand((len(x0), 1, 1, 1), generator=generator)
+        noise = angle.cos() * handed + angle.sin() * noise
+    even = torch.rand(len(x0), generator=generator)
+    return noise, (REFINER_BELOW * even.sqrt()).long().clamp(max=REFINER_BELOW - 1)
 
 
 def stage_base(run: Run) -> None:
@@ -116,7 +146,7 @@ def train_unet(run: Run, name: str, peak_rate: float) -> None:
     torch.manual_seed(run.seed)
     text = TextEncoders(run.out, run.device)
     tables = [prepare(name, table, text) for table in load(run, name)]
-    counts = torch.tensor([len(table.latents) for table in tables], dtype=torch.float32)
+    handed_over = [prepare(name, table, text) for table in load_handovers(run)] if name == "refiner" else []
     unet = UNet2DConditionModel(**unet_config(name, text.widths))
     unet.to(run.device, memory_format=torch.channels_last)
     console.log(f"{name}: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters")
@@ -146,25 +176,22 @@ def train_unet(run: Run, name: str, peak_rate: float) -> None:
         return F.mse_loss(v.float(), target)
 
     def step(progress: float, generator: torch.Generator) -> dict[str, float]:
-        table = tables[int(torch.multinomial(counts, 1, generator=generator))]
-        rows = torch.randint(len(table.latents), (run.batch,), generator=generator).to(run.device)
+        handed = handed_over and float(torch.rand(1, generator=generator)) < HANDED_OVER
+        kinds = handed_over if handed else tables
+        counts = torch.tensor([len(table.latents) for table in kinds], dtype=torch.float32)
+        table = kinds[int(torch.multinomial(counts, 1, generator=generator))]
+        chosen = torch.randint(len(table.latents), (run.batch,), generator=generator)
+        rows = chosen.to(run.device)
         dropped = (torch.rand(run.batch, generator=generator) < DROPPED).to(run.device)
         sequence = torch.where(dropped[:, None, None], no_sequence, table.sequence[rows]).float()
         pooled = torch.where(dropped[:, None], no_pooled, table.pooled[rows]).float()
         time_ids, x0 = table.time_ids[rows].float(), table.latents[rows].float()
-        noise = torch.randn(x0.shape, generator=generator)
         if name == "base":
-            noise = noise + OFFSET_NOISE * torch.randn(*x0.shape[:2], 1, 1, generator=generator)
-            # evenly spread draws, more of them where layout and shapes are decided, fewer in the refiner's part
-            even = (torch.arange(run.batch) + torch.rand(run.batch, generator=generator)) / run.batch
-            timesteps = torch.from_numpy(np.interp(even, *TIMESTEP_DRAWS)).long().clamp(max=999)
+            noise, timesteps = base_draws(x0, generator)
         else:
-            strength = PATCH_NOISE * torch.rand((len(x0), 1, 1, 1), generator=generator)
-            patches = torch.randn((*x0.shape[:2], PATCHES, PATCHES), generator=generator)
-            noise = noise + strength * F.interpolate(patches, x0.shape[2:], mode="bilinear")
-            # more timesteps near the hand-over, where shapes and colours can still change
-            even = torch.rand(run.batch, generator=generator)
-            timesteps = (REFINER_BELOW * even.sqrt()).long().clamp(max=REFINER_BELOW - 1)
+            noise, timesteps = refiner_draws(
+                x0, None if table.noise is None else table.noise[chosen].float(), generator
+            )
         noise, timesteps = noise.to(run.device), timesteps.to(run.device)
         signal = alpha_bar[timesteps].sqrt().view(-1, 1, 1, 1)
         spread = (1 - alpha_bar[timesteps]).sqrt().view(-1, 1, 1, 1)
@@ -193,7 +220,7 @@ def train_unet(run: Run, name: str, peak_rate: float) -> None:
         ema={"unet": ema},
         on_report=report,
         report_every=600.0,
-        made_from=made_from(run)
+        made_from=(made_from(run) if name == "base" else handovers_made_from(run))
         | {part: sha256_of(run.out / part / "model.safetensors") for part in TEXT_ENCODERS},
     )
     train(run, stage)

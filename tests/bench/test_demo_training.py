@@ -6,7 +6,6 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from latentrt.bench.demo_model import data, latents, train_soft, train_unet, train_vae
+from latentrt.bench.demo_model import data, handover, latents, train_soft, train_unet, train_vae
 from latentrt.bench.demo_model.loop import Ema, Run, Stage, train
 from latentrt.bench.demo_model.muon import Muon, orthogonalised
 from latentrt.bench.demo_model.replicas import Replicas
@@ -146,24 +145,38 @@ def test_what_is_refused_overwrites_no_latents(tmp_path: Path, monkeypatch: pyte
         latents.load(Run(tmp_path, 1, torch.device("cpu"), examples=25), "refiner")
 
 
-def test_a_unet_hangs_on_its_text_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["base", "refiner"])
+def test_a_unet_hangs_on_what_it_is_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     stages: list[Stage] = []
-    monkeypatch.setattr(train_unet, "TextEncoders", lambda *_: SimpleNamespace(widths=(32, 64)))
-    monkeypatch.setattr(train_unet, "load", lambda *_: [])
+    monkeypatch.setattr(train_unet, "TextEncoders", lambda *_: _NoText())
+    for load in ("load", "load_handovers"):
+        monkeypatch.setattr(train_unet, load, lambda *_: [])
     monkeypatch.setattr(train_unet, "train", lambda run, stage: stages.append(stage))
-    for name in ("save_unet", "write_pipelines"):
-        monkeypatch.setattr(train_unet, name, lambda *_: None)
-    weights = {name: tmp_path / name / "model.safetensors" for name in ("text_encoder", "text_encoder_2")}
-    sharp = tmp_path / "vae_sharp" / "diffusion_pytorch_model.safetensors"
-    for file in (sharp, *weights.values()):
-        file.parent.mkdir()
+    for write in ("save_unet", "write_pipelines"):
+        monkeypatch.setattr(train_unet, write, lambda *_: None)
+    weights = [tmp_path / part / "model.safetensors" for part in ("text_encoder", "text_encoder_2")]
+    weights.append(tmp_path / "vae_sharp" / "diffusion_pytorch_model.safetensors")
+    if name == "refiner":
+        weights.append(tmp_path / "demo" / "unet" / "diffusion_pytorch_model.safetensors")
+    for file in weights:
+        file.parent.mkdir(parents=True)
         file.write_bytes(b"0")
-    for changed in (sharp, sharp, *weights.values()):
-        train_unet.stage_base(Run(tmp_path, 0, torch.device("cpu")))
+    stage = getattr(train_unet, f"stage_{name}")
+    for changed in weights:
+        stage(Run(tmp_path, 0, torch.device("cpu")))
         changed.write_bytes(changed.read_bytes() + b"1")
-    train_unet.stage_base(Run(tmp_path, 0, torch.device("cpu")))
+    stage(Run(tmp_path, 0, torch.device("cpu")))
     found = [str(stage.made_from) for stage in stages]
-    assert len(set(found)) == len(found) == 5
+    assert len(set(found)) == len(found) == len(weights) + 1
+
+
+class _NoText:
+    widths = (32, 64)
+
+    def __call__(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(len(captions), 77, sum(self.widths)), torch.zeros(len(captions), 128)
 
 
 @pytest.mark.usefixtures("few")
@@ -340,6 +353,7 @@ def test_every_stage_runs_and_diffusers_loads_the_result(
     monkeypatch.setattr(train_vae, "PICTURES", 20)
     monkeypatch.setattr(train_soft, "PAIRS", 20)
     monkeypatch.setattr(train_text, "PICTURES", 400)
+    monkeypatch.setattr(handover, "BACKEND", "eager")
     minutes = {"vae": 0.02, "soft": 0.02, "text": 0.02, "base": 0.02, "refiner": 0.02}
     run = Run(tmp_path, 0, torch.device("cpu"), minutes, examples=40, batch=4, workers=2)
     train_vae.stage_vae(run)
