@@ -34,6 +34,10 @@ REFINER_BELOW = 220  # timesteps; generation hands over at 200
 # to this angle, so that none is learnt by heart. In the others part of the noise is in patches of a quarter of the
 # side, up to this share of unit noise.
 HANDED_OVER, FRESH = 0.5, math.pi / 4
+# Guidance multiplies the difference that a caption and a score make, and where one step is all that is left, nothing
+# corrects it. So on what is handed over it is the guided prediction that the refiner is trained for, of these scales,
+# beside an empty caption with these scores.
+GUIDANCE, NEGATIVE_SCORES = (1.0, 6.0), (1.0, 7.0)
 PATCHES, PATCH_NOISE = 4, 0.8
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 POOLED, TIME_IDS = 128, 32  # width of the pooled text, and of each size's embedding
@@ -131,6 +135,95 @@ def refiner_draws(x0: Tensor, handed: Tensor | None, generator: torch.Generator)
     return noise, (REFINER_BELOW * even.sqrt()).long().clamp(max=REFINER_BELOW - 1)
 
 
+class Examples:
+    """What a UNet is trained on: tables of examples, and for the refiner those that its base hands over."""
+
+    def __init__(self, run: Run, name: str, text: TextEncoders) -> None:
+        self.run, self.name = run, name
+        self.tables = [prepare(name, table, text) for table in load(run, name)]
+        self.handed_over = (
+            [prepare(name, table, text) for table in load_handovers(run)] if name == "refiner" else []
+        )
+        self.alpha_bar = EulerDiscreteScheduler(**SCHEDULER).alphas_cumprod.to(run.device)
+        if name == "base":  # as SDXL: no caption is zeros
+            self.no_sequence, self.no_pooled = torch.zeros((2, 1), device=run.device)
+        else:
+            sequence, pooled = text([""])
+            self.no_sequence, self.no_pooled = sequence[0, :, text.widths[0] :], pooled[0]
+
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Draw examples of one canvas: noised latents and their v, [B, 4, h, w], timesteps [B], and sequence, pooled
+        and time ids. Where they are handed over, also guidance scales [B, 1, 1, 1] and what the negative prompt has for
+        the last three; B is then half, since each row is predicted twice."""
+        run = self.run
+        handed = bool(self.handed_over) and float(torch.rand(1, generator=generator)) < HANDED_OVER
+        table = _one_of(self.handed_over if handed else self.tables, generator)
+        count = (run.batch + 1) // 2 if handed else run.batch
+        chosen = torch.randint(len(table.latents), (count,), generator=generator)
+        rows = chosen.to(run.device)
+        x0, time_ids = table.latents[rows].float(), table.time_ids[rows].float()
+        sequence, pooled = table.sequence[rows].float(), table.pooled[rows].float()
+        no_sequence, no_pooled = self.no_sequence.expand_as(sequence), self.no_pooled.expand_as(pooled)
+        guided: tuple[Tensor, ...] = ()
+        if handed:
+            guidance = _uniform(GUIDANCE, count, generator).to(run.device)
+            scores = _uniform(NEGATIVE_SCORES, count, generator).to(run.device)
+            negative = torch.cat([time_ids[:, :-1], scores[:, None]], dim=1)
+            guided = (guidance.view(-1, 1, 1, 1), no_sequence, no_pooled, negative)
+        else:
+            dropped = (torch.rand(count, generator=generator) < DROPPED).to(run.device)
+            sequence = torch.where(dropped[:, None, None], no_sequence, sequence)
+            pooled = torch.where(dropped[:, None], no_pooled, pooled)
+        if self.name == "base":
+            noise, timesteps = base_draws(x0, generator)
+        else:
+            own = None if table.noise is None else table.noise[chosen].float()
+            noise, timesteps = refiner_draws(x0, own, generator)
+        noise, timesteps = noise.to(run.device), timesteps.to(run.device)
+        signal = self.alpha_bar[timesteps].sqrt().view(-1, 1, 1, 1)
+        spread = (1 - self.alpha_bar[timesteps]).sqrt().view(-1, 1, 1, 1)
+        x = (signal * x0 + spread * noise).to(memory_format=torch.channels_last)
+        v = signal * noise - spread * x0
+        return x, v, timesteps, sequence, pooled, time_ids, *guided
+
+
+def _one_of(tables: list[Conditioning], generator: torch.Generator) -> Conditioning:
+    """A table, the larger the likelier."""
+    counts = torch.tensor([len(table.latents) for table in tables], dtype=torch.float32)
+    return tables[int(torch.multinomial(counts, 1, generator=generator))]
+
+
+def _uniform(bounds: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
+    low, high = bounds
+    return low + (high - low) * torch.rand(count, generator=generator)
+
+
+def v_loss(
+    unet: UNet2DConditionModel, x: Tensor, v: Tensor, timesteps: Tensor, *conditioning: Tensor
+) -> Tensor:
+    """Mean squared error of a batch of `Examples`, of the guided prediction where there is guidance."""
+    sequence, pooled, time_ids, *guided = conditioning
+    if not guided:
+        return F.mse_loss(_predict(unet, x, timesteps, sequence, pooled, time_ids), v)
+    guidance, *negative = guided
+    both = (torch.cat(pair) for pair in zip(negative, (sequence, pooled, time_ids), strict=True))
+    without, found = _predict(unet, torch.cat([x, x]), torch.cat([timesteps] * 2), *both).chunk(2)
+    return F.mse_loss(without + guidance * (found - without), v)
+
+
+def _predict(
+    unet: UNet2DConditionModel,
+    x: Tensor,
+    timesteps: Tensor,
+    sequence: Tensor,
+    pooled: Tensor,
+    time_ids: Tensor,
+) -> Tensor:
+    words = {"text_embeds": pooled, "time_ids": time_ids}
+    v: Tensor = unet(x, timesteps, sequence, added_cond_kwargs=words, return_dict=False)[0]
+    return v.float()
+
+
 def stage_base(run: Run) -> None:
     """Train the base UNet and write the pipeline folders."""
     train_unet(run, "base", 3.0e-3)
@@ -145,59 +238,20 @@ def train_unet(run: Run, name: str, peak_rate: float) -> None:
     """Train one UNet on all its canvases and save its averaged weights."""
     torch.manual_seed(run.seed)
     text = TextEncoders(run.out, run.device)
-    tables = [prepare(name, table, text) for table in load(run, name)]
-    handed_over = [prepare(name, table, text) for table in load_handovers(run)] if name == "refiner" else []
+    examples = Examples(run, name, text)
     unet = UNet2DConditionModel(**unet_config(name, text.widths))
     unet.to(run.device, memory_format=torch.channels_last)
     console.log(f"{name}: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters")
     ema = Ema(unet, 0.998)
     optimiser = Muon(unet, adam_for=("conv_in", "conv_out"), workers=run.workers)
-    scheduler = EulerDiscreteScheduler(**SCHEDULER)
-    alpha_bar = scheduler.alphas_cumprod.to(run.device)
-    if name == "base":  # as SDXL: no caption is zeros
-        no_sequence, no_pooled = torch.zeros((2, 1), dtype=torch.float16, device=run.device)
-    else:
-        sequence, pooled = text([""])
-        no_sequence, no_pooled = sequence[0, :, text.widths[0] :].half(), pooled[0].half()
     replicas = Replicas(unet, run.workers)
 
-    def loss_of(
-        module: UNet2DConditionModel, x: Tensor, target: Tensor, timesteps: Tensor, *text: Tensor
-    ) -> Tensor:
-        sequence, pooled, time_ids = text
+    def loss_of(module: UNet2DConditionModel, *batch: Tensor) -> Tensor:
         with run.autocast():
-            v = module(
-                x,
-                timesteps,
-                sequence,
-                added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
-                return_dict=False,
-            )[0]
-        return F.mse_loss(v.float(), target)
+            return v_loss(module, *batch)
 
     def step(progress: float, generator: torch.Generator) -> dict[str, float]:
-        handed = handed_over and float(torch.rand(1, generator=generator)) < HANDED_OVER
-        kinds = handed_over if handed else tables
-        counts = torch.tensor([len(table.latents) for table in kinds], dtype=torch.float32)
-        table = kinds[int(torch.multinomial(counts, 1, generator=generator))]
-        chosen = torch.randint(len(table.latents), (run.batch,), generator=generator)
-        rows = chosen.to(run.device)
-        dropped = (torch.rand(run.batch, generator=generator) < DROPPED).to(run.device)
-        sequence = torch.where(dropped[:, None, None], no_sequence, table.sequence[rows]).float()
-        pooled = torch.where(dropped[:, None], no_pooled, table.pooled[rows]).float()
-        time_ids, x0 = table.time_ids[rows].float(), table.latents[rows].float()
-        if name == "base":
-            noise, timesteps = base_draws(x0, generator)
-        else:
-            noise, timesteps = refiner_draws(
-                x0, None if table.noise is None else table.noise[chosen].float(), generator
-            )
-        noise, timesteps = noise.to(run.device), timesteps.to(run.device)
-        signal = alpha_bar[timesteps].sqrt().view(-1, 1, 1, 1)
-        spread = (1 - alpha_bar[timesteps]).sqrt().view(-1, 1, 1, 1)
-        x = (signal * x0 + spread * noise).to(memory_format=torch.channels_last)
-        target = signal * noise - spread * x0
-        loss = replicas.backward(loss_of, x, target, timesteps, sequence, pooled, time_ids)
+        loss = replicas.backward(loss_of, *examples.batch(generator))
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimiser.step()
         return {"loss": loss}

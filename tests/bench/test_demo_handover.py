@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from latentrt.bench.demo_model import handover
+from latentrt.bench.demo_model import handover, train_unet
 from latentrt.bench.demo_model.handover import (
     Handover,
     Request,
@@ -22,6 +23,7 @@ from latentrt.bench.demo_model.handover import (
     schedule_of,
 )
 from latentrt.bench.demo_model.kept import save_vae
+from latentrt.bench.demo_model.latents import Encoded
 from latentrt.bench.demo_model.loop import Run
 from latentrt.bench.demo_model.scenes import (
     BACKGROUNDS,
@@ -37,6 +39,7 @@ from latentrt.bench.demo_model.train_unet import REFINER_BELOW, refiner_draws
 from latentrt.bench.quality import as_input
 from latentrt.runtime.pipeline import Pipeline
 from scipy import ndimage
+from torch import Tensor
 
 
 def _scenes(count: int) -> list[Scene]:
@@ -216,3 +219,73 @@ def test_the_refiner_learns_from_the_noise_handed_over() -> None:
     assert timesteps.max() == REFINER_BELOW - 1
     drawn, _ = refiner_draws(x0, None, generator)
     assert float(drawn.mean().abs()) < 0.02
+
+
+class _Words:
+    """Text embeddings of ones, and of zeros where there is no caption."""
+
+    widths = (3, 5)
+    device = torch.device("cpu")
+
+    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        said = torch.tensor([float(bool(words)) for words in captions])
+        return said.view(-1, 1, 1).expand(-1, 77, 8), said.view(-1, 1).expand(-1, 2)
+
+
+def _examples(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, *, handed: bool
+) -> tuple[train_unet.Examples, Tensor]:
+    """Examples of one canvas, all handed over or none; and their latents."""
+    x0 = torch.randn(64, 4, 4, 4, generator=torch.Generator().manual_seed(0)).half()
+    sizes = torch.tensor([[32, 32, 0, 0, 32, 32, 6.0]] * len(x0))
+    table = Encoded(x0, ["a star"] * len(x0), sizes, torch.zeros_like(x0) if handed else None)
+    monkeypatch.setattr(train_unet, "load", lambda *_: [] if handed else [table])
+    monkeypatch.setattr(train_unet, "load_handovers", lambda *_: [table] if handed else [])
+    monkeypatch.setattr(train_unet, "HANDED_OVER", float(handed))
+    run = Run(folder, 0, torch.device("cpu"), batch=2000)
+    return train_unet.Examples(run, "refiner", _Words()), x0.float()
+
+
+@pytest.mark.parametrize("handed", [True, False])
+def test_what_a_refiner_is_trained_on(handed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    examples, x0 = _examples(monkeypatch, tmp_path, handed=handed)
+    x, v, timesteps, sequence, pooled, time_ids, *guided = examples.batch(torch.Generator().manual_seed(0))
+    alpha_bar = examples.alpha_bar[timesteps].view(-1, 1, 1, 1)
+    restored = alpha_bar.sqrt() * x - (1 - alpha_bar).sqrt() * v
+    assert float((restored.flatten(1)[:, None] - x0.flatten(1)).abs().amax(-1).amin(-1).max()) < 1e-4
+    dropped = pooled[:, 0] == 0
+    assert torch.equal(dropped, (sequence == 0).all(dim=(1, 2)))
+    assert (time_ids[:, -1] == 6).all()
+    if not handed:
+        assert not guided
+        assert float(dropped.float().mean()) == pytest.approx(0.1, abs=0.02)
+        return
+    assert len(x) == 1000
+    assert not dropped.any()
+    guidance, no_sequence, no_pooled, negative = guided
+    assert float(guidance.min()) == pytest.approx(1, abs=0.05)
+    assert float(guidance.max()) == pytest.approx(6, abs=0.05)
+    assert not no_sequence.any()
+    assert not no_pooled.any()
+    assert torch.equal(negative[:, :-1], time_ids[:, :-1])
+    assert float(negative[:, -1].min()) == pytest.approx(1, abs=0.05)
+    assert float(negative[:, -1].max()) == pytest.approx(7, abs=0.05)
+
+
+def test_the_loss_is_that_of_the_guided_prediction(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a network that answers x plus what its conditioning says."""
+
+    def unet(x: Tensor, timesteps: Tensor, sequence: Tensor, **more: Any) -> tuple[Tensor]:
+        words = more["added_cond_kwargs"]
+        said = sequence.mean(dim=(1, 2)) + words["text_embeds"][:, 0] + words["time_ids"][:, -1] + timesteps
+        return (x + said.view(-1, 1, 1, 1),)
+
+    examples, _ = _examples(monkeypatch, tmp_path, handed=True)
+    batch = examples.batch(torch.Generator().manual_seed(0))
+    x, v, timesteps, _, _, _, guidance, _, _, negative = batch
+    with_caption, without = (timesteps + said for said in (1 + 1 + 6.0, negative[:, -1]))
+    guided = x + without.view(-1, 1, 1, 1) + guidance * (with_caption - without).view(-1, 1, 1, 1)
+    expected = (guided - v).square().mean()
+    assert float(train_unet.v_loss(unet, *batch)) == pytest.approx(float(expected), rel=1e-5)
+    plain = (x + with_caption.view(-1, 1, 1, 1) - v).square().mean()
+    assert float(train_unet.v_loss(unet, *batch[:6])) == pytest.approx(float(plain), rel=1e-5)
