@@ -170,7 +170,7 @@ def measure_fid(
     refined: Generator,
     tower: ImageTower,
     *,
-    count: int = 1000,
+    count: int = 2000,
     steps: int = 20,
     seed: int = 0,
     rounds: int = 200,
@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--demo", type=Path, help="a pipeline folder; the shipped demo by default")
     parser.add_argument("--only", choices=("vae", "accuracy", "fid", "sizes"))
     parser.add_argument("--short", action="store_true", help="16 prompts, 40 pairs, 4 seeds")
-    parser.add_argument("--pairs", type=int, default=1000, help="paired seeds of the FID")
+    parser.add_argument("--pairs", type=int, default=2000, help="paired seeds of the FID")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--json", type=Path)
