@@ -324,9 +324,13 @@ def compiled(launch: Launch, arch: int) -> Any:
     from triton.compiler import ASTSource
 
     types, values, aligned = signature(launch)
-    # As launches have it since then: so they find what is compiled here.
+    # As launches have it, so that they find what is compiled here: Triton 3.6 also lists integers and texts that
+    # nothing is known of, later ones every compile-time value.
     if version_of(triton.__version__) >= (3, 7):
-        aligned = {(i,): aligned.get((i,), []) for i, n in enumerate(types) if (i,) in aligned or n in values}
+        listed = set(values)
+    else:
+        listed = {n for n in types if types[n] in ("i32", "i64") or isinstance(values.get(n), str)}
+    aligned = {(i,): aligned.get((i,), []) for i, n in enumerate(types) if (i,) in aligned or n in listed}
     source = ASTSource(launch.kernel.jitted, types, values, aligned)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

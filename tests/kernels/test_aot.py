@@ -236,3 +236,43 @@ def test_what_compiles_ends_with_its_parent(tmp_path: Path) -> None:
 def test_no_time_to_compile(tmp_path: Path) -> None:
     (told,) = aot.attempts([attention(64, 90)], tmp_path, seconds=0.0)
     assert told == "there was no time left to compile it"
+
+
+@pytest.mark.gpu
+def test_launches_find_what_was_compiled_ahead(tmp_path: Path) -> None:
+    """Of every operator, and of attention's and `linear_geglu`'s kernels with tensor descriptors; in a new process,
+    whose kernels are in Triton's cache or nowhere."""
+    program = """
+import os
+from contextlib import nullcontext
+from pathlib import Path
+import torch
+from latentrt.kernels import aot, tuning
+from latentrt.kernels._triton import Launch
+from latentrt.kernels.registry import specs
+
+major, minor = torch.cuda.get_device_capability()
+arch, cache = major * 10 + minor, Path(os.environ["TRITON_CACHE_DIR"])
+for spec in specs():
+    case = spec.cases[0]
+    by_tma = [(table, row) for table, rows in spec.candidates.items() for row in rows if row.get("TMA")]
+    for trial in [None, *by_tma[: 2 if arch in (90, 100) else 0]]:
+        with nullcontext() if trial is None else tuning.trying(*trial):
+            for step in spec.plan(*case.inputs(torch.bfloat16, torch.device("meta")), arch=arch)[1]:
+                if isinstance(step, Launch):
+                    aot.compiled(step, arch)
+            before = set(cache.glob("*/*.cubin"))
+            spec.op(*case.inputs(torch.bfloat16, torch.device("cuda")))
+            new = set(cache.glob("*/*.cubin")) - before
+            print(spec.name, trial, *(f"{path.name} was compiled again" for path in new), "" if new else "found")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) >= len(specs())
+    assert [line for line in lines if not line.endswith(" found")] == []
