@@ -33,7 +33,7 @@ MINUTES = {
     "latents": 0.0,
     "base": 220.0,
     "handover": 0.0,
-    "refiner": 60.0,
+    "refiner": 120.0,
 }
 
 
