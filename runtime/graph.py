@@ -151,7 +151,7 @@ class Graphs:
                 self._stream = torch.cuda.Stream(self.device, priority=-1)
             pool, stream, current = self._pool, self._stream, torch.cuda.current_stream(self.device)
             stream.wait_stream(current)
-            graph, last_operation = torch.cuda.CUDAGraph(), _LastOperation()
+            graph, last_operation, begun = torch.cuda.CUDAGraph(), _LastOperation(), False
             _choose_cudnn_algorithms(stream, work)
             with ExitStack() as held:
                 _warm_up(pool, stream, work, 0 if keep_alive else self.first_block, held)
@@ -161,10 +161,11 @@ class Graphs:
                         graph, pool=pool, stream=stream, capture_error_mode="thread_local"
                     )
                     with torch.cuda.stream(current), _uncollected(), captured, last_operation:
+                        begun = True
                         work()
                 except BaseException as error:
                     # What a failed capture leaves in its pool is unknown: the next one gets another.
-                    _abandon(pool, graph)
+                    _abandon(pool, graph, stream, begun=begun)
                     self._in_pool, self._stream = WeakSet(), None
                     torch.cuda.set_stream(current)
                     _reset_generator(self.device)
@@ -244,13 +245,22 @@ def _splits_are_limited() -> bool:
     return any("max_split_size_mb" in text for text in settings)
 
 
-def _abandon(pool: Any, graph: torch.cuda.CUDAGraph) -> None:
+def _abandon(pool: Any, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, *, begun: bool) -> None:
     """Clean up after a capture of the graph into the pool that failed, on the current device.
 
     Before PyTorch 2.12 (pytorch/pytorch#180395), if ending the capture fails, the allocator believes that it goes on:
     cached memory is never given back again, even if there is no other. Later versions have ended it by then, and
     refuse to do so again; but a graph that was not captured never gives up its share of the pool (#190308).
+
+    Args:
+        stream: the one that is captured.
+        begun: whether the capture is known to have begun. One that failed before, as PyTorch waited for the device, has
+            no share of the pool: to release one would take another graph's.
     """
+    with torch.cuda.stream(stream), suppress(RuntimeError):
+        if torch.cuda.is_current_stream_capturing():  # Ctrl-C came just after it began, or before it ended
+            begun = True
+            graph.capture_end()
     end, release = (getattr(torch._C, f"_cuda_{name}", None) for name in ("endAllocateToPool", "releasePool"))
     if end is None or release is None:
         return
@@ -258,6 +268,8 @@ def _abandon(pool: Any, graph: torch.cuda.CUDAGraph) -> None:
     try:
         end(device, pool)
     except RuntimeError:
+        if not begun:
+            return
         with suppress(RuntimeError):
             graph.pool()  # of one that was captured
             return

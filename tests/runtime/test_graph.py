@@ -76,7 +76,9 @@ def test_a_failed_capture_releases_its_pool(
     ):
         monkeypatch.setattr(torch._C, f"_cuda_{name}", None if ended is None else call, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    _abandon((0, 7), Graph())  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    _abandon((0, 7), Graph(), None, begun=True)  # type: ignore[arg-type]
     assert asked == [(what, 1, (0, 7)) for what in told]
 
 
@@ -85,12 +87,16 @@ class FakeAllocator:
 
     Attributes:
         holders: of pools that were used, by their handles.
+        capturing: whether a capture is under way.
+        interrupted: where a capture is interrupted, each once: before or after it begins, or before it ends.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
         self.holders: dict[tuple[int, int], int] = {}
         self.into: tuple[int, int] | None = None
+        self.capturing = False
+        self.interrupted: set[str] = set()
         handles = ((0, k) for k in itertools.count(1))
         patch.setattr(torch.cuda, "device", lambda device: nullcontext())
         patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
@@ -102,6 +108,7 @@ class FakeAllocator:
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
         patch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(self))
         patch.setattr(torch.cuda, "graph", self._capture)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         patch.setattr(
             torch._C, "_cuda_beginAllocateCurrentThreadToPool", lambda device, pool: self.begin(pool)
         )
@@ -133,12 +140,20 @@ class FakeAllocator:
     @contextmanager
     def _capture(self, graph: FakeGraph, *, pool: tuple[int, int], **_: object) -> Iterator[None]:
         self.log.append("capture")
+        self._interrupt("before it begins")
         self.begin(pool)
+        graph.pool_of_capture, self.capturing = pool, True
+        self._interrupt("after it began")
         try:
             yield
-            graph.held = pool
         finally:
-            self.end(pool)
+            self._interrupt("before it ends")
+            graph.capture_end()
+
+    def _interrupt(self, where: str) -> None:
+        if where in self.interrupted:
+            self.interrupted.remove(where)
+            raise KeyboardInterrupt(where)
 
     def work(self) -> None:
         self.log.append(f"work in {self.into}")
@@ -147,16 +162,24 @@ class FakeAllocator:
 class FakeGraph:
     def __init__(self, owner: FakeAllocator) -> None:
         self._owner = owner
-        self.held: tuple[int, int] | None = None  # once it was captured
+        self.pool_of_capture: tuple[int, int] | None = None
+        self._ended = False
+
+    def capture_end(self) -> None:
+        assert self._owner.capturing
+        assert self.pool_of_capture is not None
+        self._owner.capturing = False
+        self._owner.end(self.pool_of_capture)
+        self._ended = True
 
     def pool(self) -> tuple[int, int]:
-        if self.held is None:
+        if self.pool_of_capture is None or not self._ended:
             raise RuntimeError("called without a preceding successful capture")
-        return self.held
+        return self.pool_of_capture
 
     def __del__(self) -> None:
-        if self.held is not None:
-            self._owner.release(self.held)
+        if self._ended:
+            self._owner.release(self.pool())
 
 
 @dataclass
@@ -289,6 +312,24 @@ def test_work_that_fails_leaves_the_next_a_pool(monkeypatch: pytest.MonkeyPatch)
     assert sorted(cuda.holders.values()) == [0, 0, 1]
     also = graphs.capture(cuda.work, "work")
     assert sorted(cuda.holders.values()) == [0, 0, 1, 1]
+    del kept, also
+
+
+@pytest.mark.parametrize("where", ["before it begins", "after it began", "before it ends"])
+def test_an_interrupted_capture_releases_the_share_that_it_took(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No other: PyTorch ends the process where a graph gives up a share that was released for it."""
+    cuda, graphs = FakeAllocator(monkeypatch), Graphs(torch.device("cuda:0"))
+    kept = graphs.capture(cuda.work, "work")
+    cuda.interrupted.add(where)
+    with pytest.raises(KeyboardInterrupt, match=where):
+        graphs.capture(cuda.work, "work")
+    gc.collect()  # frames of errors hold graphs
+    assert (cuda.capturing, cuda.into) == (False, None)
+    assert cuda.holders == {(0, 1): 1}
+    also = graphs.capture(cuda.work, "work")
+    assert cuda.holders == {(0, 1): 1, (0, 2): 1}
     del kept, also
 
 
