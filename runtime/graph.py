@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..errors import CaptureError, LatentRTError
+from ..errors import BackendError, CaptureError
 from .place import memory_ran_out
 
 __all__ = ["Graph", "Graphs", "expect_modes"]
@@ -43,7 +43,9 @@ _UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_st
 _CAPTURING = threading.RLock()
 
 _BROKEN = "previous error during capture"
-"""What CUDA says of a capture that something else than its own operation broke."""
+"""What CUDA says of whatever is done in a capture that is broken, its end included."""
+_MUTE = ("CUBLAS_STATUS_", "CUDNN_STATUS_")
+"""What libraries say in its place, whatever failed."""
 
 
 def expect_modes() -> None:
@@ -126,12 +128,13 @@ class Graphs:
 
         Raises:
             CaptureError: it does something that cannot be captured; the operation is named.
+            BackendError: its back end failed.
         """
         if self.device.type == "cuda":
             try:
                 return self._capture_cuda(work, what)
-            except CaptureError as error:
-                if _BROKEN not in str(error):
+            except BackendError as error:
+                if not _broken_by_others(error):
                     raise
             return self._capture_cuda(work, what)  # another thread waited for the whole device meanwhile
         recording = _Recording(what)
@@ -169,9 +172,9 @@ class Graphs:
                     self._in_pool, self._stream = WeakSet(), None
                     torch.cuda.set_stream(current)
                     _reset_generator(self.device)
-                    first = error.__context__ or error  # ending the capture fails too, for no other reason
-                    if not isinstance(first, RuntimeError) or isinstance(first, LatentRTError):
-                        raise
+                    first = last_operation.error or error  # ending the capture fails too, for no other reason
+                    if not isinstance(first, RuntimeError):
+                        raise first from first.__cause__
                     raise _failed(what, last_operation.name, " ".join(str(first).split())[:300]) from error
             self._in_pool.add(graph)
             current.wait_stream(stream)
@@ -290,6 +293,19 @@ def _reset_generator(device: torch.device) -> None:
             x.zero_()  # PyTorch warns of an empty one
 
 
+def _broken_by_others(error: BackendError) -> bool:
+    """Whether something else than its own work broke the capture that ended in this.
+
+    An operation that cannot be captured breaks it as well, but says so itself: of the operations that fail in a capture
+    that is broken already, only PyTorch's and Triton's name the reason.
+    """
+    if _BROKEN in str(error):
+        return True
+    mute = not isinstance(error, CaptureError) or any(status in str(error) for status in _MUTE)
+    end_of_capture = error.__context__
+    return mute and _BROKEN in str(end_of_capture)
+
+
 def _failed(what: str, operation: str, why: str) -> CaptureError:
     return CaptureError(
         f"{what} cannot be captured as a CUDA graph: {operation or 'its first operation'} failed ({why}); "
@@ -298,11 +314,16 @@ def _failed(what: str, operation: str, why: str) -> CaptureError:
 
 
 class _LastOperation(TorchDispatchMode):
-    """Remembers the name of the operation that ran last."""
+    """Remembers the name of the operation that ran last, and the error that ended the work, if one did."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.name = ""
+        self.error: BaseException | None = None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        self.error = error
+        super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.name = func.name()

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import gc
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import pytest
 import torch
-from latentrt.errors import CaptureError
+from latentrt.errors import BackendError, CaptureError
 from latentrt.runtime import graph
 from latentrt.runtime.graph import Graph, Graphs, _abandon
 from torch import Tensor
 
 CPU = torch.device("cpu")
+
+BROKEN = "CUDA error: operation failed due to a previous error during capture"
+NOT_IN_CAPTURES = "CUDA error: operation not permitted when stream is capturing"
 
 
 def test_a_replay_reads_what_its_static_tensors_hold_now() -> None:
@@ -88,6 +92,7 @@ class FakeAllocator:
     Attributes:
         holders: of pools that were used, by their handles.
         capturing: whether a capture is under way.
+        broken: whether something broke that capture.
         interrupted: where a capture is interrupted, each once: before or after it begins, or before it ends.
     """
 
@@ -95,7 +100,7 @@ class FakeAllocator:
         self.log: list[str] = []
         self.holders: dict[tuple[int, int], int] = {}
         self.into: tuple[int, int] | None = None
-        self.capturing = False
+        self.capturing = self.broken = False
         self.interrupted: set[str] = set()
         handles = ((0, k) for k in itertools.count(1))
         patch.setattr(torch.cuda, "device", lambda device: nullcontext())
@@ -170,6 +175,9 @@ class FakeGraph:
         assert self.pool_of_capture is not None
         self._owner.capturing = False
         self._owner.end(self.pool_of_capture)
+        broken, self._owner.broken = self._owner.broken, False
+        if broken:
+            raise RuntimeError(BROKEN)
         self._ended = True
 
     def pool(self) -> tuple[int, int]:
@@ -313,6 +321,74 @@ def test_work_that_fails_leaves_the_next_a_pool(monkeypatch: pytest.MonkeyPatch)
     also = graphs.capture(cuda.work, "work")
     assert sorted(cuda.holders.values()) == [0, 0, 1, 1]
     del kept, also
+
+
+def breaking(cuda: FakeAllocator, error: BaseException | None, times: int) -> Callable[[], None]:
+    """Work whose capture is broken so often, and which then fails with an error, unless None."""
+    captures = itertools.count(1)
+
+    def work() -> None:
+        if cuda.capturing and next(captures) <= times:
+            cuda.broken = True
+            if error is not None:
+                raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        None,
+        RuntimeError(BROKEN),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED_CUDART"),
+        BackendError("TensorRT 10.16, unet: execution failed"),
+    ],
+    ids=lambda error: "at its end" if error is None else str(error)[:40],
+)
+def test_a_capture_that_something_else_breaks_is_made_once_more(
+    error: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries do not say what it is that fails."""
+    cuda, graphs = FakeAllocator(monkeypatch), Graphs(torch.device("cuda:0"))
+    kept = graphs.capture(breaking(cuda, error, 1), "work")
+    assert cuda.log.count("capture") == 2
+    kind = BackendError if isinstance(error, BackendError) else CaptureError
+    with pytest.raises(kind, match=re.escape(str(error or BROKEN)[:40])):
+        graphs.capture(breaking(cuda, error, 2), "work")
+    assert cuda.log.count("capture") == 4
+    gc.collect()  # frames of errors hold graphs
+    assert sorted(cuda.holders.values()) == [0, 0, 1]
+    del kept
+
+
+@pytest.mark.parametrize("error", [RuntimeError(NOT_IN_CAPTURES), KeyboardInterrupt("now")])
+def test_a_capture_that_its_own_work_breaks_fails_at_once(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the error of the work: that of the capture's end says nothing of it."""
+    cuda, graphs = FakeAllocator(monkeypatch), Graphs(torch.device("cuda:0"))
+    kind = CaptureError if isinstance(error, RuntimeError) else KeyboardInterrupt
+    with pytest.raises(kind, match=str(error)):
+        graphs.capture(breaking(cuda, error, 1), "work")
+    assert cuda.log.count("capture") == 1
+
+
+def test_the_error_of_a_capture_is_its_work_s_whatever_its_caller_was_handling(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda, graphs = FakeAllocator(monkeypatch), Graphs(torch.device("cuda:0"))
+
+    def work() -> None:
+        if cuda.capturing:
+            raise RuntimeError(NOT_IN_CAPTURES)
+
+    try:
+        raise ValueError("something else")
+    except ValueError:
+        with pytest.raises(CaptureError, match=NOT_IN_CAPTURES):
+            graphs.capture(work, "work")
 
 
 @pytest.mark.parametrize("where", ["before it begins", "after it began", "before it ends"])
