@@ -82,14 +82,32 @@ class OffloadableWeights:
         if device.type == "cuda":
             self.onload()
 
+    @property
+    def offloaded(self) -> bool:
+        """Whether the device's memory was freed."""
+        return self._host_copy is not None and self._device_copy is None
+
     @torch.inference_mode(False)
     def onload(self) -> None:
-        """Move to the device. If it is interrupted, the weights stay where they were."""
-        if self._host_copy is not None and self._device_copy is not None:
-            # An earlier onload() completed, but was interrupted before its caller recorded it: drop that copy, or the
-            # weights would be on the device twice.
-            self._point_into(self._host_copy)
-            self._device_copy = None
+        """Move to the device. If this or an `offload` is interrupted, it can be called again."""
+        if self._device_copy is None:
+            # Set only once it is complete: then nothing is copied again.
+            self._device_copy = self._copy_to_device()
+        self._point_into(self._device_copy)
+
+    @torch.inference_mode(False)
+    def offload(self) -> None:
+        """Move to the host, and free the device's memory. If this or an `onload` is interrupted, it can be called
+        again."""
+        if self._host_copy is None:
+            # Set only once it is complete: weights are onloaded from it.
+            self._host_copy = self._copy_to_host()
+        self._point_into(self._host_copy)
+        self._device_copy = None
+        _empty_cache(self._device)
+
+    def _copy_to_device(self) -> Tensor:
+        """All weights in one block on the device."""
         _empty_cache(self._device)  # or the block would lie among what activations left
         sources, nbytes = self._sources()
         block = _allocate(nbytes, self._device)
@@ -97,18 +115,7 @@ class OffloadableWeights:
         for source, begin in sources:
             staging.copy(source, block[begin : begin + len(source)])
         staging.wait()  # streams are not ordered with each other, and any of them may use the weights next
-        self._device_copy = block
-        self._point_into(block)
-
-    @torch.inference_mode(False)
-    def offload(self) -> None:
-        """Move to the host, and free the device's memory. If it is interrupted, it can be called again."""
-        if self._host_copy is None:
-            # Set only once it is complete: weights are onloaded from it.
-            self._host_copy = self._copy_to_host()
-        self._point_into(self._host_copy)
-        self._device_copy = None
-        _empty_cache(self._device)
+        return block
 
     def _copy_to_host(self) -> Tensor:
         """All weights in one block on the host."""

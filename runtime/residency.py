@@ -67,8 +67,8 @@ class Residency:
                 )
         for other in leaving:
             other.offload()
-        self._present = [weakref.ref(other) for other in self.present if other is not engine]
-        self._present.append(weakref.ref(engine))
+        others = [weakref.ref(other) for other in self.present if other is not engine]
+        self._present = [*others, weakref.ref(engine)]
 
     def forget(self, engine: LazyEngine) -> None:
         """It is no longer on the device, for whatever reason."""

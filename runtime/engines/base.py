@@ -196,7 +196,15 @@ class Engine(Protocol):
 
 @runtime_checkable
 class Movable(Engine, Protocol):
-    """An engine whose weights can be moved to the host and back, while it is not running."""
+    """An engine whose weights can be moved to the host and back, while it is not running.
+
+    If a move is interrupted, either can be called next.
+    """
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether the weights no longer take memory of the device."""
+        ...
 
     def offload(self) -> None:
         """Move the weights to the host. CUDA graphs captured over them must not be replayed any more."""

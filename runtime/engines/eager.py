@@ -66,6 +66,10 @@ class EagerEngine:
     ) -> Program:
         return CallProgram(self, inputs, outputs, capturable=True)
 
+    @property
+    def offloaded(self) -> bool:
+        return self._weights is not None and self._weights.offloaded
+
     def offload(self) -> None:
         if self._weights is not None:
             self._weights.offload()

@@ -158,7 +158,7 @@ class LazyEngine:
         self._loader = loader
         self._lock = threading.Lock()
         self._engine: Engine | None = None
-        self._offloaded = False
+        self._moved = False  # whether its weights may be elsewhere than on the device
         self._loops = 0
         self.token = object()
         # Its loader may outlive it, held by an engine that another pipeline shares.
@@ -187,7 +187,8 @@ class LazyEngine:
     @property
     def present(self) -> bool:
         """Whether its weights are on the device."""
-        return self._engine is not None and not self._offloaded
+        engine = self._engine
+        return engine is not None and not (isinstance(engine, Movable) and engine.offloaded)
 
     @property
     def held_bytes(self) -> int:
@@ -233,9 +234,9 @@ class LazyEngine:
                     self._engine = loader.backend.load(
                         self.component, device=loader.device, cache_dir=loader.cache_dir
                     )
-            if self._offloaded and isinstance(self._engine, Movable):
+            if self._moved and isinstance(self._engine, Movable):
                 self._engine.onload()
-                self._offloaded = False
+                self._moved = False
             return self._engine
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -291,8 +292,11 @@ class LazyEngine:
         closed."""
         with self._idle():
             if isinstance(self._engine, Movable):
+                # In this order, since it may be interrupted anywhere: no graph may outlive the memory it was captured
+                # over, and weights that have left in part are onloaded.
+                self.graph_cache.drop(self.token)
+                self._moved = True
                 self._engine.offload()
-                self._offloaded = True
             else:
                 self._close()
 
@@ -303,7 +307,7 @@ class LazyEngine:
 
     @contextmanager
     def _idle(self) -> Iterator[None]:
-        """Nothing else uses it meanwhile; afterwards its captured graphs are dropped, and it is off the device."""
+        """Nothing else uses it meanwhile, and afterwards it is off the device."""
         with ExitStack() as held:
             if self.residency is not None:
                 held.enter_context(self.residency.lock)
@@ -311,17 +315,17 @@ class LazyEngine:
             held.enter_context(self._lock)
             if self._engine is not None:
                 _wait(self.device, self.graphs)
-            try:
-                yield
-            finally:  # last: an engine that must not lose what is running waits for it as it closes
-                self.graph_cache.drop(self.token)
+            yield
             if self.residency is not None:
                 self.residency.forget(self)
 
     def _close(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
-        self._engine, self._offloaded = None, False
+        engine, self._engine, self._moved = self._engine, None, False
+        try:
+            if engine is not None:
+                engine.close()
+        finally:  # last: an engine that must not lose what is running waits for it as it closes
+            self.graph_cache.drop(self.token)
 
 
 def _wait(device: torch.device, graphs: Graphs | None) -> None:

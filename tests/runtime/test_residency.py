@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers import tiny_components as tiny
 from helpers.threads import in_threads
+from latentrt.runtime import offload
+from latentrt.runtime.engines import eager, lazy
 from latentrt.runtime.engines.lazy import EngineLoader
 from latentrt.runtime.graph_cache import GraphCache
 from latentrt.runtime.memory import POLICIES, Policy, check_policy, stays
@@ -95,6 +100,63 @@ def test_a_call_of_what_may_be_offloaded_excludes_replays() -> None:
     lazy({"x": torch.zeros(2, 4)})
     other.join()
     assert taken == ["here", "elsewhere"]
+
+
+def interrupted(work: Callable[[], object], line: int) -> bool:
+    """Run `work` until it comes to so many lines of what moves weights; whether it came so far."""
+    lines = itertools.count()
+    last: dict[FrameType, int] = {}
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_globals["__name__"] not in (offload.__name__, lazy.__name__, eager.__name__):
+            return None
+        # Not where a `with` is left again, from which Python lets no signal keep the lock.
+        forward = frame.f_lineno > last.get(frame, 0)
+        last[frame] = frame.f_lineno
+        if event == "line" and forward and next(lines) == line:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("move", ["offload", "load"])
+@pytest.mark.parametrize("moved", [0, 1], ids=["the first time", "later"])
+def test_a_move_of_weights_may_be_interrupted_anywhere(move: str, moved: int) -> None:
+    """Then they are on the device for the next call, in one block, and what a plan counts is what is there."""
+    for line in itertools.count():
+        loaded = EngineLoader("eager", CPU, torch.float32, None, graphs=False, memory="balanced").engine(
+            tiny.affine()
+        )
+        loaded.load()._weights.onload()  # type: ignore[attr-defined]  # as on a GPU
+        engine: Any = loaded.load()
+        weights, tensors = engine._weights, engine._weights._tensors
+        wanted = [x.clone() for x in tensors]
+        for _ in range(moved):
+            loaded.offload()
+            loaded.load()
+        if move == "load":
+            loaded.offload()
+        came = interrupted(getattr(loaded, move), line)
+        assert loaded.present == (weights._device_copy is not None)
+        assert loaded.load() is engine
+        (block,) = {x.untyped_storage().data_ptr() for x in tensors}
+        assert block == weights._device_copy.untyped_storage().data_ptr()
+        assert all(x.equal(y) for x, y in zip(tensors, wanted, strict=True))
+        loaded.offload()
+        assert not loaded.present
+        assert weights._device_copy is None
+        if not came:
+            break
+    assert line > 10
 
 
 @pytest.mark.parametrize(("device", "at_once"), [("cuda:0", 1), ("cpu", 2)])
