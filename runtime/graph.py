@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import BackendError, CaptureError
 from .place import memory_ran_out
 
-__all__ = ["Graph", "Graphs", "expect_modes"]
+__all__ = ["Graph", "Graphs", "expect_modes", "synchronize"]
 
 _HOST_READS = (
     *("_local_scalar_dense", "equal", "is_nonzero", "allclose"),
@@ -41,6 +41,7 @@ _UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_st
 """Operations whose result is uninitialised."""
 
 _CAPTURING = threading.RLock()
+"""Held while a graph is captured, on whatever device. Taken after all locks of loaders and engines."""
 
 _BROKEN = "previous error during capture"
 """What CUDA says of whatever is done in a capture that is broken, its end included."""
@@ -58,6 +59,13 @@ def expect_modes() -> None:
     if "torch._dynamo" not in sys.modules:
         import_module("torch._dynamo")
         gc.collect()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all that was submitted to a GPU, on whatever stream; but first for a capture that another thread is at,
+    which that would break."""
+    with _CAPTURING:
+        torch.cuda.synchronize(device)
 
 
 class Graph(Protocol):

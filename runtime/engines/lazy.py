@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..graph import Graphs, expect_modes
+from ..graph import Graphs, expect_modes, synchronize
 from ..graph_cache import GraphCache
 from ..memory import Policy
 from ..residency import Residency
@@ -331,6 +331,6 @@ class LazyEngine:
 def _wait(device: torch.device, graphs: Graphs | None) -> None:
     """Until the device has done what was submitted to it, on whatever stream; hold the graphs' `exclusive`."""
     if graphs is None and device.type == "cuda":
-        torch.cuda.synchronize(device)  # nothing orders other streams before this one
+        synchronize(device)  # nothing orders other streams before this one
     else:
         queue_of(device).record().synchronize()

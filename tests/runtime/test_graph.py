@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+
 import pytest
 import torch
 from helpers.fake_captures import FakeAllocator
 from latentrt.errors import CaptureError
+from latentrt.runtime.engines import lazy
 from latentrt.runtime.graph import Graph, Graphs
 from torch import Tensor
 
@@ -125,6 +129,28 @@ def test_a_pool_knows_the_room_that_it_began_with(monkeypatch: pytest.MonkeyPatc
     kept.append(graphs.capture(cuda.work, "work"))
     begun_with.append(graphs.pool_began_with)
     assert begun_with == [None, 8, 8, None, 16]
+
+
+@pytest.mark.parametrize(
+    "ask", [pytest.param(lambda: lazy._wait(torch.device("cuda:0"), None), id="wait for the device")]
+)
+def test_what_a_capture_does_not_stand_waits_for_its_end(
+    ask: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another thread, which may be another pipeline's."""
+    cuda = FakeAllocator(monkeypatch)
+    captured_then: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: captured_then.append(cuda.capturing))
+    other = threading.Thread(target=ask)
+
+    def work() -> None:
+        if cuda.capturing:
+            other.start()
+            other.join(0.2)
+
+    Graphs(torch.device("cuda:0")).capture(work, "work")
+    other.join(60)
+    assert captured_then == [False]
 
 
 def _loop(x: Tensor, y: Tensor) -> Graph:
