@@ -14,7 +14,7 @@ from ..errors import OutOfMemoryError
 from ..kernels._triton import arch_of
 from .engines.lazy import EngineLoader, LazyEngine
 from .expert import Expert
-from .graph import Graphs
+from .graph import Graphs, empty_cache
 from .graph_cache import DEFAULT_LIMIT
 from .memory import POLICIES, Plan, Policy, format_bytes, kind_of, stays
 from .place import free_memory
@@ -293,8 +293,7 @@ class Budget:
         gc.collect()
         if device.type == "cuda":
             reserved = torch.cuda.memory_reserved(device)
-            with torch.cuda.device(device):
-                torch.cuda.empty_cache()
+            empty_cache(device)
             freed = max(freed, reserved - torch.cuda.memory_reserved(device))
         return freed
 

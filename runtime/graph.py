@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import BackendError, CaptureError
 from .place import memory_ran_out
 
-__all__ = ["Graph", "Graphs", "expect_modes", "synchronize"]
+__all__ = ["Graph", "Graphs", "empty_cache", "expect_modes", "synchronize"]
 
 _HOST_READS = (
     *("_local_scalar_dense", "equal", "is_nonzero", "allclose"),
@@ -66,6 +66,13 @@ def synchronize(device: torch.device) -> None:
     which that would break."""
     with _CAPTURING:
         torch.cuda.synchronize(device)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give the allocator's unused memory back to a GPU. It keeps all of it during a capture, so first wait for one that
+    another thread is at."""
+    with _CAPTURING, torch.cuda.device(device):
+        torch.cuda.empty_cache()
 
 
 class Graph(Protocol):

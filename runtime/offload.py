@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .graph import empty_cache
 from .memory import STAGING
 
 __all__ = ["OffloadableWeights", "Staging"]
@@ -151,8 +152,7 @@ def _allocate(nbytes: int, device: torch.device) -> Tensor:
 def _empty_cache(device: torch.device) -> None:
     """Give the allocator's unused memory back to the device."""
     if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.empty_cache()
+        empty_cache(device)
 
 
 def _layout(

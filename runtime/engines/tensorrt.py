@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ...errors import BackendError, BackendUnavailableError, RequestError
 from ..engine_store import EngineTarget, StoredEngine
+from ..graph import empty_cache
 from ..memory import RESERVE, format_bytes
 from ..prepare import Rebuild, engine
 from . import plugins
@@ -140,7 +141,7 @@ class TensorRTEngine:
         if not size:
             return 0
         # TensorRT would choose the budget itself, but its Python binding truncates it to 32 bits.
-        torch.cuda.empty_cache()  # TensorRT cannot use what PyTorch has cached
+        empty_cache(self.device)  # TensorRT cannot use what PyTorch has cached
         free, _ = torch.cuda.mem_get_info(self.device)
         budget = min(size, max(0, free - self._engine.device_memory_size_v2 - RESERVE))
         self._engine.weight_streaming_budget_v2 = budget

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from helpers.fake_captures import FakeAllocator
 from latentrt.errors import CaptureError
+from latentrt.runtime import offload
+from latentrt.runtime.budget import Budget
 from latentrt.runtime.engines import lazy
 from latentrt.runtime.graph import Graph, Graphs
+from latentrt.runtime.graph_cache import GraphCache
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -131,24 +136,35 @@ def test_a_pool_knows_the_room_that_it_began_with(monkeypatch: pytest.MonkeyPatc
     assert begun_with == [None, 8, 8, None, 16]
 
 
+GPU = torch.device("cuda:0")
+IDLE: Any = SimpleNamespace(_loader=SimpleNamespace(device=GPU, graph_cache=GraphCache()))
+
+
 @pytest.mark.parametrize(
-    "ask", [pytest.param(lambda: lazy._wait(torch.device("cuda:0"), None), id="wait for the device")]
+    "ask",
+    [
+        pytest.param(lambda: lazy._wait(GPU, None), id="wait for the device"),
+        pytest.param(lambda: Budget._freed(IDLE), id="free what is kept of earlier requests"),
+        pytest.param(lambda: offload._empty_cache(GPU), id="give back what weights took"),
+    ],
 )
-def test_what_a_capture_does_not_stand_waits_for_its_end(
+def test_what_cannot_be_done_during_a_capture_waits_for_its_end(
     ask: Callable[[], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In another thread, which may be another pipeline's."""
     cuda = FakeAllocator(monkeypatch)
     captured_then: list[bool] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: captured_then.append(cuda.capturing))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     other = threading.Thread(target=ask)
 
     def work() -> None:
         if cuda.capturing:
+            monkeypatch.setattr(torch.cuda, "empty_cache", lambda: captured_then.append(cuda.capturing))
             other.start()
             other.join(0.2)
 
-    Graphs(torch.device("cuda:0")).capture(work, "work")
+    Graphs(GPU).capture(work, "work")
     other.join(60)
     assert captured_then == [False]
 
