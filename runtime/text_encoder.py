@@ -69,7 +69,7 @@ class TextEncoder:
         )
 
     def encode(self, prompts: Sequence[str], clip_skip: int | None, device: torch.device) -> TextEmbeddings:
-        """Embeddings of each prompt; `clip_skip` further layers are left out.
+        """Embeddings of each prompt, on `device`; `clip_skip` further layers are left out.
 
         Raises:
             RequestError: `clip_skip` leaves no layer.
@@ -82,7 +82,8 @@ class TextEncoder:
             )
         ids = self.tokenizer.encode(prompts).to(device)
         out = self.engine({"input_ids": ids, "layer": torch.tensor(layer, dtype=torch.int64, device=device)})
-        return TextEmbeddings(out["sequence"], out["pooled"])
+        # An encoder that another pipeline shares may run on that one's device.
+        return TextEmbeddings(out["sequence"].to(device), out["pooled"].to(device))
 
 
 class PromptEncoding:

@@ -22,7 +22,7 @@ from helpers.parity import Rig
 from latentrt.errors import RequestError
 from latentrt.runtime.engines import registry
 from latentrt.runtime.stages import stages_of_request
-from latentrt.runtime.text_encoder import TextEmbeddings, TextEncoder
+from latentrt.runtime.text_encoder import PromptEncoding, TextEmbeddings, TextEncoder
 from tolerances import PIPELINE_EAGER
 
 PROMPT = "storm over the old town"
@@ -127,6 +127,30 @@ def test_a_refiner_s_own_encoder_is_kept_when_it_differs(tiny: Callable[..., Pat
         prompt=PROMPT, num_inference_steps=4, image=latents, denoising_start=0.5, output_type="np"
     ).images
     assert np.abs(ours - theirs).max() <= PIPELINE_EAGER
+
+
+def test_what_an_encoder_on_another_device_computes_comes_to_the_pipeline_s(
+    tiny: Callable[..., Path],
+) -> None:
+    """Where only one of two is shared, the embeddings of both are joined."""
+    pipe = latentrt.Pipeline.from_pretrained(tiny("sdxl"), backend="eager")
+    own, other = torch.device("meta"), torch.device("cpu")
+
+    def on(device: torch.device) -> Any:
+        def engine(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            rows = len(inputs["input_ids"])
+            return {
+                "sequence": torch.zeros(rows, 77, 8, device=device),
+                "pooled": torch.zeros(rows, 8, device=device),
+            }
+
+        return engine
+
+    for devices in ((own, other), (other, own)):
+        encoders = [replace(pipe.text_encoder, engine=on(device)) for device in devices]
+        found = PromptEncoding(own)(encoders, [[PROMPT]] * 2, None)
+        assert (found.sequence.device, found.pooled.device) == (own, own)
+        assert found.sequence.shape == (1, 77, 16)
 
 
 @pytest.mark.parametrize(
