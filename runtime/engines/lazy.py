@@ -75,18 +75,20 @@ class EngineLoader:
         """
         # A VAE that would overflow in float16 has another dtype, chosen for the device it was loaded for.
         dtypes = dict.fromkeys([self.dtype, *(engine.component.dtype for engine in self._engines)])
-        self.backend = choose(self._name, device, *dtypes)
-        before, graphs, exclusive = self.device, self.graphs, self.exclusive()
-        self.device = device
+        backend = choose(self._name, device, *dtypes)
         wanted = device.type == "cuda" if self._graphs is None else self._graphs
         if wanted:
             expect_modes()
-        self.graphs = Graphs(device) if wanted else None
         with ExitStack() as held:
             if self.residency is not None:
                 held.enter_context(self.residency.lock)
-            held.enter_context(exclusive)
-            if self._engines:  # those that another pipeline shares may be running on the device they leave
+            held.enter_context(self.exclusive())
+            before, graphs = self.device, self.graphs
+            self.backend, self.device, self.graphs = backend, device, Graphs(device) if wanted else None
+            if self._engines:
+                # As it is from now on: those that another pipeline shares do not run there before they are closed, and
+                # may still be running on the device they leave.
+                held.enter_context(self.exclusive())
                 _wait(before, graphs)
             for engine in self._engines:
                 engine.close()
@@ -240,17 +242,19 @@ class LazyEngine:
             return self._engine
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.residency is not None:  # not captured: the graph would be dropped with the weights
-            with self.residency.lock:
-                engine = self.load()
-                with self.exclusive():
-                    return engine(inputs)
-        engine = self.load()
-        if self.graphs is None:
-            with self.exclusive():
-                return engine(inputs)
-        with self._captured(engine, inputs, self.graphs) as call:
+        with self._loaded() as engine, self._captured(engine, inputs) as call:
             return engine(inputs) if call is None else call(inputs)
+
+    @contextmanager
+    def _loaded(self) -> Iterator[Engine]:
+        """The engine, for a call: exclusively, and not offloaded or closed meanwhile."""
+        with nullcontext() if self.residency is None else self.residency.lock:
+            while True:
+                engine = self.load()  # without `exclusive`: it may take minutes
+                with self.exclusive():
+                    if self._engine is engine:  # its loader has not moved since
+                        yield engine
+                        return
 
     def exclusive(self) -> AbstractContextManager[object]:
         """As its loader's: nothing else that may share its memory runs meanwhile, on any stream."""
@@ -259,33 +263,34 @@ class LazyEngine:
     def capture(self, inputs: Mapping[str, Tensor]) -> None:
         """Load the engine and capture its call for inputs of these shapes, where calls are captured and kept."""
         if self.graphs is not None and self.residency is None:
-            with self._captured(self.load(), inputs, self.graphs):
+            with self._loaded() as engine, self._captured(engine, inputs):
                 pass
 
     @contextmanager
-    def _captured(
-        self, engine: Engine, inputs: Mapping[str, Tensor], graphs: Graphs
-    ) -> Iterator[_Call | None]:
-        """A call for inputs of these shapes, taken from the graph cache or captured now, and put back at the end; None
-        if it would be too large to keep."""
+    def _captured(self, engine: Engine, inputs: Mapping[str, Tensor]) -> Iterator[_Call | None]:
+        """A call for inputs of these shapes, taken from the graph cache or captured now, and put back at the end. None
+        where calls are not captured, as of weights that may be offloaded: the graph would be dropped with them; and if
+        it would be too large to keep."""
+        if self.graphs is None or self.residency is not None:
+            yield None
+            return
         kind = tuple((name, tuple(x.shape), x.dtype) for name, x in inputs.items())
-        with graphs.exclusive():
-            call: _Call | None = self.graph_cache.take(
-                self.token, kind, queue_of(self.device), lambda call: call.engine is engine
-            )
-            if call is None:
-                check_inputs(self.component, inputs)  # refuses wrong shapes before anything is made of them
-                if _Call.size(self.component, inputs) > self.graph_cache.limit:
-                    yield None
-                    return
-                with torch.inference_mode(False):  # a caller's own would mark the static tensors
-                    call = _Call(self.component, engine, inputs, graphs)
-            try:
-                yield call
-            except BaseException:  # it is freed, once the device has done what it was given
-                queue_of(self.device).record().synchronize()
-                raise
-            self.graph_cache.put(self.token, kind, call, call.nbytes, queue_of(self.device).record())
+        call: _Call | None = self.graph_cache.take(
+            self.token, kind, queue_of(self.device), lambda call: call.engine is engine
+        )
+        if call is None:
+            check_inputs(self.component, inputs)  # refuses wrong shapes before anything is made of them
+            if _Call.size(self.component, inputs) > self.graph_cache.limit:
+                yield None
+                return
+            with torch.inference_mode(False):  # a caller's own would mark the static tensors
+                call = _Call(self.component, engine, inputs, self.graphs)
+        try:
+            yield call
+        except BaseException:  # it is freed, once the device has done what it was given
+            queue_of(self.device).record().synchronize()
+            raise
+        self.graph_cache.put(self.token, kind, call, call.nbytes, queue_of(self.device).record())
 
     def offload(self) -> None:
         """Free the device's memory until the next use: weights move to the host if the engine can do that; else it is

@@ -6,6 +6,7 @@ import itertools
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -16,7 +17,8 @@ from helpers import tiny_components as tiny
 from helpers.threads import in_threads
 from latentrt.runtime import offload
 from latentrt.runtime.engines import eager, lazy
-from latentrt.runtime.engines.lazy import EngineLoader
+from latentrt.runtime.engines.base import Engine
+from latentrt.runtime.engines.lazy import EngineLoader, LazyEngine
 from latentrt.runtime.graph_cache import GraphCache
 from latentrt.runtime.memory import POLICIES, Policy, check_policy, stays
 from latentrt.runtime.residency import Residency
@@ -157,6 +159,31 @@ def test_a_move_of_weights_may_be_interrupted_anywhere(move: str, moved: int) ->
         if not came:
             break
     assert line > 10
+
+
+@pytest.mark.parametrize("call", [LazyEngine.__call__, LazyEngine.capture])
+def test_an_engine_that_moves_before_a_borrower_s_turn_is_loaded_again(
+    call: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the pipeline that lends it moves to another device."""
+    loader = EngineLoader("eager", CPU, torch.float32, None, graphs=True)
+    lent = loader.engine(tiny.affine())
+    before, load, loaded = lent.load(), LazyEngine.load, threading.Event()
+
+    def seen(self: LazyEngine) -> Engine:
+        engine = load(self)
+        loaded.set()
+        return engine
+
+    monkeypatch.setattr(LazyEngine, "load", seen)
+    with ThreadPoolExecutor(1) as pool, loader.exclusive():
+        called = pool.submit(call, lent, {"x": torch.zeros(2, 4)})
+        assert loaded.wait(60)
+        loader.move(CPU)
+    called.result()
+    (kept,) = loader.graph_cache._items
+    assert kept.value.engine is lent.load()
+    assert kept.value.engine is not before
 
 
 @pytest.mark.parametrize(("device", "at_once"), [("cuda:0", 1), ("cpu", 2)])
