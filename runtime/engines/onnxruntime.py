@@ -7,7 +7,9 @@ On a GPU a session computes on a stream of its own, which waits for PyTorch's an
 waits for neither. `LATENTRT_ONNXRUNTIME` names options, `graph` and `tensorrt`, with commas between; never run yet,
 written without a GPU:
 
-    graph      the CUDA provider captures a bound session in a CUDA graph and replays it, if all of its nodes run there
+    graph      the CUDA provider captures a bound session in a CUDA graph and replays it, if all of its nodes run there.
+               For programs that use their GPUs from one thread: a capture begins by waiting for the device, which
+               breaks one of another thread, and is broken by any memory that another takes of a GPU meanwhile
     tensorrt   its TensorRT provider comes first. It builds its engines at each load; the back end tensorrt keeps them.
                float32 models are refused unless NVIDIA_TF32_OVERRIDE=0, since it would round them to TF32
 """
