@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import BackendUnavailableError
 from ..kernels import aot, tuning
 from ..kernels.registry import Case, OpSpec, allowed_error
+from ..runtime.graph import reset_generator
 from ..runtime.sha256 import digest_of_files
 from .machine import command, describe_machine, tuned_digest
 from .nvml import open_nvml
@@ -121,16 +122,21 @@ def cuda_microseconds(
 
 
 def _record_graph(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         for args in [*inputs[:1], *inputs]:
             call(*args)
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for args in inputs:
-            call(*args)
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for args in inputs:
+                call(*args)
+    except BaseException:
+        torch.cuda.set_stream(current)
+        reset_generator(stream.device)
+        raise
     return graph
 
 

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import BackendError, CaptureError
 from .place import memory_ran_out
 
-__all__ = ["Graph", "Graphs", "empty_cache", "expect_modes", "synchronize"]
+__all__ = ["Graph", "Graphs", "empty_cache", "expect_modes", "reset_generator", "synchronize"]
 
 _HOST_READS = (
     *("_local_scalar_dense", "equal", "is_nonzero", "allclose"),
@@ -186,7 +186,7 @@ class Graphs:
                     _abandon(pool, graph, stream, begun=begun)
                     self._in_pool, self._stream = WeakSet(), None
                     torch.cuda.set_stream(current)
-                    _reset_generator(self.device)
+                    reset_generator(self.device)
                     first = last_operation.error or error  # ending the capture fails too, for no other reason
                     if not isinstance(first, RuntimeError):
                         raise first from first.__cause__
@@ -295,9 +295,9 @@ def _abandon(pool: Any, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, 
         release(device, pool)
 
 
-def _reset_generator(device: torch.device) -> None:
-    """After a failed capture PyTorch leaves the device's default random generator in capture mode, and refuses all
-    random numbers outside of a capture (seen in 2.11). The end of a successful capture resets it."""
+def reset_generator(device: torch.device) -> None:
+    """Call this after a failed capture. PyTorch leaves the device's default random generator in capture mode, and
+    refuses all random numbers outside of a capture (seen in 2.11). The end of a successful capture resets it."""
     with suppress(RuntimeError):  # the device may be lost; whoever uses it next will see that
         x, graph = torch.empty(1, device=device), torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(device, priority=-1)

@@ -194,8 +194,11 @@ class FakeEvent:
 
 
 def test_the_timer_replays_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Milliseconds of a replay of two calls, to microseconds of one; what cannot be recorded is told of."""
+    """Milliseconds of a replay of two calls, to microseconds of one; what cannot be recorded is told of, and leaves the
+    stream and random numbers as they were."""
     recorded: list[object] = []
+    capturing: list[object] = []
+    restored: list[object] = []
     replays: list[float] = []
 
     class FakeGraph:
@@ -206,17 +209,25 @@ def test_the_timer_replays_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def capture(graph: Any, stream: object) -> Iterator[None]:
         recorded.clear()
-        yield
+        capturing.append(graph)
+        try:
+            yield
+        finally:
+            capturing.clear()
         graph.ms = sum(recorded)  # type: ignore[arg-type]
 
     @contextmanager
     def on(stream: object) -> Iterator[None]:
         yield
 
-    stream = SimpleNamespace(wait_stream=lambda _: None, synchronize=lambda: None)
+    device = torch.device("cuda", 0)
+    stream, current = (
+        SimpleNamespace(wait_stream=lambda _: None, synchronize=lambda: None, device=device) for _ in range(2)
+    )
     fakes = {
         "Stream": lambda: stream,
-        "current_stream": lambda: stream,
+        "current_stream": lambda: current,
+        "set_stream": restored.append,
         "stream": on,
         "graph": capture,
         "CUDAGraph": FakeGraph,
@@ -225,16 +236,28 @@ def test_the_timer_replays_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(kernel_timing, "reset_generator", restored.append)
+
+    def synchronises(ms: float) -> None:
+        if capturing:
+            raise RuntimeError("not while a stream is captured")
 
     def fails(*_: object) -> None:
         raise ValueError("not for this shape")
 
-    calls = {"ours": recorded.append, "theirs": lambda ms: recorded.append(3 * ms), "none": fails}
+    calls = {
+        "ours": recorded.append,
+        "theirs": lambda ms: recorded.append(3 * ms),
+        "none": fails,
+        "waits": synchronises,
+    }
     assert kernel_timing.cuda_microseconds(calls, [(0.5,), (1.5,)], 0.0) == {
         "ours": pytest.approx(1000.0),
         "theirs": pytest.approx(3000.0),
         "none": "ValueError: not for this shape",
+        "waits": "RuntimeError: not while a stream is captured",
     }
+    assert restored == [current, device]
     assert replays == [2.0, 6.0] * 7
 
 

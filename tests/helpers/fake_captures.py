@@ -51,7 +51,7 @@ class FakeAllocator:
         patch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: self.release(pool))
         patch.setattr(torch._C, "_cuda_clearCublasWorkspaces", self._clear, raising=False)
         patch.setattr(torch.cuda, "current_blas_handle", lambda: self.log.append(f"cuBLAS in {self.into}"))
-        patch.setattr(graph, "_reset_generator", lambda device: self.log.append("reset the generator"))
+        patch.setattr(graph, "reset_generator", lambda device: self.log.append("reset the generator"))
 
     def begin(self, pool: tuple[int, int]) -> None:
         assert self.into is None
