@@ -77,6 +77,20 @@ def test_without_silu(
     assert launches == BOTH
 
 
+@by_dtype
+@pytest.mark.usefixtures("launches")
+def test_silu_far_from_zero(dtype: torch.dtype, device: torch.device) -> None:
+    """Before SiLU from -200 to 200: beyond 88 the exponential overflows float32. And what is infinite before it."""
+    x = torch.linspace(-1, 1, 4096, dtype=torch.float64, device=device).view(1, 2, 32, 64).to(dtype)
+    w, b = torch.full((2,), 230.0, dtype=dtype, device=device), torch.zeros(2, dtype=dtype, device=device)
+    infinite = torch.tensor([torch.inf, -torch.inf], dtype=dtype, device=device)
+    with tuning.trying("group_norm", SMALL):
+        out, ends = (group_norm_silu(x, w, bias, 2, 1e-5) for bias in (b, infinite))
+        exact = reference.group_norm_silu(x.double(), w.double(), b.double(), 2, 1e-5)
+    assert_as_good(out, reference.group_norm_silu(x, w, b, 2, 1e-5), exact)
+    torch.testing.assert_close(ends, reference.group_norm_silu(x, w, infinite, 2, 1e-5), equal_nan=True)
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @by_dtype
 def test_large_means(
