@@ -20,7 +20,11 @@ from ..errors import KernelArgumentError
 from . import tuning
 from ._triton import Launch, cdiv, kernel, round_up, tl
 
-__all__ = ["MOST_SPLITS", "dense", "plan"]
+__all__ = ["LARGE", "MOST_SPLITS", "dense", "plan"]
+
+LARGE = 2**25
+"""Tensors in channels_last of so many elements or more are a shape class of their own: an H200's cache is smaller, and
+a VAE's would decide for a UNet too, which runs once a step."""
 
 MOST_SPLITS = 256
 """Programs that share one group, at most: to apply the statistics each of them reads the partial ones of all."""
@@ -256,7 +260,7 @@ def plan(
             f"group norm: x must have fewer than 2^31 positions, got shape {tuple(x.shape)}"
         )
     channels_last = not x.is_contiguous()
-    sizes = tuning.constants("group_norm", arch, x.dtype, "channels_last" if channels_last else "contiguous")
+    sizes = tuning.constants("group_norm", arch, x.dtype, _shape_class(x))
     tile = _tile(C, C // num_groups, S, sizes["BLOCK"], channels_last)
     tile_c, block_s = tile["TILE_GROUPS"] * tile["GROUP"], tile["BLOCK_S"]
     program = min(sizes["PROGRAM"], x.numel() // sizes["PROGRAMS"])  # elements of one
@@ -285,6 +289,12 @@ def plan(
             stages,
         ),
     ]
+
+
+def _shape_class(x: Tensor) -> str:
+    if x.is_contiguous():
+        return "contiguous"
+    return "channels_last-large" if x.numel() >= LARGE else "channels_last"
 
 
 def _tile(C: int, group: int, S: int, block: int, channels_last: bool) -> dict[str, Any]:

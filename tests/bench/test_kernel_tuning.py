@@ -343,7 +343,27 @@ def test_block_sizes_of_other_sources_or_forms_are_not_taken(block_sizes: tuple[
 def test_operators_that_share_a_table_are_tuned_together() -> None:
     uses = kernel_tuning._tables(specs(["group_norm", "group_norm_silu"]), 90)["group_norm"]
     assert {use.spec.name for use in uses} == {"group_norm", "group_norm_silu"}
-    assert {use.key for use in uses} == {"16/channels_last"}
+    assert {(use.spec.name, use.key) for use in uses} == {
+        ("group_norm", "16/channels_last"),
+        ("group_norm_silu", "16/channels_last"),
+        ("group_norm_silu", "16/channels_last-large"),
+    }
+
+
+def test_the_vae_does_not_choose_for_the_unet() -> None:
+    """A decode's group norms move six times as much as a forward's, but there is one decode to many forwards."""
+    uses = kernel_tuning._tables(specs(["group_norm", "group_norm_silu"]), 90)["group_norm"]
+    large = {use.case.name for use in uses if use.key.endswith("-large")}
+    assert large == {
+        *("VAE 128 x 1024 x 1024", "VAE 128 x 1024 x 1024, shifted", "VAE 256 x 1024 x 1024, shifted"),
+        *("VAE 256 x 512 x 512", "VAE 256 x 512 x 512, shifted", "VAE 512 x 512 x 512, shifted"),
+        "VAE 512 x 256 x 256, shifted",
+    }
+    work = dict.fromkeys((False, True), 0)
+    for use in uses:
+        if use.case.name not in large:
+            work[use.case.name.startswith("VAE")] += use.case.calls * use.case.elements
+    assert 3 * work[True] < work[False]
 
 
 def test_levels_of_the_unet_are_tuned_apart() -> None:
