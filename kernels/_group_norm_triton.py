@@ -263,9 +263,11 @@ def plan(
     sizes = tuning.constants("group_norm", arch, x.dtype, _shape_class(x))
     tile = _tile(C, C // num_groups, S, sizes["BLOCK"], channels_last)
     tile_c, block_s = tile["TILE_GROUPS"] * tile["GROUP"], tile["BLOCK_S"]
-    program = min(sizes["PROGRAM"], x.numel() // sizes["PROGRAMS"])  # elements of one
-    chunk = max(program // tile_c, cdiv(S, MOST_SPLITS), block_s)
-    chunk = round_up(chunk, block_s)
+    # Whole waves of PROGRAMS, which run at once: more than one only if each of them then has PROGRAM elements.
+    tiles, programs = B * (C // tile_c), sizes["PROGRAMS"]
+    waves = min(x.numel() // (sizes["PROGRAM"] * programs), MOST_SPLITS * tiles // programs)
+    splits = min(MOST_SPLITS, max(1, max(1, waves) * programs // tiles))
+    chunk = round_up(cdiv(S, splits), block_s)
     splits = cdiv(S, chunk)
     stats = torch.empty(2, B, num_groups, splits, dtype=torch.float32, device=x.device)
     common: dict[str, Any] = {

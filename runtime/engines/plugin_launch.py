@@ -76,12 +76,13 @@ def _group_norm_plan(*, shift: bool) -> Callable[[Shapes, Mapping[str, Number], 
         if N * C * S == 0:
             return Plan(())
         tile, block = constants["TILE_C"], constants["BLOCK_S"]
-        program = min(constants["PROGRAM"], N * C * S // constants["PROGRAMS"])
-        chunk = max(program // tile, -(-S // constants["MOST_SPLITS"]), block)
-        chunk = -(-chunk // block) * block
+        tiles, programs, most = N * (C // tile), constants["PROGRAMS"], constants["MOST_SPLITS"]
+        waves = min(N * C * S // (constants["PROGRAM"] * programs), most * tiles // programs)
+        splits = min(most, max(1, max(1, waves) * programs // tiles))
+        chunk = -(-S // (splits * block)) * block
         splits = -(-S // chunk)
         partials = N * int(attributes["num_groups"]) * splits
-        grid = N * (C // tile) * splits
+        grid = tiles * splits
         values: dict[str, Buffer | Number] = {"x_ptr": Buffer("input", 0), "stats_ptr": Buffer("workspace")}
         if shift:
             values["shift_ptr"] = Buffer("input", 1)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from helpers.kernel_checks import assert_as_good
 from latentrt.kernels import group_norm, group_norm_silu, reference, tuning
+from latentrt.kernels._group_norm_triton import MOST_SPLITS, plan
+from latentrt.kernels.registry import Case, specs
 from torch import Tensor
 
 SMALL = {"BLOCK": 256, "PROGRAM": 512, "PROGRAMS": 4, "num_warps": 4, "num_stages": 1}
@@ -129,6 +131,23 @@ def test_constant_images(device: torch.device) -> None:
 def test_tuned_blocks(table: str, device: torch.device) -> None:
     x = draw(1, 20, 32, 32, dtype=torch.float16, device=device, channels_last=table == "channels_last")
     check(x, 2)
+
+
+@pytest.mark.parametrize("case", specs(["group_norm_silu"])[0].cases, ids=lambda case: case.name)
+def test_programs_come_in_whole_waves(case: Case) -> None:
+    """Those of a second wave that is begun take as long as a full one."""
+    args = case.inputs(torch.bfloat16, torch.device("meta"))
+    x = args[0]
+    sizes = {"BLOCK": 4096, "PROGRAM": 65536, "PROGRAMS": 396, "num_warps": 8, "num_stages": 1}
+    with tuning.trying("group_norm", sizes):
+        _, planned = plan(*args, silu=True, arch=90)
+    waves = max(1, x.numel() // (65536 * 396))
+    for launch in planned:
+        (programs,) = launch.grid
+        assert programs <= 396 * waves
+        assert programs % 396 == 0 or programs % 396 > 0.6 * 396
+        assert launch.args["splits"] * launch.args["chunk"] >= x.shape[2] * x.shape[3]
+        assert launch.args["splits"] <= MOST_SPLITS
 
 
 @by_dtype
