@@ -138,7 +138,7 @@ register(
             "attention": [
                 tuning.LIBRARY,
                 *_candidates(_BLOCKS, (1, 2, 3, 4), [_PLAIN]),
-                *_candidates(_BLOCKS[:4], (2, 3), [_TMA]),
+                *_candidates(_BLOCKS[:5], (2, 3), [_TMA]),
                 *_candidates(_BLOCKS_SPECIALIZED, (2, 3), [_SPECIALIZED]),
             ],
             "attention_wide": [

@@ -378,6 +378,16 @@ def test_levels_of_the_unet_are_tuned_apart() -> None:
     }
 
 
+def test_blocks_of_four_warps_are_copied_too() -> None:
+    sizes = [
+        c for c in ATTENTION.candidates["attention"] if c.get("num_warps") == 4 and "SPECIALIZE" not in c
+    ]
+    plain, copied = (
+        {(c["BLOCK_M"], c["BLOCK_N"]) for c in sizes if c.get("TMA", 0) == tma} for tma in (0, 1)
+    )
+    assert copied == plain - {(128, 32)} == {(128, 64), (64, 64), (64, 128)}
+
+
 def test_both_variants_of_a_kernel_are_tried() -> None:
     tried = {
         launch.kernel.name

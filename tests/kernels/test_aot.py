@@ -71,6 +71,13 @@ def test_a_projections_values_and_gates_are_one_matmul(variant: dict[str, int]) 
     assert 2 * (report.shared + 1024) <= (aot.SHARED_LIMIT[90] + 1) * 1024
 
 
+@pytest.mark.parametrize("D", [40, 64])
+def test_two_programs_of_a_texts_attention_fit_an_sm(D: int) -> None:
+    """With Triton 3.6 only if their loads are staged."""
+    ((report,),) = aot.reports([attention(D, 90, 77)], CACHE)
+    assert 2 * report.registers * 32 * report.num_warps <= 65536
+
+
 def test_silu_of_half_types_has_no_division() -> None:
     """Which costs eleven instructions an element; by an inverse root it is six."""
     apply = []
