@@ -13,7 +13,7 @@ from helpers.dry_timing import ATTENTION, BF16, FIRST, SECOND, SMALL, fake_timer
 from latentrt.bench import kernel_timing, kernel_tuning, verdicts
 from latentrt.bench import kernels as timings
 from latentrt.bench.kernel_timing import HUNG, Timing
-from latentrt.kernels import aot, tuning
+from latentrt.kernels import _geglu_triton, aot, tuning
 from latentrt.kernels._triton import forced
 from latentrt.kernels.registry import specs
 
@@ -403,6 +403,21 @@ def test_both_variants_of_a_kernel_are_tried() -> None:
         "_linear_geglu_kernel",
         "_linear_geglu_tma_kernel",
     }
+
+
+@pytest.mark.parametrize("specializes", [True, False])
+def test_warps_are_specialised_only_where_triton_can(
+    specializes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before Triton 3.7 not in `linear_geglu`: its other candidates need the time."""
+    monkeypatch.setattr(_geglu_triton, "specializes_wide_sums", lambda arch: specializes)
+    tried = [
+        (r.op, launch.constants.get("SPECIALIZE", False))
+        for r in kernel_tuning.tuning_requests(specs(["attention", "linear_geglu"]), 90)
+        if r.trial and r.trial[1].get("SPECIALIZE")
+        for launch in aot._launches(r)
+    ]
+    assert set(tried) == {("attention", True)} | ({("linear_geglu", True)} if specializes else set())
 
 
 def test_no_candidate_runs(here: Timing, caplog: pytest.LogCaptureFixture) -> None:
