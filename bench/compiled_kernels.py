@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
-from ..kernels import aot, roofline
-from ..kernels._attention_triton import kernel_sizes, table_of
+from ..kernels import aot, roofline, tuning
+from ..kernels._attention_triton import plain_sizes, table_of, tuned_sizes
 from ..kernels.atomic_file import write_atomic
 from ..kernels.registry import specs
 from ..runtime.place import dtype_name
@@ -96,7 +96,8 @@ def matrix(arch: int, dtype: torch.dtype) -> list[Entry]:
     ]
     if dtype != torch.float32:
         rows += _attention(arch, dtype)
-        for rows_of in (_group_norm, _layer_norm, _linear_geglu, _sampler_step):
+        rows += _linear_geglu(arch, dtype)
+        for rows_of in (_group_norm, _layer_norm, _sampler_step):
             rows += rows_of(dtype)
         if arch in (90, 100):
             rows += _tma_variants(arch, dtype)
@@ -113,12 +114,11 @@ def _qkv(D: int, Sk: int, dtype: torch.dtype, columns: int | None = None) -> tup
 
 
 def _attention(arch: int, dtype: torch.dtype) -> list[_Row]:
-    """Attention without TMA. The kernels are compiled even where the tuned data choose PyTorch's libraries."""
+    """Attention without TMA. The kernels are compiled even where the tuned data choose something else."""
 
     def row(case: str, q: Tensor, k: Tensor, v: Tensor) -> _Row:
-        trial = None
-        if aot.by_library(aot.Request("attention", (q, k, v), arch)):
-            trial = table_of(q), {**kernel_sizes(q, k, arch), "TMA": 0, "SPECIALIZE": 0}
+        plain = tuning.is_plain(tuned_sizes(q, k, arch))
+        trial = None if plain else (table_of(q), plain_sizes(q, k, arch))
         return "attention", case, (q, k, v), trial
 
     heads = [
@@ -126,12 +126,14 @@ def _attention(arch: int, dtype: torch.dtype) -> list[_Row]:
         for D in (40, 64, 80, 128, 160, 256, 512)
         for Sk in (77, 4096)
     ]
+    # Its plain kernel is in the registry's cases, where that is what is tuned.
+    middle = row("head of 64, 1024 keys", *_qkv(64, 1024, dtype))
     # The operator copies these to aligned memory.
     unaligned = [
         row(f"head of {D}, 4096 keys, rows of {columns}", *_qkv(D, 4096, dtype, columns))
         for D, columns in ((64, 65), (160, 161), (512, 513))
     ]
-    return [*heads, *unaligned]
+    return [*heads, *([middle] if middle[3] else []), *unaligned]
 
 
 def _group_norm(dtype: torch.dtype) -> list[_Row]:
@@ -172,7 +174,7 @@ def _linear(M: int, K: int, dtype: torch.dtype, bias: bool = True) -> tuple[Any,
     return x, weight, b if bias else None
 
 
-def _linear_geglu(dtype: torch.dtype) -> list[_Row]:
+def _linear_geglu(arch: int, dtype: torch.dtype) -> list[_Row]:
     calls = {
         "77 x 640": _linear(77, 640, dtype),
         "77 x 640, no bias": _linear(77, 640, dtype, bias=False),
@@ -181,7 +183,14 @@ def _linear_geglu(dtype: torch.dtype) -> list[_Row]:
         "4096 x 651, nothing aligned": _linear(4096, 651, dtype),
         "77 x 651, nothing aligned": _linear(77, 651, dtype),
     }
-    return [("linear_geglu", case, args, None) for case, args in calls.items()]
+    rows: list[_Row] = [("linear_geglu", case, args, None) for case, args in calls.items()]
+    # Where the tuned data choose something else, the plain kernel too.
+    for M, shape_class in ((77, "few"), (4096, "many")):
+        key = "linear_geglu", arch, dtype, shape_class
+        if not tuning.is_plain(tuning.constants(*key)):
+            trial = "linear_geglu", tuning.plain_constants(*key)
+            rows.append(("linear_geglu", f"{M} x 640, plain", _linear(M, 640, dtype), trial))
+    return rows
 
 
 def _sampler_step(dtype: torch.dtype) -> list[_Row]:

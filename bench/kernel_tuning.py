@@ -72,7 +72,8 @@ def tune(timing: Timing, operators: Sequence[OpSpec] | None = None, save: bool =
         save: write the tables to `kernels/tuned`.
 
     Returns:
-        A dictionary with "machine"; "best": {table: {key: constants}}; "times": {table: {key: {candidate: {case:
+        A dictionary with "machine"; "best": {table: {key: constants}}, where a key's fastest is no
+        plain kernel also that of the fastest plain one; "times": {table: {key: {candidate: {case:
         microseconds in one forward, or what went wrong}}}}; "finals": the same for the best candidates, interleaved;
         "left": the tables that are not written yet, or whose best candidates are not interleaved at every case.
     """
@@ -117,6 +118,11 @@ def tune(timing: Timing, operators: Sequence[OpSpec] | None = None, save: bool =
         if len(best) < len(keys):
             _log.error("no candidate of %s runs in all cases", table)
             continue
+        for key in keys:
+            if not tuning.is_plain(best[key]) and (
+                plain := _fastest(trials[key], rows[key], tuning.is_plain)
+            ):
+                best[f"{key}{tuning.PLAIN}"] = plain
         result["best"][table] = best
         if interleaved:
             result["left"].remove(table)
@@ -131,9 +137,9 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
     """A short summary of what `tune` returns."""
     for table, best in result["best"].items():
         for key, constants in best.items():
-            name = json.dumps(constants)
-            times, finals = (result[kind][table][key] for kind in ("times", "finals"))
-            for other, why in _failures(finals).items():
+            name, timed_key = json.dumps(constants), key.removesuffix(tuning.PLAIN)
+            times, finals = (result[kind][table][timed_key] for kind in ("times", "finals"))
+            for other, why in _failures(finals).items() if timed_key == key else ():
                 yield f"{table} {key}: passed over {other}: {why}"
             row = finals[name] if name in _ranked(finals, _cases(times)) else times[name]
             alone = ", its rivals not yet timed in turn" if table in result["left"] else ""
@@ -383,12 +389,17 @@ def _ranked(trials: Trials, cases: set[str]) -> list[str]:
     return sorted(sums, key=sums.__getitem__)
 
 
-def _fastest(trials: Trials, finals: Trials) -> Mapping[str, int] | None:
-    """The constants of the fastest candidate; None if none ran at all cases.
+def _fastest(
+    trials: Trials, finals: Trials, wanted: Callable[[Mapping[str, int]], bool] = lambda _: True
+) -> Mapping[str, int] | None:
+    """The constants of the fastest candidate among those wanted; None if none of them ran at all cases.
 
     Interleaved times count, if some finalist has them for all cases. A finalist that failed is never chosen.
     """
     cases, failed = _cases(trials), _failures(finals)
-    ranked = _ranked(finals, cases) or [name for name in _ranked(trials, cases) if name not in failed]
-    fastest: Mapping[str, int] | None = json.loads(ranked[0]) if ranked else None
-    return fastest
+    alone = [name for name in _ranked(trials, cases) if name not in failed]
+    for names in (_ranked(finals, cases), alone):
+        if found := next(filter(wanted, map(json.loads, names)), None):
+            fastest: Mapping[str, int] = found
+            return fastest
+    return None

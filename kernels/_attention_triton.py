@@ -19,7 +19,7 @@ from ._attention_softmax import log2_scale, softmax_start, softmax_step
 from ._attention_tma import describable, launch
 from ._triton import Launch, Library, cdiv, kernel, round_up, tl
 
-__all__ = ["SHORT", "WIDE", "kernel_sizes", "plan", "plan_kernel", "table_of"]
+__all__ = ["SHORT", "WIDE", "plain_sizes", "plan", "plan_kernel", "table_of", "tuned_sizes"]
 
 
 @kernel
@@ -212,7 +212,7 @@ def plan(
 ) -> tuple[Tensor, Sequence[Launch | Library]]:
     """A fresh output, and the steps that fill it: a kernel's launch, or by PyTorch's libraries where the data of `arch`
     choose them."""
-    if q.numel() and tuning.by_library(_row(q, k, arch)):
+    if q.numel() and tuning.by_library(tuned_sizes(q, k, arch)):
         return (by_matmul if q.shape[3] > WIDE else by_sdpa)(q, k, v, scale)
     return plan_kernel(q, k, v, scale, arch=arch)
 
@@ -233,13 +233,17 @@ def plan_kernel(
         scale = D**-0.5
     magnitude = log2_scale(scale)
     wide = D > WIDE
-    tuned = dict(kernel_sizes(q, k, arch))
+    tuned = dict(tuned_sizes(q, k, arch))
+    described = tuned.get("TMA") and descriptors and describable(q, k, v)
+    if not described:
+        tuned = dict(plain_sizes(q, k, arch))
     warps, stages = tuned.pop("num_warps"), tuned.pop("num_stages")
     # Offsets within a block are 32-bit.
     reach = max(tuned["BLOCK_M"], tuned["BLOCK_N"], 2 * D)
     q, k, v = (t.contiguous() if max(t.stride(1), t.stride(3)) * reach >= 2**31 else t for t in (q, k, v))
-    tma, specialize = tuned.pop("TMA", 0), tuned.pop("SPECIALIZE", 0)
-    if tma and descriptors and describable(q, k, v):
+    specialize = tuned.pop("SPECIALIZE", 0)
+    tuned.pop("TMA", None)
+    if described:
         blocks = {name: tuned[name] for name in ("BLOCK_M", "BLOCK_N")}
         constants = {"NEGATIVE_SCALE": scale < 0, "SPECIALIZE": bool(specialize), **blocks}
         return out, [launch(q, k, v, out, magnitude, constants, warps=warps, stages=stages)]
@@ -273,14 +277,14 @@ LONG = 2048
 twice."""
 
 
-def kernel_sizes(q: Tensor, k: Tensor, arch: int) -> Mapping[str, int]:
-    """What the kernel is launched with, also where the data choose the libraries."""
-    row = _row(q, k, arch)
-    return _row(q, k, arch, "-kernel") if tuning.by_library(row) else row
+def tuned_sizes(q: Tensor, k: Tensor, arch: int) -> Mapping[str, int]:
+    """The tuned row."""
+    return tuning.constants(table_of(q), arch, q.dtype, _shape_class(q.shape[3], k.shape[1]))
 
 
-def _row(q: Tensor, k: Tensor, arch: int, suffix: str = "") -> Mapping[str, int]:
-    return tuning.constants(table_of(q), arch, q.dtype, _shape_class(q.shape[3], k.shape[1]) + suffix)
+def plain_sizes(q: Tensor, k: Tensor, arch: int) -> Mapping[str, int]:
+    """What the kernel without descriptors is launched with, also where the data choose something else."""
+    return tuning.plain_constants(table_of(q), arch, q.dtype, _shape_class(q.shape[3], k.shape[1]))
 
 
 def table_of(q: Tensor) -> str:

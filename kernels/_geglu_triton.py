@@ -169,35 +169,34 @@ def plan_linear(
         raise fail("linear_geglu", "weight", "have fewer than 2^32 elements", f"shape {tuple(weight.shape)}")
     M = y.numel() // N
     unaligned = K % 16 != 0
-    sizes = tuning.constants("linear_geglu", arch, x.dtype, "few" if M <= 512 or unaligned else "many")
+    key = "linear_geglu", arch, x.dtype, "few" if M <= 512 or unaligned else "many"
+    sizes = tuning.constants(*key)
     if tuning.by_library(sizes):
         del y
         projected = torch.empty(*x.shape[:-1], 2 * N, dtype=x.dtype, device=x.device)
         out, launches = plan(projected, arch=arch)
         given = {"x": x.view(M, K), "weight": weight, "bias": bias, "out": projected.view(M, 2 * N)}
         return out, [Library("linear_geglu, projection", _project, given), *launches]
+    weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    # A descriptor's rows and its beginning lie at multiples of 16 bytes.
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    aligned = K > 0 and K % 8 == 0 and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
+    described = sizes.get("TMA") and half and aligned
+    if not described:
+        sizes = tuning.plain_constants(*key)
     blocks = {name: sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")}
     if unaligned:  # loaded by single elements, through registers: larger tiles spill
         blocks["BLOCK_K"] = min(blocks["BLOCK_K"], 32)
     warps, stages = sizes["num_warps"], sizes["num_stages"]
     grid = (cdiv(M, blocks["BLOCK_M"]) * cdiv(N, blocks["BLOCK_N"]),)
-    weight = weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
     args: dict[str, Any] = {"bias_ptr": bias, "y_ptr": y, "M": M, "K": K}
-    # A descriptor's rows and its beginning lie at multiples of 16 bytes.
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    if (
-        sizes.get("TMA")
-        and half
-        and K > 0
-        and K % 8 == 0
-        and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
-    ):
+    if described:
         specialize = bool(sizes.get("SPECIALIZE")) and specializes_wide_sums(arch)
         x = x.view(M, K)
-        described = Descriptor(x, (blocks["BLOCK_M"], blocks["BLOCK_K"]))
+        rows = Descriptor(x, (blocks["BLOCK_M"], blocks["BLOCK_K"]))
         weights = Descriptor(weight.view(2, N, K), (2, blocks["BLOCK_N"], blocks["BLOCK_K"]))
-        args |= {"x": x if specialize else described, "weight_desc": weights}
+        args |= {"x": x if specialize else rows, "weight_desc": weights}
         constants = {"N": N, "SPECIALIZE": specialize, **blocks}
         return y, [Launch(_linear_geglu_tma_kernel, grid, args, constants, warps, stages, scratch=specialize)]
     args |= {"x_ptr": x, "weight_ptr": weight}

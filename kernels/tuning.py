@@ -5,8 +5,9 @@ A file is {"arch": 90, "measured_on": {table: what `latentrt kernels --tune` ran
 kernels; a key is the width of the dtype and a shape class of the operator's choosing, such as "16/d64". Constants are
 the kernel's own plus num_warps and num_stages.
 
-In place of constants a row may be {"LIBRARY": 1}: PyTorch's libraries are quicker there than the kernel. Beside it
-"16/d64-kernel" says what the kernel is launched with where nothing else can be, as in a TensorRT plugin.
+In place of constants a row may be {"LIBRARY": 1}: PyTorch's libraries are quicker there than the kernel. A row with
+"TMA" loads by tensor descriptors. Beside either, "16/d64-kernel" is the row of the plain kernel, for where nothing else
+can be launched: in a TensorRT plugin, or with tensors that cannot be described.
 """
 
 from __future__ import annotations
@@ -23,7 +24,20 @@ import torch
 
 from .atomic_file import write_atomic
 
-__all__ = ["FOLDER", "LIBRARY", "architectures", "by_library", "constants", "load", "save", "trying", "width"]
+__all__ = [
+    "FOLDER",
+    "LIBRARY",
+    "PLAIN",
+    "architectures",
+    "by_library",
+    "constants",
+    "is_plain",
+    "load",
+    "plain_constants",
+    "save",
+    "trying",
+    "width",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +45,9 @@ FOLDER = Path(__file__).parent / "tuned"
 
 LIBRARY: Mapping[str, int] = {"LIBRARY": 1}
 """The row, and the candidate, that stands for PyTorch's libraries."""
+
+PLAIN = "-kernel"
+"""What is added to a key whose row is no plain kernel's, for the row that is."""
 
 _trials: list[tuple[str, Mapping[str, int], set[str]]] = []
 
@@ -52,6 +69,23 @@ def constants(table: str, arch: int, dtype: torch.dtype, shape_class: str) -> Ma
     except KeyError:
         raise KeyError(f"tuned/sm_{_with_data(arch)}.json has no {table} {key}") from None
     return found
+
+
+def plain_constants(table: str, arch: int, dtype: torch.dtype, shape_class: str) -> Mapping[str, int]:
+    """As `constants`, to launch the kernel without tensor descriptors. A trial's candidate may have TMA nevertheless.
+
+    Raises:
+        KeyError: the data lack the table or the shape class, or have only a row that is no plain kernel's.
+    """
+    row = constants(table, arch, dtype, shape_class)
+    if is_plain(row) or any(name == table for name, _, _ in _trials):
+        return row
+    return constants(table, arch, dtype, f"{shape_class}{PLAIN}")
+
+
+def is_plain(row: Mapping[str, int]) -> bool:
+    """Whether a row's kernel can be launched with any tensors and by anyone: it needs neither libraries nor TMA."""
+    return row != LIBRARY and not row.get("TMA")
 
 
 def by_library(row: Mapping[str, int]) -> bool:
@@ -104,20 +138,23 @@ def save(
     entries: Mapping[str, Mapping[str, int]],
     measured_on: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Put entries (by key) into one architecture's file, leaving the others; one line each, sorted. A kernel's row that
-    LIBRARY replaces is kept under its key with `-kernel`."""
+    """Put entries (by key) into one architecture's file, leaving the others; one line each, sorted.
+
+    Beside a row that is no plain kernel's one with `PLAIN` stays: from the entries, or the plain row that it replaces.
+    """
     path = FOLDER / f"sm_{arch}.json"
     data: dict[str, Any] = {"arch": arch, "measured_on": {}, "tables": {}}
     if path.exists():
         data = json.loads(path.read_text(encoding="utf-8"))
     tables: dict[str, dict[str, Mapping[str, int]]] = data["tables"]
     rows_now = tables.setdefault(table, {})
-    for key, row in entries.items():
-        if row != LIBRARY:
-            rows_now.pop(f"{key}-kernel", None)
-        elif rows_now.get(key, LIBRARY) != LIBRARY:
-            # Still used where only a kernel can be launched.
-            rows_now[f"{key}-kernel"] = rows_now[key]
+    for key, row in sorted(entries.items()):  # a key comes before the same with PLAIN
+        if not key.endswith(PLAIN):
+            before = rows_now.get(key)
+            if is_plain(row):
+                rows_now.pop(f"{key}{PLAIN}", None)
+            elif before is not None and is_plain(before):
+                rows_now[f"{key}{PLAIN}"] = before
         rows_now[key] = row
     if measured_on is not None:
         data["measured_on"][table] = {**measured_on, "keys": sorted(entries)}

@@ -52,7 +52,9 @@ def test_the_library_may_be_the_quickest(here: Timing, monkeypatch: pytest.Monke
     spec = small_attention(candidates={"attention": [tuning.LIBRARY, *SMALL[1:]]})
     with forced():
         result = kernel_tuning.tune(Timing(here.device, timer, folder=here.folder), [spec])
-        assert [args[2] for args in saved] == [{"16/d64-short": {"LIBRARY": 1}}]
+        assert [args[2] for args in saved] == [
+            {"16/d64-short": {"LIBRARY": 1}, "16/d64-short-kernel": SMALL[2]}
+        ]
         assert 'attention 16/d64-short: {"LIBRARY": 1}, 20.0 us' in next(kernel_tuning.lines(result))
         with tuning.trying("attention", tuning.LIBRARY):
             measured = timings.measure(here, [spec], BF16)
@@ -60,6 +62,32 @@ def test_the_library_may_be_the_quickest(here: Timing, monkeypatch: pytest.Monke
     assert next(line for line in timings.lines(measured) if "two" in line).endswith(
         "; by PyTorch's libraries"
     )
+
+
+def test_the_quickest_without_descriptors_is_saved_too(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where TMA is the quickest: plugins and heads that cannot be described launch the plain kernel."""
+    saved: list[Any] = []
+    monkeypatch.setattr(tuning, "save", lambda *args: saved.append(args[2]))
+    copied = {**SMALL[2], "TMA": 1}
+
+    def timer(calls: Any, inputs: Any, seconds: float) -> dict[str, float | str]:
+        found = fake_timer(calls, inputs, seconds)
+        return {
+            n: 8.0 if (json.loads(n) if n else tuning._trials[-1][1]) == copied else us
+            for n, us in found.items()
+        }
+
+    with forced():
+        result = kernel_tuning.tune(
+            Timing(here.device, timer, folder=here.folder),
+            [small_attention(candidates={"attention": [*SMALL[1:], copied]})],
+        )
+    assert saved == [{"16/d64-short": copied, "16/d64-short-kernel": SMALL[2]}]
+    assert list(kernel_tuning.lines(result)) == [
+        f"attention 16/d64-short: {json.dumps(copied)}, 32.0 us in one forward",
+        f"attention 16/d64-short-kernel: {json.dumps(SMALL[2])}, 40.0 us in one forward",
+        "left: none",
+    ]
 
 
 def test_the_choice_is_among_the_best_few_timed_in_turn(here: Timing) -> None:
@@ -315,7 +343,11 @@ def test_block_sizes_of_an_earlier_run_are_taken(block_sizes: tuple[Path, Path])
     found = tuning.load(90)
     assert found["measured_on"] == {"attention": {**measured, "keys": [KEY]}}
     reasoned = json.loads(before["sm_90.json"])["tables"]
-    assert {**found["tables"]["attention"], KEY: None} == {**reasoned["attention"], KEY: None}
+    assert found["tables"]["attention"] == {
+        **reasoned["attention"],
+        KEY: NEW,
+        f"{KEY}-kernel": reasoned["attention"][KEY],
+    }
     assert {k: v for k, v in found["tables"].items() if k != "attention"} == {
         k: v for k, v in reasoned.items() if k != "attention"
     }

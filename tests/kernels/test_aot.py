@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,21 @@ def test_the_matrix_asks_for_every_tuned_key(
     arch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of half types, and what the sampler step has in float32: a new one needs a request. Nothing is compiled."""
+    check_that_every_key_is_asked_for(arch, dtype, monkeypatch)
+
+
+def test_the_matrix_asks_for_plain_rows_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tuning chose TMA or libraries, as it may for every shape that it times."""
+    shutil.copytree(tuning.FOLDER, tmp_path / "tuned")
+    rows = tuning.load(90)["tables"]
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path / "tuned")
+    for table, key in (("attention", "16/d64"), ("attention", "16/d64-long"), ("linear_geglu", "16/many")):
+        tuning.save(90, table, {key: {**rows[table][key], "TMA": 1}})
+    tuning.save(90, "attention", {"16/d64-short": tuning.LIBRARY})
+    check_that_every_key_is_asked_for(90, HALVES[0], monkeypatch)
+
+
+def check_that_every_key_is_asked_for(arch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = set()
     plain = tuning.constants
 

@@ -6,13 +6,14 @@ import base64
 import json
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from latentrt.errors import BackendError
-from latentrt.kernels import aot, binaries
+from latentrt.kernels import aot, binaries, tuning
 from latentrt.kernels.binaries import AheadAttentionKernels, AttentionKernels, GroupNormKernels, Kernels
 
 HALF = torch.float16
@@ -88,19 +89,25 @@ def test_every_size_has_the_same_kernels() -> None:
 
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
-def test_no_plugin_takes_descriptors(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from latentrt.kernels import tuning
-
-    plain = tuning.constants
-
-    def tuned(table: str, *rest: Any) -> Any:
-        row = plain(table, *rest)
-        return {**row, "TMA": 1} if "attention" in table and row != tuning.LIBRARY else row
-
-    monkeypatch.setattr(tuning, "constants", tuned)
-    for columns in (64, 512):
+@pytest.mark.parametrize("chosen", [{"num_warps": 4, "num_stages": 2, "TMA": 1}, tuning.LIBRARY], ids=str)
+def test_plugins_are_launched_as_the_plain_kernel_is_tuned(
+    chosen: Mapping[str, int], arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never with what was found for descriptors, which they cannot have."""
+    plain = dict(tuning.load(arch)["tables"]["attention"]["16/d64"])
+    wide = dict(tuning.load(arch)["tables"]["attention_wide"]["16/any-kernel"])
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    tuning.save(arch, "attention", {"16/d64": plain})
+    tuning.save(arch, "attention_wide", {"16/any": wide})
+    for table, key in (("attention", "16/d64"), ("attention_wide", "16/any")):
+        row = {"BLOCK_M": 128, "BLOCK_N": 128, **chosen} if "TMA" in chosen else chosen
+        tuning.save(arch, table, {key: row})
+    for columns, row in ((64, plain), (512, wide)):
         (launch,) = AttentionKernels(HALF, columns, False, False, arch).launches()[0].values()
         assert launch.kernel.name in ("_attention", "_attention_wide")
+        assert (launch.num_warps, launch.num_stages) == (row["num_warps"], row["num_stages"])
+        assert launch.constants["BLOCK_M"] == row["BLOCK_M"]
+        assert launch.constants["BLOCK_N"] == row["BLOCK_N"]
 
 
 def test_files_are_by_content(tmp_path: Path) -> None:

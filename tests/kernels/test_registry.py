@@ -173,6 +173,29 @@ def test_what_the_library_takes_the_place_of_is_kept(tmp_path: Path, monkeypatch
     assert json.loads(path.read_text())["tables"]["one"] == {"16/a": second}
 
 
+def test_the_plain_row_beside_one_that_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    first, second, third = ({"BLOCK": n, "num_warps": 4, "num_stages": 1} for n in (1, 2, 3))
+    tuning.save(90, "one", {"16/a": first})
+    assert tuning.plain_constants("one", 90, HALF, "a") == first
+    tuning.save(90, "one", {"16/a": {**second, "TMA": 1}})
+    assert tuning.plain_constants("one", 90, HALF, "a") == first  # what it was before
+    tuning.save(90, "one", {"16/a-kernel": third, "16/a": {**second, "TMA": 1}})
+    assert tuning.plain_constants("one", 90, HALF, "a") == third
+    tuning.save(90, "one", {"16/a": tuning.LIBRARY})
+    assert tuning.plain_constants("one", 90, HALF, "a") == third
+    with tuning.trying("one", {**second, "TMA": 1}) as asked:
+        assert tuning.plain_constants("one", 90, HALF, "a") == {**second, "TMA": 1}
+    assert asked == {"16/a"}
+
+
+@pytest.mark.parametrize("arch", tuning.architectures())
+def test_every_row_has_a_plain_one(arch: int) -> None:
+    for rows in tuning.load(arch)["tables"].values():
+        for key, row in rows.items():
+            assert tuning.is_plain(row) or tuning.is_plain(rows[f"{key}-kernel"])
+
+
 def test_the_kernels_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def reports(requests: list[aot.Request]) -> list[list[aot.Report]]:
         return [
