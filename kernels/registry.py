@@ -42,9 +42,13 @@ class Case:
     float32: int = 0
     """How many of the elements are float32 whatever the dtype."""
 
-    def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes of memory traffic, at the least."""
-        return self.elements * dtype.itemsize + self.float32 * (4 - dtype.itemsize)
+    again: int = 0
+    """How many elements are read a second time: from memory, as far as they exceed the cache."""
+
+    def nbytes(self, dtype: torch.dtype, cache: float = math.inf) -> int:
+        """Bytes of memory traffic, at the least, with a cache of so many bytes."""
+        once = self.elements * dtype.itemsize + self.float32 * (4 - dtype.itemsize)
+        return once + int(max(0, self.again * dtype.itemsize - cache))
 
 
 def allowed_error(reference: Tensor, exact: Tensor) -> float:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,6 +60,22 @@ def test_measuring(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
     copied = {**result, "rows": [{**row, "tflops": 0.0, "tbs": 3.4567, "share": 0.8}]}
     assert "3457 GB/s    80%" in list(timings.lines(copied))[1]
     assert "in bfloat16; copies" in table[-2]
+
+
+def test_what_exceeds_the_cache_is_counted_twice(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what an operator reads twice; the share of the ceiling is of the same bytes."""
+    cases = [
+        replace(case, flops=0, again=2560)
+        for case in small_attention(candidates={"attention": SMALL[1:]}).cases
+    ]
+    monkeypatch.setattr(timings, "_cache_bytes", lambda device: 1000)
+    with forced(), tuning.trying("attention", SMALL[1]):
+        result = timings.measure(here, [small_attention(cases=cases, limit="copy")], BF16)
+    row = result["rows"][0]
+    assert result["cache"] == 1000
+    assert row["bytes"] == 2 * 5120 + 2 * 2560 - 1000
+    assert row["tbs"] == pytest.approx(row["bytes"] / row["us"] * 1e-6)
+    assert row["share"] == pytest.approx(row["tbs"] / result["ceilings"]["copy"])
 
 
 def test_measuring_resumes(here: Timing) -> None:

@@ -122,7 +122,21 @@ def test_the_work_of_a_forward() -> None:
         vae: sum(c.nbytes(HALF) * c.calls for c in norms if c.name.startswith("VAE") == vae) for vae in (0, 1)
     }
     assert traffic[0] == pytest.approx(1.24e9, rel=0.01)
-    assert traffic[1] == pytest.approx(11e9 * 2 / 3, rel=0.01)  # where each element is read twice: 11 GB
+    assert traffic[1] == pytest.approx(11e9 * 2 / 3, rel=0.01)
+    vae = sum(c.nbytes(HALF, cache=0) * c.calls for c in norms if c.name.startswith("VAE"))
+    assert vae == pytest.approx(11e9, rel=0.01)  # each element is read twice
+
+
+def test_what_the_cache_holds_is_read_once() -> None:
+    large, small = (
+        next(c for c in specs(["group_norm_silu"])[0].cases if c.name == name)
+        for name in ("VAE 128 x 1024 x 1024", "1280 x 32 x 32")
+    )
+    once, l2 = 2 * 128 * 2**20, 50 * 2**20
+    assert large.nbytes(HALF) == 2 * once
+    assert large.nbytes(HALF, l2) == 3 * once - l2
+    assert small.nbytes(HALF, l2) == small.nbytes(HALF)
+    assert ATTENTION.cases[0].nbytes(HALF, 0) == ATTENTION.cases[0].nbytes(HALF)
 
 
 def test_rooflines_refuse_what_they_do_not_know() -> None:
