@@ -61,6 +61,22 @@ def test_gates_so_large_that_nothing_or_all_passes(device: torch.device) -> None
     check(torch.cat([torch.ones_like(gates), gates]).half())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("launches")
+def test_every_gate_that_a_half_type_has(dtype: torch.dtype, device: torch.device) -> None:
+    """Each within one unit in the last place and 5e-7 of the exact result; without a finite one as the reference."""
+    gates = torch.arange(-(2**15), 2**15, device=device).to(torch.int16).view(dtype).view(64, 1024)
+    out, usual = (op(torch.cat([torch.ones_like(gates), gates], 1)) for op in (geglu, reference.geglu))
+    exact = gates.double() * 0.5 * torch.special.erfc(-gates.double() * 0.5**0.5)
+    finite = gates.isfinite()
+    assert finite.sum() > 60_000
+    kind = torch.finfo(dtype)  # to the nearest on a GPU, towards zero by the interpreter
+    rounding = kind.eps * (exact.abs() + kind.smallest_normal)
+    assert ((out.double() - exact).abs() <= rounding + 5e-7)[finite].all()
+    torch.testing.assert_close(out[~finite], usual[~finite], equal_nan=True)
+    assert out[gates == torch.inf].isposinf().all()
+
+
 @by_dtype
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize(
