@@ -42,6 +42,8 @@ _UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_st
 
 _CAPTURING = threading.RLock()
 """Held while a graph is captured, on whatever device. Taken after all locks of loaders and engines."""
+_CAPTURING_ON: dict[torch.device, threading.RLock] = {}
+"""The same of one device; taken after it."""
 
 _BROKEN = "previous error during capture"
 """What CUDA says of whatever is done in a capture that is broken, its end included."""
@@ -61,17 +63,22 @@ def expect_modes() -> None:
         gc.collect()
 
 
+def _capturing_on(device: torch.device) -> threading.RLock:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _CAPTURING_ON.setdefault(torch.device("cuda", index), threading.RLock())
+
+
 def synchronize(device: torch.device) -> None:
-    """Wait for all that was submitted to a GPU, on whatever stream; but first for a capture that another thread is at,
-    which that would break."""
-    with _CAPTURING:
+    """Wait for all that was submitted to a GPU, on whatever stream; but first for a capture that another thread is at
+    there, which that would break."""
+    with _capturing_on(device):
         torch.cuda.synchronize(device)
 
 
 def empty_cache(device: torch.device) -> None:
     """Give the allocator's unused memory back to a GPU. It keeps all of it during a capture, so first wait for one that
-    another thread is at."""
-    with _CAPTURING, torch.cuda.device(device):
+    another thread is at there."""
+    with _capturing_on(device), torch.cuda.device(device):
         torch.cuda.empty_cache()
 
 
@@ -151,7 +158,7 @@ class Graphs:
             except BackendError as error:
                 if not _broken_by_others(error):
                     raise
-            return self._capture_cuda(work, what)  # another thread waited for the whole device meanwhile
+            return self._capture_cuda(work, what)
         recording = _Recording(what)
         with recording:
             work()
@@ -159,7 +166,7 @@ class Graphs:
 
     def _capture_cuda(self, work: Callable[[], object], what: str) -> Graph:
         # One at a time on all devices: a capture begins by waiting for the device, which breaks another one.
-        with _CAPTURING, torch.cuda.device(self.device):
+        with _CAPTURING, _capturing_on(self.device), torch.cuda.device(self.device):
             keep_alive = list(self._in_pool)  # or the pool could go meanwhile
             if not keep_alive:  # a pool that no graph has any more cannot be used again
                 self._pool, self._pool_began_with = torch.cuda.graph_pool_handle(), self.first_block
@@ -187,7 +194,10 @@ class Graphs:
                     self._in_pool, self._stream = WeakSet(), None
                     torch.cuda.set_stream(current)
                     reset_generator(self.device)
-                    first = last_operation.error or error  # ending the capture fails too, for no other reason
+                    # Ending the capture fails too if its work has failed, for no other reason.
+                    first = (last_operation.error or error) if isinstance(error, Exception) else error
+                    if first is error and not isinstance(error, RuntimeError):
+                        raise
                     if not isinstance(first, RuntimeError):
                         raise first from first.__cause__
                     raise _failed(what, last_operation.name, " ".join(str(first).split())[:300]) from error

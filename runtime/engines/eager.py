@@ -68,7 +68,8 @@ class EagerEngine:
 
     @property
     def offloaded(self) -> bool:
-        return self._weights is not None and self._weights.offloaded
+        weights = self._weights  # another thread may close the engine
+        return weights is not None and weights.offloaded
 
     def offload(self) -> None:
         if self._weights is not None:

@@ -83,22 +83,25 @@ class EngineLoader:
             if self.residency is not None:
                 held.enter_context(self.residency.lock)
             held.enter_context(self.exclusive())
-            before, graphs = self.device, self.graphs
-            self.backend, self.device, self.graphs = backend, device, Graphs(device) if wanted else None
+            graphs = Graphs(device) if wanted else None
             if self._engines:
-                # As it is from now on: those that another pipeline shares do not run there before they are closed, and
-                # may still be running on the device they leave.
-                held.enter_context(self.exclusive())
-                _wait(before, graphs)
+                # Those that another pipeline shares do not run there before they are closed, and may still be running
+                # on the device they leave.
+                held.enter_context(self._exclusive(device, graphs))
+                _wait(self.device, self.graphs)
+            self.backend, self.device, self.graphs = backend, device, graphs
             for engine in self._engines:
                 engine.close()
 
     def exclusive(self) -> AbstractContextManager[object]:
         """While a thread runs an engine on a GPU, no other thread runs one of this loader: graphs share memory, and
         without graphs the activations of several would add up, of which plans count one."""
-        if self.graphs is not None:
-            return self.graphs.exclusive()
-        return self._one_at_a_time if self.device.type == "cuda" else nullcontext()
+        return self._exclusive(self.device, self.graphs)
+
+    def _exclusive(self, device: torch.device, graphs: Graphs | None) -> AbstractContextManager[object]:
+        if graphs is not None:
+            return graphs.exclusive()
+        return self._one_at_a_time if device.type == "cuda" else nullcontext()
 
     def engine(self, component: Component) -> LazyEngine:
         """A component's engine, not loaded yet."""

@@ -14,7 +14,7 @@ from latentrt.errors import CaptureError
 from latentrt.runtime import offload
 from latentrt.runtime.budget import Budget
 from latentrt.runtime.engines import lazy
-from latentrt.runtime.graph import Graph, Graphs
+from latentrt.runtime.graph import Graph, Graphs, synchronize
 from latentrt.runtime.graph_cache import GraphCache
 from torch import Tensor
 
@@ -167,6 +167,21 @@ def test_what_cannot_be_done_during_a_capture_waits_for_its_end(
     Graphs(GPU).capture(work, "work")
     other.join(60)
     assert captured_then == [False]
+
+
+def test_nothing_waits_for_a_capture_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeAllocator(monkeypatch)
+    captured_then: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: captured_then.append(cuda.capturing))
+    other = threading.Thread(target=lambda: synchronize(torch.device("cuda:1")))
+
+    def work() -> None:
+        if cuda.capturing:
+            other.start()
+            other.join(60)
+
+    Graphs(GPU).capture(work, "work")
+    assert captured_then == [True]
 
 
 def _loop(x: Tensor, y: Tensor) -> Graph:

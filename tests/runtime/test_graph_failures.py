@@ -171,3 +171,17 @@ def test_an_interrupted_capture_releases_the_share_that_it_took(
     also = graphs.capture(cuda.work, "work")
     assert cuda.holders == {(0, 1): 1, (0, 2): 1}
     del kept, also
+
+
+@pytest.mark.parametrize(
+    "failed", [RuntimeError(BROKEN), BackendError("TensorRT 10.16, unet: execution failed")]
+)
+def test_an_interruption_is_what_comes_of_a_capture_whose_work_had_failed(
+    failed: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is not made once more."""
+    cuda, graphs = FakeAllocator(monkeypatch), Graphs(torch.device("cuda:0"))
+    cuda.interrupted.add("before it ends")
+    with pytest.raises(KeyboardInterrupt, match="before it ends"):
+        graphs.capture(breaking(cuda, failed, 1), "work")
+    assert cuda.log.count("capture") == 1

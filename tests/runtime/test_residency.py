@@ -186,6 +186,26 @@ def test_an_engine_that_moves_before_a_borrower_s_turn_is_loaded_again(
     assert kept.value.engine is not before
 
 
+def test_a_move_is_seen_only_once_what_runs_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever saw the new device earlier would run the engine of the old one there. The wait may be interrupted: then
+    nothing has moved."""
+    loader = EngineLoader("eager", CPU, torch.float32, None, graphs=True)
+    lent = loader.engine(tiny.affine())
+    before, graphs = lent.load(), loader.graphs
+    seen: list[object] = []
+
+    def wait(device: torch.device, waited: object) -> None:
+        seen.append((device, waited, loader.device, loader.graphs))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lazy, "_wait", wait)
+        with pytest.raises(KeyboardInterrupt):
+            loader.move(torch.device("cpu", 0))
+    assert seen == [(CPU, graphs, CPU, graphs)]
+    assert (loader.device, loader.graphs, lent.load()) == (CPU, graphs, before)
+
+
 @pytest.mark.parametrize(("device", "at_once"), [("cuda:0", 1), ("cpu", 2)])
 def test_without_graphs_a_gpu_runs_one_call_at_a_time(device: str, at_once: int) -> None:
     """Of two at once the activations would add up, and a plan counts one; on the host nothing bounds them."""
