@@ -47,6 +47,8 @@ __all__ = ["import_tuned", "lines", "tune", "tuning_requests"]
 _log = logging.getLogger(__name__)
 
 DTYPE = torch.bfloat16
+_SPECIALIZED_WARPS = (90, 100)
+"""Architectures on which Triton specialises warps."""
 _TRIAL_SECONDS = 0.08
 """Time to replay each candidate at each case."""
 HANG_SECONDS = 30.0
@@ -219,6 +221,8 @@ def _can_be_tried(spec: OpSpec, case: Case, table: str, candidate: Mapping[str, 
     3.6 spills 876 times."""
     if not candidate.get("SPECIALIZE"):
         return True
+    if arch not in _SPECIALIZED_WARPS:
+        return False
     steps, _ = _planned(spec, case, table, candidate, arch)
     return any(isinstance(step, Launch) and step.constants.get("SPECIALIZE") for step in steps)
 

@@ -6,9 +6,9 @@ A kernel is timed only after its result was checked against float64. The calls t
 graphs, over inputs that together exceed the cache, so that times depend neither on the host nor on the cache. The
 graphs are replayed in turn, so that a change of clocks affects all of them alike.
 
-A rate in GB/s counts every input and output once. Group norm reads its input twice: for the statistics, and to apply
-them. What of it exceeds the GPU's L2 cache is counted twice: counted once, a perfect kernel of two passes would reach
-67 % of the copy bandwidth on a large tensor.
+A rate in GB/s counts every input and output at least once. Group norm reads its input twice: for the statistics, and
+to apply them. What of it exceeds the GPU's L2 cache is counted twice: counted once, a perfect kernel of two passes
+would reach 67 % of the copy bandwidth on a large tensor.
 
 Time on a GPU is short. So everything that Triton compiles is compiled first, with one process for each core; cases that
 take the largest part of a forward come first; every row is saved at once; after the time limit nothing new is started;

@@ -24,7 +24,7 @@ __all__ = ["LARGE", "MOST_SPLITS", "dense", "plan"]
 
 LARGE = 2**25
 """Tensors in channels_last of so many elements or more are a shape class of their own: an H200's cache is smaller, and
-a VAE's would decide for a UNet too, which runs once a step."""
+a VAE's would decide for a UNet too, which runs once a step. For two images and more a UNet has such tensors as well."""
 
 MOST_SPLITS = 256
 """Programs that share one group, at most: to apply the statistics each of them reads the partial ones of all."""

@@ -324,12 +324,11 @@ def compiled(launch: Launch, arch: int) -> Any:
     from triton.compiler import ASTSource
 
     types, values, aligned = signature(launch)
-    # As launches have it, so that they find what is compiled here: Triton 3.6 also lists integers and texts that
-    # nothing is known of, later ones every compile-time value.
+    # As launches have it, so that they find what is compiled here: they also list integers that nothing is known of,
+    # and compile-time values, of which Triton 3.6 lists texts only.
+    listed = {n for n in types if types[n] in ("i32", "i64") or isinstance(values.get(n), str)}
     if version_of(triton.__version__) >= (3, 7):
-        listed = set(values)
-    else:
-        listed = {n for n in types if types[n] in ("i32", "i64") or isinstance(values.get(n), str)}
+        listed |= set(values)
     aligned = {(i,): aligned.get((i,), []) for i, n in enumerate(types) if (i,) in aligned or n in listed}
     source = ASTSource(launch.kernel.jitted, types, values, aligned)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}

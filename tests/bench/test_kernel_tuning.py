@@ -452,6 +452,12 @@ def test_warps_are_specialised_only_where_triton_can(
     assert set(tried) == {("attention", True)} | ({("linear_geglu", True)} if specializes else set())
 
 
+@pytest.mark.parametrize("arch", [80, 86, 89, 120])
+def test_warps_are_specialised_on_no_other_gpu(arch: int) -> None:
+    requests = kernel_tuning.tuning_requests(specs(["attention", "linear_geglu"]), arch)
+    assert not [r for r in requests if r.trial and r.trial[1].get("SPECIALIZE")]
+
+
 def test_no_candidate_runs(here: Timing, caplog: pytest.LogCaptureFixture) -> None:
     with forced():
         result = kernel_tuning.tune(here, [small_attention(candidates={"attention": SMALL[:1]})])

@@ -22,6 +22,7 @@ from helpers.waiting import has_ended, written
 from latentrt.bench.compiled_kernels import CACHE, DTYPES, Entry, faults, matrix
 from latentrt.errors import BackendError
 from latentrt.kernels import aot, tuning
+from latentrt.kernels._attention_triton import tuned_sizes
 from latentrt.kernels.registry import specs
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -75,7 +76,9 @@ def test_a_projections_values_and_gates_are_one_matmul(variant: dict[str, int]) 
 @pytest.mark.parametrize("D", [40, 64])
 def test_two_programs_of_a_texts_attention_fit_an_sm(D: int) -> None:
     """With Triton 3.6 only if their loads are staged."""
-    ((report,),) = aot.reports([attention(D, 90, 77)], CACHE)
+    request = attention(D, 90, 77)
+    assert tuned_sizes(*request.args[:2], 90)["num_stages"] == 2
+    ((report,),) = aot.reports([request], CACHE)
     assert 2 * report.registers * 32 * report.num_warps <= 65536
 
 
