@@ -42,8 +42,8 @@ _UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_st
 
 _CAPTURING = threading.RLock()
 """Held while a graph is captured, on whatever device. Taken after all locks of loaders and engines."""
-_CAPTURING_ON: dict[torch.device, threading.RLock] = {}
-"""The same of one device; taken after it."""
+_CAPTURING_ON: dict[torch.device, AbstractContextManager[bool]] = {}
+"""The same of one device, by its number; taken after it."""
 
 _BROKEN = "previous error during capture"
 """What CUDA says of whatever is done in a capture that is broken, its end included."""
@@ -63,9 +63,8 @@ def expect_modes() -> None:
         gc.collect()
 
 
-def _capturing_on(device: torch.device) -> threading.RLock:
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _CAPTURING_ON.setdefault(torch.device("cuda", index), threading.RLock())
+def _capturing_on(device: torch.device) -> AbstractContextManager[bool]:
+    return _CAPTURING_ON.setdefault(device, threading.RLock())
 
 
 def synchronize(device: torch.device) -> None:
