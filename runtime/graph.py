@@ -164,7 +164,8 @@ class Graphs:
         return _RecordedGraph(recording)
 
     def _capture_cuda(self, work: Callable[[], object], what: str) -> Graph:
-        # One at a time on all devices: a capture begins by waiting for the device, which breaks another one.
+        # One at a time: a capture begins by waiting for the device, which breaks another one there, and the workspaces
+        # that its warm-up drops are those of all devices.
         with _CAPTURING, _capturing_on(self.device), torch.cuda.device(self.device):
             keep_alive = list(self._in_pool)  # or the pool could go meanwhile
             if not keep_alive:  # a pool that no graph has any more cannot be used again
