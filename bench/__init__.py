@@ -16,7 +16,8 @@ Output:
     live, compare, readme                 progress, changes between two runs, README's figures
 Kernels:
     kernels, kernel_timing                times compared with PyTorch's own; how they are taken
-    kernel_tuning, compiled_kernels       block sizes for this GPU; every kernel compiled without one
+    kernel_tuning, kernel_candidates      block sizes for this GPU, and which ones are tried
+    compiled_kernels                      every kernel compiled for every architecture, without a GPU
     packing, timeline, profile            what packing gains; gaps between steps; where a picture's time goes
 Long runs:
     full, gpu                             `make test-full` and `make gpu`, in parts

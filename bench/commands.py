@@ -298,6 +298,7 @@ def kernels(args: argparse.Namespace) -> Iterator[str]:
 def _kernels_on_gpu(args: argparse.Namespace) -> Iterator[str]:
     from . import kernel_timing, kernel_tuning
     from . import kernels as timings
+    from .kernel_candidates import table_uses, tuning_requests
 
     if args.tune and args.dtype:
         raise RequestError("--tune finds what serves both half types, by bfloat16; leave --dtype out")
@@ -306,7 +307,7 @@ def _kernels_on_gpu(args: argparse.Namespace) -> Iterator[str]:
     if args.dry_run:
         arch = args.arch or roofline.gpu(args.gpu).arch
         requests = (
-            kernel_tuning.tuning_requests(operators, arch)
+            tuning_requests(table_uses(operators, arch), arch)
             if args.tune
             else timings.measured_requests(operators, arch, dtypes)
         )

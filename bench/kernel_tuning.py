@@ -17,16 +17,14 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..kernels import aot, tuning
-from ..kernels._triton import Launch, Library, arch_of
+from ..kernels import tuning
+from ..kernels._triton import arch_of
 from ..kernels.atomic_file import write_json
-from ..kernels.registry import Case, OpSpec, specs
+from ..kernels.registry import OpSpec, specs
+from .kernel_candidates import DTYPE, TableUse, table_uses, tuning_requests
 from .kernel_timing import (
     HUNG,
     Float64Check,
@@ -42,13 +40,10 @@ from .kernel_timing import (
     sources_digest,
 )
 
-__all__ = ["import_tuned", "lines", "tune", "tuning_requests"]
+__all__ = ["import_tuned", "lines", "tune"]
 
 _log = logging.getLogger(__name__)
 
-DTYPE = torch.bfloat16
-_SPECIALIZED_WARPS = (90, 100)
-"""Architectures on which Triton specialises warps."""
 _TRIAL_SECONDS = 0.08
 """Time to replay each candidate at each case."""
 HANG_SECONDS = 30.0
@@ -88,14 +83,14 @@ def tune(timing: Timing, operators: Sequence[OpSpec] | None = None, save: bool =
         machine["driver"] = earlier["machine"].get("driver")
     times: dict[str, dict[str, Trials]] = earlier.get("times", {})
     finals: dict[str, dict[str, Trials]] = earlier.get("finals", {})
-    tables = _tables(specs() if operators is None else operators, arch)
+    tables = table_uses(specs() if operators is None else operators, arch)
     result: dict[str, Any] = {"machine": machine, "best": {}, "times": times, "finals": finals}
     result["left"] = list(tables)
 
     def save_result() -> None:
         write_json(path, result)
 
-    compile_ahead(timing, _requests(tables, arch))
+    compile_ahead(timing, tuning_requests(tables, arch))
     for table, uses in tables.items():
         trials, rows = times.setdefault(table, {}), finals.setdefault(table, {})
         if not all(
@@ -179,71 +174,8 @@ def import_tuned(folder: Path) -> list[str]:
     return imported
 
 
-@dataclass(frozen=True)
-class _TableUse:
-    """A case that reads a tuning table."""
-
-    spec: OpSpec
-    case: Case
-    key: str
-    candidates: Sequence[Mapping[str, int]]
-
-    @property
-    def name(self) -> str:
-        return f"{self.spec.name}, {self.case.name}"
-
-
-def _tables(operators: Sequence[OpSpec], arch: int) -> dict[str, list[_TableUse]]:
-    """Table -> the cases that read it, which planning each case finds out. Several operators may share a table."""
-    tables: dict[str, list[_TableUse]] = {}
-    for spec in operators:
-        for table, candidates in spec.candidates.items():
-            for case in spec.cases:
-                keys = _planned(spec, case, table, candidates[0], arch)[1]
-                if keys:
-                    tried = [c for c in candidates if _can_be_tried(spec, case, table, c, arch)]
-                    uses = [_TableUse(spec, case, key, tried) for key in keys]
-                    tables.setdefault(table, []).extend(uses)
-    return tables
-
-
-def _planned(
-    spec: OpSpec, case: Case, table: str, candidate: Mapping[str, int], arch: int
-) -> tuple[Sequence[Launch | Library], set[str]]:
-    """The steps of a case with a candidate, and the table's keys that were asked for."""
-    with tuning.trying(table, candidate) as keys:
-        _, steps = spec.plan(*case.inputs(DTYPE, torch.device("meta")), arch=arch)
-    return steps, keys
-
-
-def _can_be_tried(spec: OpSpec, case: Case, table: str, candidate: Mapping[str, int], arch: int) -> bool:
-    """Whether a candidate with specialised warps has them there. Without, its few warps hold too much: on sm_90 Triton
-    3.6 spills 876 times."""
-    if not candidate.get("SPECIALIZE"):
-        return True
-    if arch not in _SPECIALIZED_WARPS:
-        return False
-    steps, _ = _planned(spec, case, table, candidate, arch)
-    return any(isinstance(step, Launch) and step.constants.get("SPECIALIZE") for step in steps)
-
-
-def tuning_requests(operators: Sequence[OpSpec], arch: int) -> list[aot.Request]:
-    """What Triton compiles for `tune`."""
-    return _requests(_tables(operators, arch), arch)
-
-
-def _requests(tables: Mapping[str, Sequence[_TableUse]], arch: int) -> list[aot.Request]:
-    meta = torch.device("meta")
-    return [
-        aot.Request(use.spec.name, use.case.inputs(DTYPE, meta), arch, (table, candidate))
-        for table, uses in tables.items()
-        for use in uses
-        for candidate in use.candidates
-    ]
-
-
 def _time_candidates(
-    timing: Timing, use: _TableUse, table: str, trials: Trials, save: Callable[[], None], end: float
+    timing: Timing, use: TableUse, table: str, trials: Trials, save: Callable[[], None], end: float
 ) -> bool:
     """Time each candidate at one case, if it is not timed yet. False if the time is up or the GPU is lost."""
     inputs: list[tuple[Any, ...]] = []
@@ -273,7 +205,7 @@ def _time_candidates(
 
 
 def _time_candidate(
-    timing: Timing, use: _TableUse, checker: Float64Check, inputs: Sequence[tuple[Any, ...]]
+    timing: Timing, use: TableUse, checker: Float64Check, inputs: Sequence[tuple[Any, ...]]
 ) -> float | str:
     """Microseconds of a case's calls in one forward, or what went wrong."""
     try:
@@ -287,7 +219,7 @@ def _time_candidate(
 
 
 def _time_finalists(
-    timing: Timing, use: _TableUse, table: str, finals: Trials, save: Callable[[], None], end: float
+    timing: Timing, use: TableUse, table: str, finals: Trials, save: Callable[[], None], end: float
 ) -> bool:
     """Time the best candidates at one case, interleaved, so that a change of clocks affects all of them alike.
 
@@ -318,7 +250,7 @@ def _time_finalists(
 
 def _time_group(
     timing: Timing,
-    use: _TableUse,
+    use: TableUse,
     table: str,
     finals: Trials,
     names: Sequence[str],

@@ -13,9 +13,8 @@ from helpers.dry_timing import ATTENTION, BF16, FIRST, SECOND, SMALL, fake_timer
 from latentrt.bench import kernel_timing, kernel_tuning, verdicts
 from latentrt.bench import kernels as timings
 from latentrt.bench.kernel_timing import HUNG, Timing
-from latentrt.kernels import _geglu_triton, aot, tuning
+from latentrt.kernels import tuning
 from latentrt.kernels._triton import forced
-from latentrt.kernels.registry import specs
 
 
 def test_tuning(here: Timing) -> None:
@@ -370,92 +369,6 @@ def test_block_sizes_of_other_sources_or_forms_are_not_taken(block_sizes: tuple[
     assert kernel_tuning.import_tuned(left) == []
     assert tuning.load(90) == before
     assert {path.name for path in read.iterdir()} == {f"sm_{arch}.json" for arch in tuning.architectures()}
-
-
-def test_operators_that_share_a_table_are_tuned_together() -> None:
-    uses = kernel_tuning._tables(specs(["group_norm", "group_norm_silu"]), 90)["group_norm"]
-    assert {use.spec.name for use in uses} == {"group_norm", "group_norm_silu"}
-    assert {(use.spec.name, use.key) for use in uses} == {
-        ("group_norm", "16/channels_last"),
-        ("group_norm_silu", "16/channels_last"),
-        ("group_norm_silu", "16/channels_last-large"),
-    }
-
-
-def test_the_vae_does_not_choose_for_the_unet() -> None:
-    """A decode's group norms move six times as much as a forward's, but there is one decode to many forwards."""
-    uses = kernel_tuning._tables(specs(["group_norm", "group_norm_silu"]), 90)["group_norm"]
-    large = {use.case.name for use in uses if use.key.endswith("-large")}
-    assert large == {
-        *("VAE 128 x 1024 x 1024", "VAE 128 x 1024 x 1024, shifted", "VAE 256 x 1024 x 1024, shifted"),
-        *("VAE 256 x 512 x 512", "VAE 256 x 512 x 512, shifted", "VAE 512 x 512 x 512, shifted"),
-        "VAE 512 x 256 x 256, shifted",
-    }
-    work = dict.fromkeys((False, True), 0)
-    for use in uses:
-        if use.case.name not in large:
-            work[use.case.name.startswith("VAE")] += use.case.calls * use.case.elements
-    assert 3 * work[True] < work[False]
-
-
-def test_levels_of_the_unet_are_tuned_apart() -> None:
-    """Of 4,096 tokens and of 1,024, and a text's keys: each chooses its own block sizes."""
-    uses = kernel_tuning._tables(specs(["attention"]), 90)["attention"]
-    keys = {use.case.name.partition(",")[0]: use.key for use in uses}
-    assert keys == {
-        "self 4096 x 10 heads": "16/d64-long",
-        "self 1024 x 20 heads": "16/d64",
-        "cross 4096 x 77": "16/d64-short",
-        "cross 1024 x 77": "16/d64-short",
-    }
-
-
-def test_blocks_of_four_warps_are_copied_too() -> None:
-    sizes = [
-        c for c in ATTENTION.candidates["attention"] if c.get("num_warps") == 4 and "SPECIALIZE" not in c
-    ]
-    plain, copied = (
-        {(c["BLOCK_M"], c["BLOCK_N"]) for c in sizes if c.get("TMA", 0) == tma} for tma in (0, 1)
-    )
-    assert copied == plain - {(128, 32)} == {(128, 64), (64, 64), (64, 128)}
-
-
-def test_both_variants_of_a_kernel_are_tried() -> None:
-    tried = {
-        launch.kernel.name
-        for r in kernel_tuning.tuning_requests(specs(["attention", "linear_geglu"]), 90)
-        for launch in aot._launches(r)
-    }
-    assert tried == {
-        "_attention",
-        "_attention_wide",
-        "_attention_tma",
-        "_exponentials",
-        "_geglu_kernel",
-        "_linear_geglu_kernel",
-        "_linear_geglu_tma_kernel",
-    }
-
-
-@pytest.mark.parametrize("specializes", [True, False])
-def test_warps_are_specialised_only_where_triton_can(
-    specializes: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before Triton 3.7 not in `linear_geglu`: its other candidates need the time."""
-    monkeypatch.setattr(_geglu_triton, "specializes_wide_sums", lambda arch: specializes)
-    tried = [
-        (r.op, launch.constants.get("SPECIALIZE", False))
-        for r in kernel_tuning.tuning_requests(specs(["attention", "linear_geglu"]), 90)
-        if r.trial and r.trial[1].get("SPECIALIZE")
-        for launch in aot._launches(r)
-    ]
-    assert set(tried) == {("attention", True)} | ({("linear_geglu", True)} if specializes else set())
-
-
-@pytest.mark.parametrize("arch", [80, 86, 89, 120])
-def test_warps_are_specialised_on_no_other_gpu(arch: int) -> None:
-    requests = kernel_tuning.tuning_requests(specs(["attention", "linear_geglu"]), arch)
-    assert not [r for r in requests if r.trial and r.trial[1].get("SPECIALIZE")]
 
 
 def test_no_candidate_runs(here: Timing, caplog: pytest.LogCaptureFixture) -> None:
