@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import BackendError
 from ..kernels import aot, roofline, tuning
 from ..kernels._attention_triton import plain_sizes, table_of, tuned_sizes
+from ..kernels._triton import Descriptor
 from ..kernels.atomic_file import write_atomic
 from ..kernels.registry import specs
 from ..runtime.place import dtype_name
@@ -82,11 +83,6 @@ class Entry:
     case: str
     request: aot.Request
     dtype: torch.dtype
-
-    @property
-    def trial(self) -> Mapping[str, int]:
-        """Its block sizes, if they are not the tuned ones."""
-        return {} if self.request.trial is None else self.request.trial[1]
 
 
 def matrix(arch: int, dtype: torch.dtype) -> list[Entry]:
@@ -240,13 +236,15 @@ def faults(entry: Entry, report: aot.Report) -> Iterator[str]:
     expected = {TENSOR_CORES[report.arch]} if spec.tensor_cores and not no_matmuls else set()
     if set(report.tensor_core) != expected:
         yield f"tensor cores by {sorted(report.tensor_core)}, not {sorted(expected)}"
-    specialized = bool(entry.trial.get("SPECIALIZE"))
+    launches = [launch for launch in aot.launches(entry.request) if launch.kernel.name == report.kernel]
+    specialized = any(launch.constants.get("SPECIALIZE") for launch in launches)
     if report.specialized != specialized:
         yield "warps have roles" if report.specialized else "no warps have roles"
     # Only specialised kernels may need scratch memory, which TensorRT plugins do not provide.
     if (report.scratch > 0) != specialized:
         yield f"{report.scratch} bytes of scratch"
-    if bool(report.block_copies) != bool(entry.trial.get("TMA")):
+    described = any(isinstance(value, Descriptor) for launch in launches for value in launch.args.values())
+    if (report.block_copies > 0) != described:
         yield f"{report.block_copies} copies of whole blocks"
 
 

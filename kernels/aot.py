@@ -53,6 +53,7 @@ __all__ = [
     "compile_jobs",
     "compiled",
     "digest",
+    "launches",
     "reports",
     "signature",
 ]
@@ -199,21 +200,22 @@ def _steps(r: Request) -> Sequence[Launch | Library]:
         return spec.plan(*r.args, arch=r.arch)[1]
 
 
-def _launches(r: Request) -> list[Launch]:
-    """Each kernel once: launches that differ in data alone, as for chunks of a tensor, compile to the same code."""
-    launches: dict[str, Launch] = {}
+def launches(r: Request) -> list[Launch]:
+    """What a request launches, each kernel once. Launches that differ in data alone, as for chunks of a tensor, compile
+    to the same code."""
+    found: dict[str, Launch] = {}
     for step in _steps(r):
         if isinstance(step, Launch):
             key = repr((step.label, signature(step), step.num_warps, step.num_stages))
-            launches.setdefault(key, step)
-    return list(launches.values())
+            found.setdefault(key, step)
+    return list(found.values())
 
 
 def _digest(r: Request) -> str:
     """A digest of all that decides a report: what is compiled, and how it is read."""
     reading = [inspect.getsource(_report), inspect.getsource(Report)]
     reading += [_INSTRUCTION.pattern, _TENSOR_CORE.pattern, repr((_SPILL, _BLOCK_COPY, _HAND_OVER))]
-    return digest(_launches(r), r.arch, *reading)
+    return digest(launches(r), r.arch, *reading)
 
 
 def digest(launches: Iterable[Launch], arch: int, *more: str) -> str:
@@ -337,7 +339,7 @@ def compiled(launch: Launch, arch: int) -> Any:
 
 def _content(r: Request) -> bytes:
     """Its reports, as JSON."""
-    return json.dumps([asdict(_report(launch, r.op, r.arch)) for launch in _launches(r)]).encode()
+    return json.dumps([asdict(_report(launch, r.op, r.arch)) for launch in launches(r)]).encode()
 
 
 def _report(launch: Launch, op: str, arch: int) -> Report:

@@ -12,21 +12,24 @@ import pytest
 import torch
 from latentrt.bench import compiled_kernels
 from latentrt.bench.compiled_kernels import TENSOR_CORES, Entry, faults, matrix
-from latentrt.kernels import aot
+from latentrt.kernels import aot, tuning
 from latentrt.kernels.registry import specs
 
 HALF = torch.float16
 
 
 def good(r: aot.Request) -> aot.Report:
-    (spec,) = specs([r.op])
+    """What compiling the first kernel of a request should give; nothing is launched where libraries do all of it."""
+    (spec,), launches = specs([r.op]), aot.launches(r)
     half = r.args[0].dtype != torch.float32 and spec.tensor_cores
-    sizes = {} if r.trial is None else r.trial[1]
+    kernel = launches[0].kernel.name if launches else ""
     cores = {TENSOR_CORES[r.arch]: 24} if half and not aot.by_library(r) else {}
-    specialized = bool(sizes.get("SPECIALIZE"))
-    copies = 4 if sizes.get("TMA") else 0
+    specialized = any(launch.constants.get("SPECIALIZE", False) for launch in launches[:1])
+    copies = 4 if "_tma" in kernel else 0
     scratch = 256 if specialized else 0
-    return aot.Report(r.op, "k", r.arch, 128, 0, 0, 49152, scratch, cores, copies, specialized, 900, 8, 3, {})
+    return aot.Report(
+        r.op, kernel, r.arch, 128, 0, 0, 49152, scratch, cores, copies, specialized, 900, 8, 3, {}
+    )
 
 
 def entry(op: str, case: str, arch: int = 90) -> Entry:
@@ -66,6 +69,19 @@ def test_faults_of_what_has_no_products_and_of_variants() -> None:
         "0 bytes of scratch",
         "0 copies of whole blocks",
     ]
+
+
+def test_what_tuning_chose_is_no_fault() -> None:
+    """On a GPU a variant with descriptors may be the fastest; then the registry's own cases have its copies."""
+    key = "attention", "self 4096 x 10 heads"
+    with tuning.trying("attention", {**compiled_kernels.SPECIALIZED_SIZES}):
+        chosen = entry(*key)
+        report = good(chosen.request)
+        assert (report.kernel, report.specialized) == ("_attention_tma", True)
+        assert not list(faults(chosen, report))
+        assert list(faults(chosen, replace(report, block_copies=0))) == ["0 copies of whole blocks"]
+    plain = entry(*key)
+    assert list(faults(plain, replace(good(plain.request), block_copies=4))) == ["4 copies of whole blocks"]
 
 
 def test_the_file(

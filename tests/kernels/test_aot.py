@@ -144,7 +144,7 @@ def check_that_every_key_is_asked_for(arch: int, dtype: torch.dtype, monkeypatch
     monkeypatch.setattr(tuning, "constants", constants)
     for entry in matrix(arch, dtype):
         if entry.request.trial is None:
-            aot._launches(entry.request)
+            aot.launches(entry.request)
     tables = tuning.load(arch)["tables"]
     keys = {(table, key) for table, rows in tables.items() for key in rows if key.startswith("16/")}
     steps = ("sampler_step", "sampler_step_ratio")
@@ -157,7 +157,7 @@ def test_the_matrix_has_every_variant(arch: int, dtype: torch.dtype) -> None:
     """Of the constants and of the arguments that may be None, either way."""
     seen: dict[str, set[Any]] = {}
     for entry in matrix(arch, dtype):
-        for launch in aot._launches(entry.request):
+        for launch in aot.launches(entry.request):
             for name, value in {**launch.args, **launch.constants}.items():
                 kind = value if isinstance(value, bool) else value is None
                 seen.setdefault(f"{launch.kernel.name}.{name}", set()).add(kind)
