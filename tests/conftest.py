@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import io
+import json
 import logging
 import os
 import shutil
@@ -176,6 +177,25 @@ def _once_a_test() -> Iterator[None]:
     _forget()
     yield
     _forget()
+
+
+@pytest.fixture
+def untuned(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Kernels run as if none had been tuned on a GPU: by plain rows, heads wider than a block by PyTorch's libraries.
+    The folder that has these block sizes, which tests may change."""
+    from latentrt.kernels import tuning
+
+    folder = tmp_path_factory.mktemp("tuned")
+    for path in tuning.FOLDER.iterdir():
+        data = json.loads(path.read_text(encoding="utf-8"))
+        data["measured_on"] = {}
+        for table, rows in data["tables"].items():
+            for plain_key in [key for key in rows if key.endswith(tuning.PLAIN)]:
+                key = plain_key.removesuffix(tuning.PLAIN)
+                rows[key] = dict(tuning.LIBRARY) if table == "attention_wide" else rows.pop(plain_key)
+        (folder / path.name).write_text(json.dumps(data), encoding="utf-8")
+    monkeypatch.setattr(tuning, "FOLDER", folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

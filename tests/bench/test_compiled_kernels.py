@@ -55,6 +55,7 @@ def test_faults(changes: dict[str, Any], told: list[str]) -> None:
     assert list(faults(plain, replace(good(plain.request), **changes))) == told
 
 
+@pytest.mark.usefixtures("untuned")
 def test_faults_of_what_has_no_products_and_of_variants() -> None:
     norm = entry("layer_norm", "4096 x 640")
     assert list(faults(norm, replace(good(norm.request), tensor_core={"HMMA": 1})))
@@ -71,6 +72,7 @@ def test_faults_of_what_has_no_products_and_of_variants() -> None:
     ]
 
 
+@pytest.mark.usefixtures("untuned")
 def test_what_tuning_chose_is_no_fault() -> None:
     """On a GPU a variant with descriptors may be the fastest; then the registry's own cases have its copies."""
     key = "attention", "self 4096 x 10 heads"

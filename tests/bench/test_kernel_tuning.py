@@ -306,13 +306,9 @@ def test_tuning_resumes(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def block_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """Copies of kernels/tuned: the one that kernels read, and the one that an earlier run left."""
-    folders = tmp_path / "read", tmp_path / "left"
-    for folder in folders:
-        shutil.copytree(tuning.FOLDER, folder)
-    monkeypatch.setattr(tuning, "FOLDER", folders[0])
-    return folders
+def block_sizes(tmp_path: Path, untuned: Path) -> tuple[Path, Path]:
+    """The folder that kernels read, and a copy of it that an earlier run left."""
+    return untuned, shutil.copytree(untuned, tmp_path / "left")
 
 
 def leave(folder: Path, table: str, rows: dict[str, Any], measured_on: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from helpers.waiting import has_ended, written
 from latentrt.bench.compiled_kernels import CACHE, DTYPES, Entry, faults, matrix
 from latentrt.errors import BackendError
 from latentrt.kernels import aot, tuning
-from latentrt.kernels._attention_triton import tuned_sizes
 from latentrt.kernels.registry import specs
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -76,8 +74,8 @@ def test_a_projections_values_and_gates_are_one_matmul(variant: dict[str, int]) 
 @pytest.mark.parametrize("D", [40, 64])
 def test_two_programs_of_a_texts_attention_fit_an_sm(D: int) -> None:
     """With Triton 3.6 only if their loads are staged."""
-    request = attention(D, 90, 77)
-    assert tuned_sizes(*request.args[:2], 90)["num_stages"] == 2
+    staged = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    request = attention(D, 90, 77, trial=("attention", staged))
     ((report,),) = aot.reports([request], CACHE)
     assert 2 * report.registers * 32 * report.num_warps <= 65536
 
@@ -122,11 +120,10 @@ def test_the_matrix_asks_for_every_tuned_key(
     check_that_every_key_is_asked_for(arch, dtype, monkeypatch)
 
 
-def test_the_matrix_asks_for_plain_rows_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("untuned")
+def test_the_matrix_asks_for_plain_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where tuning chose TMA or libraries, as it may for every shape that it times."""
-    shutil.copytree(tuning.FOLDER, tmp_path / "tuned")
     rows = tuning.load(90)["tables"]
-    monkeypatch.setattr(tuning, "FOLDER", tmp_path / "tuned")
     for table, key in (("attention", "16/d64"), ("attention", "16/d64-long"), ("linear_geglu", "16/many")):
         tuning.save(90, table, {key: {**rows[table][key], "TMA": 1}})
     tuning.save(90, "attention", {"16/d64-short": tuning.LIBRARY})
@@ -187,6 +184,7 @@ def attention(
     return aot.Request("attention", (q, k[:, :Sk], v[:, :Sk]), arch, trial)
 
 
+@pytest.mark.usefixtures("untuned")
 def test_the_cache_is_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same request is not compiled again; another architecture, dtype or size is another entry."""
     wanted = [

@@ -114,7 +114,8 @@ def test_a_row_says_one_thing(row: dict[str, int], device: torch.device) -> None
 def test_where_only_a_kernel_can_be_launched_there_is_one(dtype: torch.dtype, arch: int) -> None:
     """As in a plugin, also where the data choose the libraries."""
     q, k, v = draw(1, 300, 300, 1, 512, dtype, META)
-    assert not all(isinstance(step, Launch) for step in plan(q, k, v, arch=arch)[1])
+    with tuning.trying("attention_wide", tuning.LIBRARY):
+        assert not all(isinstance(step, Launch) for step in plan(q, k, v, arch=arch)[1])
     _, (launch,) = plan_kernel(q, k, v, arch=arch, descriptors=False)
     assert launch.label == "_attention_wide"
 
@@ -123,7 +124,8 @@ def test_where_only_a_kernel_can_be_launched_there_is_one(dtype: torch.dtype, ar
 def test_the_scratch_of_a_vae_is_bounded(dtype: torch.dtype) -> None:
     """At 1024x1024 and at 2048x2048, where all scores would be 17 GB."""
     for S in (16384, 65536):
-        _, steps = plan(*draw(1, S, S, 1, 512, dtype, META), arch=90)
+        with tuning.trying("attention_wide", tuning.LIBRARY):
+            _, steps = plan(*draw(1, S, S, 1, 512, dtype, META), arch=90)
         first = steps[0].args["out"].untyped_storage().nbytes()
         p = steps[1].args["p_ptr"].untyped_storage()
         taken = first + (0 if dtype == torch.float32 else p.nbytes())

@@ -268,7 +268,7 @@ def test_heads_that_cannot_be_described_are_tuned_by_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 48 columns: what TMA is launched with would make the plain kernel spill."""
-    plain = tuning.load(90)["tables"]["attention"]["16/d64-long"]
+    plain = tuning.plain_constants("attention", 90, torch.float16, "d64-long")
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     copied = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2, "TMA": 1, "SPECIALIZE": 1}
     tuning.save(90, "attention", {"16/d64-long": copied, "16/d64-long-kernel": plain})

@@ -94,8 +94,8 @@ def test_plugins_are_launched_as_the_plain_kernel_is_tuned(
     chosen: Mapping[str, int], arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Never with what was found for descriptors, which they cannot have."""
-    plain = dict(tuning.load(arch)["tables"]["attention"]["16/d64"])
-    wide = dict(tuning.load(arch)["tables"]["attention_wide"]["16/any-kernel"])
+    plain = tuning.plain_constants("attention", arch, HALF, "d64")
+    wide = tuning.plain_constants("attention_wide", arch, HALF, "any")
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     tuning.save(arch, "attention", {"16/d64": plain})
     tuning.save(arch, "attention_wide", {"16/any": wide})

@@ -210,6 +210,7 @@ def test_every_row_has_a_plain_one(arch: int) -> None:
             assert tuning.is_plain(row) or tuning.is_plain(rows[f"{key}-kernel"])
 
 
+@pytest.mark.usefixtures("untuned")
 def test_the_kernels_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def reports(requests: list[aot.Request]) -> list[list[aot.Report]]:
         return [
