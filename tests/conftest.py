@@ -190,9 +190,10 @@ def untuned(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
         data = json.loads(path.read_text(encoding="utf-8"))
         data["measured_on"] = {}
         for table, rows in data["tables"].items():
-            for plain_key in [key for key in rows if key.endswith(tuning.PLAIN)]:
-                key = plain_key.removesuffix(tuning.PLAIN)
-                rows[key] = dict(tuning.LIBRARY) if table == "attention_wide" else rows.pop(plain_key)
+            for key in [key for key in rows if not key.endswith(tuning.PLAIN)]:
+                rows[key] = plain = rows.pop(f"{key}{tuning.PLAIN}", rows[key])
+                if table == "attention_wide" and key.endswith("/any"):
+                    rows |= {key: dict(tuning.LIBRARY), f"{key}{tuning.PLAIN}": plain}
         (folder / path.name).write_text(json.dumps(data), encoding="utf-8")
     monkeypatch.setattr(tuning, "FOLDER", folder)
     return folder
