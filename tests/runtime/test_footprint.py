@@ -145,6 +145,7 @@ def test_operators_count_in_full(spec: OpSpec, case: Case) -> None:
     assert tracker.peak == sum(t.nbytes for t in results)
 
 
+@pytest.mark.usefixtures("untuned")
 def test_the_workspace_of_a_kernel_is_counted() -> None:
     """GroupNorm keeps partial sums; a tensor that is not dense is copied first."""
     with META:
