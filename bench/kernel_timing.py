@@ -10,6 +10,7 @@ import os
 import re
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ __all__ = [
     "gpu_slug",
     "gpu_state",
     "hang_watchdog",
+    "input_count",
+    "l2_bytes",
     "make_inputs",
     "read_resumable",
     "require_gpu",
@@ -48,10 +51,13 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 KERNELS_FOLDER = Path(tuning.__file__).parent
-CACHE_BYTES = 256 << 20
-"""Least size of all inputs of one timing together, so that an input has left the cache before it is used again."""
-MAX_CALLS = 16
-"""Maximum number of calls in one recorded graph."""
+_TIMES_CACHE = 4
+"""What the calls of one pass read and write, as a multiple of the L2 cache: data has left it before it is used again,
+also where an operator counts twice what it updates in place."""
+_REPLAY_US = 1000.0
+"""Least microseconds of one replay. The resolution of events and the start of a graph take a microsecond or two."""
+_SLEEP_CYCLES = 2_000_000
+"""How long the device is kept busy before each round: about 1 ms, in which the host queues the first graphs."""
 HANG_SECONDS = 90.0
 """Seconds after which one part of a row counts as hanging, and the process is ended: a kernel may never return."""
 HUNG = "never came back"
@@ -93,46 +99,76 @@ def cuda_microseconds(
 ) -> dict[str, float | str]:
     """A `Timer` for CUDA: medians over replays.
 
-    Each call is recorded into a graph, once for each of the inputs, and the graphs are replayed in turn.
+    Each call is recorded into a graph of a millisecond at least. In each round the graphs are queued while the device
+    is still busy, so that none of them waits for the host, and another one is the first.
     """
     failures: dict[str, float | str] = {}
-    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
     for name, call in calls.items():
         try:
-            graphs[name] = _record_graph(call, inputs)
+            graphs[name] = _record_long(call, inputs)
         except Exception as error:
             failures[name] = f"{type(error).__name__}: {error}"[:300]
     times: dict[str, list[float]] = {name: [] for name in graphs}
+    order = deque(graphs)
     end = time.monotonic() + seconds * len(graphs)
     rounds = 0
     while graphs and (rounds < 7 or (time.monotonic() < end and rounds < 200)):
-        events = {}
-        for name, graph in graphs.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            stop.record()
-            events[name] = start, stop
-        torch.cuda.synchronize()
-        for name, (start, stop) in events.items():
-            times[name].append(start.elapsed_time(stop) * 1e3 / len(inputs))
+        replays = _replay_microseconds([graphs[name][0] for name in order])
+        for name, us in zip(order, replays, strict=True):
+            times[name].append(us / graphs[name][1])
+        order.rotate(-1)
         rounds += 1
     # The first replay is a warm-up.
     return failures | {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def _record_graph(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> torch.cuda.CUDAGraph:
+def _replay_microseconds(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
+    """Replay each graph once, in this order."""
+    torch.cuda._sleep(_SLEEP_CYCLES)
+    events = []
+    for graph in graphs:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        events.append((start, stop))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(stop) * 1e3 for start, stop in events]
+
+
+def _record_long(
+    call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]
+) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of as many passes over the inputs as take `_REPLAY_US`, and how many calls that are."""
     stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         for args in [*inputs[:1], *inputs]:
             call(*args)
     stream.synchronize()
+    graph = _record(call, inputs, 1, stream)
+    for _ in range(2):  # the first replay also uploads the graph
+        (pass_us,) = _replay_microseconds([graph])
+    passes = math.ceil(_REPLAY_US / pass_us)
+    if passes > 1:
+        del graph  # with its memory
+        graph = _record(call, inputs, passes, stream)
+    return graph, passes * len(inputs)
+
+
+def _record(
+    call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], passes: int, stream: torch.cuda.Stream
+) -> torch.cuda.CUDAGraph:
+    current = torch.cuda.current_stream()
+    # If a result were dropped at once, the next call would write to the same memory, which is still in the cache.
+    results: deque[Any] = deque(maxlen=len(inputs))
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, stream=stream):
-            for args in inputs:
-                call(*args)
+            for _ in range(passes):
+                for args in inputs:
+                    results.append(call(*args))
     except BaseException:
         torch.cuda.set_stream(current)
         reset_generator(stream.device)
@@ -171,9 +207,22 @@ def _tensors(out: Any) -> list[Tensor]:
 
 
 def make_inputs(timing: Timing, case: Case, dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    """Inputs that together exceed the cache. There are at least two, which hide the time to start a replay."""
-    count = min(MAX_CALLS, max(2, math.ceil(CACHE_BYTES / case.nbytes(dtype))))
-    return [case.inputs(dtype, timing.device) for _ in range(count if timing.device.type == "cuda" else 1)]
+    """Inputs to use in turn: with what the calls write, several times the cache."""
+    return [case.inputs(dtype, timing.device) for _ in range(input_count(case.nbytes(dtype), timing.device))]
+
+
+def input_count(nbytes: int, device: torch.device) -> int:
+    """How many inputs a call of so many bytes of traffic needs, so that it finds none of them in the L2 cache."""
+    cache = l2_bytes(device)
+    return 1 if cache is None else math.ceil(_TIMES_CACHE * cache / nbytes)
+
+
+def l2_bytes(device: torch.device) -> int | None:
+    """A GPU's L2 cache; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    size: int = torch.cuda.get_device_properties(device).L2_cache_size
+    return size
 
 
 def clone_args(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -3,8 +3,10 @@
     latentrt kernels --measure     writes out/kernels/kernels-GPU.json
 
 A kernel is timed only after its result was checked against float64. The calls that are compared are recorded into CUDA
-graphs, over inputs that together exceed the cache, so that times depend neither on the host nor on the cache. The
-graphs are replayed in turn, so that a change of clocks affects all of them alike.
+graphs. A graph's calls use different inputs and outputs in turn, several times the L2 cache together, so that each call
+reads from memory. The graphs are queued while the GPU is still busy and last a millisecond at least, so that the host's
+time does not count. They are replayed in turn, so that a change of clocks affects all of them alike, and another one
+is the first each time. The ceilings are timed in the same way.
 
 A rate in GB/s counts every input and output at least once. Group norm reads its input twice: for the statistics, and
 to apply them. What of it exceeds the GPU's L2 cache is counted twice: counted once, a perfect kernel of two passes
@@ -44,6 +46,7 @@ from .kernel_timing import (
     gpu_slug,
     gpu_state,
     hang_watchdog,
+    l2_bytes,
     make_inputs,
     read_resumable,
     run_metadata,
@@ -69,7 +72,7 @@ def ceilings(timing: Timing) -> dict[str, float]:
         a, b = (torch.randn(n, n, device=timing.device).to(dtype) for _ in range(2))
         reached[dtype_name(dtype)] = 2e-6 * n**3 / _one(timing.timer({"": torch.mm}, [(a, b)] * 4, 0.5))
     a = torch.randn(n * 4, n * 4, dtype=torch.bfloat16, device=timing.device)
-    reached["copy"] = 2e-6 * a.nbytes / _one(timing.timer({"": torch.Tensor.clone}, [(a,)] * 2, 0.5))
+    reached["copy"] = 2e-6 * a.nbytes / _one(timing.timer({"": torch.Tensor.clone}, [(a,)], 0.5))
     return reached
 
 
@@ -117,7 +120,7 @@ def measure(
     limits = ceilings(timing)
     todo.sort(key=lambda item: (dtypes.index(item[2]), -_floor_us(item[1], item[2], limits)))
     left = [[spec.name, case.name, dtype_name(dtype)] for spec, case, dtype in todo]
-    cache = _cache_bytes(timing.device)
+    cache = l2_bytes(timing.device)
     result: dict[str, Any] = {
         "machine": machine,
         "ceilings": limits,
@@ -146,14 +149,6 @@ def measure(
     result["ceilings_after"], result["machine_after"] = ceilings(timing), gpu_state(timing)
     write_json(path, result)
     return result
-
-
-def _cache_bytes(device: torch.device) -> int | None:
-    """A GPU's L2 cache; None for the CPU."""
-    if device.type != "cuda":
-        return None
-    size: int = torch.cuda.get_device_properties(device).L2_cache_size
-    return size
 
 
 def measured_requests(

@@ -4,7 +4,7 @@
 
 Both are channels_last and use latentrt's norms, so they differ in where biases are added and in how an image is
 upsampled. They take turns. A packed block with another result is not timed. On a GPU, calls are timed like kernels: as
-CUDA graphs, over inputs that exceed its cache. On the CPU they are called directly.
+CUDA graphs, over inputs that are several times its cache. On the CPU they are called directly.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..kernels.atomic_file import write_json
 from ..runtime.engines.packing import FusedUpsample, defer_in_resnet
 from ..runtime.models.layers import ResnetBlock, Upsample
 from ..runtime.place import dtype_name
-from .kernel_timing import CACHE_BYTES, MAX_CALLS, Calls, cuda_microseconds, gpu_slug
+from .kernel_timing import Calls, cuda_microseconds, gpu_slug, input_count
 from .machine import describe_machine, module_command
 
 __all__ = ["BLOCKS", "Block", "main", "measure"]
@@ -112,8 +112,7 @@ def measure(block: Block, dtype: torch.dtype, device: torch.device, seconds: flo
     }
     shape = (rows, block.widths[0], block.side, block.side)
     nbytes = rows * block.widths[0] * block.side**2 * dtype.itemsize
-    count = min(MAX_CALLS, max(2, CACHE_BYTES // nbytes)) if device.type == "cuda" else 1
-    inputs = [(_image(shape, dtype, device),) for _ in range(count)]
+    inputs = [(_image(shape, dtype, device),) for _ in range(input_count(nbytes, device))]
     exact = _call(copy.deepcopy(module).float(), time_.float(), device)(inputs[0][0].float())
     deferred_bias = deferred_bias.to(device)[:, None, None]
     row: dict[str, Any] = {"block": block.name, "calls": block.calls}

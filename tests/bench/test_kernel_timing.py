@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.dry_timing import ATTENTION, BF16, FALLEN, SMALL, fake_timer, small_attention
+from helpers.dry_timing import ATTENTION, BF16, FALLEN, SMALL, SimulatedGpu, fake_timer, small_attention
 from latentrt.bench import kernel_timing, verdicts
 from latentrt.bench import kernels as timings
 from latentrt.bench.kernel_timing import HUNG, Timing
 from latentrt.kernels import tuning
 from latentrt.kernels._triton import forced
+from latentrt.kernels.registry import OpSpec, specs
+from torch import Tensor
 
 
 def test_measuring(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +71,7 @@ def test_what_exceeds_the_cache_is_counted_twice(here: Timing, monkeypatch: pyte
         replace(case, flops=0, again=2560)
         for case in small_attention(candidates={"attention": SMALL[1:]}).cases
     ]
-    monkeypatch.setattr(timings, "_cache_bytes", lambda device: 1000)
+    monkeypatch.setattr(timings, "l2_bytes", lambda device: 1000)
     with forced(), tuning.trying("attention", SMALL[1]):
         result = timings.measure(here, [small_attention(cases=cases, limit="copy")], BF16)
     row = result["rows"][0]
@@ -195,87 +198,92 @@ def test_a_lost_gpu_ends_the_run(here: Timing, monkeypatch: pytest.MonkeyPatch) 
     assert verdicts.resumable_verdict(here.folder, "kernels") == (True, "1 left")
 
 
-class FakeEvent:
-    """Events of a GPU whose every replay takes as long as the graph says."""
-
-    now = 0.0
-
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-
-    def record(self) -> None:
-        self.at = FakeEvent.now
-
-    def elapsed_time(self, stop: FakeEvent) -> float:
-        return stop.at - self.at
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
+    simulated = SimulatedGpu()
+    simulated.install(monkeypatch)
+    monkeypatch.setattr(kernel_timing, "reset_generator", simulated.left.append)
+    return simulated
 
 
-def test_the_timer_replays_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Milliseconds of a replay of two calls, to microseconds of one; what cannot be recorded is told of, and leaves the
-    stream and random numbers as they were."""
-    recorded: list[object] = []
-    capturing: list[object] = []
-    restored: list[object] = []
-    replays: list[float] = []
+@pytest.mark.parametrize(("count", "us"), [(7, 9.75), (13, 4.88), (80, 0.61), (1, 3000.0)])
+def test_what_takes_as_long_has_the_same_time_whenever_it_is_replayed(
+    count: int, us: float, gpu: SimulatedGpu
+) -> None:
+    """Nothing of what the host takes to launch a graph, and hardly any of what the device takes to start it."""
+    calls = {name: lambda: gpu.kernel(us) for name in ("ours", "theirs", "compiled")}
+    times = kernel_timing.cuda_microseconds({**calls, "slow": lambda: gpu.kernel(2 * us)}, [()] * count, 0.0)
+    assert times["slow"] == pytest.approx(2 * us, rel=0.002)
+    assert [times[name] for name in calls] == pytest.approx([us] * 3, rel=0.002)
+    assert min(us for graphs in gpu.rounds if len(graphs) > 1 for us in graphs) > 950.0
+    alone = kernel_timing.cuda_microseconds({"": lambda: gpu.kernel(us)}, [()] * count, 0.0)
+    assert alone == {"": pytest.approx(us, rel=0.002)}
 
-    class FakeGraph:
-        def replay(self) -> None:
-            replays.append(self.ms)  # type: ignore[attr-defined]
-            FakeEvent.now += self.ms  # type: ignore[attr-defined]
 
-    @contextmanager
-    def capture(graph: Any, stream: object) -> Iterator[None]:
-        recorded.clear()
-        capturing.append(graph)
-        try:
-            yield
-        finally:
-            capturing.clear()
-        graph.ms = sum(recorded)  # type: ignore[arg-type]
+def test_each_round_has_another_first_graph(gpu: SimulatedGpu) -> None:
+    """A round begins while the device is busy, which a sleep sees to."""
+    calls = {str(us): lambda us=us: gpu.kernel(us) for us in (1500.0, 2000.0, 2500.0)}
+    kernel_timing.cuda_microseconds(calls, [()], 0.0)
+    rounds = [graphs for graphs in gpu.rounds if len(graphs) > 1]
+    assert rounds[:4] == [
+        [1500.0, 2000.0, 2500.0],
+        [2000.0, 2500.0, 1500.0],
+        [2500.0, 1500.0, 2000.0],
+        [1500.0, 2000.0, 2500.0],
+    ]
+    assert len(rounds) == 7
 
-    @contextmanager
-    def on(stream: object) -> Iterator[None]:
-        yield
 
-    device = torch.device("cuda", 0)
-    stream, current = (
-        SimpleNamespace(wait_stream=lambda _: None, synchronize=lambda: None, device=device) for _ in range(2)
-    )
-    fakes = {
-        "Stream": lambda: stream,
-        "current_stream": lambda: current,
-        "set_stream": restored.append,
-        "stream": on,
-        "graph": capture,
-        "CUDAGraph": FakeGraph,
-        "Event": FakeEvent,
-        "synchronize": lambda: None,
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(kernel_timing, "reset_generator", restored.append)
+def test_what_cannot_be_recorded_is_told_of(gpu: SimulatedGpu) -> None:
+    """It leaves the stream and random numbers as they were."""
 
-    def synchronises(ms: float) -> None:
-        if capturing:
-            raise RuntimeError("not while a stream is captured")
-
-    def fails(*_: object) -> None:
+    def fails(us: float) -> None:
         raise ValueError("not for this shape")
 
-    calls = {
-        "ours": recorded.append,
-        "theirs": lambda ms: recorded.append(3 * ms),
-        "none": fails,
-        "waits": synchronises,
-    }
-    assert kernel_timing.cuda_microseconds(calls, [(0.5,), (1.5,)], 0.0) == {
-        "ours": pytest.approx(1000.0),
-        "theirs": pytest.approx(3000.0),
+    calls = {"ours": gpu.kernel, "none": fails, "waits": lambda us: gpu.synchronize()}
+    assert kernel_timing.cuda_microseconds(calls, [(500.0,), (1500.0,)], 0.0) == {
+        "ours": pytest.approx(1000.0, rel=0.002),
         "none": "ValueError: not for this shape",
         "waits": "RuntimeError: not while a stream is captured",
     }
-    assert restored == [current, device]
-    assert replays == [2.0, 6.0] * 7
+    assert gpu.left == ["the current stream", torch.device("cuda", 0)]
+
+
+def test_calls_write_to_other_memory_until_their_inputs_are_used_again(gpu: SimulatedGpu) -> None:
+    """Else each would write to what the one before has left in the cache. Nothing is kept afterwards."""
+    results: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def call() -> Tensor:
+        if gpu.recording is None:
+            results.clear()
+        alive.append(sum(result() is not None for result in results))
+        gpu.kernel(100.0)
+        out = torch.empty(1)
+        results.append(weakref.ref(out))
+        return out
+
+    kernel_timing.cuda_microseconds({"": call}, [()] * 5, 0.0)
+    one_pass, passes = alive[6:11], alive[11:]
+    assert one_pass == [0, 1, 2, 3, 4]
+    assert passes == [0, 1, 2, 3, 4, *[5] * 5]
+    assert not any(result() is not None for result in results)
+
+
+@pytest.mark.parametrize("mib", [50, 126], ids=["H200", "B200"])
+@pytest.mark.parametrize("spec", specs(), ids=lambda spec: spec.name)
+def test_what_the_calls_of_a_graph_touch_is_four_times_the_cache(
+    spec: OpSpec, mib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no more inputs than that takes: the VAE's are large."""
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=mib << 20)
+    )
+    timing = Timing(torch.device("cuda"), fake_timer)
+    for case in (replace(case, inputs=lambda *_: ()) for case in spec.cases):
+        count = len(kernel_timing.make_inputs(timing, case, torch.bfloat16))
+        nbytes = case.nbytes(torch.bfloat16)
+        assert count * nbytes >= 4 * mib << 20 > (count - 1) * nbytes
 
 
 def test_a_hang_is_given_up() -> None:

@@ -1,11 +1,14 @@
-"""A small operator, and a timer that needs no GPU, for tests of measuring and tuning kernels."""
+"""A small operator, a timer that needs no GPU, and the clocks of one, for tests of measuring and tuning kernels."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from latentrt.kernels import tuning
 from latentrt.kernels.registry import Case, OpSpec, specs
@@ -18,6 +21,7 @@ __all__ = [
     "SECOND",
     "SMALL",
     "SMALL_WIDE",
+    "SimulatedGpu",
     "fake_timer",
     "small_attention",
 ]
@@ -67,3 +71,92 @@ def fake_timer(
         except RuntimeError as error:
             found[name] = f"RuntimeError: {error}"
     return found
+
+
+class SimulatedGpu:
+    """Clocks of a host and a device in microseconds, in the place of what `kernel_timing` calls in `torch.cuda`.
+
+    Whatever is launched starts when the host has launched it and the device is done with what came before. The first
+    launch of a graph takes both of them longer.
+    """
+
+    def __init__(self) -> None:
+        self.host = self.device = 0.0
+        self.recording: list[float] | None = None
+        self.rounds: list[list[float]] = []
+        """Microseconds of the graphs, in the order of their replays, after each sleep."""
+        self.left: list[Any] = []
+        """What a capture that failed set back."""
+
+    def kernel(self, us: float) -> None:
+        """A call of so many microseconds."""
+        if self.recording is None:
+            self.launch(us)
+        else:
+            self.recording.append(us)
+
+    def launch(self, us: float, host_us: float = 10.0) -> None:
+        self.host += host_us
+        self.device = max(self.device, self.host) + us
+
+    def synchronize(self) -> None:
+        if self.recording is not None:
+            raise RuntimeError("not while a stream is captured")
+        self.host = self.device = max(self.host, self.device) + 5.0
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu = self
+        place = torch.device("cuda", 0)
+        stream = SimpleNamespace(wait_stream=lambda _: None, synchronize=gpu.synchronize, device=place)
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                gpu.launch(0.0, host_us=2.0)
+                self.at = gpu.device
+
+            def elapsed_time(self, stop: Event) -> float:
+                return (stop.at - self.at) * 1e-3
+
+        class Graph:
+            kernels: list[float]
+
+            def __init__(self) -> None:
+                self.upload_us = 100.0
+
+            def replay(self) -> None:
+                gpu.rounds[-1].append(sum(self.kernels))
+                gpu.launch(1.0 + sum(self.kernels) + self.upload_us, 10.0 + self.upload_us)
+                self.upload_us = 0.0
+
+        @contextmanager
+        def capture(graph: Graph, stream: object) -> Iterator[None]:
+            gpu.recording = graph.kernels = []
+            try:
+                yield
+            finally:
+                gpu.recording = None
+
+        @contextmanager
+        def on(stream: object) -> Iterator[None]:
+            yield
+
+        def sleep(cycles: int) -> None:
+            gpu.rounds.append([])
+            gpu.launch(cycles / 2000)
+
+        fakes = {
+            "Stream": lambda: stream,
+            "current_stream": lambda: "the current stream",
+            "set_stream": gpu.left.append,
+            "stream": on,
+            "graph": capture,
+            "CUDAGraph": Graph,
+            "Event": Event,
+            "synchronize": gpu.synchronize,
+            "_sleep": sleep,
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
