@@ -332,6 +332,7 @@ def _fastest(
 
     Interleaved times count, if some finalist has them for all cases. A finalist that failed is never chosen.
     """
+    # Where only one finalist is wanted, it is the fastest one alone, too: finalists are the first in that order.
     cases, failed = _cases(trials), _failures(finals)
     alone = [name for name in _ranked(trials, cases) if name not in failed]
     for names in (_ranked(finals, cases), alone):
