@@ -57,6 +57,7 @@ __all__ = ["ceilings", "dry_run", "failures", "lines", "measure", "measured_requ
 _log = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16)
+_COMPILED = "; compiled"
 _MAX_LISTED = 3
 """Failed cases in a message; the file has all of them."""
 
@@ -245,12 +246,17 @@ def _row(
             return {**row, "error": "wrong result"}
         del out
         baselines = _baselines(timing, spec)
+        own = {name: [prepare(*args) for args in inputs] for name, prepare in spec.baseline_inputs.items()}
+        sets = {name: own.get(name.removesuffix(_COMPILED), inputs) for name in baselines}
         # Compile the baselines first, so that the watchdog below counts only their run time.
-        for call in baselines.values():
+        for name, call in baselines.items():
             with hang_watchdog(timing), suppress(Exception):
-                call(*clone_args(inputs[0]))
+                call(*clone_args(sets[name][0]))
+        calls = {name: _by_index(call, sets[name]) for name, call in baselines.items()}
         with hang_watchdog(timing):
-            times = timing.timer({"ours": spec.op, **baselines}, inputs, 0.25)
+            times = timing.timer(
+                {"ours": _by_index(spec.op, inputs), **calls}, [(i,) for i in range(len(inputs))], 0.25
+            )
     except Exception as error:  # only this case fails; the others are still measured
         return {**row, "error": f"{type(error).__name__}: {error}"[:300]}
     us = times.pop("ours")
@@ -269,6 +275,11 @@ def _row(
     return row
 
 
+def _by_index(call: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> Callable[[int], Any]:
+    """So that calls whose arguments differ can be timed over the same inputs."""
+    return lambda index: call(*sets[index])
+
+
 def _baselines(timing: Timing, spec: OpSpec) -> dict[str, Callable[..., Any]]:
     """PyTorch's own implementations; those of several operators also compiled."""
     baselines = dict(spec.baselines)
@@ -276,5 +287,7 @@ def _baselines(timing: Timing, spec: OpSpec) -> dict[str, Callable[..., Any]]:
         # Without this, dynamo silently stops compiling after a few shapes of one function.
         torch._dynamo.reset()
         eager = {name: call for name, call in baselines.items() if not name.startswith("SDPA")}
-        baselines |= {f"{name}; compiled": torch.compile(call, dynamic=False) for name, call in eager.items()}
+        baselines |= {
+            f"{name}{_COMPILED}": torch.compile(call, dynamic=False) for name, call in eager.items()
+        }
     return baselines

@@ -181,6 +181,16 @@ def _torch_norm(
     return F.group_norm(x, num_groups, weight, bias, eps)
 
 
+def _torch_norm_silu(*args: Any) -> Tensor:
+    return F.silu(_torch_norm(*args))
+
+
+def _contiguous(x: Tensor, *others: Any) -> tuple[Any, ...]:
+    """x in the layout that PyTorch's own group norm computes in on CUDA: its `native_group_norm` (2.11) copies a
+    channels_last input to that first."""
+    return x.contiguous(), *others
+
+
 _CANDIDATES = {
     "group_norm": [  # 396 programs: three on each of an H200's 132 multiprocessors, all at once
         {"BLOCK": block, "PROGRAM": program, "PROGRAMS": programs, "num_warps": warps, "num_stages": 1}
@@ -203,7 +213,8 @@ register(
         ],
         limit="copy",
         candidates=_CANDIDATES,
-        baselines={"F.group_norm": _torch_norm},
+        baselines={"F.group_norm": _torch_norm, "F.group_norm, contiguous": _torch_norm},
+        baseline_inputs={"F.group_norm, contiguous": _contiguous},
     )
 )
 register(
@@ -218,6 +229,10 @@ register(
         ],
         limit="copy",
         candidates=_CANDIDATES,
-        baselines={"F.group_norm, F.silu": lambda *args: F.silu(_torch_norm(*args))},
+        baselines={
+            "F.group_norm, F.silu": _torch_norm_silu,
+            "F.group_norm, F.silu, contiguous": _torch_norm_silu,
+        },
+        baseline_inputs={"F.group_norm, F.silu, contiguous": _contiguous},
     )
 )

@@ -79,6 +79,8 @@ class OpSpec:
     """Constants, by tuning table, that `latentrt kernels --tune` tries."""
     baselines: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """PyTorch's own ways to the same result, by name, for `--measure`."""
+    baseline_inputs: Mapping[str, Callable[..., tuple[Any, ...]]] = field(default_factory=dict)
+    """What makes a baseline's arguments out of the operator's, before it is timed. Others take the operator's."""
 
     def launch(self, *args: Any) -> Any:
         """Run the plan's steps on the arguments' device; on the CPU, kernels run in Triton's interpreter."""

@@ -189,6 +189,36 @@ def test_each_part_of_a_row_has_its_own_time(here: Timing, monkeypatch: pytest.M
     assert begun == ["o", "", "a", "b", "oab"] * 2
 
 
+def test_a_baseline_may_take_inputs_of_its_own(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled too; they are made before anything is timed."""
+    log: list[str] = []
+
+    def prepare(*args: Tensor) -> tuple[Tensor, ...]:
+        log.append("prepared")
+        return tuple(a.contiguous() for a in args)
+
+    def noted(name: str) -> Callable[..., Any]:
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            log.append(f"{name}, {'contiguous' if q.is_contiguous() else 'strided'}")
+            out: Tensor = ATTENTION.op(q, k, v)
+            return out
+
+        return call
+
+    def timer(calls: Any, *how: Any) -> dict[str, float | str]:
+        if "ours" in calls:  # and not a ceiling
+            log.clear()
+        return fake_timer(calls, *how)
+
+    spec = small_attention(op=noted("ours"), baseline_inputs={"a": prepare})
+    calls = {name: noted(name) for name in ("a", "a; compiled", "b")}
+    monkeypatch.setattr(timings, "_baselines", lambda *_: calls)
+    with forced(), tuning.trying("attention", SMALL[1]):
+        result = timings.measure(Timing(here.device, timer, folder=here.folder), [spec], BF16)
+    assert log == ["ours, strided", "a, contiguous", "a; compiled, contiguous", "b, strided"]
+    assert result["rows"][0]["baselines"].keys() == calls.keys()
+
+
 def test_a_lost_gpu_ends_the_run(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timings, "gpu_is_alive", lambda _: False)
     result = timings.measure(here, [small_attention()], BF16)  # not forced: no kernel of ours runs

@@ -112,6 +112,20 @@ def test_the_cases_are_what_sdxl_calls() -> None:
     assert known == calls.found
 
 
+@pytest.mark.parametrize("name", ["group_norm", "group_norm_silu"])
+def test_pytorchs_group_norm_is_also_timed_in_the_layout_that_it_computes_in(name: str) -> None:
+    (spec,) = specs([name])
+    x = torch.randn(2, 64, 4, 4).to(memory_format=torch.channels_last)
+    args = (x, torch.randn(64), torch.randn(64), 32, 1e-5, torch.randn(2, 64))
+    contiguous = {}
+    for baseline, call in spec.baselines.items():
+        own = spec.baseline_inputs.get(baseline, lambda *args: args)(*args)
+        contiguous[baseline] = own[0].is_contiguous()
+        torch.testing.assert_close(call(*own), spec.reference(*args))
+    assert list(contiguous.values()) == [False, True]
+    assert [baseline.endswith(", contiguous") for baseline in contiguous] == [False, True]
+
+
 def test_the_work_of_a_forward() -> None:
     """Of the UNet with guidance, in half precision: what other ways to count it gave."""
     work = {spec.name: spec.cases for spec in specs()}
