@@ -186,7 +186,7 @@ def _torch_norm_silu(*args: Any) -> Tensor:
 
 
 def _contiguous(x: Tensor, *others: Any) -> tuple[Any, ...]:
-    """x in the layout that PyTorch's own group norm computes in on CUDA: its `native_group_norm` (2.11) copies a
+    """x in the layout that PyTorch's own group norm computes in on CUDA: its `native_group_norm` copies a
     channels_last input to that first."""
     return x.contiguous(), *others
 
