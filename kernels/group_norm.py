@@ -12,6 +12,7 @@ Source: Wu and He, "Group Normalization" (2018), equations 1 to 4; SiLU from Elf
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -99,45 +100,28 @@ def _check(
 _plan_norm, _plan_silu = partial(plan, silu=False), partial(plan, silu=True)
 
 
-@torch.library.custom_op("latentrt::group_norm", mutates_args=())
-def _norm_op(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, shift: Tensor | None = None
-) -> Tensor:
-    if not launches_triton(x):
-        return _like(reference.group_norm(x, weight, bias, num_groups, eps, shift), x)
-    y, launches = _plan_norm(x, weight, bias, num_groups, eps, shift, arch=arch_of(x.device))
-    run(launches)
-    return y
+def _define(name: str, by_reference: Callable[..., Tensor], planned: Callable[..., Any]) -> None:
+    """Make the custom op `latentrt::NAME`."""
+
+    @torch.library.custom_op(f"latentrt::{name}", mutates_args=())
+    def op(
+        x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, shift: Tensor | None = None
+    ) -> Tensor:
+        given = x, weight, bias, num_groups, eps, shift
+        if not launches_triton(x):  # in the layout that the kernels and the fakes give it
+            return torch.empty_like(dense(x)).copy_(by_reference(*given))
+        y, launches = planned(*given, arch=arch_of(x.device))
+        run(launches)
+        out: Tensor = y
+        return out
+
+    @op.register_fake
+    def _(x: Tensor, *_: Any) -> Tensor:
+        return torch.empty_like(dense(x))
 
 
-@_norm_op.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, shift: Tensor | None = None
-) -> Tensor:
-    return torch.empty_like(dense(x))
-
-
-@torch.library.custom_op("latentrt::group_norm_silu", mutates_args=())
-def _silu_op(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, shift: Tensor | None = None
-) -> Tensor:
-    if not launches_triton(x):
-        return _like(reference.group_norm_silu(x, weight, bias, num_groups, eps, shift), x)
-    y, launches = _plan_silu(x, weight, bias, num_groups, eps, shift, arch=arch_of(x.device))
-    run(launches)
-    return y
-
-
-@_silu_op.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, shift: Tensor | None = None
-) -> Tensor:
-    return torch.empty_like(dense(x))
-
-
-def _like(y: Tensor, x: Tensor) -> Tensor:
-    """y in the layout that the kernels and the fakes give it."""
-    return torch.empty_like(dense(x)).copy_(y)
+_define("group_norm", reference.group_norm, _plan_norm)
+_define("group_norm_silu", reference.group_norm_silu, _plan_silu)
 
 
 _UNET = (
