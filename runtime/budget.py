@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import torch
 
-from ..errors import OutOfMemoryError
 from ..kernels._triton import arch_of
-from .engines.lazy import EngineLoader, LazyEngine
-from .expert import Expert
+from .engines.lazy import LazyEngine
 from .graph import Graphs, empty_cache
 from .graph_cache import DEFAULT_LIMIT
-from .memory import POLICIES, Plan, Policy, format_bytes, kind_of, stays
+from .memory import POLICIES, Plan, format_bytes, kind_of, stays
+from .parts import Parts
 from .place import free_memory
 from .planner import Planner
 from .request import GenerationRequest
 from .stages import Stage
-from .vae import TILE, VAE
 
 __all__ = ["Admission", "Budget", "without_frames"]
 
@@ -30,7 +28,6 @@ _log = logging.getLogger(__name__)
 _OF_PYTORCH = ("triton", "eager")
 """Back ends whose work takes its memory from PyTorch's allocator, tensor by tensor."""
 
-_Result = TypeVar("_Result")
 _Error = TypeVar("_Error", bound=Exception)
 
 
@@ -39,13 +36,13 @@ class Admission:
     """A request that fits.
 
     Attributes:
+        request: decoded in tiles also where a whole image would not fit.
         plan: what it takes; None where nothing bounds the memory, and so nothing was planned.
-        tile: as for `VAE.decode`; set also where a whole image would not fit.
         graph_memory: bytes that it leaves for captured graphs, those of its own loops included; None likewise.
     """
 
+    request: GenerationRequest
     plan: Plan | None
-    tile: int | None
     graph_memory: int | None
 
 
@@ -59,37 +56,22 @@ class Budget:
     activations of the PyTorch modules.
     """
 
-    def __init__(
-        self,
-        base: Expert,
-        refiner: Expert | None,
-        vae: VAE,
-        loader: EngineLoader,
-        policy: Policy,
-        *,
-        limit: int | None = None,
-        loop_memory: int | None = None,
-    ) -> None:
-        """
-        Args:
-            base, refiner, vae, loader: the pipeline's.
-            policy: which weights are on the device when.
-            limit: bytes of the device that it may take; all that is free by default.
-            loop_memory: bytes of captured graphs and their buffers that may be kept; by default what a request's plan
-                leaves free, and `graph_cache.DEFAULT_LIMIT` where nothing bounds the memory.
+    def __init__(self, parts: Parts) -> None:
+        """`parts`: the pipeline's. Without a `memory_limit` it may take all that is free. Without `loop_memory` graphs
+        may be kept in what a request's plan leaves free, and in `graph_cache.DEFAULT_LIMIT` where nothing bounds it.
 
         Raises:
             MemoryPlanError: the weights cannot fit.
         """
-        self._parts = (base, refiner, vae)
-        self._loader = loader
-        self._policy = policy
-        self._limit = limit
-        self._loop_memory = loop_memory
+        self._parts = parts
+        self._loader = loader = parts.loader
+        self._policy = policy = loader.policy
+        self._limit = parts.memory_limit
+        self._loop_memory = parts.loop_memory
         self._planners: dict[tuple[str, int], Planner] = {}
         self._seen: tuple[torch.device, int] | None = None
-        if loop_memory is not None:
-            loader.graph_cache.limit = loop_memory
+        if self._loop_memory is not None:
+            loader.graph_cache.limit = self._loop_memory
         available = self.available()
         if available is not None:
             weights = self._among_others(self.planner.of_weights())
@@ -103,14 +85,11 @@ class Budget:
         backend: Literal["triton", "eager"] = "triton" if self._loader.backend.name == "triton" else "eager"
         key = (backend, arch_of(self._loader.device))
         if key not in self._planners:
-            base, refiner, vae = self._parts
-            self._planners[key] = Planner(
-                base, refiner, vae, dtype=self._loader.dtype, backend=backend, arch=key[1]
-            )
+            self._planners[key] = Planner(self._parts, backend=backend, arch=key[1])
         return self._planners[key]
 
-    def plan(self, request: GenerationRequest, stages: Sequence[Stage], tile: int | None = None) -> Plan:
-        """What a request takes; `tile` as for `VAE.decode`."""
+    def plan(self, request: GenerationRequest, stages: Sequence[Stage]) -> Plan:
+        """What a request takes."""
         plan = self.planner.of_stages(
             stages,
             height=request.height,
@@ -119,9 +98,13 @@ class Budget:
             guided=request.guided,
             encoded=request.starts_from_pixels,
             decoded=request.output_type != "latent",
-            tile=tile,
+            tile=request.tile,
         )
         return self._among_others(plan)
+
+    def describe(self, request: GenerationRequest, stages: Sequence[Stage]) -> str:
+        """What a request takes by plan, stage by stage, for messages."""
+        return self.plan(request, stages).describe(self._policy)
 
     def _among_others(self, plan: Plan) -> Plan:
         """The plan plus the weights that stay on the device whatever this request does: networks of other requests, and
@@ -195,24 +178,23 @@ class Budget:
         Raises:
             MemoryPlanError: what each stage needs, what there is, and what would fit.
         """
-        tile = TILE if request.tiled_vae else None
         available = self.available(idle=idle)
         if available is None:
-            return Admission(None, tile, None)
-        plan = self.plan(request, stages, tile)
+            return Admission(request, None, None)
+        plan = self.plan(request, stages)
         if plan.peak(self._policy) > available and idle:
             available = self._collected(available)  # before tiles are taken, which make another image
-        if plan.peak(self._policy) > available and tile is None:
-            tiled = self.plan(request, stages, TILE)
-            if tiled.peak(self._policy) <= available:
-                plan, tile = tiled, TILE
+        if plan.peak(self._policy) > available and not request.tiled_vae:
+            tiled = replace(request, tiled_vae=True)
+            if (tiled_plan := self.plan(tiled, stages)).peak(self._policy) <= available:
+                request, plan = tiled, tiled_plan
         plan.require_fit(available, self._policy, self._remedy(available))
-        return Admission(plan, tile, available - plan.peak(self._policy) + plan.buffer_bytes)
+        return Admission(request, plan, available - plan.peak(self._policy) + plan.buffer_bytes)
 
     def admit(self, request: GenerationRequest, stages: Sequence[Stage], *, idle: bool) -> Admission:
         """As `require`; and make room for the request among the captured graphs of earlier ones."""
         admission = self.require(request, stages, idle=idle)
-        if admission.tile is not None and not request.tiled_vae:
+        if admission.request.tiled_vae and not request.tiled_vae:
             _log.warning(
                 "decoding in tiles, since by plan the whole picture does not fit in memory; it differs slightly at the "
                 "edges of tiles"
@@ -253,40 +235,7 @@ class Budget:
                 format_bytes(cache.limit),
             )
 
-    def retried(
-        self,
-        make: Callable[[], _Result],
-        begin_again: Callable[[], None],
-        plan: Callable[[], Plan],
-        in_callback: Callable[[], bool],
-    ) -> _Result:
-        """What `make` returns. If memory runs out, free what is kept of earlier requests and call it once more.
-
-        Args:
-            begin_again: undoes what `make` did before it failed.
-            plan: of the request, for the message.
-            in_callback: whether it is a callback of the caller's that failed.
-
-        Raises:
-            OutOfMemoryError: with what the plan says; as it is where it comes from a callback.
-        """
-        for again in (False, True):
-            try:
-                return make()
-            except OutOfMemoryError as error:
-                if in_callback():
-                    raise
-                failure = without_frames(error)
-            # Only here are the frames that failed gone, with the tensors that they held.
-            if again or not (freed := self._freed()):
-                break
-            _log.warning(
-                "%s; freed %s kept from earlier requests, trying once more", failure, format_bytes(freed)
-            )
-            begin_again()
-        raise OutOfMemoryError(f"{failure}. By plan, {plan().describe(self._policy)}") from failure.__cause__
-
-    def _freed(self) -> int:
+    def free_unused(self) -> int:
         """Free what no call uses; returns its bytes."""
         device = self._loader.device
         freed = self._loader.graph_cache.drop()

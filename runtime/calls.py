@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,8 +10,11 @@ from typing import Any
 
 import torch
 
+from ..errors import OutOfMemoryError
+from .budget import Budget, without_frames
 from .flow import make_images
 from .latents import NoiseSource
+from .memory import format_bytes
 from .parts import Parts
 from .previews import Previewer
 from .progress import CallProgress
@@ -20,6 +24,8 @@ from .residency import exclusive
 from .stages import Stage, stages_of_request, warn_of_late_start
 
 __all__ = ["Calls", "PipelineOutput"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,38 +53,45 @@ class Calls:
         running: the progress of each call that is running.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, budget: Budget) -> None:
         self.running: set[CallProgress] = set()
         self._parts = parts
-        self._budget = parts.budget
+        self._budget = budget
 
     def make(
         self, request: GenerationRequest, bar_options: Mapping[str, Any], **reporting: Any
     ) -> PipelineOutput:
         """Make the images of a request; `bar_options` and `reporting` are as for `CallProgress`."""
         stages = self._stages(request)
-        tile = self._budget.admit(request, stages, idle=not self.running).tile
+        request = self._budget.admit(request, stages, idle=not self.running).request
         if request.image is None:
             warn_of_late_start(stages[0].table)
         noise = NoiseSource(request.generators, request.batch)
         with self._progress(stages, bar_options, **reporting) as progress, self._executing():
             states = noise.states()
-
-            def begin_again() -> None:
+            for again in (False, True):
+                try:
+                    images = make_images(self._parts, request, stages, noise, progress)
+                    break
+                except OutOfMemoryError as error:
+                    if progress.in_callback:
+                        raise
+                    failure = without_frames(error)
+                # Only here are the frames that failed gone, with the tensors that they held.
+                freed = 0 if again else self._budget.free_unused()
+                if not freed:
+                    plan = self._budget.describe(request, stages)
+                    raise OutOfMemoryError(f"{failure}. By plan, {plan}") from failure.__cause__
+                _log.warning(
+                    "%s; freed %s kept from earlier requests, trying once more", failure, format_bytes(freed)
+                )
                 noise.restore(states)
                 progress.begin_again()
-
-            images = self._budget.retried(
-                lambda: make_images(self._parts, request, stages, noise, progress, tile),
-                begin_again,
-                plan=lambda: self._budget.plan(request, stages, tile),
-                in_callback=lambda: progress.in_callback,
-            )
         if progress.discarded:  # the last steps may be reported after the images were made
             images = None
         return PipelineOutput(
             images,
-            records(request, self._parts, tile),
+            records(request, self._parts),
             progress.timings,
             progress.interrupted or images is None,
         )
@@ -92,10 +105,10 @@ class Calls:
 
     def fit_previewer(self, request: GenerationRequest) -> Previewer:
         """A previewer fitted to the VAE at the request's size."""
-        tile = self._budget.admit(request, self._stages(request), idle=not self.running).tile
+        request = self._budget.admit(request, self._stages(request), idle=not self.running).request
         vae, device = self._parts.vae, self._parts.loader.device
         with self._executing():
-            return Previewer.fit(vae, request.height, request.width, device, tile=tile)
+            return Previewer.fit(vae, request.height, request.width, device, tile=request.tile)
 
     def interrupt(self) -> None:
         """Stop every call in progress after the step it is at."""
@@ -108,7 +121,7 @@ class Calls:
         return any(progress.stop.is_set() for progress in list(self.running))
 
     def _stages(self, request: GenerationRequest) -> list[Stage]:
-        return stages_of_request(self._parts.base, self._parts.refiner, request)
+        return stages_of_request(self._parts.experts, request)
 
     @contextmanager
     def _executing(self) -> Iterator[None]:

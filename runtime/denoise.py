@@ -7,7 +7,7 @@ scale, sampler table and number of steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ..errors import KernelArgumentError
 from ..kernels.sampler_step import COLUMNS, HISTORY, sampler_step, step_row
-from .engines.base import Timesteps
+from .engines.base import Component, Engine, Program, Timesteps
 from .sampler import SamplerTable
 
 __all__ = [
     "DenoiseState",
     "LoopKind",
+    "LoopRequest",
     "StepHooks",
     "require_channels",
     "run_steps",
@@ -82,6 +83,27 @@ class LoopKind:
         )
 
 
+@dataclass(frozen=True)
+class LoopRequest:
+    """What a loop is to run, except for the latents it starts from.
+
+    Attributes:
+        shape: of the latents, (B, C, h, w).
+        table: every step of it is taken.
+        constants: the UNet's inputs that are the same in every step, by name.
+        guidance_scale: a number or float32 [B]; None runs the UNet without its unconditional half.
+        guidance_rescale: see `sampler_step`.
+        noise: from `NoiseSource.draw_steps`, on any device; None where the sampler draws none.
+    """
+
+    shape: tuple[int, int, int, int]
+    table: SamplerTable
+    constants: Mapping[str, Tensor]
+    guidance_scale: float | Tensor | None = None
+    guidance_rescale: float = 0.0
+    noise: Tensor | None = None
+
+
 class DenoiseState:
     """The static tensors of a loop.
 
@@ -118,24 +140,18 @@ class DenoiseState:
         """Bytes of all static tensors."""
         return sum(x.nbytes for x in (*vars(self).values(), self.timesteps.values) if isinstance(x, Tensor))
 
-    def start(
-        self,
-        table: SamplerTable,
-        *,
-        guidance_scale: float | Tensor | None = None,
-        guidance_rescale: float = 0.0,
-        noise: Tensor | None = None,
-    ) -> None:
-        """Take up a run of this kind but for its latents.
+    def bind(self, engine: Engine, component: Component, constants: Mapping[str, Tensor]) -> Program:
+        """A UNet's engine over these tensors and the inputs that are the same in every step."""
+        inputs = {"sample": self.sample, "timestep": self.timestep, **constants}
+        return engine.bind(inputs, {component.outputs[0].name: self.prediction}, timesteps=self.timesteps)
 
-        Args:
-            guidance_scale: a number or float32 [B], where the kind is guided.
-            guidance_rescale: see `sampler_step`.
-            noise: from `NoiseSource.draw_steps`, on any device.
+    def start(self, request: LoopRequest) -> None:
+        """Take up a run of this kind but for its latents and the UNet's constants.
 
         Raises:
             KernelArgumentError: the sampler draws noise, and there is none.
         """
+        table, noise = request.table, request.noise
         if self._noise is not None:
             if noise is None:
                 raise KernelArgumentError(
@@ -144,10 +160,10 @@ class DenoiseState:
                 )
             self._noise[: len(noise)].copy_(noise)
         if self._scale is not None:
-            scale = torch.as_tensor(guidance_scale, dtype=torch.float32, device=self._scale.device)
+            scale = torch.as_tensor(request.guidance_scale, dtype=torch.float32, device=self._scale.device)
             self._scale.copy_(scale.expand_as(self._scale))
         if self._rescale is not None:
-            self._rescale.fill_(guidance_rescale)
+            self._rescale.fill_(request.guidance_rescale)
         if self._history is not None:
             self._history.zero_()
         self._table.zero_()

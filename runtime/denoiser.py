@@ -8,45 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from .denoise import DenoiseState, LoopKind, StepHooks, require_channels, run_steps
-from .engines.base import Program
+from .denoise import DenoiseState, LoopKind, LoopRequest, StepHooks, require_channels, run_steps
 from .engines.lazy import LazyEngine
 from .graph import Graph
-from .sampler import SamplerTable
 from .streams import queue_of
 
-__all__ = ["Denoiser", "LoopRequest", "Run", "all_ready"]
+__all__ = ["Denoiser", "Run", "all_ready"]
 
 Run = Callable[[Tensor, StepHooks], Tensor]
 """Takes every step of the request's table. (latents [B, C, h, w] at the noise level of the first step, which are left
 as they are, hooks) -> float32 [B, C, h, w], which the device may not have computed yet."""
-
-
-@dataclass(frozen=True)
-class LoopRequest:
-    """What a loop is to run, except for the latents it starts from.
-
-    Attributes:
-        shape: of the latents, (B, C, h, w).
-        table: every step of it is taken.
-        constants: the UNet's inputs that are the same in every step, by name.
-        guidance_scale: a number or float32 [B]; None runs the UNet without its unconditional half.
-        guidance_rescale: see `sampler_step`.
-        noise: from `NoiseSource.draw_steps`, on any device; None where the sampler draws none.
-    """
-
-    shape: tuple[int, int, int, int]
-    table: SamplerTable
-    constants: Mapping[str, Tensor]
-    guidance_scale: float | Tensor | None = None
-    guidance_rescale: float = 0.0
-    noise: Tensor | None = None
 
 
 class _BoundLoop:
@@ -60,9 +36,7 @@ class _BoundLoop:
         self.constants = {
             name: torch.zeros(x.shape, dtype=x.dtype, device=device) for name, x in constants.items()
         }
-        inputs = {"sample": self.state.sample, "timestep": self.state.timestep, **self.constants}
-        outputs = {unet.component.outputs[0].name: self.state.prediction}
-        self.program: Program = self.engine.bind(inputs, outputs, timesteps=self.state.timesteps)
+        self.program = self.state.bind(self.engine, unet.component, self.constants)
         self.nbytes = self.state.nbytes + self.program.nbytes + sum(x.nbytes for x in self.constants.values())
         self.graph: Graph | None = None
         if unet.graphs is not None and self.program.capturable:
@@ -75,12 +49,7 @@ class _BoundLoop:
     def start(self, request: LoopRequest) -> None:
         for name, x in self.constants.items():
             x.copy_(request.constants[name])
-        self.state.start(
-            request.table,
-            guidance_scale=request.guidance_scale,
-            guidance_rescale=request.guidance_rescale,
-            noise=request.noise,
-        )
+        self.state.start(request)
         self.program.prepare()
 
     def step(self) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .conditioning import Conditioning
-from .denoiser import Denoiser, LoopRequest, all_ready
+from .denoise import LoopRequest
+from .denoiser import Denoiser, all_ready
 from .image import Images, from_tensor
 from .latents import NoiseSource, initial_latents, noised_latents
 from .parts import Parts
@@ -31,7 +32,6 @@ def make_images(
     stages: Sequence[Stage],
     noise: NoiseSource,
     progress: CallProgress,
-    tile: int | None,
 ) -> Images | None:
     """The images of a request.
 
@@ -40,7 +40,6 @@ def make_images(
         stages: from `stages_of_request`: which expert takes which steps.
         noise: drawn for the first latents and then for each stage, in this order.
         progress: times the stages, calls back and may end the call; see `CallProgress`.
-        tile: as for `VAE.decode`.
 
     Returns:
         By `output_type`, a list of PIL images, float32 [B, H, W, 3] in [0, 1], float32 [B, 3, H, W] or latents float32
@@ -52,7 +51,7 @@ def make_images(
     """
     residency, vae = parts.loader.residency, parts.vae
     with progress.stage("prepare"):
-        _prepare(parts, request, stages, tile)
+        _prepare(parts, request, stages)
     with progress.stage("text"):
         conditionings = _conditionings(parts, request, stages)
     with progress.stage("start"):
@@ -71,7 +70,7 @@ def make_images(
     if request.output_type == "latent":
         return latents
     with progress.stage("decode"):
-        return from_tensor(vae.decode(latents, tile=tile), request.output_type)
+        return from_tensor(vae.decode(latents, tile=request.tile), request.output_type)
 
 
 def _conditionings(parts: Parts, request: GenerationRequest, stages: Sequence[Stage]) -> list[Conditioning]:
@@ -80,7 +79,7 @@ def _conditionings(parts: Parts, request: GenerationRequest, stages: Sequence[St
     return [stage.expert.condition(request, encode, from_image=stage.from_image) for stage in stages]
 
 
-def _prepare(parts: Parts, request: GenerationRequest, stages: Sequence[Stage], tile: int | None) -> None:
+def _prepare(parts: Parts, request: GenerationRequest, stages: Sequence[Stage]) -> None:
     """Load every engine first, so that loading is not timed as part of a stage. Only if all weights stay resident."""
     if parts.loader.residency is not None:
         return
@@ -93,7 +92,7 @@ def _prepare(parts: Parts, request: GenerationRequest, stages: Sequence[Stage], 
         engine.load()
     if request.output_type != "latent":
         # Captured first, since it takes the most memory of all graphs: the others then share that.
-        parts.vae.capture_decode(request.height, request.width, tile=tile)
+        parts.vae.capture_decode(request.height, request.width, tile=request.tile)
 
 
 def first_latents(

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..errors import RequestError, UnsafeWeightsError
-from .budget import Budget
 from .engines.lazy import EngineLoader, LazyEngine
 from .expert import Expert, check_fit
 from .loading import load_expert, load_vae
@@ -27,13 +26,20 @@ __all__ = ["Parts", "dtype_for", "load_parts"]
 
 @dataclass(frozen=True)
 class Parts:
-    """What a pipeline consists of: experts, VAE, the loader of their engines, and the memory budget."""
+    """What a pipeline consists of.
+
+    Attributes:
+        base, refiner, vae: its networks.
+        loader: of their engines.
+        memory_limit, loop_memory: bytes, as in `Pipeline.from_pretrained`.
+    """
 
     base: Expert
     refiner: Expert | None
     vae: VAE
     loader: EngineLoader
-    budget: Budget
+    memory_limit: int | None = None
+    loop_memory: int | None = None
 
     @property
     def experts(self) -> list[Expert]:
@@ -130,5 +136,4 @@ def load_parts(
             open_checkpoint(source, variant=variant, cache_dir=cache_dir), loader, scheduler=scheduler
         ).sharing(base)
     check_fit(base, second, vae.channels)
-    budget = Budget(base, second, vae, loader, policy, limit=limit, loop_memory=loops)
-    return Parts(base, second, vae, loader, budget)
+    return Parts(base, second, vae, loader, limit, loops)

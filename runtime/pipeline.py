@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
+from .budget import Budget
 from .calls import Calls, PipelineOutput
 from .parts import Parts, load_parts
 from .place import parse_device
@@ -35,8 +36,8 @@ class Pipeline:
         """`parts`: what `load_parts` returns."""
         self._parts = parts
         self._loader = parts.loader
-        self._budget = parts.budget
-        self._calls = Calls(parts)
+        self._budget = Budget(parts)
+        self._calls = Calls(parts, self._budget)
         self._bar_options: dict[str, Any] = {}
 
     @classmethod

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import RequestError
 from .denoise import DenoiseState, LoopKind
-from .engines.base import Component, Engine, Program
+from .engines.base import Component, Engine
 from .engines.eager import EagerEngine
 from .engines.lazy import EngineLoader, LazyEngine
 from .engines.registry import get_backend
@@ -21,10 +21,11 @@ from .expert import Expert, check_fit
 from .footprint import Footprint, Tracker, follow, measure
 from .loading import load_expert, load_vae
 from .memory import Network, Plan, PlannedStage
+from .parts import Parts
 from .place import dtype_name
 from .request import check_number, check_side
-from .stages import Stage, stages_of
-from .vae import VAE, Tiles
+from .stages import Stage, stage_names, stages_of
+from .vae import Tiles
 from .weights import open_outline, refiner_source
 
 __all__ = ["Planner"]
@@ -52,24 +53,16 @@ class Planner:
     """
 
     def __init__(
-        self,
-        base: Expert,
-        refiner: Expert | None,
-        vae: VAE,
-        *,
-        dtype: torch.dtype,
-        backend: Literal["triton", "eager"] = "triton",
-        arch: int = 90,
+        self, parts: Parts, *, backend: Literal["triton", "eager"] = "triton", arch: int = 90
     ) -> None:
         """
         Args:
-            base, refiner, vae: whose components are planned; their engines are not touched.
-            dtype: of the weights; the VAE has another where float16 would overflow.
+            parts: whose components are planned; their engines are not touched.
             backend: whose modules and buffers.
             arch: the architecture whose kernels are planned, such as 90.
         """
-        self._base, self._refiner, self._vae = base, refiner, vae
-        self._dtype = dtype_name(dtype)
+        self._parts, self._vae = parts, parts.vae
+        self._dtype = dtype_name(parts.loader.dtype)
         self._backend = get_backend(backend)
         self._arch = arch
         self._modules: dict[str, nn.Module] = {}
@@ -107,7 +100,7 @@ class Planner:
             name = "sdxl-refiner" if os.fspath(refiner) == "sdxl" else refiner_source(refiner)
             second = load_expert(open_outline(name, variant=variant), loader).sharing(base)
         check_fit(base, second, vae.channels)
-        return cls(base, second, vae, dtype=dtype, backend=backend, arch=arch)
+        return cls(Parts(base, second, vae, loader), backend=backend, arch=arch)
 
     def plan(
         self,
@@ -133,14 +126,14 @@ class Planner:
             RequestError: an argument cannot be met.
         """
         scale = self._vae.scale
-        own_height, own_width = self._base.config.latent_size
+        own_height, own_width = self._parts.base.config.latent_size
         height = check_side("height", own_height * scale if height is None else height, scale)
         width = check_side("width", own_width * scale if width is None else width, scale)
         if not 1 <= batch <= 1024:
             raise RequestError(f"batch is {batch}; it must be 1 to 1024")
         guidance_scale = check_number("guidance_scale", guidance_scale, -1e4, 1e4)
         high_noise_frac = check_number("high_noise_frac", high_noise_frac, 0, 1)
-        stages = stages_of(self._base, self._refiner, sampler, steps=steps, high_noise_frac=high_noise_frac)
+        stages = stages_of(self._parts.experts, sampler, steps=steps, high_noise_frac=high_noise_frac)
         return self.of_stages(
             stages, height=height, width=width, batch=batch, guided=guidance_scale > 1, encoded=from_image
         )
@@ -237,20 +230,20 @@ class Planner:
         stages: list[PlannedStage] = []
         text: dict[str, int] = {}
         with self._lock, torch.inference_mode(False):
-            for name, expert in self._experts.items():
+            for name, expert in stage_names(self._parts.experts).items():
                 for encoder in expert.encoders:
                     text[self._weighed(networks, expert, encoder.engine.component)] = 1
                 stages.append(
                     PlannedStage(name, "denoise", {self._weighed(networks, expert, expert.unet.component): 1})
                 )
-            decoder = self._weighed(networks, self._base, self._vae.decoder.component)
+            decoder = self._weighed(networks, self._parts.base, self._vae.decoder.component)
             stages.append(PlannedStage("decode", "pixels", {decoder: 1}))
         stages.insert(0, PlannedStage("text", "text", text))
         return Plan(f"the weights of {self._sources}, {self._dtype},", networks, tuple(stages), {})
 
     def engines(self) -> dict[str, LazyEngine]:
         """The experts' and the VAE's engines, by their networks' names in plans."""
-        experts = self._experts.values()
+        experts = self._parts.experts
         found = {self._key(expert, x.component): x for expert in experts for x in expert.engines()}
         return found | {half.component.name: half for half in (self._vae.encoder, self._vae.decoder)}
 
@@ -264,20 +257,14 @@ class Planner:
         return key
 
     @property
-    def _experts(self) -> dict[str, Expert]:
-        if self._refiner is None:
-            return {self._base.name: self._base}
-        return {"base": self._base, "refiner": self._refiner}
-
-    @property
     def _sources(self) -> str:
-        return " + ".join(expert.source for expert in self._experts.values())
+        return " + ".join(expert.source for expert in self._parts.experts)
 
     def _key(self, expert: Expert, component: Component) -> str:
         """The component's name; one that only the refiner has is prefixed with "refiner"."""
-        if expert is not self._refiner:
+        if expert is not self._parts.refiner:
             return component.name
-        shared = [encoder.engine.component for encoder in self._base.encoders]
+        shared = [encoder.engine.component for encoder in self._parts.base.encoders]
         return component.name if component in shared else f"refiner {component.name}"
 
     def _network(
@@ -353,13 +340,8 @@ class _LoopOnMeta:
         with Tracker() as tracker:
             self._state = DenoiseState(kind, _META)
         self.buffers = {"loop": tracker.live, "conditioning": sum(x.nbytes for x in constants.values())}
-        state = self._state
         with Tracker() as tracker:
-            self._program: Program = engine.bind(
-                {"sample": state.sample, "timestep": state.timestep, **constants},
-                {component.outputs[0].name: state.prediction},
-                timesteps=state.timesteps,
-            )
+            self._program = self._state.bind(engine, component, constants)
         self.buffers["keys, values, times"] = tracker.live
 
     def prepare(self) -> None:

@@ -141,7 +141,7 @@ class CallProgress:
     def _calling_back(self) -> Iterator[None]:
         self.in_callback = True
         yield
-        # Not in a `finally`: if the callback raised, `stage` and `Budget.retried` leave its error as it is.
+        # Not in a `finally`: if the callback raised, `stage` and `Calls.make` leave its error as it is.
         self.in_callback = False
 
     def _report(self, steps: int, preview: Tensor | None) -> None:

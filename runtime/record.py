@@ -13,12 +13,9 @@ from .request import GenerationRequest, Size
 __all__ = ["public_name", "records"]
 
 
-def records(request: GenerationRequest, parts: Parts, tile: int | None) -> list[dict[str, Any]]:
+def records(request: GenerationRequest, parts: Parts) -> list[dict[str, Any]]:
     """One record for each image of a request that these parts made. Except for the essentials, arguments that have
-    their default value are left out.
-
-    Args:
-        tile: as for `VAE.decode`; tiles are recorded where an image had several, whether asked for or not.
+    their default value are left out. Tiles are recorded where an image had several, whether asked for or not.
     """
     r, base, refiner = request, parts.base, parts.refiner
     sampler = base.sampler_config(r.sampler)
@@ -36,7 +33,7 @@ def records(request: GenerationRequest, parts: Parts, tile: int | None) -> list[
     with_vae = r.output_type != "latent" or r.starts_from_pixels
     if with_vae and parts.vae.dtype != parts.loader.dtype:
         common["vae_dtype"] = dtype_name(parts.vae.dtype)
-    if r.output_type != "latent" and parts.vae.is_tiled(r.height, r.width, tile):
+    if r.output_type != "latent" and parts.vae.is_tiled(r.height, r.width, r.tile):
         common["tiled_vae"] = True
     if refiner is not None:
         common |= {"refiner": public_name(refiner.source), "high_noise_frac": r.high_noise_frac}

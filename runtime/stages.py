@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -12,7 +13,7 @@ from .expert import Expert
 from .request import GenerationRequest
 from .sampler import SamplerTable, build_table, step_range
 
-__all__ = ["Stage", "stages_of", "stages_of_request", "warn_of_late_start"]
+__all__ = ["Stage", "stage_names", "stages_of", "stages_of_request", "warn_of_late_start"]
 
 _log = logging.getLogger(__name__)
 
@@ -37,8 +38,7 @@ class Stage:
 
 
 def stages_of(
-    base: Expert,
-    refiner: Expert | None,
+    experts: Sequence[Expert],
     sampler: str | None,
     *,
     steps: int,
@@ -53,14 +53,14 @@ def stages_of(
     since its schedule says where latents start. Each hands over latents scaled as the next one's sampler expects.
 
     Args:
+        experts: a base or a refiner alone, or both.
         sampler, steps, high_noise_frac, denoising_start, denoising_end, eta: as in `Pipeline.__call__`.
         from_image: it starts from pixels or latents; `strength`, if given, is the share of the steps to take.
 
     Raises:
         RequestError: denoising_start or denoising_end together with a refiner, or there is no such sampler.
     """
-    if refiner is None:
-        experts = [base]
+    if len(experts) == 1:
         windows = [(denoising_start, denoising_end)]
     else:
         if denoising_start is not None or denoising_end is not None:
@@ -68,24 +68,27 @@ def stages_of(
                 "this pipeline has a refiner and divides the schedule at high_noise_frac; load base and refiner "
                 "as two pipelines to use denoising_start and denoising_end"
             )
-        experts = [base, refiner]
         windows = [(None, high_noise_frac), (high_noise_frac, None)]
     stages = []
-    for k, (expert, (start, end)) in enumerate(zip(experts, windows, strict=True)):
+    for (name, expert), (start, end) in zip(stage_names(experts).items(), windows, strict=True):
         config = expert.sampler_config(sampler)
         first, last = step_range(config, steps, denoising_start=start, denoising_end=end)
         if strength is not None:
             first = min(last, max(first, step_range(config, steps, strength=strength)[0]))
         table = build_table(config, steps, begin=first, end=last, eta=eta)
-        name = expert.name if refiner is None else ("base", "refiner")[k]
-        stages.append(Stage(name, expert, table, from_image or k > 0))
+        stages.append(Stage(name, expert, table, from_image or expert is not experts[0]))
     stages = [stage for stage in stages if len(stage.table)] or stages[:1]
     for k, (stage, following) in enumerate(pairwise(stages)):
         stages[k] = replace(stage, table=stage.table.handing_over_to(following.table))
     return stages
 
 
-def stages_of_request(base: Expert, refiner: Expert | None, request: GenerationRequest) -> list[Stage]:
+def stage_names(experts: Sequence[Expert]) -> dict[str, Expert]:
+    """The experts of a pipeline by the names of their stages."""
+    return dict(zip(("base", "refiner") if len(experts) > 1 else (experts[0].name,), experts, strict=True))
+
+
+def stages_of_request(experts: Sequence[Expert], request: GenerationRequest) -> list[Stage]:
     """`stages_of` a request.
 
     Raises:
@@ -93,8 +96,7 @@ def stages_of_request(base: Expert, refiner: Expert | None, request: GenerationR
     """
     r = request
     return stages_of(
-        base,
-        refiner,
+        experts,
         r.sampler,
         steps=r.steps,
         high_noise_frac=r.high_noise_frac,

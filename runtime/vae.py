@@ -15,10 +15,7 @@ from ..errors import RequestError
 from .engines.lazy import LazyEngine
 from .place import CPU_FLOAT32
 
-__all__ = ["TILE", "VAE", "Tiles"]
-
-TILE = 64
-"""Latents along a side of a tile, where tiles are asked for: 512 pixels, a quarter of the memory of 1024 x 1024."""
+__all__ = ["VAE", "Tiles"]
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class EngineLoader:
     """Where and how components run; chosen once for a pipeline and changed only by `Pipeline.to`.
 
     Attributes:
+        policy: of `memory`, by which weights are offloaded.
         graphs: captures engines whose work can be captured; None to run everything eagerly.
         graph_cache: captured graphs that are not in use.
         residency: offloads weights; None where all may stay.
@@ -54,6 +55,7 @@ class EngineLoader:
         """
         self._name = backend
         self._graphs = graphs
+        self.policy = memory
         self.dtype = dtype
         self.cache_dir = cache_dir
         self.graph_cache = GraphCache()

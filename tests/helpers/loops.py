@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from latentrt.runtime.denoise import DenoiseState, LoopKind, require_channels, run_steps
-from latentrt.runtime.denoiser import Denoiser, LoopRequest
+from latentrt.runtime.denoise import DenoiseState, LoopKind, LoopRequest, require_channels, run_steps
+from latentrt.runtime.denoiser import Denoiser
 from latentrt.runtime.sampler import SamplerTable
 from torch import Tensor
 
@@ -57,7 +57,7 @@ def denoise(
     """
     B, C, h, w = latents.shape
     state = DenoiseState(LoopKind.of((B, C, h, w), table, guidance_scale is not None, dtype), latents.device)
-    state.start(table, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, noise=noise)
+    state.start(LoopRequest((B, C, h, w), table, {}, guidance_scale, guidance_rescale, noise))
     state.latents.copy_(latents)
 
     def predict() -> None:

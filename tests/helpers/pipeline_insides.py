@@ -17,12 +17,12 @@ __all__ = ["checked", "graph_cache_of", "networks_on_device", "plan_of"]
 def checked(pipe: latentrt.Pipeline, call: Mapping[str, Any]) -> tuple[GenerationRequest, list[Stage]]:
     """A call's request and the stages of its denoising loop."""
     request, _ = pipe.check(**call)
-    return request, stages_of_request(pipe._parts.base, pipe._parts.refiner, request)
+    return request, stages_of_request(pipe._parts.experts, request)
 
 
-def plan_of(pipe: latentrt.Pipeline, call: Mapping[str, Any], tile: int | None = None) -> Plan:
-    """The memory that a call is planned to take; `tile` as for `VAE.decode`."""
-    return pipe._budget.plan(*checked(pipe, call), tile)
+def plan_of(pipe: latentrt.Pipeline, call: Mapping[str, Any]) -> Plan:
+    """The memory that a call is planned to take."""
+    return pipe._budget.plan(*checked(pipe, call))
 
 
 def networks_on_device(pipe: latentrt.Pipeline) -> set[str]:

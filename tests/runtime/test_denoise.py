@@ -17,7 +17,7 @@ from helpers.sampler_oracle import (
 )
 from latentrt.errors import KernelArgumentError
 from latentrt.kernels.sampler_step import sampler_step
-from latentrt.runtime.denoise import DenoiseState, LoopKind
+from latentrt.runtime.denoise import DenoiseState, LoopKind, LoopRequest
 from latentrt.runtime.latents import NoiseSource
 from latentrt.runtime.sampler import SamplerTable, build_table
 from tolerances import SAMPLER_TRAJECTORY, relative_error
@@ -104,7 +104,7 @@ def test_arguments_are_left_alone_and_tensors_stay_where_they_are() -> None:
         return halves(sample, t)
 
     state = DenoiseState(LoopKind.of((2, 4, 8, 8), table, True, torch.float32), CPU)
-    state.start(table, guidance_scale=3.0)
+    state.start(LoopRequest((2, 4, 8, 8), table, {}, 3.0))
     state.latents.copy_(x)
     address = state.latents.data_ptr()
     for _ in range(len(table)):

@@ -16,7 +16,8 @@ from helpers import tiny_components as tiny
 from helpers.loops import Hooks, denoise, run_loop
 from helpers.sampler_oracle import CLASSES, config_of, generators, make_scheduler, noise_like
 from latentrt.errors import CaptureError
-from latentrt.runtime.denoiser import Denoiser, LoopRequest, all_ready
+from latentrt.runtime.denoise import LoopRequest
+from latentrt.runtime.denoiser import Denoiser, all_ready
 from latentrt.runtime.engines.base import Component, example_inputs
 from latentrt.runtime.engines.lazy import EngineLoader, LazyEngine
 from latentrt.runtime.latents import NoiseSource

@@ -144,7 +144,7 @@ IDLE: Any = SimpleNamespace(_loader=SimpleNamespace(device=GPU, graph_cache=Grap
     "ask",
     [
         pytest.param(lambda: lazy._wait(GPU, None), id="wait for the device"),
-        pytest.param(lambda: Budget._freed(IDLE), id="free what is kept of earlier requests"),
+        pytest.param(lambda: Budget.free_unused(IDLE), id="free what is kept of earlier requests"),
         pytest.param(lambda: offload._empty_cache(GPU), id="give back what weights took"),
     ],
 )

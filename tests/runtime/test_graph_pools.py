@@ -38,7 +38,7 @@ def test_a_pool_that_a_small_request_began_does_not_grow_beyond_the_plan(
     for call in (small, large):
         free(**call)
     request, _ = free.check(**large)
-    plan = free._budget.plan(request, stages_of_request(free._parts.base, free._parts.refiner, request))
+    plan = free._budget.plan(request, stages_of_request(free._parts.experts, request))
     kept = free._loader.graph_cache.nbytes
     pipe = load(
         memory_limit="1GB" if plenty else plan.peak("resident") + plan.buffer_bytes + kept, graphs=True
@@ -64,7 +64,7 @@ def test_a_pool_is_left_alone_while_another_call_runs(load: Load) -> None:
     pipe = load(memory_limit="1GB", graphs=True)
     pipe(**SEEDED_CALL)
     request, _ = pipe.check(**LARGE)
-    stages = stages_of_request(pipe._parts.base, pipe._parts.refiner, request)
+    stages = stages_of_request(pipe._parts.experts, request)
     pipe._budget._limit = pipe._budget.plan(request, stages).peak("resident") + (1 << 20)
     graphs, cache = pipe._loader.graphs, pipe._loader.graph_cache
     graph = graphs.capture(lambda: None, "one of the pool")

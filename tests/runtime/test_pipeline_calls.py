@@ -230,7 +230,7 @@ def test_parameters_hold_every_argument(both: latentrt.Pipeline) -> None:
 def test_the_vae_decodes_in_tiles_where_asked(
     pipe: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("latentrt.runtime.budget.TILE", 8)
+    monkeypatch.setattr("latentrt.runtime.request.TILE", 8)
     call = {**PLAIN_CALL, "seed": 2, "width": 96}
     tiled = pipe(**{**call, "output_type": "pt"}, tiled_vae=True)
     latents = pipe(**{**call, "output_type": "latent"}, tiled_vae=True)
@@ -247,7 +247,7 @@ def test_a_vae_s_dtype_is_in_the_record_where_it_is_another(tiny: Callable[..., 
     """The tiny SDXL's would overflow in half precision, as the published one."""
     for dtype, wanted in (("float16", ("float16", "float32")), ("float32", ("float32", None))):
         pipe = latentrt.Pipeline.from_pretrained(tiny("sdxl"), backend="eager", dtype=dtype)
-        (record,) = records(pipe._request("storm"), pipe._parts, None)
+        (record,) = records(pipe._request("storm"), pipe._parts)
         assert (record["dtype"], record.get("vae_dtype")) == wanted
 
 

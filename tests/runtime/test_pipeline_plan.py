@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,9 @@ def test_what_fits_is_made(load: Load, between: int, image_of_call: Any) -> None
 def test_a_picture_that_would_not_fit_whole_is_decoded_in_tiles(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget, "TILE", 8)
+    monkeypatch.setattr("latentrt.runtime.request.TILE", 8)
     free, call = load(), {**SEEDED_CALL, "height": 128, "width": 96}
-    whole, tiled = (plan_of(free, call, tile).peak("resident") for tile in (None, 8))
+    whole, tiled = (plan_of(free, {**call, "tiled_vae": x}).peak("resident") for x in (False, True))
     assert tiled < whole
     pipe = load(memory_limit=(whole + tiled) // 2)
     pipe.check(**call)
@@ -74,11 +75,11 @@ def test_tiles_are_taken_only_once_nothing_more_can_be_freed(
     pipe, call = load(), {**SEEDED_CALL, "height": 128, "width": 96}
     request, stages = checked(pipe, call)
     whole = plan_of(pipe, call).peak("resident")
-    monkeypatch.setattr(budget, "TILE", 8)
+    monkeypatch.setattr("latentrt.runtime.request.TILE", 8)
     monkeypatch.setattr(budget, "free_memory", lambda device: whole - 1)
     monkeypatch.setattr(budget.Budget, "_collected", lambda self, available: available + 1)
-    assert pipe._budget.require(request, stages, idle=True).tile is None
-    assert pipe._budget.require(request, stages, idle=False).tile == 8
+    assert pipe._budget.require(request, stages, idle=True).request.tile is None
+    assert pipe._budget.require(request, stages, idle=False).request.tile == 8
 
 
 def test_previews_are_fitted_in_the_tiles_in_which_a_picture_fits(
@@ -89,7 +90,13 @@ def test_previews_are_fitted_in_the_tiles_in_which_a_picture_fits(
     monkeypatch.setattr(
         VAE, "decode", lambda self, x, *, tile: tiles.append(tile) or decode(self, x, tile=tile)
     )
-    monkeypatch.setattr(budget.Budget, "admit", lambda *_, **__: budget.Admission(None, 8, None))
+    monkeypatch.setattr("latentrt.runtime.request.TILE", 8)
+    admit = budget.Budget.admit
+    monkeypatch.setattr(
+        budget.Budget,
+        "admit",
+        lambda self, request, *a, **k: admit(self, replace(request, tiled_vae=True), *a, **k),
+    )
     assert load().fit_previewer().weights.shape == (5, 3)
     assert tiles == [8]
 

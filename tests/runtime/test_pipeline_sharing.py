@@ -184,7 +184,7 @@ def test_a_shared_encoder_encodes_each_text_of_a_request_once(
     assert encoded == wanted
     if texts.keys() <= {"guidance_scale"}:  # plans assume no other texts
         request, _ = both.check(["storm", "a red cat"], **call)
-        stages = stages_of_request(base, refiner, request)
+        stages = stages_of_request([base, refiner], request)
         assert both._budget.plan(request, stages).stages[0].calls == wanted
     encoded.clear()
     both(["storm", "a red cat"], **call)

@@ -26,7 +26,7 @@ def divided(base: str, refiner: str, split: float, steps: int = STEPS, **fields:
     for name in (base, refiner):
         config = config_of(make_scheduler(name, **fields))
         experts.append(SimpleNamespace(name=name, sampler_config=lambda _, config=config: config))
-    return stages_of(experts[0], experts[1], None, steps=steps, high_noise_frac=split)
+    return stages_of(experts, None, steps=steps, high_noise_frac=split)
 
 
 def seen(stages: list[Stage]) -> list[list[tuple[int, float]]]:

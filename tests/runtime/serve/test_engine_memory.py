@@ -14,7 +14,7 @@ import torch
 from helpers.fake_runner import in_loop
 from helpers.pipeline_insides import plan_of
 from latentrt.errors import BackendError, MemoryPlanError
-from latentrt.runtime import budget
+from latentrt.runtime import request
 from latentrt.runtime.planner import Planner
 from latentrt.runtime.serve.engine import AsyncEngine
 from latentrt.runtime.serve.requests import ImageRequest, ImageResult
@@ -88,10 +88,10 @@ def test_a_batch_that_by_plan_does_not_fit_is_halved(load: Load) -> None:
 def test_an_image_that_fits_in_tiles_alone_is_the_one_the_pipeline_makes(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget, "TILE", 8)
+    monkeypatch.setattr(request, "TILE", 8)
     (asked,) = seeds(1, height=128, width=96)
     free = load()
-    whole, tiled = (plan_of(free, call_of(asked), tile).peak("resident") for tile in (None, 8))
+    whole, tiled = (plan_of(free, {**call_of(asked), "tiled_vae": x}).peak("resident") for x in (False, True))
     ((result,), _) = made(load(memory_limit=(whole + tiled) // 2), [asked])
     wanted = {tile: np.asarray(free(**call_of(asked), tiled_vae=tile).images[0]) for tile in (False, True)}
     assert np.array_equal(np.asarray(result.image), wanted[True])
