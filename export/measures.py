@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["MAX_PSNR", "psnr", "ssim"]
@@ -47,19 +46,25 @@ def ssim(a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape:
         return -1.0
     a, b = a.double(), b.double()
-    channels, size = a.shape[1], min(_WINDOW, *a.shape[2:])
-    at = torch.arange(size, dtype=torch.float64, device=a.device) - (size - 1) / 2
+    size = min(_WINDOW, *a.shape[2:])
+    at = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
     line = torch.exp(-at.square() / (2 * _SIGMA**2))
-    line = (line / line.sum()).expand(channels, 1, 1, size)
+    weights: list[float] = (line / line.sum()).tolist()
 
     def mean(x: Tensor) -> Tensor:
-        """Under the window, a product of two lines."""
-        return F.conv2d(F.conv2d(x, line, groups=channels), line.mT, groups=channels)
+        """Under the window, a product of two lines: shifted sums, since conv2d in float64 takes seven times as long."""
+        for axis in (3, 2):
+            places = x.shape[axis] - size + 1
+            total = weights[0] * x.narrow(axis, 0, places)
+            for k in range(1, size):
+                total.add_(x.narrow(axis, k, places), alpha=weights[k])
+            x = total
+        return x
 
     mean_a, mean_b = mean(a), mean(b)
-    var_a, var_b = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2
-    covariance = mean(a * b) - mean_a * mean_b
+    product, squares = mean_a * mean_b, mean_a**2 + mean_b**2
+    covariance, variances = mean(a * b) - product, mean(a * a + b * b) - squares
     c1, c2 = _K1**2, _K2**2
-    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
-    structure = (2 * covariance + c2) / (var_a + var_b + c2)
+    luminance = (2 * product + c1) / (squares + c1)
+    structure = (2 * covariance + c2) / (variances + c2)
     return float((luminance * structure).mean())
