@@ -4,8 +4,8 @@
                         its best settings; this process stays open. A reference in another dtype than the case's
                         generates its pictures in one process, and is not timed
     pictures            the same prompts and seeds for each side, one by one, compared with the reference's; the gate
-    each batch size     a warm-up, a run with memory sampled, then rounds: A B C, B C A, C A B, ...; timed pictures are
-                        compared with those that the reference generated one by one from the same seeds
+    each batch size     a warm-up, a run with memory sampled, then rounds: A B C, B C A, C A B, ...; after a round, its
+                        pictures are compared with those that the reference generated one by one from the same seeds
 
 If not all sides fit in memory together, this is done for one group after another (see `grouping`). A side that is
 measured without the first one, at all batch sizes or at the larger ones, is not interleaved with it there: its speedup
@@ -37,7 +37,7 @@ from .host import Host, job_for
 from .results import CaseResult
 from .side import Images, Pictures, as_bytes, as_float
 from .side_run import SideRun
-from .worker import Job, Trace
+from .worker import Job, Run, Trace
 
 __all__ = ["CaseRun", "Plan"]
 
@@ -362,11 +362,7 @@ class CaseRun:
             self._attempt(side, partial(self._warm_up, batch=batch), where)
         for round_ in range(self._plan.rounds):
             turn = round_ % len(sides) if sides else 0
-            for side in [*sides[turn:], *sides[:turn]]:
-                self._attempt(side, partial(self._time_round, batch=batch, round_=round_), where)
-                if side is first and side.status == "measured":
-                    baseline.append(side.runs[batch][-1].seconds)
-                    first.baseline_seconds.setdefault(batch, []).append(baseline[-1])
+            self._measure_round([*sides[turn:], *sides[:turn]], batch, round_, baseline)
         if first.status != "measured":  # it failed in one of these rounds
             baseline.clear()
 
@@ -376,20 +372,37 @@ class CaseRun:
         self._host(side).run(*inputs)
         side.traces[batch] = _required(self._host(side).run(*inputs, traced=True).trace)
 
-    def _time_round(self, side: SideRun, batch: int, round_: int) -> None:
-        self._on_progress(side.name, f"batch {batch}: round {round_ + 1} of {self._plan.rounds}")
+    def _measure_round(
+        self, sides: Sequence[SideRun], batch: int, round_: int, baseline: list[float]
+    ) -> None:
+        """Time a call of each side, then check their pictures: in between, the GPU would wait and cool down."""
+        where = f"batch {batch}: "
         first = round_ * batch % (self._picture_count - batch + 1)
-        run = self._host(side).run(*self._plan.inputs(first, batch))
-        side.runs.setdefault(batch, []).append(replace(run, images=run.images[:0]))
-        self._check_timed_images(side, batch, first, run.images)
+        runs: dict[SideRun, Run] = {}
 
-    def _check_timed_images(self, side: SideRun, batch: int, first: int, images: Images) -> None:
+        def time_call(side: SideRun) -> None:
+            self._on_progress(side.name, f"{where}round {round_ + 1} of {self._plan.rounds}")
+            runs[side] = self._host(side).run(*self._plan.inputs(first, batch))
+
+        try:
+            for side in sides:
+                self._attempt(side, time_call, where)
+        finally:  # after Ctrl-C, too, what was timed counts once it is checked
+            for side, run in runs.items():
+                self._attempt(side, partial(self._check_run, run=run, batch=batch, first=first), where)
+                if side is self._sides[0] and side.status == "measured":
+                    baseline.append(run.seconds)
+                    side.baseline_seconds.setdefault(batch, []).append(run.seconds)
+
+    def _check_run(self, side: SideRun, run: Run, batch: int, first: int) -> None:
         """Compare timed pictures with the reference's too: a side may be right alone and wrong in a batch."""
-        found = likeness(self._compact(images), self._reference_images()[first : first + batch])
+        found = likeness(self._compact(run.images), self._reference_images()[first : first + batch])
         worst = side.worst_likeness.get(batch, found)
         side.worst_likeness[batch] = (min(found[0], worst[0]), min(found[1], worst[1]))
         if self._plan.gate.of_each_picture:
             self._apply_gate(side, Quality(batch, *found), f"batch {batch}: ")
+        if side.status == "measured":
+            side.runs.setdefault(batch, []).append(replace(run, images=run.images[:0]))
 
     def _finish(self, side: SideRun) -> None:
         """After the last group of a side."""

@@ -91,13 +91,33 @@ def test_pictures_that_are_not_finite_are_no_reference(
     assert (alone.rows[0].status, alone.reference) == (status, None)
 
 
+@pytest.mark.parametrize("rounds", [2, 5])
 def test_pictures_that_go_wrong_while_timed_withhold_the_speed_too(
-    measure: Callable[..., CaseResult],
+    rounds: int, measure: Callable[..., CaseResult]
 ) -> None:
     # 2 pictures, a warm-up, a traced run and a round are right.
-    wrong = rows(measure(planted("right"), planted("late", wrong_from=5)))["late"]
+    wrong = rows(measure(planted("right"), planted("late", wrong_from=5), rounds=rounds))["late"]
     assert (wrong.status, wrong.batches) == ("invalid", [])
     assert wrong.reason.startswith("batch 1: PSNR")
+
+
+def test_bytes_do_not_hide_that_the_last_timed_picture_is_not_finite(
+    measure: Callable[..., CaseResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentrt.bench.run._MAX_FLOAT_PICTURES", 1)
+
+    class Late(Worker):
+        calls = 0
+
+        def run(self, *args: Any, **kwargs: Any) -> Any:
+            made = super().run(*args, **kwargs)
+            Late.calls += self._job.side.name == "late"
+            # A picture in the process before, 2 pictures, a warm-up, a traced run and a round are right.
+            return replace(made, images=made.images * np.nan) if Late.calls == 7 else made
+
+    late = rows(measure(planted("right"), planted("late"), rounds=2, open_host=Late))["late"]
+    assert (late.status, late.reason) == ("failed", "batch 1: a picture is not finite")
+    assert late.batches == []
 
 
 def test_pictures_of_a_batch_are_judged_when_the_reference_is_out_by_then(

@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from helpers.fake_clock import FakeClock
 from helpers.planted_sides import CASE, STEPS, planted, rows
 from latentrt.bench.cases import Case, SideSpec
-from latentrt.bench.gates import GATES
+from latentrt.bench.gates import GATES, likeness
 from latentrt.bench.grouping import Group, Grouping
 from latentrt.bench.host import Host
 from latentrt.bench.report import markdown
@@ -325,6 +326,33 @@ def test_rounds_take_turns(measure: Callable[..., CaseResult]) -> None:
     assert "".join(order[-9:]) == "abcbcacab"
 
 
+def test_the_gpu_does_not_wait_between_the_calls_of_a_round(
+    measure: Callable[..., CaseResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What checks the pictures takes its time: the GPU would cool down, and its clock recover."""
+    clock = FakeClock()
+    clock.install(monkeypatch)
+    calls: list[tuple[float, float]] = []
+
+    class Noting(Worker):
+        def run(self, *args: Any, **kwargs: Any) -> Any:
+            begun = clock.perf_counter()
+            made = super().run(*args, **kwargs)
+            calls.append((begun, clock.perf_counter()))
+            return made
+
+    def slow_likeness(*pictures: Any) -> tuple[float, float]:
+        clock.sleep(100)
+        return likeness(*pictures)
+
+    monkeypatch.setattr("latentrt.bench.run.likeness", slow_likeness)
+    result = measure(planted("a"), planted("b"), planted("c"), open_host=Noting, rounds=3, pictures=1)
+    timed = calls[-9:]
+    waits = [later[0] - earlier[1] for earlier, later in pairwise(timed)]
+    assert [wait > 1 for wait in waits] == [False, False, True, False, False, True, False, False]
+    assert all(row.batches[0].psnr == 200 for row in result.rows)  # they are checked all the same
+
+
 def test_a_side_that_compiles_for_each_size_is_measured_at_the_first_on_a_cpu(
     measure: Callable[..., CaseResult],
 ) -> None:
@@ -361,3 +389,28 @@ def test_what_was_measured_before_ctrl_c_is_kept(tmp_path: Path) -> None:
     counts = [len(row.batches[0].seconds) for row in result.rows]
     assert sorted(counts) == [2, 2] or sorted(counts) == [1, 2]
     assert all(row.batches[0].speedup.value > 0 for row in result.rows)
+
+
+def test_pictures_of_the_round_that_ctrl_c_ended_are_checked(tmp_path: Path) -> None:
+    class Interrupted(Worker):
+        calls = 0
+
+        def run(self, *args: Any, **kwargs: Any) -> Any:
+            Interrupted.calls += 1
+            if Interrupted.calls == 14:  # a round is over; of the second one, "late" was through
+                raise KeyboardInterrupt
+            return super().run(*args, **kwargs)
+
+    run = CaseRun(
+        CASE,
+        [planted("a"), planted("late", wrong_from=5)],
+        Plan(["a"], GATES["eager"], rounds=9, pictures=2),
+        steps={"base": STEPS},
+        device="cpu",
+        folder=tmp_path,
+        open_host=Interrupted,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run.measure()
+    a, late = run.result().rows
+    assert (len(a.batches[0].seconds), late.status, late.batches) == (1, "invalid", [])
