@@ -1,4 +1,4 @@
-"""Memory during a call, sampled in a thread, and how busy other processes kept the machine."""
+"""Memory and the GPU's clocks during a call, sampled in a thread, and how busy other processes kept the machine."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import psutil
 import torch
 
-from .nvml import GpuShare
+from .nvml import GpuShare, Nvml
 
-__all__ = ["BusyElsewhere", "MemorySampler", "Series", "Span", "memory_now", "peak_within"]
+__all__ = ["BusyElsewhere", "GpuSampler", "MemorySampler", "Series", "Span", "memory_now", "peak_within"]
 
 Series = dict[str, list[float]]
 """`seconds` since the start, and for each kind of memory as many values in bytes:
@@ -25,6 +26,7 @@ Series = dict[str, list[float]]
 
 _PROCESS = psutil.Process()
 _INTERVAL = 0.005  # seconds between samples
+_GPU_INTERVAL = 0.1  # the same of the GPU's state, in calls that are timed
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,36 @@ def peak_within(series: Series, span: Span, started: float) -> dict[str, float]:
     midpoint = (span.begin + span.end) / 2
     inside = inside or [min(range(len(times)), key=lambda k: abs(times[k] - midpoint))]
     return {name: max(values[k] for k in inside) for name, values in series.items() if name != "seconds"}
+
+
+class GpuSampler:
+    """`with GpuSampler(nvml) as sampler:` and then `sampler.state()`.
+
+    It samples only inside the block: the clocks of a GPU at its power limit recover as soon as it has no work.
+    """
+
+    def __init__(self, nvml: Nvml) -> None:
+        self._nvml = nvml
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._samples: list[dict[str, float]] = []
+
+    def __enter__(self) -> GpuSampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._done.wait(_GPU_INTERVAL):
+            self._samples.append(self._nvml.state())
+
+    def state(self) -> dict[str, float]:
+        """The median of each value of `Nvml.state`; empty if the block was shorter than 0.1 s."""
+        names = dict.fromkeys(name for sample in self._samples for name in sample)
+        return {name: median(sample[name] for sample in self._samples if name in sample) for name in names}
 
 
 def memory_now(device: torch.device, share: GpuShare | None) -> dict[str, float]:

@@ -59,7 +59,7 @@ class BatchFigures:
         memory: during the call and between calls.
         joules_per_image: median over the rounds; None unless the GPU's counter could be read in all of them.
         busy_elsewhere: for each round, how many cores other processes kept busy.
-        gpu: the GPU's clocks, power and temperature in each round.
+        gpu: medians of the GPU's clocks, power and temperature during the call of each round.
         beside: the first side's seconds that `speedup` compares with.
     """
 

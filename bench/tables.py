@@ -169,7 +169,8 @@ def batches(case: CaseResult) -> Table:
 
 
 def conditions(case: CaseResult) -> Table:
-    """How each side was configured, and the conditions of its rounds: most cores used by others, and GPU clocks."""
+    """How each side was configured, and the conditions of its rounds: most cores used by others, and the GPU's clock
+    during the calls."""
     table = [["side", "set up", "dtype", "others kept busy, cores", "GPU's MHz"]]
     for row in case.rows:
         busy = max((value for b in row.batches for value in b.busy_elsewhere), default=None)

@@ -10,7 +10,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -22,7 +22,7 @@ import torch
 from ..errors import BenchmarkError
 from .cases import DTYPES, Case, SideSpec
 from .machine import commit, is_clean_commit
-from .monitor import BusyElsewhere, MemorySampler, Series, memory_now
+from .monitor import BusyElsewhere, GpuSampler, MemorySampler, Series, memory_now
 from .nvml import GpuShare, open_nvml
 from .profile import Profile, Sessions, profile_call, profile_sessions
 from .shutdown import exit_with_parent
@@ -98,7 +98,8 @@ class Run:
         memory: bytes of the process after the call, by kind (see `monitor.Series`).
         busy_elsewhere: cores that other processes kept busy during the call.
         joules: of the GPU; None if it does not report them.
-        gpu: its clocks, power and temperature after the call; empty if it does not report them.
+        gpu: medians of its clocks, power and temperature during the call; empty if it does not report them, or if the
+            call was too short to sample any.
     """
 
     images: Images
@@ -187,9 +188,10 @@ class Worker:
     def _timed(self, side: Side, prompts: Sequence[str], seeds: Sequence[int]) -> Run:
         elsewhere = BusyElsewhere()
         energy_before = self._nvml.joules() if self._nvml else None
-        started = time.perf_counter()
-        output = side(prompts, seeds)
-        seconds = time.perf_counter() - started
+        with nullcontext() if self._nvml is None else GpuSampler(self._nvml) as sampler:
+            started = time.perf_counter()
+            output = side(prompts, seeds)
+            seconds = time.perf_counter() - started
         energy_after = self._nvml.joules() if self._nvml else None
         stages: dict[str, float] = {}
         for span in output.spans:
@@ -201,7 +203,7 @@ class Worker:
             memory=memory_now(self._device, self._share),
             busy_elsewhere=elsewhere.lap(),
             joules=None if energy_before is None or energy_after is None else energy_after - energy_before,
-            gpu=self._nvml.state() if self._nvml else {},
+            gpu={} if sampler is None else sampler.state(),
         )
 
     def close(self) -> None:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers.fake_nvml import FakeNvml
+from helpers.planted_sides import CASE, PlantedSide, planted
+from helpers.waiting import until
+from latentrt.bench import worker
 from latentrt.bench.nvml import GpuShare, Nvml, open_nvml
+from latentrt.bench.side import SideOutput
+from latentrt.bench.worker import Job, Worker
 
 CPU = torch.device("cpu")
 
@@ -101,3 +108,35 @@ def test_nvml_finds_the_gpu_that_pytorch_was_shown(monkeypatch: pytest.MonkeyPat
     assert open_nvml(torch.device("cuda:1")) is None
     monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
     assert open_nvml(torch.device("cuda:1")) is None
+
+
+class AtItsPowerLimit(FakeNvml):
+    """Its clock is lower while it has work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.busy = False
+        self.sampled = 0
+
+    def nvmlDeviceGetClockInfo(self, handle: Any, kind: int) -> int:  # noqa: N802
+        self.sampled += self.busy
+        return 1400 if self.busy else 1980
+
+
+def test_the_clock_of_a_timed_call_is_that_of_its_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = AtItsPowerLimit()
+    monkeypatch.setattr(worker, "open_nvml", lambda device: Nvml(library, object()))
+    side = Worker(Job(CASE, planted("side"), "cpu", tmp_path))
+    side.open()
+    generate = PlantedSide.__call__
+
+    def working(self: PlantedSide, prompts: Sequence[str], seeds: Sequence[int]) -> SideOutput:
+        library.busy = True
+        until(lambda: library.sampled > 2, 20, what="a sample during the call")
+        library.busy = False
+        return generate(self, prompts, seeds)
+
+    monkeypatch.setattr(PlantedSide, "__call__", working)
+    assert side.run(["a"], [0]).gpu["sm_mhz"] == 1400
