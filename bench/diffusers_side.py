@@ -209,9 +209,9 @@ def open_side(
     if mode is None:
         return _Eager(case, device, base, refiner, "eager, SDPA" + extra_settings)
     if device.type == "cuda" and mode == "max-autotune":
-        base.fuse_qkv_projections()
-        if refiner is not None:
-            refiner.unet.fuse_qkv_projections()  # the VAE is the base's
+        # Both pipelines have the same VAE.
+        for network in [base.unet, base.vae, *([] if refiner is None else [refiner.unet])]:
+            _fuse_projections(network)
         extra_settings += ", fused QKV"
     # PyTorch counts recompilations of base and refiner together, and compiles each batch size separately.
     dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(case.batches))
@@ -226,6 +226,19 @@ def open_side(
     described = ", ".join([mode, "static sizes", "whole graphs", *(f"{k}={v}" for k, v in options.items())])
     settings = f"torch.compile({described}), SDPA, channels_last"
     return DiffusersSide(case, device, base, refiner, settings + extra_settings)
+
+
+def _fuse_projections(network: Any) -> None:
+    """Fuse the projections to queries, keys and values, and remove the single ones.
+
+    diffusers keeps those beside the fused ones, unused: a quarter of the base UNet would count as memory twice.
+    """
+    network.fuse_qkv_projections()
+    for module in network.modules():
+        for fused, names in (("to_qkv", ("to_q", "to_k", "to_v")), ("to_kv", ("to_k", "to_v"))):
+            if hasattr(module, fused):
+                for name in names:
+                    delattr(module, name)
 
 
 def compile_options(mode: str, device: torch.device) -> dict[str, Any]:

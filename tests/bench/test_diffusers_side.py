@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from latentrt.bench import diffusers_side
 from latentrt.bench.cases import Case
 from latentrt.bench.diffusers_side import DiffusersSide, load_pipelines, open_side
+from latentrt.bench.gates import likeness
 from latentrt.runtime.latents import NoiseSource
 
 
@@ -47,8 +49,15 @@ class StandIn:
             to=self._to,
             compile=self.compiled.update,
             fuse_qkv_projections=self.fuse_qkv_projections,
+            modules=list,
         )
-        self.vae = SimpleNamespace(dtype=dtype, to=self._to, decode=lambda latents: latents)
+        self.vae = SimpleNamespace(
+            dtype=dtype,
+            to=self._to,
+            decode=lambda latents: latents,
+            fuse_qkv_projections=self.fuse_qkv_projections,
+            modules=list,
+        )
         self.scheduler = SimpleNamespace(scale_model_input=None)
         self.encode_prompt = lambda: None
         self.vae_scale_factor, self.default_sample_size = 8, 16
@@ -107,13 +116,27 @@ def test_torch_compile_is_set_up_as_its_guides_say(
         assert f"{name}={decode['options'][name]}" in side.settings
     assert decode["options"].get("triton.cudagraphs", False) is (mode != "default")
     guided = (place, mode) == ("cuda", "max-autotune")
-    assert (base.fused, refiner.fused) == ((1, 1) if guided else (0, 0))
+    assert (base.fused, refiner.fused) == ((2, 1) if guided else (0, 0))  # the VAE is the base's
     assert ("fused QKV" in side.settings) is guided
     assert ("conv_1x1_as_mm" in decode["options"]) is guided
     assert decode["options"].get("epilogue_fusion", True) is not guided
     assert upcasts == [torch.bfloat16 if place == "cuda" else torch.float32]  # as latentrt's own
     assert torch.backends.cudnn.benchmark is (place == "cuda")
     assert ("cudnn.benchmark" in side.settings) is (place == "cuda")
+
+
+def test_fused_projections_take_no_more_memory(case: Case) -> None:
+    """diffusers keeps the single ones too, which nothing uses."""
+    base, refiner = load_pipelines(case, torch.device("cpu"), torch.float32)
+    networks = [base.unet, base.vae, refiner.unet]
+    side = DiffusersSide(case, torch.device("cpu"), base, refiner, "")
+    before = side(["a cat"], [3]).images
+    sizes = [sum(weight.nbytes for weight in network.parameters()) for network in networks]
+    for network in networks:
+        diffusers_side._fuse_projections(network)
+        assert any("to_qkv" in name for name, _ in network.named_parameters())
+    assert sizes == [sum(weight.nbytes for weight in network.parameters()) for network in networks]
+    assert likeness(side(["a cat"], [3]).images, before)[0] > 100
 
 
 def test_freed_weights_are_no_memory_of_a_side(
