@@ -21,7 +21,17 @@ from ..runtime.weights import refiner_source
 from .cases import Case
 from .models import checkpoint_folder
 from .monitor import Span
-from .side import Side, SideOutput, choose_layout, now, try_convolutions, vae_in
+from .side import (
+    MEMORY_FORMATS,
+    Layout,
+    Side,
+    SideOutput,
+    choose_layout,
+    layout_text,
+    now,
+    try_convolutions,
+    vae_in,
+)
 
 __all__ = ["DiffusersSide", "compile_options", "load_pipelines", "open_side"]
 
@@ -98,16 +108,12 @@ class DiffusersSide(Side):
             release_memory()
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> SideOutput:
-        return self.generate(prompts, seeds, self._case.steps)
-
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> SideOutput:
-        """Generate picture k from prompt k and seed k in `steps` steps."""
         case = self._case
         height, width = case.size or (None, None)
         call_args: dict[str, Any] = {
             "prompt": list(prompts),
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
-            "num_inference_steps": steps,
+            "num_inference_steps": case.steps,
             "guidance_scale": case.guidance,
             "negative_prompt": None if case.negative is None else [case.negative] * len(prompts),
         }
@@ -119,7 +125,7 @@ class DiffusersSide(Side):
             images = self._stage("base", self._base, output_type="np", **base_args)
             return SideOutput(images, self._spans)
         if share == 0:
-            latents = self._initial_latents(noise, steps)
+            latents = self._initial_latents(noise)
             share = _FROM_NOISE
         else:
             latents = self._stage("base", self._base, denoising_end=share, output_type="latent", **base_args)
@@ -142,18 +148,18 @@ class DiffusersSide(Side):
         drawn = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
         return drawn.to(self._device, base.unet.dtype)
 
-    def _initial_latents(self, noise: torch.Tensor, steps: int) -> torch.Tensor:
+    def _initial_latents(self, noise: torch.Tensor) -> torch.Tensor:
         """Noise scaled as the base's pipeline scales it; the refiner's pipeline does not scale."""
-        self._base.scheduler.set_timesteps(steps)
+        self._base.scheduler.set_timesteps(self._case.steps)
         scaled: torch.Tensor = noise * self._base.scheduler.init_noise_sigma
         return scaled
 
-    def set_memory_format(self, memory_format: torch.memory_format) -> None:
+    def set_layout(self, layout: Layout) -> None:
         """Convert the weights of every network with convolutions."""
         for pipe in (self._base, self._refiner):
             if pipe is not None:
-                pipe.unet.to(memory_format=memory_format)
-        self._base.vae.to(memory_format=memory_format)
+                pipe.unet.to(memory_format=MEMORY_FORMATS[layout["UNet"]])
+        self._base.vae.to(memory_format=MEMORY_FORMATS[layout["VAE"]])
 
     def _stage(self, name: str, pipe: Any, **call_args: Any) -> Any:
         """Run one pipeline. Its denoising loop lasts from the first scaled input to the decoder, or to the end if there
@@ -190,11 +196,11 @@ class DiffusersSide(Side):
 
 
 class _Eager(DiffusersSide):
-    """Eager diffusers in the memory format that is fastest on this machine."""
+    """Eager diffusers, each network in the memory format that is fastest on this machine."""
 
-    def tune(self, memory_format: str | None = None) -> None:
-        self.memory_format = choose_layout(self.set_memory_format, self.generate, self._device, memory_format)
-        self.settings += f", {self.memory_format}"
+    def tune(self, layout: Layout | None = None) -> None:
+        self.layout = choose_layout(self, self.set_layout, self._device, layout)
+        self.settings += f", {layout_text(self.layout)}"
 
 
 def open_side(

@@ -19,6 +19,7 @@ from .cases import Case, SideSpec
 from .machine import commit, installed_versions, tuned_digest
 from .models import weights_on_disk
 from .profile import Profile
+from .side import Layout
 from .worker import Job, Run, serve
 
 _log = logging.getLogger(__name__)
@@ -54,11 +55,11 @@ class Host(Protocol):
         """Generate pictures. With `traced`, memory is sampled, which slows the call down."""
         ...
 
-    def tune(self, memory_format: str | None = None) -> tuple[str, str | None]:
-        """Let the side choose its fastest settings, or use a memory format that was chosen before.
+    def tune(self, layout: Layout | None = None) -> tuple[str, Layout | None]:
+        """Let the side choose its fastest settings, or use a layout that was chosen before.
 
         Returns:
-            Its settings, and its memory format if it chose one.
+            Its settings, and its layout if it chose one.
         """
         ...
 
@@ -97,8 +98,8 @@ class OwnProcess:
     def run(self, prompts: Sequence[str], seeds: Sequence[int], *, traced: bool = False) -> Run:
         return cast(Run, self._ask("run", list(prompts), list(seeds), traced=traced))
 
-    def tune(self, memory_format: str | None = None) -> tuple[str, str | None]:
-        return cast(tuple[str, str | None], self._ask("tune", memory_format))
+    def tune(self, layout: Layout | None = None) -> tuple[str, Layout | None]:
+        return cast(tuple[str, Layout | None], self._ask("tune", layout))
 
     def profile(self, prompts: Sequence[str], seeds: Sequence[int]) -> Profile:
         return cast(Profile, self._ask("profile", list(prompts), list(seeds)))

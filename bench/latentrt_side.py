@@ -1,8 +1,8 @@
 """latentrt as a side of the benchmark, on one of its back ends.
 
 In eager PyTorch its modules stand in for diffusers' where that is not installed, so they run as people run those:
-without CUDA graphs, in the layout that is faster, and on a GPU with a float16 model's VAE in bfloat16, as both
-diffusers' side and the Triton back end decode.
+without CUDA graphs, each network in the layout that is faster, and on a GPU with a float16 model's VAE in bfloat16, as
+both diffusers' side and the Triton back end decode.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..runtime.parts import load_parts
 from ..runtime.pipeline import Pipeline
 from .cases import Case, reference_side
 from .monitor import Span
-from .side import Side, SideOutput, choose_layout, now, try_convolutions, vae_in
+from .side import Layout, Side, SideOutput, choose_layout, layout_text, now, try_convolutions, vae_in
 
 __all__ = ["open_side"]
 
@@ -34,10 +34,6 @@ class LatentrtSide(Side):
         self.settings = f"back end {pipe.backend}, {vae_in(pipe.vae.dtype)}{convolutions}"
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> SideOutput:
-        return self.generate(prompts, seeds, self._case.steps)
-
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> SideOutput:
-        """The same at another number of steps."""
         case = self._case
         height, width = case.size or (None, None)
         result = self._pipe(
@@ -46,7 +42,7 @@ class LatentrtSide(Side):
             height=height,
             width=width,
             negative_prompt=case.negative,
-            num_inference_steps=steps,
+            num_inference_steps=case.steps,
             guidance_scale=case.guidance,
             high_noise_frac=case.high_noise_frac,
             output_type="np",
@@ -55,27 +51,31 @@ class LatentrtSide(Side):
 
 
 class _Eager(LatentrtSide):
-    """The modules as they are, in the layout that is faster here."""
+    """The modules as they are, each network in the layout that is faster here."""
 
     def __init__(self, case: Case, pipe: Pipeline) -> None:
         super().__init__(case, pipe)
         self.settings += ", no CUDA graphs" if pipe.device.type == "cuda" else ""
 
-    def tune(self, memory_format: str | None = None) -> None:
-        self.memory_format = choose_layout(self._load_in, self.generate, self._pipe.device, memory_format)
-        self.settings += f", {self.memory_format}"
+    def tune(self, layout: Layout | None = None) -> None:
+        self.layout = choose_layout(self, self._load_in, self._pipe.device, layout)
+        self.settings += f", {layout_text(self.layout)}"
 
-    def _load_in(self, memory_format: torch.memory_format) -> None:
+    def _load_in(self, layout: Layout) -> None:
         """Anew, from the files: no layout is to take another one's memory as well."""
         loader = self._pipe._loader
         loader.move(loader.device)
-        if memory_format == torch.channels_last:
-            loader.backend = _ChannelsLast()
+        loader.backend = _LaidOut(layout)
 
 
-class _ChannelsLast(EagerBackend):
+class _LaidOut(EagerBackend):
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
     def load(self, component: Component, *, device: torch.device, cache_dir: Path | None) -> Engine:
-        return _ChannelsLastEngine(component, device)
+        network = "VAE" if component.name.startswith("vae") else "UNet"  # text encoders have no convolutions
+        channels_last = self._layout[network] == "channels_last"
+        return (_ChannelsLastEngine if channels_last else EagerEngine)(component, device)
 
 
 class _ChannelsLastEngine(EagerEngine):

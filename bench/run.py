@@ -272,7 +272,7 @@ class CaseRun:
             self._on_progress(side.name, "opening again")
             side.host = self._open_host(side.job)
             side.host.open()
-            side.host.tune(side.memory_format)
+            side.host.tune(side.layout)
             return
         timed = side.spec is not self._pictures_only
         if timed and side.build_seconds is None:
@@ -283,7 +283,7 @@ class CaseRun:
         side.first_image_seconds, first = self._first_image(side)
         if timed:
             self._on_progress(side.name, "its best setting")
-            side.settings, side.memory_format = self._host(side).tune()
+            side.settings, side.layout = self._host(side).tune()
         compact = self._compact(first)
         images = np.empty((self._picture_count, *compact.shape[1:]), compact.dtype)
         images[:1] = compact
@@ -421,8 +421,8 @@ class CaseRun:
         host = self._open_host(replace(side.job, profiled=True))
         try:
             host.open()
-            # In the memory format that was timed: another trial could choose the other one.
-            host.tune(side.memory_format)
+            # In the layout that was timed: another trial could choose another one.
+            host.tune(side.layout)
             side.profile = host.profile(*self._plan.inputs(0, 1))
         except Exception as error:  # its speed is valid without a profile
             self._on_progress(side.name, f"no profile: {_first_line(error)}")

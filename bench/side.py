@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,6 +19,7 @@ from .monitor import Span
 __all__ = [
     "MEMORY_FORMATS",
     "Images",
+    "Layout",
     "Picture",
     "Pictures",
     "Side",
@@ -26,13 +27,17 @@ __all__ = [
     "as_float",
     "choose_layout",
     "factory",
+    "layout_text",
     "now",
     "try_convolutions",
     "vae_in",
 ]
 
-_TRIAL_STEPS = 4
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+_STAGES = {"UNet": ("base", "refiner"), "VAE": ("decode",)}
+"""Network -> the stages that are its work."""
+Layout = Mapping[str, str]
+"""Network in `_STAGES` -> the name in `MEMORY_FORMATS` of the format that its weights have."""
 Images = NDArray[np.float32]
 """[B, H, W, 3] in [0, 1]."""
 Pictures = Images | NDArray[np.uint8]
@@ -70,23 +75,23 @@ class Side:
 
     Attributes:
         settings: how it is configured, for people to read.
-        memory_format: the name in `MEMORY_FORMATS` that `tune` chose; None for a side that does not choose.
+        layout: what `tune` chose; None for a side that does not choose.
     """
 
     settings: str
-    memory_format: str | None = None
+    layout: Layout | None = None
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> SideOutput:
         """Generate picture k from prompt k and seed k."""
         raise NotImplementedError
 
-    def tune(self, memory_format: str | None = None) -> None:
+    def tune(self, layout: Layout | None = None) -> None:
         """Choose the settings that are fastest on this machine.
 
         Called once, after the first picture, so that the first picture's time is a cold process's.
 
         Args:
-            memory_format: use this one without a trial, because the same side was tuned before.
+            layout: use this one without a trial, because the same side was tuned before.
         """
 
     def close(self) -> None:
@@ -124,35 +129,40 @@ def try_convolutions(device: torch.device) -> str:
 
 
 def choose_layout(
-    set_memory_format: Callable[[torch.memory_format], None],
-    generate: Callable[[Sequence[str], Sequence[int], int], object],
-    device: torch.device,
-    memory_format: str | None = None,
-) -> str:
-    """Time a few steps in each memory format, and set the fastest one. Which one that is depends on the machine.
+    side: Side, set_layout: Callable[[Layout], None], device: torch.device, layout: Layout | None = None
+) -> Layout:
+    """Set each network's fastest memory format. Which one that is depends on the machine, and on the network.
+
+    Whole pictures are timed, of batch size 1, each network by its own stages.
 
     Args:
-        set_memory_format: puts the model's weights into a memory format.
-        generate: (prompts, seeds, steps) -> pictures.
-        memory_format: use this one, and try no other.
+        set_layout: puts the weights into memory formats.
+        layout: set this one, and try no other.
 
     Returns:
-        The name in `MEMORY_FORMATS` of the one that was set.
+        The layout that was set.
     """
-    seconds = {}
-    for name in MEMORY_FORMATS if memory_format is None else (memory_format,):
-        set_memory_format(MEMORY_FORMATS[name])
-        times = []
-        for _ in range(3):
-            started = time.perf_counter()
-            generate([""], [0], _TRIAL_STEPS)
-            times.append(now(device) - started)
-        seconds[name] = min(times)
-    best = min(seconds, key=lambda name: seconds[name])
-    set_memory_format(MEMORY_FORMATS[best])
+    if layout is None:
+        seconds: dict[tuple[str, str], float] = {}
+        for name in MEMORY_FORMATS:
+            set_layout(dict.fromkeys(_STAGES, name))
+            runs = [side([""], [0]).spans for _ in range(3)]
+            for network, stages in _STAGES.items():
+                seconds[network, name] = min(
+                    sum(span.end - span.begin for span in spans if span.name in stages) for spans in runs
+                )
+        layout = {
+            network: min(MEMORY_FORMATS, key=lambda name: seconds[network, name]) for network in _STAGES
+        }
+    set_layout(layout)
     if device.type == "cuda":
         release_memory()  # NVML would count cached memory as this side's
-    return best
+    return layout
+
+
+def layout_text(layout: Layout) -> str:
+    """For a side's settings."""
+    return ", ".join(f"{network} {name}" for network, name in layout.items())
 
 
 def now(device: torch.device) -> float:

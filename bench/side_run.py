@@ -11,7 +11,7 @@ from .gates import Quality
 from .host import Host
 from .profile import Profile
 from .results import BatchFigures, Memory, Row
-from .side import Images
+from .side import Images, Layout
 from .stats import growth, ratio
 from .worker import Job, Run, Trace
 
@@ -42,7 +42,7 @@ class SideRun:
     batches: tuple[int, ...]
     host: Host | None = None
     settings: str = ""
-    memory_format: str | None = None
+    layout: Layout | None = None
     status: str = "measured"
     reason: str = ""
     built_before: bool = False

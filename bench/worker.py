@@ -26,7 +26,7 @@ from .monitor import BusyElsewhere, GpuSampler, MemorySampler, Series, memory_no
 from .nvml import GpuShare, open_nvml
 from .profile import Profile, Sessions, profile_call, profile_sessions
 from .shutdown import exit_with_parent
-from .side import Images, Side, factory
+from .side import Images, Layout, Side, factory
 
 __all__ = ["Job", "Run", "Trace", "Worker", "serve"]
 
@@ -137,11 +137,11 @@ class Worker:
             self._side = open_side(job.case, self._device, DTYPES[job.dtype], job.folder, **job.side.options)
         return self._settings(self._side)
 
-    def tune(self, memory_format: str | None = None) -> tuple[str, str | None]:
+    def tune(self, layout: Layout | None = None) -> tuple[str, Layout | None]:
         side = self._loaded_side()
         with self._gpu_turn():
-            side.tune(memory_format)
-        return self._settings(side), side.memory_format
+            side.tune(layout)
+        return self._settings(side), side.layout
 
     def run(self, prompts: Sequence[str], seeds: Sequence[int], *, traced: bool = False) -> Run:
         side = self._loaded_side()

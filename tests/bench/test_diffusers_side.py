@@ -156,8 +156,7 @@ def test_freed_weights_are_no_memory_of_a_side(
         return StandIn(), None
 
     monkeypatch.setattr("latentrt.bench.diffusers_side.load_pipelines", loaded)
-    for module in ("side", "diffusers_side"):
-        monkeypatch.setattr(f"latentrt.bench.{module}.now", lambda device: time.perf_counter())
+    monkeypatch.setattr(diffusers_side, "now", lambda device: time.perf_counter())
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(held[-1]() is None))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     side = open_side(replace(case, refiner=None), torch.device("cuda"), torch.float16, tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ from latentrt.bench import latentrt_side
 from latentrt.bench.cases import Case, sides_named
 from latentrt.bench.gates import likeness
 from latentrt.bench.latentrt_side import LatentrtSide
+from latentrt.bench.monitor import Span
 from latentrt.bench.side import factory
 from latentrt.runtime.engines.eager import EagerBackend
 from latentrt.runtime.parts import load_parts
@@ -88,21 +88,31 @@ def test_latentrts_eager_modules_run_as_diffusers_does(
     assert type(side)(case, on_gpu).settings.endswith(", no CUDA graphs")
 
     before = side(["a cat"], [3]).images
-    seen: list[Any] = []
+    seen: list[tuple[bool, bool]] = []
 
-    def weight() -> torch.Tensor:
-        engines = [lazy.load() for lazy in side._pipe._loader._engines if lazy.component.name == "unet"]
-        assert len(engines) == 2  # base and refiner
-        return engines[0]._module.conv_in.weight
+    def channels_last(name: str, count: int) -> bool:
+        engines = [e.load() for e in side._pipe._loader._engines if e.component.name == name]
+        assert len(engines) == count
+        found = {
+            weight.is_contiguous(memory_format=torch.channels_last)
+            for engine in engines
+            for weight in engine._module.parameters()
+            if weight.ndim == 4 and weight.shape[1:] == (4, 3, 3)
+        }
+        (last,) = found
+        return last
 
-    def seconds(place: torch.device) -> float:
-        seen.append(weight().is_contiguous(memory_format=torch.channels_last))
-        return time.perf_counter() + 1000 * (not seen[-1])
+    def spans(*_: Any) -> list[Span]:
+        """The UNets are quicker in channels_last, the VAE is slower."""
+        unet, vae = channels_last("unet", 2), channels_last("vae_decoder", 1)
+        seen.append((unet, vae))
+        return [Span("refiner", 0, 20 - unet), Span("decode", 0, 20 + 10 * vae)]
 
-    monkeypatch.setattr("latentrt.bench.side.now", seconds)
-    side.tune()
-    assert seen == [False] * 3 + [True] * 3
-    assert weight().is_contiguous(memory_format=torch.channels_last)
-    assert side.settings.endswith(", channels_last")
+    with monkeypatch.context() as patch:
+        patch.setattr(latentrt_side, "_spans", spans)
+        side.tune()
+    assert seen == [(False, False)] * 3 + [(True, True)] * 3
+    assert side.settings.endswith(", UNet channels_last, VAE contiguous")
     assert side._pipe.backend == "eager"
     assert likeness(side(["a cat"], [3]).images, before)[0] > 100
+    assert (channels_last("unet", 2), channels_last("vae_decoder", 1)) == (True, False)

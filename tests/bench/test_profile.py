@@ -18,6 +18,7 @@ from latentrt.bench.gates import GATES
 from latentrt.bench.profile import BETWEEN, kind_of, profile_call, profile_sessions
 from latentrt.bench.results import CaseResult, Report
 from latentrt.bench.run import CaseRun, Plan
+from latentrt.bench.side import Layout
 from latentrt.bench.worker import Worker
 from latentrt.errors import BenchmarkError
 
@@ -127,10 +128,10 @@ def test_a_profile_is_of_what_was_timed(measure: Callable[..., CaseResult]) -> N
     asked = []
 
     class Noting(Worker):
-        def tune(self, memory_format: str | None = None) -> tuple[str, str | None]:
-            asked.append((self._job.profiled, memory_format))
-            return super().tune(memory_format)
+        def tune(self, layout: Layout | None = None) -> tuple[str, Layout | None]:
+            asked.append((self._job.profiled, layout))
+            return super().tune(layout)
 
     (row,) = measure(planted("a"), open_host=Noting, rounds=1, profile=["a"]).rows
-    assert asked == [(False, None), (True, "channels_last")]
+    assert asked == [(False, None), (True, {"UNet": "channels_last", "VAE": "contiguous"})]
     assert row.profile is not None

@@ -20,6 +20,7 @@ from latentrt.bench.host import Host
 from latentrt.bench.report import markdown
 from latentrt.bench.results import CaseResult
 from latentrt.bench.run import CaseRun, Plan
+from latentrt.bench.side import Layout
 from latentrt.bench.suite import Settings, Suite
 from latentrt.bench.worker import Job, Run, Worker
 from latentrt.runtime.engines.base import Availability
@@ -170,9 +171,9 @@ def test_a_reference_makes_its_pictures_and_no_more(tmp_path: Path) -> None:
             opened[self._job.side.name] += 1
             return super().open()
 
-        def tune(self, memory_format: str | None = None) -> tuple[str, str | None]:
+        def tune(self, layout: Layout | None = None) -> tuple[str, Layout | None]:
             tuned[self._job.side.name] += 1
-            return super().tune(memory_format)
+            return super().tune(layout)
 
         def run(self, prompts: Sequence[str], seeds: Sequence[int], *, traced: bool = False) -> Run:
             made[self._job.side.name] += len(seeds)

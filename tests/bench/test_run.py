@@ -20,6 +20,7 @@ from latentrt.bench.host import Host
 from latentrt.bench.report import markdown
 from latentrt.bench.results import CaseResult, Report, Row
 from latentrt.bench.run import CaseRun, Plan
+from latentrt.bench.side import Layout
 from latentrt.bench.worker import Job, Worker
 
 
@@ -264,9 +265,9 @@ def test_a_side_that_fits_with_the_first_at_small_sizes_is_opened_again_for_larg
             events.append(f"open {self._name}")
             return super().open()
 
-        def tune(self, memory_format: str | None = None) -> Any:
+        def tune(self, layout: Layout | None = None) -> Any:
             events.append(f"tune {self._name}")
-            return super().tune(memory_format)
+            return super().tune(layout)
 
         def run(self, prompts: Sequence[str], seeds: Sequence[int], **kwargs: Any) -> Any:
             events.append(f"{self._name} {len(seeds)}")

@@ -17,7 +17,7 @@ from latentrt.bench.latentrt_side import LatentrtSide
 from latentrt.bench.latentrt_side import open_side as open_latentrt
 from latentrt.bench.monitor import Span
 from latentrt.bench.results import CaseResult, Row
-from latentrt.bench.side import Side, SideOutput
+from latentrt.bench.side import Layout, Side, SideOutput
 from latentrt.runtime.engines.base import Component
 from latentrt.runtime.engines.eager import EagerBackend, EagerEngine
 from latentrt.runtime.pipeline import Pipeline
@@ -101,9 +101,9 @@ class PlantedSide(Side):
         end = time.perf_counter()
         return SideOutput(images, [Span("base", begun, stepped), Span("decode", stepped, end)])
 
-    def tune(self, memory_format: str | None = None) -> None:
+    def tune(self, layout: Layout | None = None) -> None:
         time.sleep(self._tuning_seconds)
-        self.memory_format = memory_format or "channels_last"
+        self.layout = layout or {"UNet": "channels_last", "VAE": "contiguous"}
         self.settings = "planted and tuned"
 
     def close(self) -> None:
