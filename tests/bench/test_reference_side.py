@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.planted_reports import report
@@ -16,6 +17,7 @@ from helpers.planted_sides import planted
 from latentrt.bench import cases, tables
 from latentrt.bench.cases import CASES, SIDES, Case, SideSpec, default_sides, eager_sides, sides_named
 from latentrt.bench.gates import GATES
+from latentrt.bench.grouping import Group, Grouping
 from latentrt.bench.host import Host
 from latentrt.bench.report import markdown
 from latentrt.bench.results import CaseResult
@@ -34,7 +36,11 @@ def eager(dtype: str | None = None) -> SideSpec:
 
 
 def measure(
-    folder: Path, *sides: SideSpec, case: Case = CASE, open_host: Callable[[Job], Host] = Worker
+    folder: Path,
+    *sides: SideSpec,
+    case: Case = CASE,
+    open_host: Callable[[Job], Host] = Worker,
+    grouping: Grouping | None = None,
 ) -> CaseResult:
     run = CaseRun(
         case,
@@ -44,6 +50,7 @@ def measure(
         device="cpu",
         folder=folder,
         open_host=open_host,
+        grouping=grouping,
     )
     run.measure()
     return run.result()
@@ -190,6 +197,28 @@ def test_a_reference_makes_its_pictures_and_no_more(tmp_path: Path) -> None:
     told = markdown(replace(report(), cases=[found]))
     assert "| latentrt-eager@float32 | reference | - |" in told
     assert "**latentrt-eager@float32** reference: only its pictures are taken" in told
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_batch_in_half_precision_is_judged_by_float32(exact: bool, tmp_path: Path) -> None:
+    """Each rounds in its own way: the two are further from one another than either may be from what is right."""
+
+    class Rounding(Worker):
+        def run(self, prompts: Sequence[str], seeds: Sequence[int], *, traced: bool = False) -> Run:
+            made = super().run(prompts, seeds, traced=traced)
+            if self._job.dtype == "float32":
+                return made
+            digits = np.random.default_rng(len(self._job.side.name)).standard_normal(made.images.shape[1:])
+            return replace(made, images=(made.images + 0.015 * digits).astype(np.float32))
+
+    sides = [eager(), *([eager("float32")] if exact else []), planted("half")]
+    case = replace(CASE, batches=(3,))
+    names = ["latentrt-eager", "half"]
+    groups = [Group(["latentrt-eager@float32"], (1,)), Group(names, (3,))] if exact else [Group(names, (3,))]
+    grouping = Grouping(groups, {name: group.batches for group in groups for name in group.sides})
+    half = measure(tmp_path, *sides, case=case, open_host=Rounding, grouping=grouping).rows[-1]
+    assert half.status == ("measured" if exact else "invalid")
+    assert 33 < (half.quality.psnr if exact else 36) < 39
 
 
 def test_a_reference_that_speed_is_compared_with_is_timed(tmp_path: Path) -> None:
