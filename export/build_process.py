@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from .. import errors
 from ..errors import BuildError, LatentRTError
-from ..runtime.engines import trt
+from ..runtime.engines import products
 from ..runtime.host_memory import available_bytes
 from .tensorrt import EngineRequest, build_engine
 
@@ -66,7 +66,7 @@ def build_in_child(
         if request.gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = request.gpu
         if request.plugins:
-            environment |= stack.enter_context(trt.plugin_library(trt.product(request.product)))
+            environment |= stack.enter_context(products.plugin_library(products.product(request.product)))
         stderr = stack.enter_context(tempfile.TemporaryFile())
         child = stack.enter_context(_child(stderr, environment))
         assert child.stdin is not None

@@ -37,7 +37,7 @@ def export(args: argparse.Namespace) -> Iterator[str]:
 def build(args: argparse.Namespace) -> Iterator[str]:
     """Build engines, or find them; what they took, and the verdict where they run here."""
     from ..runtime.engine_store import EngineTarget
-    from ..runtime.engines.plugins import chosen, versions
+    from ..runtime.engines.plugins import parse_plugins, versions
     from .engines import build_engines, target_archs
 
     target = EngineTarget(
@@ -45,7 +45,7 @@ def build(args: argparse.Namespace) -> Iterator[str]:
         target_archs(args.engine, args.arch),
         weight_streaming=args.weight_streaming,
         hardware_compatibility=args.hardware_compatibility,
-        plugins=versions(chosen(args.plugins)),
+        plugins=versions(parse_plugins(args.plugins)),
     )
     rows = build_engines(
         args.model,

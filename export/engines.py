@@ -14,11 +14,11 @@ from ..errors import BackendUnavailableError, RequestError
 from ..runtime.cache import Store, cache_root
 from ..runtime.cache_contents import contents
 from ..runtime.engine_store import EngineTarget, StoredEngine
-from ..runtime.engines import trt
+from ..runtime.engines import products
 from ..runtime.engines.sizes import SizePolicy, profiles_for
 from ..runtime.engines.split import in_parts
 from ..runtime.engines.tensorrt import TensorRTBackend, TensorRTRTXBackend
-from ..runtime.loading import chosen, load_components
+from ..runtime.loading import load_components, select_components
 from ..runtime.place import dtype_name
 from ..runtime.prepare import Rebuild, engine
 from ..runtime.weights import open_checkpoint
@@ -109,7 +109,7 @@ def build_engines(
     asked = SizePolicy.parse(sizes or ("1024x1024",), batch)  # said before weights are looked for
     checkpoint = open_checkpoint(model, variant=variant)
     found = load_components(checkpoint, dtype, upcast=_backend_of(target).upcast)
-    wanted = list(chosen(found, components, model).values())
+    wanted = list(select_components(found, components, model).values())
     policies = [asked if sizes else replace(SizePolicy.around(c), batch=asked.batch) for c in wanted]
     for component, policy in zip(wanted, policies, strict=True):
         profiles_for(component, policy)  # what is wrong with a size is said before minutes of work
@@ -163,7 +163,7 @@ def target_archs(product: str, asked: tuple[int, ...] | None) -> tuple[int, ...]
     Raises:
         RequestError: there is no GPU, or the product builds for it alone and others are asked for.
     """
-    kind = trt.product(product)
+    kind = products.product(product)
     if asked and not kind.needs_gpu:
         return asked
     here = local_archs(product)
@@ -183,9 +183,9 @@ def local_archs(product: str) -> tuple[int, ...]:
         RequestError: there is none.
     """
     if not torch.cuda.is_available():
-        other = trt.product("tensorrt-rtx")
+        other = products.product("tensorrt-rtx")
         try:
-            known = ", ".join(f"sm_{arch}" for arch in trt.architectures(trt.load(other)))
+            known = ", ".join(f"sm_{arch}" for arch in products.architectures(products.load(other)))
             remedy = f"--engine tensorrt-rtx --arch with one or several of {known}"
         except BackendUnavailableError:
             remedy = f"{other.install}, and see `latentrt build --help`"

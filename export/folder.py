@@ -16,7 +16,7 @@ from ..errors import ExportError, RequestError
 from ..runtime.cache import locked, no_room
 from ..runtime.engines.onnxruntime import OnnxRuntimeBackend
 from ..runtime.engines.split import in_parts
-from ..runtime.loading import chosen, load_components
+from ..runtime.loading import load_components, select_components
 from ..runtime.place import dtype_name
 from ..runtime.weights import open_checkpoint
 from .checked import export_checked
@@ -104,7 +104,7 @@ def export_model(
     check_names(passes)
     # ONNX Runtime checks each export.
     found = load_components(open_checkpoint(model, variant=variant), dtype, upcast=OnnxRuntimeBackend.upcast)
-    named = chosen(found, components, model).values()
+    named = select_components(found, components, model).values()
     wanted = [part for whole in named for part in (in_parts(whole) if split else (whole,))]
     for component in wanted:
         _refuse_others(folder / component.name)

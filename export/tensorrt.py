@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
-from ..runtime.engines import plugins
-from ..runtime.engines import trt as products
+from ..runtime.engines import plugins, products
 from ..runtime.host_memory import peak_bytes
 from . import quick_plugins
 

@@ -21,7 +21,7 @@ from ..runtime.engines.base import Backend, Component, Engine, example_inputs
 from ..runtime.engines.eager import EagerBackend
 from ..runtime.engines.registry import choose
 from ..runtime.engines.sizes import SizePolicy, profiles_for
-from ..runtime.loading import chosen, load_components
+from ..runtime.loading import load_components, select_components
 from ..runtime.manifests import VERDICT, write_beside
 from ..runtime.pipeline import Pipeline
 from ..runtime.place import dtype_name, release_memory
@@ -166,7 +166,7 @@ def verify_model(
             if component.fingerprint not in known:
                 known.add(component.fingerprint)
                 found[prefix + name] = (component, exact[name])
-    wanted = chosen(found, components, model)
+    wanted = select_components(found, components, model)
     # All of them first: a size that one cannot have is said before the others are compared.
     sizes = {part: _sizes(component, size, batch) for part, (component, _) in wanted.items()}
     for part, (component, exact_component) in wanted.items():

@@ -21,6 +21,15 @@ from ._triton import Launch, Library, cdiv, kernel, round_up, tl
 
 __all__ = ["SHORT", "WIDE", "plain_sizes", "plan", "plan_kernel", "table_of", "tuned_sizes"]
 
+WIDE = 256
+"""Heads of more columns than this are split."""
+_HEADS = (40, 64, 80, 128, 160, WIDE)
+SHORT = 128
+"""At most this many keys is a shape class of its own: a text's 77."""
+LONG = 2048
+"""More than this many is one for SDXL's heads of 64, of which 4,096 tokens fill a GPU many times over, and 1,024 hardly
+twice."""
+
 
 @kernel
 def _attention(
@@ -265,16 +274,6 @@ def plan_kernel(
     constants["BLOCK_D"], constants["BLOCK_E"] = _split_head(D)
     constants["ALIGNED_TO_8"] = all(_is_aligned_to_8(t) for t in (q, k, v))
     return out, [Launch(_attention, (programs,), args, constants, warps, stages)]
-
-
-WIDE = 256
-"""Heads of more columns than this are split."""
-_HEADS = (40, 64, 80, 128, 160, WIDE)
-SHORT = 128
-"""At most this many keys is a shape class of its own: a text's 77."""
-LONG = 2048
-"""More than this many is one for SDXL's heads of 64, of which 4,096 tokens fill a GPU many times over, and 1,024 hardly
-twice."""
 
 
 def tuned_sizes(q: Tensor, k: Tensor, arch: int) -> Mapping[str, int]:

@@ -132,7 +132,7 @@ class Budget:
         held = {name: x.held_bytes for name, x in self._present().items()}
         held["recorded"] = self._loader.graph_cache.nbytes
         if residency is not None and residency.policy == "low":
-            for x in residency.present:
+            for x in residency.loaded:
                 if x.present and x.device == self._loader.device and x not in own.values():
                     held[f"another {x.component.name}"] = x.held_bytes + x.graph_cache.nbytes
         return held

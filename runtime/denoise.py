@@ -54,14 +54,14 @@ class LoopKind:
     Attributes:
         shape: of the latents, (B, C, h, w).
         capacity: steps there is room for.
-        guided: the UNet runs on negative and positive rows.
+        cfg: the UNet runs on negative and positive rows (classifier-free guidance).
         history, noise, variance: whether the sampler keeps earlier outputs, draws noise, reads a predicted variance.
         dtype: of the UNet's sample and prediction.
     """
 
     shape: tuple[int, int, int, int]
     capacity: int
-    guided: bool
+    cfg: bool
     history: bool
     noise: bool
     variance: bool
@@ -69,13 +69,13 @@ class LoopKind:
 
     @classmethod
     def of(
-        cls, shape: tuple[int, int, int, int], table: SamplerTable, guided: bool, dtype: torch.dtype
+        cls, shape: tuple[int, int, int, int], table: SamplerTable, cfg: bool, dtype: torch.dtype
     ) -> LoopKind:
         """The kind of one run over latents of this shape."""
         return cls(
             shape=shape,
             capacity=next((c for c in _CAPACITIES if len(table) <= c), len(table)),
-            guided=guided,
+            cfg=cfg,
             history=table.uses_history,
             noise=any(table.draws_noise),
             variance=table.predicts_variance,
@@ -116,7 +116,7 @@ class DenoiseState:
 
     def __init__(self, kind: LoopKind, device: torch.device) -> None:
         B, C, h, w = kind.shape
-        R = 2 * B if kind.guided else B
+        R = 2 * B if kind.cfg else B
         steps = kind.capacity
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -129,8 +129,8 @@ class DenoiseState:
         self.prediction = zeros(R, 2 * C if kind.variance else C, h, w, dtype=kind.dtype)
         self._table = zeros(steps, COLUMNS)
         self._index = zeros(1, dtype=torch.int64)
-        self._scale = zeros(B) if kind.guided else None
-        self._rescale = zeros(B) if kind.guided else None
+        self._scale = zeros(B) if kind.cfg else None
+        self._rescale = zeros(B) if kind.cfg else None
         self._history = zeros(HISTORY, B, C, h, w) if kind.history else None
         self._noise = zeros(steps, B, C, h, w) if kind.noise else None
         self.timesteps = Timesteps(zeros(steps), self._index)

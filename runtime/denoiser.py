@@ -16,7 +16,7 @@ from torch import Tensor
 from .denoise import DenoiseState, LoopKind, LoopRequest, StepHooks, require_channels, run_steps
 from .engines.lazy import LazyEngine
 from .graph import Graph
-from .streams import queue_of
+from .streams import current_stream
 
 __all__ = ["Denoiser", "Run", "all_ready"]
 
@@ -88,7 +88,7 @@ class Denoiser:
         with unet.loop() as engine:
             # Not a loop over an engine that was closed since, or that runs on another device.
             kept: _BoundLoop | None = unet.graph_cache.take(
-                unet.token, key, queue_of(unet.device), lambda x: x.engine is engine
+                unet.token, key, current_stream(unet.device), lambda x: x.engine is engine
             )
             try:
                 with unet.exclusive():
@@ -105,9 +105,11 @@ class Denoiser:
 
                 yield run
             except BaseException:  # the loop is dropped, once the device has done what it was given
-                queue_of(unet.device).record().synchronize()
+                current_stream(unet.device).record_event().synchronize()
                 raise
-            unet.graph_cache.put(unet.token, key, loop, loop.nbytes, queue_of(unet.device).record())
+            unet.graph_cache.put(
+                unet.token, key, loop, loop.nbytes, current_stream(unet.device).record_event()
+            )
 
     def run(self, request: LoopRequest, latents: Tensor, hooks: StepHooks) -> Tensor:
         """Make a loop ready, run it and release it; as `Run`."""

@@ -14,7 +14,7 @@ import torch
 from ..errors import RequestError
 from .cache import Store
 from .cache_contents import Entry, contents
-from .engines import plugins, trt
+from .engines import plugins, products
 from .engines.base import Component
 from .engines.sizes import Profile
 from .manifests import MANIFEST
@@ -58,7 +58,7 @@ class EngineTarget:
     plugins: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        product = trt.product(self.product)
+        product = products.product(self.product)
         self._check_plugins()
         if product.needs_gpu:
             if len(self.archs) != 1:
@@ -72,7 +72,7 @@ class EngineTarget:
                 f"hardware_compatibility is {self.hardware_compatibility!r}, which does nothing in {product.title}; "
                 "name the architectures instead, such as --arch sm_86,sm_89"
             )
-        known = trt.architectures(trt.load(product))
+        known = products.architectures(products.load(product))
         unknown = [f"sm_{arch}" for arch in self.archs if arch not in known]
         if unknown or not self.archs:
             raise RequestError(
@@ -90,7 +90,8 @@ class EngineTarget:
             )
         if plugins.AOT_ATTENTION in self.plugins and self.product != "tensorrt":
             raise RequestError(
-                f"{trt.product(self.product).title} has no plugins that are compiled ahead of time; leave ':aot' out"
+                f"{products.product(self.product).title} has no plugins that are compiled ahead of time; "
+                "leave ':aot' out"
             )
         if self.plugins and self.hardware_compatibility == "ampere-plus":
             raise RequestError(
@@ -130,8 +131,8 @@ def describe_engine(
         onnx: digest of what decides the ONNX model.
         builder: digest of the code that builds.
     """
-    product = trt.product(target.product)
-    driver = trt.driver_class(product)
+    product = products.product(target.product)
+    driver = products.driver_class(product)
     # Unless told otherwise TensorRT builds for one model of GPU: others of its compute capability are not promised.
     bound = product.needs_gpu and target.hardware_compatibility == "none"
     return {
@@ -142,7 +143,7 @@ def describe_engine(
         "tf32": component.tf32,
         **asdict(target),
         "archs": list(target.archs),
-        "version": str(trt.load(product).__version__),
+        "version": str(products.load(product).__version__),
         "driver": driver,
         "gpu": torch.cuda.get_device_name(device) if bound else "",
         "onnx": onnx,

@@ -125,7 +125,7 @@ class Expert:
     def _sizes(
         self, request: GenerationRequest, from_image: bool
     ) -> tuple[list[MicroConditioning], list[MicroConditioning]]:
-        """Of the positive and the negative rows."""
+        """The sizes and crops of the positive and of the negative rows."""
         r = request
         # A negative crop that is not given is diffusers' default: (0, 0) for a refiner or if a negative size is given,
         # else the positive crop. Its image-to-image pipeline ignores the sizes here.

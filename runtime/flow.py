@@ -74,7 +74,7 @@ def make_images(
 
 
 def _conditionings(parts: Parts, request: GenerationRequest, stages: Sequence[Stage]) -> list[Conditioning]:
-    """Of each stage. A text that several encode by the same encoder is encoded once."""
+    """The conditioning of each stage. A text that several stages encode with the same encoder is encoded once."""
     encode = PromptEncoding(parts.loader.device)
     return [stage.expert.condition(request, encode, from_image=stage.from_image) for stage in stages]
 

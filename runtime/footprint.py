@@ -184,7 +184,7 @@ def _is_fused(func: Any, args: tuple[Any, ...]) -> bool:
 
 
 def _memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
-    """Of a convolution's result: channels last if its image or its weight is."""
+    """The layout of a convolution's result: channels last if its image or its weight is."""
     last = torch.channels_last
     either = x.is_contiguous(memory_format=last) or weight.is_contiguous(memory_format=last)
     return last if either and x.ndim == 4 else torch.contiguous_format

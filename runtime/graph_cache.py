@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .memory import format_bytes
-from .streams import Event, Queue
+from .streams import CurrentStream, Event
 
 __all__ = ["DEFAULT_LIMIT", "GraphCache"]
 
@@ -23,7 +23,7 @@ DEFAULT_LIMIT = 1 << 30
 @dataclass(frozen=True, eq=False)
 class _Item:
     owner: Hashable
-    kind: Hashable
+    key: Hashable
     value: Any
     nbytes: int
     used: Event
@@ -31,7 +31,7 @@ class _Item:
 
 class GraphCache:
     """A bounded cache; what was used longest ago is evicted first. Thread-safe: an item that is in use is not in the
-    cache, so there may be several of one kind.
+    cache, so there may be several with one key.
 
     The device may still be at work on what is put here, so the cache waits for it before it frees anything: its memory
     would be reused too early, and TensorRT forbids to destroy a context that is running.
@@ -59,26 +59,30 @@ class GraphCache:
             return self._nbytes()
 
     def take(
-        self, owner: Hashable, kind: Hashable, queue: Queue, good: Callable[[Any], bool] = lambda _: True
+        self,
+        owner: Hashable,
+        key: Hashable,
+        stream: CurrentStream,
+        good: Callable[[Any], bool] = lambda _: True,
     ) -> Any | None:
-        """Remove and return what its owner put here last of this kind; None if there is nothing.
+        """Remove and return what its owner put here last by this key; None if there is nothing.
 
         Args:
-            queue: where it will be used, after its last use on whatever stream.
+            stream: where it will be used, after its last use on whatever stream.
             good: whether a value can still be used; those that cannot are freed.
         """
-        wanted = owner, kind
+        wanted = owner, key
         with self._lock:
-            gone = self._remove(lambda item: (item.owner, item.kind) == wanted and not good(item.value))
-            found = next((x for x in reversed(self._items) if (x.owner, x.kind) == wanted), None)
+            gone = self._remove(lambda item: (item.owner, item.key) == wanted and not good(item.value))
+            found = next((x for x in reversed(self._items) if (x.owner, x.key) == wanted), None)
             self._items = [item for item in self._items if item is not found]
         _wait_for(gone)
         if found is None:
             return None
-        queue.wait_for(found.used)
+        stream.wait_event(found.used)
         return found.value
 
-    def put(self, owner: Hashable, kind: Hashable, value: Any, nbytes: int, used: Event) -> None:
+    def put(self, owner: Hashable, key: Hashable, value: Any, nbytes: int, used: Event) -> None:
         """Keep it as the one used last, and evict others to make room; if it alone is over the limit, it is freed.
 
         Args:
@@ -86,7 +90,7 @@ class GraphCache:
         """
         with self._lock:
             last = len(self._items) if nbytes <= self.limit else 0
-            self._items.insert(last, _Item(owner, kind, value, nbytes, used))
+            self._items.insert(last, _Item(owner, key, value, nbytes, used))
         self.shrink(self.limit)
 
     def shrink(self, limit: int) -> None:

@@ -27,7 +27,7 @@ from .text_encoder import TextEncoder
 from .vae import VAE
 from .weights import Checkpoint
 
-__all__ = ["chosen", "load_components", "load_expert", "load_vae"]
+__all__ = ["load_components", "load_expert", "load_vae", "select_components"]
 
 T = TypeVar("T")
 
@@ -114,7 +114,7 @@ def load_components(
     return {engine.component.name: engine.component for engine in engines}
 
 
-def chosen(found: Mapping[str, T], names: Sequence[str], model: str) -> dict[str, T]:
+def select_components(found: Mapping[str, T], names: Sequence[str], model: str) -> dict[str, T]:
     """The named ones of a model's components, in that order; all if `names` is empty.
 
     Raises:

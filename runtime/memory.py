@@ -41,7 +41,7 @@ Policy = Literal["resident", "balanced", "low"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 Kind = Literal["text", "pixels", "denoise"]
-"""Of a stage, and of the networks that run in it; "pixels" is the VAE."""
+"""What a stage does, and the networks that run in it are for; "pixels" is the VAE."""
 
 RESERVE = 256 << 20
 """Bytes left free for what no plan sees: workspaces of cuBLAS (32 MiB on Hopper) and cuDNN. Chosen, not

@@ -194,11 +194,11 @@ class Planner:
             for encoder in expert.encoders:
                 key = self._key(expert, encoder.engine.component)
                 networks[key] = self._network(key, encoder.engine.component, batch, height, width)
-                negative = {"negative"} if kind.guided and not expert.zero_negative else set()
+                negative = {"negative"} if kind.cfg and not expert.zero_negative else set()
                 texts[key] = texts.get(key, set()) | {"prompt"} | negative
             component = expert.unet.component
             key = self._key(expert, component)
-            rows = 2 * batch if kind.guided else batch
+            rows = 2 * batch if kind.cfg else batch
             inputs = _inputs(component, rows, height, width)
             loop = _LoopOnMeta(self._engine(key, component), component, kind, inputs)
             buffers |= {f"{name} {part}": nbytes for part, nbytes in loop.buffers.items()}

@@ -30,8 +30,8 @@ from .engine_store import (
     stored_engine,
 )
 from .engines.base import Component, TensorSpec
+from .engines.products import product
 from .engines.sizes import Profile, SizePolicy, profiles_for
-from .engines.trt import product
 from .place import dtype_name
 from .sha256 import digest_of, digest_of_files
 

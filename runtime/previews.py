@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .streams import Event, Queue
+from .streams import CurrentStream, Event
 from .vae import VAE
 
 __all__ = ["Previewer", "StepReports"]
@@ -89,10 +89,13 @@ class StepReports:
     """
 
     def __init__(
-        self, queue: Queue, previewer: Previewer | None, report: Callable[[int, Tensor | None], object]
+        self,
+        stream: CurrentStream,
+        previewer: Previewer | None,
+        report: Callable[[int, Tensor | None], object],
     ) -> None:
         """`report`: called with the number of steps done, and a preview of the last, uint8 [B, h, w, 3] on the CPU."""
-        self._queue = queue
+        self._stream = stream
         self._previewer = previewer
         self._report = report
         self._steps = 0
@@ -104,10 +107,10 @@ class StepReports:
         """A step has been submitted, which leaves these latents."""
         self._steps += 1
         if self._previewer is None or (slot := self._acquire(latents)) is None:
-            self._under_way.append((self._steps, self._queue.record(), None))
+            self._under_way.append((self._steps, self._stream.record_event(), None))
             return
         slot.latents.copy_(latents)  # the loop's own are overwritten by the next step
-        drawn = self._queue.on_side_stream(partial(_draw, self._previewer, slot))
+        drawn = self._stream.on_side_stream(partial(_draw, self._previewer, slot))
         self._under_way.append((self._steps, drawn, slot))
 
     def deliver(self) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..errors import BackendError, OutOfMemoryError, RequestError
 from .place import memory_ran_out
 from .previews import Previewer, StepReports
-from .streams import Event, Pace, queue_of
+from .streams import Event, Pace, current_stream
 
 __all__ = ["CallProgress", "ProgressCallback", "StepCallback"]
 
@@ -58,10 +58,10 @@ class CallProgress:
         self._on_step, self._on_progress = on_step, on_progress
         self._step = 0
         self._device = device
-        self._queue = queue_of(device)
+        self._stream = current_stream(device)
         self._stages: list[tuple[str, Event, Event]] = []
-        self._reports = None if on_progress is None else StepReports(self._queue, previewer, self._report)
-        self._pace = Pace(self._queue)
+        self._reports = None if on_progress is None else StepReports(self._stream, previewer, self._report)
+        self._pace = Pace(self._stream)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -71,7 +71,7 @@ class CallProgress:
             OutOfMemoryError: in place of the error of PyTorch or a back end. Errors of a callback are left as they are.
         """
         self._bar.set_description(name)
-        begun = self._queue.record(timed=True)
+        begun = self._stream.record_event(timed=True)
         try:
             yield
         except (RuntimeError, MemoryError, BackendError) as error:
@@ -82,7 +82,7 @@ class CallProgress:
                 f"no memory left on {self._device} in stage {name!r} ({why}); ask for fewer images at once, a smaller "
                 "size or a dtype of half precision, or end what else runs there"
             ) from error
-        self._stages.append((name, begun, self._queue.record(timed=True)))
+        self._stages.append((name, begun, self._stream.record_event(timed=True)))
 
     def before_step(self) -> bool:
         """Wait for the step before the last, report those that are done, and say whether to go on."""

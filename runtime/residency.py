@@ -33,12 +33,12 @@ class Residency:
     def __init__(self, policy: Policy) -> None:
         self.lock = threading.RLock()
         self.policy = policy
-        self._present: list[weakref.ref[LazyEngine]] = []  # weak: their owners decide when they are freed
+        self._loaded: list[weakref.ref[LazyEngine]] = []  # weak: their owners decide when they are freed
 
     @property
-    def present(self) -> list[LazyEngine]:
+    def loaded(self) -> list[LazyEngine]:
         """Those on a device, in the order in which they were loaded."""
-        return [engine for there in self._present if (engine := there()) is not None]
+        return [engine for there in self._loaded if (engine := there()) is not None]
 
     def together(self, kind: Kind) -> bool:
         """Whether networks of this kind may be on the device at the same time."""
@@ -53,7 +53,7 @@ class Residency:
         running = kind_of(engine.component.name)
         leaving = [
             other
-            for other in self.present
+            for other in self.loaded
             if other is not engine
             and other.device == engine.device
             and not stays(self.policy, kind_of(other.component.name), running)
@@ -67,12 +67,12 @@ class Residency:
                 )
         for other in leaving:
             other.offload()
-        others = [weakref.ref(other) for other in self.present if other is not engine]
-        self._present = [*others, weakref.ref(engine)]
+        others = [weakref.ref(other) for other in self.loaded if other is not engine]
+        self._loaded = [*others, weakref.ref(engine)]
 
     def forget(self, engine: LazyEngine) -> None:
         """It is no longer on the device, for whatever reason."""
-        self._present = [weakref.ref(other) for other in self.present if other is not engine]
+        self._loaded = [weakref.ref(other) for other in self.loaded if other is not engine]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-__all__ = ["Event", "Pace", "Queue", "ordered_with_current", "queue_of"]
+__all__ = ["CurrentStream", "Event", "Pace", "current_stream", "ordered_with_current"]
 
 
 class Event(Protocol):
@@ -33,14 +33,14 @@ class Event(Protocol):
         ...
 
 
-class Queue(Protocol):
-    """A device's work, in the order of the current stream."""
+class CurrentStream(Protocol):
+    """PyTorch's current stream of a device, whichever it is at a call."""
 
-    def record(self, *, timed: bool = False) -> Event:
+    def record_event(self, *, timed: bool = False) -> Event:
         """The point after everything submitted so far."""
         ...
 
-    def wait_for(self, event: Event) -> None:
+    def wait_event(self, event: Event) -> None:
         """Let what is submitted from now on run after an event of this device. The host does not wait."""
         ...
 
@@ -54,8 +54,8 @@ class Pace:
     """Keeps the host at most two steps ahead of the device: enough that the device never waits, and few enough to
     interrupt."""
 
-    def __init__(self, queue: Queue) -> None:
-        self._queue = queue
+    def __init__(self, stream: CurrentStream) -> None:
+        self._stream = stream
         self._submitted: deque[Event] = deque()
 
     def wait(self) -> None:
@@ -65,12 +65,12 @@ class Pace:
 
     def submitted(self) -> None:
         """A step has been submitted."""
-        self._submitted.append(self._queue.record())
+        self._submitted.append(self._stream.record_event())
 
     def drain(self) -> None:
         """Wait for everything that was submitted."""
         self._submitted.clear()
-        self._queue.record().synchronize()
+        self._stream.record_event().synchronize()
 
 
 class _HostEvent:
@@ -90,11 +90,11 @@ class _HostEvent:
         return 1000 * (end_event._at - self._at)
 
 
-class _HostQueue:
-    def record(self, *, timed: bool = False) -> Event:
+class _HostStream:
+    def record_event(self, *, timed: bool = False) -> Event:
         return _HostEvent()
 
-    def wait_for(self, event: Event) -> None:
+    def wait_event(self, event: Event) -> None:
         pass
 
     def on_side_stream(self, work: Callable[[], None]) -> Event:
@@ -102,17 +102,17 @@ class _HostQueue:
         return _HostEvent()
 
 
-class _CudaQueue:
+class _CudaStream:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def record(self, *, timed: bool = False) -> Event:
+    def record_event(self, *, timed: bool = False) -> Event:
         # blocking: a thread that waits for it sleeps, and leaves its core to others.
         event = torch.cuda.Event(enable_timing=timed, blocking=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def wait_for(self, event: Event) -> None:
+    def wait_event(self, event: Event) -> None:
         assert isinstance(event, torch.cuda.Event)
         torch.cuda.current_stream(self._device).wait_event(event)
 
@@ -121,7 +121,7 @@ class _CudaQueue:
         side.wait_event(torch.cuda.current_stream(self._device).record_event())
         with torch.cuda.stream(side):
             work()
-            return self.record()
+            return self.record_event()
 
 
 @cache
@@ -146,6 +146,6 @@ def ordered_with_current(stream: torch.cuda.Stream | None) -> Iterator[None]:
         current.wait_stream(stream)
 
 
-def queue_of(device: torch.device) -> Queue:
-    """The queue of a device's work."""
-    return _CudaQueue(device) if device.type == "cuda" else _HostQueue()
+def current_stream(device: torch.device) -> CurrentStream:
+    """The current stream of a device. A CPU has none: its work is done once it is submitted."""
+    return _CudaStream(device) if device.type == "cuda" else _HostStream()

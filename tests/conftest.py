@@ -159,7 +159,7 @@ _ONCE = {
     "latentrt.kernels.tuning": ("_with_data", "architectures", "load"),
     "latentrt.runtime.engines.plugin_code": ("driver",),
     "latentrt.runtime.engines.plugins": ("_digest",),
-    "latentrt.runtime.engines.trt": ("load",),
+    "latentrt.runtime.engines.products": ("load",),
     "latentrt.bench.full": ("_package_digest",),
 }
 

@@ -17,7 +17,7 @@ from latentrt.export.tensorrt import EngineRequest
 from latentrt.export.verify import LIMITS, Verdict
 from latentrt.runtime import prepare
 from latentrt.runtime.engine_store import StoredEngine
-from latentrt.runtime.engines import trt
+from latentrt.runtime.engines import products
 from latentrt.runtime.engines.base import Availability, Component
 from latentrt.runtime.manifests import VERDICT, write_beside
 
@@ -193,11 +193,11 @@ def test_without_a_gpu_the_architecture_must_be_named(
 def test_without_a_gpu_nor_what_builds_without_one(
     run_cli: Run, requests: list[EngineRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def absent(product: trt.Product) -> None:
+    def absent(product: products.Product) -> None:
         raise BackendUnavailableError(f"{product.title} is not installed; {product.install}")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(trt, "load", absent)
+    monkeypatch.setattr(products, "load", absent)
     code, _, err = run_cli("build", "demo", "--engine", "tensorrt")
     assert code == 1
     assert err.startswith(

@@ -19,7 +19,7 @@ from ..graph import Graphs, expect_modes, synchronize
 from ..graph_cache import GraphCache
 from ..memory import Policy
 from ..residency import Residency
-from ..streams import queue_of
+from ..streams import current_stream
 from .base import Component, Engine, Movable, check_inputs, output_shapes
 from .registry import choose
 
@@ -112,7 +112,7 @@ class EngineLoader:
         return lazy
 
 
-class _Call:
+class _CapturedCall:
     """An engine over static tensors of one set of shapes, its run captured where it can be."""
 
     @staticmethod
@@ -252,7 +252,7 @@ class LazyEngine:
 
     @contextmanager
     def _loaded(self) -> Iterator[Engine]:
-        """The engine, for a call: exclusively, and not offloaded or closed meanwhile."""
+        """The engine, for a call: exclusively, and neither offloaded nor closed inside the block."""
         with nullcontext() if self.residency is None else self.residency.lock:
             while True:
                 engine = self.load()  # without `exclusive`: it may take minutes
@@ -262,7 +262,7 @@ class LazyEngine:
                         return
 
     def exclusive(self) -> AbstractContextManager[object]:
-        """As its loader's: nothing else that may share its memory runs meanwhile, on any stream."""
+        """As its loader's: nothing else that may share its memory runs inside the block, on any stream."""
         return self._loader.exclusive()
 
     def capture(self, inputs: Mapping[str, Tensor]) -> None:
@@ -272,30 +272,30 @@ class LazyEngine:
                 pass
 
     @contextmanager
-    def _captured(self, engine: Engine, inputs: Mapping[str, Tensor]) -> Iterator[_Call | None]:
+    def _captured(self, engine: Engine, inputs: Mapping[str, Tensor]) -> Iterator[_CapturedCall | None]:
         """A call for inputs of these shapes, taken from the graph cache or captured now, and put back at the end. None
         where calls are not captured, as of weights that may be offloaded: the graph would be dropped with them; and if
         it would be too large to keep."""
         if self.graphs is None or self.residency is not None:
             yield None
             return
-        kind = tuple((name, tuple(x.shape), x.dtype) for name, x in inputs.items())
-        call: _Call | None = self.graph_cache.take(
-            self.token, kind, queue_of(self.device), lambda call: call.engine is engine
+        key = tuple((name, tuple(x.shape), x.dtype) for name, x in inputs.items())
+        call: _CapturedCall | None = self.graph_cache.take(
+            self.token, key, current_stream(self.device), lambda call: call.engine is engine
         )
         if call is None:
             check_inputs(self.component, inputs)  # refuses wrong shapes before anything is made of them
-            if _Call.size(self.component, inputs) > self.graph_cache.limit:
+            if _CapturedCall.size(self.component, inputs) > self.graph_cache.limit:
                 yield None
                 return
             with torch.inference_mode(False):  # a caller's own would mark the static tensors
-                call = _Call(self.component, engine, inputs, self.graphs)
+                call = _CapturedCall(self.component, engine, inputs, self.graphs)
         try:
             yield call
         except BaseException:  # it is freed, once the device has done what it was given
-            queue_of(self.device).record().synchronize()
+            current_stream(self.device).record_event().synchronize()
             raise
-        self.graph_cache.put(self.token, kind, call, call.nbytes, queue_of(self.device).record())
+        self.graph_cache.put(self.token, key, call, call.nbytes, current_stream(self.device).record_event())
 
     def offload(self) -> None:
         """Free the device's memory until the next use: weights move to the host if the engine can do that; else it is
@@ -343,4 +343,4 @@ def _wait(device: torch.device, graphs: Graphs | None) -> None:
     if graphs is None and device.type == "cuda":
         synchronize(device)  # nothing orders other streams before this one
     else:
-        queue_of(device).record().synchronize()
+        current_stream(device).record_event().synchronize()

@@ -17,7 +17,7 @@ from hashlib import sha256
 from typing import Any
 
 from ...errors import BackendError
-from .plugin_launch import Buffer, Call
+from .plugin_launch import Buffer, PluginLaunch
 
 __all__ = ["Code", "Cubin", "Driver", "Prepared", "driver"]
 
@@ -138,13 +138,13 @@ def _cubin(row: Mapping[str, Any]) -> Cubin:
 class Prepared:
     """A launch whose scalar arguments are set; its pointers are set when it is launched."""
 
-    def __init__(self, call: Call, cubin: Cubin, function: ctypes.c_void_p) -> None:
-        self._grid, self._block, self._shared = call.grid, 32 * cubin.warps, cubin.shared
+    def __init__(self, launch: PluginLaunch, cubin: Cubin, function: ctypes.c_void_p) -> None:
+        self._grid, self._block, self._shared = launch.grid, 32 * cubin.warps, cubin.shared
         self._function = function
         self._pointers: list[tuple[ctypes.c_void_p, Buffer]] = []
         self._kept: list[Any] = []
         for name, triton_type in cubin.parameters:
-            value = call.values[name]
+            value = launch.values[name]
             if isinstance(value, Buffer):
                 held: Any = ctypes.c_void_p()
                 self._pointers.append((held, value))

@@ -13,7 +13,7 @@ from typing import Literal
 
 from ...errors import BackendError
 
-__all__ = ["DTYPES", "OPERATORS", "Buffer", "Call", "Operator", "Plan", "Shapes"]
+__all__ = ["DTYPES", "OPERATORS", "Buffer", "Operator", "PluginLaunch", "PluginPlan", "Shapes"]
 
 Shapes = Sequence[tuple[int, ...]]
 Number = int | float
@@ -26,14 +26,14 @@ _SHORT = 128  # keys; the operator's own class of short sequences
 
 @dataclass(frozen=True)
 class Buffer:
-    """Memory that a call is given: an input or output by its number, or the workspace."""
+    """Memory that a launch is given: an input or output by its number, or the workspace."""
 
     of: Literal["input", "output", "workspace"]
     index: int = 0
 
 
 @dataclass(frozen=True)
-class Call:
+class PluginLaunch:
     """One launch: the kernel by its role, the grid, and the arguments by parameter."""
 
     role: str
@@ -42,10 +42,10 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PluginPlan:
     """The launches for given shapes, in order, and the bytes of workspace they share."""
 
-    calls: tuple[Call, ...]
+    launches: tuple[PluginLaunch, ...]
     workspace: int = 0
 
 
@@ -64,17 +64,19 @@ class Operator:
     name: str
     inputs: int
     attributes: Mapping[str, type]
-    plan: Callable[[Shapes, Mapping[str, Number], Mapping[str, int]], Plan]
+    plan: Callable[[Shapes, Mapping[str, Number], Mapping[str, int]], PluginPlan]
     most_workspace: Callable[[Shapes, Mapping[str, Number], Mapping[str, int]], int]
     key: Callable[[str, Shapes, Mapping[str, Number]], str] = field(repr=False)
 
 
-def _group_norm_plan(*, shift: bool) -> Callable[[Shapes, Mapping[str, Number], Mapping[str, int]], Plan]:
-    def plan(shapes: Shapes, attributes: Mapping[str, Number], constants: Mapping[str, int]) -> Plan:
+def _group_norm_plan(
+    *, shift: bool
+) -> Callable[[Shapes, Mapping[str, Number], Mapping[str, int]], PluginPlan]:
+    def plan(shapes: Shapes, attributes: Mapping[str, Number], constants: Mapping[str, int]) -> PluginPlan:
         N, C, *positions = shapes[0]
         S = math.prod(positions)
         if N * C * S == 0:
-            return Plan(())
+            return PluginPlan(())
         tile, block = constants["TILE_C"], constants["BLOCK_S"]
         tiles, programs, most = N * (C // tile), constants["PROGRAMS"], constants["MOST_SPLITS"]
         waves = min(N * C * S // (constants["PROGRAM"] * programs), most * tiles // programs)
@@ -94,8 +96,11 @@ def _group_norm_plan(*, shift: bool) -> Callable[[Shapes, Mapping[str, Number], 
             "eps": attributes["epsilon"],
         }
         which = "any" if S % block else "even"
-        calls = (Call(f"stats/{which}", grid, values), Call(f"apply/{which}", grid, values | affine))
-        return _checked(Plan(calls, workspace=8 * partials))
+        launches = (
+            PluginLaunch(f"stats/{which}", grid, values),
+            PluginLaunch(f"apply/{which}", grid, values | affine),
+        )
+        return _checked(PluginPlan(launches, workspace=8 * partials))
 
     return plan
 
@@ -118,10 +123,12 @@ def _group_norm_key(*, silu: bool, shift: bool) -> Callable[[str, Shapes, Mappin
     return key
 
 
-def _attention_plan(shapes: Shapes, attributes: Mapping[str, Number], constants: Mapping[str, int]) -> Plan:
+def _attention_plan(
+    shapes: Shapes, attributes: Mapping[str, Number], constants: Mapping[str, int]
+) -> PluginPlan:
     (B, Sq, H, D), Sk = shapes[0], shapes[1][1]
     if B * Sq * H * D == 0:
-        return Plan(())
+        return PluginPlan(())
     values: dict[str, Buffer | Number] = {
         "q_ptr": Buffer("input", 0),
         "k_ptr": Buffer("input", 1),
@@ -134,7 +141,7 @@ def _attention_plan(shapes: Shapes, attributes: Mapping[str, Number], constants:
     magnitude = max(abs(attributes["scale"]) * math.log2(math.e), 1e-30)
     values |= {"H": H, "Sq": Sq, "Sk": Sk, "scale": magnitude}
     grid = B * H * -(-Sq // constants["BLOCK_M"]) * -(-D // constants["BLOCK_V"])
-    return _checked(Plan((Call("attention", grid, values),)))
+    return _checked(PluginPlan((PluginLaunch("attention", grid, values),)))
 
 
 def _attention_key(dtype: str, shapes: Shapes, attributes: Mapping[str, Number]) -> str:
@@ -145,9 +152,9 @@ def _attention_key(dtype: str, shapes: Shapes, attributes: Mapping[str, Number])
     return f"attention dtype={dtype} columns={columns} short={short:d} negative={negative:d}"
 
 
-def _checked(plan: Plan) -> Plan:
-    for call in plan.calls:
-        for name, value in (("grid", call.grid), *call.values.items()):
+def _checked(plan: PluginPlan) -> PluginPlan:
+    for launch in plan.launches:
+        for name, value in (("grid", launch.grid), *launch.values.items()):
             if isinstance(value, int) and value > _MOST:
                 raise BackendError(f"a plugin's {name} is {value}, over {_MOST}; use smaller sizes")
     return plan

@@ -45,10 +45,10 @@ __all__ = [
     "NAMESPACE",
     "Session",
     "building",
-    "chosen",
     "failures",
     "formats",
     "loading",
+    "parse_plugins",
     "versions",
 ]
 
@@ -81,7 +81,7 @@ _SOURCES = (
 )
 
 
-def chosen(text: str) -> tuple[str, ...]:
+def parse_plugins(text: str) -> tuple[str, ...]:
     """The plugins that "all", "none" or a list such as "GroupNorm,DotProductAttention" names, sorted.
 
     Raises:
@@ -340,7 +340,8 @@ def _plugin_class(trt: Any, operator: Operator, session: Session) -> Any:
                 constants, cubins = self._code.of_arch(cuda.arch())
                 plan = operator.plan(shapes, self._attributes, constants)
                 self._launches = [
-                    Prepared(call, cubins[call.role], cuda.function(cubins[call.role])) for call in plan.calls
+                    Prepared(launch, cubins[launch.role], cuda.function(cubins[launch.role]))
+                    for launch in plan.launches
                 ]
 
         def enqueue(

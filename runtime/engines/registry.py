@@ -126,6 +126,6 @@ def _preferred(device: torch.device) -> tuple[str, ...]:
 
 
 def _availability(backend: Backend, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Availability:
-    """Of the first of these that it cannot run, or else of them all."""
+    """Why the first of these dtypes cannot run, or that all of them can."""
     found = [backend.availability(device, dtype) for dtype in dtypes or (torch.float32,)]
     return next((x for x in found if not x.ok), found[0])

@@ -37,8 +37,7 @@ from ..engine_store import EngineTarget, StoredEngine
 from ..graph import empty_cache
 from ..memory import RESERVE, format_bytes
 from ..prepare import Rebuild, engine
-from . import plugins
-from . import trt as products
+from . import plugins, products
 from .base import (
     Availability,
     Component,
@@ -328,7 +327,7 @@ class TensorRTBackend:
         major, minor = torch.cuda.get_device_capability(device)
         names = self._plugins
         if names is None:
-            names = plugins.chosen(os.environ.get("LATENTRT_PLUGINS", "none"))
+            names = plugins.parse_plugins(os.environ.get("LATENTRT_PLUGINS", "none"))
         return EngineTarget(self.name, (10 * major + minor,), plugins=plugins.versions(names))
 
 

@@ -65,7 +65,9 @@ REST = [
 def asked(
     model: str, name: str, dtype: torch.dtype, archs: tuple[int, ...], with_plugins: str
 ) -> tuple[Component, EngineTarget]:
-    target = EngineTarget("tensorrt-rtx", archs, plugins=plugins.versions(plugins.chosen(with_plugins)))
+    target = EngineTarget(
+        "tensorrt-rtx", archs, plugins=plugins.versions(plugins.parse_plugins(with_plugins))
+    )
     return load_components(open_checkpoint(model), dtype)[name], target
 
 
@@ -97,7 +99,7 @@ def test_every_component_is_built(
         assert axis.low < axis.high  # dynamic
 
     # Every node of an operator whose plugin is on became one, and TensorRT called each of them.
-    names, has = plugins.chosen(with_plugins), nodes(model, name, dtype, shared_export_cache)
+    names, has = plugins.parse_plugins(with_plugins), nodes(model, name, dtype, shared_export_cache)
     assert made.figures["plugin_layers"] == sum(has[plugin] for plugin in names)
     assert sorted(made.figures["plugins"]) == sorted(names)
     for plugin, calls in made.figures["plugins"].items():

@@ -25,13 +25,13 @@ from latentrt.export.functions import DOMAIN, OPSET, PLUGIN, VERSION, function
 from latentrt.export.plugin_kernels import plugin_kernels
 from latentrt.export.tensorrt import EngineRequest, build_engine
 from latentrt.kernels.binaries import AttentionKernels, GroupNormKernels, Kernels, parameters
-from latentrt.runtime.engines import plugins, trt
+from latentrt.runtime.engines import plugins, products
 from latentrt.runtime.engines.plugin_code import Code
 from onnx import TensorProto, helper
 
 TYPES = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16, "float32": TensorProto.FLOAT}
 NORMS = ("GroupNorm", "GroupNormSilu", "ShiftGroupNormSilu")
-ALL = plugins.chosen("all")
+ALL = plugins.parse_plugins("all")
 
 
 def save(path: Path, dtype: str = "float16", keys: int | str = 77) -> Path:
@@ -183,7 +183,7 @@ def test_kernels_that_are_missing(compiled: list[Kernels], tmp_path: Path) -> No
 def test_without_the_library_a_build_is_refused_in_this_process(
     compiled: list[Kernels], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trt, "_RTX_LIBRARY", "libno_such_library.so")
+    monkeypatch.setattr(products, "_RTX_LIBRARY", "libno_such_library.so")
     with pytest.raises(
         BuildError, match=r"unet: .* does not find its own library by name.*; build in a child"
     ):

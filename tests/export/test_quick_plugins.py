@@ -205,13 +205,13 @@ def test_a_key_names_its_kernels() -> None:
 
 
 def test_it_is_chosen_by_name_and_for_tensorrt_only() -> None:
-    assert plugins.chosen("GroupNorm,DotProductAttention:aot") == (AOT_ATTENTION, "GroupNorm")
+    assert plugins.parse_plugins("GroupNorm,DotProductAttention:aot") == (AOT_ATTENTION, "GroupNorm")
     with pytest.raises(RequestError, match=r"names two plugins for one operator; name one of them"):
-        plugins.chosen("DotProductAttention,DotProductAttention:aot")
+        plugins.parse_plugins("DotProductAttention,DotProductAttention:aot")
     with pytest.raises(
         RequestError, match=r"no plugin 'GroupNorm:aot'; .*; for TensorRT also DotProduct.*:aot"
     ):
-        plugins.chosen("GroupNorm:aot")
+        plugins.parse_plugins("GroupNorm:aot")
     assert EngineTarget("tensorrt", (90,), plugins=plugins.versions([AOT_ATTENTION])).plugins
     with pytest.raises(
         RequestError, match=r"TensorRT for RTX has no plugins that are compiled ahead of time"

@@ -1,5 +1,5 @@
-"""`runtime/engines/trt.py`: TensorRT and TensorRT for RTX where they are absent or of another version, and engines for
-one GPU, by a stand-in."""
+"""`runtime/engines/products.py`: TensorRT and TensorRT for RTX where they are absent or of another version, and
+engines for one GPU, by a stand-in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from helpers.faults import disk_full
 from latentrt.errors import BackendUnavailableError, BuildError
 from latentrt.export import tensorrt as builder
 from latentrt.export.tensorrt import EngineRequest, build_engine
-from latentrt.runtime.engines import trt
+from latentrt.runtime.engines import products
 
 
 def nothing(phase: str) -> None:
@@ -46,9 +46,9 @@ def test_a_product_that_is_not_installed(request_: EngineRequest, monkeypatch: p
 
 def test_all_objects_of_a_product_have_one_logger() -> None:
     """The second of another logger is warned of it, and what the first had is used when that is gone."""
-    log = trt.logger(rtx)
+    log = products.logger(rtx)
     log.clear()
-    runtimes = [trt.make(rtx.Runtime, trt.logger(rtx)) for _ in range(2)]
+    runtimes = [products.make(rtx.Runtime, products.logger(rtx)) for _ in range(2)]
     assert log.warnings == []
     for runtime in runtimes:
         assert runtime.deserialize_cuda_engine(b"no engine" * 99) is None
@@ -57,7 +57,7 @@ def test_all_objects_of_a_product_have_one_logger() -> None:
 
 def test_what_went_wrong_is_of_the_thread_that_asks() -> None:
     """Two engines are loaded at once."""
-    log, both = trt.logger.__wrapped__(rtx), threading.Barrier(2)
+    log, both = products.logger.__wrapped__(rtx), threading.Barrier(2)
 
     def work(name: str) -> tuple[str, list[str]]:
         log.clear()
@@ -104,12 +104,12 @@ def test_versions_too_old_and_too_new(version: str, tensorrt: Callable[[str], No
         BackendUnavailableError,
         match=rf"TensorRT {version} is installed, and latentrt drives 10\.14 to 11\.x; pip install",
     ):
-        trt.load(trt.product("tensorrt"))
+        products.load(products.product("tensorrt"))
 
 
 def test_the_oldest_version(tensorrt: Callable[[str], None]) -> None:
     tensorrt("__version__ = '10.14.1.48'")
-    assert trt.load(trt.product("tensorrt")).__version__ == "10.14.1.48"
+    assert products.load(products.product("tensorrt")).__version__ == "10.14.1.48"
 
 
 def test_a_product_whose_libraries_are_missing(tensorrt: Callable[[str], None]) -> None:
@@ -117,7 +117,7 @@ def test_a_product_whose_libraries_are_missing(tensorrt: Callable[[str], None]) 
     with pytest.raises(
         BackendUnavailableError, match=r"cannot be imported \(libnvinfer.so.11: cannot open\)"
     ):
-        trt.load(trt.product("tensorrt"))
+        products.load(products.product("tensorrt"))
 
 
 # --- for the GPU that it is on

@@ -8,8 +8,8 @@ loops, threads                        run a loop; work in several threads
 stream_order, vector_clocks           whether streams are ordered; what each stream and thread comes after
 faults                                errors of the operating system to plant
 waiting                               until a condition holds, a file is written, a process has ended
-fake_*                                stand in for a clock, a device, its queue and captures, NVML, a runner, a builder,
-                                      TensorRT
+fake_*                                stand in for a clock, a device, its stream and captures, NVML, a runner, a
+                                      builder, TensorRT
 pipeline_insides                      a pipeline's plan, its networks on the device, its stored graphs
 dry_timing                            kernels timed without a GPU
 planted_sides, planted_reports        sides of the benchmark with known faults, and their reports

@@ -12,7 +12,7 @@ from weakref import WeakSet
 import pytest
 import tensorrt_rtx_bindings as rtx
 import torch
-from latentrt.runtime.engines import trt
+from latentrt.runtime.engines import products
 from latentrt.runtime.engines.base import Component, TensorSpec
 from latentrt.runtime.engines.sizes import Axis, Profile
 from torch import Tensor, nn
@@ -228,7 +228,7 @@ def install(
 ) -> tuple[FakeTensorRT, FakeCuda]:
     """Put a FakeTensorRT and a FakeCuda in the place of the real ones."""
     fake, cuda = FakeTensorRT(plans), FakeCuda()
-    monkeypatch.setattr(trt, "load", lambda product: fake)
+    monkeypatch.setattr(products, "load", lambda product: fake)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(99))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: cuda.stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: cuda.capturing)

@@ -193,7 +193,7 @@ def test_the_custom_op_by_its_reference(device: torch.device) -> None:
 def test_the_cases_launch_what_the_loop_launches(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that what is timed and tuned is what runs: the same kernels, of the same types, in the same order."""
     kind = LoopKind(
-        (1, 4, 128, 128), 30, guided=True, history=True, noise=True, variance=False, dtype=torch.float16
+        (1, 4, 128, 128), 30, cfg=True, history=True, noise=True, variance=False, dtype=torch.float16
     )
     state, meta = DenoiseState(kind, torch.device("meta")), torch.device("meta")
     called: list[tuple[Any, ...]] = []

@@ -10,7 +10,7 @@ import pytest
 
 if TYPE_CHECKING:
     from helpers.fake_builder import FakeBuilder
-    from helpers.fake_queue import FakeQueue
+    from helpers.fake_stream import FakeStream
     from helpers.fake_tensorrt import FakeCuda, FakeTensorRT
     from helpers.parity import Rig
     from latentrt import Pipeline
@@ -97,12 +97,12 @@ def between(tiny: Callable[..., Path]) -> int:
 
 
 @pytest.fixture
-def queue(monkeypatch: pytest.MonkeyPatch) -> FakeQueue:
-    """In the place of the device's queue, for what a call reports of its progress."""
-    from helpers.fake_queue import FakeQueue
+def stream(monkeypatch: pytest.MonkeyPatch) -> FakeStream:
+    """In the place of the device's stream, for what a call reports of its progress."""
+    from helpers.fake_stream import FakeStream
 
-    fake = FakeQueue()
-    monkeypatch.setattr("latentrt.runtime.progress.queue_of", lambda device: fake)
+    fake = FakeStream()
+    monkeypatch.setattr("latentrt.runtime.progress.current_stream", lambda device: fake)
     return fake
 
 
@@ -155,7 +155,7 @@ def load_engine(fake_tensorrt: FakeTensorRT, tmp_path: Path) -> Callable[..., Te
     import torch
     from helpers.fake_tensorrt import ADD_ONE, NARROW, WIDE
     from latentrt.runtime.engine_store import StoredEngine
-    from latentrt.runtime.engines import trt
+    from latentrt.runtime.engines import products
     from latentrt.runtime.engines.scratch import Scratch
     from latentrt.runtime.engines.tensorrt import TensorRTEngine
 
@@ -169,6 +169,6 @@ def load_engine(fake_tensorrt: FakeTensorRT, tmp_path: Path) -> Callable[..., Te
     ) -> TensorRTEngine:
         (tmp_path / "model.plan").write_bytes(plan)
         stored = StoredEngine("0", tmp_path / "model.plan", (WIDE, NARROW), {}, with_plugins or {}, False)
-        return TensorRTEngine(ADD_ONE, stored, trt.product(product), cpu, scratch or Scratch(cpu))
+        return TensorRTEngine(ADD_ONE, stored, products.product(product), cpu, scratch or Scratch(cpu))
 
     return load

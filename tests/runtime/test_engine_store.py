@@ -22,7 +22,7 @@ from latentrt.export import build_process
 from latentrt.export.tensorrt import EngineRequest
 from latentrt.runtime import prepare
 from latentrt.runtime.engine_store import EngineTarget, StoredEngine, mismatches, stored_engine
-from latentrt.runtime.engines import trt
+from latentrt.runtime.engines import products
 from latentrt.runtime.engines.base import Component
 from latentrt.runtime.engines.sizes import SizePolicy
 from latentrt.runtime.manifests import write_beside
@@ -96,7 +96,7 @@ def test_everything_that_decides_an_engine_makes_another(
     for other in others:
         engine(*other, cache_dir=tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(trt.load(trt.product("tensorrt-rtx")), "__version__", "1.99.0")
+        patch.setattr(products.load(products.product("tensorrt-rtx")), "__version__", "1.99.0")
         engine(component, RTX, ONE, cache_dir=tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "_BUILDER", ("export/build_process.py",))

@@ -13,7 +13,7 @@ from helpers import tiny_components as tiny
 from helpers.fake_builder import FakeBuilder
 from latentrt.errors import BackendError, BackendUnavailableError, RequestError
 from latentrt.runtime.engine_store import EngineTarget
-from latentrt.runtime.engines import plugins, trt
+from latentrt.runtime.engines import plugins, products
 from latentrt.runtime.engines.base import Availability, Component
 from latentrt.runtime.engines.sizes import SizePolicy
 from latentrt.runtime.engines.tensorrt import TensorRTBackend, TensorRTRTXBackend
@@ -93,8 +93,8 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     def gpu(device: torch.device | None = None) -> SimpleNamespace:
         return gpus[(device and device.index) or 0]
 
-    monkeypatch.setattr(trt, "load", lambda product: type("trt", (), {"__version__": "11.4.0"}))
-    monkeypatch.setattr(trt.ctypes, "CDLL", lambda name: Cuda)
+    monkeypatch.setattr(products, "load", lambda product: type("trt", (), {"__version__": "11.4.0"}))
+    monkeypatch.setattr(products.ctypes, "CDLL", lambda name: Cuda)
     monkeypatch.setattr(TensorRTBackend, "availability", lambda *asked: Availability(True, "it is there"))
     monkeypatch.setattr(TensorRTBackend, "load_stored", lambda *loaded: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
@@ -155,8 +155,8 @@ def test_tensorrt_without_a_driver(
     def absent(name: str) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
-    monkeypatch.setattr(trt, "load", lambda product: type("trt", (), {"__version__": "11.4.0"}))
-    monkeypatch.setattr(trt.ctypes, "CDLL", absent)
+    monkeypatch.setattr(products, "load", lambda product: type("trt", (), {"__version__": "11.4.0"}))
+    monkeypatch.setattr(products.ctypes, "CDLL", absent)
     with pytest.raises(
         BackendUnavailableError, match=r"no NVIDIA driver .*build with tensorrt-rtx, which takes no GPU"
     ):

@@ -19,11 +19,11 @@ from latentrt.runtime.engines import tensorrt as backends
 from latentrt.runtime.engines.base import Availability, Component, Engine, Timesteps
 from latentrt.runtime.engines.eager import EagerBackend, EagerEngine
 from latentrt.runtime.engines.lazy import EngineLoader
+from latentrt.runtime.engines.products import product
 from latentrt.runtime.engines.scratch import Scratch
 from latentrt.runtime.engines.sizes import Axis, Profile, SizePolicy, profiles_for
 from latentrt.runtime.engines.split import STEPS_AT_ONCE, SplitUNet, in_parts
 from latentrt.runtime.engines.tensorrt import TensorRTEngine
-from latentrt.runtime.engines.trt import product
 from latentrt.runtime.graph import Graphs
 from latentrt.runtime.loading import load_components
 from latentrt.runtime.sampler import build_table

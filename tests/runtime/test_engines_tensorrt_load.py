@@ -17,7 +17,7 @@ from helpers.fake_tensorrt import (
 )
 from latentrt.errors import BackendError
 from latentrt.runtime.engine_store import StoredEngine
-from latentrt.runtime.engines import plugins, trt
+from latentrt.runtime.engines import plugins, products
 from latentrt.runtime.engines.scratch import Scratch
 from latentrt.runtime.engines.tensorrt import TensorRTEngine
 from latentrt.runtime.memory import RESERVE
@@ -81,7 +81,7 @@ def test_an_engine_that_is_pruned_before_it_is_read(load_engine: Load, tmp_path:
     with pytest.raises(
         BackendError, match=r"unet: \S*gone/model.plan was removed from the cache .*; try again"
     ):
-        TensorRTEngine(ADD_ONE, stored, trt.product("tensorrt"), CPU, Scratch(CPU))
+        TensorRTEngine(ADD_ONE, stored, products.product("tensorrt"), CPU, Scratch(CPU))
 
 
 GB = 1 << 30

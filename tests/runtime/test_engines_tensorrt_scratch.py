@@ -132,7 +132,7 @@ def test_a_recorded_call_keeps_what_it_was_recorded_over(
             return SimpleNamespace(replay=lambda: None)
 
     engine = load_engine()
-    call = lazy._Call(ADD_ONE, engine, x_of(1), OfAddresses(CPU))
+    call = lazy._CapturedCall(ADD_ONE, engine, x_of(1), OfAddresses(CPU))
     scratch = weakref.ref(engine._scratch._buffer)
     engine(x_of(4))  # grows it
     engine.close()

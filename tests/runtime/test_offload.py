@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.fake_queue import FakeQueue
+from helpers.fake_stream import FakeStream
 from latentrt.runtime import offload
 from latentrt.runtime.offload import OffloadableWeights
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ def test_only_what_is_used_of_a_larger_storage_is_moved(live: dict[int, int]) ->
 @pytest.mark.parametrize("staging", [14, 1 << 12])
 def test_weights_are_on_the_device_when_onload_returns(staging: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever stream uses them next: none is ordered after the one that they were copied on."""
-    queue, empty = FakeQueue(), torch.empty
+    stream, empty = FakeStream(), torch.empty
 
     def unpinned(*sizes: Any, pin_memory: bool = False, **options: Any) -> Tensor:
         return empty(*sizes, **options)
@@ -130,15 +130,17 @@ def test_weights_are_on_the_device_when_onload_returns(staging: int, monkeypatch
     _, tensors = module()
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", unpinned)
-        patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(record_event=queue.record))
+        patch.setattr(
+            torch.cuda, "current_stream", lambda device: SimpleNamespace(record_event=stream.record_event)
+        )
         patch.setattr(offload, "_allocate", lambda nbytes, _: empty(nbytes, dtype=torch.uint8))
         patch.setattr(offload, "_empty_cache", lambda device: None)
         weights = OffloadableWeights(tensors, torch.device("cuda"), staging)
-        assert 0 < queue.places == queue.done
+        assert 0 < stream.places == stream.done
         weights.offload()
-        queue.record()
+        stream.record_event()
         weights.onload()
-        assert queue.places == queue.done
+        assert stream.places == stream.done
 
 
 class Broken(BaseException):

@@ -11,7 +11,7 @@ import latentrt
 import numpy as np
 import pytest
 import torch
-from helpers.fake_queue import FakeQueue
+from helpers.fake_stream import FakeStream
 from helpers.parity import Rig
 from helpers.tiny_requests import PLAIN_CALL
 from latentrt.errors import RequestError
@@ -227,9 +227,9 @@ def test_a_discarded_image_is_not_decoded(
 def test_discarded_images_are_not_returned(
     output_type: str, lagging: bool, both: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue = FakeQueue()
+    stream = FakeStream()
     if lagging:
-        monkeypatch.setattr("latentrt.runtime.progress.queue_of", lambda device: queue)
+        monkeypatch.setattr("latentrt.runtime.progress.current_stream", lambda device: stream)
     call = {**PLAIN_CALL, "seed": 6, "output_type": output_type}
     dropped = both(**call, callback_on_progress=lambda _, done, __: {"discard": done == 4})
     assert dropped.images is None
@@ -240,11 +240,11 @@ def test_the_host_waits_for_the_device_between_steps_and_at_the_end_alone(
     both: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not between base and refiner, nor for a stage's time, nor for progress."""
-    queue = FakeQueue()
-    monkeypatch.setattr("latentrt.runtime.progress.queue_of", lambda device: queue)
-    timings = both(**PLAIN_CALL, seed=6, callback_on_progress=lambda *_: queue.log.append("told")).timings
-    waits = [k for k, line in enumerate(queue.log) if line.startswith("wait")]
-    told = [k for k, line in enumerate(queue.log) if line == "told"]
+    stream = FakeStream()
+    monkeypatch.setattr("latentrt.runtime.progress.current_stream", lambda device: stream)
+    timings = both(**PLAIN_CALL, seed=6, callback_on_progress=lambda *_: stream.log.append("told")).timings
+    waits = [k for k, line in enumerate(stream.log) if line.startswith("wait")]
+    told = [k for k, line in enumerate(stream.log) if line == "told"]
     assert len(told) == 4
     assert (
         sum(k < told[0] for k in waits) == 4 - 2

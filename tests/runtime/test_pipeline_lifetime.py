@@ -136,7 +136,7 @@ def test_engines_of_other_devices_stay() -> None:
     first, elsewhere, second = Engine("cuda:0"), Engine("cuda:1"), Engine("cuda:0")
     for engine in (first, elsewhere, second):
         held.enter(engine)
-    assert held.present == [elsewhere, second]
+    assert held.loaded == [elsewhere, second]
 
 
 DROPPED = """
@@ -188,7 +188,7 @@ def test_what_was_dropped_is_gone_though_parts_of_it_are_shared(memory: str, tin
         del base
         assert unet() is None
         assert kept.nbytes < before
-        assert residency is None or residency.present == []
+        assert residency is None or residency.loaded == []
     refiner(**REFINER, image=latents)
 
 

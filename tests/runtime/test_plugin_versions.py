@@ -12,11 +12,11 @@ from latentrt.runtime.engines.plugin_launch import OPERATORS
 
 
 def test_choosing() -> None:
-    assert plugins.chosen("none") == ()
-    assert plugins.chosen("all") == tuple(sorted(OPERATORS))
-    assert plugins.chosen(" GroupNormSilu,GroupNorm, GroupNorm") == ("GroupNorm", "GroupNormSilu")
+    assert plugins.parse_plugins("none") == ()
+    assert plugins.parse_plugins("all") == tuple(sorted(OPERATORS))
+    assert plugins.parse_plugins(" GroupNormSilu,GroupNorm, GroupNorm") == ("GroupNorm", "GroupNormSilu")
     with pytest.raises(RequestError, match=r"no plugin 'Geglu'; there are GroupNorm, .* and all or none"):
-        plugins.chosen("GroupNorm,Geglu")
+        plugins.parse_plugins("GroupNorm,Geglu")
 
 
 def test_a_version_follows_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

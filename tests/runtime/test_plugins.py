@@ -176,7 +176,7 @@ def test_group_norms_are_split_as_the_operator_splits_them(shape: tuple[int, ...
     }
     attributes = {"num_groups": 32, "epsilon": 1e-5}
     plan = OPERATORS["GroupNormSilu"].plan([shape], attributes, constants)
-    for call, launch in zip(plan.calls, (stats, apply), strict=True):
+    for call, launch in zip(plan.launches, (stats, apply), strict=True):
         assert (call.grid,) == launch.grid
         numbers = {name: value for name, value in call.values.items() if isinstance(value, int | float)}
         assert numbers == {k: v for k, v in launch.args.items() if isinstance(v, int | float)}

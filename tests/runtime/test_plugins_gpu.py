@@ -42,11 +42,11 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def load(cache: tuple[str, Path], demo_unet: Component, device: torch.device, text: str) -> Engine:
-    backend = BACKENDS[cache[0]](with_plugins=plugins.chosen(text))
+    backend = BACKENDS[cache[0]](with_plugins=plugins.parse_plugins(text))
     return backend.load(demo_unet, device=device, cache_dir=cache[1])
 
 
-@pytest.mark.parametrize("text", ["all", *plugins.chosen("all")])
+@pytest.mark.parametrize("text", ["all", *plugins.parse_plugins("all")])
 def test_with_plugins_as_without_and_as_pytorch(
     text: str, cache: tuple[str, Path], demo_unet: Component, device: torch.device
 ) -> None:
@@ -71,7 +71,7 @@ WITHOUT_TORCH = textwrap.dedent("""
     for name in ("torch", "triton", "onnx"):
         sys.modules[name] = None  # importing it fails
     import numpy as np
-    from latentrt.runtime.engines import plugins, trt as products
+    from latentrt.runtime.engines import plugins, products
 
     product, plan, names, source, target = sys.argv[1:]
     cuda = ctypes.CDLL("libcuda.so.1")
@@ -125,7 +125,7 @@ def test_it_runs_where_torch_and_triton_are_not(
     x = inputs(demo_unet, device, 0)
     wanted = engine(x)["prediction"].cpu()
     np.savez(tmp_path / "x.npz", **{name: value.cpu().numpy() for name, value in x.items()})
-    names = json.dumps(plugins.versions(plugins.chosen("all")))
+    names = json.dumps(plugins.versions(plugins.parse_plugins("all")))
     files = (str(engine.entry / "model.plan"), names, str(tmp_path / "x.npz"), str(tmp_path / "y.npy"))
     subprocess.run([sys.executable, "-c", WITHOUT_TORCH, cache[0], *files], check=True, timeout=300)
     assert relative_error(torch.from_numpy(np.load(tmp_path / "y.npy")), wanted) < ENGINE_FLOAT16

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.fake_queue import FakeEvent, FakeQueue
+from helpers.fake_stream import FakeEvent, FakeStream
 from helpers.sampler_oracle import config_of, make_scheduler
 from latentrt.runtime.denoise import run_steps
 from latentrt.runtime.previews import Previewer
@@ -71,33 +71,33 @@ def reported(steps: int, previewer: Any) -> list[tuple[int, int | None]]:
     return calls
 
 
-def test_pictures_arrive_a_step_or_two_later_each_of_its_own_step(queue: FakeQueue) -> None:
+def test_pictures_arrive_a_step_or_two_later_each_of_its_own_step(stream: FakeStream) -> None:
     """The latents are overwritten by the next step long before the picture of this one is made."""
     told = reported(12, brightness)
     assert told == [(k, k) for k in range(1, 13)]
-    waits = [line for line in queue.log if line.startswith("wait")]
+    waits = [line for line in stream.log if line.startswith("wait")]
     assert waits[:10] == [f"wait {k}" for k in range(1, 20, 2)]  # the loop's own
     assert len(waits) <= 10 + 3  # and those of the end
 
 
-def test_nothing_waits_for_a_picture_that_is_late(queue: FakeQueue) -> None:
+def test_nothing_waits_for_a_picture_that_is_late(stream: FakeStream) -> None:
     """The side stream stands still: pictures are left out, and the loop goes on."""
     late: list[Any] = []
 
     def on_side_stream(work: Callable[[], None]) -> Any:
         work()
-        late.append(FakeEvent(queue, 10**6))
+        late.append(FakeEvent(stream, 10**6))
         return late[-1]
 
-    queue.on_side_stream = on_side_stream  # type: ignore[method-assign]
+    stream.on_side_stream = on_side_stream  # type: ignore[method-assign]
     told = reported(12, brightness)
     assert len(late) == 4
     assert told == [(k, k if k <= 4 else None) for k in range(1, 13)]
 
 
-def test_without_a_previewer_steps_are_reported_all_the_same(queue: FakeQueue) -> None:
+def test_without_a_previewer_steps_are_reported_all_the_same(stream: FakeStream) -> None:
     assert reported(5, None) == [(k, None) for k in range(1, 6)]
-    assert not any(line.startswith("side") for line in queue.log)
+    assert not any(line.startswith("side") for line in stream.log)
 
 
 def test_on_the_cpu_a_step_is_reported_before_the_next_begins() -> None:

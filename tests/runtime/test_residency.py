@@ -50,7 +50,7 @@ def walk(policy: Policy, requests: int = 2) -> tuple[list[set[str]], list[str]]:
     for name in REQUEST * requests:
         held.enter(engines[name])
         held.enter(engines[name])  # is there already
-        there.append({n for n, engine in engines.items() if engine in held.present})
+        there.append({n for n, engine in engines.items() if engine in held.loaded})
     return there, gone
 
 

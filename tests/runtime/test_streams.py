@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fake_queue import FakeQueue
+from helpers.fake_stream import FakeStream
 from helpers.sampler_oracle import config_of, make_scheduler
 from latentrt.runtime import streams
 from latentrt.runtime.denoise import run_steps
 from latentrt.runtime.progress import CallProgress
 from latentrt.runtime.sampler import SamplerTable, build_table
-from latentrt.runtime.streams import queue_of
+from latentrt.runtime.streams import current_stream
 
 LATENTS = torch.zeros(1, 4, 2, 2)
 
@@ -30,9 +30,9 @@ def table(steps: int) -> SamplerTable:
 class Stop(threading.Event):
     """Set when it is asked for the `before`th time, from 0; each time is logged."""
 
-    def __init__(self, queue: FakeQueue, before: int | None = None) -> None:
+    def __init__(self, stream: FakeStream, before: int | None = None) -> None:
         super().__init__()
-        self._log, self._before, self._asked = queue.log, before, 0
+        self._log, self._before, self._asked = stream.log, before, 0
 
     def is_set(self) -> bool:
         self._log.append("stop?")
@@ -40,23 +40,23 @@ class Stop(threading.Event):
         return self._asked - 1 == self._before
 
 
-def progress_of(queue: FakeQueue, stop_before: int | None = None) -> CallProgress:
+def progress_of(stream: FakeStream, stop_before: int | None = None) -> CallProgress:
     progress = CallProgress(4, {"disable": True}, LATENTS.device)
-    progress.stop = Stop(queue, stop_before)
+    progress.stop = Stop(stream, stop_before)
     return progress
 
 
-def step(queue: FakeQueue) -> None:
+def step(stream: FakeStream) -> None:
     """A replay: it may be two ahead of the device, itself counted not."""
-    assert queue.places - queue.done <= 2
-    queue.log.append("step")
+    assert stream.places - stream.done <= 2
+    stream.log.append("step")
 
 
 def test_before_a_step_the_host_waits_for_the_one_before_the_last_and_asks_whether_to_stop(
-    queue: FakeQueue,
+    stream: FakeStream,
 ) -> None:
-    run_steps(LATENTS, lambda: step(queue), table(4), progress_of(queue))
-    assert queue.log == [
+    run_steps(LATENTS, lambda: step(stream), table(4), progress_of(stream))
+    assert stream.log == [
         *("stop?", "step", "record 1"),
         *("stop?", "step", "record 2"),
         *("wait 1", "stop?", "step", "record 3"),
@@ -64,43 +64,43 @@ def test_before_a_step_the_host_waits_for_the_one_before_the_last_and_asks_wheth
     ]
 
 
-def test_the_host_waits_for_nothing_else(queue: FakeQueue) -> None:
+def test_the_host_waits_for_nothing_else(stream: FakeStream) -> None:
     """Of 30 steps the last two are still under way when the loop has ended."""
-    run_steps(LATENTS, lambda: step(queue), table(30), progress_of(queue))
-    assert [line for line in queue.log if line.startswith("wait")] == [f"wait {k}" for k in range(1, 29)]
+    run_steps(LATENTS, lambda: step(stream), table(30), progress_of(stream))
+    assert [line for line in stream.log if line.startswith("wait")] == [f"wait {k}" for k in range(1, 29)]
 
 
-def test_an_interruption_is_seen_before_the_next_step_is_given(queue: FakeQueue) -> None:
-    run_steps(LATENTS, lambda: step(queue), table(30), progress_of(queue, stop_before=3))
-    assert queue.log.count("step") == 3
-    assert queue.log[-2:] == ["wait 2", "stop?"]
+def test_an_interruption_is_seen_before_the_next_step_is_given(stream: FakeStream) -> None:
+    run_steps(LATENTS, lambda: step(stream), table(30), progress_of(stream, stop_before=3))
+    assert stream.log.count("step") == 3
+    assert stream.log[-2:] == ["wait 2", "stop?"]
 
 
-def test_a_loop_that_follows_another_keeps_its_distance_too(queue: FakeQueue) -> None:
-    progress = progress_of(queue)
+def test_a_loop_that_follows_another_keeps_its_distance_too(stream: FakeStream) -> None:
+    progress = progress_of(stream)
     for _ in range(2):
-        run_steps(LATENTS, lambda: step(queue), table(3), progress)
-    second = queue.log.index("record 3") + 1
-    assert queue.log[second : second + 4] == ["wait 2", "stop?", "step", "record 4"]
-    assert [line for line in queue.log if line.startswith("wait")] == [f"wait {k}" for k in range(1, 5)]
+        run_steps(LATENTS, lambda: step(stream), table(3), progress)
+    second = stream.log.index("record 3") + 1
+    assert stream.log[second : second + 4] == ["wait 2", "stop?", "step", "record 4"]
+    assert [line for line in stream.log if line.startswith("wait")] == [f"wait {k}" for k in range(1, 5)]
 
 
-def test_a_callback_sees_a_step_that_is_done(queue: FakeQueue) -> None:
+def test_a_callback_sees_a_step_that_is_done(stream: FakeStream) -> None:
     def on_step(index: int, timestep: float, values: dict[str, Any]) -> None:
-        assert queue.done == queue.places
-        queue.log.append("callback")
+        assert stream.done == stream.places
+        stream.log.append("callback")
 
     progress = CallProgress(2, {"disable": True}, LATENTS.device, on_step=on_step)
-    run_steps(LATENTS, lambda: step(queue), table(2), progress)
+    run_steps(LATENTS, lambda: step(stream), table(2), progress)
     first = ("step", "record 1", "record 2", "wait 2", "callback")
-    assert queue.log == [*first, "step", "record 3", "record 4", "wait 4", "callback"]
+    assert stream.log == [*first, "step", "record 3", "record 4", "wait 4", "callback"]
 
 
 def test_on_the_cpu_work_is_done_when_it_was_given() -> None:
-    queue, done = queue_of(torch.device("cpu")), []
-    begun = queue.record(timed=True)
+    stream, done = current_stream(torch.device("cpu")), []
+    begun = stream.record_event(timed=True)
     time.sleep(0.002)
-    ended = queue.on_side_stream(lambda: done.append(1))
+    ended = stream.on_side_stream(lambda: done.append(1))
     assert done == [1]
     assert ended.query()
     assert begun.elapsed_time(ended) >= 2
@@ -121,6 +121,6 @@ def test_all_work_beside_a_device_s_own_shares_a_stream(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     done: list[int] = []
     for k in range(3):
-        queue_of(here).on_side_stream(lambda k=k: done.append(k))  # type: ignore[misc]
-    queue_of(there).on_side_stream(lambda: done.append(3))
+        current_stream(here).on_side_stream(lambda k=k: done.append(k))  # type: ignore[misc]
+    current_stream(there).on_side_stream(lambda: done.append(3))
     assert (made, waited, done) == ([here, there], ["now"] * 4, [0, 1, 2, 3])

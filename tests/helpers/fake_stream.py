@@ -11,15 +11,15 @@ from latentrt.runtime.streams import Event
 
 @dataclass
 class FakeEvent:
-    queue: FakeQueue
+    stream: FakeStream
     place: int
 
     def query(self) -> bool:
-        return self.place <= self.queue.done
+        return self.place <= self.stream.done
 
     def synchronize(self) -> None:
-        self.queue.log.append(f"wait {self.place}")
-        self.queue.get_to(self.place)
+        self.stream.log.append(f"wait {self.place}")
+        self.stream.get_to(self.place)
 
     def elapsed_time(self, end_event: Event) -> float:
         assert isinstance(end_event, FakeEvent)
@@ -29,8 +29,8 @@ class FakeEvent:
 
 
 @dataclass
-class FakeQueue:
-    """A device's queue: work is done when the host waits for it, or when a test calls `get_to`.
+class FakeStream:
+    """A device's stream: work is done when the host waits for it, or when a test calls `get_to`.
 
     Attributes:
         log: what the host did, in order; tests add their own lines.
@@ -43,12 +43,12 @@ class FakeQueue:
     done: int = 0
     _side: deque[tuple[int, Callable[[], None]]] = field(default_factory=deque)
 
-    def record(self, *, timed: bool = False) -> Event:
+    def record_event(self, *, timed: bool = False) -> Event:
         self.places += 1
         self.log.append(f"record {self.places}")
         return FakeEvent(self, self.places)
 
-    def wait_for(self, event: Event) -> None:
+    def wait_event(self, event: Event) -> None:
         assert isinstance(event, FakeEvent)
         self.log.append(f"order after {event.place}")
 
