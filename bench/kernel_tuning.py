@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels import tuning
-from ..kernels._triton import arch_of
+from ..kernels._dispatch import arch_of
 from ..kernels.atomic_file import write_json
 from ..kernels.registry import OpSpec, specs
 from .kernel_candidates import DTYPE, TableUse, table_uses, tuning_requests

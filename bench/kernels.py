@@ -32,7 +32,8 @@ import torch
 
 from ..errors import BackendUnavailableError
 from ..kernels import aot
-from ..kernels._triton import arch_of, counted, of_library
+from ..kernels._dispatch import arch_of
+from ..kernels._triton import counted, of_library
 from ..kernels.atomic_file import write_json
 from ..kernels.registry import Case, OpSpec, specs
 from ..runtime.place import dtype_name

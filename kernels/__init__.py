@@ -9,7 +9,7 @@ from __future__ import annotations
 # Where Python runs in the repository's root, this folder is also a top-level `kernels`, and transformers imports
 # whatever has that name to see whether it is another project's package: then there is nothing here.
 if __name__ != "kernels":
-    from ._triton import as_nodes, by_reference, unavailable
+    from ._dispatch import as_nodes, by_reference, unavailable
     from .attention import attention
     from .geglu import geglu, linear_geglu
     from .group_norm import group_norm, group_norm_silu

@@ -1,26 +1,17 @@
-"""How kernels are built lazily, launched and counted, and which path an operator takes.
+"""How kernels are built lazily, launched and counted.
 
 Importing `latentrt.kernels` neither needs nor imports Triton; a kernel is built when it is first launched or
 compiled. Every operator plans its work as a list of `Launch`: a GPU, Triton's interpreter in the tests and `aot`, which
 compiles without a GPU, all run the same plan.
-
-| tensors | custom op (`uses_custom_op`) | runs (`launches_triton`) |
-| --- | --- | --- |
-| on CUDA | yes | the Triton kernel; the reference for float64, or where Triton cannot run |
-| elsewhere | no | the reference |
-| elsewhere, `forced` | yes | the Triton kernel, in the interpreter; the reference for float64 |
-| elsewhere, `as_nodes` | yes, so that tracing sees one node | the reference |
-| anywhere, `by_reference` | no | the reference |
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar, copy_context
+from contextlib import contextmanager, nullcontext
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from types import FunctionType
@@ -30,34 +21,22 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailableError
+from ._dispatch import unavailable, version_of
 
 __all__ = [
     "Descriptor",
     "Kernel",
     "Launch",
     "Library",
-    "arch_of",
-    "as_nodes",
-    "by_reference",
     "cdiv",
     "counted",
-    "forced",
     "kernel",
-    "launches_triton",
     "of_library",
     "round_up",
     "run",
     "specializes_wide_sums",
     "tl",
-    "unavailable",
-    "uses_custom_op",
-    "version_of",
 ]
-
-_log = logging.getLogger(__name__)
-
-OLDEST_ARCH = 80
-"""Older GPUs lack bfloat16 tensor cores and asynchronous copies, and the kernels were never compiled for them."""
 
 tl: Any = None
 """Stands for `triton.language` in the source of kernels; `Kernel` puts the module in its place."""
@@ -71,9 +50,6 @@ def cdiv(a: int, b: int) -> int:
 def round_up(a: int, b: int) -> int:
     """The least multiple of b that is not below a."""
     return cdiv(a, b) * b
-
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Kernel:
@@ -144,11 +120,6 @@ def _mend_interpreter() -> None:
             scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
         interpreter._patch_lang_tensor = patched
-
-
-def version_of(text: str) -> tuple[int, ...]:
-    """(3, 9) of `3.9.0`."""
-    return tuple(int(part) for part in text.split(".")[:2])
 
 
 @dataclass(frozen=True)
@@ -288,98 +259,6 @@ def counted() -> Iterator[Counter[str]]:
         _counts[:] = [c for c in _counts if c is not counts]
 
 
-_forced = ContextVar("forced", default=False)
-_as_nodes = ContextVar("as_nodes", default=False)
-_by_reference = ContextVar("by_reference", default=False)
-
-
-@contextmanager
-def _switched_on(switch: ContextVar[bool]) -> Iterator[None]:
-    token = switch.set(True)
-    try:
-        yield
-    finally:
-        switch.reset(token)
-
-
-def forced() -> AbstractContextManager[None]:
-    """In this thread, operators on CPU tensors launch their Triton kernels too, in Triton's interpreter."""
-    return _switched_on(_forced)
-
-
-def as_nodes() -> AbstractContextManager[None]:
-    """In this thread, operators are their custom ops on every device: tracing sees one node for each."""
-    return _switched_on(_as_nodes)
-
-
-def by_reference() -> AbstractContextManager[None]:
-    """In this thread, operators are their PyTorch references on every device: none of the project's kernels runs."""
-    return _switched_on(_by_reference)
-
-
-def uses_custom_op(x: Tensor) -> bool:
-    """Whether an operator on `x` goes through its custom op. On the CPU calling the reference directly is quicker; that
-    is logged once."""
-    if _by_reference.get():
-        return False
-    if x.is_cuda or _forced.get() or _as_nodes.get():
-        return True
-    if not torch.compiler.is_compiling():
-        _say_once(f"operators on the {x.device.type} run their PyTorch references", logging.INFO)
-    return False
-
-
-def launches_triton(x: Tensor) -> bool:
-    """Whether a custom op on `x` launches Triton rather than its reference. Logged once if Triton cannot run on CUDA.
-
-    Raises:
-        BackendUnavailableError: Triton cannot run, and `forced` asks for it.
-    """
-    if x.dtype not in _DTYPES or not (x.is_cuda or _forced.get()):
-        return False
-    reason = unavailable(x.device)
-    if reason:
-        if _forced.get():
-            raise BackendUnavailableError(
-                f"Triton kernels were asked for on the {x.device.type}, but {reason}"
-            )
-        _say_once(f"operators on the GPU run their PyTorch references: {reason}")
-    return not reason
-
-
-@cache
-def _say_once(message: str, level: int = logging.WARNING) -> None:
-    _log.log(level, message)
-
-
-def unavailable(device: torch.device) -> str:
-    """Why Triton cannot run on `device`; empty where it can."""
-    reason = _triton_missing()
-    if reason:
-        return reason
-    if device.type == "cuda":
-        if torch.version.hip is not None:
-            return "the kernels are written for NVIDIA GPUs"
-        arch = arch_of(device)
-        return f"sm_{arch} is older than sm_{OLDEST_ARCH}" if arch < OLDEST_ARCH else ""
-    if device.type == "cpu":
-        from triton import knobs
-
-        return "" if knobs.runtime.interpret else "TRITON_INTERPRET was not set when Triton was imported"
-    return f"Triton does not run on the {device.type}"
-
-
-@cache
-def _triton_missing() -> str:
-    try:
-        import triton
-    except ImportError as error:
-        return f"Triton cannot be imported ({error}); pip install 'latentrt[triton]'"
-    if version_of(triton.__version__) < (3, 6):
-        return f"Triton {triton.__version__} is older than 3.6; pip install 'latentrt[triton]'"
-    return ""
-
-
 @cache
 def specializes_wide_sums(arch: int) -> bool:
     """Whether Triton specialises warps in a kernel whose one accumulator is split in two: on sm_90 since 3.7."""
@@ -388,16 +267,3 @@ def specializes_wide_sums(arch: int) -> bool:
     except ImportError:
         return True  # nothing is compiled
     return arch != 90 or version_of(triton.__version__) >= (3, 7)
-
-
-@cache
-def _capability(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
-def arch_of(device: torch.device) -> int:
-    """90 for sm_90; the oldest supported for the CPU (the interpreter) and for meta tensors."""
-    if device.type != "cuda":
-        return OLDEST_ARCH
-    return _capability(torch.cuda.current_device() if device.index is None else device.index)

@@ -37,7 +37,8 @@ from torch import Tensor
 
 from ..errors import BackendError, BackendUnavailableError
 from . import tuning
-from ._triton import Descriptor, Kernel, Launch, Library, version_of
+from ._dispatch import version_of
+from ._triton import Descriptor, Kernel, Launch, Library
 from .registry import specs
 
 __all__ = [

@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import reference, tuning
 from ._attention_triton import plan
 from ._check import fail, require_dtypes, require_equal, require_rank
-from ._triton import arch_of, launches_triton, run, uses_custom_op
+from ._dispatch import arch_of, launches_triton, uses_custom_op
+from ._triton import run
 from .registry import Case, OpSpec, register
 
 __all__ = ["attention"]

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from . import reference, tuning
 from ._check import fail, require_dtypes, require_equal, require_rank
+from ._dispatch import arch_of, launches_triton, uses_custom_op
 from ._geglu_triton import plan, plan_linear
-from ._triton import arch_of, launches_triton, run, uses_custom_op
+from ._triton import run
 from .registry import Case, OpSpec, register
 
 __all__ = ["geglu", "linear_geglu"]

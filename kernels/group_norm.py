@@ -22,8 +22,9 @@ from torch import Tensor
 
 from . import reference
 from ._check import fail, require_dtypes, require_eps, require_equal, require_multiple, require_rank
+from ._dispatch import arch_of, launches_triton, uses_custom_op
 from ._group_norm_triton import dense, plan
-from ._triton import arch_of, launches_triton, run, uses_custom_op
+from ._triton import run
 from .registry import Case, OpSpec, register
 
 __all__ = ["group_norm", "group_norm_silu"]

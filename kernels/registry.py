@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._triton import Launch, Library, arch_of, run
+from ._dispatch import arch_of
+from ._triton import Launch, Library, run
 
 __all__ = ["TIMES_REFERENCE", "ULPS", "Case", "OpSpec", "allowed_error", "register", "specs"]
 

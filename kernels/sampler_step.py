@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from ._check import FLOATS, fail, require_own_memory, require_tensors
+from ._dispatch import arch_of, launches_triton, uses_custom_op
 from ._sampler_step_triton import plan
-from ._triton import arch_of, launches_triton, run, uses_custom_op
+from ._triton import run
 from .registry import Case, OpSpec, register
 
 __all__ = ["COLUMNS", "HISTORY", "KEEP_NOTHING", "KEEP_OUT", "KEEP_X0", "StepRow", "sampler_step", "step_row"]

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 
 import torch
 
-from ..kernels._triton import arch_of
+from ..kernels._dispatch import arch_of
 from .engines.lazy import LazyEngine
 from .graph import Graphs, empty_cache
 from .graph_cache import DEFAULT_LIMIT

@@ -1,12 +1,8 @@
 """Work captured once and replayed: CUDA graphs, and the same thing on the CPU.
 
 Captured work reads and writes static tensors, which exist before; everything else that it makes is its own and means
-nothing between two replays. Host values (sizes, scales, loop counts) stay as they were at capture.
-
-On the CPU a graph is the list of PyTorch operations that the work ran, over the very tensors it ran them on. A replay
-first overwrites the graph's own tensors with NaN, so that reading a buffer left from the replay before, a mistake with
-CUDA graphs, is one here as well; operations that read a value back to the host are refused. What bypasses PyTorch's
-dispatcher (`tolist`, `numpy`) is not seen, nor is a static tensor that was given other memory.
+nothing between two replays. Host values (sizes, scales, loop counts) stay as they were at capture. On the CPU work is
+recorded and replayed by the same rules: see `recorded_graph`.
 """
 
 from __future__ import annotations
@@ -22,23 +18,13 @@ from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..errors import BackendError, CaptureError
 from .place import memory_ran_out
+from .recorded_graph import RecordedGraph, Recording, capture_error
 
 __all__ = ["Graph", "Graphs", "empty_cache", "expect_modes", "reset_generator", "synchronize"]
-
-_HOST_READS = (
-    *("_local_scalar_dense", "equal", "is_nonzero", "allclose"),
-    *("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave"),
-)
-"""Operations that wait for the device to tell the host a value or a size."""
-
-_UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-"""Operations whose result is uninitialised."""
 
 _CAPTURING = threading.RLock()
 """Held while a graph is captured, on whatever device. Taken after all locks of loaders and engines."""
@@ -158,10 +144,10 @@ class Graphs:
                 if not _broken_by_others(error):
                     raise
             return self._capture_cuda(work, what)
-        recording = _Recording(what)
+        recording = Recording(what)
         with recording:
             work()
-        return _RecordedGraph(recording)
+        return RecordedGraph(recording)
 
     def _capture_cuda(self, work: Callable[[], object], what: str) -> Graph:
         # One at a time: a capture begins by waiting for the device, which breaks another one there, and the workspaces
@@ -200,7 +186,9 @@ class Graphs:
                         raise
                     if not isinstance(first, RuntimeError):
                         raise first from first.__cause__
-                    raise _failed(what, last_operation.name, " ".join(str(first).split())[:300]) from error
+                    raise capture_error(
+                        what, last_operation.name, " ".join(str(first).split())[:300]
+                    ) from error
             self._in_pool.add(graph)
             current.wait_stream(stream)
             return graph
@@ -331,13 +319,6 @@ def _broken_by_others(error: BackendError) -> bool:
     return mute and _BROKEN in str(end_of_capture)
 
 
-def _failed(what: str, operation: str, why: str) -> CaptureError:
-    return CaptureError(
-        f"{what} cannot be captured as a CUDA graph: {operation or 'its first operation'} failed ({why}); "
-        "run without graphs (graphs=False, or --no-graphs)"
-    )
-
-
 class _LastOperation(TorchDispatchMode):
     """Remembers the name of the operation that ran last, and the error that ended the work, if one did."""
 
@@ -353,57 +334,3 @@ class _LastOperation(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.name = func.name()
         return func(*args, **(kwargs or {}))
-
-
-class _Recording(TorchDispatchMode):
-    """The operations that ran, with the tensors they took and made."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.operations: list[tuple[Any, Any, Any, list[tuple[int, Tensor]]]] = []
-        self._what = what
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func.overloadpacket.__name__ in _HOST_READS:
-            raise _failed(self._what, func.name(), "it reads a value back to the host")
-        out = func(*args, **kwargs)
-        given = {_address(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        made = [
-            (k, x)
-            for k, x in enumerate(tree_leaves(out))
-            if isinstance(x, Tensor) and x.numel() and _address(x) not in given
-        ]
-        self.operations.append((func, args, kwargs, made))
-        return out
-
-
-class _RecordedGraph:
-    def __init__(self, recording: _Recording) -> None:
-        self._operations = recording.operations
-
-    @torch.inference_mode()
-    def replay(self) -> None:
-        for _, _, _, made in self._operations:
-            for _, x in made:
-                _poison(x)
-        for func, args, kwargs, made in self._operations:
-            if func.overloadpacket.__name__ in _UNWRITTEN:
-                continue
-            out = tree_leaves(func(*args, **kwargs))
-            for k, x in made:
-                x.copy_(out[k])
-
-
-def _address(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
-
-
-def _poison(x: Tensor) -> None:
-    """Fill with NaN; integers with their minimum, booleans with the opposite."""
-    if x.dtype.is_floating_point:
-        x.fill_(float("nan"))
-    elif x.dtype == torch.bool:
-        x.logical_not_()
-    else:
-        x.fill_(torch.iinfo(x.dtype).min)

@@ -155,7 +155,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 # What a process decides or says once, by module: functions with a cache.
 _ONCE = {
-    "latentrt.kernels._triton": ("_say_once", "_triton_missing", "specializes_wide_sums"),
+    "latentrt.kernels._dispatch": ("_say_once", "_triton_missing"),
+    "latentrt.kernels._triton": ("specializes_wide_sums",),
     "latentrt.kernels.tuning": ("_with_data", "architectures", "load"),
     "latentrt.runtime.engines.plugin_code": ("driver",),
     "latentrt.runtime.engines.plugins": ("_digest",),

@@ -67,6 +67,7 @@ _SOURCES = (
     "kernels/_attention_triton.py",
     "kernels/_attention_softmax.py",
     "kernels/_attention_aot.py",
+    "kernels/_dispatch.py",
     "kernels/_group_norm_triton.py",
     "kernels/_triton.py",
     "kernels/aot.py",

@@ -19,7 +19,7 @@ from latentrt.bench import kernel_timing, verdicts
 from latentrt.bench import kernels as timings
 from latentrt.bench.kernel_timing import HUNG, Timing
 from latentrt.kernels import tuning
-from latentrt.kernels._triton import forced
+from latentrt.kernels._dispatch import forced
 from latentrt.kernels.registry import OpSpec, specs
 from torch import Tensor
 

@@ -14,7 +14,7 @@ from latentrt.bench import kernel_timing, kernel_tuning, verdicts
 from latentrt.bench import kernels as timings
 from latentrt.bench.kernel_timing import HUNG, Timing
 from latentrt.kernels import tuning
-from latentrt.kernels._triton import forced
+from latentrt.kernels._dispatch import forced
 
 
 def test_tuning(here: Timing) -> None:

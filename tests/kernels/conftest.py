@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from latentrt.kernels._triton import counted, forced
+from latentrt.kernels._dispatch import forced
+from latentrt.kernels._triton import counted
 
 
 @pytest.fixture(autouse=True)

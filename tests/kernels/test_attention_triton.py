@@ -14,7 +14,7 @@ from helpers.kernel_checks import assert_as_good
 from latentrt.errors import BackendUnavailableError
 from latentrt.kernels import attention, geglu, reference, tuning
 from latentrt.kernels._attention_triton import plan, plan_kernel
-from latentrt.kernels._triton import arch_of, forced
+from latentrt.kernels._dispatch import arch_of, forced
 from torch import Tensor
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
@@ -239,11 +239,11 @@ def test_without_triton_a_forced_kernel_is_refused(monkeypatch: pytest.MonkeyPat
 def test_a_gpu_without_triton_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from latentrt.kernels import _triton
+    from latentrt.kernels import _dispatch
 
-    monkeypatch.setattr(_triton, "unavailable", lambda device: "there is none")
+    monkeypatch.setattr(_dispatch, "unavailable", lambda device: "there is none")
     on_a_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=torch.device("cuda"))
-    assert [_triton.launches_triton(on_a_gpu) for _ in range(3)] == [False] * 3  # type: ignore[arg-type]
+    assert [_dispatch.launches_triton(on_a_gpu) for _ in range(3)] == [False] * 3  # type: ignore[arg-type]
     assert [r.getMessage() for r in caplog.records] == [
         "operators on the GPU run their PyTorch references: there is none"
     ]
@@ -257,7 +257,7 @@ def test_the_cpu_says_once_that_references_run(caplog: pytest.LogCaptureFixture)
         attention(q, q, q)
         geglu(q)
     assert [(r.name, r.levelname, r.getMessage()) for r in caplog.records] == [
-        ("latentrt.kernels._triton", "INFO", "operators on the cpu run their PyTorch references")
+        ("latentrt.kernels._dispatch", "INFO", "operators on the cpu run their PyTorch references")
     ]
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers.kernel_checks import assert_as_good
 from latentrt.kernels import geglu, linear_geglu, reference, tuning
+from latentrt.kernels._dispatch import arch_of
 from latentrt.kernels._geglu_triton import plan_linear
-from latentrt.kernels._triton import arch_of
 from torch import Tensor
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP_M": 2, "num_warps": 4, "num_stages": 1}

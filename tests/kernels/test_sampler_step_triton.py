@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.kernel_checks import assert_as_good
 from latentrt.kernels import sampler_step
-from latentrt.kernels._triton import forced
+from latentrt.kernels._dispatch import forced
 from latentrt.kernels.aot import signature
 from latentrt.kernels.registry import Case, specs
 from latentrt.kernels.sampler_step import COLUMNS, HISTORY, KEEP_NOTHING, KEEP_OUT, KEEP_X0, StepRow

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_components
-from latentrt.kernels._triton import counted, forced
+from latentrt.kernels._dispatch import forced
+from latentrt.kernels._triton import counted
 from latentrt.runtime.engines.base import Component, Timesteps, example_inputs
 from latentrt.runtime.engines.eager import EagerBackend
 from latentrt.runtime.engines.lazy import EngineLoader

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 from latentrt.errors import CaptureError
-from latentrt.kernels._triton import arch_of, counted
+from latentrt.kernels._dispatch import arch_of
+from latentrt.kernels._triton import counted
 from latentrt.runtime.engines.base import Component, Timesteps, example_inputs, output_shapes
 from latentrt.runtime.engines.triton import TritonBackend
 from latentrt.runtime.footprint import follow

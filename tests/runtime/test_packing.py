@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import tiny_components
-from latentrt.kernels._triton import counted, forced
+from latentrt.kernels._dispatch import forced
+from latentrt.kernels._triton import counted
 from latentrt.runtime.engines.base import Component
 from latentrt.runtime.engines.eager import EagerBackend
 from latentrt.runtime.engines.packing import defer_biases, pack_attention, upsample_weight
