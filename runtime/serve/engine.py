@@ -76,7 +76,7 @@ class AsyncEngine:
         self._serving: asyncio.Task[None] | None = None
         self._failure: StoppedError | None = None
         self._admission = Admission(self._queue, max_waiting=max_waiting)
-        self._made: list[BatchReport] = []  # by the running call
+        self._reports: list[BatchReport] = []  # of the running batch: one call, or several where it fails
         self._faults = 0
 
     async def __aenter__(self) -> AsyncEngine:
@@ -220,8 +220,8 @@ class AsyncEngine:
         self._thread.shutdown(wait=False)
 
     def _learn(self, report: BatchReport) -> None:
+        self._reports.append(report)
         if report.outcome == "made":
-            self._made.append(report)
             self._faults = 0
         elif report.outcome == "failed":  # the rest proves neither
             self._faults += 1
@@ -285,11 +285,12 @@ class AsyncEngine:
         self._faults = 0
 
     def _measure(self, begun: float, now: float) -> None:
-        """Learn from what was made since then, the loop's own delays included."""
-        delay = (now - begun) / (sum(report.seconds for report in self._made) or 1.0)
-        for report in self._made:
-            self._admission.call_times.learn(report.size, report.cost, report.seconds * delay, now)
-        self._made = []
+        """Learn from what was made since then, the loop's own delays included: each call has its share of them."""
+        delay = (now - begun) / (sum(report.seconds for report in self._reports) or 1.0)
+        for report in self._reports:
+            if report.outcome == "made":
+                self._admission.call_times.learn(report.size, report.cost, report.seconds * delay, now)
+        self._reports = []
 
 
 def _powers_of_two(most: int) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from helpers.fake_clock import FakeClock
 from helpers.fake_runner import (
     FakeRunner,
     FakeTime,
@@ -26,6 +27,8 @@ from latentrt.errors import (
     StoppedError,
 )
 from latentrt.runtime.serve.engine import AsyncEngine
+from latentrt.runtime.serve.requests import CheckedRequest, ImageResult
+from latentrt.runtime.serve.runner import OnStep
 
 
 def test_the_queue_is_bounded_and_says_when_to_come_again() -> None:
@@ -116,6 +119,34 @@ def test_small_images_say_nothing_against_large_ones() -> None:
                 assert seed_of((await job.result()).image) == 1
 
     in_loop(main())
+
+
+def test_the_time_of_calls_that_failed_is_not_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call takes a second, be it for four images, of which three fail alone as well, or for one."""
+    clock = FakeClock()
+    clock.install(monkeypatch)
+
+    class Timed(FakeRunner):
+        def run(self, requests: Sequence[CheckedRequest], on_step: OnStep) -> list[ImageResult]:
+            clock.sleep(1.0)
+            loop.now += 1.0
+            return super().run(requests, on_step)
+
+    loop = FakeTime()
+
+    async def main() -> None:
+        runner = Timed(lambda seeds: RequestError("bad") if max(seeds) >= 100 else None)
+        async with AsyncEngine(runner, window=0) as engine:
+            for _ in range(3):
+                async with device_occupied(runner, engine):
+                    jobs = engine.submit(*(image_request(seed) for seed in (1, 100, 101, 102)))
+                await asyncio.gather(*(job.result() for job in jobs), return_exceptions=True)
+            assert runner.calls[-5:] == [[1, 100, 101, 102], [1], [100], [101], [102]]
+            group = jobs[0].group
+            seconds = engine._admission.call_times.seconds(group.size, group.cost, loop.time())
+        assert seconds == pytest.approx(1.0, rel=1e-3)
+
+    in_loop(main(), loop=lambda: loop)
 
 
 def test_draining_makes_what_was_taken_and_takes_nothing_new() -> None:
