@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
-from ...errors import DeadlineError
+from ...errors import DeadlineError, ServiceError
 from .requests import CheckedRequest, Finished, Group, ImageResult, Progress
 
 __all__ = ["Job"]
@@ -103,6 +103,10 @@ class Job:
         """End it with a result or an error, unless it has ended."""
         if self._end.done():
             return
+        if isinstance(end, StopIteration):  # which no future takes
+            wrapped = ServiceError("the image could not be made: something raised StopIteration")
+            wrapped.__cause__ = end
+            end = wrapped
         if isinstance(end, Exception):
             self._end.set_exception(end)
         else:

@@ -13,6 +13,7 @@ from helpers.fake_runner import FakeRunner, device_occupied, image_request, in_l
 from latentrt.errors import (
     BackendError,
     EngineSizeError,
+    LatentRTError,
     MemoryPlanError,
     OutOfMemoryError,
     RequestError,
@@ -213,15 +214,17 @@ def one_is_bad(bad: int, error: Exception) -> Callable[[list[int]], Exception | 
     return lambda seeds: error if bad in seeds else None
 
 
-def test_a_request_that_fails_fails_alone() -> None:
+@pytest.mark.parametrize("error", [BackendError("no such size"), StopIteration()])
+def test_a_request_that_fails_fails_alone(error: Exception) -> None:
     async def main() -> None:
-        runner = FakeRunner(one_is_bad(2, BackendError("no such size")))
+        runner = FakeRunner(one_is_bad(2, error))
         async with AsyncEngine(runner, window=0.05) as engine:
             tasks = [asyncio.create_task(engine.generate(image_request(k))) for k in (1, 2, 3)]
             results = await asyncio.gather(*tasks, return_exceptions=True)
         assert seed_of(results[0].image) == 1
         assert seed_of(results[2].image) == 3
-        assert isinstance(results[1], BackendError)
+        assert isinstance(results[1], LatentRTError)
+        assert error in (results[1], results[1].__cause__)
         assert runner.calls == [[1, 2, 3], [1], [2], [3]]
 
     in_loop(main())
