@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -51,7 +52,7 @@ class RequestMiddleware:
         state: dict[str, Any] = scope.setdefault("state", {})
         state.update(request_id=request_id, log={})
         begun = time.perf_counter()
-        status = 500
+        status: int | None = None
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -76,7 +77,11 @@ class RequestMiddleware:
                 await self._app(scope, _replayed(body, receive), answer)
             else:
                 await refusal(scope, receive, answer)
+        except asyncio.CancelledError:
+            status = status or 499  # the client left: in a replica that cancels the task
+            raise
         finally:
+            status = status or 500
             seconds = time.perf_counter() - begun
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.request(scope["method"], route, status, seconds)

@@ -50,6 +50,18 @@ def test_a_client_that_leaves_frees_the_replica() -> None:
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
             assert hosted.service.running == 0
+            HELD.release()
+            metrics = b"".join(
+                [
+                    part
+                    async for part in hosted.answer(Forwarded("GET", "/metrics"))
+                    if isinstance(part, bytes)
+                ]
+            )
+            counts = [line for line in metrics.splitlines() if line.startswith(b"latentrt_requests_total")]
+            assert counts == [
+                b'latentrt_requests_total{method="POST",path="/v1/images/generations",status="499"} 1.0'
+            ]
         finally:
             HELD.release()
             await hosted.stop()
