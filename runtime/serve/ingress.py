@@ -154,7 +154,7 @@ class Ingress:
                     request = asked if accepted is None else accepted.request(again=lost > 0)
                     parts = until(deadline, self._send(model, request))
                     last = lost == tries - 1 or accepted is None
-                    async for part in sent.new(settled(parts, last=last, taken=lost > 0)):
+                    async for part in sent.new(settled(parts, last=last, taken=lost > 0), last=last):
                         yield part
                     return
                 except Exception as error:

@@ -16,6 +16,8 @@ __all__ = ["Accepted", "ReplicaLostError", "SentParts", "is_stream", "settled", 
 
 _GRACE = 1.0
 """Seconds in which a replica can tell that a request's time has ended, and what was made in time can come."""
+_ENDED = frozenset({"draining", "not_ready", "stopped"})
+"""Codes of errors that end a stream because its engine has ended: 503 in a plain answer."""
 
 
 class ReplicaLostError(ServiceError):
@@ -133,14 +135,17 @@ class SentParts:
 
     def __init__(self) -> None:
         self.begun = False
-        self._held = b""
         self._steps: dict[int, int] = {}
         self._made: set[int] = set()
 
-    async def new(self, parts: AsyncIterator[Head | bytes]) -> AsyncIterator[Head | bytes]:
-        """The parts of a replica's answer that the client does not have yet."""
+    async def new(self, parts: AsyncIterator[Head | bytes], *, last: bool) -> AsyncIterator[Head | bytes]:
+        """The parts of a replica's answer that the client does not have yet.
+
+        Raises:
+            ReplicaLostError: its engine ended before the stream did, and it is not the `last` to be asked.
+        """
         streams = False
-        self._held = b""  # half an event of the replica before is dropped
+        held = b""  # half an event; that of the replica before was dropped
         async for part in parts:
             if isinstance(part, Head):
                 streams = is_stream(part)
@@ -149,19 +154,18 @@ class SentParts:
                 if not self.begun:
                     self.begun = True
                     yield part
-            elif piece := self._unknown(part) if streams else part:
-                yield piece
+            elif not streams:
+                yield part
+            else:
+                *events, held = (held + part).split(b"\n\n")
+                for event in events:
+                    fields = _fields(event)
+                    if not last and fields.get("error", {}).get("code") in _ENDED:
+                        raise ReplicaLostError("a replica's engine ended before its stream did")
+                    if self._is_new(fields):
+                        yield event + b"\n\n"
 
-    def _unknown(self, piece: bytes) -> bytes:
-        """The events that end in this piece and were not sent before."""
-        *events, self._held = (self._held + piece).split(b"\n\n")
-        return b"".join(event + b"\n\n" for event in events if self._is_new(event))
-
-    def _is_new(self, event: bytes) -> bool:
-        data = event.partition(b"data: ")[2]
-        if not data.startswith(b"{"):
-            return True
-        fields = json.loads(data)
+    def _is_new(self, fields: dict[str, Any]) -> bool:
         image, step = fields.get("image", 0), fields.get("step")
         if fields.get("type") == "image_generation.completed":
             known = image in self._made
@@ -172,3 +176,10 @@ class SentParts:
         known = image in self._made or step <= self._steps.get(image, 0)
         self._steps[image] = max(step, self._steps.get(image, 0))
         return not known
+
+
+def _fields(event: bytes) -> dict[str, Any]:
+    """The data of an event; nothing of one that has none, or is the last."""
+    data = event.partition(b"data: ")[2]
+    fields: dict[str, Any] = json.loads(data) if data.startswith(b"{") else {}
+    return fields

@@ -13,8 +13,9 @@ import pytest
 from helpers.fake_runner import FakeTime, in_loop, pass_time
 from helpers.replicas import IMAGES, Replicas, body, with_ingress
 from helpers.served import events_of
-from latentrt.errors import QueueFullError
+from latentrt.errors import BackendError, DrainingError, QueueFullError, StoppedError
 from latentrt.runtime.serve import retries
+from latentrt.runtime.serve.answers import error_event, refusal, sse
 from latentrt.runtime.serve.engine import AsyncEngine
 from latentrt.runtime.serve.hosted import Deployed, Forwarded, Head, HostedModel
 from latentrt.runtime.serve.ingress import Ingress
@@ -122,6 +123,38 @@ def test_a_stream_that_no_replica_ends_says_so() -> None:
         assert events[-1]["error"]["type"] == "server_error"
 
     with_ingress(Replicas(*[2] * 9), test, tries=3)
+
+
+@pytest.mark.parametrize("error", [StoppedError("a fault"), DrainingError("it leaves"), BackendError("no")])
+@pytest.mark.parametrize("tries", [1, 2])
+def test_a_stream_whose_engine_ends_continues_at_another_replica(error: Exception, tries: int) -> None:
+    """As a plain answer with 503 does; what failed otherwise would fail there as well."""
+    replicas = Replicas()
+    well = replicas.send
+    status, message, param, code, _ = refusal(error)
+    ended = sse("error", error_event(status, message, param, code, image=0)).encode()
+
+    async def send(model: str, request: Forwarded) -> AsyncIterator[Head | bytes]:
+        if replicas.sent:
+            async for part in well(model, request):
+                yield part
+        else:
+            replicas.sent.append((model, request))
+            for part in (STREAM, EVENT + ended, b"data: [DONE]\n\n"):
+                yield part
+
+    replicas.send = send  # type: ignore[method-assign]
+
+    async def test(client: httpx.AsyncClient) -> None:
+        first, *others, last = events_in(await client.post(IMAGES, json=body(stream=True)))
+        assert first["step"] == 1
+        if tries == 2 and status == 503:
+            assert all(event["step"] > 1 for event in others)
+            assert last["type"] == "image_generation.completed"
+        else:
+            assert (others, last["error"]["code"]) == ([], code)
+
+    with_ingress(replicas, test, tries=tries)
 
 
 def test_a_truncated_event_is_not_forwarded() -> None:
