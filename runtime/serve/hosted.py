@@ -174,6 +174,15 @@ class HostedModel:
     async def start(self) -> None:
         """Load it, and return when it is ready or cannot be; `/ready` says which."""
         await self._life.enter_async_context(self._app.router.lifespan_context(self._app))
+        await self._loaded()
+
+    async def load_again(self) -> None:
+        """As `start`, after that did not load it."""
+        await asyncio.to_thread(self._held.free)
+        self.service.begin()
+        await self._loaded()
+
+    async def _loaded(self) -> None:
         await self.service.loaded()
         self._was_ready = self.service.reason is None
 

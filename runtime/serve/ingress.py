@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -20,8 +21,9 @@ from ...errors import DeadlineError, DrainingError, QueueFullError
 from .answers import error_event, error_response, refusal, sse
 from .hosted import Forwarded, Head
 from .middleware import request_id_of
-from .retries import Accepted, ReplicaLostError, SentParts, is_stream, settled, until
+from .retries import Accepted, NotServingError, ReplicaLostError, SentParts, is_stream, settled, until
 from .schema import Limits
+from .service import NotReadyError
 
 __all__ = ["Ingress", "Send"]
 
@@ -29,7 +31,9 @@ _log = logging.getLogger(__name__)
 _access = logging.getLogger("latentrt.access")
 _IMAGES = "/v1/images/generations"
 _FULL = 5
-"""Pauses between two tries where the queues are full."""
+"""Pauses between two tries where the queues are full, or a replica serves nothing."""
+_LATELY = 60.0
+"""Seconds for which a model that was served counts as one that some replica serves."""
 
 Send = Callable[[str, Forwarded], AsyncIterator[Head | bytes]]
 """(model's id, request) -> head and body. Raises ReplicaLostError where the replica dies on the way."""
@@ -58,6 +62,7 @@ class Ingress:
         self._limits = limits or Limits()
         self._tries = tries
         self._pause = pause
+        self._served: dict[str, float] = {}  # when, by the loop's clock
         self._open = 0  # requests for images that were taken
         self._left = asyncio.Event()  # one of them
         self._draining = False
@@ -145,7 +150,8 @@ class Ingress:
         """The answer of the first replica that lives to give it, and none of it twice."""
         tries = self._tries if accepted is not None or asked.method == "GET" else 1
         given = None if accepted is None else accepted.timeout
-        deadline = asyncio.get_running_loop().time() + (self._limits.timeout if given is None else given)
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + (self._limits.timeout if given is None else given)
         sent = SentParts()
         lost = 0
         with contextlib.nullcontext() if accepted is None else self._taken():
@@ -155,10 +161,16 @@ class Ingress:
                     parts = until(deadline, self._send(model, request))
                     last = lost == tries - 1 or accepted is None
                     async for part in sent.new(settled(parts, last=last, taken=lost > 0), last=last):
+                        if accepted is not None and isinstance(part, Head) and part.status == 200:
+                            self._served[model] = clock()
                         yield part
                     return
                 except Exception as error:
-                    if isinstance(error, ReplicaLostError) and lost < tries - 1:
+                    served = clock() - self._served.get(model, -math.inf) < _LATELY
+                    unready = isinstance(error, NotServingError | NotReadyError)
+                    if unready and served and accepted is not None:
+                        pauses = _FULL  # another replica serves it: it waits for that one, until its deadline
+                    elif isinstance(error, ReplicaLostError) and lost < tries - 1:
                         lost += 1
                         pauses = 2 ** (lost - 1)
                         _log.warning(
@@ -228,7 +240,8 @@ def _own(answer: Response, request: Request, request_id: str) -> Response:
 def _refusal(error: Exception, request_id: str) -> tuple[int, str, str | None, str, dict[str, str]]:
     """(status, message, field, code, headers)"""
     if isinstance(error, ReplicaLostError):
-        return 503, str(error), None, "replica_lost", {"Retry-After": "5"}
+        code = "not_ready" if isinstance(error, NotServingError) else "replica_lost"
+        return 503, str(error), None, code, {"Retry-After": "5"}
     if isinstance(error, TimeoutError):
         error = DeadlineError("no replica answered in time; try again, or give it more")
     refused = refusal(error)

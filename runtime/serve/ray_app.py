@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import AsyncIterator
@@ -29,7 +30,7 @@ from .hosted import Deployed, Forwarded, Head, HostedModel
 from .ingress import Ingress
 from .keys import keys_of
 from .logs import log_as_json
-from .retries import ReplicaLostError
+from .retries import NotServingError, ReplicaLostError
 from .service import NotReadyError
 
 __all__ = ["application", "bound"]
@@ -39,7 +40,9 @@ _LOST = (
 )  # fmt: skip
 _INGRESS_REQUESTS = 10_000  # they wait for others; what they hold is bounded by the replicas' queues
 _RETRY_LOAD = 30.0
-"""Seconds in which a model that did not load is not tried again: each try takes another model's place."""
+"""Seconds in which a model that did not load is not tried again: a try may take another model's place."""
+_REFUSAL = 1.0
+"""Seconds that a refusal takes: Ray prefers the replica with the fewest requests, and who refuses at once has none."""
 
 
 class Replica:
@@ -58,8 +61,9 @@ class Replica:
             return await self._load(model)
 
         self._model = serve.multiplexed(max_num_models_per_replica=deployed.models_per_replica)(load)
-        await self._model(deployed.models[0].id)  # it is sent nothing before
+        first = await self._model(deployed.models[0].id)  # it is sent nothing before
         self._started = True
+        self._retrying = asyncio.create_task(self._retry(first))
         self.__del__ = self._leave
 
     async def forward(self, request: Forwarded) -> AsyncIterator[Head | bytes]:
@@ -67,15 +71,26 @@ class Replica:
 
         Raises:
             NotReadyError: it does not load.
+            NotServingError: it did not load at the start, or its engine had stopped before.
         """
         model = serve.get_multiplexed_model_id() or self._deployed.models[0].id
         failed, why = self._failed.get(model, (-_RETRY_LOAD, ""))
         if time.monotonic() < failed + _RETRY_LOAD:
+            await asyncio.sleep(_REFUSAL)
             raise NotReadyError(why)
         # Who leaves while it loads does not end that: others wait for it, and half a model would stay.
-        slot = await asyncio.shield(self._model(model))
-        async for part in slot.hosted.answer(request):
-            yield part
+        taking = asyncio.ensure_future(self._take(model))
+        try:
+            slot = await asyncio.shield(taking)
+            reason = slot.hosted.service.reason
+            async for part in slot.hosted.answer(request):
+                refused = isinstance(part, Head) and part.status == 503
+                if refused and reason is not None and request.method == "POST":
+                    await asyncio.sleep(_REFUSAL)
+                    raise NotServingError(f"not ready: {reason}")
+                yield part
+        finally:
+            taking.add_done_callback(_give_back)
 
     def check_health(self) -> None:
         """Ray replaces a replica that raises here."""
@@ -83,7 +98,28 @@ class Replica:
             if hosted.fault is not None:
                 raise RuntimeError(hosted.fault)
 
+    async def _take(self, model: str) -> _Slot:
+        """The place of a model, which stays in it until it is given back. It is taken in the step in which Ray gives
+        it: in the next one it may be another model's."""
+        slot: _Slot = await self._model(model)
+        slot.take()
+        return slot
+
+    async def _retry(self, first: _Slot) -> None:
+        """Load the first model until it does, unless another one gets its place: it has that, loaded or not, for
+        `/ready` to say why."""
+        while first.hosted.service.reason is not None:
+            await asyncio.sleep(_RETRY_LOAD)
+            if first.hosted not in self._hosted.values():
+                return
+            first.take()
+            try:
+                await first.hosted.load_again()
+            finally:
+                first.give_back()
+
     async def _leave(self) -> None:
+        self._retrying.cancel()
         for hosted in list(self._hosted.values()):  # each goes as it stops
             await hosted.stop()
 
@@ -97,22 +133,44 @@ class Replica:
             self._failed[model] = time.monotonic(), f"not ready: {reason}"
             raise NotReadyError(f"not ready: {reason}")
         self._hosted[model] = hosted
-        return _Slot(self._hosted, model)
+        return _Slot(self._hosted, model, self._deployed.drain_seconds)
 
 
 class _Slot:
     """What Ray keeps of a loaded model."""
 
-    def __init__(self, hosted: dict[str, HostedModel], model: str) -> None:
+    def __init__(self, hosted: dict[str, HostedModel], model: str, drain_seconds: float) -> None:
         self.hosted = hosted[model]
         self._all = hosted
         self._id = model
+        self._drain_seconds = drain_seconds
+        self._users = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
         # Ray awaits it when another model needs the place; of the object's own, not the class's, for Python calls
         # the class's as well and awaits nothing.
         self.__del__ = self._leave
 
+    def take(self) -> None:
+        """From here on it stays, until it is given back as often."""
+        self._users += 1
+        self._unused.clear()
+
+    def give_back(self) -> None:
+        self._users -= 1
+        if not self._users:
+            self._unused.set()
+
     async def _leave(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._drain_seconds):
+                await self._unused.wait()
         await self._all.pop(self._id).stop()
+
+
+def _give_back(taking: asyncio.Future[_Slot]) -> None:
+    if not taking.cancelled() and taking.exception() is None:
+        taking.result().give_back()
 
 
 class Front:
@@ -161,7 +219,7 @@ def _meaning(error: Exception) -> Exception:
         return ReplicaLostError("there is no replica")
     if isinstance(cause, BackPressureError):
         return QueueFullError(f"all replicas are busy, and many wait ({cause}); try again in 2 s", 2.0)
-    return cause if isinstance(cause, NotReadyError) else error
+    return cause if isinstance(cause, NotReadyError | NotServingError) else error
 
 
 def application(args: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from ...errors import DeadlineError, QueueFullError, ServiceError
 from .hosted import Forwarded, Head
 
-__all__ = ["Accepted", "ReplicaLostError", "SentParts", "is_stream", "settled", "until"]
+__all__ = ["Accepted", "NotServingError", "ReplicaLostError", "SentParts", "is_stream", "settled", "until"]
 
 _GRACE = 1.0
 """Seconds in which a replica can tell that a request's time has ended, and what was made in time can come."""
@@ -22,6 +22,10 @@ _ENDED = frozenset({"draining", "not_ready", "stopped"})
 
 class ReplicaLostError(ServiceError):
     """A replica died before its answer was whole."""
+
+
+class NotServingError(ReplicaLostError):
+    """A replica lives, and took nothing: its model is not loaded, or its engine has stopped."""
 
 
 async def until(deadline: float, parts: AsyncIterator[Head | bytes]) -> AsyncIterator[Head | bytes]:

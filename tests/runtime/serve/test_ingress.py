@@ -10,9 +10,12 @@ import pytest
 from helpers.fake_runner import in_loop
 from helpers.ray_runner import HELD
 from helpers.replicas import IMAGES, Replicas, body, client_of, with_ingress
+from latentrt.runtime.serve import ingress
 from latentrt.runtime.serve.hosted import Deployed, Forwarded, Head, HostedModel
 from latentrt.runtime.serve.ingress import Ingress
+from latentrt.runtime.serve.retries import NotServingError
 from latentrt.runtime.serve.schema import Limits
+from latentrt.runtime.serve.service import NotReadyError
 
 
 def test_what_is_refused_is_refused_once_by_the_application() -> None:
@@ -52,6 +55,39 @@ def test_models_are_chosen_by_id_and_listed() -> None:
         assert "latentrt" in (await client.get("/")).text
 
     with_ingress(replicas, test)
+
+
+@pytest.mark.parametrize("lately", [60.0, 0.0])
+@pytest.mark.parametrize(("error", "most"), [(NotServingError, 3), (NotReadyError, 1)])
+def test_a_model_that_was_served_lately_is_waited_for(
+    error: type[Exception], most: int, lately: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many replicas are not ready. One that was not is refused: at once where a try took another model's
+    place."""
+    monkeypatch.setattr(ingress, "_LATELY", lately)
+    replicas = Replicas()
+    well, refusals = replicas.send, [0]
+
+    async def send(model: str, request: Forwarded) -> AsyncIterator[Head | bytes]:
+        if refusals[0]:
+            refusals[0] -= 1
+            raise error("not ready: it does not load")
+        async for part in well(model, request):
+            yield part
+
+    replicas.send = send  # type: ignore[method-assign]
+
+    async def test(client: httpx.AsyncClient) -> None:
+        assert (await client.post(IMAGES, json=body(model="cat"))).status_code == 200
+        for model, made in (("cat", lately > 0), ("dog", False)):
+            refusals[0] = 9
+            answer = await client.post(IMAGES, json=body(model=model))
+            assert answer.status_code == (200 if made else 503)
+            assert refusals[0] == (0 if made else 9 - most)
+        told = answer.json()["error"]
+        assert (told["code"], told["message"]) == ("not_ready", "not ready: it does not load")
+
+    with_ingress(replicas, test, tries=3)
 
 
 def test_its_own_refusals_have_an_id_and_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
