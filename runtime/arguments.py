@@ -206,6 +206,14 @@ def _add_serve(commands: Commands) -> None:
     )
     parser.add_argument("--max-batch", type=int, default=8, help="images in a batch at most (default 8)")
     parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="answer requests for this name too, such as a proxy's; may be repeated. Without it, and without API keys, "
+        "a server at an address of this machine alone answers for localhost and that address",
+    )
+    parser.add_argument(
         "--drain-seconds",
         type=float,
         default=60.0,

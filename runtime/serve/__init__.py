@@ -5,7 +5,8 @@ async with AsyncEngine(pipe) as engine:
 
 Over HTTP a request passes, from the socket to the device:
     server, connection      uvicorn, with bounds on connections and on how long they take
-    middleware              an id, a key (keys), a bound on the body, a log line (logs), a count (metrics)
+    middleware              an id, a host (hosts), a key (keys), a bound on the body, a log line (logs), a count
+                            (metrics)
     app                     OpenAI's images API: what is posted (schema), what is answered (answers), and both
                             described (description)
     service                 the engine's life: loading, ready, draining, gone

@@ -42,6 +42,7 @@ _ONCE = {"x-should-retry": "false"}
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "invalid_request_error",
     404: "invalid_request_error",
     405: "invalid_request_error",
     408: "invalid_request_error",

@@ -30,6 +30,7 @@ from .answers import (
     sse,
 )
 from .description import Model, Models, Readiness, describe, errors, images
+from .hosts import Hosts
 from .jobs import Job
 from .keys import Keys
 from .metrics import Metrics
@@ -53,6 +54,7 @@ def create_app(
     *,
     metrics: Metrics,
     limits: Limits | None = None,
+    hosts: Sequence[str] = (),
     api_keys: Sequence[str] = (),
     drain_seconds: float = 60.0,
 ) -> FastAPI:
@@ -60,6 +62,7 @@ def create_app(
 
     Args:
         metrics: the same that the engine's `on_batch` tells.
+        hosts: one of these names must be asked for; none for no such check.
         api_keys: one of them must come as bearer token; none for no such check.
         drain_seconds: how long to finish what was taken.
     """
@@ -73,7 +76,9 @@ def create_app(
 
     app = FastAPI(title="latentrt", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     metrics.watch(service)
-    app.add_middleware(RequestMiddleware, limits=bounds, metrics=metrics, keys=Keys(api_keys))
+    app.add_middleware(
+        RequestMiddleware, limits=bounds, metrics=metrics, hosts=Hosts(hosts), keys=Keys(api_keys)
+    )
     _handle_errors(app, metrics)
 
     @app.post("/v1/images/generations", responses=images(), tags=["OpenAI"])

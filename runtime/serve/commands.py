@@ -49,7 +49,14 @@ def serve(args: argparse.Namespace) -> Iterator[str]:
         return AsyncEngine(pipe, max_batch=args.max_batch, max_waiting=args.max_queue, on_batch=metrics.batch)
 
     service = Service(public_name(args.model), engine)
-    app = create_app(service, metrics=metrics, limits=limits, api_keys=keys, drain_seconds=args.drain_seconds)
+    app = create_app(
+        service,
+        metrics=metrics,
+        limits=limits,
+        hosts=_hosts(args),
+        api_keys=keys,
+        drain_seconds=args.drain_seconds,
+    )
     with listen(args.host, args.port) as socket:
         log_as_json()
         if not keys and not _is_local(args.host):
@@ -102,11 +109,20 @@ def _serve_by_ray(args: argparse.Namespace) -> None:
             "max_batch": args.max_batch,
             "max_queue": args.max_queue,
             "drain_seconds": args.drain_seconds,
+            "hosts": _hosts(args),
             "api_key_file": args.api_key_file and args.api_key_file.resolve(),
         }
     )
     log_as_json()
     run(deployed, host=args.host, port=args.port)
+
+
+def _hosts(args: argparse.Namespace) -> tuple[str, ...]:
+    """The names under which it is asked; none for any: where others reach it, names say nothing, and where there are
+    keys, those say more."""
+    if not args.allowed_host and (args.api_key_file is not None or not _is_local(args.host)):
+        return ()
+    return ("localhost", "127.0.0.1", "::1", args.host, *args.allowed_host)
 
 
 def _is_local(host: str) -> bool:

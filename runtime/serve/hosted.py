@@ -102,6 +102,7 @@ class Deployed(BaseModel):
         target_ongoing: requests a replica should have before there are more of them.
         max_batch, max_queue: images in a call, and waiting, of a model in a replica.
         drain_seconds: for a replica that leaves to finish what it has.
+        hosts: names one of which must be asked for; none for no such check.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -116,6 +117,7 @@ class Deployed(BaseModel):
     max_batch: int = Field(default=8, ge=1)
     max_queue: int = Field(default=64, ge=1)
     drain_seconds: float = Field(default=60.0, ge=0)
+    hosts: tuple[str, ...] = ()
     api_key_file: Path | None = None
 
     @field_validator("models")

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from ...errors import DeadlineError, DrainingError, QueueFullError
 from .answers import error_event, error_response, refusal, sse
 from .hosted import Forwarded, Head
+from .hosts import Hosts
 from .middleware import request_id_of
 from .retries import Accepted, NotServingError, ReplicaLostError, SentParts, is_stream, settled, until
 from .schema import Limits
@@ -47,6 +48,7 @@ class Ingress:
         models: Sequence[str],
         send: Send,
         *,
+        hosts: Sequence[str] = (),
         limits: Limits | None = None,
         tries: int = 5,
         pause: float = 0.2,
@@ -54,11 +56,13 @@ class Ingress:
         """
         Args:
             models: ids; the first is taken where a request names none that is known.
+            hosts: one of these names must be asked for; none for no such check.
             tries: replicas a request may lose before it is given up, for it may be what kills them.
             pause: seconds before the second try, doubled for each one after it.
         """
         self._models = list(models)
         self._send = send
+        self._hosts = Hosts(hosts)
         self._limits = limits or Limits()
         self._tries = tries
         self._pause = pause
@@ -70,11 +74,13 @@ class Ingress:
     async def answer(self, request: Request) -> Response:
         """Any request of the application's."""
         path = request.url.path
+        request_id = request_id_of(request.headers)
+        if (stranger := self._hosts.refused(request.headers)) is not None:
+            return _own(stranger, request, request_id)
         if path == "/health":
             return Response('{"status":"ok"}', media_type="application/json")
         if path == "/ready" and self._draining:
             return JSONResponse({"ready": False, "reason": "it is shutting down"}, 503)
-        request_id = request_id_of(request.headers)
         body = await self._body(request)
         if isinstance(body, Response):
             return _own(body, request, request_id)

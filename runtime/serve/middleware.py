@@ -1,4 +1,4 @@
-"""ASGI middleware that gives every request an id, checks its key, bounds its body, logs it and counts it."""
+"""ASGI middleware that gives every request an id, checks its host and key, bounds its body, logs it and counts it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .answers import error_response
+from .hosts import Hosts
 from .keys import Keys
 from .metrics import Metrics
 from .schema import Limits
@@ -37,8 +38,9 @@ def request_id_of(headers: Headers) -> str:
 class RequestMiddleware:
     """Wraps an application. Lifespan and websocket scopes pass through."""
 
-    def __init__(self, app: ASGIApp, *, limits: Limits, metrics: Metrics, keys: Keys) -> None:
+    def __init__(self, app: ASGIApp, *, limits: Limits, metrics: Metrics, hosts: Hosts, keys: Keys) -> None:
         self._app = app
+        self._hosts = hosts
         self._keys = keys
         self._limits = limits
         self._metrics = metrics
@@ -64,15 +66,19 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            authorized = scope["path"] in _OPEN or self._keys.fit(headers)
-            body, refusal = await self._body(scope, receive, _DISCARD if authorized else self._limits.body)
-            if not authorized:
-                self._metrics.error("http_401")
-                refusal = error_response(
+            stranger = self._hosts.refused(headers)
+            if stranger is None and scope["path"] not in _OPEN and not self._keys.fit(headers):
+                stranger = error_response(
                     401,
                     "the API key is missing or wrong; send Authorization: Bearer KEY",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
+            body, refusal = await self._body(
+                scope, receive, _DISCARD if stranger is None else self._limits.body
+            )
+            if stranger is not None:
+                self._metrics.error(f"http_{stranger.status_code}")
+                refusal = stranger
             if refusal is None:
                 await self._app(scope, _replayed(body, receive), answer)
             else:

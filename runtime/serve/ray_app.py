@@ -179,7 +179,7 @@ class Front:
     def __init__(self, replicas: Any, deployed: Deployed) -> None:
         log_as_json()
         self._handle = replicas
-        self._ingress = Ingress(deployed.ids, self._send)
+        self._ingress = Ingress(deployed.ids, self._send, hosts=deployed.hosts)
 
     async def __call__(self, request: Request) -> Response:
         return await self._ingress.answer(request)

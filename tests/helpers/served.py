@@ -66,6 +66,7 @@ def served(
     make_runner: Callable[[], Runner],
     *,
     limits: Limits | None = None,
+    hosts: tuple[str, ...] = (),
     api_keys: tuple[str, ...] = (),
     ready: bool = True,
     drain_seconds: float = 120.0,
@@ -78,7 +79,14 @@ def served(
     """
     metrics = Metrics()
     service = Service("cat-model", lambda: AsyncEngine(make_runner(), on_batch=metrics.batch, **engine))
-    app = create_app(service, metrics=metrics, limits=limits, api_keys=api_keys, drain_seconds=drain_seconds)
+    app = create_app(
+        service,
+        metrics=metrics,
+        limits=limits,
+        hosts=hosts,
+        api_keys=api_keys,
+        drain_seconds=drain_seconds,
+    )
     link = listen("127.0.0.1", 0)
     if send_buffer is not None:
         link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)

@@ -124,6 +124,7 @@ def test_a_model_that_is_not_there_leaves_it_unready_and_ctrl_c_ends_it() -> Non
             "'/no/such/model' is not a local folder or file"
             in httpx.get(f"{server.urls[0]}/ready").json()["reason"]
         )
+        assert httpx.get(f"{server.urls[0]}/ready", headers={"Host": "evil.example"}).status_code == 403
         schemas = httpx.get(f"{server.urls[0]}/openapi.json").json()["components"]["schemas"]
         assert schemas["GenerationBody"]["properties"]["n"]["anyOf"][0]["maximum"] == 5  # more can never wait
         server.process.send_signal(signal.SIGINT)
