@@ -20,6 +20,8 @@ from .schema import Limits
 __all__ = ["Connection", "bounded"]
 
 _log = logging.getLogger(__name__)
+_EARLY = 1 << 16
+"""Bytes read of what a client sends after a request and before its answer."""
 
 
 class Connection(H11Protocol):
@@ -45,6 +47,8 @@ class Connection(H11Protocol):
             self._arriving.cancel()  # it waited for the first byte, and waits for the last from here on
             self._arriving = None
         super().data_received(data)
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < _EARLY:
+            self.flow.resume_reading()  # of a client that is not read from nobody learns that it hangs up
         self._watch_arrival()
 
     def on_response_complete(self) -> None:

@@ -138,6 +138,13 @@ class Wire(asyncio.Transport):
         self.unsent = 0
         self.written = b""
         self.end: str | None = None
+        self.reading = True
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         assert high == 0
@@ -192,6 +199,32 @@ def test_nonsense_after_the_answer_began_closes_the_connection(whole: bool) -> N
             link.data_received(nonsense)
         assert wire.end == "closed"
         assert wire.written == answered
+
+    in_loop(main(), loop=FakeTime)
+
+
+def test_what_comes_after_a_request_does_not_hide_that_its_client_leaves() -> None:
+    """It is read on, for only who reads learns of that; but not a flood."""
+    left = []
+
+    async def until_left(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left.append(scope)
+
+    async def main() -> None:
+        wire = Wire()
+        link = connected(wire, until_left)
+        link.data_received(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+        await pass_time(0.0)
+        for early in (b"\r\n", b"G" * 60_000):
+            link.data_received(early)
+            assert wire.reading
+        link.data_received(b"G" * 10_000)
+        assert not wire.reading
+        link.connection_lost(None)
+        await pass_time(0.0)
+        assert left
 
     in_loop(main(), loop=FakeTime)
 
