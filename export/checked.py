@@ -25,12 +25,15 @@ def export_checked(
 
     Raises:
         ExportError: it cannot be exported, or the export computes something else.
+        CheckpointError: its weights were replaced since the checkpoint was loaded.
         OSError: the files cannot be written.
     """
     module = component.build()
     model, reports = to_model(component, module, passes)
     write_model(component, model, path)
     expected = expected_outputs(component, module)
+    if component.check_weights is not None:
+        component.check_weights()
     # The module goes before ONNX Runtime comes, so that the weights are in memory once. The traced program refers to
     # itself, hence the collector.
     del module, model

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -28,18 +29,19 @@ class DigestMemory:
     """Digests of files, in `digests.json` under the cache folder. Safe for several threads and processes.
 
     Args:
-        cache_dir: as for `cache.cache_root`. When it cannot be written, digests are computed each time, and a
-            warning says so.
+        cache_dir: as for `cache.cache_root`. When it cannot be written, digests are remembered by this object alone,
+            and a warning says so.
     """
 
     def __init__(self, cache_dir: str | os.PathLike[str] | None = None) -> None:
         self._file = cache_root(cache_dir) / "digests.json"
+        self._unwritten: dict[str, list[int | str]] = {}
 
     def digest(self, file: Path) -> str:
         """SHA-256 of the file's contents, in hex."""
         path = file.resolve()
         stamp = file_identity(path)
-        known = self._load().get(str(path))
+        known = self._unwritten.get(str(path)) or self._load().get(str(path))
         if isinstance(known, list) and known[:-1] == stamp:
             return str(known[-1])
         digest = sha256_of(path)
@@ -62,9 +64,14 @@ class DigestMemory:
                 known = {name: old for name, old in self._load().items() if Path(name).exists()}
                 write_json(self._file, {**known, str(path): entry})
         except OSError as error:
-            _log.warning(
-                "cannot remember digests in %s (%s): weights are hashed at each start", self._file, error
-            )
+            self._unwritten[str(path)] = entry
+            _warn_once(self._file, str(error))
+
+
+@cache
+def _warn_once(file: Path, error: str) -> None:
+    """Of a cache that cannot be written: a checkpoint has several files, and a pipeline two checkpoints."""
+    _log.warning("cannot remember digests in %s (%s): weights are hashed at each start", file, error)
 
 
 def combined(digests: Iterable[str]) -> str:

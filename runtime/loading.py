@@ -41,29 +41,64 @@ class _ModuleSource:
         config: of that component; part of the fingerprint.
         make: makes the module; called on the meta device.
         rename: a weight's name in the file -> its name in the module, None to leave it out.
+        digest: of the weights when the checkpoint was loaded; part of the fingerprint.
     """
 
     checkpoint: Checkpoint
     source: str
     config: Mapping[str, Any]
     make: Callable[[], nn.Module]
-    rename: Callable[[str], str | None] | None = None
+    rename: Callable[[str], str | None] | None
+    digest: str
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        source: str,
+        config: Mapping[str, Any],
+        make: Callable[[], nn.Module],
+        rename: Callable[[str], str | None] | None = None,
+    ) -> _ModuleSource:
+        """With the digest that the weights have now."""
+        return cls(checkpoint, source, config, make, rename, checkpoint.weights(source).digest())
 
     def build(self, dtype: torch.dtype) -> nn.Module:
-        """The module in eval mode, with its weights in `dtype`."""
-        with torch.device("meta"):
-            module = self.make()
-        self.checkpoint.weights(self.source).load_into(module, dtype, rename=self.rename)
-        return module.eval()
+        """The module in eval mode, with its weights in `dtype`.
+
+        Raises:
+            CheckpointError: they cannot be read, or are no longer those of the fingerprint.
+        """
+        module = self._filled(self.checkpoint, dtype)
+        self.check_weights()
+        return module
 
     def outline(self, dtype: torch.dtype) -> nn.Module:
         """The module on the meta device; no weight is read."""
-        return replace(self, checkpoint=self.checkpoint.unread()).build(dtype)
+        return self._filled(self.checkpoint.unread(), dtype)
+
+    def _filled(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+        with torch.device("meta"):
+            module = self.make()
+        checkpoint.weights(self.source).load_into(module, dtype, rename=self.rename)
+        return module.eval()
+
+    def check_weights(self) -> None:
+        """Weights are found by path when they are first used, which may be long after the checkpoint was loaded.
+
+        Raises:
+            CheckpointError: their files hold others by now.
+        """
+        weights = self.checkpoint.weights(self.source)
+        if weights.digest() != self.digest:
+            raise CheckpointError(
+                f"the weights of {weights.name} ({', '.join(file.name for file in weights.files)}) have changed since "
+                "it was loaded; load the pipeline again"
+            )
 
     def fingerprint(self, name: str, dtype: torch.dtype) -> str:
         config = json.dumps(dict(self.config), sort_keys=True, default=str)
-        digest = self.checkpoint.weights(self.source).digest()
-        return hashlib.sha256(f"{name}\n{dtype}\n{config}\n{digest}".encode()).hexdigest()
+        return hashlib.sha256(f"{name}\n{dtype}\n{config}\n{self.digest}".encode()).hexdigest()
 
     def component(
         self,
@@ -84,6 +119,7 @@ class _ModuleSource:
             inputs=inputs,
             outputs=outputs,
             fingerprint=self.fingerprint(name, dtype),
+            check_weights=self.check_weights,
             example_sizes=example_sizes,
             native_size=native_size,
             latent_scale=latent_scale,
@@ -191,7 +227,7 @@ def _load_text_encoder(checkpoint: Checkpoint, name: str, loader: EngineLoader, 
     raw = checkpoint.config(name)
     config = CLIPTextConfig.from_dict(raw)
     files = checkpoint.tokenizer_files(name.replace("text_encoder", "tokenizer"))
-    source = _ModuleSource(
+    source = _ModuleSource.of(
         checkpoint,
         name,
         {**raw, "normalize_sequence": not sdxl},
@@ -267,20 +303,17 @@ def _unet_component(
         inputs.append(TensorSpec("timestep_cond", ("batch", config.time_cond_proj_dim), dtype))
     side = 2 ** len(config.block_out_channels)  # the coarsest level is two pixels high
     scale = VAEConfig.from_dict(checkpoint.config("vae")).scale if checkpoint.has("vae") else 8
-    raw = checkpoint.config("unet")
+    source = _ModuleSource.of(checkpoint, "unet", checkpoint.config("unet"), lambda: UNet(config))
 
     def build(name: str) -> nn.Module:
         part = PARTS[name]
-        source = _ModuleSource(
-            checkpoint,
-            "unet",
-            raw,
-            lambda: part(UNet(config)),
-            lambda key: f"unet.{key}" if part.has(key) else None,
-        )
-        return source.build(dtype)
+        return replace(
+            source,
+            make=lambda: part(UNet(config)),
+            rename=lambda key: f"unet.{key}" if part.has(key) else None,
+        ).build(dtype)
 
-    whole = _ModuleSource(checkpoint, "unet", raw, lambda: UNet(config)).component(
+    whole = source.component(
         "unet",
         dtype,
         inputs=tuple(inputs),
@@ -314,7 +347,7 @@ def load_vae(checkpoint: Checkpoint, loader: EngineLoader, *, upcast: torch.dtyp
         def rename(key: str) -> str | None:
             return rename_legacy_vae_keys(key) if key.startswith(wanted) else None
 
-        return _ModuleSource(checkpoint, "vae", raw, make, rename)
+        return _ModuleSource.of(checkpoint, "vae", raw, make, rename)
 
     latents = TensorSpec("latents", ("batch", config.latent_channels, "height", "width"), dtype)
     decoder = half("vae_decoder", lambda: VAEDecoder(config)).component(

@@ -302,6 +302,7 @@ class Pipeline:
 
         Raises:
             RequestError: an argument cannot be met; the message names it. A MemoryPlanError says what it needs.
+            CheckpointError: a network's weights were replaced on disk between the load and its first use.
             OutOfMemoryError: the device had too little memory after all; the pipeline can still be used.
         """
         return self._calls.make(

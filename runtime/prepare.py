@@ -85,6 +85,7 @@ def onnx_model(component: Component, *, cache_dir: Path | None) -> Path:
 
     Raises:
         ExportError: the component could not be exported, or the export computes something else.
+        CheckpointError: its weights were replaced since the checkpoint was loaded.
         CacheError: the cache cannot be written.
     """
     description = _describe_model(component, (*_MAKERS, *_CHECKERS))
@@ -122,7 +123,7 @@ def engine(
     Raises:
         BackendError: there is none, or only one that failed its verification, and `rebuild` is "never"; or the product
             is not there.
-        ExportError, BuildError: the component cannot be exported or built.
+        ExportError, BuildError, CheckpointError: the component cannot be exported or built.
         CacheError: the cache cannot be written, or holds a damaged one and `rebuild` is "never".
     """
     store = Store(cache_root(cache_dir))

@@ -93,6 +93,8 @@ class Component:
         parts: makes the components that together are this one; see `split.in_parts`. None if it cannot be split.
         config: of the network, as the checkpoint has it; written into exported models.
         outline: makes the module on the meta device without reading a weight; if None, `build` is used and moved there.
+        check_weights: raises CheckpointError once the weights' files hold others than the fingerprint says. `build`
+            calls it; call it again before keeping what was made from a module, whose parameters may be views of files.
         tf32: on a GPU an engine may round its float32 to TF32: it is a float16 model's, in float32 for the range alone.
     """
 
@@ -108,6 +110,7 @@ class Component:
     parts: Callable[[], tuple[Component, ...]] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     outline: Callable[[], nn.Module] | None = None
+    check_weights: Callable[[], None] | None = None
     tf32: bool = False
 
     def on_meta(self) -> nn.Module:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.faults import disk_full
+from latentrt import Pipeline
 from latentrt.runtime.digests import DigestMemory, combined
 
 
@@ -85,6 +86,22 @@ def test_a_cache_that_cannot_be_written_costs_time_only(
     with caplog.at_level(logging.WARNING):
         assert DigestMemory(tmp_path / "cache").digest(file) == sha256(file)
     assert "cannot remember digests in" in caplog.text
+
+
+def test_without_a_cache_weights_are_hashed_at_the_load_alone_and_one_warning_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their digests are asked for again when a network is built."""
+    hashed: list[str] = []
+    file_digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda f, name: hashed.append(f.name) or file_digest(f, name))
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    pipe = Pipeline.from_pretrained("demo", "demo", backend="eager", cache_dir=tmp_path / "cache")
+    assert any("unet" in name for name in hashed)
+    hashed.clear()
+    pipe("a red circle", num_inference_steps=5, height=64, width=64, output_type="latent")
+    assert hashed == []
+    assert caplog.text.count("cannot remember digests") == 1
 
 
 def test_a_full_disk_leaves_nothing_half_written(
