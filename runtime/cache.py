@@ -48,14 +48,14 @@ _NOT_A_FOLDER = {errno.ENOTDIR, errno.EEXIST}
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """`cache_dir` if given, else the environment's LATENTRT_CACHE, else ~/.cache/latentrt.
+    """`cache_dir` if given, else the environment's LATENTRT_CACHE, else ~/.cache/latentrt; as an absolute path.
 
     Raises:
         CacheError: there is no home folder to put it in, as for the unnamed users of some containers.
     """
     chosen = cache_dir or os.environ.get("LATENTRT_CACHE") or "~/.cache/latentrt"
     try:
-        return Path(chosen).expanduser()
+        return Path(chosen).expanduser().absolute()
     except RuntimeError as error:
         raise CacheError(
             f"the cache {os.fspath(chosen)} has no place, since this user has no home folder; "

@@ -28,6 +28,7 @@ class Expert:
 
     Attributes:
         source: where its weights came from, for people to read.
+        public_name: the same without the folders it lies in on this machine.
         unet, config: the network.
         denoiser: runs the denoising loop over the UNet.
         text_encoder, text_encoder_2: those it was trained on; SDXL's refiner has only the second, SD 1.x and 2.x
@@ -39,6 +40,7 @@ class Expert:
     """
 
     source: str
+    public_name: str
     unet: LazyEngine
     config: UNetConfig
     denoiser: Denoiser

@@ -93,9 +93,8 @@ def _snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     def snapshot(*, offline: bool) -> Path:
-        return Path(
-            snapshot_download(model, revision=revision, allow_patterns=patterns, local_files_only=offline)
-        )
+        found = snapshot_download(model, revision=revision, allow_patterns=patterns, local_files_only=offline)
+        return Path(found).absolute()  # HF_HOME may be relative
 
     # What the hub and the network under it raise differs between releases, and each of it leaves the same
     # choice: the local copy, or telling the user.

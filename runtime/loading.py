@@ -25,7 +25,7 @@ from .prompt import ClipTokenizer
 from .sampler_config import scheduler_fields
 from .text_encoder import TextEncoder
 from .vae import VAE
-from .weights import Checkpoint
+from .weights import Checkpoint, public_name
 
 __all__ = ["load_components", "load_expert", "load_vae", "select_components"]
 
@@ -205,6 +205,7 @@ def load_expert(
     unet = loader.engine(_unet_component(checkpoint, config, loader, present[-1], aesthetic=aesthetic))
     return Expert(
         source=checkpoint.source,
+        public_name=public_name(checkpoint.source),
         unet=unet,
         config=config,
         denoiser=Denoiser(unet, config.block_out_channels[0]),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import RequestError, UnsafeWeightsError
+from .cache import cache_root
 from .engines.lazy import EngineLoader, LazyEngine
 from .expert import Expert, check_fit
 from .loading import load_expert, load_vae
@@ -122,18 +122,18 @@ def load_parts(
     precision = dtype_for(place, torch_dtype if dtype is None else dtype)
     policy = check_policy(memory)
     limit, loops = parse_bytes(memory_limit, "memory_limit"), parse_bytes(loop_memory, "loop_memory")
-    cache = None if cache_dir is None else Path(cache_dir)
+    cache = cache_root(cache_dir)  # here, as a call may find another working directory and environment
     encoders = [encoder.engine for encoder in (text_encoder, text_encoder_2) if encoder is not None]
     lent = encoders if vae is None else [*encoders, vae.encoder, vae.decoder]
     loader = EngineLoader(backend, place, precision, cache, graphs, policy, shared=lent)
-    checkpoint = open_checkpoint(model, variant=variant, revision=revision, cache_dir=cache_dir)
+    checkpoint = open_checkpoint(model, variant=variant, revision=revision, cache_dir=cache)
     base = load_expert(checkpoint, loader, text_encoder, text_encoder_2, scheduler)
     vae = vae or load_vae(checkpoint, loader, upcast=upcast)
     second = None
     if refiner is not None:
         source = refiner_source(refiner)
         second = load_expert(
-            open_checkpoint(source, variant=variant, cache_dir=cache_dir), loader, scheduler=scheduler
+            open_checkpoint(source, variant=variant, cache_dir=cache), loader, scheduler=scheduler
         ).sharing(base)
     check_fit(base, second, vae.channels)
     return Parts(base, second, vae, loader, limit, loops)

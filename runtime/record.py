@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from .. import __version__
@@ -10,7 +9,7 @@ from .parts import Parts
 from .place import dtype_name
 from .request import GenerationRequest, Size
 
-__all__ = ["public_name", "records"]
+__all__ = ["records"]
 
 
 def records(request: GenerationRequest, parts: Parts) -> list[dict[str, Any]]:
@@ -25,7 +24,7 @@ def records(request: GenerationRequest, parts: Parts) -> list[dict[str, Any]]:
         # Only those that were in effect: a sampler may set such a field itself.
         **{name: value for name, value in base.overrides.items() if getattr(sampler, name, value) == value},
         "size": _wide((r.height, r.width)),
-        "model": public_name(base.source),
+        "model": base.public_name,
         "backend": parts.loader.backend.name,
         "dtype": dtype_name(parts.loader.dtype),
         "version": f"latentrt {__version__}",
@@ -36,7 +35,7 @@ def records(request: GenerationRequest, parts: Parts) -> list[dict[str, Any]]:
     if r.output_type != "latent" and parts.vae.is_tiled(r.height, r.width, r.tile):
         common["tiled_vae"] = True
     if refiner is not None:
-        common |= {"refiner": public_name(refiner.source), "high_noise_frac": r.high_noise_frac}
+        common |= {"refiner": refiner.public_name, "high_noise_frac": r.high_noise_frac}
     if r.image is not None and r.denoising_start is None:
         common["strength"] = r.strength
     if r.latents is not None:
@@ -95,9 +94,3 @@ def _sizes(r: GenerationRequest, k: int) -> dict[str, str]:
 
 def _wide(size: Size) -> str:
     return f"{size[1]}x{size[0]}"
-
-
-def public_name(source: str) -> str:
-    """A checkpoint's name without the folders it lies in on this machine."""
-    path = Path(source).expanduser()
-    return path.resolve().name if path.exists() else source

@@ -20,7 +20,7 @@ from .json_file import read_json
 from .tokenizer_files import TokenizerFiles, clip_merges, clip_vocabulary, read_tokenizer
 from .weight_set import TensorRef, UnreadWeights, WeightSet, read_header
 
-__all__ = ["Checkpoint", "open_checkpoint", "open_outline", "refiner_source"]
+__all__ = ["Checkpoint", "open_checkpoint", "open_outline", "public_name", "refiner_source"]
 
 _log = logging.getLogger(__name__)
 
@@ -69,12 +69,13 @@ def open_checkpoint(
         path = Path(source).expanduser()
     except RuntimeError:  # the home of a user there is not
         path = Path(source)
+    # Absolute, since weights are read later, when the working directory may be another.
     if path.is_file():
         if variant is not None:
             _log.warning("%s is a single file, which has no variant %r: reading it as it is", path, variant)
-        return _single_file(path, cache_dir, config)
+        return _single_file(source, path.absolute(), cache_dir, config)
     if source and path.is_dir():  # "" would be the working directory
-        return Checkpoint(source, path, variant=variant, cache_dir=cache_dir)
+        return Checkpoint(source, path.absolute(), variant=variant, cache_dir=cache_dir)
     if isinstance(model, str) and hub.is_hub_id(model):
         folder = hub.fetch(model, variant=variant, revision=revision)
         return Checkpoint(source, folder, variant=variant, cache_dir=cache_dir)
@@ -106,12 +107,18 @@ def refiner_source(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
     return "demo-refiner" if os.fspath(name) == "demo" else name
 
 
+def public_name(source: str) -> str:
+    """A checkpoint's name without the folders it lies in on this machine."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
+
+
 class Checkpoint:
     """A diffusers folder.
 
     Args:
         source: what the user asked for, for messages.
-        folder: where `model_index.json` is.
+        folder: where `model_index.json` is, as an absolute path.
         variant, cache_dir: as in `open_checkpoint`.
         fallback: where the components named in `shared` come from when this one does not list them.
 
@@ -230,9 +237,9 @@ class _SingleFile(Checkpoint):
     """A single file, described by the configurations of `folder`."""
 
     def __init__(
-        self, file: Path, kind: str, tensors: Mapping[str, TensorRef], folder: Path, cache_dir: Any
+        self, source: str, kind: str, tensors: Mapping[str, TensorRef], folder: Path, cache_dir: Any
     ) -> None:
-        super().__init__(str(file), folder, cache_dir=cache_dir)
+        super().__init__(source, folder, cache_dir=cache_dir)
         self._tensors = tensors
         configs = {name: Checkpoint.config(self, name) for name in ("unet", "vae")}
         self._components = single_file.convert(kind, tensors, configs)
@@ -289,7 +296,7 @@ def _demo(name: str, variant: str | None, cache_dir: str | os.PathLike[str] | No
 
 
 def _single_file(
-    file: Path, cache_dir: str | os.PathLike[str] | None, config: str | os.PathLike[str] | None
+    source: str, file: Path, cache_dir: str | os.PathLike[str] | None, config: str | os.PathLike[str] | None
 ) -> Checkpoint:
     if file.suffix in _PICKLES:
         raise UnsafeWeightsError(f"{file} is a pickle; {_REMEDY}")
@@ -297,8 +304,8 @@ def _single_file(
         raise CheckpointError(f"{file} is not a .safetensors file, nor a folder with a model_index.json")
     tensors = read_header(file)
     kind = single_file.recognise(file, tensors)
-    folder = _DATA / kind if config is None else Path(config).expanduser()
-    return _SingleFile(file, kind, tensors, folder, cache_dir)
+    folder = _DATA / kind if config is None else Path(config).expanduser().absolute()
+    return _SingleFile(source, kind, tensors, folder, cache_dir)
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:

@@ -33,7 +33,7 @@ def serve(args: argparse.Namespace) -> Iterator[str]:
             f'the server needs {error.name}, which is not installed; pip install "latentrt[serve]"'
         ) from error
     from ..commands import load
-    from ..record import public_name
+    from ..weights import public_name
     from .engine import AsyncEngine
     from .logs import log_as_json
     from .metrics import Metrics
@@ -81,7 +81,7 @@ def _serve_by_ray(args: argparse.Namespace) -> None:
             f'--ray needs {error.name}, which is not installed; pip install "latentrt[ray]"'
         ) from error
     from ..place import parse_device
-    from ..record import public_name
+    from ..weights import public_name
     from .logs import log_as_json
 
     least, most = args.replicas

@@ -137,6 +137,19 @@ def test_an_image_is_the_folders(
     assert np.abs(ours[0] - ours[1]).max() <= PIPELINE_EAGER
 
 
+def test_a_relative_path_is_found_from_another_working_directory(
+    tiny: Tiny, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(files["sdxl"].parent)
+    checkpoint = open_checkpoint(files["sdxl"].name, config=tiny("sdxl"))
+    expected = _read(checkpoint, "vae", _states(tiny("sdxl"), "sdxl")["vae"])
+    save_file({name: 0.9 * x for name, x in load_file(files["sdxl"]).items()}, tmp_path / files["sdxl"].name)
+    monkeypatch.chdir(tmp_path)
+    again = _read(checkpoint, "vae", expected)
+    assert all(torch.equal(again[name], value) for name, value in expected.items())
+    assert checkpoint.source == files["sdxl"].name  # as typed, for messages
+
+
 def test_a_variant_of_a_single_file_is_warned_of(
     tiny: Tiny, files: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:

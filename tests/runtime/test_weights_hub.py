@@ -246,3 +246,11 @@ def test_an_unreachable_hub_falls_back_to_the_cache(tiny: Tiny, tmp_path: Path) 
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("UNet2DConditionModel\n'owner/absent' is not a local folder or file")
+
+
+def test_a_relative_hub_cache_is_found_from_another_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: "hub/snapshot")
+    monkeypatch.chdir(tmp_path)
+    assert hub.fetch("owner/tiny", variant=None, revision=None) == tmp_path / "hub" / "snapshot"
