@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,24 @@ OnStepEnd = Callable[["Pipeline", int, float, dict[str, Any]], Mapping[str, Any]
 OnProgress = Callable[["Pipeline", int, dict[str, Any]], Mapping[str, Any] | None]
 
 
+_ELSEWHERE = {
+    **{
+        name: f"give another one to from_pretrained(..., {name}=)"
+        for name in ("text_encoder", "text_encoder_2", "vae")
+    },
+    **dict.fromkeys(("unet", "tokenizer", "tokenizer_2"), "load a checkpoint that has another one"),
+    "scheduler": f"choose one for each call with sampler= ({', '.join(SAMPLERS)}), and change its fields with "
+    'from_pretrained(..., scheduler={"timestep_spacing": "trailing"})',
+    "safety_checker": "there is none; check the images that a call returns",
+    **dict.fromkeys(
+        ("_guidance_scale", "_guidance_rescale"),
+        'divide the schedule between two calls, one with denoising_end= and output_type="latent", the next with '
+        "denoising_start= and other guidance",
+    ),
+}
+"""What is set on diffusers' pipelines and has no meaning here, with what to do instead."""
+
+
 class Pipeline:
     """Base and refiner behind one call. Safe to call from several threads: a call keeps its state to itself."""
 
@@ -39,6 +57,18 @@ class Pipeline:
         self._budget = Budget(parts)
         self._calls = Calls(parts, self._budget)
         self._bar_options: dict[str, Any] = {}
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuse what diffusers' pipelines would act on; other attributes, of the caller's own, can be set.
+
+        Raises:
+            RequestError: what to do instead.
+        """
+        if name in _ELSEWHERE and not (name == "safety_checker" and value is None):
+            raise RequestError(
+                f"a pipeline's {name} cannot be set, as its calls share it; {_ELSEWHERE[name]}"
+            )
+        super().__setattr__(name, value)
 
     @classmethod
     def from_pretrained(
@@ -118,24 +148,10 @@ class Pipeline:
         """The VAE, to share."""
         return self._parts.vae
 
-    @vae.setter
-    def vae(self, value: object) -> NoReturn:
-        raise RequestError(
-            "a pipeline's VAE cannot be replaced, as its calls share it; give another one to from_pretrained(..., vae=)"
-        )
-
     @property
     def scheduler(self) -> SimpleNamespace:
         """Its `config` is the base's scheduler_config.json, for those who look at it as they would in diffusers."""
         return SimpleNamespace(config=dict(self._parts.base.scheduler))
-
-    @scheduler.setter
-    def scheduler(self, value: object) -> NoReturn:
-        raise RequestError(
-            "a pipeline's scheduler cannot be replaced, as its calls share it; choose one for each call with sampler= "
-            f"({', '.join(SAMPLERS)}), and change its fields with from_pretrained(..., scheduler="
-            '{"timestep_spacing": "trailing"})'
-        )
 
     @property
     def device(self) -> torch.device:

@@ -55,6 +55,18 @@ def test_diffusers_way_to_interrupt(both: latentrt.Pipeline) -> None:
     assert not both(**PLAIN_CALL, seed=6).interrupted
 
 
+@pytest.mark.parametrize("name", ["_guidance_scale", "_guidance_rescale"])
+def test_guidance_that_a_callback_changes_is_not_ignored(name: str, both: latentrt.Pipeline) -> None:
+    """As diffusers' documentation has it for guidance that ends early."""
+
+    def callback(pipe: Any, step: int, timestep: float, tensors: Any) -> dict[str, Any]:
+        setattr(pipe, name, 0.0)
+        return {}
+
+    with pytest.raises(RequestError, match=f"{name} cannot be set.* denoising_start= and other guidance"):
+        both(**PLAIN_CALL, seed=6, callback_on_step_end=callback)
+
+
 def test_whether_a_call_is_interrupted_is_read_while_others_begin(both: latentrt.Pipeline) -> None:
     """A set that changes while it is iterated raises RuntimeError, in the callback that only looks."""
 

@@ -143,8 +143,16 @@ def test_what_a_pipeline_consists_of_cannot_be_replaced(rig: Rig) -> None:
     with pytest.raises(RequestError, match=r"give another one to from_pretrained\(\.\.\., vae=\)"):
         pipe.vae = pipe.vae
     for name in ("text_encoder", "text_encoder_2"):
-        with pytest.raises(AttributeError):
+        with pytest.raises(RequestError, match=rf"{name} cannot .* to from_pretrained\(\.\.\., {name}=\)"):
             setattr(pipe, name, getattr(pipe, name))
+    for name in ("unet", "tokenizer", "tokenizer_2"):
+        with pytest.raises(RequestError, match=rf"{name} cannot .*; load a checkpoint that has another one"):
+            setattr(pipe, name, getattr(rig.diffusers("sdxl"), name))
+    with pytest.raises(RequestError, match=r"safety_checker cannot .*; check the images that a call"):
+        pipe.safety_checker = lambda images, **_: images
+    pipe.safety_checker = None  # as it is
+    pipe.label = "of the caller's own"
+    assert pipe.label == "of the caller's own"
 
 
 @pytest.mark.parametrize(
