@@ -141,6 +141,10 @@ class QueueFullError(ServiceError):
         super().__init__(message)
         self.retry_after = retry_after
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """For copies and other processes: by default an exception is made again from its message alone."""
+        return type(self), (str(self), self.retry_after), self.__dict__
+
 
 class DeadlineError(ServiceError):
     """A request's time ran out before its image was made."""

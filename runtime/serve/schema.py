@@ -30,6 +30,10 @@ class FieldError(RequestError):
         super().__init__(message)
         self.field = field
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """For copies and other processes: by default an exception is made again from its message alone."""
+        return type(self), (self.field, str(self)), self.__dict__
+
 
 @dataclass(frozen=True)
 class Limits:
