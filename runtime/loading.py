@@ -27,7 +27,7 @@ from .text_encoder import TextEncoder
 from .vae import VAE
 from .weights import Checkpoint, public_name
 
-__all__ = ["load_components", "load_expert", "load_vae", "select_components"]
+__all__ = ["load_components", "load_expert", "load_refiner", "load_vae", "select_components"]
 
 T = TypeVar("T")
 
@@ -216,6 +216,18 @@ def load_expert(
         aesthetic=aesthetic,
         zero_negative=sdxl and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
+
+
+def load_refiner(
+    checkpoint: Checkpoint, base: Expert, loader: EngineLoader, scheduler: Mapping[str, Any] | None = None
+) -> Expert:
+    """A refiner's expert. Its text encoder is the base's second if its own is equal, or its checkpoint has none.
+
+    Raises:
+        CheckpointError, RequestError: as of `load_expert`.
+    """
+    lent = None if checkpoint.has("text_encoder_2") else base.text_encoder_2
+    return load_expert(checkpoint, loader, text_encoder_2=lent, scheduler=scheduler).sharing(base)
 
 
 def _load_text_encoder(checkpoint: Checkpoint, name: str, loader: EngineLoader, *, sdxl: bool) -> TextEncoder:

@@ -13,7 +13,7 @@ from ..errors import RequestError, UnsafeWeightsError
 from .cache import cache_root
 from .engines.lazy import EngineLoader, LazyEngine
 from .expert import Expert, check_fit
-from .loading import load_expert, load_vae
+from .loading import load_expert, load_refiner, load_vae
 from .memory import check_policy
 from .place import parse_bytes, parse_device, parse_dtype
 from .request import GenerationRequest
@@ -131,9 +131,7 @@ def load_parts(
     vae = vae or load_vae(checkpoint, loader, upcast=upcast)
     second = None
     if refiner is not None:
-        source = refiner_source(refiner)
-        second = load_expert(
-            open_checkpoint(source, variant=variant, cache_dir=cache), loader, scheduler=scheduler
-        ).sharing(base)
+        found = open_checkpoint(refiner_source(refiner), variant=variant, cache_dir=cache)
+        second = load_refiner(found, base, loader, scheduler)
     check_fit(base, second, vae.channels)
     return Parts(base, second, vae, loader, limit, loops)

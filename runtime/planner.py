@@ -19,7 +19,7 @@ from .engines.lazy import EngineLoader, LazyEngine
 from .engines.registry import get_backend
 from .expert import Expert, check_fit
 from .footprint import Footprint, Tracker, follow, measure
-from .loading import load_expert, load_vae
+from .loading import load_expert, load_refiner, load_vae
 from .memory import Network, Plan, PlannedStage
 from .parts import Parts
 from .place import dtype_name
@@ -98,7 +98,7 @@ class Planner:
         second: Expert | None = None
         if refiner is not None:
             name = "sdxl-refiner" if os.fspath(refiner) == "sdxl" else refiner_source(refiner)
-            second = load_expert(open_outline(name, variant=variant), loader).sharing(base)
+            second = load_refiner(open_outline(name, variant=variant), base, loader)
         check_fit(base, second, vae.channels)
         return cls(Parts(base, second, vae, loader), backend=backend, arch=arch)
 

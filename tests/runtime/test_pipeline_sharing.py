@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 from helpers.parity import Rig
-from latentrt.errors import RequestError
+from latentrt.errors import CheckpointError, RequestError
 from latentrt.runtime.engines import registry
+from latentrt.runtime.planner import Planner
 from latentrt.runtime.stages import stages_of_request
 from latentrt.runtime.text_encoder import PromptEncoding, TextEmbeddings, TextEncoder
 from tolerances import PIPELINE_EAGER
@@ -111,6 +112,21 @@ def test_shared_parts_are_the_same_and_loaded_once(tiny: Callable[..., Path]) ->
 def test_a_refiner_that_brings_the_same_encoder_uses_the_base_s(rig: Rig) -> None:
     both = rig.pipeline("ensemble", "eager")
     assert both._parts.refiner.text_encoder_2 is both._parts.base.text_encoder_2
+
+
+def test_a_refiner_without_an_encoder_uses_the_base_s(tiny: Callable[..., Path]) -> None:
+    """As in the demo's folder. The name "demo" reads it with the base's parts in any case."""
+    demo = Path(latentrt.runtime.__file__).parent / "demo"
+    call = {"num_inference_steps": 5, "seed": 1, "output_type": "pt"}
+    pictures = [
+        latentrt.Pipeline.from_pretrained(model, refiner, backend="eager")(PROMPT, **call).images
+        for model, refiner in ((demo, demo / "refiner"), ("demo", "demo"))
+    ]
+    assert torch.equal(*pictures)
+    plans = [Planner.of(demo, demo / "refiner"), Planner.of("demo", "demo")]
+    assert plans[0].of_weights().networks == plans[1].of_weights().networks
+    with pytest.raises(CheckpointError, match="refiner has no text encoder"):  # nor has the base a second one
+        latentrt.Pipeline.from_pretrained(tiny("sd15"), demo / "refiner", backend="eager")
 
 
 def test_a_refiner_s_own_encoder_is_kept_when_it_differs(tiny: Callable[..., Path]) -> None:
