@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import RequestError
 from .image import to_tensor
 
-__all__ = ["GenerationRequest", "OutputType", "Size", "check_number", "check_side"]
+__all__ = ["GenerationRequest", "OutputType", "Size", "check_integer", "check_number", "check_side"]
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Size = tuple[int, int]
@@ -112,7 +112,7 @@ class GenerationRequest:
         prompts, prompts_2 = _prompts(arguments)
         count = len(prompts)
         negatives, negatives_2 = _negatives(arguments, count)
-        per_prompt = _integer("num_images_per_prompt", arguments["num_images_per_prompt"], 1, 1024)
+        per_prompt = check_integer("num_images_per_prompt", arguments["num_images_per_prompt"], 1, 1024)
         batch = count * per_prompt
 
         image = None if arguments["image"] is None else to_tensor(arguments["image"])
@@ -148,11 +148,11 @@ class GenerationRequest:
             images_per_prompt=per_prompt,
             height=height,
             width=width,
-            steps=_integer("num_inference_steps", arguments["num_inference_steps"], 1, None),
+            steps=check_integer("num_inference_steps", arguments["num_inference_steps"], 1, None),
             guidance_scales=_scales(arguments["guidance_scale"], batch),
             guidance_rescale=check_number("guidance_rescale", arguments["guidance_rescale"], 0, 1),
             eta=check_number("eta", arguments["eta"], 0, 1),
-            clip_skip=None if clip_skip is None else _integer("clip_skip", clip_skip, 0, None),
+            clip_skip=None if clip_skip is None else check_integer("clip_skip", clip_skip, 0, None),
             generators=generators,
             seeds=seeds,
             image=image,
@@ -247,7 +247,12 @@ def _texts(name: str, value: Any, count: int | None) -> list[str]:
     return list(value)
 
 
-def _integer(name: str, value: Any, low: int, high: int | None) -> int:
+def check_integer(name: str, value: Any, low: int, high: int | None) -> int:
+    """A whole number in bounds.
+
+    Raises:
+        RequestError: it is none, or out of bounds.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise RequestError(f"{name} must be a whole number; got {value!r}")
     number = int(value)
@@ -263,7 +268,7 @@ def check_side(name: str, value: Any, latent_scale: int) -> int:
     Raises:
         RequestError: it is too small or large, or no multiple of `latent_scale`.
     """
-    side = _integer(name, value, latent_scale, _MAX_SIDE)
+    side = check_integer(name, value, latent_scale, _MAX_SIDE)
     if side % latent_scale:
         near = max(latent_scale, round(side / latent_scale) * latent_scale)
         raise RequestError(f"{name} is {side}; it must be a multiple of {latent_scale}, such as {near}")
@@ -304,7 +309,7 @@ def _scales(value: Any, batch: int) -> list[float]:
 
 def _pair(name: str, value: Any) -> Size:
     if isinstance(value, (list, tuple)) and len(value) == 2:
-        return _integer(name, value[0], 0, _MAX_SIDE), _integer(name, value[1], 0, _MAX_SIDE)
+        return check_integer(name, value[0], 0, _MAX_SIDE), check_integer(name, value[1], 0, _MAX_SIDE)
     raise RequestError(f"{name} must be a pair of whole numbers (height, width or top, left); got {value!r}")
 
 
@@ -392,11 +397,11 @@ def _generators(
         first = secrets.randbelow(2**32)
         seeds = [first + k for k in range(batch)]
     elif isinstance(seed, Sequence) and not isinstance(seed, str):
-        seeds = [_integer("seed", s, 0, limit) for s in seed]
+        seeds = [check_integer("seed", s, 0, limit) for s in seed]
         if len(seeds) != batch:
             raise RequestError(f"{len(seeds)} seeds for {batch} images; give one for each, or one number")
     else:
-        first = _integer("seed", seed, 0, limit - (batch - 1))
+        first = check_integer("seed", seed, 0, limit - (batch - 1))
         seeds = [first + k for k in range(batch)]
     return [torch.Generator().manual_seed(s) for s in seeds], [*seeds]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from ...errors import DrainingError, RequestError, ServiceError, StoppedError
 from ..pipeline import Pipeline
+from ..request import check_integer, check_number
 from .admission import Admission
 from .jobs import Job
 from .requests import Finished, ImageRequest, ImageResult, Progress
@@ -57,11 +59,15 @@ class AsyncEngine:
             max_waiting: images that may wait; beyond it requests are refused.
             window: seconds a request may wait for company while the device is idle.
             on_batch: called with a report of every call, in the event loop.
+
+        Raises:
+            RequestError: one of them is of another type, or too small.
         """
-        if max_batch < 1 or max_waiting < 1 or not window >= 0:
-            raise RequestError(
-                f"max_batch is {max_batch}, max_waiting {max_waiting}, window {window}; at least 1, 1 and 0 are needed"
-            )
+        if not isinstance(pipe, (Pipeline, Runner)):
+            raise RequestError(f"pipe is {pipe!r}; give what Pipeline.from_pretrained returns")
+        check_integer("max_batch", max_batch, 1, None)
+        check_integer("max_waiting", max_waiting, 1, None)
+        check_number("window", window, 0, math.inf)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._runner = PipelineRunner(pipe) if isinstance(pipe, Pipeline) else pipe
         batches = _powers_of_two(max_batch) if self._runner.captures else ()
@@ -117,7 +123,12 @@ class AsyncEngine:
 
         Raises:
             LatentRTError: a model cannot be loaded or run.
+            ServiceError: it was started or drained before.
         """
+        if self._loop is not None or self._draining:
+            raise ServiceError(
+                "an engine serves once; make a new AsyncEngine, with the same pipeline if you like"
+            )
         loop = self._loop = asyncio.get_running_loop()
         try:
             await self._in_thread(self._runner.warm_up, self._warm)
@@ -163,6 +174,11 @@ class AsyncEngine:
             raise DrainingError(f"the engine {state}; send the request to another server")
         if asyncio.get_running_loop() is not self._loop:
             raise ServiceError("the engine belongs to the event loop that started it; ask it from there")
+        for request in requests:
+            if not isinstance(request, ImageRequest):
+                raise RequestError(f"the request is a {type(request).__name__}; give an ImageRequest")
+        if timeout is not None and timeout != math.inf:
+            check_number("timeout", timeout, -math.inf, math.inf)
         checked = [self._runner.check(request) for request in requests]
         self._admission.check([one.group for one in checked], timeout, self._loop.time(), again=again)
         jobs = [Job(one, timeout=timeout, previews=previews, forget=self._queue.remove) for one in checked]

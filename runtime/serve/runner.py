@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import PIL.Image
 import torch
@@ -28,6 +28,7 @@ OnStep = Callable[[int, Callable[[int], PIL.Image.Image] | None], None]
 """(steps done, k -> a preview of image k of the batch, where there is one); what it raises ends the call there."""
 
 
+@runtime_checkable
 class Runner(Protocol):
     """What makes images. `captures` is read once, when the engine is made; `check` is for the event loop, the others
     for one thread of their own."""

@@ -24,6 +24,7 @@ from latentrt.errors import (
     DrainingError,
     QueueFullError,
     RequestError,
+    ServiceError,
     StoppedError,
 )
 from latentrt.runtime.serve.engine import AsyncEngine
@@ -253,7 +254,56 @@ def test_a_model_that_does_not_load_says_so() -> None:
     in_loop(main())
 
 
-@pytest.mark.parametrize("fields", [{"max_batch": 0}, {"max_waiting": 0}, {"window": float("nan")}])
-def test_bounds_that_would_stop_it_are_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(RequestError, match="at least 1, 1 and 0"):
-        AsyncEngine(FakeRunner(), **fields)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_batch": 0}, "max_batch is 0; it must be at least 1"),
+        ({"max_batch": 2.5}, "max_batch must be a whole number; got 2.5"),
+        ({"max_waiting": 0}, "max_waiting is 0; it must be at least 1"),
+        ({"max_waiting": "8"}, "max_waiting must be a whole number; got '8'"),
+        ({"window": float("nan")}, "window must be a finite number; got nan"),
+        ({"window": None}, "window must be a finite number; got None"),
+        ({"pipe": "demo"}, "pipe is 'demo'; give what Pipeline.from_pretrained returns"),
+    ],
+)
+def test_what_an_engine_cannot_be_made_of_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        AsyncEngine(**{"pipe": FakeRunner(), **fields})
+
+
+@pytest.mark.parametrize(
+    ("asked", "timeout", "message"),
+    [
+        ({"prompt": "a cat"}, None, "the request is a dict; give an ImageRequest"),
+        ("a cat", None, "the request is a str; give an ImageRequest"),
+        (image_request(1), "3", "timeout must be a finite number; got '3'"),
+        (image_request(1), float("nan"), "timeout must be a finite number; got nan"),
+    ],
+)
+def test_what_is_no_request_is_refused(asked: Any, timeout: Any, message: str) -> None:
+    async def main() -> None:
+        async with AsyncEngine(FakeRunner(), window=0) as engine:
+            with pytest.raises(RequestError, match=message):
+                await engine.generate(asked, timeout=timeout)
+            assert seed_of((await engine.generate(image_request(2), timeout=float("inf"))).image) == 2
+
+    in_loop(main())
+
+
+def test_an_engine_serves_once() -> None:
+    """Started again it would serve twice at once, or without its thread."""
+    once = "an engine serves once; make a new AsyncEngine"
+
+    async def main() -> None:
+        engine = AsyncEngine(FakeRunner(), window=0)
+        async with engine:
+            with pytest.raises(ServiceError, match=once):
+                await engine.start()
+            assert seed_of((await engine.generate(image_request(2))).image) == 2
+        for ended in (engine, AsyncEngine(FakeRunner())):
+            await ended.drain()
+            with pytest.raises(ServiceError, match=once):
+                async with ended:
+                    raise AssertionError("never entered")
+
+    in_loop(main())
