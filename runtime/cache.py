@@ -43,7 +43,8 @@ _log = logging.getLogger(__name__)
 
 _LOOKS = 5
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
+# ENOENT: where no folder can be made, as in /proc.
+_NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
 _NOT_A_FOLDER = {errno.ENOTDIR, errno.EEXIST}
 
 

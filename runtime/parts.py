@@ -106,6 +106,7 @@ def load_parts(
     Args:
         upcast: of a VAE that overflows in float16; by default the back end's `upcast`.
     """
+    _check_names(model=model, refiner=refiner, cache_dir=cache_dir, variant=variant, revision=revision)
     if use_safetensors is not None and not use_safetensors:
         raise UnsafeWeightsError(
             "use_safetensors=False asks for pickled weights, which can run code; leave it out"
@@ -135,3 +136,12 @@ def load_parts(
         second = load_refiner(found, base, loader, scheduler)
     check_fit(base, second, vae.channels)
     return Parts(base, second, vae, loader, limit, loops)
+
+
+def _check_names(**given: object) -> None:
+    """Refuse what is neither a path nor a name; `model` alone has to be given."""
+    for argument, value in given.items():
+        wanted = (str,) if argument in ("variant", "revision") else (str, os.PathLike)
+        if not isinstance(value, wanted) and (value is not None or argument == "model"):
+            kinds = " or a ".join(kind.__name__ for kind in wanted)
+            raise RequestError(f"{argument} is {value!r}; it must be a {kinds}")

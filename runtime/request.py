@@ -181,7 +181,7 @@ class GenerationRequest:
 def _prompts(arguments: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """For the first and the second text encoder."""
     prompts = _texts("prompt", arguments["prompt"], None)
-    if arguments["prompt_2"] in (None, ""):
+    if _is_absent(arguments["prompt_2"]):
         return prompts, prompts
     return prompts, _texts("prompt_2", arguments["prompt_2"], len(prompts))
 
@@ -191,7 +191,7 @@ def _negatives(arguments: Mapping[str, Any], count: int) -> tuple[list[str | Non
     negatives: list[str | None] = [None] * count
     if arguments["negative_prompt"] is not None:
         negatives = [*_texts("negative_prompt", arguments["negative_prompt"], count)]
-    if arguments["negative_prompt_2"] in (None, ""):
+    if _is_absent(arguments["negative_prompt_2"]):
         return negatives, negatives
     second: list[str | None] = [*_texts("negative_prompt_2", arguments["negative_prompt_2"], count)]
     return ["" if text is None else text for text in negatives], second
@@ -221,6 +221,10 @@ def _part_of_the_schedule(arguments: Mapping[str, Any], strength: float) -> tupl
             "start must come before the end"
         )
     return start, end
+
+
+def _is_absent(text: Any) -> bool:
+    return text is None or (isinstance(text, str) and not text)  # an array == "" has no one truth value
 
 
 def _texts(name: str, value: Any, count: int | None) -> list[str]:

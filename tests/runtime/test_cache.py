@@ -257,18 +257,20 @@ def test_full_disk_while_the_manifest_is_written(store: Store, monkeypatch: pyte
     assert list((store.root / "entries").iterdir()) == []
 
 
-def refuse_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+def refuse_writes(monkeypatch: pytest.MonkeyPatch, code: int = errno.EROFS) -> None:
     """As on a read-only file system; a test may run as root, whom permissions do not stop."""
 
     def refused(self: Path, *args: Any, **kwargs: Any) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+        raise OSError(code, os.strerror(code), str(self))
 
     for name in ("mkdir", "write_text", "rename", "replace", "unlink"):
         monkeypatch.setattr(Path, name, refused)
 
 
-def test_read_only_cache(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_writes(monkeypatch)
+@pytest.mark.parametrize("code", [errno.EROFS, errno.ENOENT], ids=errno.errorcode.get)
+def test_a_cache_that_cannot_be_made(code: int, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In some file systems, such as /proc, a new folder's name is not found."""
+    refuse_writes(monkeypatch, code)
     with pytest.raises(CacheError, match=r"cannot be written .* make it writable, or set LATENTRT_CACHE"):
         store.get_or_build(KEY, DESCRIPTION, never)
 

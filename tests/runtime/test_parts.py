@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import latentrt
 import pytest
 import torch
+from latentrt.errors import RequestError
 from latentrt.runtime.engines.eager import EagerBackend
 from latentrt.runtime.parts import load_parts
 
@@ -54,3 +57,18 @@ def test_an_upcast_is_of_one_pipeline_alone(tiny: Tiny) -> None:
         .all()
     )
     assert EagerBackend.upcast == asked._loader.backend.upcast == torch.float32
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *({"model": value} for value in (None, 5, b"demo")),
+        *({name: 5} for name in ("refiner", "cache_dir", "variant", "revision")),
+        {"variant": Path("fp16")},
+    ],
+    ids=str,
+)
+def test_what_is_no_name_or_path_is_refused_by_its_own(arguments: dict[str, Any]) -> None:
+    ((name, value),) = arguments.items()
+    with pytest.raises(RequestError, match=re.escape(f"{name} is {value!r}; it must be a str")):
+        latentrt.Pipeline.from_pretrained(**{"model": "demo", **arguments})

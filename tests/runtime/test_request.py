@@ -201,6 +201,11 @@ def test_finite_numbers_only(name: str, bad: Any) -> None:
             {"denoising_start": 0.8, "denoising_end": 0.8, "image": torch.zeros(1, 4, 8, 8)},
             "denoising_start is 0.8 and denoising_end 0.8; the start must come before the end",
         ),
+        ({"prompt_2": np.array(["a", "b"])}, "prompt_2 must be a string or a list of strings; got ndarray"),
+        (
+            {"negative_prompt_2": np.array(["a", "b"])},
+            "negative_prompt_2 must be a string or a list of strings",
+        ),
         ({"denoising_end": 0.0}, "denoising_end is 0.0, before the first step; give a larger fraction"),
         (
             {"strength": 0.3, "denoising_end": 0.6, "image": torch.zeros(1, 4, 8, 8)},
