@@ -5,6 +5,8 @@
 - The bias of any other convolution is left to the norm that follows: PyTorch adds it to cuDNN's result in a kernel of
   its own, which reads and writes the whole image once more; a norm reads the image anyway, and adds a shift to each
   channel at no cost. Until then the bias is *pending*.
+- A matmul whose result is added to another tensor is accumulated into that tensor, in place: no kernel adds the two.
+  Such a matmul has no other addend, so its bias is pending as well.
 - An upsampling and its convolution are one transposed convolution, with four ninths of the multiplications and without
   the upsampled image in between.
 """
@@ -18,9 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.layers import Downsample, GroupNorm, GroupNormSiLU, ResnetBlock, Upsample
+from ..models.layers import (
+    Downsample,
+    GroupNorm,
+    GroupNormSiLU,
+    ResidualLinear,
+    ResnetBlock,
+    Shortcut,
+    Upsample,
+)
 from ..models.unet import UNet
-from ..models.unet_blocks import Transformer, TransformerBlock
+from ..models.unet_blocks import FeedForward, Transformer, TransformerBlock
 from ..models.vae import VAEDecoder, VAEEncoder
 
 __all__ = ["FusedUpsample", "defer_biases", "defer_in_resnet", "pack", "pack_attention", "upsample_weight"]
@@ -112,6 +122,52 @@ class _Pointwise(nn.Module):
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
+def _accumulate(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """out [..., Cout] + x [..., Cin] @ weight [Cout, Cin].T. If `out` is contiguous it becomes the sum: cuBLAS adds to
+    what it finds there."""
+    rows = out.reshape(-1, out.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
+    return rows.view(out.shape)
+
+
+class _Projection(nn.Module):
+    """A `ResidualLinear` which, if it has no bias, is accumulated into the image."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, bias: Tensor | None) -> None:
+        """`bias`: float32 [Cout], in place of the layer's."""
+        super().__init__()
+        self.weight = layer.weight
+        self.bias = None if bias is None else _constant(bias, layer.weight)
+
+    def add(self, rows: Tensor, image: Tensor) -> Tensor:
+        """rows: [B, HW, Cin]; image: [B, Cout, H, W], channels last. Returns their sum, like `image`."""
+        weight = self.weight.flatten(1)
+        if self.bias is None:
+            return _accumulate(image.permute(0, 2, 3, 1), rows, weight).permute(0, 3, 1, 2)
+        out: Tensor = image + F.linear(rows, weight, self.bias).transpose(1, 2).unflatten(2, image.shape[2:])
+        return out
+
+
+class _Shortcut(_Projection):
+    """A `Shortcut` as a matmul which, if it has no bias, is accumulated into the image."""
+
+    def add(self, x: Tensor, image: Tensor) -> Tensor:
+        """x: [B, Cin, H, W]; image: [B, Cout, H, W]; channels last. Returns their sum, like `image`."""
+        return super().add(x.permute(0, 2, 3, 1).flatten(1, 2), image)
+
+
+class _LastFeedForward(nn.Module):
+    """The `FeedForward` of a transformer's last block, without its last bias, accumulated into the residual stream."""
+
+    def __init__(self, ff: FeedForward) -> None:
+        super().__init__()
+        self.gated = ff.net[0]
+        self.weight = cast(nn.Linear, ff.net[2]).weight
+
+    def forward(self, x: Tensor, stream: Tensor) -> tuple[Tensor, None]:
+        """x, stream: [B, S, C]. Returns the sum, to which nothing is to be added."""
+        return _accumulate(stream, self.gated(x), self.weight), None
+
+
 class _BiasedNorm(nn.Module):
     """A norm of x + bias."""
 
@@ -164,24 +220,30 @@ def _constant(value: Tensor, like: Tensor) -> nn.Parameter:
     return nn.Parameter(value.to(like.dtype), requires_grad=False)
 
 
-def _pop_bias(conv: nn.Conv2d) -> Tensor:
-    """Remove the convolution's bias and return it, float32 [Cout]; zeros if it had none."""
-    bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
-    conv.bias = None
+def _pop_bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """Remove the layer's bias and return it, float32 [Cout]; zeros if it had none."""
+    bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+    layer.bias = cast(nn.Parameter, None)
     return bias.float()
 
 
 # Each function below takes the bias that is pending for its input images (float32 [C], None for none) and returns the
 # one that is pending for its output images. Layers replace layers of another type, hence the casts; a ModuleList does
 # not say what is in it, hence Any.
+#
+# Before an up- or downsampling a pending bias costs a kernel of its own, as an addition would. There a matmul keeps its
+# bias, and is added to the image by a kernel, which takes no longer.
 
 
-def defer_in_resnet(block: ResnetBlock, pending: Tensor | None) -> Tensor | None:
+def defer_in_resnet(
+    block: ResnetBlock, pending: Tensor | None, before_resampling: bool = False
+) -> Tensor | None:
     """What `defer_biases` does in one residual block.
 
     Args:
         block: is changed.
         pending: float32 [Cin], the bias its input images lack, or None.
+        before_resampling: an up- or downsampling takes its output: nothing stays pending if there is a shortcut.
 
     Returns:
         float32 [Cout], the bias its output images lack, or None.
@@ -199,26 +261,29 @@ def defer_in_resnet(block: ResnetBlock, pending: Tensor | None) -> Tensor | None
     bias = _pop_bias(shortcut) + outer
     if pending is not None:
         bias = bias + shortcut.weight.flatten(1).float() @ pending
-    block.conv_shortcut = cast(nn.Conv2d, _Pointwise(shortcut, bias))
-    return None
+    block.conv_shortcut = cast(Shortcut, _Shortcut(shortcut, bias if before_resampling else None))
+    return None if before_resampling else bias
 
 
 def _with_bias(norm: Norm, pending: Tensor | None) -> Norm:
     return norm if pending is None else cast(Norm, _BiasedNorm(norm, pending))
 
 
-def _defer_in_transformer(block: Transformer, pending: Tensor | None) -> None:
-    """Its last projection adds the pending bias of the skip connection, so nothing stays pending."""
+def _defer_in_transformer(
+    block: Transformer, pending: Tensor | None, before_resampling: bool = False
+) -> Tensor | None:
     block.norm = _with_bias(block.norm, pending)
-    last = block.proj_out
-    if isinstance(last, nn.Linear):
-        if pending is not None:
-            last.bias = _constant(last.bias + pending, last.weight)
-    else:
-        first = cast(nn.Conv2d, block.proj_in)
-        block.proj_in = cast(nn.Conv2d, _Pointwise(first, _pop_bias(first)))
-        bias = _pop_bias(last)
-        block.proj_out = cast(nn.Conv2d, _Pointwise(last, bias if pending is None else bias + pending))
+    if isinstance(block.proj_in, nn.Conv2d):
+        block.proj_in = cast(nn.Conv2d, _Pointwise(block.proj_in, _pop_bias(block.proj_in)))
+    projection = block.proj_out
+    bias = _pop_bias(projection)
+    last: Any = block.transformer_blocks[-1]
+    bias = bias + projection.weight.flatten(1).float() @ _pop_bias(last.ff.net[2])
+    last.ff = _LastFeedForward(last.ff)
+    if pending is not None:
+        bias = bias + pending
+    block.proj_out = cast(ResidualLinear, _Projection(projection, bias if before_resampling else None))
+    return None if before_resampling else bias
 
 
 def _downsample(layers: Any, pending: Tensor | None) -> Tensor | None:
@@ -244,26 +309,30 @@ def _defer_in_unet(unet: UNet) -> None:
     pending: Tensor | None = _pop_bias(unet.conv_in)
     skips = [pending]
     for down in unet.down_blocks:
-        for i, resnet in enumerate(down.resnets):
-            pending = defer_in_resnet(resnet, pending)
-            if down.attentions:
-                _defer_in_transformer(down.attentions[i], pending)
-                pending = None
+        for i in range(len(down.resnets)):
+            pending = _defer_in_pair(down, i, pending, down.downsamplers)
             skips.append(pending)
         if down.downsamplers:
             pending = _downsample(down.downsamplers, pending)
             skips.append(pending)
     middle: Any = unet.mid_block
-    _defer_in_transformer(middle.attentions[0], defer_in_resnet(middle.resnets[0], pending))
-    pending = defer_in_resnet(middle.resnets[1], None)
+    pending = _defer_in_transformer(middle.attentions[0], defer_in_resnet(middle.resnets[0], pending))
+    pending = defer_in_resnet(middle.resnets[1], pending)
     for up in unet.up_blocks:
         for i, resnet in enumerate(up.resnets):
-            pending = defer_in_resnet(resnet, _cat_pending(pending, skips.pop(), resnet.conv1.in_channels))
-            if up.attentions:
-                _defer_in_transformer(up.attentions[i], pending)
-                pending = None
+            joined = _cat_pending(pending, skips.pop(), resnet.conv1.in_channels)
+            pending = _defer_in_pair(up, i, joined, up.upsamplers)
         pending = _upsample(up.upsamplers, pending)
     unet.conv_norm_out = _with_bias(unet.conv_norm_out, pending)
+
+
+def _defer_in_pair(level: Any, i: int, pending: Tensor | None, resamplers: Any) -> Tensor | None:
+    """One residual block of a level, and its transformer where the level has them."""
+    before_resampling = len(resamplers) > 0 and i == len(level.resnets) - 1
+    if not level.attentions:
+        return defer_in_resnet(level.resnets[i], pending, before_resampling)
+    pending = defer_in_resnet(level.resnets[i], pending)
+    return _defer_in_transformer(level.attentions[i], pending, before_resampling)
 
 
 def _cat_pending(first: Tensor | None, second: Tensor | None, channels: int) -> Tensor | None:
@@ -301,4 +370,8 @@ def _defer_in_middle(middle: Any, pending: Tensor | None) -> Tensor | None:
     pending = defer_in_resnet(middle.resnets[0], pending)
     for attention in middle.attentions:
         attention.group_norm = _with_bias(attention.group_norm, pending)
+        projection = attention.to_out[0]
+        bias = _pop_bias(projection)
+        attention.to_out[0] = _Projection(projection, None)
+        pending = bias if pending is None else pending + bias
     return defer_in_resnet(middle.resnets[1], pending)

@@ -19,7 +19,9 @@ __all__ = [
     "GroupNorm",
     "GroupNormSiLU",
     "LayerNorm",
+    "ResidualLinear",
     "ResnetBlock",
+    "Shortcut",
     "TimestepEmbedding",
     "Upsample",
     "join_channels",
@@ -107,6 +109,27 @@ class TimestepEmbedding(nn.Module):
         return out
 
 
+class ResidualLinear(nn.Linear):
+    """A linear layer over the pixels of an image, around which a skip connection leads."""
+
+    def add(self, rows: Tensor, image: Tensor) -> Tensor:
+        """rows: [B, HW, Cin]; image: [B, Cout, H, W], which may be overwritten. Returns their sum, like `image`."""
+        out: Tensor = image + self(rows).transpose(1, 2).unflatten(2, image.shape[2:])
+        return out
+
+
+class Shortcut(nn.Conv2d):
+    """The 1x1 convolution on the skip connection of a residual block that changes the number of channels."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def add(self, x: Tensor, image: Tensor) -> Tensor:
+        """x: [B, Cin, H, W]; image: [B, Cout, H, W], which may be overwritten. Returns their sum, like `image`."""
+        out: Tensor = self(x) + image
+        return out
+
+
 class ResnetBlock(nn.Module):
     """Norm, SiLU and convolution, twice, around a skip; the time embedding shifts the second norm."""
 
@@ -119,7 +142,7 @@ class ResnetBlock(nn.Module):
         self.time_emb_proj = nn.Linear(time_dim, out_channels) if time_dim is not None else None
         self.norm2 = GroupNormSiLU(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv_shortcut = Shortcut(in_channels, out_channels) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         """
@@ -133,9 +156,7 @@ class ResnetBlock(nn.Module):
         h = self.conv1(self.norm1(x))  # [B, Cout, H, W]
         h = self.norm2(h, shift)  # by itself, so that conv1's output is gone when conv2 runs
         h = self.conv2(h)
-        skip = self.conv_shortcut(x) if self.conv_shortcut is not None else x
-        out: Tensor = skip + h
-        return out
+        return x + h if self.conv_shortcut is None else self.conv_shortcut.add(x, h)
 
 
 class Downsample(nn.Module):

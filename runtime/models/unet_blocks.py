@@ -8,10 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import attention, linear_geglu
-from .layers import Downsample, GroupNorm, LayerNorm, ResnetBlock, Upsample, join_channels
+from .layers import Downsample, GroupNorm, LayerNorm, ResidualLinear, ResnetBlock, Upsample, join_channels
 from .unet_config import UNetConfig
 
-__all__ = ["Attention", "DownBlock", "KeysValues", "MidBlock", "Transformer", "TransformerBlock", "UpBlock"]
+__all__ = [
+    "Attention",
+    "DownBlock",
+    "FeedForward",
+    "KeysValues",
+    "MidBlock",
+    "Transformer",
+    "TransformerBlock",
+    "UpBlock",
+]
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of a cross-attention: [B, Sk, C] each."""
@@ -60,16 +69,16 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """[B, S, C] -> [B, S, C] through four times the width."""
+    """Two linear layers around a GEGLU, through four times the width."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         # The middle one is where training has its dropout: it keeps the checkpoints' numbering.
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x)
-        return out
+    def forward(self, x: Tensor, stream: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x: [B, S, C], the norm of the residual stream. Returns the stream and what is to be added to it, if any."""
+        return stream, self.net(x)
 
 
 class TransformerBlock(nn.Module):
@@ -84,11 +93,11 @@ class TransformerBlock(nn.Module):
         self.norm3 = LayerNorm(dim, eps=1e-5)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, branch: Tensor | None, text: KeysValues) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, branch: Tensor | None, text: KeysValues) -> tuple[Tensor, Tensor | None]:
         """
         Args:
             x: [B, S, C], the residual stream.
-            branch: [B, S, C], what the block before adds to it; None before the first.
+            branch: [B, S, C], what the block before adds to it; None if nothing, or before the first.
             text: what attn2 attends to.
 
         Returns:
@@ -97,7 +106,18 @@ class TransformerBlock(nn.Module):
         h, x = (self.norm1(x), x) if branch is None else self.norm1.add(branch, x)
         h, x = self.norm2.add(self.attn1(h), x)
         h, x = self.norm3.add(self.attn2(h, text), x)
-        return x, self.ff(h)
+        return self.ff(h, x)  # type: ignore[no-any-return]
+
+
+class _ResidualConv(nn.Conv2d):
+    """`ResidualLinear` as a 1x1 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 1)
+
+    def add(self, rows: Tensor, image: Tensor) -> Tensor:
+        out: Tensor = image + self(rows.transpose(1, 2).unflatten(2, image.shape[2:]))
+        return out
 
 
 class Transformer(nn.Module):
@@ -111,11 +131,10 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, num_heads, config) for _ in range(depth)
         )
-        self.proj_out = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = ResidualLinear(channels, channels) if self.linear else _ResidualConv(channels)
 
     def forward(self, x: Tensor, texts: Iterator[KeysValues]) -> Tensor:
-        """x: [B, C, H, W]; texts: for each block in turn. Returns [B, C, H, W]."""
-        height, width = x.shape[2:]
+        """x: [B, C, H, W], which may be overwritten; texts: for each block in turn. Returns [B, C, H, W]."""
         h = self.norm(x)
         if not self.linear:
             h = self.proj_in(h)
@@ -126,13 +145,7 @@ class Transformer(nn.Module):
         for block in self.transformer_blocks:
             h, branch = block(h, branch, next(texts))
         h = h if branch is None else h + branch
-        if self.linear:
-            h = self.proj_out(h)
-        h = h.transpose(1, 2).unflatten(2, (height, width))  # [B, C, H, W]
-        if not self.linear:
-            h = self.proj_out(h)
-        out: Tensor = x + h
-        return out
+        return self.proj_out.add(h, x)
 
 
 def _transformers(channels: int, level: int, count: int, config: UNetConfig) -> nn.ModuleList:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...kernels import attention
 from .config import DEEPEST, Fields
-from .layers import Downsample, GroupNorm, GroupNormSiLU, ResnetBlock, Upsample
+from .layers import Downsample, GroupNorm, GroupNormSiLU, ResidualLinear, ResnetBlock, Upsample
 
 __all__ = ["VAEConfig", "VAEDecoder", "VAEEncoder", "rename_legacy_vae_keys"]
 
@@ -158,14 +158,14 @@ class _Attention(nn.Module):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_out = nn.ModuleList([ResidualLinear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]."""
+        """[B, C, H, W], which may be overwritten -> [B, C, H, W]."""
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
         q, k, v = (layer(h).unsqueeze(2) for layer in (self.to_q, self.to_k, self.to_v))  # [B, HW, 1, C]
-        h = self.to_out[0](attention(q, k, v).squeeze(2))
-        out: Tensor = x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+        to_out: Any = self.to_out[0]
+        out: Tensor = to_out.add(attention(q, k, v).squeeze(2), x)
         return out
 
 

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import tiny_components
+from helpers.tiny_checkpoints import UNETS
+from latentrt.kernels import as_nodes
 from latentrt.kernels._dispatch import forced
 from latentrt.kernels._triton import counted
 from latentrt.runtime.engines.base import Component
 from latentrt.runtime.engines.eager import EagerBackend
 from latentrt.runtime.engines.packing import defer_biases, pack_attention, upsample_weight
 from latentrt.runtime.engines.triton import TritonBackend
-from latentrt.runtime.models.unet_blocks import Attention
+from latentrt.runtime.footprint import Tracker
+from latentrt.runtime.loading import load_components
+from latentrt.runtime.models.unet_blocks import Attention, DownBlock
+from latentrt.runtime.weights import open_outline
 from tolerances import MODEL, MODEL_HALF_VERSUS_THEIRS, OPERATOR
 from torch import Tensor, nn
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 CONVOLVED = {**tiny_components.UNET, "use_linear_projection": False}  # projections of SD 1.x
 SIX = {**tiny_components.UNET, "transformer_layers_per_block": [1, 3], "layers_per_block": 2}
 PLAIN = {**tiny_components.VAE, "mid_block_add_attention": False, "use_post_quant_conv": False}
@@ -27,6 +34,9 @@ NETWORKS: dict[str, Callable[..., Component]] = {
     "unet": tiny_components.unet,
     "unet with 1x1 convolutions": lambda *a: tiny_components.unet(*a, config=CONVOLVED),
     "deeper unet": lambda *a: tiny_components.unet(*a, config=SIX),
+    "refiner's unet": lambda *a: tiny_components.unet(*a, config=UNETS["refiner"]),
+    "SD 1.x's unet": lambda *a: tiny_components.unet(*a, config=UNETS["sd15"]),
+    "SD 2.x's unet": lambda *a: tiny_components.unet(*a, config=UNETS["sd21"]),
     "decoder": tiny_components.vae_decoder,
     "decoder without attention": lambda *a: tiny_components.vae_decoder(*a, config=PLAIN),
     "encoder": tiny_components.vae_encoder,
@@ -50,11 +60,15 @@ def test_an_upsampling_is_one_transposed_convolution(shape: tuple[int, ...]) -> 
     assert (found - wanted).abs().max() < OPERATOR["float32"] * wanted.abs().max()
 
 
-@pytest.mark.parametrize("sizes", [{}, {"height": 7, "width": 5}, {"batch": 17}], ids=["", "odd", "17 rows"])
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"height": 7, "width": 5}, {"height": 1, "width": 1}, {"batch": 17}],
+    ids=["", "odd", "one latent", "17 rows"],
+)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_packed_network_computes_the_same(name: str, sizes: dict[str, int]) -> None:
     if "height" in sizes and name == "encoder":  # whose images are multiples of its scale
-        sizes = {"image_height": 6, "image_width": 10}
+        sizes = {"image_height": 2 * sizes["height"], "image_width": 2 * sizes["width"]}
     component = NETWORKS[name]()
     wanted = outputs(component, EagerBackend(), **sizes)
     found = outputs(component, TritonBackend(), **sizes)
@@ -103,3 +117,70 @@ def test_eager_runs_none_of_our_kernels(name: str) -> None:
         outputs(component, TritonBackend())
         assert counts
     assert found.equal(wanted)
+
+
+class Sums(Tracker):
+    """Also counts, of tensors with pixels, what additions, copies and matmuls in place there are."""
+
+    def __init__(self) -> None:
+        super().__init__(90)
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.add.Tensor and args[0].ndim > 2:
+            self.count["bias" if args[1].shape[1:] == (1, 1) else "tensor"] += 1
+        if func is torch.ops.aten.clone.default:
+            self.count["copy"] += 1
+        if func is torch.ops.aten.addmm_.default:
+            self.count["matmul in place"] += 1
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "wanted"),
+    [
+        # 6 residual blocks without a shortcut, and the transformers before 3 resamplings. The bias of the convolution
+        # before the first downsampling, which has no transformer. In place: 11 shortcuts, the last feed-forward of 11
+        # transformers, the other 8 transformers.
+        ("sdxl", "unet", {"tensor": 6 + 3, "bias": 1, "matmul in place": 11 + 11 + 8}),
+        # 8 such blocks; 4 transformers before resamplings, and a shortcut where the level below has no transformer.
+        # In place: the other 13 shortcuts, 11 feed-forwards, 7 transformers.
+        ("sdxl-refiner", "unet", {"tensor": 8 + 4 + 1, "bias": 1, "matmul in place": 13 + 11 + 7}),
+        # 12 such blocks, the biases before 3 upsamplings; in place: 2 shortcuts and the attention.
+        ("sdxl", "vae_decoder", {"tensor": 12, "bias": 3, "matmul in place": 3}),
+        ("sdxl", "vae_encoder", {"tensor": 8, "bias": 3, "matmul in place": 3}),
+    ],
+    ids=str,
+)
+def test_additions_that_are_left(model: str, name: str, wanted: dict[str, int]) -> None:
+    """At full size, on the meta device. What follows a matmul is added by it, and nothing is copied for that."""
+    component = load_components(open_outline(model), torch.float16)[name]
+    sizes = {"batch": 2, "height": 128, "width": 128, "image_height": 1024, "image_width": 1024, "tokens": 77}
+    inputs = {
+        spec.name: torch.empty(spec.shape(sizes), dtype=spec.dtype, device=META) for spec in component.inputs
+    }
+    engine = TritonBackend().load(replace(component, build=component.on_meta), device=META, cache_dir=None)
+    with as_nodes(), Sums() as sums:
+        engine({k: x.to(memory_format=torch.channels_last) if x.ndim == 4 else x for k, x in inputs.items()})
+    assert sums.count == wanted
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_accumulated_in_place_is_read_by_nobody_else(name: str) -> None:
+    """Neither an input, nor a tensor that a down block keeps for the up blocks."""
+    component = NETWORKS[name]()
+    engine: Any = TritonBackend().load(component, device=CPU, cache_dir=None)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def keep(_: nn.Module, __: object, result: tuple[Tensor, list[Tensor]]) -> None:
+        seen.extend((x, x.clone()) for x in result[1])
+
+    for module in engine._module.modules():
+        if isinstance(module, DownBlock):
+            module.register_forward_hook(keep)
+    inputs = tiny_components.named_inputs(component)
+    seen += [(x, x.clone()) for x in inputs.values()]
+    engine(inputs)
+    assert all(x.equal(before) for x, before in seen)
