@@ -199,20 +199,31 @@ class _BiasedDownsample(nn.Module):
 
 
 class FusedUpsample(nn.Module):
-    """An upsampling of x + bias, [B, C, H, W], with its convolution; `bias`: float32 [C], or None."""
+    """An upsampling of x + bias, [B, C, H, W], to twice H and W, with its convolution; `bias`: float32 [C], or None."""
 
     def __init__(self, upsample: Upsample, bias: Tensor | None) -> None:
         super().__init__()
-        self.upsample = upsample
         self.bias = None if bias is None else _constant(bias[:, None, None], upsample.conv.weight)
         self.weight = nn.Parameter(upsample_weight(upsample.conv.weight), requires_grad=False)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(self.biased(x), self.weight, stride=2, padding=1)
+
+    def biased(self, x: Tensor) -> Tensor:
+        return x if self.bias is None else x + self.bias
+
+
+class _SizedUpsample(FusedUpsample):
+    """The same, or to another size with the upsampling as it was."""
+
+    def __init__(self, upsample: Upsample, bias: Tensor | None) -> None:
+        super().__init__(upsample, bias)
+        self.upsample = upsample
+
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        if self.bias is not None:
-            x = x + self.bias
         if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):
-            return F.conv_transpose2d(x, self.weight, stride=2, padding=1)
-        out: Tensor = self.upsample(x, size)
+            return super().forward(x)
+        out: Tensor = self.upsample(self.biased(x), size)
         return out
 
 
@@ -295,10 +306,10 @@ def _downsample(layers: Any, pending: Tensor | None) -> Tensor | None:
     return pending
 
 
-def _upsample(layers: Any, pending: Tensor | None) -> Tensor | None:
+def _upsample(layers: Any, pending: Tensor | None, packed: type[FusedUpsample]) -> Tensor | None:
     for i, layer in enumerate(layers):
         bias = _pop_bias(layer.conv)
-        layers[i] = FusedUpsample(layer, pending)
+        layers[i] = packed(layer, pending)
         pending = bias
     return pending
 
@@ -322,7 +333,7 @@ def _defer_in_unet(unet: UNet) -> None:
         for i, resnet in enumerate(up.resnets):
             joined = _cat_pending(pending, skips.pop(), resnet.conv1.in_channels)
             pending = _defer_in_pair(up, i, joined, up.upsamplers)
-        pending = _upsample(up.upsamplers, pending)
+        pending = _upsample(up.upsamplers, pending, _SizedUpsample)
     unet.conv_norm_out = _with_bias(unet.conv_norm_out, pending)
 
 
@@ -362,7 +373,7 @@ def _defer_in_levels(levels: Any, pending: Tensor | None) -> Tensor | None:
     for level in levels:
         for resnet in level.resnets:
             pending = defer_in_resnet(resnet, pending)
-        pending = _upsample(level.upsamplers, _downsample(level.downsamplers, pending))
+        pending = _upsample(level.upsamplers, _downsample(level.downsamplers, pending), FusedUpsample)
     return pending
 
 

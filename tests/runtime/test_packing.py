@@ -184,3 +184,14 @@ def test_what_is_accumulated_in_place_is_read_by_nobody_else(name: str) -> None:
     seen += [(x, x.clone()) for x in inputs.values()]
     engine(inputs)
     assert all(x.equal(before) for x, before in seen)
+
+
+def test_a_decoder_keeps_one_weight_of_an_upsampling() -> None:
+    """A UNet keeps the 3x3 as well, for sizes that are not even."""
+    kept = {}
+    for name in ("decoder", "unet"):
+        module = NETWORKS[name]().build()
+        defer_biases(module)
+        named = module.named_parameters()
+        kept[name] = {x.shape[2:] for key, x in named if "upsamplers" in key and x.ndim == 4}
+    assert kept == {"decoder": {(4, 4)}, "unet": {(4, 4), (3, 3)}}
