@@ -130,15 +130,14 @@ class UNet(nn.Module):
             [B, out_channels, H, W] of sample's dtype.
         """
         shift, text = iter(shifts), iter(texts)
-        x = self.conv_in(sample)  # [B, C0, H, W]
-        skips = [x]
+        # Held by the list alone, so that what an up block takes from it can be freed.
+        images = [self.conv_in(sample)]  # [B, C0, H, W]
         for down in self.down_blocks:
-            x, kept = down(x, shift, text)
-            skips += kept
-        x = self.mid_block(x, shift, text)
+            images += down(images[-1], shift, text)
+        images.append(self.mid_block(images[-1], shift, text))
         for up in self.up_blocks:
-            x = up(x, skips, shift, text)
-        out: Tensor = self.conv_out(self.conv_norm_out(x))
+            images.append(up(images, shift, text))
+        out: Tensor = self.conv_out(self.conv_norm_out(images.pop()))
         return out
 
     def resnets(self) -> list[ResnetBlock]:

@@ -174,13 +174,11 @@ class DownBlock(nn.Module):
         last = level == len(config.block_out_channels) - 1
         self.downsamplers = nn.ModuleList([] if last else [Downsample(channels)])
 
-    def forward(
-        self, x: Tensor, shifts: Iterator[Tensor], texts: Iterator[KeysValues]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, shifts: Iterator[Tensor], texts: Iterator[KeysValues]) -> list[Tensor]:
         """x: [B, Cin, H, W]; shifts and texts: for each residual and transformer block in turn.
 
         Returns:
-            The block's output and every tensor on the way, for the up blocks.
+            Every tensor on the way, for the up blocks; the last is the block's output.
         """
         skips = []
         for i, resnet in enumerate(self.resnets):
@@ -191,7 +189,7 @@ class DownBlock(nn.Module):
         for downsample in self.downsamplers:
             x = downsample(x)
             skips.append(x)
-        return x, skips
+        return skips
 
 
 class MidBlock(nn.Module):
@@ -229,19 +227,24 @@ class UpBlock(nn.Module):
         self.attentions = _transformers(channels, level, count if has_attention else 0, config)
         self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(channels)])
 
-    def forward(
-        self, x: Tensor, skips: list[Tensor], shifts: Iterator[Tensor], texts: Iterator[KeysValues]
-    ) -> Tensor:
-        """x: [B, Cin, H, W]; shifts and texts: for each residual and transformer block in turn.
-
-        `skips` is shared by all up blocks: each takes its own from the end. The last one left has the size to
-        upsample to, which is odd where the downsampling rounded up.
+    def forward(self, images: list[Tensor], shifts: Iterator[Tensor], texts: Iterator[KeysValues]) -> Tensor:
         """
+        Args:
+            images: the block takes from its end its input, [B, Cin, H, W], and a tensor kept on the way down for each
+                residual block. The last one left has the size to upsample to, which is odd where the downsampling
+                rounded up.
+            shifts, texts: for each residual and transformer block in turn.
+
+        Returns:
+            [B, Cout, H, W], or of the size of the last of `images`.
+        """
+        x = images.pop()
         for i, resnet in enumerate(self.resnets):
-            x = resnet(join_channels(x, skips.pop()), next(shifts))
+            x = join_channels(x, images.pop())  # by itself, so that the two are gone when resnet runs
+            x = resnet(x, next(shifts))
             if self.attentions:
                 x = self.attentions[i](x, texts)
         for upsample in self.upsamplers:
-            height, width = skips[-1].shape[2:]
+            height, width = images[-1].shape[2:]
             x = upsample(x, (height, width))
         return x

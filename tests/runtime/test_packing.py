@@ -174,8 +174,8 @@ def test_what_is_accumulated_in_place_is_read_by_nobody_else(name: str) -> None:
     engine: Any = TritonBackend().load(component, device=CPU, cache_dir=None)
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def keep(_: nn.Module, __: object, result: tuple[Tensor, list[Tensor]]) -> None:
-        seen.extend((x, x.clone()) for x in result[1])
+    def keep(_: nn.Module, __: object, result: list[Tensor]) -> None:
+        seen.extend((x, x.clone()) for x in result)
 
     for module in engine._module.modules():
         if isinstance(module, DownBlock):

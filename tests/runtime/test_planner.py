@@ -377,10 +377,11 @@ def test_an_unknown_model() -> None:
 
 
 def test_attention_of_plain_pytorch_is_planned_as_fused() -> None:
-    """No scores of all tokens beside all: at 1024x1024 they would be ten times everything else."""
+    """No scores of all tokens beside all: at 1024x1024 one block's alone would be more than the whole."""
+    scores = 2 * 10 * 4096**2 * torch.float16.itemsize  # two rows, ten heads
     found = {}
     for backend in ("triton", "eager"):
         planner = Planner.of("sdxl", backend=backend)  # type: ignore[arg-type]
         found[backend] = planner.plan().networks["unet"].footprint
-    assert found["eager"].pool_bytes < 3 * found["triton"].pool_bytes
+    assert found["eager"].pool_bytes < scores
     assert found["eager"].flops == found["triton"].flops
