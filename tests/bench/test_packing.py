@@ -8,8 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import tiny_components
+from helpers.tiny_checkpoints import UNETS
 from latentrt.bench import packing
 from latentrt.bench.packing import Block, main, measure, table
+from latentrt.runtime.engines.packing import defer_biases
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -33,8 +39,8 @@ def test_both_are_timed_when_they_compute_the_same(block: Block, dtype: torch.dt
 def test_what_computes_something_else_has_no_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = packing._packed
 
-    def wrong(module: torch.nn.Module) -> tuple[torch.nn.Module, torch.Tensor]:
-        other, lacking = packed(module)  # type: ignore[arg-type]
+    def wrong(module: Any, pending: Tensor | None) -> tuple[nn.Module, Tensor]:
+        other, lacking = packed(module, pending)
         return other, lacking + 0.1
 
     monkeypatch.setattr(packing, "_packed", wrong)
@@ -89,3 +95,51 @@ def test_the_blocks_are_those_of_a_decoding() -> None:
     calls = [(block.kind, block.calls) for block in packing.BLOCKS if block.of == "decoding"]
     assert sum(n for kind, n in calls if kind == "residual") == 14
     assert sum(n for kind, n in calls if kind == "doubling") == 3
+
+
+class Operations(TorchDispatchMode):
+    """Lists what is run: operators, and the shapes of what they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.run: list[tuple[str, list[tuple[int, ...]]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        shapes = [tuple(x.shape) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        self.run.append((func.name(), shapes))
+        return func(*args, **(kwargs or {}))
+
+
+def operations(module: nn.Module, channels: int, side: int) -> list[tuple[str, list[tuple[int, ...]]]]:
+    module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.zeros(1, channels, side, side).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), Operations() as operations:
+        module(x)
+    return operations.run
+
+
+def test_what_is_timed_is_what_a_packed_decoder_runs() -> None:
+    config = {**tiny_components.VAE, "block_out_channels": [32, 64], "norm_num_groups": 32}
+    decoder: Any = tiny_components.vae_decoder(config=config).build()
+    defer_biases(decoder)
+    for level, side, widths, kinds in [
+        (0, 3, [64, 64, 64, 64], ["residual", "residual", "doubling"]),
+        (1, 6, [64, 32, 32], ["residual", "residual"]),
+    ]:
+        timed = []
+        for k, kind in enumerate(kinds):
+            block = Block("decoding", 1, kind, (widths[k], widths[k + 1]), side)
+            assert block.adds_pending_bias
+            packed, _ = packing._packed(block.build(), torch.ones(widths[k]))
+            timed += operations(packed, widths[k], side)
+        assert timed == operations(decoder.decoder.up_blocks[level], widths[0], side)
+
+
+def test_no_bias_is_pending_where_a_step_of_sdxl_upsamples() -> None:
+    unet: Any = tiny_components.unet(config=UNETS["sdxl"]).build()
+    defer_biases(unet)
+    upsamplings = [layer for up in unet.up_blocks for layer in up.upsamplers]
+    assert [layer.bias for layer in upsamplings] == [None, None]
+    assert not Block("step", 1, "doubling", (32, 32), 6).adds_pending_bias
