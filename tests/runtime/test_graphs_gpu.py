@@ -205,6 +205,50 @@ def test_what_libraries_take_at_full_size_fits_the_reserve(name: str, rows: int,
         del graph, program
 
 
+def drawn(component: Component) -> nn.Module:
+    """The component's module with random weights."""
+    module = zeros(component)
+    for x in module.parameters():
+        nn.init.normal_(x, std=0.05)
+    return module
+
+
+@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "as it comes"])
+@pytest.mark.parametrize(("model", "name", "side"), [("demo", "unet", 32), ("sdxl", "vae_decoder", 128)])
+def test_replays_over_the_same_inputs_give_the_same_bits(
+    model: str, name: str, side: int, deterministic: bool
+) -> None:
+    """Where cuDNN is asked for it. Else it is printed how often they do not: transposed convolutions may add by
+    atomics."""
+    device = torch.device("cuda")
+    component = load_components(open_outline(model), torch.float16, upcast=TritonBackend.upcast)[name]
+    torch.manual_seed(0)
+    loaded = replace(component, build=partial(drawn, component))
+    engine = TritonBackend().load(loaded, device=device, cache_dir=None)
+    sizes = {**component.example_sizes, "batch": 1, "height": side, "width": side}
+    given = zip(component.inputs, example_inputs(component, sizes), strict=True)
+    inputs = {spec.name: x.to(device) for spec, x in given}
+    (spec,) = component.outputs
+    written = torch.empty(output_shapes(component, inputs)[spec.name], dtype=spec.dtype, device=device)
+    index = torch.zeros(1, dtype=torch.int64, device=device)
+    steps = Timesteps(torch.full((4,), 500.0, device=device), index)
+    with torch.backends.cudnn.flags(enabled=True, deterministic=deterministic):
+        program = engine.bind(inputs, {spec.name: written}, timesteps=steps)
+        program.prepare()
+        graph = Graphs(device).capture(program.run, name)
+    results = []
+    for _ in range(20):
+        graph.replay()
+        results.append(written.clone())
+    assert results[0].isfinite().all()
+    assert results[0].std() > 0
+    others = sum(not result.equal(results[0]) for result in results)
+    if deterministic:
+        assert others == 0
+    else:
+        print(f"{name}: {others} of 19 replays gave other bits than the first")
+
+
 def test_weights_that_leave_give_their_memory_back() -> None:
     weights = OffloadableWeights([torch.zeros(1 << 28)], torch.device("cuda"))
     for _ in range(2):
