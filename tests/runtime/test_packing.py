@@ -17,13 +17,13 @@ from latentrt.kernels._dispatch import forced
 from latentrt.kernels._triton import counted
 from latentrt.runtime.engines.base import Component
 from latentrt.runtime.engines.eager import EagerBackend
-from latentrt.runtime.engines.packing import defer_biases, pack_attention, upsample_weight
+from latentrt.runtime.engines.packing import _Projection, defer_biases, pack_attention, upsample_weight
 from latentrt.runtime.engines.triton import TritonBackend
 from latentrt.runtime.footprint import Tracker
 from latentrt.runtime.loading import load_components
 from latentrt.runtime.models.unet_blocks import Attention, DownBlock
 from latentrt.runtime.weights import open_outline
-from tolerances import MODEL, MODEL_HALF_VERSUS_THEIRS, OPERATOR
+from tolerances import MODEL, MODEL_HALF_VERSUS_THEIRS, OPERATOR, relative_error
 from torch import Tensor, nn
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -165,6 +165,18 @@ def test_additions_that_are_left(model: str, name: str, wanted: dict[str, int]) 
     with as_nodes(), Sums() as sums:
         engine({k: x.to(memory_format=torch.channels_last) if x.ndim == 4 else x for k, x in inputs.items()})
     assert sums.count == wanted
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_a_projection_is_accumulated_where_the_layout_allows_it(memory_format: torch.memory_format) -> None:
+    """Convolutions give another layout where cuDNN is off: then into a copy."""
+    layer, rows, image = nn.Linear(6, 5, bias=False), torch.randn(2, 12, 6), torch.randn(2, 5, 3, 4)
+    given = image.clone(memory_format=memory_format)
+    with torch.no_grad():
+        wanted = image + layer(rows).transpose(1, 2).unflatten(2, (3, 4))
+        found = _Projection(layer, None).add(rows, given)
+    assert relative_error(found, wanted) < OPERATOR["float32"]
+    assert (found.data_ptr() == given.data_ptr()) == (memory_format == torch.channels_last)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
