@@ -242,8 +242,8 @@ def _pop_bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
 # one that is pending for its output images. Layers replace layers of another type, hence the casts; a ModuleList does
 # not say what is in it, hence Any.
 #
-# Before an up- or downsampling a pending bias costs a kernel of its own, as an addition would. There a matmul keeps its
-# bias, and is added to the image by a kernel, which takes no longer.
+# Before an up- or downsampling a pending bias costs a kernel of its own. There a matmul keeps its bias and is added to
+# the image by a kernel, which moves as many bytes. In a VAE the block there has no shortcut, thus no matmul.
 
 
 def defer_in_resnet(
