@@ -133,7 +133,8 @@ def _add_bench(commands: Commands) -> None:
         type=float,
         default=1800.0,
         metavar="SECONDS",
-        help="a side that loads, compiles or generates for longer has failed (default 1800)",
+        help="a side that loads, compiles, is tuned (two pictures or more) or generates for longer has failed "
+        "(default 1800)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first picture (default 0)")
     parser.add_argument(

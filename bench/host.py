@@ -77,7 +77,8 @@ class OwnProcess:
 
     Args:
         threads: of PyTorch, and so of ONNX Runtime; the same for every side.
-        patience: seconds to wait for one answer: to loading, to a picture with all that it compiles, or to a batch.
+        patience: seconds to wait for one answer: to loading, to a picture with all that it compiles, to the
+            two or more pictures by which a side is tuned, or to a batch.
     """
 
     def __init__(self, job: Job, *, threads: int, patience: float = 3600.0) -> None:

@@ -38,6 +38,8 @@ _STAGES = {"UNet": ("base", "refiner"), "VAE": ("decode",)}
 """Network -> the stages that are its work."""
 Layout = Mapping[str, str]
 """Network in `_STAGES` -> the name in `MEMORY_FORMATS` of the format that its weights have."""
+_TRIAL_SECONDS = 10.0
+"""A memory format is not tried again after so long."""
 Images = NDArray[np.float32]
 """[B, H, W, 3] in [0, 1]."""
 Pictures = Images | NDArray[np.uint8]
@@ -133,7 +135,8 @@ def choose_layout(
 ) -> Layout:
     """Set each network's fastest memory format. Which one that is depends on the machine, and on the network.
 
-    Whole pictures are timed, of batch size 1, each network by its own stages.
+    Whole pictures are timed, of batch size 1, each network by its own stages: up to three in each format, and one where
+    that takes long, since whoever waits for this does not wait for ever.
 
     Args:
         set_layout: puts the weights into memory formats.
@@ -146,7 +149,9 @@ def choose_layout(
         seconds: dict[tuple[str, str], float] = {}
         for name in MEMORY_FORMATS:
             set_layout(dict.fromkeys(_STAGES, name))
-            runs = [side([""], [0]).spans for _ in range(3)]
+            runs = [side([""], [0]).spans]
+            while len(runs) < 3 and sum(spans[-1].end - spans[0].begin for spans in runs) < _TRIAL_SECONDS:
+                runs.append(side([""], [0]).spans)
             for network, stages in _STAGES.items():
                 seconds[network, name] = min(
                     sum(span.end - span.begin for span in spans if span.name in stages) for spans in runs

@@ -1,4 +1,4 @@
-"""`bench/py`: what tuning tries, and which cases decide."""
+"""`bench/kernel_candidates.py`: what tuning tries, and which cases decide."""
 
 from __future__ import annotations
 

@@ -133,10 +133,16 @@ def test_the_clock_of_a_timed_call_is_that_of_its_work(
     generate = PlantedSide.__call__
 
     def working(self: PlantedSide, prompts: Sequence[str], seeds: Sequence[int]) -> SideOutput:
+        made = generate(self, prompts, seeds)
         library.busy = True
-        until(lambda: library.sampled > 2, 20, what="a sample during the call")
+        # More than there can be before it, and it stays so until the call is over: `joules` is read next.
+        until(lambda: library.sampled > 20, 20, what="samples during the call")
+        return made
+
+    def over() -> float:
         library.busy = False
-        return generate(self, prompts, seeds)
+        return 0.0
 
     monkeypatch.setattr(PlantedSide, "__call__", working)
+    monkeypatch.setattr(Nvml, "joules", lambda self: over())
     assert side.run(["a"], [0]).gpu["sm_mhz"] == 1400

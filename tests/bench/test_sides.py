@@ -109,6 +109,24 @@ def test_each_network_has_the_layout_that_is_fastest_for_it() -> None:
     ]
 
 
+def test_a_slow_side_is_tried_once_in_each_layout() -> None:
+    """Its pictures take minutes, and all of a trial is one answer, for which `--patience` waits."""
+    calls = []
+
+    class Slow(TwoNetworks):
+        SECONDS: Mapping[str, Mapping[str, float]] = {
+            network: {name: 10 * s for name, s in of.items()} for network, of in TwoNetworks.SECONDS.items()
+        }
+
+        def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> SideOutput:
+            calls.append(prompts)
+            return super().__call__(prompts, seeds)
+
+    side = Slow()
+    assert choose_layout(side, side.laid_out.append, torch.device("cpu"))["UNet"] == "channels_last"
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("layout", [("contiguous", "channels_last"), ("channels_last", "contiguous")])
 @pytest.mark.parametrize("name", ["diffusers", "latentrt-eager"])
 def test_an_eager_side_is_laid_out_as_it_was_tuned_before(
