@@ -43,8 +43,7 @@ _log = logging.getLogger(__name__)
 
 _LOOKS = 5
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-# ENOENT: where no folder can be made, as in /proc.
-_NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
+_NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NOT_A_FOLDER = {errno.ENOTDIR, errno.EEXIST}
 
 
@@ -123,8 +122,13 @@ class Store:
             if not again and damage_of(entry) is None:
                 _mark_used(entry)
                 return entry
-            for folder in ("entries", "partial", "locks"):
-                (self.root / folder).mkdir(parents=True, exist_ok=True)
+            try:
+                for folder in ("entries", "partial", "locks"):
+                    (self.root / folder).mkdir(parents=True, exist_ok=True)
+            except FileNotFoundError as error:  # as in /proc, where no folder can be made
+                raise PermissionError(
+                    errno.EACCES, f"no folder can be made ({error})", str(self.root)
+                ) from None
             name = str(description.get("name", key[:12]))
             with locked(self._lock(key), f"building {name}"):
                 damage = damage_of(entry)

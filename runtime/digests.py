@@ -61,7 +61,9 @@ class DigestMemory:
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self._file.with_suffix(".lock")):
-                known = {name: old for name, old in self._load().items() if Path(name).exists()}
+                known = {
+                    name: old for name, old in self._load().items() if os.path.exists(name)
+                }  # raises nothing
                 write_json(self._file, {**known, str(path): entry})
         except OSError as error:
             self._unwritten[str(path)] = entry

@@ -195,7 +195,10 @@ def load_expert(
     text_encoder_2 = encoder("text_encoder_2", text_encoder_2)
     present = [x for x in (text_encoder, text_encoder_2) if x is not None]
     if not present:
-        raise CheckpointError(f"{checkpoint.source} has no text encoder, and none was given to share")
+        raise CheckpointError(
+            f"{checkpoint.source} has no text encoder, and none was given to share; load it as refiner= of its base, "
+            "or copy the base's text_encoder_2 and tokenizer_2 into it"
+        )
     width = sum(x.width for x in present)
     if width != config.cross_attention_dim:
         raise CheckpointError(

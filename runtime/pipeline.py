@@ -38,6 +38,8 @@ _ELSEWHERE = {
     "scheduler": f"choose one for each call with sampler= ({', '.join(SAMPLERS)}), and change its fields with "
     'from_pretrained(..., scheduler={"timestep_spacing": "trailing"})',
     "safety_checker": "there is none; check the images that a call returns",
+    "watermark": "there is none; mark the images that a call returns",
+    "image_processor": "images are made as output_type= says; process what a call returns",
     **dict.fromkeys(
         ("_guidance_scale", "_guidance_rescale"),
         'divide the schedule between two calls, one with denoising_end= and output_type="latent", the next with '
@@ -64,7 +66,7 @@ class Pipeline:
         Raises:
             RequestError: what to do instead.
         """
-        if name in _ELSEWHERE and not (name == "safety_checker" and value is None):
+        if name in _ELSEWHERE and not (name in ("safety_checker", "watermark") and value is None):
             raise RequestError(
                 f"a pipeline's {name} cannot be set, as its calls share it; {_ELSEWHERE[name]}"
             )

@@ -125,8 +125,7 @@ class GenerationRequest:
                 "give image= or latents=, not both; to continue from latents, pass them as image="
             )
         height, width = _size_of(arguments, image, latents, default_size, latent_scale, latent_channels)
-        strength = check_number("strength", arguments["strength"], 0, 1)
-        start, end = _part_of_the_schedule(arguments, strength)
+        start, end = _part_of_the_schedule(arguments)
         if arguments["output_type"] not in ("pil", "np", "pt", "latent"):
             raise RequestError(
                 f"output_type is {arguments['output_type']!r}; it can be 'pil', 'np', 'pt' or 'latent'"
@@ -158,7 +157,7 @@ class GenerationRequest:
             image=image,
             image_rows=image_rows,
             latents=latents,
-            strength=strength,
+            strength=check_number("strength", arguments["strength"], 0, 1),
             denoising_start=start,
             denoising_end=end,
             high_noise_frac=check_number("high_noise_frac", arguments["high_noise_frac"], 0, 1),
@@ -197,7 +196,7 @@ def _negatives(arguments: Mapping[str, Any], count: int) -> tuple[list[str | Non
     return ["" if text is None else text for text in negatives], second
 
 
-def _part_of_the_schedule(arguments: Mapping[str, Any], strength: float) -> tuple[float | None, float | None]:
+def _part_of_the_schedule(arguments: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """Where denoising starts and ends."""
     start, end = arguments["denoising_start"], arguments["denoising_end"]
     start = None if start is None else check_number("denoising_start", start, 0, 1)
@@ -214,11 +213,6 @@ def _part_of_the_schedule(arguments: Mapping[str, Any], strength: float) -> tupl
     if end == 0:
         raise RequestError(
             f"denoising_end is {end}, before the first step; give a larger fraction, or leave it out"
-        )
-    if start is None and arguments["image"] is not None and end is not None and 1 - strength >= end:
-        raise RequestError(
-            f"strength is {strength}, which begins at {1 - strength:g} of the schedule, and denoising_end {end}; the "
-            "start must come before the end"
         )
     return start, end
 

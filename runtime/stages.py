@@ -58,7 +58,8 @@ def stages_of(
         from_image: it starts from pixels or latents; `strength`, if given, is the share of the steps to take.
 
     Raises:
-        RequestError: denoising_start or denoising_end together with a refiner, or there is no such sampler.
+        RequestError: denoising_start or denoising_end together with a refiner; a strength above 0 that begins at
+            denoising_end or later; or there is no such sampler.
     """
     if len(experts) == 1:
         windows = [(denoising_start, denoising_end)]
@@ -75,6 +76,11 @@ def stages_of(
         first, last = step_range(config, steps, denoising_start=start, denoising_end=end)
         if strength is not None:
             first = min(last, max(first, step_range(config, steps, strength=strength)[0]))
+            if strength and denoising_end is not None and first == last:
+                raise RequestError(
+                    f"strength {strength:g} leaves no step before denoising_end {denoising_end:g} of {steps} steps; "
+                    "raise either"
+                )
         table = build_table(config, steps, begin=first, end=last, eta=eta)
         stages.append(Stage(name, expert, table, from_image or expert is not experts[0]))
     stages = [stage for stage in stages if len(stage.table)] or stages[:1]

@@ -275,6 +275,18 @@ def test_a_cache_that_cannot_be_made(code: int, store: Store, monkeypatch: pytes
         store.get_or_build(KEY, DESCRIPTION, never)
 
 
+@pytest.mark.parametrize("path", [None, "model.onnx"], ids=["of no file", "of its own"])
+def test_what_a_build_does_not_find_is_not_the_caches_fault(path: str | None, store: Store) -> None:
+    """Such as a temporary folder, or what another process has removed meanwhile."""
+
+    def build(folder: Path) -> dict[str, Any]:
+        where = () if path is None else (str(folder / path),)
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory", *where)
+
+    with pytest.raises(FileNotFoundError, match="No usable temporary directory"):
+        store.get_or_build(KEY, DESCRIPTION, build)
+
+
 def test_read_only_cache_that_has_the_entry(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = store.get_or_build(KEY, DESCRIPTION, writes())
     monkeypatch.setattr(manifests, "_REMEMBER_FROM", 10)  # it also fails to remember a digest, harmlessly

@@ -151,6 +151,9 @@ def test_what_a_pipeline_consists_of_cannot_be_replaced(rig: Rig) -> None:
     with pytest.raises(RequestError, match=r"safety_checker cannot .*; check the images that a call"):
         pipe.safety_checker = lambda images, **_: images
     pipe.safety_checker = None  # as it is
+    with pytest.raises(RequestError, match=r"watermark cannot .*; mark the images that a call returns"):
+        pipe.watermark = object()
+    pipe.watermark = None
     pipe.label = "of the caller's own"
     assert pipe.label == "of the caller's own"
 

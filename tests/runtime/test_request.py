@@ -207,10 +207,6 @@ def test_finite_numbers_only(name: str, bad: Any) -> None:
             "negative_prompt_2 must be a string or a list of strings",
         ),
         ({"denoising_end": 0.0}, "denoising_end is 0.0, before the first step; give a larger fraction"),
-        (
-            {"strength": 0.3, "denoising_end": 0.6, "image": torch.zeros(1, 4, 8, 8)},
-            "strength is 0.3, which begins at 0.7 of the schedule, and denoising_end 0.6; the start must come before",
-        ),
         ({"original_size": 64}, "original_size must be a pair of whole numbers .* got 64"),
         ({"original_size": "ab"}, "original_size must be a pair of whole numbers .* got 'ab'"),
         ({"target_size": (True, 1)}, "target_size must be a whole number; got True"),
@@ -224,16 +220,3 @@ def test_finite_numbers_only(name: str, bad: Any) -> None:
 def test_refusals_name_the_argument(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         request(**arguments)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"denoising_end": 0.6},  # strength is of image-to-image alone
-        {"denoising_end": 0.6, "image": torch.zeros(1, 4, 8, 8), "denoising_start": 0.2},
-        {"denoising_end": 0.8, "image": torch.zeros(1, 4, 8, 8)},
-        {"strength": 0.0, "image": torch.zeros(1, 4, 8, 8)},
-    ],
-)
-def test_strength_may_be_small_where_steps_are_left(arguments: dict[str, Any]) -> None:
-    assert request(**arguments).denoising_end == arguments.get("denoising_end")

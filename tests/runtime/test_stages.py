@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.loops import denoise
 from helpers.sampler_oracle import config_of, make_scheduler
+from latentrt.errors import RequestError
 from latentrt.runtime.latents import NoiseSource, initial_latents
 from latentrt.runtime.sampler import build_table
 from latentrt.runtime.schedule import make_schedule
@@ -54,6 +55,32 @@ def seen(stages: list[Stage]) -> list[list[tuple[int, float]]]:
         latents = denoise(perfect, latents, stage.table, noise=noise)
         calls.append(list(told))
     return calls
+
+
+def alone(steps: int, **window: float) -> int:
+    """Steps that are left to a base alone, from an image."""
+    config = config_of(make_scheduler("euler"))
+    expert: Any = SimpleNamespace(name="base", sampler_config=lambda _: config)
+    (stage,) = stages_of([expert], None, steps=steps, high_noise_frac=1.0, from_image=True, **window)
+    return len(stage.table)
+
+
+@pytest.mark.parametrize(
+    ("strength", "end", "steps"),
+    [(0.3, 0.6, 10), (0.8, 0.2, 50), (0.9, 0.1, 30), (0.3, 0.75, 4), (0.2, 0.9, 4)],
+)
+def test_a_strength_that_begins_at_the_end_is_refused(strength: float, end: float, steps: int) -> None:
+    """Whether a step is left is a matter of whole steps: the picture would come back as it was."""
+    told = rf"strength {strength} leaves no step before denoising_end {end} of {steps} steps"
+    with pytest.raises(RequestError, match=told):
+        alone(steps, strength=strength, denoising_end=end)
+
+
+def test_a_strength_of_nothing_and_one_that_begins_before_the_end_are_taken() -> None:
+    assert alone(50, strength=0.0, denoising_end=0.6) == 0
+    assert alone(50, strength=0.8, denoising_end=0.3) == 5
+    assert alone(10, denoising_end=0.6) == 6
+    assert alone(4, strength=0.1) == 0
 
 
 @pytest.mark.parametrize("split", [0.8, 0.5])

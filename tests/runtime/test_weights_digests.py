@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -9,6 +10,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.faults import disk_full
@@ -77,6 +79,26 @@ def test_files_that_are_gone_are_forgotten(file: Path, tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(b"other")
     memory.digest(tmp_path / "other")
     assert list(json.loads((tmp_path / "cache" / "digests.json").read_text())) == [str(tmp_path / "other")]
+
+
+def test_a_file_on_a_mount_that_is_gone_keeps_no_other_from_being_remembered(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = tmp_path / "far.safetensors"
+    far.write_bytes(b"far")
+    DigestMemory(tmp_path / "cache").digest(far)
+    stat = os.stat
+
+    def unmounted(path: Any, **options: Any) -> os.stat_result:
+        if str(path) == str(far):
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+        return stat(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", unmounted)
+        digest = DigestMemory(tmp_path / "cache").digest(file)
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read the file again"))
+    assert DigestMemory(tmp_path / "cache").digest(file) == digest
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(
