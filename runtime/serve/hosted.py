@@ -180,7 +180,6 @@ class HostedModel:
 
     async def load_again(self) -> None:
         """As `start`, after that did not load it."""
-        await asyncio.to_thread(self._held.free)
         self.service.begin()
         await self._loaded()
 
@@ -209,13 +208,23 @@ class _Held:
     def __init__(self, model: ModelSettings) -> None:
         self._model = model
         self._runner: Runner | None = None
+        self._left = False
 
     def loaded(self) -> Runner:
+        """Load it, in place of what an earlier try left."""
+        self._drop()
         made = self._model.load()
         self._runner = PipelineRunner(made) if isinstance(made, Pipeline) else made
+        if self._left:  # meanwhile, in another thread
+            self._runner = None
         return self
 
     def free(self) -> None:
+        """For good, even while it is being loaded."""
+        self._left = True
+        self._drop()
+
+    def _drop(self) -> None:
         self._runner = None
         release_memory()  # an error's frames may hold it
 

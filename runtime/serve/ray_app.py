@@ -74,10 +74,9 @@ class Replica:
             NotServingError: it did not load at the start, or its engine had stopped before.
         """
         model = serve.get_multiplexed_model_id() or self._deployed.models[0].id
-        failed, why = self._failed.get(model, (-_RETRY_LOAD, ""))
-        if time.monotonic() < failed + _RETRY_LOAD:
+        if (refusal := self._refusal(model)) is not None:
             await asyncio.sleep(_REFUSAL)
-            raise NotReadyError(why)
+            raise refusal
         # Who leaves while it loads does not end that: others wait for it, and half a model would stay.
         taking = asyncio.ensure_future(self._take(model))
         try:
@@ -123,7 +122,14 @@ class Replica:
         for hosted in list(self._hosted.values()):  # each goes as it stops
             await hosted.stop()
 
+    def _refusal(self, model: str) -> NotReadyError | None:
+        """The error for a model that is not tried again yet; None where it may be."""
+        failed, why = self._failed.get(model, (-_RETRY_LOAD, ""))
+        return NotReadyError(why) if time.monotonic() < failed + _RETRY_LOAD else None
+
     async def _load(self, model: str) -> _Slot:
+        if (refusal := self._refusal(model)) is not None:  # it failed while this request waited for its turn
+            raise refusal
         (settings,) = (one for one in self._deployed.models if one.id == model)
         hosted = HostedModel(settings, self._deployed, self._keys)
         await hosted.start()
@@ -165,6 +171,9 @@ class _Slot:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._drain_seconds):
                 await self._unused.wait()
+        await (
+            self.hosted.service.loaded()
+        )  # which nothing breaks off: the next model would be loaded beside it
         await self._all.pop(self._id).stop()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from importlib import resources
@@ -16,6 +17,7 @@ from helpers import ray_runner
 from helpers.fake_runner import FakeRunner, in_loop
 from helpers.ray_runner import HELD
 from helpers.replicas import DEPLOYED, IMAGES, body
+from helpers.waiting import until
 from latentrt.errors import RequestError
 from latentrt.runtime.serve.hosted import Deployed, Forwarded, HostedModel
 
@@ -88,6 +90,32 @@ def test_a_model_that_left_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [part async for part in hosted.answer(forwarded())]
         assert runners[0]() is not None
         await hosted.stop()
+        assert runners[0]() is None
+
+    in_loop(run())
+
+
+def test_a_model_that_left_while_it_was_loaded_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    loading, go_on = threading.Event(), threading.Event()
+    runners = []
+
+    def slow() -> FakeRunner:
+        loading.set()
+        go_on.wait(60)
+        runner = FakeRunner()
+        runners.append(weakref.ref(runner))
+        return runner
+
+    monkeypatch.setattr(ray_runner, "quick", slow)
+
+    async def run() -> None:
+        hosted = HostedModel(DEPLOYED.models[0], DEPLOYED, ())
+        starting = asyncio.ensure_future(hosted.start())
+        await asyncio.to_thread(loading.wait, 60)
+        await hosted.stop()
+        await starting
+        go_on.set()
+        await asyncio.to_thread(until, lambda: not hosted.service.at_work, 60)
         assert runners[0]() is None
 
     in_loop(run())

@@ -18,9 +18,11 @@ from helpers.fake_ray import forwarded, ray_app, started
 from helpers.fake_runner import FakeRunner, in_loop
 from helpers.replicas import IMAGES, body, client_of
 from latentrt.errors import OutOfMemoryError
+from latentrt.runtime.serve import hosted
 from latentrt.runtime.serve.hosted import Deployed, Forwarded, Head
 from latentrt.runtime.serve.ingress import Ingress
 from latentrt.runtime.serve.retries import NotServingError
+from latentrt.runtime.serve.service import NotReadyError
 
 
 @pytest.fixture
@@ -184,6 +186,97 @@ def test_a_first_model_without_its_place_is_not_loaded_beside_the_one_that_has_i
             assert (await answered(replica, "cat", image()))[0] == 200
 
     in_loop(main(), 60)
+
+
+def test_a_model_that_does_not_load_is_tried_once_for_all_who_wait(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody behind them waits for more than that try."""
+    go_on, failing = threading.Event(), Failing(1e9)
+
+    def held_up() -> FakeRunner:
+        go_on.wait(60)
+        return failing()
+
+    monkeypatch.setattr(module, "_REFUSAL", 0.0)
+    monkeypatch.setattr(ray_runner, "broken", held_up)
+
+    async def main() -> None:
+        async with replica_of(module, deployed({"cat": "quick", "dog": "broken"})) as replica:
+            asked = [asyncio.ensure_future(answered(replica, "dog", image())) for _ in range(8)]
+            await asyncio.sleep(0.05)
+            other = asyncio.ensure_future(answered(replica, "cat", image()))
+            go_on.set()
+            for error in await asyncio.gather(*asked, return_exceptions=True):
+                assert isinstance(error, NotReadyError)
+                assert "another process has the memory" in str(error)
+            assert (await other)[0] == 200
+            assert failing.tries == 1
+
+    in_loop(main(), 60)
+
+
+def test_a_model_that_is_tried_again_has_its_place_until_that_ends(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long: what loads cannot be broken off, and two models would be in a place for one."""
+    monkeypatch.setattr(module, "_RETRY_LOAD", 0.05)
+    go_on, failing, at_work, together = threading.Event(), Failing(1), [], []
+
+    def again() -> FakeRunner:
+        at_work.append("cat")
+        try:
+            if failing.tries:
+                go_on.wait(60)
+            return failing()
+        finally:
+            at_work.remove("cat")
+
+    def other() -> FakeRunner:
+        together.extend(at_work)
+        return FakeRunner()
+
+    monkeypatch.setattr(ray_runner, "broken", again)
+    monkeypatch.setattr(ray_runner, "quick", other)
+
+    async def main() -> None:
+        settings = deployed({"cat": "broken", "dog": "quick"}, drain_seconds=0.1)
+        async with replica_of(module, settings) as replica:
+            await until(lambda: at_work)
+            asked = asyncio.ensure_future(answered(replica, "dog", image()))
+            await asyncio.sleep(0.5)
+            go_on.set()
+            assert (await asked)[0] == 200
+            assert together == []
+            assert list(replica._hosted) == ["dog"]
+
+    in_loop(main(), 60)
+
+
+def test_a_fault_before_a_try_does_not_end_the_tries(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a device that has no memory even to free some."""
+    monkeypatch.setattr(module, "_RETRY_LOAD", 0.05)
+    failing, faults = Failing(1), []
+    release = hosted.release_memory
+
+    def faulty() -> None:
+        if failing.tries == 1 and not faults:
+            faults.append("CUDA error: out of memory")
+            raise RuntimeError(faults[0])
+        release()
+
+    monkeypatch.setattr(ray_runner, "broken", failing)
+    monkeypatch.setattr(hosted, "release_memory", faulty)
+
+    async def main() -> None:
+        async with replica_of(module, deployed({"cat": "broken"})) as replica:
+            while (await answered(replica, "cat", READY))[0] != 200:
+                await asyncio.sleep(0.005)
+            assert faults
+
+    in_loop(main(), 20)
 
 
 class Dying(FakeRunner):
