@@ -140,7 +140,7 @@ class SentParts:
     def __init__(self) -> None:
         self.begun = False
         self._steps: dict[int, int] = {}
-        self._made: set[int] = set()
+        self._done: set[int] = set()  # images that were made, or failed
 
     async def new(self, parts: AsyncIterator[Head | bytes], *, last: bool) -> AsyncIterator[Head | bytes]:
         """The parts of a replica's answer that the client does not have yet.
@@ -170,14 +170,15 @@ class SentParts:
                         yield event + b"\n\n"
 
     def _is_new(self, fields: dict[str, Any]) -> bool:
-        image, step = fields.get("image", 0), fields.get("step")
-        if fields.get("type") == "image_generation.completed":
-            known = image in self._made
-            self._made.add(image)
+        failed: int | None = fields.get("error", {}).get("image")  # the others go on
+        image, step = fields.get("image", 0) if failed is None else failed, fields.get("step")
+        if failed is not None or fields.get("type") == "image_generation.completed":
+            known = image in self._done
+            self._done.add(image)
             return not known
         if step is None:
             return True
-        known = image in self._made or step <= self._steps.get(image, 0)
+        known = image in self._done or step <= self._steps.get(image, 0)
         self._steps[image] = max(step, self._steps.get(image, 0))
         return not known
 

@@ -125,14 +125,10 @@ def test_a_stream_that_no_replica_ends_says_so() -> None:
     with_ingress(Replicas(*[2] * 9), test, tries=3)
 
 
-@pytest.mark.parametrize("error", [StoppedError("a fault"), DrainingError("it leaves"), BackendError("no")])
-@pytest.mark.parametrize("tries", [1, 2])
-def test_a_stream_whose_engine_ends_continues_at_another_replica(error: Exception, tries: int) -> None:
-    """As a plain answer with 503 does; what failed otherwise would fail there as well."""
+def beginning(*parts: Head | bytes) -> Replicas:
+    """The first try comes to these parts."""
     replicas = Replicas()
     well = replicas.send
-    status, message, param, code, _ = refusal(error)
-    ended = sse("error", error_event(status, message, param, code, image=0)).encode()
 
     async def send(model: str, request: Forwarded) -> AsyncIterator[Head | bytes]:
         if replicas.sent:
@@ -140,10 +136,20 @@ def test_a_stream_whose_engine_ends_continues_at_another_replica(error: Exceptio
                 yield part
         else:
             replicas.sent.append((model, request))
-            for part in (STREAM, EVENT + ended, b"data: [DONE]\n\n"):
+            for part in parts:
                 yield part
 
     replicas.send = send  # type: ignore[method-assign]
+    return replicas
+
+
+@pytest.mark.parametrize("error", [StoppedError("a fault"), DrainingError("it leaves"), BackendError("no")])
+@pytest.mark.parametrize("tries", [1, 2])
+def test_a_stream_whose_engine_ends_continues_at_another_replica(error: Exception, tries: int) -> None:
+    """As a plain answer with 503 does; what failed otherwise would fail there as well."""
+    status, message, param, code, _ = refusal(error)
+    ended = sse("error", error_event(status, message, param, code, image=0)).encode()
+    replicas = beginning(STREAM, EVENT + ended, b"data: [DONE]\n\n")
 
     async def test(client: httpx.AsyncClient) -> None:
         first, *others, last = events_in(await client.post(IMAGES, json=body(stream=True)))
@@ -155,6 +161,22 @@ def test_a_stream_whose_engine_ends_continues_at_another_replica(error: Exceptio
             assert (others, last["error"]["code"]) == ([], code)
 
     with_ingress(replicas, test, tries=tries)
+
+
+def test_an_image_that_failed_is_not_made_for_the_client_at_another_replica() -> None:
+    """Which makes all of them again: each comes to one end, an error or a picture."""
+    failed, lost = (
+        sse("error", error_event(500, "no", None, code, image=image)).encode()
+        for image, code in ((1, "internal"), (0, "stopped"))
+    )
+
+    async def test(client: httpx.AsyncClient) -> None:
+        first, *others = events_in(await client.post(IMAGES, json=body(stream=True, n=2)))
+        assert first["error"]["image"] == 1
+        assert {event["image"] for event in others} == {0}
+        assert others[-1]["type"] == "image_generation.completed"
+
+    with_ingress(beginning(STREAM, failed, lost), test)
 
 
 def test_a_truncated_event_is_not_forwarded() -> None:
