@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 from ...errors import DrainingError, RequestError, ServiceError, StoppedError
 from ..pipeline import Pipeline
@@ -18,7 +19,9 @@ from .runner import PipelineRunner, Runner
 from .scheduler import Scheduler
 from .worker import BatchReport, Worker
 
-__all__ = ["AsyncEngine"]
+__all__ = ["AsyncEngine", "submit_to"]
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -261,7 +264,7 @@ class AsyncEngine:
 
     async def _in_thread(self, work: Callable[..., None], *arguments: object) -> None:
         """Called in the one thread that owns the device."""
-        self._call = self._thread.submit(work, *arguments)
+        self._call = submit_to(self._thread, work, *arguments)
         await asyncio.wrap_future(self._call)
 
     async def _serve(self, worker: Worker) -> None:
@@ -307,6 +310,18 @@ class AsyncEngine:
             if report.outcome == "made":
                 self._admission.call_times.learn(report.size, report.cost, report.seconds * delay, now)
         self._reports = []
+
+
+def submit_to(thread: ThreadPoolExecutor, work: Callable[..., T], *arguments: object) -> Future[T]:
+    """As `thread.submit`, for a task to wait for: a StopIteration comes as a RuntimeError, as out of a generator."""
+
+    def call() -> T:
+        try:
+            return work(*arguments)
+        except StopIteration as error:  # which no future of an event loop takes: the task would wait for ever
+            raise RuntimeError("something raised StopIteration") from error
+
+    return thread.submit(call)
 
 
 def _powers_of_two(most: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from ...errors import LatentRTError, ServiceError
-from .engine import AsyncEngine
+from .engine import AsyncEngine, submit_to
 
 __all__ = ["NotReadyError", "Service"]
 
@@ -100,7 +100,7 @@ class Service:
         # Not one of the loop's threads: for those it waits when it ends.
         thread = ThreadPoolExecutor(1, "latentrt-load")
         try:
-            self._made = thread.submit(self._make_engine)
+            self._made = submit_to(thread, self._make_engine)
             engine = await asyncio.wrap_future(self._made)
             await engine.start()
         except (LatentRTError, OSError) as error:  # such as a full disk

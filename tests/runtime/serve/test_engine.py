@@ -348,11 +348,14 @@ def test_memory_that_does_not_suffice_for_the_proof_ends_nothing(caplog: pytest.
     assert "the self-test image ran out of memory: no memory left on cuda" in caplog.text
 
 
-def test_a_device_that_does_not_recover_ends_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal memory access"), StopIteration()])
+def test_a_device_that_does_not_recover_ends_the_engine(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     class Lost(FakeRunner):
         def warm_up(self, batches: Sequence[int] = (1,)) -> None:
             if self.calls:
-                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+                raise error
 
     async def main() -> None:
         runner = Lost(lambda _: RuntimeError("CUDA error: an illegal memory access was encountered"))
@@ -365,7 +368,7 @@ def test_a_device_that_does_not_recover_ends_the_engine(caplog: pytest.LogCaptur
         assert isinstance(engine.failure, StoppedError)
         await engine.drain()
 
-    in_loop(main())
+    in_loop(main(), 20)
     assert "3 calls failed in a row" in caplog.text
 
 

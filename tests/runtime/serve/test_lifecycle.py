@@ -137,6 +137,24 @@ def test_a_fault_that_stops_the_engine_gets_503(monkeypatch: pytest.MonkeyPatch)
         assert (late.status_code, late.json()["error"]["code"]) == (503, "stopped")
 
 
+@pytest.mark.parametrize("built", [False, True])
+def test_a_model_that_raises_stop_iteration_does_not_load(built: bool) -> None:
+    """As it is built, or made warm: no future of an event loop takes that error, and it would load for ever."""
+
+    class Odd(FakeRunner):
+        def __init__(self) -> None:
+            super().__init__()
+            if not built:
+                raise StopIteration
+
+        def warm_up(self, batches: Sequence[int] = (1,)) -> None:
+            raise StopIteration
+
+    with served(Odd, ready=False) as server:
+        why = "the model does not load; the server's log says why"
+        until(lambda: server.client.get("/ready").json()["reason"] == why, 20)
+
+
 def test_a_full_disk_while_the_model_is_loaded_is_the_reason() -> None:
     def full() -> FakeRunner:
         raise disk_full("unet.onnx")
