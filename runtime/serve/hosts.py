@@ -3,6 +3,7 @@ this server's origin to a browser, and gives itself away by that name alone."""
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -22,18 +23,27 @@ class Hosts:
     """One of these names must be asked for, at any port; none for no such check."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        """An IPv6 address may stand in brackets or not."""
-        self._names = {f"[{name}]" if re.match(r"[^\[]*:", name) else name.lower() for name in names}
+        """They may be written as in the header, at a port and in brackets, or not."""
+        self._names = {_plain(name) for name in names}
 
     def refused(self, headers: Headers) -> Response | None:
         """The answer to a request with these headers that must not come in."""
         host = headers.get("host")
-        if (
-            not self._names or host is None or _PORT.sub("", host).lower() in self._names
-        ):  # browsers always name one
+        if not self._names or host is None:  # browsers always name one
+            return None
+        name = _plain(host)
+        if name in self._names:
             return None
         return error_response(
             403,
-            f"this server is not known as {host[:80]!r}; ask for localhost, or start it with --allowed-host and that "
+            f"this server is not known as {name[:80]!r}; ask for localhost, or start it with --allowed-host and that "
             "name",
         )
+
+
+def _plain(host: str) -> str:
+    """In lower case, without port and the dot of a full domain name; an IPv6 address in brackets."""
+    try:
+        return f"[{ipaddress.IPv6Address(host)}]"
+    except ValueError:
+        return _PORT.sub("", host).lower().removesuffix(".")

@@ -18,7 +18,15 @@ from latentrt.runtime.serve import commands, logs
 from latentrt.runtime.serve.hosted import Deployed
 
 Run = Callable[..., tuple[int, str, str]]
-NAMES = ("localhost", "127.0.0.1", "::1", "Mine.example")
+NAMES = (
+    "localhost",
+    "127.0.0.1",
+    "::1",
+    "Mine.example:8443",
+    "2001:DB8::1",
+    "[2001:DB8::2]",
+    "full.example.",
+)
 OURS = [
     "localhost",
     "LOCALHOST:8000",
@@ -27,6 +35,12 @@ OURS = [
     "[::1]",
     "[::1]:8000",
     "mine.example:80",
+    "mine.example:8443",
+    "localhost.:8000",
+    "full.example",
+    "[2001:db8::1]:8000",
+    "[2001:DB8::1]",
+    "[2001:db8::2]:8000",
 ]
 FOREIGN = [
     "evil.example",
@@ -35,7 +49,9 @@ FOREIGN = [
     "127.0.0.2",
     "[::2]:8000",
     "",
-    "x\xe9",
+    ".",
+    "localhost..",
+    "x\xe9:8000",
 ]
 
 
