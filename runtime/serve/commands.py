@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import os
 from collections.abc import Iterator
+from socket import getaddrinfo
 
 from ...errors import BackendUnavailableError, RequestError
 from .keys import keys_of
@@ -126,8 +127,9 @@ def _hosts(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _is_local(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Whether only this machine reaches an address, or a name's."""
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        found = getaddrinfo(host, None)
+    except (OSError, UnicodeError):  # there is none; to listen there says so
+        return False
+    return all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)

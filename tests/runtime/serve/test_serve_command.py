@@ -152,13 +152,35 @@ def test_sigterm_ends_the_server_while_the_model_loads(signals: int) -> None:
 @pytest.mark.parametrize(
     ("host", "only_here"),
     [
-        *(("127.0.0.1", True), ("127.0.0.2", True), ("::1", True), ("localhost", True)),
-        *(("0.0.0.0", False), ("::", False), ("192.168.1.2", False), ("example.org", False)),
+        *(("127.0.0.1", True), ("127.0.0.2", True), ("::1", True), ("127.1", True)),
+        *(("localhost", True), ("LOCALHOST", True)),
+        *(("0.0.0.0", False), ("::", False), ("192.168.1.2", False), ("", False), ("a..b", False)),
     ],
 )
 def test_who_can_reach_an_address(host: str, only_here: bool) -> None:
     """Where others can, a server without keys says so."""
     assert commands._is_local(host) == only_here
+
+
+@pytest.mark.parametrize(
+    ("addresses", "only_here"),
+    [
+        (["127.0.1.1"], True),
+        (["127.0.1.1", "::1"], True),
+        (["127.0.1.1", "fe80::1%eth0"], False),
+        ([], False),
+    ],
+)
+def test_who_can_reach_a_name(addresses: list[str], only_here: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as this machine's own, which may be its loopback's or not."""
+
+    def getaddrinfo(host: str, port: None) -> list[Any]:
+        if not addresses:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
+
+    monkeypatch.setattr(commands, "getaddrinfo", getaddrinfo)
+    assert commands._is_local("mine") == only_here
 
 
 def test_unusable_options(run_cli: Run, tmp_path: Any) -> None:
