@@ -171,9 +171,8 @@ class _Slot:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._drain_seconds):
                 await self._unused.wait()
-        await (
-            self.hosted.service.loaded()
-        )  # which nothing breaks off: the next model would be loaded beside it
+        # Nothing breaks a load off: the next model would be loaded beside it.
+        await self.hosted.service.loaded()
         await self._all.pop(self._id).stop()
 
 
