@@ -106,7 +106,7 @@ def test_latentrts_eager_modules_run_as_diffusers_does(
         """The UNets are quicker in channels_last, the VAE is slower."""
         unet, vae = channels_last("unet", 2), channels_last("vae_decoder", 1)
         seen.append((unet, vae))
-        return [Span("refiner", 0, 20 - unet), Span("decode", 0, 20 + 10 * vae)]
+        return [Span("refiner", 0, 0.20 - 0.01 * unet), Span("decode", 0, 0.20 + 0.10 * vae)]
 
     with monkeypatch.context() as patch:
         patch.setattr(latentrt_side, "_spans", spans)
