@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -364,54 +365,34 @@ def test_a_side_that_compiles_for_each_size_is_measured_at_the_first_on_a_cpu(
     assert [b.batch for b in found["compiled"].batches] == [2]
 
 
-def test_what_was_measured_before_ctrl_c_is_kept(tmp_path: Path) -> None:
-    class Interrupted(Worker):
-        calls = 0
+def interrupted(folder: Path, call: int, *sides: SideSpec) -> CaseResult:
+    """What is left of a measurement that Ctrl-C ended at a side's call of this number."""
+    calls = itertools.count(1)
 
+    class Interrupted(Worker):
         def run(self, *args: Any, **kwargs: Any) -> Any:
-            Interrupted.calls += 1
-            if Interrupted.calls == 15:  # in the second round, one side is through and the other one is not
+            if next(calls) == call:
                 raise KeyboardInterrupt
             return super().run(*args, **kwargs)
 
     plan = Plan(["a"], GATES["eager"], rounds=9, pictures=2)
     run = CaseRun(
-        CASE,
-        [planted("a"), planted("b", step_seconds=0.001)],
-        plan,
-        steps={"base": STEPS},
-        device="cpu",
-        folder=tmp_path,
-        open_host=Interrupted,
+        CASE, sides, plan, steps={"base": STEPS}, device="cpu", folder=folder, open_host=Interrupted
     )
     with pytest.raises(KeyboardInterrupt):
         run.measure()
-    result = run.result()
+    return run.result()
+
+
+def test_what_was_measured_before_ctrl_c_is_kept(tmp_path: Path) -> None:
+    """In the second round, one side is through and the other one is not."""
+    result = interrupted(tmp_path, 15, planted("a"), planted("b", step_seconds=0.001))
     counts = [len(row.batches[0].seconds) for row in result.rows]
     assert sorted(counts) == [2, 2] or sorted(counts) == [1, 2]
     assert all(row.batches[0].speedup.value > 0 for row in result.rows)
 
 
 def test_pictures_of_the_round_that_ctrl_c_ended_are_checked(tmp_path: Path) -> None:
-    class Interrupted(Worker):
-        calls = 0
-
-        def run(self, *args: Any, **kwargs: Any) -> Any:
-            Interrupted.calls += 1
-            if Interrupted.calls == 14:  # a round is over; of the second one, "late" was through
-                raise KeyboardInterrupt
-            return super().run(*args, **kwargs)
-
-    run = CaseRun(
-        CASE,
-        [planted("a"), planted("late", wrong_from=5)],
-        Plan(["a"], GATES["eager"], rounds=9, pictures=2),
-        steps={"base": STEPS},
-        device="cpu",
-        folder=tmp_path,
-        open_host=Interrupted,
-    )
-    with pytest.raises(KeyboardInterrupt):
-        run.measure()
-    a, late = run.result().rows
+    """A round is over; of the second one, "late" was through."""
+    a, late = interrupted(tmp_path, 14, planted("a"), planted("late", wrong_from=5)).rows
     assert (len(a.batches[0].seconds), late.status, late.batches) == (1, "invalid", [])
