@@ -89,6 +89,14 @@ def test_a_client_that_does_not_read_delays_no_other(runner: FakeRunner) -> None
         link.close()
 
 
+def test_an_answer_does_not_wait_for_the_last_one_s_acknowledgement(server: Served) -> None:
+    """Which a client's system delays."""
+    server.client.get("/health")
+    sockets = [link.transport.get_extra_info("socket") for link in server.server.server_state.connections]
+    assert sockets
+    assert all(one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for one in sockets)
+
+
 HEAD = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
 
