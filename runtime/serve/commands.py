@@ -28,7 +28,7 @@ def serve(args: argparse.Namespace) -> Iterator[str]:
         return
     try:
         from .app import create_app
-        from .server import Server, listen
+        from .server import Server, allow_files, listen
     except ModuleNotFoundError as error:
         raise BackendUnavailableError(
             f'the server needs {error.name}, which is not installed; pip install "latentrt[serve]"'
@@ -60,6 +60,7 @@ def serve(args: argparse.Namespace) -> Iterator[str]:
     )
     with listen(args.host, args.port) as socket:
         log_as_json()
+        allow_files()
         if not keys and not _is_local(args.host):
             _log.warning(
                 "listening on %s without an API key: anyone who can connect can use this server; see --api-key-file",

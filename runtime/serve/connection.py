@@ -1,7 +1,9 @@
-"""uvicorn's HTTP/1.1 connection with two deadlines: for a request to come, and for its answer to be taken.
+"""uvicorn's HTTP/1.1 connection with two deadlines, for a request to come and for its answer to be taken, and not more
+than so many at once.
 
 uvicorn bounds the time between requests alone: headers that never end, or an answer that nobody reads, would hold
-a connection, and what was made for it, for good.
+a connection, and what was made for it, for good. Nor does it bound connections: once no file is left for the next one,
+asyncio tries to accept it thousands of times a second, and logs each.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from typing import cast
 
 import h11
@@ -22,17 +25,25 @@ __all__ = ["Connection", "bounded"]
 _log = logging.getLogger(__name__)
 _EARLY = 1 << 16
 """Bytes read of what a client sends after a request and before its answer."""
+_QUIET = 60.0
+"""Seconds in which it is logged only once that there are too many connections."""
 
 
 class Connection(H11Protocol):
-    """One client's connection, within `limits.read` and `limits.write`."""
+    """One client's connection, within `limits.read` and `limits.write`; closed at once where there are `most` others."""
 
     limits: Limits
+    most: int
+    _quiet_until = -math.inf  # of all connections
     _arriving: asyncio.TimerHandle | None = None
     _leaving: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > self.most:
+            self._say_full()
+            transport.abort()
+            return
         transport.set_write_buffer_limits(high=0)  # any byte that waits is known of, and so has its deadline
         self._watch_arrival()
 
@@ -76,6 +87,12 @@ class Connection(H11Protocol):
     @property
     def _unsent(self) -> int:
         return self.transport.get_write_buffer_size()
+
+    def _say_full(self) -> None:
+        now = self.loop.time()
+        if now >= self._quiet_until:
+            type(self)._quiet_until = now + _QUIET
+            _log.warning("%d connections are open, the most there may be; others are closed", self.most)
 
     def _watch_arrival(self) -> None:
         """Keep a deadline while a request is on its way, or the first one is awaited."""
@@ -136,11 +153,12 @@ class Connection(H11Protocol):
         self.transport.close()
 
 
-def bounded(limits: Limits) -> type[Connection]:
-    """Connections within these limits."""
+def bounded(limits: Limits, most: int) -> type[Connection]:
+    """Connections within these limits, and so many at once."""
 
     class Bounded(Connection):
         pass
 
     Bounded.limits = limits
+    Bounded.most = most
     return Bounded

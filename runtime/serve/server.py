@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import socket
+import sys
 from types import FrameType
 
 import uvicorn
@@ -15,11 +16,39 @@ from .connection import bounded
 from .schema import Limits
 from .service import Service
 
-__all__ = ["Server", "listen", "url_of"]
+if sys.platform != "win32":  # where open files have no such limit
+    from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit, setrlimit
+
+__all__ = ["Server", "allow_files", "listen", "url_of"]
 
 _log = logging.getLogger(__name__)
 _ANSWERING = 5
 """Seconds for answers to be written and read when the images are made; more where draining has some left."""
+_QUEUE = 2048
+"""Connections that the system holds until they are accepted."""
+_BURST = 16
+"""Connections accepted in one turn of the event loop. They are counted, or closed again, up to four turns later."""
+_FILES = 1 << 13
+"""Files that a server has a use for; the most that clients may make it open."""
+_NO_CONNECTIONS = 256
+"""Files of them that are left for bursts, the model and the device."""
+
+
+def allow_files() -> None:
+    """Let this process open as many files as a server has a use for, as far as the system lets it."""
+    if sys.platform != "win32":
+        soft, hard = getrlimit(RLIMIT_NOFILE)
+        wanted = _FILES if hard == RLIM_INFINITY else min(hard, _FILES)
+        if soft != RLIM_INFINITY and soft < wanted:
+            setrlimit(RLIMIT_NOFILE, (wanted, hard))
+
+
+def _most_connections() -> int:
+    """How many fit into the files that this process may open."""
+    files = _FILES
+    if sys.platform != "win32" and (soft := getrlimit(RLIMIT_NOFILE)[0]) != RLIM_INFINITY:
+        files = min(soft, _FILES)
+    return files - min(_NO_CONNECTIONS, files // 2)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -29,7 +58,7 @@ def listen(host: str, port: int) -> socket.socket:
         OSError: it is taken, or no address of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    made = socket.create_server((host, port), family=family, backlog=2048)
+    made = socket.create_server((host, port), family=family, backlog=_QUEUE)
     # Connections have their listener's protocol, and asyncio sets TCP_NODELAY where that is given, and not 0: without
     # it each answer after a connection's first waits for the client's delayed acknowledgement, 40 ms on Linux.
     return socket.socket(family, made.type, socket.IPPROTO_TCP, made.detach())
@@ -49,7 +78,8 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=bounded(limits or Limits()),
+                http=bounded(limits or Limits(), _most_connections()),
+                backlog=_BURST,
                 ws="none",
                 log_config=None,
                 access_log=False,
@@ -68,6 +98,7 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         for one in sockets or []:
+            one.listen(_QUEUE)  # asyncio lets as many wait as it accepts at once
             url = url_of(*one.getsockname()[:2])
             _log.info("listening at %s", url, extra={"fields": {"url": url}})
 

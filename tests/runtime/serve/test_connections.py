@@ -180,11 +180,12 @@ async def answer_ok(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"ok"})
 
 
-def connected(wire: Wire, app: Any = answer_ok) -> Any:
+def connected(wire: Wire, app: Any = answer_ok, server: tuple[Any, ServerState] | None = None) -> Any:
     """A connection of a server over it, on the running loop, with 30 s to ask and 60 s to read."""
-    config = uvicorn.Config(app, http=bounded(Limits(read=30.0, write=60.0)), log_config=None)
+    kind, state = server or (bounded(Limits(read=30.0, write=60.0), 1), ServerState())
+    config = uvicorn.Config(app, http=kind, log_config=None)
     config.load()
-    link = config.http_protocol_class(config=config, server_state=ServerState(), app_state={})
+    link = config.http_protocol_class(config=config, server_state=state, app_state={})
     link.connection_made(wire)
     return link
 
@@ -303,3 +304,31 @@ def test_garbage_gets_400(server: Served) -> None:
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
     assert json.loads(body)["error"]["message"] == "Invalid HTTP request received."
+
+
+def test_one_connection_too_many_is_closed(caplog: pytest.LogCaptureFixture) -> None:
+    """Until others have gone; those that there are go on."""
+
+    async def main() -> None:
+        server = bounded(Limits(), 2), ServerState()
+
+        def connect() -> tuple[Wire, Any]:
+            wire = Wire()
+            return wire, connected(wire, server=server)
+
+        (first, link), (second, _) = connect(), connect()
+        refused = [connect() for _ in range(3)]
+        assert [wire.end for wire, _ in refused] == ["aborted"] * 3
+        for _, gone in refused:
+            gone.connection_lost(None)
+        assert (first.end, second.end) == (None, None)
+        link.connection_lost(None)
+        assert connect()[0].end is None
+        assert [record.getMessage() for record in caplog.records] == [
+            "2 connections are open, the most there may be; others are closed"
+        ]
+        await pass_time(60.0)
+        connect()
+        assert len(caplog.records) == 2
+
+    in_loop(main(), loop=FakeTime)

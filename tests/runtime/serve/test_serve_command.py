@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 import httpx2 as httpx
@@ -147,6 +147,29 @@ def test_sigterm_ends_the_server_while_the_model_loads(signals: int) -> None:
         for _ in range(signals):
             server.process.send_signal(signal.SIGTERM)
         assert server.end() == 0
+
+
+FEW_FILES = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 512))" + LOADS_FOR_EVER
+
+
+def test_a_flood_of_connections_takes_no_file_from_those_there_are() -> None:
+    """Nor does it fill the log. The process may open 512 files, twice as many as it could when it was started."""
+    with Process(entry=("-c", FEW_FILES)) as server, ExitStack() as flood:
+        port = httpx.URL(server.urls[0]).port
+        with httpx.Client(base_url=server.urls[0], timeout=60) as client:
+            assert client.get("/health").status_code == 200
+            for _ in range(700):
+                flood.enter_context(closing(socket.create_connection(("127.0.0.1", port), timeout=60)))
+            open_files = psutil.Process(server.process.pid).num_fds
+            until(lambda: 256 <= open_files() < 320)
+            assert client.get("/health").status_code == 200
+            flood.close()
+            until(lambda: open_files() < 100)
+            assert httpx.get(f"{server.urls[0]}/health").status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end() == 0
+    (told,) = (line["message"] for line in server.lines if line["level"] != "info")
+    assert told == "256 connections are open, the most there may be; others are closed"
 
 
 @pytest.mark.parametrize(
