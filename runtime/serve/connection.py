@@ -25,6 +25,8 @@ __all__ = ["Connection", "bounded"]
 _log = logging.getLogger(__name__)
 _EARLY = 1 << 16
 """Bytes read of what a client sends after a request and before its answer."""
+_AT_ONCE = 1 << 14
+"""Bytes read at once: in asyncio's 256 KiB of chunks of one byte the event loop would be lost for a second."""
 _QUIET = 60.0
 """Seconds in which it is logged only once that there are too many connections."""
 
@@ -44,6 +46,8 @@ class Connection(H11Protocol):
             self._say_full()
             transport.abort()
             return
+        if hasattr(transport, "max_size"):  # of asyncio's own; uvloop's cannot be told
+            transport.max_size = _AT_ONCE
         transport.set_write_buffer_limits(high=0)  # any byte that waits is known of, and so has its deadline
         self._watch_arrival()
 

@@ -16,7 +16,7 @@ import uvicorn
 from helpers.fake_runner import FakeRunner, FakeTime, in_loop, pass_time
 from helpers.served import Served, served
 from helpers.waiting import until
-from latentrt.runtime.serve.connection import bounded
+from latentrt.runtime.serve.connection import Connection, bounded
 from latentrt.runtime.serve.schema import Limits
 from uvicorn.server import ServerState
 
@@ -87,6 +87,23 @@ def test_a_client_that_does_not_read_delays_no_other(runner: FakeRunner) -> None
         labels = {"method": "POST", "path": "/v1/images/generations", "status": "200"}
         until(lambda: server.metric(name, **labels) == 2)
         link.close()
+
+
+def test_others_are_answered_between_the_chunks_of_a_long_body(server: Served) -> None:
+    """However small they are: the event loop takes only so many at once."""
+    head = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    sizes = []
+    taken = Connection.data_received
+
+    def count(self: Connection, data: bytes) -> None:
+        sizes.append(len(data))
+        taken(self, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Connection, "data_received", count)
+        answer = server.raw(head + b"1\r\nx\r\n" * 50_000 + b"0\r\n\r\n", half_close=False)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert max(sizes) <= 1 << 14
 
 
 def test_an_answer_does_not_wait_for_the_last_one_s_acknowledgement(server: Served) -> None:
