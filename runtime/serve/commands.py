@@ -66,7 +66,7 @@ def serve(args: argparse.Namespace) -> Iterator[str]:
                 "listening on %s without an API key: anyone who can connect can use this server; see --api-key-file",
                 args.host,
             )
-        Server(app, service, drain_seconds=args.drain_seconds, limits=limits).run([socket])
+        Server(app, service, metrics=metrics, drain_seconds=args.drain_seconds, limits=limits).run([socket])
     if service.at_work:
         # The interpreter would wait for the thread: for a model that is being loaded, or a step on the device.
         logging.shutdown()

@@ -18,6 +18,8 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .answers import error_body
+from .metrics import Metrics
+from .middleware import REFUSED, tell
 from .schema import Limits
 
 __all__ = ["Connection", "bounded"]
@@ -32,9 +34,10 @@ _QUIET = 60.0
 
 
 class Connection(H11Protocol):
-    """One client's connection, within `limits.read` and `limits.write`; closed at once where there are `most` others."""
+    """One client's connection, within `limits.read` and `limits.write`; closed at once if there are `most` others."""
 
     limits: Limits
+    metrics: Metrics
     most: int
     _quiet_until = -math.inf  # of all connections
     _arriving: asyncio.TimerHandle | None = None
@@ -140,8 +143,12 @@ class Connection(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
             return
-        if self.cycle is not None:
+        self.metrics.error(f"http_{status}")
+        if self.cycle is None or self.cycle.response_complete:
+            self._tell_refused(status)
+        else:
             self.cycle.disconnected = True  # for the application there is nothing left to answer
+            self.scope["state"][REFUSED] = status
         body = json.dumps(error_body(status, message)).encode()
         headers = [
             (b"content-type", b"application/json"),
@@ -156,13 +163,29 @@ class Connection(H11Protocol):
         self.transport.write(b"".join(cast(bytes, self.conn.send(event)) for event in events))
         self.transport.close()
 
+    def _tell_refused(self, status: int) -> None:
+        """Of what did not get as far as the application: nothing is known of it."""
+        now = self.loop.time()
+        begun = now if self._arriving is None else self._arriving.when() - self.limits.read
+        tell(
+            self.metrics,
+            method="",
+            path="",
+            route="other",
+            status=status,
+            seconds=now - begun,
+            client=self.client[0] if self.client else "",
+            error=f"http_{status}",
+        )
 
-def bounded(limits: Limits, most: int) -> type[Connection]:
-    """Connections within these limits, and so many at once."""
+
+def bounded(limits: Limits, metrics: Metrics, most: int) -> type[Connection]:
+    """Connections within these limits, and so many at once; `metrics` are told what they answer themselves."""
 
     class Bounded(Connection):
         pass
 
     Bounded.limits = limits
+    Bounded.metrics = metrics
     Bounded.most = most
     return Bounded

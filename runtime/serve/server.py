@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from .connection import bounded
+from .metrics import Metrics
 from .schema import Limits
 from .service import Service
 
@@ -73,12 +74,18 @@ class Server(uvicorn.Server):
     """One server over one service."""
 
     def __init__(
-        self, app: FastAPI, service: Service, *, drain_seconds: float, limits: Limits | None = None
+        self,
+        app: FastAPI,
+        service: Service,
+        *,
+        metrics: Metrics,
+        drain_seconds: float,
+        limits: Limits | None = None,
     ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
-                http=bounded(limits or Limits(), _most_connections()),
+                http=bounded(limits or Limits(), metrics, _most_connections()),
                 backlog=_BURST,
                 ws="none",
                 log_config=None,

@@ -91,7 +91,7 @@ def served(
     if send_buffer is not None:
         link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     port = link.getsockname()[1]
-    server = Server(app, service, drain_seconds=drain_seconds, limits=limits)
+    server = Server(app, service, metrics=metrics, drain_seconds=drain_seconds, limits=limits)
     thread = threading.Thread(target=server.run, args=([link],), daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{port}"

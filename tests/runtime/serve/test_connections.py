@@ -17,6 +17,7 @@ from helpers.fake_runner import FakeRunner, FakeTime, in_loop, pass_time
 from helpers.served import Served, served
 from helpers.waiting import until
 from latentrt.runtime.serve.connection import Connection, bounded
+from latentrt.runtime.serve.metrics import Metrics
 from latentrt.runtime.serve.schema import Limits
 from uvicorn.server import ServerState
 
@@ -199,7 +200,7 @@ async def answer_ok(scope: Any, receive: Any, send: Any) -> None:
 
 def connected(wire: Wire, app: Any = answer_ok, server: tuple[Any, ServerState] | None = None) -> Any:
     """A connection of a server over it, on the running loop, with 30 s to ask and 60 s to read."""
-    kind, state = server or (bounded(Limits(read=30.0, write=60.0), 1), ServerState())
+    kind, state = server or (bounded(Limits(read=30.0, write=60.0), Metrics(), 1), ServerState())
     config = uvicorn.Config(app, http=kind, log_config=None)
     config.load()
     link = config.http_protocol_class(config=config, server_state=state, app_state={})
@@ -327,7 +328,7 @@ def test_one_connection_too_many_is_closed(caplog: pytest.LogCaptureFixture) -> 
     """Until others have gone; those that there are go on."""
 
     async def main() -> None:
-        server = bounded(Limits(), 2), ServerState()
+        server = bounded(Limits(), Metrics(), 2), ServerState()
 
         def connect() -> tuple[Wire, Any]:
             wire = Wire()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import re
+from typing import Any
 
 import pytest
 from helpers.fake_runner import FakeRunner
-from helpers.served import Served, events_of
+from helpers.served import Served, events_of, served
 from helpers.waiting import until
 from latentrt.runtime.serve.logs import JsonFormatter
 from latentrt.runtime.serve.metrics import Metrics
+from latentrt.runtime.serve.schema import Limits
 
 
 def test_metrics_count(server: Served) -> None:
@@ -54,6 +56,48 @@ def test_the_access_log_names_a_request_s_error(
         until(lambda: len(caplog.records) >= 3)
     told = [(record.fields["status"], record.fields["error"]) for record in caplog.records]
     assert told == [(200, "deadline_exceeded"), (422, "invalid_value"), (404, "http_404")]
+
+
+POST = b"POST /v1/images/generations HTTP/1.1\r\nConnection: close\r\nHost: x\r\n"
+GET = b"GET %s HTTP/1.1\r\nConnection: close\r\nHost: %s\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "path", "status"),
+    [
+        (POST + b"Content-Length: 100\r\n\r\n{", "/v1/images/generations", 408),
+        (POST + b"X-", "other", 408),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", "/v1/images/generations", 400),
+        (b"\x16\x03\x01\r\n\r\n", "other", 400),
+        (POST + b"Content-Length: 90000\r\n\r\n" + b"x" * 90_000, "/v1/images/generations", 413),
+        (GET % (b"/v1/models/x?y", b"x"), "/v1/models/{model:path}", 401),
+        (GET % (b"/health", b"evil"), "/health", 403),
+        (GET % (b"/nowhere", b"evil"), "other", 403),
+    ],
+    ids=lambda value: "" if isinstance(value, bytes) else None,
+)
+def test_refusals_are_counted_and_logged_as_they_were_answered(
+    sent: bytes, path: str, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Be it before the application, or in its place."""
+    limits = Limits(read=0.3, body=10_000)
+    keys = ("key",) if status == 401 else ()
+    with (
+        caplog.at_level(logging.INFO, "latentrt.access"),
+        served(FakeRunner, limits=limits, hosts=("x", "127.0.0.1"), api_keys=keys) as server,
+    ):
+        assert server.raw(sent, half_close=False).startswith(b"HTTP/1.1 %d " % status)
+        line = until(lambda: next((one for one in _access(caplog) if one["status"] == status), None))
+        labels = {"method": line["method"] or "other", "path": path, "status": str(status)}
+        assert server.metric("latentrt_requests_total", **labels) == 1
+        assert server.metric("latentrt_errors_total", kind=f"http_{status}") == 1
+    assert line["error"] == f"http_{status}"
+    assert line["seconds"] >= (0.3 if status == 408 else 0.0)
+
+
+def _access(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    """The access log's lines so far."""
+    return [record.fields for record in caplog.records if record.name == "latentrt.access"]  # type: ignore[attr-defined]
 
 
 def test_requests_have_an_id_and_a_line_of_json(server: Served, caplog: pytest.LogCaptureFixture) -> None:
