@@ -74,7 +74,14 @@ def create_app(
         yield
         await service.drain(drain_seconds)
 
-    app = FastAPI(title="latentrt", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="latentrt",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses=errors(403) if hosts else None,  # everywhere
+    )
     metrics.watch(service)
     app.add_middleware(
         RequestMiddleware, limits=bounds, metrics=metrics, hosts=Hosts(hosts), keys=Keys(api_keys)

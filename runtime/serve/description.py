@@ -79,6 +79,7 @@ class Readiness(BaseModel):
 _ERRORS = {
     400: "The body is not JSON.",
     401: "The key is missing or wrong.",
+    403: "The server is not known by the name in the Host header.",
     404: "There is no such model.",
     408: "The request was not complete in time.",
     413: "The body is too long.",
@@ -136,7 +137,7 @@ def images() -> dict[int | str, dict[str, Any]]:
         "description": "The images; with `Accept: image/png` the one image itself; with `stream` events.",
         "content": content,
     }
-    return {200: made, **errors(*_ERRORS)}
+    return {200: made, **errors(400, 401, 404, 408, 413, 422, 429, 500, 503, 504)}
 
 
 def describe(app: FastAPI, *, model: str, limits: Limits, keyed: bool) -> dict[str, Any]:

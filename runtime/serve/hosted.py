@@ -168,7 +168,11 @@ class HostedModel:
             ),
         )
         self._app = create_app(
-            self.service, metrics=metrics, api_keys=api_keys, drain_seconds=deployed.drain_seconds
+            self.service,
+            metrics=metrics,
+            hosts=deployed.hosts,
+            api_keys=api_keys,
+            drain_seconds=deployed.drain_seconds,
         )
         self._life = AsyncExitStack()
         self._was_ready = False

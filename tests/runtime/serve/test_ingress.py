@@ -148,3 +148,20 @@ def test_the_document_has_all_models() -> None:
         assert parameter["schema"]["enum"] == ["cat", "dog"]
 
     with_ingress(Replicas(), test)
+
+
+def test_the_document_tells_that_names_are_checked() -> None:
+    async def run() -> None:
+        deployed = Deployed.of(
+            {"models": [{"id": "cat", "source": "helpers.ray_runner:quick"}], "hosts": ["localhost"]}
+        )
+        hosted = HostedModel(deployed.models[0], deployed, ())
+        await hosted.start()
+        async with client_of(
+            Ingress(["cat"], lambda _, asked: hosted.answer(asked), hosts=["localhost"])
+        ) as client:
+            found = (await client.get("/openapi.json", headers={"Host": "localhost"})).json()
+            assert "403" in found["paths"]["/ready"]["get"]["responses"]
+        await hosted.stop()
+
+    in_loop(run())

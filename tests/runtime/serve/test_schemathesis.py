@@ -106,6 +106,20 @@ def test_keys_are_described() -> None:
     assert "security" not in raw["paths"]["/health"]["get"]
 
 
+@pytest.mark.parametrize("hosts", [(), ("localhost",)])
+def test_names_are_described(hosts: tuple[str, ...]) -> None:
+    """A foreign one is refused everywhere, or nowhere."""
+    service = Service("cat-model", lambda: AsyncEngine(FakeRunner()))
+    raw = create_app(service, metrics=Metrics(), hosts=hosts).openapi()
+    operations = [operation for path in raw["paths"].values() for operation in path.values()]
+    assert len(operations) == 6
+    for operation in operations:
+        assert ("403" in operation["responses"]) == bool(hosts)
+    if hosts:
+        schema = operations[0]["responses"]["403"]["content"]["application/json"]["schema"]
+        assert schema == {"$ref": "#/components/schemas/ErrorAnswer"}
+
+
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
