@@ -65,10 +65,13 @@ def _whole(value: Any) -> Any:
 
 
 _WHOLE = BeforeValidator(_whole)
+_Unused = Annotated[str | None, Field(max_length=256, description="Accepted, and not used.")]
 
 
 class GenerationBody(BaseModel):
-    """OpenAI's request. A field it has and this server has no meaning for is refused, like any other unknown one."""
+    """OpenAI's request. A field it has and this server has no meaning for is refused, like any other unknown one, but
+    for those that ask for no other picture.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -90,7 +93,11 @@ class GenerationBody(BaseModel):
     output_format: Literal["png"] | None = None
     quality: Literal["auto", "standard"] | None = None
     background: Literal["auto", "opaque"] | None = None
-    user: Annotated[str | None, Field(max_length=256, description="Accepted, and not used.")] = None
+    moderation: Annotated[
+        Literal["auto", "low"] | None, Field(description="Accepted; nothing is moderated.")
+    ] = None
+    safety_identifier: _Unused = None
+    user: _Unused = None
 
     negative_prompt: Annotated[str | None, Field(description="What to steer away from.")] = None
     seed: Annotated[

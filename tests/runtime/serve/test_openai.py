@@ -38,6 +38,13 @@ def test_openais_client_makes_images(client: openai.OpenAI) -> None:
     assert answer.output_format == "png"
 
 
+def test_what_openais_client_may_say_of_its_user_is_passed_over(client: openai.OpenAI) -> None:
+    told = {"moderation": "low", "safety_identifier": "u-1", "user": "u-1"}
+    assert client.images.generate(prompt="x", extra_body={"steps": 1, **told}).data
+    with pytest.raises(openai.UnprocessableEntityError, match="moderation"):
+        client.images.generate(prompt="x", extra_body={"moderation": "strict"})
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [(DeadlineError("late"), 504), (StoppedError("over"), 503), (BackendError("broken"), 500)],
