@@ -80,6 +80,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # to the Host header's name, whatever that is
         responses=errors(403) if hosts else None,  # everywhere
     )
     metrics.watch(service)

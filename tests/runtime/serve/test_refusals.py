@@ -99,6 +99,7 @@ def test_bad_input_names_the_field(
         ("GET", "/../../etc/passwd", 404),
         ("GET", "/v1/models/..%2f..%2fetc%2fpasswd", 404),
         ("DELETE", "/v1/models", 405),
+        ("GET", "/health/", 404),
     ],
 )
 def test_wrong_addresses(method: str, path: str, status: int, server: Served) -> None:
