@@ -154,7 +154,7 @@ class Ingress:
         self, model: str, asked: Forwarded, accepted: Accepted | None, request_id: str
     ) -> AsyncGenerator[Head | bytes]:
         """The answer of the first replica that lives to give it, and none of it twice."""
-        tries = self._tries if accepted is not None or asked.method == "GET" else 1
+        tries = self._tries if accepted is not None or asked.method in ("GET", "HEAD") else 1
         given = None if accepted is None else accepted.timeout
         clock = asyncio.get_running_loop().time
         deadline = clock() + (self._limits.timeout if given is None else given)

@@ -80,7 +80,9 @@ class RequestMiddleware:
         try:
             body, refusal = await self._body(scope, receive, self._stranger(headers, scope["path"]))
             if refusal is None:
-                await self._app(scope, _replayed(body, receive), answer)
+                # RFC 9110, section 9.3.2; the server leaves the body out.
+                method = "GET" if scope["method"] == "HEAD" else scope["method"]
+                await self._app({**scope, "method": method}, _replayed(body, receive), answer)
             else:
                 if refusal.status_code != _LEFT:
                     state["log"]["error"] = f"http_{refusal.status_code}"

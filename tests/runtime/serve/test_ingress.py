@@ -165,3 +165,17 @@ def test_the_document_tells_that_names_are_checked() -> None:
         await hosted.stop()
 
     in_loop(run())
+
+
+def test_head_is_answered_as_get() -> None:
+    """The server in front leaves the body out, and tells its length; a lost replica is no answer either."""
+    replicas = Replicas(0)
+
+    async def test(client: httpx.AsyncClient) -> None:
+        for path in ("/v1/models", "/health", "/ready", "/"):
+            head, get = await client.head(path), await client.get(path)
+            assert (head.status_code, get.status_code) == (200, 200)
+            assert head.headers["content-length"] == get.headers["content-length"]
+        assert (await client.head(IMAGES)).status_code == 405
+
+    with_ingress(replicas, test)

@@ -108,6 +108,20 @@ def test_wrong_addresses(method: str, path: str, status: int, server: Served) ->
     assert answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "path", ["/", "/health", "/ready", "/v1/models", "/openapi.json", "/v1/images/generations"]
+)
+def test_head_is_get_without_a_body(path: str, server: Served) -> None:
+    """As monitors and proxies ask; over a connection that goes on."""
+    get, head = server.client.get(path), server.client.head(path)
+    assert (head.status_code, head.content) == (get.status_code, b"")
+    for name in ("content-length", "content-type"):
+        assert head.headers[name] == get.headers[name]
+    labels = {"method": "HEAD", "path": path, "status": str(get.status_code)}
+    until(lambda: server.metric("latentrt_requests_total", **labels) == 1)
+    assert server.client.head("/metrics").status_code == 200
+
+
 def test_a_form_from_a_foreign_page_is_no_request(server: Served, runner: FakeRunner) -> None:
     """A browser sends text/plain anywhere without asking; only JSON by name is taken."""
     answer = server.client.post(
