@@ -116,7 +116,7 @@ def create_app(
         if results is None:
             return Response(status_code=499)  # nobody reads it; the log does
         metrics.memory(results[0].peak_memory)
-        return await asyncio.to_thread(_answer, results, as_png)
+        return await _answer(results, as_png)
 
     @app.get("/v1/models", responses=errors(401), tags=["OpenAI"])
     async def models() -> Models:
@@ -195,15 +195,17 @@ class _EventStream(StreamingResponse):
                 job.cancel()
 
 
-def _answer(results: Sequence[ImageResult], as_png: bool) -> Response:
-    """For a thread: images become many megabytes of text."""
+async def _answer(results: Sequence[ImageResult], as_png: bool) -> Response:
+    """Off the event loop: images become many megabytes of text. Each takes a core for a while, so they share them."""
     first = results[0]
-    pngs = [png_bytes(result.image, result.parameters) for result in results]
     headers = {"Server-Timing": server_timing(first.timings)}
+    pngs = await asyncio.gather(
+        *(asyncio.to_thread(png_bytes, result.image, result.parameters) for result in results)
+    )
     if as_png:
         headers["X-Seed"] = str(first.parameters["seed"])
         return Response(pngs[0], media_type="image/png", headers=headers)
-    return JSONResponse(images_json(results, pngs), headers=headers)
+    return await asyncio.to_thread(lambda: JSONResponse(images_json(results, pngs), headers=headers))
 
 
 async def _events(

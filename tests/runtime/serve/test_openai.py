@@ -14,6 +14,7 @@ import PIL.Image
 import pytest
 from helpers.fake_runner import FakeRunner, seed_of
 from helpers.served import Served, events_of
+from helpers.waiting import until
 from latentrt.errors import BackendError, DeadlineError, StoppedError
 from latentrt.runtime.image import read_parameters
 from latentrt.runtime.serve import app
@@ -83,6 +84,25 @@ def test_openais_client_streams(client: openai.OpenAI, runner: FakeRunner) -> No
     assert last.type == "image_generation.completed"
     assert seed_of(image_of(last.b64_json)) == 9
     assert last.seed == 9
+
+
+def test_pictures_of_a_request_are_written_at_once(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each by a thread, and given in their order."""
+    together, write, order = threading.Barrier(2), app.png_bytes, []
+
+    def written(image: PIL.Image.Image, parameters: dict[str, Any]) -> bytes:
+        together.wait(20)
+        if parameters["seed"] == 7:
+            until(lambda: order)
+        order.append(parameters["seed"])
+        return write(image, parameters)
+
+    monkeypatch.setattr(app, "png_bytes", written)
+    answer = client.images.generate(prompt="x", n=2, extra_body={"seed": 7, "steps": 1})
+    assert order == [8, 7]
+    assert [seed_of(image_of(image.b64_json)) for image in answer.data] == [7, 8]
 
 
 def test_seeds_count_up_from_one_that_is_drawn(client: openai.OpenAI) -> None:
