@@ -28,11 +28,19 @@ class Service:
         created: when, in seconds since 1970.
     """
 
-    def __init__(self, model: str, make_engine: Callable[[], AsyncEngine]) -> None:
-        """`make_engine` may take its time: it is called in a thread."""
+    def __init__(
+        self,
+        model: str,
+        make_engine: Callable[[], AsyncEngine],
+        *,
+        on_ready: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`make_engine` may take its time: it is called in a thread. `on_ready` is called in the event loop's, once
+        all is loaded and warm."""
         self.model = model
         self.created = int(time.time())
         self._make_engine = make_engine
+        self._on_ready = on_ready
         self._engine: AsyncEngine | None = None
         self._made: Future[AsyncEngine] | None = None  # warm or not
         self._loading: asyncio.Task[None] | None = None
@@ -110,6 +118,7 @@ class Service:
             self._reason = "the model does not load; the server's log says why"
             _log.exception("the model does not load")
         else:
+            self._on_ready()
             self._engine, self._reason = engine, None
             _log.info("%s is ready after %.1f s", self.model, time.perf_counter() - begun)
         finally:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import gc
 import io
 import json
 import signal
@@ -23,7 +25,9 @@ import PIL.Image
 import psutil
 import pytest
 from helpers.waiting import until
-from latentrt.runtime.serve import commands
+from latentrt.runtime.serve import commands, logs, server
+from latentrt.runtime.serve.engine import AsyncEngine
+from latentrt.runtime.serve.service import Service
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -138,6 +142,38 @@ from latentrt.runtime.pipeline import Pipeline
 Pipeline.from_pretrained = lambda *_, **__: time.sleep(10_000)
 sys.exit(main())
 """
+
+
+def test_collections_pass_over_what_was_loaded(run_cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model too: once it is ready."""
+    told: list[str] = []
+
+    class Started:
+        def __init__(self, _: Any, service: Service, **__: Any) -> None:
+            self._service = service
+
+        def run(self, _: Any) -> None:
+            asyncio.run(self._loaded())
+
+        async def _loaded(self) -> None:
+            self._service.begin()
+            await self._service.loaded()
+            told.append(str(self._service.reason))
+            await self._service.drain(10)
+
+    start = AsyncEngine.start
+
+    async def started(engine: AsyncEngine) -> None:
+        await start(engine)
+        told.append("warm")
+
+    monkeypatch.setattr(AsyncEngine, "start", started)
+    monkeypatch.setattr(server, "Server", Started)
+    monkeypatch.setattr(logs, "log_as_json", lambda: None)
+    monkeypatch.setattr(gc, "freeze", lambda: told.append("frozen"))
+    monkeypatch.setattr(gc, "unfreeze", lambda: told.append("as before"))
+    assert run_cli("serve", "--port", "0", "--backend", "eager")[0] == 0
+    assert told == ["warm", "frozen", "None", "as before"]
 
 
 @pytest.mark.parametrize("signals", [1, pytest.param(2, marks=pytest.mark.full)])
