@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import BackendError
 from ..kernels import aot, roofline, tuning
-from ..kernels._attention_triton import plain_sizes, table_of, tuned_sizes
+from ..kernels._attention_triton import tuning_key
 from ..kernels._triton import Descriptor
 from ..kernels.atomic_file import write_atomic
 from ..kernels.registry import specs
@@ -109,13 +109,18 @@ def _qkv(D: int, Sk: int, dtype: torch.dtype, columns: int | None = None) -> tup
     return q, k, v
 
 
+def _plain_trial(table: str, arch: int, dtype: torch.dtype, shape_class: str) -> aot.Trial | None:
+    """Where the tuned data choose something else than the plain kernel, what launches that."""
+    if tuning.is_plain(tuning.constants(table, arch, dtype, shape_class)):
+        return None
+    return table, tuning.constants(table, arch, dtype, f"{shape_class}{tuning.PLAIN}")
+
+
 def _attention(arch: int, dtype: torch.dtype) -> list[_Row]:
     """Attention without TMA. The kernels are compiled even where the tuned data choose something else."""
 
     def row(case: str, q: Tensor, k: Tensor, v: Tensor) -> _Row:
-        plain = tuning.is_plain(tuned_sizes(q, k, arch))
-        trial = None if plain else (table_of(q), plain_sizes(q, k, arch))
-        return "attention", case, (q, k, v), trial
+        return "attention", case, (q, k, v), _plain_trial(*tuning_key(q, k, arch))
 
     heads = [
         row(f"head of {D}, {Sk} keys", *_qkv(D, Sk, dtype))
@@ -180,11 +185,8 @@ def _linear_geglu(arch: int, dtype: torch.dtype) -> list[_Row]:
         "77 x 651, nothing aligned": _linear(77, 651, dtype),
     }
     rows: list[_Row] = [("linear_geglu", case, args, None) for case, args in calls.items()]
-    # Where the tuned data choose something else, the plain kernel too.
     for M, shape_class in ((77, "few"), (4096, "many")):
-        key = "linear_geglu", arch, dtype, shape_class
-        if not tuning.is_plain(tuning.constants(*key)):
-            trial = "linear_geglu", tuning.plain_constants(*key)
+        if trial := _plain_trial("linear_geglu", arch, dtype, shape_class):
             rows.append(("linear_geglu", f"{M} x 640, plain", _linear(M, 640, dtype), trial))
     return rows
 

@@ -10,14 +10,12 @@ kernel, in global memory: so this variant needs scratch. Neither variant can be 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ._attention_softmax import softmax_start, softmax_step
+from ._attention_softmax import log2_scale, softmax_start, softmax_step
 from ._triton import Descriptor, Launch, cdiv, kernel, tl
+from .tuning import Row
 
 __all__ = ["describable", "launch"]
 
@@ -95,24 +93,14 @@ def describable(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    scale: float,
-    constants: Mapping[str, Any],
-    *,
-    warps: int,
-    stages: int,
-) -> Launch:
-    """`scale` as the kernel takes it; `constants` with NEGATIVE_SCALE, SPECIALIZE, BLOCK_M and BLOCK_N."""
+def launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, row: Row) -> Launch:
+    """Of the kernel that fills `out`, for tensors that are `describable`."""
     B, Sq, H, D = q.shape
     Sk = k.shape[1]
-    block_m, block_n = constants["BLOCK_M"], constants["BLOCK_N"]
+    block_m, block_n = row.blocks["BLOCK_M"], row.blocks["BLOCK_N"]
     queries = q.as_strided((B * Sq, _columns(q)), (q.stride(1), 1))
     args = {
-        "q": queries if constants["SPECIALIZE"] else Descriptor(queries, (block_m, D)),
+        "q": queries if row.specialize else Descriptor(queries, (block_m, D)),
         "k_desc": Descriptor(k, (1, block_n, 1, D)),
         "v_desc": Descriptor(v, (1, block_n, 1, D)),
         "o_ptr": out,
@@ -123,11 +111,18 @@ def launch(
         "H": H,
         "Sq": Sq,
         "Sk": Sk,
-        "scale": scale,
+        "scale": log2_scale(scale),
     }
-    constants = {"D": D, "EVEN": Sk % block_n == 0, **constants}
+    constants = {
+        "D": D,
+        "NEGATIVE_SCALE": scale < 0,
+        "EVEN": Sk % block_n == 0,
+        "SPECIALIZE": row.specialize,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+    }
     grid = (B * H * cdiv(Sq, block_m),)
-    return Launch(_attention_tma, grid, args, constants, warps, stages, scratch=constants["SPECIALIZE"])
+    return Launch(_attention_tma, grid, args, constants, row.warps, row.stages, scratch=row.specialize)
 
 
 def _columns(q: Tensor) -> int:

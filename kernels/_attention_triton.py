@@ -7,7 +7,7 @@ algorithm 3; Dao, "FlashAttention-2" (2023), algorithm 1. Exponentials are base 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ._attention_softmax import log2_scale, softmax_start, softmax_step
 from ._attention_tma import describable, launch
 from ._triton import Launch, Library, cdiv, kernel, round_up, tl
 
-__all__ = ["SHORT", "WIDE", "plain_sizes", "plan", "plan_kernel", "table_of", "tuned_sizes"]
+__all__ = ["SHORT", "WIDE", "plan", "plan_kernel", "tuning_key"]
 
 WIDE = 256
 """Heads of more columns than this are split."""
@@ -219,76 +219,55 @@ def _attention_wide(
 def plan(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, arch: int
 ) -> tuple[Tensor, Sequence[Launch | Library]]:
-    """A fresh output, and the steps that fill it: a kernel's launch, or by PyTorch's libraries where the data of `arch`
-    choose them."""
-    if q.numel() and tuning.by_library(tuned_sizes(q, k, arch)):
-        return (by_matmul if q.shape[3] > WIDE else by_sdpa)(q, k, v, scale)
-    return plan_kernel(q, k, v, scale, arch=arch)
+    """A fresh output, and the steps that fill it: a kernel's launch, by TMA where the data of `arch` say so and the
+    tensors allow, or PyTorch's libraries where the data choose them."""
+    if q.numel() == 0:
+        return torch.empty(q.shape, dtype=q.dtype, device=q.device), []
+    D = q.shape[3]
+    row = tuning.choice(*tuning_key(q, k, arch), descriptors=describable(q, k, v))
+    if row is None:
+        return (by_matmul if D > WIDE else by_sdpa)(q, k, v, scale)
+    # Offsets within a block are 32-bit.
+    reach = max(row.blocks["BLOCK_M"], row.blocks["BLOCK_N"], 2 * D)
+    q, k, v = (t.contiguous() if max(t.stride(1), t.stride(3)) * reach >= 2**31 else t for t in (q, k, v))
+    if not row.tma and q.dtype != torch.float32:
+        q, k, v = (_aligned(t) for t in (q, k, v))
+    return plan_kernel(q, k, v, scale, row)
 
 
 def plan_kernel(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, arch: int, descriptors: bool = True
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, row: tuning.Row
 ) -> tuple[Tensor, list[Launch]]:
-    """A fresh output, and the launch that fills it: by TMA where the data of `arch` say so and the tensors allow.
-
-    Without `descriptors` never by TMA, nor on copies: a plugin can make neither.
-    """
+    """A fresh output, and the launch that fills it from these very tensors: a plugin can copy none."""
     B, Sq, H, D = q.shape
     Sk = k.shape[1]
     out = torch.empty((B, Sq, H, D), dtype=q.dtype, device=q.device)
-    if out.numel() == 0:
-        return out, []
     if scale is None:
         scale = D**-0.5
-    magnitude = log2_scale(scale)
-    wide = D > WIDE
-    tuned = dict(tuned_sizes(q, k, arch))
-    described = tuned.get("TMA") and descriptors and describable(q, k, v)
-    if not described:
-        tuned = dict(plain_sizes(q, k, arch))
-    warps, stages = tuned.pop("num_warps"), tuned.pop("num_stages")
-    # Offsets within a block are 32-bit.
-    reach = max(tuned["BLOCK_M"], tuned["BLOCK_N"], 2 * D)
-    q, k, v = (t.contiguous() if max(t.stride(1), t.stride(3)) * reach >= 2**31 else t for t in (q, k, v))
-    specialize = tuned.pop("SPECIALIZE", 0)
-    tuned.pop("TMA", None)
-    if described:
-        blocks = {name: tuned[name] for name in ("BLOCK_M", "BLOCK_N")}
-        constants = {"NEGATIVE_SCALE": scale < 0, "SPECIALIZE": bool(specialize), **blocks}
-        return out, [launch(q, k, v, out, magnitude, constants, warps=warps, stages=stages)]
+    if row.tma:
+        return out, [launch(q, k, v, out, scale, row)]
 
-    if descriptors and q.dtype != torch.float32:
-        q, k, v = (_aligned(t) for t in (q, k, v))
     args: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "o_ptr": out, "H": H, "Sq": Sq, "Sk": Sk}
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         for dim, stride in zip("bshd", tensor.stride(), strict=True):
             args[f"stride_{name}{dim}"] = stride
-    args["scale"] = magnitude
+    args["scale"] = log2_scale(scale)
     # TF32 would drop thirteen of float32's bits.
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
-    constants = {"D": D, "NEGATIVE_SCALE": scale < 0, "PRECISION": precision, **tuned}
-    programs = B * H * cdiv(Sq, tuned["BLOCK_M"])
-    if wide:
-        programs *= cdiv(D, tuned["BLOCK_V"])
-        return out, [Launch(_attention_wide, (programs,), args, constants, warps, stages)]
+    constants = {"D": D, "NEGATIVE_SCALE": scale < 0, "PRECISION": precision, **row.blocks}
+    programs = B * H * cdiv(Sq, row.blocks["BLOCK_M"])
+    if D > WIDE:
+        programs *= cdiv(D, row.blocks["BLOCK_V"])
+        return out, [Launch(_attention_wide, (programs,), args, constants, row.warps, row.stages)]
     constants["BLOCK_D"], constants["BLOCK_E"] = _split_head(D)
     constants["ALIGNED_TO_8"] = all(_is_aligned_to_8(t) for t in (q, k, v))
-    return out, [Launch(_attention, (programs,), args, constants, warps, stages)]
+    return out, [Launch(_attention, (programs,), args, constants, row.warps, row.stages)]
 
 
-def tuned_sizes(q: Tensor, k: Tensor, arch: int) -> Mapping[str, int]:
-    """The tuned row."""
-    return tuning.constants(table_of(q), arch, q.dtype, _shape_class(q.shape[3], k.shape[1]))
-
-
-def plain_sizes(q: Tensor, k: Tensor, arch: int) -> Mapping[str, int]:
-    """What the kernel without descriptors is launched with, also where the data choose something else."""
-    return tuning.plain_constants(table_of(q), arch, q.dtype, _shape_class(q.shape[3], k.shape[1]))
-
-
-def table_of(q: Tensor) -> str:
-    """The tuning table of such heads."""
-    return "attention_wide" if q.shape[3] > WIDE else "attention"
+def tuning_key(q: Tensor, k: Tensor, arch: int) -> tuple[str, int, torch.dtype, str]:
+    """By what such heads are found in the tuned data: table, architecture, dtype and shape class."""
+    D = q.shape[3]
+    return "attention_wide" if D > WIDE else "attention", arch, q.dtype, _shape_class(D, k.shape[1])
 
 
 def _is_aligned_to_8(t: Tensor) -> bool:

@@ -183,9 +183,13 @@ def plan_linear(
         raise fail("linear_geglu", "weight", "have fewer than 2^32 elements", f"shape {tuple(weight.shape)}")
     M = y.numel() // N
     unaligned = K % 16 != 0
-    key = "linear_geglu", arch, x.dtype, "few" if M <= 512 or unaligned else "many"
-    sizes = tuning.constants(*key)
-    if tuning.by_library(sizes):
+    shape_class = "few" if M <= 512 or unaligned else "many"
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    # A descriptor's rows and its beginning lie at multiples of 16 bytes. So does the beginning of a copy.
+    aligned = all(t.data_ptr() % 16 == 0 or not t.is_contiguous() for t in (x, weight))
+    describable = half and K > 0 and K % 8 == 0 and aligned
+    row = tuning.choice("linear_geglu", arch, x.dtype, shape_class, descriptors=describable)
+    if row is None:
         del y
         projected = torch.empty(*x.shape[:-1], 2 * N, dtype=x.dtype, device=x.device)
         out, launches = plan(projected, arch=arch)
@@ -193,20 +197,13 @@ def plan_linear(
         return out, [Library("linear_geglu, projection", _project, given), *launches]
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    # A descriptor's rows and its beginning lie at multiples of 16 bytes.
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    aligned = K > 0 and K % 8 == 0 and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
-    described = sizes.get("TMA") and half and aligned
-    if not described:
-        sizes = tuning.plain_constants(*key)
-    blocks = {name: sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")}
+    blocks, warps, stages = dict(row.blocks), row.warps, row.stages
     if unaligned:  # loaded by single elements, through registers: larger tiles spill
         blocks["BLOCK_K"] = min(blocks["BLOCK_K"], 32)
-    warps, stages = sizes["num_warps"], sizes["num_stages"]
     grid = (cdiv(M, blocks["BLOCK_M"]) * cdiv(N, blocks["BLOCK_N"]),)
     args: dict[str, Any] = {"bias_ptr": bias, "y_ptr": y, "M": M, "K": K}
-    if described:
-        specialize = bool(sizes.get("SPECIALIZE")) and specializes_wide_sums(arch)
+    if row.tma:
+        specialize = row.specialize and specializes_wide_sums(arch)
         x = x.view(M, K)
         rows = Descriptor(x, (blocks["BLOCK_M"], blocks["BLOCK_K"]))
         weights = Descriptor(weight.view(2, N, K), (2, blocks["BLOCK_N"], blocks["BLOCK_K"]))

@@ -32,7 +32,7 @@ from ..errors import BackendError
 from . import tuning
 from ._attention_aot import attention_aot, attention_wide_aot
 from ._attention_softmax import log2_scale
-from ._attention_triton import SHORT, WIDE, plan_kernel
+from ._attention_triton import SHORT, WIDE, plan_kernel, tuning_key
 from ._group_norm_triton import MOST_SPLITS
 from ._group_norm_triton import plan as plan_group_norm
 from ._triton import Launch
@@ -122,7 +122,7 @@ class AttentionKernels:
         q = torch.empty(2, _ODD, _HEADS, D, dtype=self.dtype, device="meta")
         k = q[:, : SHORT - 1].contiguous() if self.short else q
         scale = -1.0 if self.negative else 1.0
-        _, (launch,) = plan_kernel(q, k, k, scale, arch=self.arch, descriptors=False)
+        _, (launch,) = plan_kernel(q, k, k, scale, tuning.plain(*tuning_key(q, k, self.arch)))
         constants = {"BLOCK_M": launch.constants["BLOCK_M"], "BLOCK_V": D}
         if D > WIDE:
             constants["BLOCK_V"] = launch.constants["BLOCK_V"]

@@ -16,6 +16,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,13 @@ __all__ = [
     "FOLDER",
     "LIBRARY",
     "PLAIN",
+    "Row",
     "architectures",
-    "by_library",
+    "choice",
     "constants",
     "is_plain",
     "load",
-    "plain_constants",
+    "plain",
     "save",
     "trying",
     "width",
@@ -52,6 +54,60 @@ PLAIN = "-kernel"
 _trials: list[tuple[str, Mapping[str, int], set[str]]] = []
 
 
+@dataclass(frozen=True)
+class Row:
+    """What to launch a kernel with that has variants."""
+
+    blocks: Mapping[str, int]
+    """The kernel's own constants."""
+    warps: int
+    stages: int
+    tma: bool
+    """Whether it loads by tensor descriptors."""
+    specialize: bool
+    """Whether these loads have warps of their own."""
+
+
+def choice(table: str, arch: int, dtype: torch.dtype, shape_class: str, *, descriptors: bool) -> Row | None:
+    """What the data, found as by `constants`, choose for tensors that descriptors can carry, or cannot; None for
+    PyTorch's libraries.
+
+    Raises:
+        KeyError: the data lack the table or the shape class, or have only a row that is no plain kernel's.
+        ValueError: the row says both a kernel and the libraries, or neither.
+    """
+    row = constants(table, arch, dtype, shape_class)
+    if row == LIBRARY:
+        return None
+    if descriptors and row.get("TMA"):
+        return _row(row, tma=True)
+    return plain(table, arch, dtype, shape_class)
+
+
+def plain(table: str, arch: int, dtype: torch.dtype, shape_class: str) -> Row:
+    """What the kernel without tensor descriptors is launched with, also where the data choose something else; in a
+    trial the candidate's blocks.
+
+    Raises:
+        KeyError, ValueError: as `choice`.
+    """
+    row = constants(table, arch, dtype, shape_class)
+    if not is_plain(row):
+        row = constants(table, arch, dtype, f"{shape_class}{PLAIN}")
+    return _row(row, tma=False)
+
+
+def _row(row: Mapping[str, int], tma: bool) -> Row:
+    if "LIBRARY" in row or "num_warps" not in row or "num_stages" not in row:
+        raise ValueError(
+            f"a row of tuned block sizes is a kernel's constants, num_warps and num_stages, or {dict(LIBRARY)} alone, "
+            f"not {dict(row)}"
+        )
+    options = ("num_warps", "num_stages", "TMA", "SPECIALIZE")
+    blocks = {name: value for name, value in row.items() if name not in options}
+    return Row(blocks, row["num_warps"], row["num_stages"], tma, tma and bool(row.get("SPECIALIZE")))
+
+
 def constants(table: str, arch: int, dtype: torch.dtype, shape_class: str) -> Mapping[str, int]:
     """The constants to launch `table`'s kernel with, from the data of `arch` or of the nearest older architecture.
 
@@ -61,7 +117,7 @@ def constants(table: str, arch: int, dtype: torch.dtype, shape_class: str) -> Ma
     key = f"{width(dtype)}/{shape_class}"
     for name, candidate, asked in reversed(_trials):
         if name == table:
-            asked.add(key)
+            asked.add(key.removesuffix(PLAIN))
             return candidate
     tables: Mapping[str, Any] = load(_with_data(arch))["tables"]
     try:
@@ -71,37 +127,9 @@ def constants(table: str, arch: int, dtype: torch.dtype, shape_class: str) -> Ma
     return found
 
 
-def plain_constants(table: str, arch: int, dtype: torch.dtype, shape_class: str) -> Mapping[str, int]:
-    """As `constants`, to launch the kernel without tensor descriptors. A trial's candidate may have TMA nevertheless.
-
-    Raises:
-        KeyError: the data lack the table or the shape class, or have only a row that is no plain kernel's.
-    """
-    row = constants(table, arch, dtype, shape_class)
-    if is_plain(row) or any(name == table for name, _, _ in _trials):
-        return row
-    return constants(table, arch, dtype, f"{shape_class}{PLAIN}")
-
-
 def is_plain(row: Mapping[str, int]) -> bool:
     """Whether a row's kernel can be launched with any tensors and by anyone: it needs neither libraries nor TMA."""
     return row != LIBRARY and not row.get("TMA")
-
-
-def by_library(row: Mapping[str, int]) -> bool:
-    """Whether a row chooses PyTorch's libraries, not a kernel.
-
-    Raises:
-        ValueError: it says both, or neither.
-    """
-    if row == LIBRARY:
-        return True
-    if "LIBRARY" in row or "num_warps" not in row or "num_stages" not in row:
-        raise ValueError(
-            f"a row of tuned block sizes is a kernel's constants, num_warps and num_stages, or {dict(LIBRARY)} alone, "
-            f"not {dict(row)}"
-        )
-    return False
 
 
 def width(dtype: torch.dtype) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.kernel_checks import assert_as_good
 from latentrt.kernels import _attention_library, attention, reference, tuning
-from latentrt.kernels._attention_triton import plan, plan_kernel
+from latentrt.kernels._attention_triton import plan, plan_kernel, tuning_key
 from latentrt.kernels._triton import Launch
 from torch import Tensor
 
@@ -116,7 +116,7 @@ def test_where_only_a_kernel_can_be_launched_there_is_one(dtype: torch.dtype, ar
     q, k, v = draw(1, 300, 300, 1, 512, dtype, META)
     with tuning.trying("attention_wide", tuning.LIBRARY):
         assert not all(isinstance(step, Launch) for step in plan(q, k, v, arch=arch)[1])
-    _, (launch,) = plan_kernel(q, k, v, arch=arch, descriptors=False)
+    _, (launch,) = plan_kernel(q, k, v, None, tuning.plain(*tuning_key(q, k, arch)))
     assert launch.label == "_attention_wide"
 
 

@@ -13,7 +13,7 @@ import torch
 from helpers.kernel_checks import assert_as_good
 from latentrt.errors import BackendUnavailableError
 from latentrt.kernels import attention, geglu, reference, tuning
-from latentrt.kernels._attention_triton import plan, plan_kernel
+from latentrt.kernels._attention_triton import plan
 from latentrt.kernels._dispatch import arch_of, forced
 from torch import Tensor
 
@@ -268,13 +268,13 @@ def test_heads_that_cannot_be_described_are_tuned_by_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 48 columns: what TMA is launched with would make the plain kernel spill."""
-    plain = tuning.plain_constants("attention", 90, torch.float16, "d64-long")
+    plain = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     copied = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2, "TMA": 1, "SPECIALIZE": 1}
     tuning.save(90, "attention", {"16/d64-long": copied, "16/d64-long-kernel": plain})
     for D, name, row in ((64, "_attention_tma", copied), (48, "_attention", plain)):
         q, k, v = torch.empty(2, 4096, 3, 10, D, dtype=torch.float16, device="meta").unbind(2)
-        (launch,) = plan_kernel(q, k, v, arch=90)[1]
+        (launch,) = plan(q, k, v, arch=90)[1]
         assert launch.kernel.name == name
         sizes = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **launch.constants}
         assert {key: sizes[key] for key in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")} == {

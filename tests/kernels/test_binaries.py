@@ -94,8 +94,8 @@ def test_plugins_are_launched_as_the_plain_kernel_is_tuned(
     chosen: Mapping[str, int], arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Never with what was found for descriptors, which they cannot have."""
-    plain = tuning.plain_constants("attention", arch, HALF, "d64")
-    wide = tuning.plain_constants("attention_wide", arch, HALF, "any")
+    plain = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 2, "num_stages": 1}
+    wide = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_V": 128, "num_warps": 8, "num_stages": 3}
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     tuning.save(arch, "attention", {"16/d64": plain})
     tuning.save(arch, "attention_wide", {"16/any": wide})

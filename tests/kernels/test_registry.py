@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,19 +202,42 @@ def test_what_the_library_takes_the_place_of_is_kept(tmp_path: Path, monkeypatch
     assert json.loads(path.read_text())["tables"]["one"] == {"16/a": second}
 
 
+def plain(block: int) -> tuning.Row:
+    return tuning.Row({"BLOCK": block}, 4, 1, tma=False, specialize=False)
+
+
 def test_the_plain_row_beside_one_that_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     first, second, third = ({"BLOCK": n, "num_warps": 4, "num_stages": 1} for n in (1, 2, 3))
     tuning.save(90, "one", {"16/a": first})
-    assert tuning.plain_constants("one", 90, HALF, "a") == first
+    assert tuning.plain("one", 90, HALF, "a") == plain(1)
     tuning.save(90, "one", {"16/a": {**second, "TMA": 1}})
-    assert tuning.plain_constants("one", 90, HALF, "a") == first  # what it was before
+    assert tuning.plain("one", 90, HALF, "a") == plain(1)  # what it was before
     tuning.save(90, "one", {"16/a-kernel": third, "16/a": {**second, "TMA": 1}})
-    assert tuning.plain_constants("one", 90, HALF, "a") == third
+    assert tuning.plain("one", 90, HALF, "a") == plain(3)
     tuning.save(90, "one", {"16/a": tuning.LIBRARY})
-    assert tuning.plain_constants("one", 90, HALF, "a") == third
+    assert tuning.plain("one", 90, HALF, "a") == plain(3)
     with tuning.trying("one", {**second, "TMA": 1}) as asked:
-        assert tuning.plain_constants("one", 90, HALF, "a") == {**second, "TMA": 1}
+        assert tuning.plain("one", 90, HALF, "a") == plain(2)
+    assert asked == {"16/a"}
+
+
+@pytest.mark.parametrize("options", [{"TMA": 1}, {"TMA": 1, "SPECIALIZE": 1}], ids=str)
+def test_a_choice_is_what_the_tensors_can_be_launched_with(
+    options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    first, second = ({"BLOCK": n, "num_warps": 4, "num_stages": 1} for n in (1, 2))
+    described = tuning.Row({"BLOCK": 2}, 4, 1, tma=True, specialize="SPECIALIZE" in options)
+    choice = partial(tuning.choice, "one", 90, HALF, "a")
+    tuning.save(90, "one", {"16/a": first})
+    assert choice(descriptors=True) == choice(descriptors=False) == plain(1)
+    tuning.save(90, "one", {"16/a": {**second, **options}})
+    assert (choice(descriptors=True), choice(descriptors=False)) == (described, plain(1))
+    tuning.save(90, "one", {"16/a": tuning.LIBRARY})
+    assert choice(descriptors=True) is choice(descriptors=False) is None
+    with tuning.trying("one", {**second, **options}) as asked:
+        assert (choice(descriptors=True), choice(descriptors=False)) == (described, plain(2))
     assert asked == {"16/a"}
 
 
