@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import BenchmarkError
-from ..export.check import relative_error
+from ..export.measures import relative_error
 from ..export.verify import LIMITS
 from ..kernels.atomic_file import write_json
 from ..runtime.engines.base import Component, Engine, TensorSpec

@@ -1,7 +1,8 @@
-"""What an exported model computes, held against the module it was traced from."""
+"""A component written as ONNX, and what the model computes held against the module it was traced from."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 from ..errors import BackendError, ExportError
 from ..runtime.engines.base import Component, example_inputs
 from ..runtime.engines.onnxruntime import open_session, run_session
+from .measures import relative_error
+from .onnx import to_model, write_model
+from .passes import DEFAULT, Report
 
-__all__ = ["LIMITS", "Expected", "check_export", "expected_outputs", "relative_error"]
+__all__ = ["LIMITS", "Expected", "check_export", "expected_outputs", "export_checked"]
 
 # Largest max|a - b| / max|b| over an output that passes. In float32 both sides differ by the order of their
 # sums only, some 1e-6; in float16 PyTorch rounds after every operator, and ONNX Runtime computes in float32.
@@ -29,6 +33,32 @@ class Expected:
     sizes: Mapping[str, int]
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+
+
+def export_checked(
+    component: Component, path: Path, passes: Sequence[str] = DEFAULT
+) -> tuple[list[Report], dict[str, Any]]:
+    """Write a component to `path`, with its weights beside it, and compare it with PyTorch.
+
+    Returns:
+        What each pass did, and the figures of the check: see `check_export`.
+
+    Raises:
+        ExportError: it cannot be exported, or the export computes something else.
+        CheckpointError: its weights were replaced since the checkpoint was loaded.
+        OSError: the files cannot be written.
+    """
+    module = component.build()
+    model, reports = to_model(component, module, passes)
+    write_model(component, model, path)
+    expected = expected_outputs(component, module)
+    if component.check_weights is not None:
+        component.check_weights()
+    # The module goes before ONNX Runtime comes, so that the weights are in memory once. The traced program refers to
+    # itself, hence the collector.
+    del module, model
+    gc.collect()
+    return reports, check_export(component, path, expected)
 
 
 def expected_outputs(component: Component, module: nn.Module) -> list[Expected]:
@@ -110,11 +140,3 @@ def check_export(component: Component, path: Path, expected: Sequence[Expected])
         )
     reference = "PyTorch" if component.dtype == torch.float32 else "PyTorch, its convolutions in float32"
     return {"relative_error": figures, "limit": limit, "reference": reference}
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    """max|a - b| / max|b|, in float64; infinite where the shapes differ, nan where either is not finite."""
-    if a.shape != b.shape:
-        return float("inf")
-    wanted = b.double()
-    return float((a.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))

@@ -19,7 +19,7 @@ from ..runtime.engines.split import in_parts
 from ..runtime.loading import load_components, select_components
 from ..runtime.place import dtype_name
 from ..runtime.weights import open_checkpoint
-from .checked import export_checked
+from .check import export_checked
 from .passes import DEFAULT, Report, check_names
 
 __all__ = ["Exported", "export_model"]

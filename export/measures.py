@@ -7,13 +7,21 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_PSNR", "psnr", "ssim"]
+__all__ = ["MAX_PSNR", "psnr", "relative_error", "ssim"]
 
 MAX_PSNR = 200.0
 """What equal tensors are given, in dB."""
 
 _WINDOW, _SIGMA = 11, 1.5
 _K1, _K2 = 0.01, 0.03
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """max|a - b| / max|b|, in float64; infinite where the shapes differ, nan where either is not finite."""
+    if a.shape != b.shape:
+        return float("inf")
+    wanted = b.double()
+    return float((a.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
 
 
 def psnr(a: Tensor, b: Tensor, peak: float | None = None) -> float:

@@ -26,8 +26,7 @@ from ..runtime.manifests import VERDICT, write_beside
 from ..runtime.pipeline import Pipeline
 from ..runtime.place import dtype_name, release_memory
 from ..runtime.weights import open_checkpoint, refiner_source
-from .check import relative_error
-from .measures import psnr, ssim
+from .measures import psnr, relative_error, ssim
 
 __all__ = ["LIMITS", "Limits", "Verdict", "verify_component", "verify_model"]
 

@@ -67,7 +67,6 @@ _OTHERS = (
         "export/commands.py",
         "export/engines.py",
         "export/folder.py",
-        "export/measures.py",
         "export/verify.py",
     ),
     *("export/plugin_kernels.py", "export/quick_plugins.py"),
@@ -91,7 +90,7 @@ def onnx_model(component: Component, *, cache_dir: Path | None) -> Path:
     description = _describe_model(component, (*_MAKERS, *_CHECKERS))
 
     def build(directory: Path) -> Mapping[str, Any]:
-        from ..export.checked import export_checked
+        from ..export.check import export_checked
 
         _log.info("exporting %s to ONNX; this is done once", component.name)
         # A caller's autocast would become part of the graph.

@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from latentrt.export.check import relative_error
+from latentrt.export.measures import relative_error
 from latentrt.runtime.engines.base import Component, example_inputs
 from latentrt.runtime.engines.onnxruntime import open_session, run_session
 from latentrt.runtime.loading import load_components

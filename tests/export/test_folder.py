@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 from latentrt import cli
 from latentrt.errors import ExportError
-from latentrt.export import checked, folder
+from latentrt.export import check, folder
 from latentrt.export.passes import DEFAULT
 from latentrt.runtime import cache
 
@@ -177,7 +177,7 @@ def test_a_failure_leaves_what_was_there(
         assert (tmp_path / f".{TEXT}.partial" / "model.onnx").exists()
         raise failure
 
-    monkeypatch.setattr(checked, "check_export", fail)
+    monkeypatch.setattr(check, "check_export", fail)
     code, _, err = run(capsys, tiny("sd15"), "-o", tmp_path, "--component", TEXT)
     assert code == (130 if isinstance(failure, KeyboardInterrupt) else 1)
     assert "it is wrong" in err or "interrupted" in err

@@ -11,8 +11,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from latentrt.export.check import relative_error
 from latentrt.export.functions import DOMAIN, OPSET, PLUGIN, VERSION, function, functions_of
+from latentrt.export.measures import relative_error
 from latentrt.kernels import reference
 from onnx_ir.tensor_adapters import from_torch_dtype
 from tolerances import OPERATOR, OPERATOR_LARGE_MEAN, OPERATOR_TWO_ROUNDINGS

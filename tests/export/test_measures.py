@@ -1,4 +1,4 @@
-"""PSNR and SSIM against values worked out by hand and by another implementation."""
+"""Relative error, PSNR and SSIM against values worked out by hand and by another implementation."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from latentrt.export.measures import MAX_PSNR, psnr, ssim
+from latentrt.export.measures import MAX_PSNR, psnr, relative_error, ssim
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
+
+
+def test_relative_error() -> None:
+    b = torch.tensor([4.0, -8.0])
+    assert relative_error(b + torch.tensor([0.0, 0.8]), b) == pytest.approx(0.1)
+    assert relative_error(b[:1], b) == float("inf")
+    assert not relative_error(torch.tensor([float("nan"), 1.0]), b) <= 1.0
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0.0
 
 
 def test_psnr() -> None:

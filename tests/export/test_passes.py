@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import tiny_components as tiny
 from latentrt.errors import RequestError
-from latentrt.export.check import relative_error
+from latentrt.export.measures import relative_error
 from latentrt.export.onnx import to_model
 from latentrt.export.passes import DEFAULT, PASSES, Size, run_passes
 from latentrt.runtime.engines.base import Component, example_inputs

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from latentrt.errors import ExportError
 from latentrt.export.builder import TRANSPOSED
-from latentrt.export.checked import export_checked
+from latentrt.export.check import export_checked
 from latentrt.export.functions import DOMAIN, OPSET, PLUGIN, VERSION
 from latentrt.kernels import attention, geglu, group_norm_silu, layer_norm, linear_geglu
 from latentrt.runtime.engines.base import Component, TensorSpec

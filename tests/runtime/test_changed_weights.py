@@ -12,7 +12,7 @@ import pytest
 import torch
 from latentrt import Pipeline
 from latentrt.errors import CheckpointError
-from latentrt.export import checked
+from latentrt.export import check
 from latentrt.runtime.cache import Store
 from latentrt.runtime.cache_contents import contents
 from latentrt.runtime.engines.split import in_parts
@@ -82,14 +82,14 @@ def test_weights_that_change_during_an_export_are_not_kept(
 ) -> None:
     """Written over in place: the parameters are views of the file."""
     component = load_components(open_checkpoint(folder, cache_dir=tmp_path), torch.float32)["vae_decoder"]
-    write_model = checked.write_model
+    write_model = check.write_model
 
     def late(*arguments: Any) -> None:
         (file,) = (folder / "vae").glob("*.safetensors")
         file.write_bytes(retrained(file))
         write_model(*arguments)
 
-    monkeypatch.setattr(checked, "write_model", late)
+    monkeypatch.setattr(check, "write_model", late)
     with pytest.raises(CheckpointError, match=CHANGED):
         onnx_model(component, cache_dir=tmp_path)
     assert contents(Store(tmp_path)) == []

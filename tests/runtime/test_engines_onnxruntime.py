@@ -4,6 +4,7 @@ bits at any batch size."""
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 import textwrap
@@ -19,8 +20,8 @@ import pytest
 import torch
 from helpers import tiny_components as tiny
 from latentrt.errors import BackendError, BackendUnavailableError, CacheError
-from latentrt.export import checked
-from latentrt.export.check import relative_error
+from latentrt.export import check
+from latentrt.export.measures import relative_error
 from latentrt.runtime import prepare
 from latentrt.runtime.engines import onnxruntime as ort_engine
 from latentrt.runtime.engines.base import Availability, Component, Engine
@@ -41,7 +42,7 @@ def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(component: Component, path: Path) -> dict[str, float]:
         raise AssertionError(f"{component.name} was exported again")
 
-    monkeypatch.setattr(checked, "export_checked", refuse)
+    monkeypatch.setattr(check, "export_checked", refuse)
 
 
 def test_computes_what_the_module_computes(cache_dir: Path) -> None:
@@ -140,6 +141,19 @@ def test_the_exporter_digest_is_over_the_sources(monkeypatch: pytest.MonkeyPatch
         file.write_text("x = 2\n")
         digests.add(prepare.exporter_digest.__wrapped__())
     assert len(digests) == 1 + len(files)
+
+
+def test_what_checks_an_export_is_in_the_digest() -> None:
+    """With all that it imports of its folder."""
+    reached, left = set[str](), ["check"]
+    while left:
+        name = left.pop()
+        if name not in reached:
+            reached.add(name)
+            source = (prepare._PACKAGE / f"export/{name}.py").read_text("utf-8")
+            left += re.findall(r"^from \.(\w+) import", source, re.MULTILINE)
+    assert {"check", "measures", "onnx"} <= reached
+    assert not {f"export/{name}.py" for name in reached} & {*prepare._BUILDER, *prepare._OTHERS}
 
 
 def test_providers_and_their_settings() -> None:

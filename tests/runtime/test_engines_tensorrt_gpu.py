@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 from helpers.engine_checks import assert_replays, inputs
-from latentrt.export.check import relative_error
+from latentrt.export.measures import relative_error
 from latentrt.runtime.engines.base import Component, Engine, Timesteps
 from latentrt.runtime.engines.eager import EagerBackend
 from latentrt.runtime.engines.tensorrt import TensorRTBackend, TensorRTRTXBackend

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.engine_checks import assert_replays, inputs
-from latentrt.export.check import relative_error
+from latentrt.export.measures import relative_error
 from latentrt.runtime.engines import plugins
 from latentrt.runtime.engines.base import Component, Engine
 from latentrt.runtime.engines.eager import EagerBackend
