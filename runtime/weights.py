@@ -120,7 +120,6 @@ class Checkpoint:
         source: what the user asked for, for messages.
         folder: where `model_index.json` is, as an absolute path.
         variant, cache_dir: as in `open_checkpoint`.
-        fallback: where the components named in `shared` come from when this one does not list them.
 
     Attributes:
         source: as given.
@@ -135,8 +134,6 @@ class Checkpoint:
         *,
         variant: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
-        fallback: Checkpoint | None = None,
-        shared: Iterable[str] = (),
     ) -> None:
         index = folder / "model_index.json"
         if not index.is_file():
@@ -146,8 +143,6 @@ class Checkpoint:
         self.model_index: Mapping[str, Any] = read_json(index)
         self._memory = DigestMemory(cache_dir)
         self._variant = variant
-        self._fallback = fallback
-        self._shared = frozenset(shared)
         self._weight_set = WeightSet
         if variant is not None:
             self._check_variant(variant)
@@ -156,13 +151,10 @@ class Checkpoint:
         """The same checkpoint with `UnreadWeights`."""
         twin = copy(self)
         twin._weight_set = UnreadWeights
-        twin._fallback = self._fallback and self._fallback.unread()
         return twin
 
     def has(self, component: str) -> bool:
         """Whether there is a component of that name, such as "text_encoder_2"."""
-        if self._borrowed(component) is not None:
-            return True
         entry = self.model_index.get(component)
         return isinstance(entry, list) and any(entry)
 
@@ -172,8 +164,6 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such component, or its file cannot be read.
         """
-        if (lender := self._borrowed(component)) is not None:
-            return lender.config(component)
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
         return read_json(self._folder_of(component) / name)
 
@@ -183,8 +173,6 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tokenizer, or its files cannot be read.
         """
-        if (lender := self._borrowed(tokenizer)) is not None:
-            return lender.tokenizer_files(tokenizer)
         return read_tokenizer(self._folder_of(tokenizer))
 
     def weights(self, component: str) -> WeightSet:
@@ -194,8 +182,6 @@ class Checkpoint:
             UnsafeWeightsError: there are pickled ones only.
             CheckpointError: there is no such component, or a file is missing or damaged.
         """
-        if (lender := self._borrowed(component)) is not None:
-            return lender.weights(component)
         folder = self._folder_of(component)
         tensors: dict[str, TensorRef] = {}
         for file in _weight_files(folder, self._variant):
@@ -204,11 +190,6 @@ class Checkpoint:
                     raise CheckpointError(f"{file} and {tensors[key].file.name} both have {key!r}")
                 tensors[key] = ref
         return self._weight_set(f"{component} of {self.source}", tensors, self._memory)
-
-    def _borrowed(self, component: str) -> Checkpoint | None:
-        if component in self.model_index or component not in self._shared:
-            return None
-        return self._fallback
 
     def _folder_of(self, component: str) -> Path:
         if not self.has(component):
@@ -269,6 +250,16 @@ class _SingleFile(Checkpoint):
         return self._weight_set(f"{component} of {self.source}", self._components[component], self._memory)
 
 
+class _DemoRefiner(Checkpoint):
+    """The demo's refiner: what is its base's too is shipped once."""
+
+    def has(self, component: str) -> bool:
+        return component in _SHARED_WITH_BASE or super().has(component)
+
+    def _folder_of(self, component: str) -> Path:
+        return _DEMO / component if component in _SHARED_WITH_BASE else super()._folder_of(component)
+
+
 class _Published(Checkpoint):
     """A published checkpoint's configurations, without weights."""
 
@@ -286,13 +277,9 @@ def _clip_tokenizer(folder: Path) -> TokenizerFiles:
 
 
 def _demo(name: str, variant: str | None, cache_dir: str | os.PathLike[str] | None) -> Checkpoint:
-    base = Checkpoint("demo", _DEMO, variant=variant, cache_dir=cache_dir)
     if name == "demo":
-        return base
-    refiner = _DEMO / "refiner"
-    return Checkpoint(
-        name, refiner, variant=variant, cache_dir=cache_dir, fallback=base, shared=_SHARED_WITH_BASE
-    )
+        return Checkpoint(name, _DEMO, variant=variant, cache_dir=cache_dir)
+    return _DemoRefiner(name, _DEMO / "refiner", variant=variant, cache_dir=cache_dir)
 
 
 def _single_file(

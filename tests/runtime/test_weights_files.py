@@ -15,7 +15,7 @@ from helpers.tiny_checkpoints import write_json
 from helpers.tiny_net import STATE, folder_with, on_meta
 from latentrt.errors import CheckpointError, CheckpointNotFoundError, UnsafeWeightsError
 from latentrt.runtime import weights
-from latentrt.runtime.weights import Checkpoint, open_checkpoint
+from latentrt.runtime.weights import open_checkpoint
 from safetensors.torch import save_file
 
 Tiny = Callable[..., Path]
@@ -254,13 +254,6 @@ def test_the_demo_refiner_takes_shared_components_from_the_base(
         assert refiner.config(shared) == base.config(shared)
     assert refiner.tokenizer_files("tokenizer_2") == base.tokenizer_files("tokenizer_2")
     assert not refiner.has("text_encoder"), "the refiner reads the second encoder only"
-
-
-def test_a_component_that_is_listed_as_absent_is_not_borrowed(tiny: Tiny) -> None:
-    base = open_checkpoint(tiny("sdxl"))
-    refiner = Checkpoint("r", tiny("refiner"), fallback=base, shared=("text_encoder", "vae"))
-    assert not refiner.has("text_encoder")
-    assert refiner.weights("vae").files[0].parent == tiny("refiner") / "vae"
 
 
 def test_model_index_that_is_no_json_is_named(tmp_path: Path) -> None:
