@@ -42,7 +42,6 @@ def open_checkpoint(
     variant: str | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
-    config: str | os.PathLike[str] | None = None,
 ) -> Checkpoint:
     """Find a checkpoint.
 
@@ -54,8 +53,6 @@ def open_checkpoint(
             with a warning, and so is a single file.
         revision: branch, tag or commit of a hub id.
         cache_dir: latentrt's cache, where digests are remembered. Downloads are kept in huggingface_hub's own.
-        config: for a single file of other sizes than SDXL's, a diffusers folder to take the configurations and
-            tokenizers from.
 
     Raises:
         CheckpointNotFoundError: neither on disk nor on the hub.
@@ -73,7 +70,7 @@ def open_checkpoint(
     if path.is_file():
         if variant is not None:
             _log.warning("%s is a single file, which has no variant %r: reading it as it is", path, variant)
-        return _single_file(source, path.absolute(), cache_dir, config)
+        return _single_file(source, path.absolute(), cache_dir)
     if source and path.is_dir():  # "" would be the working directory
         return Checkpoint(source, path.absolute(), variant=variant, cache_dir=cache_dir)
     if isinstance(model, str) and hub.is_hub_id(model):
@@ -214,13 +211,21 @@ class Checkpoint:
             )
 
 
-class _SingleFile(Checkpoint):
-    """A single file, described by the configurations of `folder`."""
+class _Published(Checkpoint):
+    """A published checkpoint's configurations, without weights."""
 
-    def __init__(
-        self, source: str, kind: str, tensors: Mapping[str, TensorRef], folder: Path, cache_dir: Any
-    ) -> None:
-        super().__init__(source, folder, cache_dir=cache_dir)
+    def tokenizer_files(self, tokenizer: str) -> TokenizerFiles:
+        return _clip_tokenizer(self._folder_of(tokenizer))
+
+    def weights(self, component: str) -> WeightSet:
+        return UnreadWeights(f"{component} of {self.source}", {}, self._memory)
+
+
+class _SingleFile(_Published):
+    """A single file, described by the configurations of the published checkpoint that it is of the kind of."""
+
+    def __init__(self, source: str, kind: str, tensors: Mapping[str, TensorRef], cache_dir: Any) -> None:
+        super().__init__(source, _DATA / kind, cache_dir=cache_dir)
         self._tensors = tensors
         configs = {name: Checkpoint.config(self, name) for name in ("unet", "vae")}
         self._components = single_file.convert(kind, tensors, configs)
@@ -238,12 +243,6 @@ class _SingleFile(Checkpoint):
                 config["rescale_betas_zero_snr"] = True
         return config
 
-    def tokenizer_files(self, tokenizer: str) -> TokenizerFiles:
-        folder = self._folder_of(tokenizer)
-        if (folder / "vocab.json").is_file() or (folder / "tokenizer.json").is_file():
-            return read_tokenizer(folder)
-        return _clip_tokenizer(folder)
-
     def weights(self, component: str) -> WeightSet:
         if component not in self._components:
             raise CheckpointError(f"{self.source} has no {component}; it has {', '.join(self._components)}")
@@ -260,16 +259,6 @@ class _DemoRefiner(Checkpoint):
         return _DEMO / component if component in _SHARED_WITH_BASE else super()._folder_of(component)
 
 
-class _Published(Checkpoint):
-    """A published checkpoint's configurations, without weights."""
-
-    def tokenizer_files(self, tokenizer: str) -> TokenizerFiles:
-        return _clip_tokenizer(self._folder_of(tokenizer))
-
-    def weights(self, component: str) -> WeightSet:
-        return UnreadWeights(f"{component} of {self.source}", {}, self._memory)
-
-
 def _clip_tokenizer(folder: Path) -> TokenizerFiles:
     """CLIP's tables, which are shipped, with a folder's configuration."""
     merges = clip_merges()
@@ -282,17 +271,14 @@ def _demo(name: str, variant: str | None, cache_dir: str | os.PathLike[str] | No
     return _DemoRefiner(name, _DEMO / "refiner", variant=variant, cache_dir=cache_dir)
 
 
-def _single_file(
-    source: str, file: Path, cache_dir: str | os.PathLike[str] | None, config: str | os.PathLike[str] | None
-) -> Checkpoint:
+def _single_file(source: str, file: Path, cache_dir: str | os.PathLike[str] | None) -> Checkpoint:
     if file.suffix in _PICKLES:
         raise UnsafeWeightsError(f"{file} is a pickle; {_REMEDY}")
     if file.suffix != ".safetensors":
         raise CheckpointError(f"{file} is not a .safetensors file, nor a folder with a model_index.json")
     tensors = read_header(file)
     kind = single_file.recognise(file, tensors)
-    folder = _DATA / kind if config is None else Path(config).expanduser().absolute()
-    return _SingleFile(source, kind, tensors, folder, cache_dir)
+    return _SingleFile(source, kind, tensors, cache_dir)
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:

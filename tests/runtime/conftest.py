@@ -47,6 +47,21 @@ def both(rig: Rig) -> Pipeline:
     return rig.pipeline("ensemble", "eager")
 
 
+@pytest.fixture
+def tiny_configs(
+    tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Single files are described by the tiny checkpoints' configurations and tokenizers in place of SDXL's."""
+    from latentrt.runtime import weights
+    from latentrt.runtime.tokenizer_files import read_tokenizer
+
+    data = tmp_path_factory.mktemp("data")
+    for published, kind in {"sdxl_base": "sdxl", "sdxl_refiner": "refiner"}.items():
+        (data / published).symlink_to(tiny(kind))
+    monkeypatch.setattr(weights, "_DATA", data)
+    monkeypatch.setattr(weights, "_clip_tokenizer", read_tokenizer)
+
+
 @pytest.fixture(scope="session")
 def demo_unet() -> Component:
     """The demo's base UNet in float16."""

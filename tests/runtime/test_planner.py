@@ -196,13 +196,14 @@ def test_bytes_of_the_demo_are_exact() -> None:
         assert nbytes == 4 * stored_numbers(folder / name.replace(" ", "/")), name
 
 
+@pytest.mark.usefixtures("tiny_configs")
 def test_a_single_file_is_planned_like_its_folder(tiny: Tiny, tmp_path: Path) -> None:
     folder, file = tiny("sdxl"), tmp_path / "model.safetensors"
     names = ("unet", "vae", "text_encoder", "text_encoder_2")
     states = {name: load_file(next((folder / name).glob("*.safetensors"))) for name in names}
     configs = {name: json.loads((folder / name / "config.json").read_text()) for name in ("unet", "vae")}
     save_file(to_original(states, configs), file)
-    outline = open_checkpoint(file, config=folder).unread()
+    outline = open_checkpoint(file).unread()
     for name, component in load_components(outline, torch.float16).items():
         module = component.build()
         assert {p.device.type for p in module.parameters()} == {"meta"}, name

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from helpers.original_layout import State, to_original
 from latentrt.errors import CheckpointError, UnsafeWeightsError, WeightsMismatchError
-from latentrt.runtime import parts, single_file, weights
+from latentrt.runtime import single_file, weights
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.weight_set import TensorRef
 from latentrt.runtime.weights import Checkpoint, open_checkpoint
@@ -103,9 +102,10 @@ def files(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     return made
 
 
+@pytest.mark.usefixtures("tiny_configs")
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_equal_diffusers_and_the_folder(tiny: Tiny, files: dict[str, Path], kind: str) -> None:
-    checkpoint = open_checkpoint(files[kind], config=tiny(kind))
+    checkpoint = open_checkpoint(files[kind])
     folder = _states(tiny(kind), kind)
     for component, oracle in _by_diffusers(load_file(files[kind]), tiny(kind), kind).items():
         got = _read(checkpoint, component, folder[component])
@@ -115,11 +115,9 @@ def test_values_equal_diffusers_and_the_folder(tiny: Tiny, files: dict[str, Path
             assert torch.equal(value, folder[component][key]), f"{component}: {key}"
 
 
+@pytest.mark.usefixtures("tiny_configs")
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_image_is_the_folders(
-    kind: str, tiny: Tiny, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(parts, "open_checkpoint", partial(open_checkpoint, config=tiny(kind)))
+def test_an_image_is_the_folders(kind: str, tiny: Tiny, files: dict[str, Path]) -> None:
     call: dict[str, Any] = {"prompt": "a red cat", "num_inference_steps": 2, "seed": 1, "output_type": "np"}
     if kind == "refiner":
         picture = torch.rand((1, 3, 64, 48), generator=torch.Generator().manual_seed(3))
@@ -137,11 +135,12 @@ def test_an_image_is_the_folders(
     assert np.abs(ours[0] - ours[1]).max() <= PIPELINE_EAGER
 
 
+@pytest.mark.usefixtures("tiny_configs")
 def test_a_relative_path_is_found_from_another_working_directory(
     tiny: Tiny, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(files["sdxl"].parent)
-    checkpoint = open_checkpoint(files["sdxl"].name, config=tiny("sdxl"))
+    checkpoint = open_checkpoint(files["sdxl"].name)
     expected = _read(checkpoint, "vae", _states(tiny("sdxl"), "sdxl")["vae"])
     save_file({name: 0.9 * x for name, x in load_file(files["sdxl"]).items()}, tmp_path / files["sdxl"].name)
     monkeypatch.chdir(tmp_path)
@@ -150,17 +149,19 @@ def test_a_relative_path_is_found_from_another_working_directory(
     assert checkpoint.source == files["sdxl"].name  # as typed, for messages
 
 
+@pytest.mark.usefixtures("tiny_configs")
 def test_a_variant_of_a_single_file_is_warned_of(
     tiny: Tiny, files: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        checkpoint = open_checkpoint(files["sdxl"], variant="fp16", config=tiny("sdxl"))
+        checkpoint = open_checkpoint(files["sdxl"], variant="fp16")
     assert f"{files['sdxl']} is a single file, which has no variant 'fp16'" in caplog.text
     assert {ref.dtype for ref in checkpoint.weights("unet").tensors.values()} == {"F32"}
 
 
+@pytest.mark.usefixtures("tiny_configs")
 def test_values_are_converted_to_the_dtype(tiny: Tiny, files: dict[str, Path]) -> None:
-    checkpoint = open_checkpoint(files["sdxl"], config=tiny("sdxl"))
+    checkpoint = open_checkpoint(files["sdxl"])
     like = _states(tiny("sdxl"), "sdxl")["text_encoder_2"]
     for key, value in _read(checkpoint, "text_encoder_2", like, torch.bfloat16).items():
         assert torch.equal(value, like[key].bfloat16()), key
@@ -198,7 +199,7 @@ def test_every_full_size_key_has_the_name_and_shape_diffusers_gives_it(kind: str
 def test_shipped_configurations_describe_single_files(
     kind: str, tiny: Tiny, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Without `config`, a file is taken for full size: what SDXL's configurations say."""
+    """A file is taken for full size: what SDXL's configurations say."""
     checkpoint = open_checkpoint(files[kind])
     assert checkpoint.config("unet")["projection_class_embeddings_input_dim"] == (
         2816 if kind == "sdxl" else 2560
@@ -218,13 +219,9 @@ def test_shipped_configurations_describe_single_files(
             checkpoint.tokenizer_files("tokenizer")
 
 
-def test_a_config_folder_brings_its_tokenizer(tiny: Tiny, files: dict[str, Path]) -> None:
-    checkpoint = open_checkpoint(files["sdxl"], config=tiny("sdxl"))
-    assert len(checkpoint.tokenizer_files("tokenizer").vocab) == 1514
-
-
+@pytest.mark.usefixtures("tiny_configs")
 def test_components_of_one_file_have_one_hash_of_it(tiny: Tiny, files: dict[str, Path]) -> None:
-    checkpoint = open_checkpoint(files["sdxl"], config=tiny("sdxl"))
+    checkpoint = open_checkpoint(files["sdxl"])
     assert checkpoint.weights("unet").files == (files["sdxl"],)
     assert checkpoint.weights("unet").digest() == checkpoint.weights("vae").digest()
 
@@ -239,18 +236,20 @@ def _changed(file: Path, folder: Path, **changes: Tensor | None) -> Path:
     return folder / "changed.safetensors"
 
 
+@pytest.mark.usefixtures("tiny_configs")
 def test_surplus_and_missing_keys_are_named(tiny: Tiny, files: dict[str, Path], tmp_path: Path) -> None:
     changes = {
         "model/diffusion_model/out/0/weight": None,
         "model/diffusion_model/input_blocks/99/0/op/weight": torch.zeros(2),
     }
-    checkpoint = open_checkpoint(_changed(files["sdxl"], tmp_path, **changes), config=tiny("sdxl"))
+    checkpoint = open_checkpoint(_changed(files["sdxl"], tmp_path, **changes))
     with pytest.raises(WeightsMismatchError) as caught:
         _read(checkpoint, "unet", _states(tiny("sdxl"), "sdxl")["unet"])
     assert "1 missing: conv_norm_out/weight" in str(caught.value)
     assert "1 surplus: input_blocks/99/0/op/weight" in str(caught.value)
 
 
+@pytest.mark.usefixtures("tiny_configs")
 def test_inpainting_and_v_prediction_are_read_off_the_file(
     tiny: Tiny, files: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -259,13 +258,14 @@ def test_inpainting_and_v_prediction_are_read_off_the_file(
         "v_pred": torch.zeros(0),
         "ztsnr": torch.zeros(0),
     }
-    checkpoint = open_checkpoint(_changed(files["sdxl"], tmp_path, **changes), config=tiny("sdxl"))
+    checkpoint = open_checkpoint(_changed(files["sdxl"], tmp_path, **changes))
     assert checkpoint.config("unet")["in_channels"] == 9
     scheduler = checkpoint.config("scheduler")
     assert scheduler["prediction_type"] == "v_prediction"
     assert scheduler["rescale_betas_zero_snr"] is True
 
 
+@pytest.mark.usefixtures("tiny_configs")
 def test_strays_are_warned_of(
     tiny: Tiny, files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -275,12 +275,12 @@ def test_strays_are_warned_of(
     }  # the last as SD 1.x
     file = _changed(files["refiner"], tmp_path, **strays)
     with caplog.at_level(logging.WARNING):
-        open_checkpoint(file, config=tiny("refiner"))
+        open_checkpoint(file)
     told = "2 tensors belong to no component and are not used: cond_stage_model.weight, control_model.weight"
     assert told in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        open_checkpoint(files["refiner"], config=tiny("refiner"))
+        open_checkpoint(files["refiner"])
     assert not caplog.text
 
 
