@@ -16,7 +16,6 @@ from torch import Tensor
 from .denoise import DenoiseState, LoopKind, LoopRequest, StepHooks, require_channels, run_steps
 from .engines.lazy import LazyEngine
 from .graph import Graph
-from .streams import current_stream
 
 __all__ = ["Denoiser", "Run", "all_ready"]
 
@@ -85,31 +84,23 @@ class Denoiser:
         require_channels(unet.component.outputs[0].dims[1], request.shape[1], request.table)
         kind = LoopKind.of(request.shape, request.table, request.guidance_scale is not None, dtype)
         key = kind, tuple((name, tuple(x.shape)) for name, x in request.constants.items())
-        with unet.loop() as engine:
-            # Not a loop over an engine that was closed since, or that runs on another device.
-            kept: _BoundLoop | None = unet.graph_cache.take(
-                unet.token, key, current_stream(unet.device), lambda x: x.engine is engine
-            )
-            try:
+
+        def make() -> _BoundLoop:
+            with unet.exclusive():
+                return _BoundLoop(unet, kind, request.constants)
+
+        with unet.loop() as engine, unet.kept(key, engine, make) as loop:
+            with unet.exclusive():
+                loop.start(request)
+
+            def run(latents: Tensor, hooks: StepHooks) -> Tensor:
+                static = loop.state.latents
                 with unet.exclusive():
-                    with torch.inference_mode(False):  # a caller's own would mark the static tensors
-                        loop = kept or _BoundLoop(unet, kind, request.constants)
-                    loop.start(request)
+                    static.copy_(latents)
+                    run_steps(static, loop.step, request.table, hooks)
+                    return static.clone()
 
-                def run(latents: Tensor, hooks: StepHooks) -> Tensor:
-                    static = loop.state.latents
-                    with unet.exclusive():
-                        static.copy_(latents)
-                        run_steps(static, loop.step, request.table, hooks)
-                        return static.clone()
-
-                yield run
-            except BaseException:  # the loop is dropped, once the device has done what it was given
-                current_stream(unet.device).record_event().synchronize()
-                raise
-            unet.graph_cache.put(
-                unet.token, key, loop, loop.nbytes, current_stream(unet.device).record_event()
-            )
+            yield run
 
     def run(self, request: LoopRequest, latents: Tensor, hooks: StepHooks) -> Tensor:
         """Make a loop ready, run it and release it; as `Run`."""

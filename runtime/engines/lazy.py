@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from math import prod
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -149,15 +150,22 @@ class _CapturedCall:
         return {name: y.clone() for name, y in self._outputs.items()}
 
 
+class _OverEngine(Protocol):
+    """What is bound to an engine, and of how many bytes."""
+
+    engine: Engine
+    nbytes: int
+
+
+_Kept = TypeVar("_Kept", bound=_OverEngine)
+
+
 class LazyEngine:
     """An engine that is loaded when first called, once however many threads call it.
 
     Locks are taken in this order: its residency's, its loader's (`exclusive`), its own.
 
     No reference cycles: what it loaded is freed as soon as its last owner is.
-
-    Attributes:
-        token: its key in the graph cache.
     """
 
     def __init__(self, component: Component, loader: EngineLoader) -> None:
@@ -167,9 +175,9 @@ class LazyEngine:
         self._engine: Engine | None = None
         self._moved = False  # whether its weights may be elsewhere than on the device
         self._loops = 0
-        self.token = object()
+        self._token = object()
         # Its loader may outlive it, held by an engine that another pipeline shares.
-        weakref.finalize(self, loader.graph_cache.forget, self.token).atexit = False
+        weakref.finalize(self, loader.graph_cache.forget, self._token).atexit = False
 
     @property
     def device(self) -> torch.device:
@@ -183,7 +191,7 @@ class LazyEngine:
 
     @property
     def graph_cache(self) -> GraphCache:
-        """Where its captured graphs are kept between uses, by its token and their kind."""
+        """Where its captured graphs are kept between uses."""
         return self._loader.graph_cache
 
     @property
@@ -271,31 +279,36 @@ class LazyEngine:
             with self._loaded() as engine, self._captured(engine, inputs):
                 pass
 
-    @contextmanager
-    def _captured(self, engine: Engine, inputs: Mapping[str, Tensor]) -> Iterator[_CapturedCall | None]:
-        """A call for inputs of these shapes, taken from the graph cache or captured now, and put back at the end. None
-        where calls are not captured, as of weights that may be offloaded: the graph would be dropped with them; and if
-        it would be too large to keep."""
-        if self.graphs is None or self.residency is not None:
-            yield None
-            return
+    def _captured(
+        self, engine: Engine, inputs: Mapping[str, Tensor]
+    ) -> AbstractContextManager[_CapturedCall | None]:
+        """A call for inputs of these shapes. None where calls are not captured, as of weights that may be offloaded:
+        the graph would be dropped with them; and if it would be too large to keep."""
+        graphs = self.graphs
+        if graphs is None or self.residency is not None:
+            return nullcontext()
+        check_inputs(self.component, inputs)  # refuses wrong shapes before anything is made of them
+        if _CapturedCall.size(self.component, inputs) > self.graph_cache.limit:
+            return nullcontext()
         key = tuple((name, tuple(x.shape), x.dtype) for name, x in inputs.items())
-        call: _CapturedCall | None = self.graph_cache.take(
-            self.token, key, current_stream(self.device), lambda call: call.engine is engine
-        )
-        if call is None:
-            check_inputs(self.component, inputs)  # refuses wrong shapes before anything is made of them
-            if _CapturedCall.size(self.component, inputs) > self.graph_cache.limit:
-                yield None
-                return
-            with torch.inference_mode(False):  # a caller's own would mark the static tensors
-                call = _CapturedCall(self.component, engine, inputs, self.graphs)
+        return self.kept(key, engine, lambda: _CapturedCall(self.component, engine, inputs, graphs))
+
+    @contextmanager
+    def kept(self, key: Hashable, engine: Engine, make: Callable[[], _Kept]) -> Iterator[_Kept]:
+        """What was kept by this key over this engine, taken from the graph cache, or made now. It is put back at the
+        end; if the block fails it is freed, once the device has done what it was given."""
+        stream = current_stream(self.device)
+        # Not over an engine that was closed since, or that runs on another device.
+        found: _Kept | None = self.graph_cache.take(self._token, key, stream, lambda x: x.engine is engine)
         try:
-            yield call
-        except BaseException:  # it is freed, once the device has done what it was given
-            current_stream(self.device).record_event().synchronize()
+            if found is None:
+                with torch.inference_mode(False):  # a caller's own would mark the static tensors
+                    found = make()
+            yield found
+        except BaseException:
+            stream.record_event().synchronize()
             raise
-        self.graph_cache.put(self.token, key, call, call.nbytes, current_stream(self.device).record_event())
+        self.graph_cache.put(self._token, key, found, found.nbytes, stream.record_event())
 
     def offload(self) -> None:
         """Free the device's memory until the next use: weights move to the host if the engine can do that; else it is
@@ -304,7 +317,7 @@ class LazyEngine:
             if isinstance(self._engine, Movable):
                 # In this order, since it may be interrupted anywhere: no graph may outlive the memory it was captured
                 # over, and weights that have left in part are onloaded.
-                self.graph_cache.drop(self.token)
+                self.graph_cache.drop(self._token)
                 self._moved = True
                 self._engine.offload()
             else:
@@ -335,7 +348,7 @@ class LazyEngine:
             if engine is not None:
                 engine.close()
         finally:  # last: an engine that must not lose what is running waits for it as it closes
-            self.graph_cache.drop(self.token)
+            self.graph_cache.drop(self._token)
 
 
 def _wait(device: torch.device, graphs: Graphs | None) -> None:

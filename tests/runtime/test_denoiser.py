@@ -293,7 +293,7 @@ def test_loops_whose_unets_are_not_there_together_are_made_ready_one_by_one(
         found.append(latents)
         captures.clear()
         for loop in loops:
-            loop._unet.graph_cache.drop(loop._unet.token)
+            loop._unet.graph_cache.drop()
     assert found[0].equal(found[1])
     with all_ready(asked, together=False) as runs:
         assert captures == []
