@@ -65,7 +65,7 @@ class Budget:
         """
         self._parts = parts
         self._loader = loader = parts.loader
-        self._policy = policy = loader.policy
+        self._policy = policy = loader.residency.policy
         self._limit = parts.memory_limit
         self._loop_memory = parts.loop_memory
         self._planners: dict[tuple[str, int], Planner] = {}
@@ -131,7 +131,7 @@ class Budget:
         own, residency = self.planner.engines(), self._loader.residency
         held = {name: x.held_bytes for name, x in self._present().items()}
         held["recorded"] = self._loader.graph_cache.nbytes
-        if residency is not None and residency.policy == "low":
+        if residency.policy == "low":
             for x in residency.loaded:
                 if x.present and x.device == self._loader.device and x not in own.values():
                     held[f"another {x.component.name}"] = x.held_bytes + x.graph_cache.nbytes

@@ -49,7 +49,6 @@ def make_images(
         OutOfMemoryError: the device has too little memory; the message names the stage.
         RequestError: a callback returned something that it may not.
     """
-    residency, vae = parts.loader.residency, parts.vae
     with progress.stage("prepare"):
         _prepare(parts, request, stages)
     with progress.stage("text"):
@@ -59,7 +58,7 @@ def make_images(
     with ExitStack() as held:
         with progress.stage("prepare"):
             loops = _loops(request, stages, conditionings, latents, noise)
-            together = residency is None or residency.together("denoise")
+            together = parts.loader.residency.together("denoise")
             runs = held.enter_context(all_ready(loops, together=together))
         for stage, run in zip(stages, runs, strict=True):
             with progress.stage(stage.name):
@@ -70,7 +69,7 @@ def make_images(
     if request.output_type == "latent":
         return latents
     with progress.stage("decode"):
-        return from_tensor(vae.decode(latents, tile=request.tile), request.output_type)
+        return from_tensor(parts.vae.decode(latents, tile=request.tile), request.output_type)
 
 
 def _conditionings(parts: Parts, request: GenerationRequest, stages: Sequence[Stage]) -> list[Conditioning]:
@@ -81,7 +80,7 @@ def _conditionings(parts: Parts, request: GenerationRequest, stages: Sequence[St
 
 def _prepare(parts: Parts, request: GenerationRequest, stages: Sequence[Stage]) -> None:
     """Load every engine first, so that loading is not timed as part of a stage. Only if all weights stay resident."""
-    if parts.loader.residency is not None:
+    if parts.loader.residency.offloads:
         return
     needed = [engine for stage in stages for engine in stage.expert.engines()]
     if request.starts_from_pixels:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from ..errors import RequestError
@@ -26,19 +26,24 @@ class Residency:
 
     Attributes:
         policy: decides which engines are offloaded.
-        lock: held while any of the engines is used, from the first call to the last: two users at once would offload
-            each other's.
+        offloads: whether any is.
     """
 
     def __init__(self, policy: Policy) -> None:
-        self.lock = threading.RLock()
         self.policy = policy
+        self.offloads = policy != "resident"
+        self._lock: AbstractContextManager[object] = threading.RLock() if self.offloads else nullcontext()
         self._loaded: list[weakref.ref[LazyEngine]] = []  # weak: their owners decide when they are freed
 
     @property
     def loaded(self) -> list[LazyEngine]:
         """Those on a device, in the order in which they were loaded."""
         return [engine for there in self._loaded if (engine := there()) is not None]
+
+    def held(self) -> AbstractContextManager[object]:
+        """Hold this while any of the engines is used, from the first call to the last: two users at once would offload
+        each other's. Where all may stay it excludes nobody."""
+        return self._lock
 
     def together(self, kind: Kind) -> bool:
         """Whether networks of this kind may be on the device at the same time."""
@@ -50,6 +55,8 @@ class Residency:
         Raises:
             RequestError: one of those is in the midst of a loop, and a callback of that loop asks for this engine.
         """
+        if not self.offloads:
+            return
         running = kind_of(engine.component.name)
         leaving = [
             other
@@ -78,8 +85,8 @@ class Residency:
 @contextmanager
 def exclusive(engines: Iterable[LazyEngine]) -> Iterator[None]:
     """Hold the locks of these engines' residencies: no other thread offloads or uses them meanwhile."""
-    found = {id(x.residency): x.residency for x in engines if x.residency is not None}
+    found = {id(x.residency): x.residency for x in engines}
     with ExitStack() as stack:
         for _, residency in sorted(found.items()):  # in one order, so that no two threads deadlock
-            stack.enter_context(residency.lock)
+            stack.enter_context(residency.held())
         yield

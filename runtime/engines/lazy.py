@@ -31,10 +31,9 @@ class EngineLoader:
     """Where and how components run; chosen once for a pipeline and changed only by `Pipeline.to`.
 
     Attributes:
-        policy: of `memory`, by which weights are offloaded.
         graphs: captures engines whose work can be captured; None to run everything eagerly.
         graph_cache: captured graphs that are not in use.
-        residency: offloads weights; None where all may stay.
+        residency: offloads weights by policy.
     """
 
     def __init__(
@@ -56,14 +55,11 @@ class EngineLoader:
         """
         self._name = backend
         self._graphs = graphs
-        self.policy = memory
         self.dtype = dtype
         self.cache_dir = cache_dir
         self.graph_cache = GraphCache()
-        self.residency: Residency | None = None
-        if memory != "resident":
-            found = [x.residency for x in shared if x.residency is not None and x.residency.policy == memory]
-            self.residency = found[0] if found else Residency(memory)
+        found = (x.residency for x in shared if x.residency.policy == memory)
+        self.residency = next(found, None) or Residency(memory)
         self._engines: weakref.WeakSet[LazyEngine] = weakref.WeakSet()  # they belong to the networks' owners
         self._one_at_a_time = threading.RLock()
         self.device = device
@@ -82,10 +78,7 @@ class EngineLoader:
         wanted = device.type == "cuda" if self._graphs is None else self._graphs
         if wanted:
             expect_modes()
-        with ExitStack() as held:
-            if self.residency is not None:
-                held.enter_context(self.residency.lock)
-            held.enter_context(self.exclusive())
+        with self.residency.held(), self.exclusive(), ExitStack() as held:
             graphs = Graphs(device) if wanted else None
             if self._engines:
                 # Those that another pipeline shares do not run there before they are closed, and may still be running
@@ -195,8 +188,8 @@ class LazyEngine:
         return self._loader.graph_cache
 
     @property
-    def residency(self) -> Residency | None:
-        """Offloads its weights between two uses; None if they stay."""
+    def residency(self) -> Residency:
+        """Offloads its weights between two uses, unless they stay."""
         return self._loader.residency
 
     @property
@@ -232,27 +225,22 @@ class LazyEngine:
     def load(self) -> Engine:
         """The engine itself, its weights on the device; exports or compiles the component when its cache lacks it.
 
-        Where there is a `residency`, hold its `lock` for this call and while the engine is used.
+        Have its `residency` held for this call and while the engine is used.
         """
-        if self.residency is None:
-            return self._load()
-        with self.residency.lock:
+        with self.residency.held():
             self.residency.enter(self)
-            return self._load()
-
-    def _load(self) -> Engine:
-        with self._lock:
-            if self._engine is None:
-                loader = self._loader
-                # A caller's inference mode would mark the weights, and tracing would bake it in.
-                with torch.inference_mode(False):
-                    self._engine = loader.backend.load(
-                        self.component, device=loader.device, cache_dir=loader.cache_dir
-                    )
-            if self._moved and isinstance(self._engine, Movable):
-                self._engine.onload()
-                self._moved = False
-            return self._engine
+            with self._lock:
+                if self._engine is None:
+                    loader = self._loader
+                    # A caller's inference mode would mark the weights, and tracing would bake it in.
+                    with torch.inference_mode(False):
+                        self._engine = loader.backend.load(
+                            self.component, device=loader.device, cache_dir=loader.cache_dir
+                        )
+                if self._moved and isinstance(self._engine, Movable):
+                    self._engine.onload()
+                    self._moved = False
+                return self._engine
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with self._loaded() as engine, self._captured(engine, inputs) as call:
@@ -261,7 +249,7 @@ class LazyEngine:
     @contextmanager
     def _loaded(self) -> Iterator[Engine]:
         """The engine, for a call: exclusively, and neither offloaded nor closed inside the block."""
-        with nullcontext() if self.residency is None else self.residency.lock:
+        with self.residency.held():
             while True:
                 engine = self.load()  # without `exclusive`: it may take minutes
                 with self.exclusive():
@@ -275,7 +263,7 @@ class LazyEngine:
 
     def capture(self, inputs: Mapping[str, Tensor]) -> None:
         """Load the engine and capture its call for inputs of these shapes, where calls are captured and kept."""
-        if self.graphs is not None and self.residency is None:
+        if self.graphs is not None and not self.residency.offloads:
             with self._loaded() as engine, self._captured(engine, inputs):
                 pass
 
@@ -285,7 +273,7 @@ class LazyEngine:
         """A call for inputs of these shapes. None where calls are not captured, as of weights that may be offloaded:
         the graph would be dropped with them; and if it would be too large to keep."""
         graphs = self.graphs
-        if graphs is None or self.residency is not None:
+        if graphs is None or self.residency.offloads:
             return nullcontext()
         check_inputs(self.component, inputs)  # refuses wrong shapes before anything is made of them
         if _CapturedCall.size(self.component, inputs) > self.graph_cache.limit:
@@ -331,16 +319,11 @@ class LazyEngine:
     @contextmanager
     def _idle(self) -> Iterator[None]:
         """Nothing else uses it meanwhile, and afterwards it is off the device."""
-        with ExitStack() as held:
-            if self.residency is not None:
-                held.enter_context(self.residency.lock)
-            held.enter_context(self.exclusive())
-            held.enter_context(self._lock)
+        with self.residency.held(), self.exclusive(), self._lock:
             if self._engine is not None:
                 _wait(self.device, self.graphs)
             yield
-            if self.residency is not None:
-                self.residency.forget(self)
+            self.residency.forget(self)
 
     def _close(self) -> None:
         engine, self._engine, self._moved = self._engine, None, False

@@ -70,6 +70,7 @@ def test_low_has_one_at_a_time() -> None:
 def test_resident_stays() -> None:
     kinds = ("text", "denoise", "pixels")
     assert all(stays("resident", one, other) for one in kinds for other in kinds)
+    assert walk("resident")[1] == []
     assert POLICIES == ("resident", "balanced", "low")
     with pytest.raises(ValueError, match="no memory policy 'all'"):
         check_policy("all")
