@@ -17,7 +17,7 @@ from .graph_cache import DEFAULT_LIMIT
 from .memory import POLICIES, Plan, format_bytes, kind_of, stays
 from .parts import Parts
 from .place import free_memory
-from .planner import Planner
+from .planner import Planner, PlanSize
 from .request import GenerationRequest
 from .stages import Stage
 
@@ -90,21 +90,8 @@ class Budget:
 
     def plan(self, request: GenerationRequest, stages: Sequence[Stage]) -> Plan:
         """What a request takes."""
-        plan = self.planner.of_stages(
-            stages,
-            height=request.height,
-            width=request.width,
-            batch=request.batch,
-            guided=request.guided,
-            encoded=request.starts_from_pixels,
-            decoded=request.output_type != "latent",
-            tile=request.tile,
-        )
+        plan = self.planner.of_stages(stages, PlanSize.of(request), guided=request.guided)
         return self._among_others(plan)
-
-    def describe(self, request: GenerationRequest, stages: Sequence[Stage]) -> str:
-        """What a request takes by plan, stage by stage, for messages."""
-        return self.plan(request, stages).describe(self._policy)
 
     def _among_others(self, plan: Plan) -> Plan:
         """The plan plus the weights that stay on the device whatever this request does: networks of other requests, and

@@ -80,7 +80,7 @@ class Calls:
                 # Only here are the frames that failed gone, with the tensors that they held.
                 freed = 0 if again else self._budget.free_unused()
                 if not freed:
-                    plan = self._budget.describe(request, stages)
+                    plan = self._budget.plan(request, stages).describe(self._parts.loader.residency.policy)
                     raise OutOfMemoryError(f"{failure}. By plan, {plan}") from failure.__cause__
                 _log.warning(
                     "%s; freed %s kept from earlier requests, trying once more", failure, format_bytes(freed)

@@ -23,26 +23,45 @@ from .loading import load_expert, load_refiner, load_vae
 from .memory import Network, Plan, PlannedStage
 from .parts import Parts
 from .place import dtype_name
-from .request import check_number, check_side
+from .request import GenerationRequest, check_number, check_side
 from .stages import Stage, stage_names, stages_of
 from .vae import Tiles
 from .weights import open_outline, refiner_source
 
-__all__ = ["Planner"]
+__all__ = ["PlanSize", "Planner"]
 
 _META = torch.device("meta")
 
 
 @dataclass(frozen=True)
-class _PlanSize:
-    """What a plan depends on beside its loops; as for `Planner.of_stages`."""
+class PlanSize:
+    """What a plan depends on beside its loops.
+
+    Attributes:
+        height, width: in pixels.
+        batch: images, each with a prompt of its own.
+        encoded, decoded: whether it starts from an image; whether it ends in one.
+        tile: latents along a side of the tiles in which it is decoded; None for whole images.
+    """
 
     height: int
     width: int
     batch: int
     encoded: bool
-    decoded: bool
-    tile: int | None
+    decoded: bool = True
+    tile: int | None = None
+
+    @classmethod
+    def of(cls, request: GenerationRequest) -> PlanSize:
+        """That of a request."""
+        return cls(
+            request.height,
+            request.width,
+            request.batch,
+            encoded=request.starts_from_pixels,
+            decoded=request.output_type != "latent",
+            tile=request.tile,
+        )
 
 
 class Planner:
@@ -134,40 +153,24 @@ class Planner:
         guidance_scale = check_number("guidance_scale", guidance_scale, -1e4, 1e4)
         high_noise_frac = check_number("high_noise_frac", high_noise_frac, 0, 1)
         stages = stages_of(self._parts.experts, sampler, steps=steps, high_noise_frac=high_noise_frac)
-        return self.of_stages(
-            stages, height=height, width=width, batch=batch, guided=guidance_scale > 1, encoded=from_image
-        )
+        size = PlanSize(height, width, batch, encoded=from_image)
+        return self.of_stages(stages, size, guided=guidance_scale > 1)
 
-    def of_stages(
-        self,
-        stages: Sequence[Stage],
-        *,
-        height: int,
-        width: int,
-        batch: int,
-        guided: bool,
-        encoded: bool = False,
-        decoded: bool = True,
-        tile: int | None = None,
-    ) -> Plan:
+    def of_stages(self, stages: Sequence[Stage], size: PlanSize, *, guided: bool) -> Plan:
         """What a request takes whose schedule is divided so.
 
         Args:
             stages: of this planner's experts.
-            height, width: in pixels.
-            batch: as for `plan`.
+            size: of its images.
             guided: whether its guidance scale is above 1.
-            encoded, decoded: whether it starts from an image; whether it ends in one.
-            tile: latents along a side of the tiles in which it is decoded; None for whole images.
         """
         scale = self._vae.scale
-        shape = (batch, self._vae.channels, height // scale, width // scale)
+        shape = (size.batch, self._vae.channels, size.height // scale, size.width // scale)
         loops = []
         for stage in stages:  # also one that takes no steps: its networks are loaded all the same
             expert = stage.expert
             kind = LoopKind.of(shape, stage.table, expert.uses_cfg(guided), expert.unet.component.dtype)
             loops.append((stage.name, expert, kind))
-        size = _PlanSize(height, width, batch, encoded, decoded, tile)
         key = (tuple((name, kind) for name, _, kind in loops), size)
         with self._lock:
             if key not in self._plans:
@@ -184,7 +187,7 @@ class Planner:
         ]
         return replace(plan, stages=tuple(counted))
 
-    def _build(self, loops: Sequence[tuple[str, Expert, LoopKind]], size: _PlanSize) -> Plan:
+    def _build(self, loops: Sequence[tuple[str, Expert, LoopKind]], size: PlanSize) -> Plan:
         height, width, batch = size.height, size.width, size.batch
         networks: dict[str, Network] = {}
         texts: dict[str, set[str]] = {}  # by encoder; one that experts share encodes each of them once
