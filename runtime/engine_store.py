@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ from .cache_contents import Entry, contents
 from .engines import plugins, products
 from .engines.base import Component
 from .engines.sizes import Profile
-from .manifests import MANIFEST
+from .manifests import read_manifest
 from .place import dtype_name
 
 __all__ = [
@@ -213,15 +212,18 @@ def last_seconds(store: Store, wanted: Mapping[str, Any]) -> float | None:
 
 
 def stored_engine(folder: Path, *, built: bool) -> StoredEngine:
-    """The engine in an entry's folder, once that was verified."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    description = manifest["description"]
+    """The engine in an entry's folder, once that was verified.
+
+    Raises:
+        CacheError: it has been removed since, or is being replaced.
+    """
+    manifest = read_manifest(folder)
     return StoredEngine(
         folder.name,
         folder / PLAN_FILE,
-        tuple(Profile.from_json(axes) for axes in description["profiles"]),
-        manifest["figures"],
-        description["plugins"],
+        tuple(Profile.from_json(axes) for axes in manifest.description["profiles"]),
+        manifest.figures,
+        manifest.description["plugins"],
         built,
     )
 

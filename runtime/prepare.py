@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ..errors import BackendError
+from ..errors import BackendError, CacheError
 from .cache import Store, cache_root
 from .cache_contents import Entry
 from .engine_store import (
@@ -147,7 +147,7 @@ def engine(
     folder = _fetch(key, build, rebuild)
     try:
         return stored_engine(folder, built=build.done)
-    except FileNotFoundError:  # another process has removed it since, or is replacing it
+    except CacheError:  # another process has removed it since, or is replacing it
         return stored_engine(_fetch(key, build, rebuild), built=build.done)
 
 
