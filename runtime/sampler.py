@@ -111,10 +111,8 @@ def build_table(
         eta: share of DDPM's noise that DDIM adds, in [0, 1]; the other samplers ignore it.
 
     Raises:
-        RequestError: no such schedule, range or eta.
+        RequestError: no such schedule or range.
     """
-    if not 0 <= eta <= 1:
-        raise RequestError(f"eta is {eta}; it must be from 0 to 1")
     schedule = make_schedule(config, num_steps)
     end = len(schedule) if end is None else end
     if not 0 <= begin <= end <= len(schedule):

@@ -151,24 +151,6 @@ def test_dpm_has_a_level_for_each_step(spacing: str) -> None:
         build_table(config, 1000)
 
 
-@pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan")])
-def test_eta_out_of_range(eta: float) -> None:
-    with pytest.raises(RequestError, match="eta"):
-        build_table(sdxl("ddim"), 10, eta=eta)
-
-
-@pytest.mark.parametrize("name", ["denoising_start", "denoising_end", "strength"])
-@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
-def test_fractions_out_of_range(name: str, value: float) -> None:
-    with pytest.raises(RequestError, match=name):
-        step_range(sdxl(), 10, **{name: value})
-
-
-def test_start_after_end() -> None:
-    with pytest.raises(RequestError, match=r"0\.8.*0\.5"):
-        step_range(sdxl(), 10, denoising_start=0.8, denoising_end=0.5)
-
-
 @pytest.mark.parametrize(("begin", "end"), [(-1, 3), (4, 3), (0, 11)])
 def test_ranges_outside_the_schedule(begin: int, end: int) -> None:
     with pytest.raises(RequestError, match="the schedule has 10"):
