@@ -40,16 +40,13 @@ _PER_WEIGHT_BYTE = 3.7
 _ALWAYS = 600 << 20
 
 
-def build_in_child(
-    request: EngineRequest, *, expected_seconds: float | None = None, show: bool | None = None
-) -> dict[str, Any]:
+def build_in_child(request: EngineRequest, *, expected_seconds: float | None = None) -> dict[str, Any]:
     """Build an engine as `tensorrt.build_engine` does, in a process of its own.
 
     Whatever ends this call, Ctrl-C included, ends the child. A child whose parent dies ends by itself.
 
     Args:
-        expected_seconds: what such a build took last time, for the bar.
-        show: whether to show a bar; on a terminal only by default.
+        expected_seconds: what such a build took last time, for the bar that is shown on a terminal.
 
     Returns:
         The figures of `build_engine`, with `seconds` for all of it.
@@ -77,7 +74,7 @@ def build_in_child(
         except BrokenPipeError:  # it has died already, and is told of below
             with suppress(BrokenPipeError):
                 child.stdin.close()
-        answer = _watch(child, request.component, expected_seconds, show)
+        answer = _watch(child, request.component, expected_seconds)
         code = child.wait()
         if answer is None:
             raise BuildError(_obituary(request, code, stderr))
@@ -124,16 +121,13 @@ def _child(stderr: IO[bytes], environment: dict[str, str]) -> Iterator[subproces
             child.kill()
 
 
-def _watch(
-    child: subprocess.Popen[bytes], name: str, expected: float | None, show: bool | None
-) -> dict[str, Any] | None:
+def _watch(child: subprocess.Popen[bytes], name: str, expected: float | None) -> dict[str, Any] | None:
     """Show the child's progress until it has answered; None when it ends without."""
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_forward, args=(child.stdout, lines), daemon=True).start()
     last = "" if expected is None else f", last time {expected:.0f} s"
     layout = "{desc}: {elapsed}" + last if expected is None else "{desc}: |{bar:20}| {elapsed}" + last
-    disable = None if show is None else not show
-    with tqdm(total=expected, bar_format=layout, leave=False, disable=disable) as bar:
+    with tqdm(total=expected, bar_format=layout, leave=False, disable=None) as bar:  # on a terminal only
         bar.set_description(name)
         while True:
             try:

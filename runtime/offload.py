@@ -29,7 +29,7 @@ class Staging:
     """Copies host memory to a device through a double buffer in pinned memory: while one half is being copied to the
     device, the other is filled."""
 
-    def __init__(self, device: torch.device, nbytes: int = STAGING) -> None:
+    def __init__(self, device: torch.device, nbytes: int) -> None:
         """`nbytes`: of both halves together."""
         pinned = device.type == "cuda"
         self._device = device
@@ -66,7 +66,7 @@ class OffloadableWeights:
     Weights never change, so a copy on the host is made once and kept: to offload again only frees the device's.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], device: torch.device, staging_bytes: int = STAGING) -> None:
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
         """
         Args:
             tensors: every tensor that holds or views the weights (packed ones too), on the host. They stay the
@@ -76,7 +76,6 @@ class OffloadableWeights:
         """
         self._tensors = list(tensors)
         self._device = device
-        self._staging_bytes = staging_bytes
         self._offsets: list[tuple[Tensor, int]] = []
         self._device_copy: Tensor | None = None  # uint8 [N]
         self._host_copy: Tensor | None = None  # uint8 [N]
@@ -112,7 +111,7 @@ class OffloadableWeights:
         _empty_cache(self._device)  # or the block would lie among what activations left
         sources, nbytes = self._sources()
         block = _allocate(nbytes, self._device)
-        staging = Staging(self._device, min(self._staging_bytes, 2 * max(nbytes, 1)))
+        staging = Staging(self._device, min(STAGING, 2 * max(nbytes, 1)))
         for source, begin in sources:
             staging.copy(source, block[begin : begin + len(source)])
         staging.wait()  # streams are not ordered with each other, and any of them may use the weights next

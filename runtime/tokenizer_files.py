@@ -65,10 +65,10 @@ def byte_symbols() -> list[str]:
     return [chr(b) for b in printable] + [chr(256 + n) for n in range(others)]
 
 
-def clip_merges(count: int | None = None) -> list[Merge]:
-    """The first `count` of CLIP's 48,894 merges; all of them by default."""
+def clip_merges() -> list[Merge]:
+    """CLIP's 48,894 merges."""
     data = (files(__package__) / "data" / "clip_merges.txt.gz").read_bytes()
-    return _parse_merges(gzip.decompress(data).decode("utf-8"))[:count]
+    return _parse_merges(gzip.decompress(data).decode("utf-8"))
 
 
 def clip_vocabulary(merges: Sequence[Merge]) -> dict[str, int]:

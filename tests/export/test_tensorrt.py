@@ -127,8 +127,11 @@ def test_sizes_that_no_engine_takes(request_: EngineRequest) -> None:
 # --- in a process of its own
 
 
-def test_the_child_builds_the_same_engine(request_: EngineRequest, capfd: pytest.CaptureFixture[str]) -> None:
-    figures = build_in_child(request_, show=True)
+def test_the_child_builds_the_same_engine(
+    request_: EngineRequest, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    figures = build_in_child(request_)
     assert Path(request_.plan).stat().st_size == figures["engine_bytes"]
     assert figures["seconds"] >= figures["build_seconds"]
     assert figures["peak_memory_bytes"] < 400e6  # neither torch nor the parent is in it

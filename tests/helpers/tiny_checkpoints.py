@@ -256,7 +256,7 @@ def save_tokenizer(
 ) -> None:
     """CLIP's tokenizer cut to its first merges, in the files that published checkpoints have; `config` is what its
     tokenizer_config.json says besides, or differently."""
-    pairs = clip_merges(merges)
+    pairs = clip_merges()[:merges]
     write_json(folder / "vocab.json", clip_vocabulary(pairs))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in pairs), "utf-8")
     special = {

@@ -28,6 +28,12 @@ def module() -> tuple[nn.Module, list[Tensor]]:
     return net, [*net.parameters(), *net.buffers(), packed[1:]]
 
 
+@pytest.fixture(autouse=True)
+def small_staging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that also these weights are copied part by part."""
+    monkeypatch.setattr(offload, "STAGING", 64)
+
+
 @pytest.fixture
 def live(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     """Bytes of the blocks that exist."""
@@ -47,12 +53,13 @@ def live(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("staging", [2, 14, 1 << 12])
-def test_weights_come_and_go_as_they_were(staging: int) -> None:
+def test_weights_come_and_go_as_they_were(staging: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "STAGING", staging)
     net, tensors = module()
     x = torch.randn(2, 3, 6, 6)
     expected = net(x)
     before = [(t.clone(), t.stride()) for t in tensors]
-    weights = OffloadableWeights(tensors, CPU, staging)
+    weights = OffloadableWeights(tensors, CPU)
     addresses = {t.data_ptr() for t in tensors}
     for move in (weights.offload, weights.onload, weights.offload, weights.onload):
         move()
@@ -68,7 +75,7 @@ def test_weights_come_and_go_as_they_were(staging: int) -> None:
 
 def test_the_host_s_copy_stays_and_the_device_s_is_freed(live: dict[int, int]) -> None:
     _, tensors = module()
-    weights = OffloadableWeights(tensors, CPU, 64)
+    weights = OffloadableWeights(tensors, CPU)
     assert not live  # they lie where they were read to
     weights.offload()
     (nbytes,) = live.values()
@@ -84,7 +91,7 @@ def test_the_host_s_copy_stays_and_the_device_s_is_freed(live: dict[int, int]) -
 def test_the_first_block_on_the_device_is_freed_when_it_is_offloaded(live: dict[int, int]) -> None:
     """As on a GPU: there the host has no copy until the first time that they leave."""
     _, tensors = module()
-    weights = OffloadableWeights(tensors, CPU, 64)
+    weights = OffloadableWeights(tensors, CPU)
     weights.onload()
     (there,) = [t.untyped_storage().data_ptr() for t in tensors[:1]]
     assert len(live) == 1
@@ -99,7 +106,7 @@ def test_the_block_is_freed_before_the_allocator_s_cache_is_emptied(
 ) -> None:
     """Not only soon after: the allocator would keep a block that is freed later, and put small tensors into it."""
     _, tensors = module()
-    weights = OffloadableWeights(tensors, CPU, 64)
+    weights = OffloadableWeights(tensors, CPU)
     weights.onload()
     nbytes = sum(live.values())
     given_back = []
@@ -114,7 +121,7 @@ def test_the_block_is_freed_before_the_allocator_s_cache_is_emptied(
 def test_only_what_is_used_of_a_larger_storage_is_moved(live: dict[int, int]) -> None:
     """A checkpoint's tensors may be views of a fused one, of which the rest is another's."""
     fused = torch.randn(3, 100, 100)
-    weights = OffloadableWeights([fused[1]], CPU, 64)
+    weights = OffloadableWeights([fused[1]], CPU)
     weights.onload()
     assert list(live.values()) == [100 * 100 * 4]
 
@@ -135,7 +142,8 @@ def test_weights_are_on_the_device_when_onload_returns(staging: int, monkeypatch
         )
         patch.setattr(offload, "_allocate", lambda nbytes, _: empty(nbytes, dtype=torch.uint8))
         patch.setattr(offload, "_empty_cache", lambda device: None)
-        weights = OffloadableWeights(tensors, torch.device("cuda"), staging)
+        patch.setattr(offload, "STAGING", staging)
+        weights = OffloadableWeights(tensors, torch.device("cuda"))
         assert 0 < stream.places == stream.done
         weights.offload()
         stream.record_event()
@@ -159,7 +167,7 @@ def test_an_interrupted_onload_leaves_nothing_on_the_device(
     net, tensors = module()
     x = torch.randn(2, 3, 6, 6)
     expected = net(x)
-    weights = OffloadableWeights(tensors, CPU, 64)
+    weights = OffloadableWeights(tensors, CPU)
     weights.offload()
     (home,) = live.values()
     with monkeypatch.context() as patch:
@@ -177,7 +185,7 @@ def test_weights_that_are_there_are_not_copied_again(
 ) -> None:
     """Where a move was interrupted before its caller knew of its end."""
     _, tensors = module()
-    weights = OffloadableWeights(tensors, CPU, 64)
+    weights = OffloadableWeights(tensors, CPU)
     weights.offload()
     assert weights.offloaded
     weights.onload()
@@ -191,7 +199,7 @@ def test_an_interrupted_offload_leaves_the_weights_whole(monkeypatch: pytest.Mon
     net, tensors = module()
     x = torch.randn(2, 3, 6, 6)
     expected = net(x)
-    weights = OffloadableWeights(tensors, CPU, 64)
+    weights = OffloadableWeights(tensors, CPU)
     with monkeypatch.context() as patch:
         nan = partial(torch.full, fill_value=255, dtype=torch.uint8)
         patch.setattr(offload, "_allocate", lambda nbytes, _: nan((nbytes,)))
@@ -204,7 +212,7 @@ def test_an_interrupted_offload_leaves_the_weights_whole(monkeypatch: pytest.Mon
 
 def test_a_caller_s_inference_mode_does_not_mark_the_weights() -> None:
     _, tensors = module()
-    weights = OffloadableWeights(tensors, CPU, 64)
+    weights = OffloadableWeights(tensors, CPU)
     with torch.inference_mode():
         weights.offload()
         weights.onload()
