@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...errors import BackendError
 
 __all__ = [
+    "STEPS_AT_ONCE",
     "Availability",
     "Backend",
     "CallProgram",
@@ -39,6 +40,10 @@ __all__ = [
 ]
 
 Held = TypeVar("Held")
+
+STEPS_AT_ONCE = 64
+"""Timesteps embedded per call, each with the rows of a step: enough for a usual loop in one. All 1,000 at once would
+double the memory that their shifts take."""
 
 
 @dataclass(frozen=True)

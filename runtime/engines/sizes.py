@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from math import prod
 
 from ...errors import BackendError, EngineSizeError, RequestError
-from .base import Component, TensorSpec
-from .split import STEPS_AT_ONCE
+from .base import STEPS_AT_ONCE, Component, TensorSpec
 
 __all__ = ["Axis", "Profile", "SizePolicy", "profile_index", "profiles_for"]
 

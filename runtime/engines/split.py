@@ -16,13 +16,19 @@ from torch import Tensor, nn
 
 from ..models.unet import UNet, UNetConfig
 from ..models.unet_parts import PARTS
-from .base import CallProgram, Component, Engine, Program, TensorSpec, Timesteps, check_inputs, sizes_of
+from .base import (
+    STEPS_AT_ONCE,
+    CallProgram,
+    Component,
+    Engine,
+    Program,
+    TensorSpec,
+    Timesteps,
+    check_inputs,
+    sizes_of,
+)
 
-__all__ = ["STEPS_AT_ONCE", "SplitUNet", "in_parts", "unet_parts"]
-
-STEPS_AT_ONCE = 64
-"""Timesteps embedded per call, each with the rows of a step: enough for a usual loop in one. All 1,000 at once would
-double the memory that their shifts take."""
+__all__ = ["SplitUNet", "in_parts", "unet_parts"]
 
 _ALIGNMENT = 256  # bytes, as CUDA's own allocations have it
 

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from ...kernels import unavailable
 from ..models.unet import UNet
-from .base import Availability, Component, Engine, Program, Timesteps
+from .base import STEPS_AT_ONCE, Availability, Component, Engine, Program, Timesteps
 from .eager import EagerBackend, EagerEngine
 from .packing import defer_biases, pack, pack_attention
-from .split import STEPS_AT_ONCE
 
 __all__ = ["TritonBackend", "TritonEngine"]
 

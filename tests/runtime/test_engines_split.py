@@ -16,13 +16,13 @@ from latentrt.errors import BackendError, RequestError
 from latentrt.runtime.denoiser import Denoiser
 from latentrt.runtime.engine_store import EngineTarget, StoredEngine
 from latentrt.runtime.engines import tensorrt as backends
-from latentrt.runtime.engines.base import Availability, Component, Engine, Timesteps
+from latentrt.runtime.engines.base import STEPS_AT_ONCE, Availability, Component, Engine, Timesteps
 from latentrt.runtime.engines.eager import EagerBackend, EagerEngine
 from latentrt.runtime.engines.lazy import EngineLoader
 from latentrt.runtime.engines.products import product
 from latentrt.runtime.engines.scratch import Scratch
 from latentrt.runtime.engines.sizes import Axis, Profile, SizePolicy, profiles_for
-from latentrt.runtime.engines.split import STEPS_AT_ONCE, SplitUNet, in_parts
+from latentrt.runtime.engines.split import SplitUNet, in_parts
 from latentrt.runtime.engines.tensorrt import TensorRTEngine
 from latentrt.runtime.graph import Graphs
 from latentrt.runtime.loading import load_components
