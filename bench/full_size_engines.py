@@ -48,7 +48,7 @@ from ..runtime.host_memory import available_bytes, peak_bytes
 from ..runtime.loading import load_components
 from ..runtime.models.unet_parts import PARTS
 from ..runtime.place import dtype_name
-from ..runtime.prepare import engine, onnx_model
+from ..runtime.prepare import find_or_build_engine, find_or_export_onnx
 from ..runtime.weights import open_checkpoint
 from .machine import ROOT, describe_machine, module_command
 from .random_checkpoint import PUBLISHED, component_bytes, write_checkpoint
@@ -203,7 +203,7 @@ def _component(checkpoint: Path, name: str, cache_dir: Path) -> Component:
 def _export(checkpoint: Path, name: str, cache_dir: Path) -> dict[str, Any]:
     component = _component(checkpoint, name, cache_dir)
     started = time.perf_counter()
-    model = onnx_model(component, cache_dir=cache_dir)
+    model = find_or_export_onnx(component, cache_dir=cache_dir)
     seconds = time.perf_counter() - started
     manifest = json.loads((model.parent / "manifest.json").read_text("utf-8"))
     errors = manifest["figures"]["relative_error"]
@@ -220,7 +220,9 @@ def _build(checkpoint: Path, name: str, cache_dir: Path, sizes: Sequence[str]) -
     started = time.perf_counter()
     component = _component(checkpoint, name, cache_dir)
     policy = SizePolicy.parse(sizes, _BATCH) if sizes else None
-    built = engine(component, _TARGET, policy or SizePolicy.around(component), cache_dir=cache_dir)
+    built = find_or_build_engine(
+        component, _TARGET, policy or SizePolicy.around(component), cache_dir=cache_dir
+    )
     return {
         "built": built.built,
         "seconds": time.perf_counter() - started,

@@ -20,7 +20,7 @@ from ..runtime.engines.split import in_parts
 from ..runtime.engines.tensorrt import TensorRTBackend, TensorRTRTXBackend
 from ..runtime.loading import load_components, select_components
 from ..runtime.place import dtype_name
-from ..runtime.prepare import Rebuild, engine
+from ..runtime.prepare import Rebuild, find_or_build_engine
 from ..runtime.weights import open_checkpoint
 from .verify import Verdict, verify_component
 
@@ -120,7 +120,7 @@ def build_engines(
         stored: list[StoredEngine] = []
         for part in parts:
             begun = time.perf_counter()
-            made = engine(part, target, policy, cache_dir=None, rebuild=rebuild)
+            made = find_or_build_engine(part, target, policy, cache_dir=None, rebuild=rebuild)
             seconds = time.perf_counter() - begun
             stored.append(made)
             verdict = None

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import BackendError
 from ..runtime.engines.plugin_launch import DTYPES, OPERATORS, Shapes
-from ..runtime.engines.plugins import AOT_ATTENTION, NAMESPACE, Session
+from ..runtime.engines.plugins import AOT_ATTENTION, NAMESPACE, PluginCalls
 
 __all__ = ["key_of", "register"]
 
@@ -31,33 +31,33 @@ def key_of(dtype: str, shapes: Shapes, attributes: Mapping[str, int | float]) ->
     return " ".join([f"{kind}-aot", *fields[:-1], f"scale={float(attributes['scale'])!r}"])
 
 
-def register(trtp: Any, session: Session, arch: int) -> None:
+def register(trtp: Any, calls: PluginCalls, arch: int) -> None:
     """Register the plugin with `trtp`, which is the module `tensorrt.plugin`. Once a process.
 
     Args:
-        session: has the kernels, and counts.
+        calls: has the kernels, and counts.
         arch: of the GPU that builds.
     """
     name = f"{NAMESPACE}::{_NODE}"
-    calls = session.calls[AOT_ATTENTION]
+    counts = calls.counts[AOT_ATTENTION]
 
     def describe(q: Any, k: Any, v: Any, scale: float) -> Any:
-        calls["created"] += 1
+        counts["created"] += 1
         return q.like()
 
     def formats(q: Any, k: Any, v: Any, scale: float, outputs: Any) -> Any:
-        calls["configured"] += 1
+        counts["configured"] += 1
         # The graph says which: kernels of another dtype were not compiled, and might be asked for.
         return [trtp.AutoTuneCombination(", ".join([_FORMATS[_dtype_of(q.dtype)]] * 4), "LINEAR")]
 
     def compiled(q: Any, k: Any, v: Any, scale: float, outputs: Any, tactic: int) -> Any:
-        calls["serialized"] += 1
-        with session.watching(AOT_ATTENTION):
+        counts["serialized"] += 1
+        with calls.watching(AOT_ATTENTION):
             B, Sq, H, D = (q.shape_expr[i] for i in range(4))
             Sk = k.shape_expr[1]
             shapes = [(-1, -1, -1, _known(D)), (-1, _known(Sk), -1, _known(D))]
             constants, image = _image(
-                session, key_of(_dtype_of(q.dtype), shapes, {"scale": float(scale)}), arch
+                calls, key_of(_dtype_of(q.dtype), shapes, {"scale": float(scale)}), arch
             )
             launch = trtp.KernelLaunchParams()
             slices = -(-_known(D) // constants["BLOCK_V"])
@@ -104,8 +104,8 @@ def _dtype_of(dtype: Any) -> str:
     return names[dtype.name]
 
 
-def _image(session: Session, key: str, arch: int) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-    path = session.files(key).get(arch)
+def _image(calls: PluginCalls, key: str, arch: int) -> tuple[Mapping[str, int], Mapping[str, Any]]:
+    path = calls.files(key).get(arch)
     if path is None:
         raise BackendError(f"no kernels were compiled for {key} and sm_{arch}")
     found = json.loads(path.read_bytes())

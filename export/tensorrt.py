@@ -86,16 +86,16 @@ def build_engine(request: EngineRequest, on_phase: Callable[[str], None]) -> dic
     kernels = {
         key: {int(arch): Path(file) for arch, file in files.items()} for key, files in request.kernels.items()
     }
-    with plugins.building(trt, request.plugins, kernels) as session:
+    with plugins.building(trt, request.plugins, kernels) as calls:
         if plugins.AOT_ATTENTION in request.plugins:
-            quick_plugins.register(import_module(f"{trt.__name__}.plugin"), session, request.archs[0])
-        return _build(trt, request, session, on_phase)
+            quick_plugins.register(import_module(f"{trt.__name__}.plugin"), calls, request.archs[0])
+        return _build(trt, request, calls, on_phase)
 
 
 def _build(
-    trt: Any, request: EngineRequest, session: plugins.Session, on_phase: Callable[[str], None]
+    trt: Any, request: EngineRequest, calls: plugins.PluginCalls, on_phase: Callable[[str], None]
 ) -> dict[str, Any]:
-    work = _Build(trt, request, session)
+    work = _Build(trt, request, calls)
     on_phase("reading the model")
     begun = time.perf_counter()
     network, parser = work.parse()
@@ -115,7 +115,7 @@ def _build(
         "build_seconds": round(built - parsed, 3),
         "layers": len(layers),
         "plugin_layers": sum("PLUGIN" in layer for layer in layers),
-        "plugins": {name: dict(counts) for name, counts in session.calls.items()},
+        "plugins": {name: dict(counts) for name, counts in calls.counts.items()},
         "engine_bytes": plan.nbytes,
         "peak_memory_bytes": peak_bytes(),
     }
@@ -124,10 +124,10 @@ def _build(
 class _Build:
     """One build: its builder, which must outlive what it makes."""
 
-    def __init__(self, trt: Any, request: EngineRequest, session: plugins.Session) -> None:
+    def __init__(self, trt: Any, request: EngineRequest, calls: plugins.PluginCalls) -> None:
         self.trt = trt
         self.request = request
-        self.session = session
+        self.calls = calls
         self.product = products.product(request.product)
         self.log = products.logger(trt)
         self.log.clear()
@@ -152,7 +152,7 @@ class _Build:
             raise self._error(f"finds no model at {self.request.model}", "export it again")
         if not parser.parse_from_file(self.request.model):
             found = [_describe_parser_error(parser.get_error(k)) for k in range(parser.num_errors)]
-            found += self.session.failures
+            found += self.calls.failures
             raise self._error(
                 f"rejects {'; '.join(dict.fromkeys(found)) or self.log.why()}",
                 "run this component on another back end (`latentrt backends`), or export it without that operator",
@@ -163,9 +163,9 @@ class _Build:
         """The serialised engine."""
         self.log.clear()
         plan = self.builder.build_serialized_network(network, config)
-        if self.session.failures:
+        if self.calls.failures:
             raise self._error(
-                f"has no use of plugins: {'; '.join(dict.fromkeys(self.session.failures))}",
+                f"has no use of plugins: {'; '.join(dict.fromkeys(self.calls.failures))}",
                 "build without these",
             )
         if plan is None:

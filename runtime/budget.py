@@ -69,14 +69,14 @@ class Budget:
         self._limit = parts.memory_limit
         self._loop_memory = parts.loop_memory
         self._planners: dict[tuple[str, int], Planner] = {}
-        self._seen: tuple[torch.device, int] | None = None
+        self._free_when_idle: tuple[torch.device, int] | None = None
         if self._loop_memory is not None:
             loader.graph_cache.limit = self._loop_memory
         available = self.available()
         if available is not None:
-            weights = self._among_others(self.planner.of_weights())
+            weights = self._with_staying(self.planner.of_weights())
             if weights.peak(policy) > available:
-                available = self._collected(available)
+                available = self._available_after_collecting(available)
             weights.require_fit(available, policy, self._remedy(available))
 
     @property
@@ -91,9 +91,9 @@ class Budget:
     def plan(self, request: GenerationRequest, stages: Sequence[Stage]) -> Plan:
         """What a request takes."""
         plan = self.planner.of_stages(stages, PlanSize.of(request), guided=request.guided)
-        return self._among_others(plan)
+        return self._with_staying(plan)
 
-    def _among_others(self, plan: Plan) -> Plan:
+    def _with_staying(self, plan: Plan) -> Plan:
         """The plan plus the weights that stay on the device whatever this request does: networks of other requests, and
         shared ones of a pipeline with another policy."""
         residency = self._loader.residency
@@ -133,14 +133,14 @@ class Budget:
         """
         device = self._loader.device
         free = None
-        if not idle and self._seen is not None and self._seen[0] == device:
-            free = self._seen[1]
+        if not idle and self._free_when_idle is not None and self._free_when_idle[0] == device:
+            free = self._free_when_idle[1]
         elif (found := free_memory(device)) is not None:
             free = found + sum(self.held().values())
-            self._seen = (device, free)
+            self._free_when_idle = (device, free)
         return min((n for n in (self._limit, free) if n is not None), default=None)
 
-    def _collected(self, available: int) -> int:
+    def _available_after_collecting(self, available: int) -> int:
         """`available` again, after freeing what waits for the garbage collector (perhaps a pipeline that was part of a
         reference cycle) and cuBLAS's workspaces of earlier calls, which plans count in `RESERVE`."""
         if available == self._limit:
@@ -170,7 +170,8 @@ class Budget:
             return Admission(request, None, None)
         plan = self.plan(request, stages)
         if plan.peak(self._policy) > available and idle:
-            available = self._collected(available)  # before tiles are taken, which make another image
+            # Before tiles are taken, which make another image.
+            available = self._available_after_collecting(available)
         if plan.peak(self._policy) > available and not request.tiled_vae:
             tiled = replace(request, tiled_vae=True)
             if (tiled_plan := self.plan(tiled, stages)).peak(self._policy) <= available:

@@ -20,7 +20,7 @@ from .previews import Previewer
 from .progress import CallProgress
 from .record import records
 from .request import GenerationRequest
-from .residency import exclusive
+from .residency import residencies_held
 from .stages import Stage, stages_of_request, warn_of_late_start
 
 __all__ = ["Calls", "PipelineOutput"]
@@ -128,7 +128,7 @@ class Calls:
         """Keep other threads from offloading these engines, and turn off a caller's autocast: networks would run, be
         captured and be exported in its dtypes."""
         with (
-            exclusive(self._parts.engines()),
+            residencies_held(self._parts.engines()),
             torch.autocast("cpu", enabled=False),
             torch.autocast(self._parts.loader.device.type, enabled=False),
             torch.no_grad(),

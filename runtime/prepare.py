@@ -38,7 +38,7 @@ from .sha256 import digest_of, digest_of_files
 if TYPE_CHECKING:
     from ..export.tensorrt import EngineRequest
 
-__all__ = ["Rebuild", "engine", "exporter_digest", "onnx_model"]
+__all__ = ["Rebuild", "exporter_digest", "find_or_build_engine", "find_or_export_onnx"]
 
 Rebuild = Literal["auto", "never", "always"]
 """Whether an engine is built if it is absent, damaged or stale ("auto"), never, or even if it is whole ("always")."""
@@ -76,7 +76,7 @@ _MAKERS = ("torch", "onnx", "onnx-ir", "onnxscript")
 _CHECKERS = ("onnxruntime", "onnxruntime-gpu")
 
 
-def onnx_model(component: Component, *, cache_dir: Path | None) -> Path:
+def find_or_export_onnx(component: Component, *, cache_dir: Path | None) -> Path:
     """The file of the component's ONNX model in the cache, with its weights beside it.
 
     It is exported and checked against PyTorch unless the cache has a whole copy, made from the same weights by the
@@ -101,7 +101,7 @@ def onnx_model(component: Component, *, cache_dir: Path | None) -> Path:
     return store.get_or_build(digest_of(description), description, build) / MODEL_FILE
 
 
-def engine(
+def find_or_build_engine(
     component: Component,
     target: EngineTarget,
     sizes: SizePolicy | None = None,
@@ -173,7 +173,7 @@ class _EngineBuild:
         """Write the engine's plan to `directory`; returns the figures of the build."""
         from ..export.build_process import build_in_child
 
-        model = onnx_model(self.component, cache_dir=self.store.root)
+        model = find_or_export_onnx(self.component, cache_dir=self.store.root)
         kernels = self._kernels(model)
         seconds = last_seconds(self.store, self.description)
         last = "" if seconds is None else f"; last time it took {seconds:.0f} s"

@@ -18,7 +18,7 @@ from .memory import Kind, Policy, kind_of, stays
 if TYPE_CHECKING:
     from .engines.lazy import LazyEngine
 
-__all__ = ["Residency", "exclusive"]
+__all__ = ["Residency", "residencies_held"]
 
 
 class Residency:
@@ -83,7 +83,7 @@ class Residency:
 
 
 @contextmanager
-def exclusive(engines: Iterable[LazyEngine]) -> Iterator[None]:
+def residencies_held(engines: Iterable[LazyEngine]) -> Iterator[None]:
     """Hold the locks of these engines' residencies: no other thread offloads or uses them meanwhile."""
     found = {id(x.residency): x.residency for x in engines}
     with ExitStack() as stack:

@@ -35,7 +35,7 @@ def requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[EngineRequ
         return {"seconds": 7.0, "engine_bytes": 9_400_000}
 
     monkeypatch.setattr(build_process, "build_in_child", build)
-    monkeypatch.setattr(prepare, "onnx_model", lambda component, cache_dir: Path("model.onnx"))
+    monkeypatch.setattr(prepare, "find_or_export_onnx", lambda component, cache_dir: Path("model.onnx"))
     monkeypatch.setattr(plugin_kernels, "plugin_kernels", lambda *asked, cache: {"of": {"asked": str(asked)}})
     monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path / "cache"))
     return asked

@@ -43,13 +43,13 @@ class EngineLoader:
         dtype: torch.dtype,
         cache_dir: Path | None,
         graphs: bool | None = None,
-        memory: Policy = "resident",
+        policy: Policy = "resident",
         shared: Iterable[LazyEngine] = (),
     ) -> None:
         """
         Args:
             graphs: whether to capture graphs; by default where the device is a GPU.
-            memory: the policy by which weights are offloaded.
+            policy: by which weights are offloaded.
             shared: engines of other pipelines that run beside its own; under the same policy, they are offloaded for
                 each other.
         """
@@ -58,8 +58,8 @@ class EngineLoader:
         self.dtype = dtype
         self.cache_dir = cache_dir
         self.graph_cache = GraphCache()
-        found = (x.residency for x in shared if x.residency.policy == memory)
-        self.residency = next(found, None) or Residency(memory)
+        found = (x.residency for x in shared if x.residency.policy == policy)
+        self.residency = next(found, None) or Residency(policy)
         self._engines: weakref.WeakSet[LazyEngine] = weakref.WeakSet()  # they belong to the networks' owners
         self._one_at_a_time = threading.RLock()
         self.device = device

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError, BackendUnavailableError
-from ..prepare import onnx_model
+from ..prepare import find_or_export_onnx
 from ..streams import ordered_with_current
 from .base import (
     Availability,
@@ -180,7 +180,7 @@ class OnnxRuntimeBackend:
                 f"ONNX Runtime's TensorRT provider rounds the float32 of {component.name} to TF32, and has no option "
                 "against that; start Python with NVIDIA_TF32_OVERRIDE=0, or leave tensorrt out of LATENTRT_ONNXRUNTIME"
             )
-        model = onnx_model(component, cache_dir=cache_dir)
+        model = find_or_export_onnx(component, cache_dir=cache_dir)
         return OnnxRuntimeEngine(component, model, device, options)
 
 

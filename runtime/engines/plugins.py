@@ -43,7 +43,7 @@ from .plugin_launch import DTYPES, OPERATORS, Operator
 __all__ = [
     "AOT_ATTENTION",
     "NAMESPACE",
-    "Session",
+    "PluginCalls",
     "building",
     "failures",
     "formats",
@@ -128,17 +128,17 @@ def _digest() -> str:
 
 
 @dataclass
-class Session:
+class PluginCalls:
     """What the plugins of one build were called for, and what they choked on.
 
     Attributes:
         kernels: files of `kernels.binaries`, by key and architecture.
-        calls: by plugin, how often it was created, configured and serialised.
+        counts: by plugin, how often it was created, configured and serialised.
         failures: why a plugin refused.
     """
 
     kernels: Mapping[str, Mapping[int, Path]] = field(default_factory=dict)
-    calls: dict[str, Counter[str]] = field(default_factory=dict)
+    counts: dict[str, Counter[str]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     _read: dict[str, Code] = field(default_factory=dict)
 
@@ -172,22 +172,24 @@ class Session:
 
 
 @contextmanager
-def building(trt: Any, names: Sequence[str], kernels: Mapping[str, Mapping[int, Path]]) -> Iterator[Session]:
+def building(
+    trt: Any, names: Sequence[str], kernels: Mapping[str, Mapping[int, Path]]
+) -> Iterator[PluginCalls]:
     """Parsers and builders of this process take these plugins meanwhile, but for `AOT_ATTENTION`."""
-    session = Session(kernels, {name: Counter() for name in names})
+    calls = PluginCalls(kernels, {name: Counter() for name in names})
     registry = trt.get_plugin_registry()
-    creators = [_creator(trt, OPERATORS[name], session) for name in names if name != AOT_ATTENTION]
+    creators = [_creator(trt, OPERATORS[name], calls) for name in names if name != AOT_ATTENTION]
     try:
         for creator in creators:
             if not registry.register_creator(creator, NAMESPACE):
                 raise BackendError(f"the plugin {creator.name} is registered already")
-        yield session
+        yield calls
     finally:
         for creator in creators:
             registry.deregister_creator(creator)
 
 
-_loaded: dict[tuple[int, str], tuple[Any, Session]] = {}
+_loaded: dict[tuple[int, str], tuple[Any, PluginCalls]] = {}
 _loading = threading.Lock()
 
 
@@ -209,24 +211,24 @@ def loading(trt: Any, wanted: Mapping[str, str]) -> None:
         key = (id(trt), name)
         with _loading:
             if key not in _loaded:
-                session = Session(calls={name: Counter()})
-                creator = _creator(trt, OPERATORS[name], session)
+                calls = PluginCalls(counts={name: Counter()})
+                creator = _creator(trt, OPERATORS[name], calls)
                 trt.get_plugin_registry().register_creator(creator, NAMESPACE)
-                _loaded[key] = creator, session  # TensorRT keeps no creator alive
+                _loaded[key] = creator, calls  # TensorRT keeps no creator alive
 
 
 def failures(trt: Any) -> list[str]:
     """Why plugins of loaded engines refused since this was last asked."""
     found: list[str] = []
-    for (module, _), (_, session) in list(_loaded.items()):
+    for (module, _), (_, calls) in list(_loaded.items()):
         if module == id(trt):
-            found += session.failures
-            session.failures.clear()
+            found += calls.failures
+            calls.failures.clear()
     return found
 
 
-def _creator(trt: Any, operator: Operator, session: Session) -> Any:
-    plugin = _plugin_class(trt, operator, session)
+def _creator(trt: Any, operator: Operator, calls: PluginCalls) -> Any:
+    plugin = _plugin_class(trt, operator, calls)
 
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -245,12 +247,12 @@ def _creator(trt: Any, operator: Operator, session: Session) -> Any:
             found = {field.name: field for field in fields}
             if phase == trt.TensorRTPhase.BUILD:
                 made = None  # with which the parser rejects the node
-                with session.watching(f"{operator.name} of {name}", swallow=True):
+                with calls.watching(f"{operator.name} of {name}", swallow=True):
                     given = {n: value_type(found[n].data[0]) for n, value_type in operator.attributes.items()}
                     made = plugin(given, Code())
-                    session.calls[operator.name]["created"] += 1
+                    calls.counts[operator.name]["created"] += 1
                 return made
-            with session.watching(operator.name):
+            with calls.watching(operator.name):
                 code = Code.from_bytes(_content(found["kernels"]))
                 return plugin(json.loads(_content(found["attributes"])), code)
 
@@ -261,7 +263,7 @@ def _content(field: Any) -> bytes:
     return np.asarray(field.data).astype(np.int8).tobytes()
 
 
-def _plugin_class(trt: Any, operator: Operator, session: Session) -> Any:
+def _plugin_class(trt: Any, operator: Operator, calls: PluginCalls) -> Any:
     names = {getattr(trt, name): name for name in DTYPES}
 
     class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):  # type: ignore[misc]
@@ -299,11 +301,11 @@ def _plugin_class(trt: Any, operator: Operator, session: Session) -> Any:
 
         def configure_plugin(self, inputs: Any, outputs: Any) -> None:
             shapes = [tuple(x.desc.dims) for x in inputs]
-            session.calls[operator.name]["configured"] += 1
-            with session.watching(f"{operator.name} of {shapes}", swallow=True):
+            calls.counts[operator.name]["configured"] += 1
+            with calls.watching(f"{operator.name} of {shapes}", swallow=True):
                 if len(shapes) != operator.inputs:
                     raise BackendError(f"{len(shapes)} inputs, and it takes {operator.inputs}")
-                self._code = session.code(operator.key(names[inputs[0].desc.type], shapes, self._attributes))
+                self._code = calls.code(operator.key(names[inputs[0].desc.type], shapes, self._attributes))
 
         def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
             shapes = [tuple(x.max) for x in inputs]
@@ -314,7 +316,7 @@ def _plugin_class(trt: Any, operator: Operator, session: Session) -> Any:
         # --- in an engine
 
         def get_fields_to_serialize(self) -> Any:
-            session.calls[operator.name]["serialized"] += 1
+            calls.counts[operator.name]["serialized"] += 1
             content = {
                 "attributes": json.dumps(self._attributes).encode(),
                 "kernels": self._code.packed,
@@ -327,7 +329,7 @@ def _plugin_class(trt: Any, operator: Operator, session: Session) -> Any:
             return trt.PluginFieldCollection(self._fields)
 
         def attach_to_context(self, context: Any) -> Any:
-            with session.watching(operator.name):
+            with calls.watching(operator.name):
                 driver().load(self._code)  # before any graph is captured
             return self.clone()
 
@@ -336,7 +338,7 @@ def _plugin_class(trt: Any, operator: Operator, session: Session) -> Any:
 
         def on_shape_change(self, inputs: Any, outputs: Any) -> None:
             shapes = [tuple(x.dims) for x in inputs]
-            with session.watching(f"{operator.name} of {shapes}"):
+            with calls.watching(f"{operator.name} of {shapes}"):
                 cuda = driver()
                 constants, cubins = self._code.of_arch(cuda.arch())
                 plan = operator.plan(shapes, self._attributes, constants)
@@ -348,7 +350,7 @@ def _plugin_class(trt: Any, operator: Operator, session: Session) -> Any:
         def enqueue(
             self, inputs: Any, outputs: Any, sources: Any, results: Any, workspace: int, stream: int
         ) -> None:
-            with session.watching(operator.name):
+            with calls.watching(operator.name):
                 for launch in self._launches:
                     launch(driver(), sources, results, workspace, stream)
 

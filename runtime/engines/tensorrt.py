@@ -36,7 +36,7 @@ from ...errors import BackendError, BackendUnavailableError, RequestError
 from ..engine_store import EngineTarget, StoredEngine
 from ..graph import empty_cache
 from ..memory import RESERVE, format_bytes
-from ..prepare import Rebuild, engine
+from ..prepare import Rebuild, find_or_build_engine
 from . import plugins, products
 from .base import (
     Availability,
@@ -306,7 +306,10 @@ class TensorRTBackend:
         target, rebuild = self._target(device), _rebuild()
         split = _switch("LATENTRT_SPLIT") if self._split is None else self._split
         parts = in_parts(component) if split else (component,)
-        stored = [engine(part, target, cache_dir=cache_dir, rebuild=rebuild, device=device) for part in parts]
+        stored = [
+            find_or_build_engine(part, target, cache_dir=cache_dir, rebuild=rebuild, device=device)
+            for part in parts
+        ]
         return self.load_stored(component, stored, device)
 
     def load_stored(

@@ -26,7 +26,7 @@ from latentrt.runtime.cache_contents import verify
 from latentrt.runtime.engine_store import EngineTarget
 from latentrt.runtime.engines.base import Component
 from latentrt.runtime.loading import load_components
-from latentrt.runtime.prepare import engine, onnx_model
+from latentrt.runtime.prepare import find_or_build_engine, find_or_export_onnx
 from latentrt.runtime.weights import open_checkpoint
 
 TEXT = "text_encoder"
@@ -97,17 +97,17 @@ def test_a_disk_that_fills_while_the_cache_is_written(
         files_end_at(200_000),
         pytest.raises(CacheError, match=r"no room .* free some, or set LATENTRT_CACHE"),
     ):
-        engine(component, RTX, cache_dir=cache)
+        find_or_build_engine(component, RTX, cache_dir=cache)
     assert (files(cache), files(temporary)) == (set(), set())
     assert left(cache / "partial") == []
 
-    onnx_model(component, cache_dir=cache)
+    find_or_export_onnx(component, cache_dir=cache)
     exported = files(cache)
     with (
         files_end_at(200_000),
         pytest.raises(CacheError, match=r"no room .* free some, or set LATENTRT_CACHE"),
     ):
-        engine(component, RTX, cache_dir=cache)  # in the process that builds
+        find_or_build_engine(component, RTX, cache_dir=cache)  # in the process that builds
     assert (files(cache), files(temporary)) == (exported, set())
     assert left(cache / "partial") == []
 
@@ -119,7 +119,7 @@ def test_a_disk_that_fills_while_the_cache_is_written(
 def whole(component: Component, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the component's model and engine; don't damage it."""
     folder = tmp_path_factory.mktemp("whole")
-    engine(component, RTX, cache_dir=folder)
+    find_or_build_engine(component, RTX, cache_dir=folder)
     return folder
 
 
@@ -142,7 +142,7 @@ def test_a_flipped_byte_is_named_and_nothing_of_it_loaded(
             store.get(key)
     if file == "model.onnx.data":  # what is built again is as it was
         with caplog.at_level(logging.WARNING):
-            again = onnx_model(component, cache_dir=cache).with_name(file)
+            again = find_or_export_onnx(component, cache_dir=cache).with_name(file)
         assert "is damaged (model.onnx.data has another SHA-256" in caplog.text
         assert again.read_bytes() == next(whole.rglob(file)).read_bytes()
 

@@ -27,7 +27,7 @@ from latentrt.runtime.engine_store import EngineTarget
 from latentrt.runtime.engines import plugins
 from latentrt.runtime.engines.base import Component
 from latentrt.runtime.loading import load_components
-from latentrt.runtime.prepare import engine, onnx_model
+from latentrt.runtime.prepare import find_or_build_engine, find_or_export_onnx
 from latentrt.runtime.weights import open_checkpoint
 
 # Seconds on two cores to themselves; a machine that is shared takes several times that.
@@ -74,7 +74,7 @@ def asked(
 def nodes(model: str, name: str, dtype: torch.dtype, cache_dir: Path) -> Counter[str]:
     """How many nodes of each type a component has."""
     component = load_components(open_checkpoint(model), dtype)[name]
-    graph = onnx.load(onnx_model(component, cache_dir=cache_dir), load_external_data=False).graph
+    graph = onnx.load(find_or_export_onnx(component, cache_dir=cache_dir), load_external_data=False).graph
     return Counter(node.op_type for node in graph.node)
 
 
@@ -91,7 +91,9 @@ def test_every_component_is_built(
     archs: tuple[int, ...],
     with_plugins: str,
 ) -> None:
-    made = engine(*asked(model, name, dtype, archs, with_plugins), cache_dir=shared_export_cache)
+    made = find_or_build_engine(
+        *asked(model, name, dtype, archs, with_plugins), cache_dir=shared_export_cache
+    )
     assert made.plan.stat().st_size == made.figures["engine_bytes"] > 10_000
     assert made.figures["layers"] > 20
     (profile,) = made.profiles
@@ -110,7 +112,7 @@ def test_every_component_is_built(
         assert made.figures["plugin_layers"] > 10
 
     component, target = asked(model, name, dtype, archs, with_plugins)
-    again = engine(component, target, cache_dir=shared_export_cache)
+    again = find_or_build_engine(component, target, cache_dir=shared_export_cache)
     assert (again.built, again.key) == (False, made.key)
 
 

@@ -18,7 +18,7 @@ from latentrt.export.functions import OPSET
 from latentrt.export.measures import relative_error
 from latentrt.runtime.engines.base import Component, TensorSpec
 from latentrt.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from latentrt.runtime.prepare import onnx_model
+from latentrt.runtime.prepare import find_or_export_onnx
 from tolerances import EXPORT_FLOAT16, EXPORT_FLOAT32
 from torch import Tensor, nn
 
@@ -30,7 +30,7 @@ LATENTS = [(8, 6), (5, 7), (1, 1), (1, 9), (16, 24)]
 
 def worst_error(component: Component, cache_dir: Path, **sizes: int) -> float:
     """The largest relative error over the outputs, for inputs of one draw."""
-    engine = OnnxRuntimeEngine(component, onnx_model(component, cache_dir=cache_dir), CPU)
+    engine = OnnxRuntimeEngine(component, find_or_export_onnx(component, cache_dir=cache_dir), CPU)
     inputs = tiny.named_inputs(component, seed=7, **sizes)
     with torch.inference_mode():
         result = component.build()(*inputs.values())
@@ -71,7 +71,7 @@ def test_text_encoder(cache_dir: Path, batch: int) -> None:
 
 def test_text_encoder_layers(cache_dir: Path) -> None:
     component = tiny.text_encoder()
-    engine = OnnxRuntimeEngine(component, onnx_model(component, cache_dir=cache_dir), CPU)
+    engine = OnnxRuntimeEngine(component, find_or_export_onnx(component, cache_dir=cache_dir), CPU)
     inputs = tiny.named_inputs(component)
     sequences = [engine({**inputs, "layer": torch.tensor(layer)})["sequence"] for layer in (0, 1, 2)]
     for layer, sequence in enumerate(sequences):
@@ -104,7 +104,7 @@ def test_bfloat16_is_written_and_valid(tmp_path: Path) -> None:
 
 def test_the_model_says_what_it_is(cache_dir: Path) -> None:
     component = tiny.unet()
-    path = onnx_model(component, cache_dir=cache_dir)
+    path = find_or_export_onnx(component, cache_dir=cache_dir)
     model = onnx.load(path, load_external_data=False)
     properties = {p.key: p.value for p in model.metadata_props}
     assert properties["latentrt.component"] == "unet"
@@ -126,12 +126,12 @@ def test_the_model_says_what_it_is(cache_dir: Path) -> None:
 
 
 def test_the_model_holds_no_path_of_the_machine(cache_dir: Path) -> None:
-    path = onnx_model(tiny.unet(), cache_dir=cache_dir)
+    path = find_or_export_onnx(tiny.unet(), cache_dir=cache_dir)
     assert b".py" not in path.read_bytes()
 
 
 def test_the_manifest_has_the_figures_of_the_check(cache_dir: Path) -> None:
-    path = onnx_model(tiny.unet(), cache_dir=cache_dir)
+    path = find_or_export_onnx(tiny.unet(), cache_dir=cache_dir)
     figures = json.loads((path.parent / "manifest.json").read_text())["figures"]
     assert figures["limit"] == LIMITS[torch.float32]
     errors = figures["relative_error"]
@@ -177,7 +177,7 @@ def test_what_cannot_be_traced_is_refused(tmp_path: Path, make: Callable[[], nn.
 
 
 def test_an_export_that_computes_something_else_is_refused(cache_dir: Path) -> None:
-    path = onnx_model(tiny.affine(), cache_dir=cache_dir)
+    path = find_or_export_onnx(tiny.affine(), cache_dir=cache_dir)
     other = tiny.affine().build()
     with torch.no_grad():
         other.linear.bias[2] += 1e-2
@@ -190,14 +190,14 @@ def test_a_refused_export_is_not_kept(cache_dir: Path, monkeypatch: pytest.Monke
     component = tiny.affine(seed=5)
     monkeypatch.setitem(LIMITS, torch.float32, -1.0)
     with pytest.raises(ExportError, match="computes something else"):
-        onnx_model(component, cache_dir=cache_dir)
+        find_or_export_onnx(component, cache_dir=cache_dir)
     monkeypatch.setitem(LIMITS, torch.float32, 1e-4)
-    assert onnx_model(component, cache_dir=cache_dir).exists()
+    assert find_or_export_onnx(component, cache_dir=cache_dir).exists()
 
 
 def test_an_export_that_does_not_run_is_refused(cache_dir: Path, tmp_path: Path) -> None:
     component = tiny.affine()
-    path = onnx_model(component, cache_dir=cache_dir)
+    path = find_or_export_onnx(component, cache_dir=cache_dir)
     expected = expected_outputs(component, component.build())
     renamed = replace(component, inputs=(TensorSpec("z", ("batch", 4), torch.float32),))
     with pytest.raises(ExportError, match="the export of affine does not run"):

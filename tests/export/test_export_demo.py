@@ -16,7 +16,7 @@ from latentrt.export.measures import relative_error
 from latentrt.runtime.engines.base import Component, example_inputs
 from latentrt.runtime.engines.onnxruntime import open_session, run_session
 from latentrt.runtime.loading import load_components
-from latentrt.runtime.prepare import onnx_model
+from latentrt.runtime.prepare import find_or_export_onnx
 from latentrt.runtime.weights import open_checkpoint
 from tolerances import EXPORT_FLOAT16, EXPORT_FLOAT32
 
@@ -52,7 +52,7 @@ def find(model: str, name: str, dtype: torch.dtype) -> Component:
     ids=lambda x: str(x).removeprefix("torch."),
 )
 def test_components(shared_export_cache: Path, model: str, name: str, dtype: torch.dtype) -> None:
-    path = onnx_model(find(model, name, dtype), cache_dir=shared_export_cache)
+    path = find_or_export_onnx(find(model, name, dtype), cache_dir=shared_export_cache)
     figures = json.loads((path.parent / "manifest.json").read_text())["figures"]
     if dtype == torch.bfloat16:  # which ONNX Runtime cannot run on the CPU
         assert figures == {}
@@ -69,7 +69,7 @@ def test_half_precision_is_close_to_single(shared_export_cache: Path) -> None:
     half = find("demo", "unet", torch.float16)
     sizes = {"batch": 2, "height": 16, "width": 16}
     inputs = example_inputs(half, sizes)
-    session = open_session(onnx_model(half, cache_dir=shared_export_cache), CPU)
+    session = open_session(find_or_export_onnx(half, cache_dir=shared_export_cache), CPU)
     (got,) = run_session(half, session, list(inputs), CPU)
     with torch.inference_mode():
         wanted = find("demo", "unet", torch.float32).build()(*(x.float() for x in inputs))

@@ -26,7 +26,7 @@ from latentrt.kernels._triton import Launch
 from latentrt.kernels.binaries import AheadAttentionKernels, parameters
 from latentrt.runtime.engine_store import EngineTarget
 from latentrt.runtime.engines import plugins
-from latentrt.runtime.engines.plugins import AOT_ATTENTION, Session
+from latentrt.runtime.engines.plugins import AOT_ATTENTION, PluginCalls
 
 
 class Size(int):
@@ -123,7 +123,9 @@ class FakePlugin:
         return int(value)
 
 
-def prepared(kernels: AheadAttentionKernels, key: str, folder: Path) -> tuple[FakePlugin, Session, Launch]:
+def prepared(
+    kernels: AheadAttentionKernels, key: str, folder: Path
+) -> tuple[FakePlugin, PluginCalls, Launch]:
     launches, constants = kernels.launches()
     launch = launches["attention"]
     image = {
@@ -135,10 +137,10 @@ def prepared(kernels: AheadAttentionKernels, key: str, folder: Path) -> tuple[Fa
         "ptx": "the code",
     }
     (folder / "file").write_text(json.dumps({"constants": constants, "images": {"attention": image}}))
-    session = Session({key: {kernels.arch: folder / "file"}}, {AOT_ATTENTION: Counter()})
+    calls = PluginCalls({key: {kernels.arch: folder / "file"}}, {AOT_ATTENTION: Counter()})
     trtp = FakePlugin()
-    register(trtp, session, kernels.arch)
-    return trtp, session, launch
+    register(trtp, calls, kernels.arch)
+    return trtp, calls, launch
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_the_launch_computes_attention(
     kernels = AheadAttentionKernels(dtype, columns, short, scale, 80)
     name = str(dtype).removeprefix("torch.")
     key = f"attention-aot dtype={name} columns={columns} short={short:d} scale={scale!r}"
-    trtp, session, kernel = prepared(kernels, key, tmp_path)
+    trtp, calls, kernel = prepared(kernels, key, tmp_path)
 
     B, Sq, H = (1, 9, 1) if columns > 256 else (2, 33, 3)  # the interpreter takes its time
     q = torch.randn(B, Sq, H, columns, device=device).to(dtype)
@@ -174,7 +176,7 @@ def test_the_launch_computes_attention(
     entry, code, launch, extra = trtp.functions["aot_impl"](described, other, other, scale, (like,), 0)
     assert (entry, code, launch.shared_mem) == (kernel.kernel.name, "the code", 12345)
     assert launch.block_x == 32 * kernel.num_warps
-    assert session.calls[AOT_ATTENTION] == {"created": 1, "configured": 1, "serialized": 1}
+    assert calls.counts[AOT_ATTENTION] == {"created": 1, "configured": 1, "serialized": 1}
 
     out = torch.full_like(q, float("nan"))
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
@@ -186,14 +188,14 @@ def test_the_launch_computes_attention(
 
 def test_kernels_that_are_missing(tmp_path: Path) -> None:
     kernels = AheadAttentionKernels(torch.float16, 64, False, 0.125, 80)
-    trtp, session, _ = prepared(kernels, "of another node", tmp_path)
+    trtp, calls, _ = prepared(kernels, "of another node", tmp_path)
     described = TensorDesc("HALF", *(Size.of(n, n == 64) for n in (2, 9, 3, 64)))
     message = (
         r"no kernels were compiled for attention-aot dtype=float16 columns=64 short=0 scale=0.125 and sm_80"
     )
     with pytest.raises(BackendError, match=message):
         trtp.functions["aot_impl"](described, described, described, 0.125, (described,), 0)
-    assert len(session.failures) == 1
+    assert len(calls.failures) == 1
     with pytest.raises(BackendError, match=r"attention of INT8; a plugin takes float16, bfloat16, float32"):
         trtp.functions["aot_impl"](*[TensorDesc("INT8", *described.shape_expr)] * 3, 0.125, (described,), 0)
 

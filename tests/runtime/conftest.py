@@ -95,7 +95,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> FakeBuilder:
 
     builder = FakeBuilder()
     monkeypatch.setattr(build_process, "build_in_child", builder)
-    monkeypatch.setattr(prepare, "onnx_model", lambda component, cache_dir: Path("model.onnx"))
+    monkeypatch.setattr(prepare, "find_or_export_onnx", lambda component, cache_dir: Path("model.onnx"))
     monkeypatch.setattr(plugin_kernels, "plugin_kernels", lambda *asked, cache: {"of": {"89": str(cache)}})
     return builder
 

@@ -17,7 +17,7 @@ from latentrt.runtime.cache import Store
 from latentrt.runtime.cache_contents import contents
 from latentrt.runtime.engines.split import in_parts
 from latentrt.runtime.loading import load_components
-from latentrt.runtime.prepare import onnx_model
+from latentrt.runtime.prepare import find_or_export_onnx
 from latentrt.runtime.weights import open_checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -91,7 +91,7 @@ def test_weights_that_change_during_an_export_are_not_kept(
 
     monkeypatch.setattr(check, "write_model", late)
     with pytest.raises(CheckpointError, match=CHANGED):
-        onnx_model(component, cache_dir=tmp_path)
+        find_or_export_onnx(component, cache_dir=tmp_path)
     assert contents(Store(tmp_path)) == []
 
 

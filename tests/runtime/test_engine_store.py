@@ -25,7 +25,7 @@ from latentrt.runtime.engines import products
 from latentrt.runtime.engines.base import Component
 from latentrt.runtime.engines.sizes import SizePolicy
 from latentrt.runtime.manifests import write_beside
-from latentrt.runtime.prepare import Rebuild, engine
+from latentrt.runtime.prepare import Rebuild, find_or_build_engine
 
 RTX = EngineTarget("tensorrt-rtx", (89,))
 ONE = SizePolicy.parse(["64x64"], "1")
@@ -46,8 +46,8 @@ def manifest(folder: Path, **changes: Any) -> None:
 
 
 def test_built_once_then_found(builder: FakeBuilder, component: Component, tmp_path: Path) -> None:
-    first = engine(component, RTX, ONE, cache_dir=tmp_path)
-    again = engine(component, RTX, ONE, cache_dir=tmp_path)
+    first = find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path)
+    again = find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path)
     assert first.built
     assert not again.built
     assert replace(again, built=True) == first
@@ -57,8 +57,8 @@ def test_built_once_then_found(builder: FakeBuilder, component: Component, tmp_p
 
 def test_what_the_builder_is_asked_for(builder: FakeBuilder, component: Component, tmp_path: Path) -> None:
     target = EngineTarget("tensorrt-rtx", (86, 89), weight_streaming=True)
-    engine(component, target, MORE, cache_dir=tmp_path)
-    engine(replace(component, tf32=True), target, MORE, cache_dir=tmp_path)
+    find_or_build_engine(component, target, MORE, cache_dir=tmp_path)
+    find_or_build_engine(replace(component, tf32=True), target, MORE, cache_dir=tmp_path)
     request, rounded = builder.requests
     assert asdict(rounded) == {**asdict(request), "plan": rounded.plan, "tf32": True}
     assert not request.tf32
@@ -72,14 +72,14 @@ def test_what_the_builder_is_asked_for(builder: FakeBuilder, component: Componen
 def test_kernels_of_plugins_are_compiled_into_the_same_cache(
     builder: FakeBuilder, component: Component, tmp_path: Path
 ) -> None:
-    engine(component, replace(RTX, plugins={"GroupNorm": "1"}), ONE, cache_dir=tmp_path)
+    find_or_build_engine(component, replace(RTX, plugins={"GroupNorm": "1"}), ONE, cache_dir=tmp_path)
     assert builder.requests[0].kernels == {"of": {"89": str(tmp_path / "aot")}}
 
 
 def test_everything_that_decides_an_engine_makes_another(
     builder: FakeBuilder, component: Component, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine(component, RTX, ONE, cache_dir=tmp_path)
+    find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path)
     others = [
         (component, RTX, MORE),
         (component, replace(RTX, archs=(89, 120)), ONE),
@@ -93,67 +93,70 @@ def test_everything_that_decides_an_engine_makes_another(
         (replace(component, dtype=torch.float32, tf32=True), RTX, ONE),
     ]
     for other in others:
-        engine(*other, cache_dir=tmp_path)
+        find_or_build_engine(*other, cache_dir=tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(products.load(products.product("tensorrt-rtx")), "__version__", "1.99.0")
-        engine(component, RTX, ONE, cache_dir=tmp_path)
+        find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "_BUILDER", ("export/build_process.py",))
-        engine(component, RTX, ONE, cache_dir=tmp_path)
+        find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path)
     assert len(builder.requests) == len(others) + 3
     for other in [(component, RTX, ONE), *others]:
-        engine(*other, cache_dir=tmp_path)
+        find_or_build_engine(*other, cache_dir=tmp_path)
     assert len(builder.requests) == len(others) + 3
 
 
 def test_without_sizes_the_one_last_asked_for_is_taken(
     builder: FakeBuilder, component: Component, tmp_path: Path
 ) -> None:
-    default = engine(component, RTX, cache_dir=tmp_path)
+    default = find_or_build_engine(component, RTX, cache_dir=tmp_path)
     assert str(default.profiles[0]) == "batch 1..4, height 32..80 step 4, width 32..80 step 4"
-    newest = engine(component, replace(RTX, archs=(86, 89)), ONE, cache_dir=tmp_path)
-    assert engine(component, RTX, cache_dir=tmp_path).key == newest.key  # it serves sm_89 among others
+    newest = find_or_build_engine(component, replace(RTX, archs=(86, 89)), ONE, cache_dir=tmp_path)
+    # It serves sm_89 among others.
+    assert find_or_build_engine(component, RTX, cache_dir=tmp_path).key == newest.key
     # What a build finds counts as well: it is how a user asks for its sizes.
     sizes = SizePolicy.around(component)
-    assert engine(component, RTX, sizes, cache_dir=tmp_path).key == default.key
-    assert engine(component, RTX, cache_dir=tmp_path).key == default.key
+    assert find_or_build_engine(component, RTX, sizes, cache_dir=tmp_path).key == default.key
+    assert find_or_build_engine(component, RTX, cache_dir=tmp_path).key == default.key
 
 
 def test_one_with_weight_streaming_is_taken_where_there_is_no_other(
     builder: FakeBuilder, component: Component, tmp_path: Path
 ) -> None:
     streaming = replace(RTX, weight_streaming=True)
-    streamed = engine(component, streaming, ONE, cache_dir=tmp_path)
-    assert engine(component, RTX, cache_dir=tmp_path).key == streamed.key
-    plain = engine(component, RTX, ONE, cache_dir=tmp_path)
-    newest = engine(component, streaming, MORE, cache_dir=tmp_path)
-    assert engine(component, RTX, cache_dir=tmp_path).key == plain.key
-    assert engine(component, streaming, cache_dir=tmp_path).key == newest.key
+    streamed = find_or_build_engine(component, streaming, ONE, cache_dir=tmp_path)
+    assert find_or_build_engine(component, RTX, cache_dir=tmp_path).key == streamed.key
+    plain = find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path)
+    newest = find_or_build_engine(component, streaming, MORE, cache_dir=tmp_path)
+    assert find_or_build_engine(component, RTX, cache_dir=tmp_path).key == plain.key
+    assert find_or_build_engine(component, streaming, cache_dir=tmp_path).key == newest.key
 
 
 def test_one_that_failed_its_verification_is_not_taken_silently(
     builder: FakeBuilder, component: Component, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    passed, failed = (engine(component, RTX, sizes, cache_dir=tmp_path) for sizes in (ONE, MORE))
+    passed, failed = (
+        find_or_build_engine(component, RTX, sizes, cache_dir=tmp_path) for sizes in (ONE, MORE)
+    )
     for stored, verdict in ((passed, True), (failed, False)):
         write_beside(stored.plan.parent, "verdict.json", {"passed": verdict})
-    assert engine(component, RTX, cache_dir=tmp_path).key == passed.key
+    assert find_or_build_engine(component, RTX, cache_dir=tmp_path).key == passed.key
     assert caplog.messages == []
     shutil.rmtree(passed.plan.parent)
-    assert engine(component, RTX, cache_dir=tmp_path).key == failed.key
+    assert find_or_build_engine(component, RTX, cache_dir=tmp_path).key == failed.key
     (message,) = caplog.messages
     what = f"the engine {failed.key[:12]} of vae_decoder in float16 computed something else than PyTorch when"
     assert message.startswith(what)
     with pytest.raises(BackendError, match=rf"{what} .*run `latentrt verify` again, or use another back end"):
-        engine(component, RTX, cache_dir=tmp_path, rebuild="never")
+        find_or_build_engine(component, RTX, cache_dir=tmp_path, rebuild="never")
 
 
 def test_the_bar_knows_what_it_took_last_time(
     builder: FakeBuilder, component: Component, tmp_path: Path
 ) -> None:
-    engine(component, RTX, ONE, cache_dir=tmp_path)
-    engine(component, RTX, MORE, cache_dir=tmp_path)
-    engine(replace(component, fingerprint="0"), RTX, ONE, cache_dir=tmp_path)
+    find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path)
+    find_or_build_engine(component, RTX, MORE, cache_dir=tmp_path)
+    find_or_build_engine(replace(component, fingerprint="0"), RTX, ONE, cache_dir=tmp_path)
     assert builder.expected == [None, 7.0, None]
 
 
@@ -162,10 +165,10 @@ def test_rebuild_never_builds_nothing(builder: FakeBuilder, component: Component
         BackendError,
         match=r"has no tensorrt-rtx engine of vae_decoder in float16 that runs here; `latentrt build`",
     ):
-        engine(component, RTX, cache_dir=tmp_path, rebuild="never")
+        find_or_build_engine(component, RTX, cache_dir=tmp_path, rebuild="never")
     assert builder.requests == []
-    engine(component, RTX, ONE, cache_dir=tmp_path)
-    assert not engine(component, RTX, cache_dir=tmp_path, rebuild="never").built
+    find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path)
+    assert not find_or_build_engine(component, RTX, cache_dir=tmp_path, rebuild="never").built
 
 
 class Replaced:
@@ -193,16 +196,17 @@ def test_an_engine_that_is_replaced_while_it_is_read(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine(component, RTX, ONE, cache_dir=tmp_path)
+    find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path)
     monkeypatch.setattr(prepare, "stored_engine", replaced := Replaced())
-    assert engine(component, RTX, ONE, cache_dir=tmp_path, rebuild=rebuild).built == (rebuild == "always")
+    again = find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path, rebuild=rebuild)
+    assert again.built == (rebuild == "always")
     assert len(builder.requests) == (2 if rebuild == "always" else 1)
     assert replaced.reads == 2
 
 
 def test_rebuild_always_builds_again(builder: FakeBuilder, component: Component, tmp_path: Path) -> None:
-    engine(component, RTX, ONE, cache_dir=tmp_path)
-    assert engine(component, RTX, ONE, cache_dir=tmp_path, rebuild="always").built
+    find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path)
+    assert find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path, rebuild="always").built
     assert builder.expected == [None, 7.0]
 
 
@@ -230,15 +234,15 @@ def test_stale_and_foreign_engines_are_named(
     change: dict[str, Any],
     why: str,
 ) -> None:
-    old = engine(component, RTX, ONE, cache_dir=tmp_path)
+    old = find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path)
     manifest(old.plan.parent, **change)
     with pytest.raises(BackendError, match="has no tensorrt-rtx engine"):
-        engine(component, RTX, cache_dir=tmp_path, rebuild="never")
+        find_or_build_engine(component, RTX, cache_dir=tmp_path, rebuild="never")
     (record,) = caplog.records
     message = record.getMessage()
     assert message.startswith(f"ignoring engine {old.key[:12]} of vae_decoder in float16, built on 20")
     assert why in message
-    assert engine(component, RTX, cache_dir=tmp_path).built  # auto
+    assert find_or_build_engine(component, RTX, cache_dir=tmp_path).built  # auto
 
 
 def test_hardware_compatible_engines_run_elsewhere() -> None:
@@ -261,12 +265,12 @@ def test_hardware_compatible_engines_run_elsewhere() -> None:
 def test_a_damaged_engine_is_named_and_not_loaded(
     builder: FakeBuilder, component: Component, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stored = engine(component, RTX, ONE, cache_dir=tmp_path)
+    stored = find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path)
     stored.plan.write_bytes(b"An engine")
     for sizes in (ONE, None):
         with pytest.raises(CacheError, match=r"is damaged \(model.plan has another SHA-256"):
-            engine(component, RTX, sizes, cache_dir=tmp_path, rebuild="never")
-    assert engine(component, RTX, cache_dir=tmp_path).built
+            find_or_build_engine(component, RTX, sizes, cache_dir=tmp_path, rebuild="never")
+    assert find_or_build_engine(component, RTX, cache_dir=tmp_path).built
     assert "cached vae_decoder is damaged (model.plan has another SHA-256" in caplog.text
     assert stored.plan.read_bytes() == b"an engine"
 
@@ -274,7 +278,7 @@ def test_a_damaged_engine_is_named_and_not_loaded(
 def test_a_flipped_byte_in_a_manifest_is_named_and_nothing_of_it_loaded(
     builder: FakeBuilder, component: Component, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    old = engine(component, RTX, ONE, cache_dir=tmp_path)
+    old = find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path)
     path = old.plan.parent / "manifest.json"
     whole = path.read_bytes()
     tokens = [found.start() for found in re.finditer(rb"\w+|\W+", whole)]
@@ -284,28 +288,28 @@ def test_a_flipped_byte_in_a_manifest_is_named_and_nothing_of_it_loaded(
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         caplog.clear()
         with pytest.raises(BackendError, match="has no tensorrt-rtx engine"):
-            engine(component, RTX, cache_dir=tmp_path, rebuild="never")
+            find_or_build_engine(component, RTX, cache_dir=tmp_path, rebuild="never")
         assert f"ignoring the damaged cache entry {old.key[:12]}: manifest.json" in caplog.text
         with pytest.raises(CacheError, match=r"is damaged \(manifest.json .*; build it again"):
-            engine(component, RTX, ONE, cache_dir=tmp_path, rebuild="never")
+            find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path, rebuild="never")
     caplog.clear()
-    built = engine(component, RTX, cache_dir=tmp_path)
+    built = find_or_build_engine(component, RTX, cache_dir=tmp_path)
     assert str(built.profiles[0]) == "batch 1..4, height 32..80 step 4, width 32..80 step 4"  # the default
     assert f"ignoring the damaged cache entry {old.key[:12]}: manifest.json" in caplog.text
-    assert engine(component, RTX, ONE, cache_dir=tmp_path) == old
+    assert find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path) == old
     assert "cached vae_decoder is damaged (manifest.json" in caplog.text
 
 
 def test_a_damaged_verdict_is_not_taken_for_none(
     builder: FakeBuilder, component: Component, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stored = engine(component, RTX, ONE, cache_dir=tmp_path)
+    stored = find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path)
     path = stored.plan.parent / "verdict.json"
     write_beside(path.parent, path.name, {"passed": False})
     path.write_text(path.read_text().replace("passed", "pasted"))
     with pytest.raises(CacheError, match=r"is damaged \(verdict.json has another SHA-256"):
-        engine(component, RTX, cache_dir=tmp_path, rebuild="never")
-    assert engine(component, RTX, cache_dir=tmp_path).built
+        find_or_build_engine(component, RTX, cache_dir=tmp_path, rebuild="never")
+    assert find_or_build_engine(component, RTX, cache_dir=tmp_path).built
     assert "cached vae_decoder is damaged (verdict.json has another SHA-256" in caplog.text
     assert not path.exists()
 
@@ -319,7 +323,7 @@ def test_a_build_that_fails_leaves_nothing(
 
     monkeypatch.setattr(build_process, "build_in_child", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        engine(component, RTX, ONE, cache_dir=tmp_path)
+        find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path)
     assert list((tmp_path / "partial").iterdir()) == []
     assert list((tmp_path / "entries").iterdir()) == []
 
@@ -332,5 +336,5 @@ def test_a_full_disk(
 
     monkeypatch.setattr(build_process, "build_in_child", full)
     with pytest.raises(CacheError, match=r"no space left .*model\.plan.* free some, or set LATENTRT_CACHE"):
-        engine(component, RTX, ONE, cache_dir=tmp_path)
+        find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path)
     assert list((tmp_path / "partial").iterdir()) == []

@@ -17,7 +17,7 @@ from latentrt.runtime.engines import plugins, products
 from latentrt.runtime.engines.base import Availability, Component
 from latentrt.runtime.engines.sizes import SizePolicy
 from latentrt.runtime.engines.tensorrt import TensorRTBackend, TensorRTRTXBackend
-from latentrt.runtime.prepare import engine
+from latentrt.runtime.prepare import find_or_build_engine
 
 RTX = EngineTarget("tensorrt-rtx", (89,))
 ONE = SizePolicy.parse(["64x64"], "1")
@@ -119,7 +119,7 @@ def test_an_engine_is_built_on_the_gpu_that_it_is_for(
     ]
     # Where there is one alone no name is needed; that of a part of a GPU (MIG) would be another.
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    engine(component, EngineTarget("tensorrt", (80,)), ONE, cache_dir=tmp_path)
+    find_or_build_engine(component, EngineTarget("tensorrt", (80,)), ONE, cache_dir=tmp_path)
     assert builder.requests[2].gpu is None
 
 
@@ -136,16 +136,16 @@ def test_an_engine_is_for_the_model_of_gpu_that_built_it(
     )  # H200 and GH200, say
     there, here = torch.device("cuda:0"), torch.device("cuda:1")
     target = EngineTarget("tensorrt", (90,))
-    first = engine(component, target, ONE, cache_dir=tmp_path, device=there)
+    first = find_or_build_engine(component, target, ONE, cache_dir=tmp_path, device=there)
     with pytest.raises(BackendError, match="has no tensorrt engine"):
-        engine(component, target, cache_dir=tmp_path, rebuild="never", device=here)
+        find_or_build_engine(component, target, cache_dir=tmp_path, rebuild="never", device=here)
     assert "it was built on NVIDIA A100-SXM4-80GB, this is NVIDIA H100 80GB HBM3" in caplog.text
-    assert engine(component, target, ONE, cache_dir=tmp_path, device=here).key != first.key
-    assert engine(component, target, cache_dir=tmp_path, device=there).key == first.key
+    assert find_or_build_engine(component, target, ONE, cache_dir=tmp_path, device=here).key != first.key
+    assert find_or_build_engine(component, target, cache_dir=tmp_path, device=there).key == first.key
     shared = replace(target, hardware_compatibility="same-capability")
-    both = engine(component, shared, ONE, cache_dir=tmp_path, device=there)
-    assert engine(component, shared, ONE, cache_dir=tmp_path, device=here).key == both.key
-    assert engine(component, target, cache_dir=tmp_path, device=here).key == both.key
+    both = find_or_build_engine(component, shared, ONE, cache_dir=tmp_path, device=there)
+    assert find_or_build_engine(component, shared, ONE, cache_dir=tmp_path, device=here).key == both.key
+    assert find_or_build_engine(component, target, cache_dir=tmp_path, device=here).key == both.key
     assert len(builder.requests) == 3
 
 
@@ -160,4 +160,4 @@ def test_tensorrt_without_a_driver(
     with pytest.raises(
         BackendUnavailableError, match=r"no NVIDIA driver .*build with tensorrt-rtx, which takes no GPU"
     ):
-        engine(component, EngineTarget("tensorrt", (90,)), ONE, cache_dir=tmp_path)
+        find_or_build_engine(component, EngineTarget("tensorrt", (90,)), ONE, cache_dir=tmp_path)

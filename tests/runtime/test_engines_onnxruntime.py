@@ -26,7 +26,7 @@ from latentrt.runtime import prepare
 from latentrt.runtime.engines import onnxruntime as ort_engine
 from latentrt.runtime.engines.base import Availability, Component, Engine
 from latentrt.runtime.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine
-from latentrt.runtime.prepare import onnx_model
+from latentrt.runtime.prepare import find_or_export_onnx
 from tolerances import EXPORT_FLOAT32
 from torch import Tensor
 
@@ -82,7 +82,7 @@ def test_the_second_load_exports_nothing(cache_dir: Path, request: pytest.Fixtur
 
 
 def test_a_process_that_finds_the_export_imports_no_exporter(cache_dir: Path) -> None:
-    model = onnx_model(tiny.affine(), cache_dir=cache_dir)
+    model = find_or_export_onnx(tiny.affine(), cache_dir=cache_dir)
     script = textwrap.dedent("""
         import sys
         import torch
@@ -110,7 +110,7 @@ def test_a_process_that_finds_the_export_imports_no_exporter(cache_dir: Path) ->
 def test_a_corrupted_export_is_made_again(cache_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     component = tiny.affine(seed=11)
     wanted = load(component, cache_dir)(tiny.named_inputs(component))["y"]
-    model = onnx_model(component, cache_dir=cache_dir)
+    model = find_or_export_onnx(component, cache_dir=cache_dir)
     content = bytearray(model.read_bytes())
     content[len(content) // 2] ^= 1
     model.write_bytes(content)
@@ -122,10 +122,10 @@ def test_a_corrupted_export_is_made_again(cache_dir: Path, caplog: pytest.LogCap
 
 def test_what_decides_the_entry(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     component = tiny.affine()
-    first = onnx_model(component, cache_dir=cache_dir)
-    other_weights = onnx_model(tiny.affine(seed=1), cache_dir=cache_dir)
+    first = find_or_export_onnx(component, cache_dir=cache_dir)
+    other_weights = find_or_export_onnx(tiny.affine(seed=1), cache_dir=cache_dir)
     monkeypatch.setattr(prepare, "exporter_digest", lambda: "of changed sources")
-    other_code = onnx_model(component, cache_dir=cache_dir)
+    other_code = find_or_export_onnx(component, cache_dir=cache_dir)
     assert len({first, other_weights, other_code}) == 3
 
 
@@ -186,7 +186,7 @@ def test_the_tensorrt_provider_rounds_no_float32_unasked(
     if override is not None:
         monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
     monkeypatch.setattr(backend, "availability", lambda *_: Availability(True, "here"))
-    monkeypatch.setattr(ort_engine, "onnx_model", lambda *_, **__: Path("model.onnx"))
+    monkeypatch.setattr(ort_engine, "find_or_export_onnx", lambda *_, **__: Path("model.onnx"))
     monkeypatch.setattr(ort_engine, "OnnxRuntimeEngine", lambda component, *_: loaded.append(component.name))
     strict = tiny.affine()
     for component in (replace(strict, tf32=True), replace(strict, dtype=torch.float16)):
@@ -256,7 +256,7 @@ def test_a_provider_that_does_not_start_is_not_done_without(
 ) -> None:
     import onnxruntime
 
-    model = onnx_model(tiny.affine(), cache_dir=cache_dir)
+    model = find_or_export_onnx(tiny.affine(), cache_dir=cache_dir)
     only_cpu = ["CPUExecutionProvider"]  # where there is a GPU as well
     monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda session: only_cpu)
     with pytest.raises(BackendError, match=r"cannot start CUDAExecutionProvider for .*cuDNN.* are installed"):
@@ -274,7 +274,7 @@ def test_a_provider_that_fails_is_not_replaced(
             raise RuntimeError("no CUDA-capable device")
         create(self, providers, *more)
 
-    model = onnx_model(tiny.affine(), cache_dir=cache_dir)
+    model = find_or_export_onnx(tiny.affine(), cache_dir=cache_dir)
     create = onnxruntime.InferenceSession._create_inference_session
     monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", fails)
     with pytest.raises(BackendError, match=r"cannot load .*: no CUDA-capable device"):
@@ -284,7 +284,7 @@ def test_a_provider_that_fails_is_not_replaced(
 
 def test_what_fails_in_onnxruntime_names_the_component(cache_dir: Path) -> None:
     component = tiny.affine()
-    model = onnx_model(component, cache_dir=cache_dir)
+    model = find_or_export_onnx(component, cache_dir=cache_dir)
     wider = replace(component, inputs=(replace(component.inputs[0], dims=("batch", "width")),))
     with pytest.raises(BackendError, match=r"ONNX Runtime failed on affine: .*invalid dimensions"):
         OnnxRuntimeEngine(wider, model, CPU)({"x": torch.zeros(2, 5)})

@@ -246,7 +246,7 @@ def test_a_back_end_takes_the_engines_that_are_asked_for(
         stand_in[0].plans[part.fingerprint.encode()] = part
         return StoredEngine("0", plan, (ANY,), {}, {}, False)
 
-    monkeypatch.setattr(backends, "engine", engine)
+    monkeypatch.setattr(backends, "find_or_build_engine", engine)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(
         backends.TensorRTBackend, "availability", lambda self, device, dtype: Availability(True)

@@ -77,7 +77,7 @@ def test_tiles_are_taken_only_once_nothing_more_can_be_freed(
     whole = plan_of(pipe, call).peak("resident")
     monkeypatch.setattr("latentrt.runtime.request.TILE", 8)
     monkeypatch.setattr(budget, "free_memory", lambda device: whole - 1)
-    monkeypatch.setattr(budget.Budget, "_collected", lambda self, available: available + 1)
+    monkeypatch.setattr(budget.Budget, "_available_after_collecting", lambda self, available: available + 1)
     assert pipe._budget.require(request, stages, idle=True).request.tile is None
     assert pipe._budget.require(request, stages, idle=False).request.tile == 8
 

@@ -25,7 +25,7 @@ from latentrt.kernels.binaries import AttentionKernels, GroupNormKernels, Kernel
 from latentrt.runtime.engines import plugin_code, plugins
 from latentrt.runtime.engines.plugin_code import Code, Driver
 from latentrt.runtime.engines.plugin_launch import OPERATORS
-from latentrt.runtime.engines.plugins import Session
+from latentrt.runtime.engines.plugins import PluginCalls
 from torch import Tensor
 
 NORM = {"num_groups": 4, "epsilon": 1e-3}
@@ -65,8 +65,8 @@ class Engine:
         self.cuda = FakeCuda(launches, **fake)
         driver = Driver(self.cuda)
         monkeypatch.setattr(plugins, "driver", lambda: driver)
-        self.session = Session(calls={name: plugins.Counter()})
-        self.creator = plugins._creator(rtx, OPERATORS[name], self.session)
+        self.calls = PluginCalls(counts={name: plugins.Counter()})
+        self.creator = plugins._creator(rtx, OPERATORS[name], self.calls)
         built = self.creator.create_plugin("", fields(attributes), rtx.TensorRTPhase.BUILD)
         built._code = code
         kept = rtx.PluginFieldCollection(list(built.get_fields_to_serialize()))
@@ -252,7 +252,7 @@ def test_a_gpu_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         BackendError, match=r"kernels are for sm_80, and this GPU is sm_90; .*`latentrt build --arch sm_90`"
     ):
         engine.shape(torch.empty(1, 24, 4, 4), torch.empty(24), torch.empty(24))
-    assert "GroupNorm of [(1, 24, 4, 4), (24,), (24,)]: the engine's kernels" in engine.session.failures[0]
+    assert "GroupNorm of [(1, 24, 4, 4), (24,), (24,)]: the engine's kernels" in engine.calls.failures[0]
 
 
 def test_memory_that_is_not_aligned(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
@@ -333,8 +333,8 @@ def test_plugins_run_where_torch_and_triton_are_not() -> None:
 
         cuda = plugin_code.Driver(Cuda())
         plugins.driver = lambda: cuda
-        session = plugins.Session(calls={"GroupNorm": plugins.Counter()})
-        creator = plugins._creator(trt, plugins.OPERATORS["GroupNorm"], session)
+        calls = plugins.PluginCalls(counts={"GroupNorm": plugins.Counter()})
+        creator = plugins._creator(trt, plugins.OPERATORS["GroupNorm"], calls)
         data = {"attributes": b'{"num_groups": 4, "epsilon": 1e-5}', "kernels": code.packed}
         kept = [trt.PluginField(n, np.frombuffer(d, np.int8), trt.PluginFieldType.INT8) for n, d in data.items()]
         plugin = creator.create_plugin("", trt.PluginFieldCollection(kept), trt.TensorRTPhase.RUNTIME)

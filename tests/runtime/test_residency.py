@@ -78,7 +78,7 @@ def test_resident_stays() -> None:
 
 def test_a_call_of_what_may_be_offloaded_excludes_replays() -> None:
     """On a GPU a loop that another thread replays computes in the same memory."""
-    loader = EngineLoader("eager", CPU, torch.float32, None, graphs=True, memory="low")
+    loader = EngineLoader("eager", CPU, torch.float32, None, graphs=True, policy="low")
     lazy = loader.engine(tiny.affine())
     engine, graphs, taken = lazy.load(), lazy.graphs, list[str]()
     assert graphs is not None
@@ -136,7 +136,7 @@ def interrupted(work: Callable[[], object], line: int) -> bool:
 def test_a_move_of_weights_may_be_interrupted_anywhere(move: str, moved: int) -> None:
     """Then they are on the device for the next call, in one block, and what a plan counts is what is there."""
     for line in itertools.count():
-        loaded = EngineLoader("eager", CPU, torch.float32, None, graphs=False, memory="balanced").engine(
+        loaded = EngineLoader("eager", CPU, torch.float32, None, graphs=False, policy="balanced").engine(
             tiny.affine()
         )
         loaded.load()._weights.onload()  # type: ignore[attr-defined]  # as on a GPU

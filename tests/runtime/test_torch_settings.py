@@ -16,7 +16,7 @@ from helpers.tiny_requests import SEEDED_CALL
 from latentrt import Pipeline
 from latentrt.runtime.conditioning import guidance_scale_embedding
 from latentrt.runtime.engines.base import Component
-from latentrt.runtime.prepare import onnx_model
+from latentrt.runtime.prepare import find_or_export_onnx
 from latentrt.runtime.sampler import build_table
 from latentrt.runtime.sampler_config import SamplerConfig
 from latentrt.runtime.schedule import make_schedule
@@ -85,9 +85,9 @@ def test_a_picture_in_tiles_stays_as_it_is(what: str, pipe: Pipeline) -> None:
 def test_an_export_stays_as_it_is(what: str, component: Component, tmp_path: Path) -> None:
     module = component.build()
     component = replace(component, build=lambda: module)
-    wanted = onnx_model(component, cache_dir=tmp_path / "plain")
+    wanted = find_or_export_onnx(component, cache_dir=tmp_path / "plain")
     with told(what):
-        got = onnx_model(component, cache_dir=tmp_path / "told")
+        got = find_or_export_onnx(component, cache_dir=tmp_path / "told")
     for file in wanted.parent.glob("model*"):
         assert (got.parent / file.name).read_bytes() == file.read_bytes()
 
