@@ -34,6 +34,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     """softmax(q k^T * scale) v for each head. See `latentrt.kernels.attention`."""
     # PyTorch's CPU and CUDA kernels keep scores, softmax and accumulation of half types in float32.
     q, k, v = (_without_overlap(t).transpose(1, 2) for t in (q, k, v))  # [B, S, H, D] -> [B, H, S, D]
+    if scale is not None and scale < 0:
+        # Flash attention on CUDA subtracts scale * max(q k^T), the least of scaled scores: others overflow a half type.
+        q, scale = -q, -scale
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 

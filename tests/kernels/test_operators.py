@@ -10,6 +10,7 @@ from pathlib import Path
 import latentrt.kernels
 import pytest
 import torch
+import torch.nn.functional as F
 from latentrt.kernels import (
     add_layer_norm,
     attention,
@@ -103,6 +104,24 @@ def test_attention_of_large_scores(dtype: torch.dtype) -> None:
     scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) / 8
     assert scores.max() > 100
     agree(attention(q, k, v), exact_attention(q, k, v, 1 / 8), dtype, OPERATOR_LARGE_MEAN)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """PyTorch's for half types on CUDA, [B, H, S, D]: a row's maximum is taken of scores without their scale, and
+    exponentials are rounded to the inputs' dtype."""
+    scores = q.float() @ k.float().mT
+    weights = ((scores - scores.amax(-1, keepdim=True)) * scale).exp()
+    return ((weights.to(q.dtype).float() @ v.float()) / weights.sum(-1, keepdim=True)).to(q.dtype)
+
+
+@by_dtype
+def test_attention_with_a_negative_scale(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (draw(2, 33, 2, 64, dtype=dtype) for _ in range(3))
+    exact = exact_attention(q, k, v, -0.3)
+    agree(attention(q, k, v, scale=-0.3), exact, dtype)
+    if dtype.itemsize == 2:
+        monkeypatch.setattr(F, "scaled_dot_product_attention", flash_attention)
+        agree(attention(q, k, v, scale=-0.3), exact, dtype)
 
 
 GROUPED = [
