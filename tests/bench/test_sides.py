@@ -127,6 +127,25 @@ def test_a_slow_side_is_tried_once_in_each_layout() -> None:
     assert len(calls) == 2
 
 
+def test_what_a_gpu_does_once_for_a_layout_is_not_the_layouts() -> None:
+    """cuDNN knows its algorithms for a contiguous UNet since the very first picture, and has yet to try the others."""
+
+    class TriesAlgorithms(TwoNetworks):
+        SECONDS: Mapping[str, Mapping[str, float]] = {
+            **TwoNetworks.SECONDS,
+            "UNet": {"contiguous": 0.060, "channels_last": 0.5},
+        }
+
+        def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> SideOutput:
+            output = super().__call__(prompts, seeds)
+            if self.laid_out[-1]["UNet"] == "channels_last":
+                self.SECONDS = TwoNetworks.SECONDS
+            return output
+
+    side = TriesAlgorithms()
+    assert choose_layout(side, side.laid_out.append, torch.device("cuda"))["UNet"] == "channels_last"
+
+
 @pytest.mark.parametrize("layout", [("contiguous", "channels_last"), ("channels_last", "contiguous")])
 @pytest.mark.parametrize("name", ["diffusers", "latentrt-eager"])
 def test_an_eager_side_is_laid_out_as_it_was_tuned_before(
