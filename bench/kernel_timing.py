@@ -255,10 +255,10 @@ def hang_watchdog(timing: Timing, seconds: float = HANG_SECONDS) -> Iterator[Non
         faulthandler.cancel_dump_traceback_later()
 
 
-def gpu_is_alive(timing: Timing) -> bool:
+def gpu_is_alive(device: torch.device) -> bool:
     """Whether the GPU still works in this process: after an illegal memory access it does not."""
     try:
-        torch.zeros(1, device=timing.device).item()
+        torch.zeros(1, device=device).item()
     except Exception as error:
         _log.error("%s", str(error)[:300])
         return False

@@ -97,7 +97,7 @@ def tune(timing: Timing, operators: Sequence[OpSpec] | None = None, save: bool =
             _time_candidates(timing, use, table, trials.setdefault(use.key, {}), save_result, end)
             for use in uses
         ):
-            if not gpu_is_alive(timing):
+            if not gpu_is_alive(timing.device):
                 return result
             continue  # the time is up, but an earlier run may have timed all of the next table
         keys = dict.fromkeys(use.key for use in uses)
@@ -109,7 +109,7 @@ def tune(timing: Timing, operators: Sequence[OpSpec] | None = None, save: bool =
         interleaved = all(
             _time_finalists(timing, use, table, rows[use.key], save_result, end) for use in uses
         )
-        if not interleaved and not gpu_is_alive(timing):
+        if not interleaved and not gpu_is_alive(timing.device):
             return result
         best = {key: fastest for key in keys if (fastest := _fastest(trials[key], rows[key]))}
         if len(best) < len(keys):
@@ -199,7 +199,7 @@ def _time_candidates(
             raise
         _log.info("%s %s %s: %s", table, candidate, use.name, row[use.name])
         save()
-        if isinstance(row[use.name], str) and not gpu_is_alive(timing):
+        if isinstance(row[use.name], str) and not gpu_is_alive(timing.device):
             return False
     return True
 
@@ -276,7 +276,7 @@ def _time_group(
     except Exception as error:  # an illegal memory access is only reported when the GPU is waited for
         reason = f"{type(error).__name__}: {error}"[:200]
         times = dict.fromkeys(names, reason if len(names) == 1 else _HUNG_IN_GROUP)
-    gpu_lost = any(isinstance(us, str) for us in times.values()) and not gpu_is_alive(timing)
+    gpu_lost = any(isinstance(us, str) for us in times.values()) and not gpu_is_alive(timing.device)
     # Once the GPU is lost all of them fail, so their own errors say nothing.
     if gpu_lost and len(names) > 1:
         times = dict.fromkeys(names, _HUNG_IN_GROUP)

@@ -145,7 +145,7 @@ def measure(
             raise
         _log.info("%s", rows[-1])
         write_json(path, result)
-        if "error" in rows[-1] and not gpu_is_alive(timing):
+        if "error" in rows[-1] and not gpu_is_alive(timing.device):
             _log.error("the GPU answers no more; run this again to go on")
             return result
     result["ceilings_after"], result["machine_after"] = ceilings(timing), gpu_state(timing)

@@ -27,7 +27,7 @@ from ..kernels.atomic_file import write_json
 from ..runtime.engines.packing import FusedUpsample, defer_in_resnet
 from ..runtime.models.layers import ResnetBlock, Upsample
 from ..runtime.place import dtype_name
-from .kernel_timing import Calls, cuda_microseconds, gpu_slug, input_count
+from .kernel_timing import Calls, cuda_microseconds, gpu_is_alive, gpu_slug, input_count
 from .machine import describe_machine, module_command
 
 __all__ = ["BLOCKS", "Block", "main", "measure"]
@@ -218,11 +218,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = gpu_slug(machine) if args.device == "cuda" else "cpu"
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
         for block in BLOCKS:
-            if args.only in block.name:
-                rows.append(measure(block, dtype, device, args.seconds))
-                # After each block, in case the process is ended.
-                write_json(args.out / f"packing_{where}.json", result)
-                print("\n".join(table(rows[-1:])[1:2]), flush=True)
+            if args.only not in block.name:
+                continue
+            try:
+                row = measure(block, dtype, device, args.seconds)
+            except Exception as error:  # only this block fails; the others are still measured
+                row = {"block": block.name, "calls": block.calls}
+                row["error"] = f"{type(error).__name__}: {error}"[:300]
+            rows.append(row)
+            # After each block, in case the process is ended.
+            write_json(args.out / f"packing_{where}.json", result)
+            print("\n".join(table([row])[1:2]), flush=True)
+            if "error" in row and not gpu_is_alive(device):
+                break
     print("\n" + "\n".join(table(rows)))
     return int(any("error" in row for row in rows))
 

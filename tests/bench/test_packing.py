@@ -90,6 +90,31 @@ def test_what_was_timed_is_kept_when_it_is_ended(tmp_path: Path, monkeypatch: py
     assert [row["block"] for row in rows] == [block.name for block in SMALL[:2]]
 
 
+@pytest.mark.parametrize(("alive", "measured"), [(True, 4), (False, 2)])
+def test_a_block_that_fails_leaves_the_others(
+    alive: bool,
+    measured: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As long as the GPU works: after an illegal memory access all fail."""
+
+    def failing(block: Block, *how: Any) -> dict[str, Any]:
+        if block is SMALL[1]:
+            raise RuntimeError("GET was unable to find an engine")
+        return measure(block, *how)
+
+    monkeypatch.setattr(packing, "BLOCKS", tuple(SMALL))
+    monkeypatch.setattr(packing, "measure", failing)
+    monkeypatch.setattr(packing, "gpu_is_alive", lambda device: alive)
+    assert main(["--device", "cpu", "--seconds", "0", "--out", str(tmp_path)]) == 1
+    rows = json.loads((tmp_path / "packing_cpu.json").read_text())["rows"]
+    assert [row["block"] for row in rows] == [block.name for block in SMALL[:measured]]
+    assert rows[1]["error"] == "RuntimeError: GET was unable to find an engine"
+    assert rows[1]["error"] in capsys.readouterr().out
+
+
 def test_the_blocks_are_those_of_a_decoding() -> None:
     """Two in the middle, three for each of four levels, three doublings."""
     calls = [(block.kind, block.calls) for block in packing.BLOCKS if block.of == "decoding"]
