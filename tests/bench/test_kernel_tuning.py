@@ -161,7 +161,7 @@ def test_a_candidate_that_fails_in_its_final_is_found_one_by_one_and_never_chose
 
     saved: list[Any] = []
     monkeypatch.setattr(tuning, "save", lambda *args: saved.append(args[2]))
-    monkeypatch.setattr(kernel_tuning, "gpu_is_alive", lambda timing: survives)
+    monkeypatch.setattr(kernel_tuning, "gpu_is_alive", lambda device: survives)
     timing = Timing(here.device, crashes, folder=here.folder)
     spec = small_attention(candidates={"attention": SMALL[1:]})  # the one of 32 is the quickest alone
     with forced():
@@ -170,7 +170,7 @@ def test_a_candidate_that_fails_in_its_final_is_found_one_by_one_and_never_chose
             assert (result["best"], saved, finals) == ({}, [], [[32, 16]])
             again = kernel_tuning.tune(timing, [spec])
             assert (again["best"], saved, finals) == ({}, [], [[32, 16], [32]])
-            monkeypatch.setattr(kernel_tuning, "gpu_is_alive", lambda timing: True)
+            monkeypatch.setattr(kernel_tuning, "gpu_is_alive", lambda device: True)
             result = kernel_tuning.tune(timing, [spec])
     assert finals == [[32, 16], [32], [16]]
     assert result["best"] == {"attention": {"16/d64-short": SMALL[1]}}

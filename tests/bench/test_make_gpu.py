@@ -127,14 +127,19 @@ def test_a_part_whose_time_is_over_may_write_down_what_it_has(
 
 
 @pytest.mark.parametrize(
-    ("hangs", "lost", "time_of_its_own", "runs"),
-    [(2, 0, 200, 3), (9, 0, 200, 4), (9, 0, 110, 2), (9, 9, 200, 1)],
-    ids=["two", "all", "no time", "nothing left"],
+    ("hangs", "all_done_by", "time_of_its_own", "runs"),
+    [(2, 3, 200, 3), (9, 9, 200, 4), (9, 9, 110, 2), (9, 1, 200, 1), (0, 2, 200, 2)],
+    ids=["two hang", "all hang", "no time", "nothing left", "a lost GPU"],
 )
-def test_a_hang_does_not_end_tuning(
-    hangs: int, lost: int, time_of_its_own: int, runs: int, planted: Path, monkeypatch: pytest.MonkeyPatch
+def test_neither_a_hang_nor_a_lost_gpu_ends_tuning(
+    hangs: int,
+    all_done_by: int,
+    time_of_its_own: int,
+    runs: int,
+    planted: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It goes on with what is left, in what is left of its time."""
+    """It goes on with what is left, in what is left of its time. A run that lost the GPU ends well, with work left."""
     told = planted / "seconds"
     code = (
         "import sys; from pathlib import Path; "
@@ -142,7 +147,7 @@ def test_a_hang_does_not_end_tuning(
         f"sys.exit(len(file.read_text().split()) <= {hangs})"
     )
     part = Part("tune", 60, command=("-c", code))
-    step = Step(part, unfinished=lambda: not lost, seconds=time_of_its_own)
+    step = Step(part, unfinished=lambda: len(told.read_text().split()) < all_done_by, seconds=time_of_its_own)
     # Each run takes 30 s, and nothing else takes time.
     monkeypatch.setattr(gpu, "_now", lambda: 30.0 * len(told.read_text().split()) if told.exists() else 0.0)
     monkeypatch.setattr(gpu, "steps", lambda *args, **kwargs: [step])
