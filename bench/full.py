@@ -69,7 +69,8 @@ class Part:
         time_limit: seconds after which it is ended.
         tests: files of tests.
         command: what is run in place of tests: arguments of Python.
-        workers: processes that share the tests; 0 runs all in one process, as measuring time requires.
+        workers: processes that share the tests, one thread each if they are several; 0 runs all in one process, as
+            measuring time requires.
         show_output: what its tests print is shown at the end.
         markers: which tests of the files are run: pytest's `-m`.
         options: more options of pytest.
@@ -172,7 +173,7 @@ def run_part(part: Part, folder: Path, *, again: bool = False) -> Result:
     started = time.monotonic()
     with open(folder / f"{part.name}.log", "w", encoding="utf-8") as log:
         command = [sys.executable, *(part.command or _tests(part, folder, digest, again=again))]
-        threads = {"OMP_NUM_THREADS": "1"} if part.workers or part.name == "quick" else {}
+        threads = {"OMP_NUM_THREADS": "1"} if part.workers > 1 or part.name == "quick" else {}
         process = subprocess.Popen(
             command,
             cwd=ROOT,

@@ -57,6 +57,8 @@ _MIN_SECONDS = 60.0
 _MAX_ATTEMPTS = 4
 """Runs of a part that resumes by itself: a kernel that hangs or that loses the GPU ends a run, and the next one skips
 that kernel."""
+_MAX_RESTARTS = 16
+"""Of workers in a part of tests: enough for tests that lose the GPU, and an end where all of them would."""
 _MAIN_SIDE = "latentrt-triton"
 _SLOWEST_SIDE = "diffusers-max-autotune"
 _OTHER_SIDES = (
@@ -127,7 +129,7 @@ def steps(
     tune = _part("tune", *kernels, "--tune", *(word for op in tune_ops for word in ("--op", op)))
     measure = _part("kernels", *kernels, "--measure")
     return [
-        Step(_tests("graph-tests", files["graph"])),
+        Step(_tests("graph-tests", files["graph"], "--timeout=120")),
         # Most of a test's first call is compiling, which takes at most 5 s on a slow core.
         Step(_tests("kernel-tests", files["kernel"], "--timeout=45", workers=4)),
         Step(_timeline("sdxl", results, work)),
@@ -164,19 +166,21 @@ def _part(name: str, *command: str, time_limit: float = _TIME_LIMIT) -> Part:
     )
 
 
-def _tests(name: str, files: Sequence[str], *options: str, workers: int = 0) -> Part:
+def _tests(name: str, files: Sequence[str], *options: str, workers: int = 1) -> Part:
     """A part of tests.
 
-    A test that hangs ends its process (`--timeout-method=thread`), since a signal cannot interrupt a wait for a kernel.
-    Tests that passed are run again with other block sizes, which make other kernels.
+    A test that hangs ends its process (`--timeout-method=thread`), since a signal cannot interrupt a wait for a kernel;
+    one that loses the GPU ends it too. So there is at least one worker: another takes its place for the tests that
+    follow. Tests that passed are run again with other block sizes, which make other kernels.
     """
+    always = f"-p no:randomly --timeout-method=thread --max-worker-restart={_MAX_RESTARTS}"
     return replace(
         _part(name),
         tests=tuple(files),
         digest_excludes=("results",),
         workers=workers,
         markers="gpu",
-        options=("-p", "no:randomly", "--timeout-method=thread", *options),
+        options=(*always.split(), *options),
     )
 
 

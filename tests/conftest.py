@@ -111,6 +111,17 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """After an illegal memory access all that follows would fail in the same process. A worker has sent the report by
+    now and ends; xdist starts another one, which goes on with the next test."""
+    if report.failed and "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        from latentrt.bench.kernel_timing import gpu_is_alive
+
+        if not gpu_is_alive(torch.device("cuda")):
+            os._exit(1)
+
+
 # Three minutes are the most that the demo's exports and builds may take on two cores, where a change is checked;
 # elsewhere the figure is only shown. It is the time that processors worked, all worker processes and their children
 # together: clocks go on while other programs run.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.waiting import until
-from latentrt.bench import full, gpu
+from latentrt.bench import full, gpu, pytest_resume
 from latentrt.bench.full import Part, PartVerdict, run_part
 from latentrt.bench.gpu import Step
 
@@ -124,6 +126,41 @@ def test_a_part_whose_time_is_over_may_write_down_what_it_has(
     monkeypatch.setattr(full, "GRACE_SECONDS", 0.2)
     deaf = "signal.signal(signal.SIGINT, signal.SIG_IGN); note.touch(); time.sleep(600)"
     assert run_part(replace(part, command=("-c", works + deaf)), tmp_path, again=True).seconds < 60
+
+
+LOSES_THE_GPU = """
+import time, pytest, torch
+from latentrt.bench import kernel_timing
+torch.cuda.is_initialized = lambda: True
+kernel_timing.gpu_is_alive = lambda device: not lost
+lost = False
+
+@pytest.mark.parametrize("k", range(8))
+def test_one(k):
+    global lost
+    if k == 5:
+        time.sleep(600)
+    lost = lost or k == 2
+    assert not lost, "an illegal memory access"
+"""
+
+
+@pytest.mark.timeout(120)
+def test_a_test_that_loses_the_gpu_or_hangs_is_the_only_one_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (part,) = (step.part for step in steps() if step.part.name == "graph-tests")
+    planted_tests = tmp_path / "test_planted.py"
+    planted_tests.write_text(LOSES_THE_GPU)
+    monkeypatch.setattr(full, "_digest", lambda part: "the same")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    options = ("-p", "conftest", "-p", "no:cacheprovider", *part.options, "--timeout=5")
+    part = replace(part, tests=(str(planted_tests),), markers="", options=options)
+    assert run_part(part, tmp_path).why == "exit status 1"
+    (passed,) = tmp_path.glob("graph-tests.*.passed")
+    names = [name.rpartition("::")[2] for name in pytest_resume.read_passed(passed)]
+    assert sorted(names) == [f"test_one[{k}]" for k in (0, 1, 3, 4, 6, 7)]
+    assert "AssertionError: an illegal memory access" in (tmp_path / "graph-tests.log").read_text()
 
 
 @pytest.mark.parametrize(

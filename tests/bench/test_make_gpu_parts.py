@@ -113,7 +113,10 @@ def test_tests_for_a_gpu_are_collected_without_what_they_do_not_need(tmp_path: P
     files = [file for part in parts for file in part.tests]
     options = [*parts[0].options, "-m", parts[0].markers, "--collect-only", "-q", *files]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "without", "-p", "pytest_timeout", *options],
+        [
+            sys.executable,
+            *("-m", "pytest", "-p", "without", "-p", "pytest_timeout", "-p", "xdist.plugin", *options),
+        ],
         cwd=ROOT,
         env={
             **os.environ,

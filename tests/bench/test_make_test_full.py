@@ -69,6 +69,16 @@ def test_what_passed_is_run_again_for_other_sources_only(
     assert re.fullmatch(r"count +passed +\d+ s +-?[\d.]+ GB", line)
 
 
+@pytest.mark.parametrize(("workers", "threads"), [(0, "7"), (1, "7"), (4, "1")])
+def test_several_workers_share_the_cores(
+    workers: int, threads: str, places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    code = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    run_part(Part("threads", 60, command=("-c", code), workers=workers), places)
+    assert (places / "threads.log").read_text().strip() == threads
+
+
 def test_what_failed_is_run_again(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = (
         counting(tmp_path, "print('it broke'); raise SystemExit(3)"),
