@@ -128,10 +128,12 @@ def steps(
     kernels = ("-m", "latentrt.cli", "kernels", "--out", str(kernels_out))
     tune = _part("tune", *kernels, "--tune", *(word for op in tune_ops for word in ("--op", op)))
     measure = _part("kernels", *kernels, "--measure")
+    unmarked = "not gpu and not full"
     return [
         Step(_tests("graph-tests", files["graph"], "--timeout=120")),
         # Most of a test's first call is compiling, which takes at most 5 s on a slow core.
         Step(_tests("kernel-tests", files["kernel"], "--timeout=45", workers=4)),
+        Step(_tests("kernel-edge-tests", files["kernel edges"], "--timeout=45", workers=4, markers=unmarked)),
         Step(_timeline("sdxl", results, work)),
         main_side["sdxl"],
         main_side["sdxl-refiner"],
@@ -166,7 +168,7 @@ def _part(name: str, *command: str, time_limit: float = _TIME_LIMIT) -> Part:
     )
 
 
-def _tests(name: str, files: Sequence[str], *options: str, workers: int = 1) -> Part:
+def _tests(name: str, files: Sequence[str], *options: str, workers: int = 1, markers: str = "gpu") -> Part:
     """A part of tests.
 
     A test that hangs ends its process (`--timeout-method=thread`), since a signal cannot interrupt a wait for a kernel;
@@ -179,26 +181,29 @@ def _tests(name: str, files: Sequence[str], *options: str, workers: int = 1) -> 
         tests=tuple(files),
         digest_excludes=("results",),
         workers=workers,
-        markers="gpu",
+        markers=markers,
         options=(*always.split(), *options),
     )
 
 
 def _files() -> dict[str, list[str]]:
     """Kind -> files with tests for a GPU, the riskiest last. Other files are not even imported: they may need something
-    that is not installed."""
-    files: dict[str, list[str]] = {"graph": [], "stream": [], "kernel": [], "engine": []}
+    that is not installed. "kernel edges" are tests that run in Triton's interpreter where there is no GPU."""
+    files: dict[str, list[str]] = {"graph": [], "stream": [], "kernel": [], "kernel edges": [], "engine": []}
+    kinds = {
+        "test_graphs_gpu": "graph",
+        "test_stream_order_gpu": "stream",
+        "test_second_device_gpu": "stream",
+    }
     for path in sorted(
         (ROOT / "tests").rglob("test_*.py"), key=lambda path: ("attention" in path.name, path)
     ):
-        if "pytest.mark.gpu" in path.read_text("utf-8"):
-            kinds = {
-                "test_graphs_gpu": "graph",
-                "test_stream_order_gpu": "stream",
-                "test_second_device_gpu": "stream",
-            }
-            kind = kinds.get(path.stem, "kernel" if path.parent.name == "kernels" else "engine")
-            files[kind].append(path.relative_to(ROOT).as_posix())
+        name, text = path.relative_to(ROOT).as_posix(), path.read_text("utf-8")
+        of_kernels = path.parent.name == "kernels"
+        if "pytest.mark.gpu" in text:
+            files[kinds.get(path.stem, "kernel" if of_kernels else "engine")].append(name)
+        if of_kernels and "device: torch.device" in text:  # the fixture
+            files["kernel edges"].append(name)
     return files
 
 

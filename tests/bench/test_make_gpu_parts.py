@@ -30,10 +30,11 @@ def steps() -> list[Step]:
 def test_what_is_worth_most_comes_first() -> None:
     names = [step.part.name for step in steps()]
     assert len(set(names)) == len(names)
-    assert names[:10] == [
+    assert names[:11] == [
         *(
             "graph-tests",
             "kernel-tests",
+            "kernel-edge-tests",
             "timeline-sdxl",
             "sdxl-latentrt-triton",
             "sdxl-refiner-latentrt-triton",
@@ -51,7 +52,7 @@ def test_what_is_worth_most_comes_first() -> None:
 
 def test_the_documented_half_hour_has_time_for_each_of_its_parts() -> None:
     """By CONTRIBUTING's estimates: eight minutes for each of the first two commands, five for the base's benchmark, six
-    with the refiner; kernels have what they are given."""
+    with the refiner; kernels have what they are given, and their edge cases what is left."""
     text = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("If there is half an hour")[2]
     commands = [line.split()[1:] for line in text.splitlines() if line.startswith("    gpu ")]
     takes = {"sdxl-latentrt-triton": 300.0, "sdxl-refiner-latentrt-triton": 360.0}
@@ -60,14 +61,14 @@ def test_the_documented_half_hour_has_time_for_each_of_its_parts() -> None:
     for words in commands:
         options = dict(pairwise(words))
         seconds, kernels = float(options["--seconds"]), float(options.get("--kernel-seconds", "0"))
-        parts = [word for word in words if word in known]
+        parts = [word for word in words if word in known and word != "kernel-edge-tests"]
         before = 0.0
         for name in parts:
             needed = kernels if known[name].unfinished is not None else takes.get(name, 480.0 / len(parts))
             assert before + max(needed, gpu._MIN_SECONDS) + full.GRACE_SECONDS <= seconds, name
             before += needed
         total += seconds
-    assert len(commands) == 3
+    assert [words[-1] == "kernel-edge-tests" for words in commands] == [True, False, False]
     assert total < 29 * 60
 
 
@@ -77,10 +78,23 @@ def test_every_test_for_a_gpu_is_in_one_part() -> None:
         for path in (ROOT / "tests").rglob("test_*.py")
         if MARK in path.read_text("utf-8")
     }
-    listed = [file for step in steps() for file in step.part.tests]
+    listed = [file for step in steps() if step.part.markers == "gpu" for file in step.part.tests]
     assert sorted(listed) == sorted(files)
     assert steps()[0].part.tests == ("tests/runtime/test_graphs_gpu.py",)
     assert steps()[1].part.tests[-1] == "tests/kernels/test_attention_triton.py"
+
+
+def test_every_test_of_a_kernel_runs_on_the_gpu() -> None:
+    """Also those without a marker, which run in the interpreter elsewhere: they have the fixture `device`."""
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests" / "kernels").glob("test_*.py")
+        if "device: torch.device" in path.read_text("utf-8")
+    }
+    (part,) = (step.part for step in steps() if step.part.name == "kernel-edge-tests")
+    assert set(part.tests) == files
+    assert {"tests/kernels/test_attention_triton.py", "tests/kernels/test_operator_edge_cases.py"} <= files
+    assert part.markers == "not gpu and not full"
 
 
 @pytest.mark.timeout(120)
@@ -111,7 +125,8 @@ def test_tests_for_a_gpu_are_collected_without_what_they_do_not_need(tmp_path: P
     (tmp_path / "without.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\n")
     parts = [step.part for step in steps() if step.part.tests]
     files = [file for part in parts for file in part.tests]
-    options = [*parts[0].options, "-m", parts[0].markers, "--collect-only", "-q", *files]
+    markers = " or ".join({f"({part.markers})" for part in parts})
+    options = [*parts[0].options, "-m", markers, "--collect-only", "-q", *files]
     done = subprocess.run(
         [
             sys.executable,
