@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from ..runtime.arguments import DTYPES, Commands, archs, size
@@ -16,6 +17,12 @@ def add_commands(commands: Commands) -> None:
     _add_verify(commands)
 
 
+def _folder(text: str) -> Path:
+    if not text:  # Path("") is the working directory
+        raise argparse.ArgumentTypeError("it is empty; name a folder, or write . for this one")
+    return Path(text)
+
+
 def _add_export(commands: Commands) -> None:
     parser = commands.add_parser(
         "export",
@@ -26,7 +33,7 @@ def _add_export(commands: Commands) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="as for generate; 'demo-refiner' is the demo's refiner"
     )
-    parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True)
+    parser.add_argument("-o", "--output", metavar="DIR", type=_folder, required=True)
     parser.add_argument("--component", action="append", default=[], help="only this one; may be repeated")
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument(

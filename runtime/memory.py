@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import MemoryPlanError, RequestError
 from ..kernels.roofline import Gpu, Limit, floor_ms
+from .checks import shown
 
 if TYPE_CHECKING:
     from .footprint import Footprint
@@ -254,7 +255,7 @@ def check_policy(policy: str) -> Policy:
         RequestError: there is none.
     """
     if policy not in POLICIES:
-        raise RequestError(f"there is no memory policy {policy!r}; there are {', '.join(POLICIES)}")
+        raise RequestError(f"there is no memory policy {shown(policy)}; there are {', '.join(POLICIES)}")
     return policy
 
 

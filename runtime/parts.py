@@ -11,6 +11,7 @@ import torch
 
 from ..errors import RequestError, UnsafeWeightsError
 from .cache import cache_root
+from .checks import shown
 from .engines.lazy import EngineLoader, LazyEngine
 from .expert import Expert, check_fit
 from .loading import load_expert, load_refiner, load_vae
@@ -144,4 +145,4 @@ def _check_names(**given: object) -> None:
         wanted = (str,) if argument in ("variant", "revision") else (str, os.PathLike)
         if not isinstance(value, wanted) and (value is not None or argument == "model"):
             kinds = " or a ".join(kind.__name__ for kind in wanted)
-            raise RequestError(f"{argument} is {value!r}; it must be a {kinds}")
+            raise RequestError(f"{argument} is {shown(value)}; it must be a {kinds}")

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import RequestError
 from .budget import Budget
 from .calls import Calls, PipelineOutput
+from .checks import shown
 from .parts import Parts, load_parts
 from .place import parse_device
 from .previews import Previewer
@@ -181,7 +182,7 @@ class Pipeline:
         if place != self._loader.device:
             if self._calls.running:
                 raise RequestError(
-                    f"the pipeline cannot move to {str(device)!r} while a call runs; wait for its end"
+                    f"the pipeline cannot move to {str(place)!r} while a call runs; wait for its end"
                 )
             self._loader.move(place)
         return self
@@ -361,7 +362,7 @@ class Pipeline:
         if callback is None:
             return None
         if not callable(callback):
-            raise RequestError(f"{name} is {callback!r}; give a function, or None")
+            raise RequestError(f"{name} is {shown(callback)}; give a function, or None")
         return partial(callback, self)
 
     def _request(self, *arguments: Any, **named: Any) -> GenerationRequest:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import BackendUnavailableError, RequestError
+from .checks import shown
 
 __all__ = [
     "CPU_FLOAT32",
@@ -42,9 +43,9 @@ def parse_dtype(value: torch.dtype | str) -> torch.dtype:
     Raises:
         RequestError: it is not float32, float16 or bfloat16.
     """
-    name = dtype_name(value)
+    name = dtype_name(value) if isinstance(value, (torch.dtype, str)) else ""
     if name not in _DTYPES:
-        raise RequestError(f"dtype is {value!r}; it can be {', '.join(_DTYPES)}")
+        raise RequestError(f"dtype is {shown(value)}; it can be {', '.join(_DTYPES)}")
     return _DTYPES[name]
 
 
@@ -60,13 +61,15 @@ def parse_device(value: torch.device | str | None) -> torch.device:
         value = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(value)
-    except (RuntimeError, TypeError) as error:
-        raise RequestError(f"device is {value!r}; it can be 'cpu', 'cuda' or 'cuda:1' and so on") from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise RequestError(
+            f"device is {shown(value)}; it can be 'cpu', 'cuda' or 'cuda:1' and so on"
+        ) from error
     if device.type not in ("cpu", "cuda"):
-        raise RequestError(f"device is {value!r}; latentrt runs on 'cpu' and 'cuda'")
+        raise RequestError(f"device is {shown(value)}; latentrt runs on 'cpu' and 'cuda'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailableError(
-            f"device is {str(value)!r}, and PyTorch {torch.__version__} sees no CUDA device: {_why_no_cuda()}"
+            f"device is {shown(str(value))}, and PyTorch {torch.__version__} sees no CUDA device: {_why_no_cuda()}"
         )
     if str(device) == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
@@ -101,19 +104,19 @@ def parse_bytes(value: int | str | None, name: str) -> int | None:
     if value is None:
         return None
     if isinstance(value, str):
-        return _parse_amount(value)
+        return _parse_amount(value, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise RequestError(f'{name} is {value!r}; give a number of bytes, or such as "8GB"')
+        raise RequestError(f'{name} is {shown(value)}; give a number of bytes, or such as "8GB"')
     return value
 
 
-def _parse_amount(text: str) -> int:
+def _parse_amount(text: str, name: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*((?:[KMGT]i?)?)B?", text.strip(), re.IGNORECASE)
     if found is None:
-        raise RequestError(f"{text!r} is no amount of memory; write such as 20GB or 500MB")
+        raise RequestError(f"{name}: {shown(text)} is no amount of memory; write such as 20GB or 500MB")
     amount = float(found[1]) * _UNITS[found[2].upper()]
     if not math.isfinite(amount):
-        raise RequestError(f"{text!r} is more memory than there is; write such as 20GB or 500MB")
+        raise RequestError(f"{name}: {shown(text)} is more memory than there is; write such as 20GB or 500MB")
     return int(amount)
 
 

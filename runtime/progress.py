@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import BackendError, OutOfMemoryError, RequestError
+from .checks import shown
 from .place import memory_ran_out
 from .previews import Previewer, StepReports
 from .streams import Event, Pace, current_stream
@@ -153,7 +153,7 @@ class CallProgress:
             return
         if not isinstance(answer, Mapping) or not set(answer) <= {"interrupt", "discard"}:
             raise RequestError(
-                f"callback_on_progress returned {reprlib.repr(answer)}; "
+                f"callback_on_progress returned {shown(answer)}; "
                 "it can return a mapping with 'interrupt' or 'discard'"
             )
         self.discarded |= bool(answer.get("discard"))
@@ -169,7 +169,7 @@ class CallProgress:
             return None
         if not isinstance(answer, Mapping) or not set(answer) <= {"latents", "interrupt"}:
             raise RequestError(
-                f"callback_on_step_end returned {reprlib.repr(answer)}; "
+                f"callback_on_step_end returned {shown(answer)}; "
                 "it can return a mapping with 'latents' or 'interrupt'"
             )
         if answer.get("interrupt"):

@@ -6,18 +6,16 @@ sizes as pairs or per prompt) and gives back plain lists with one entry per imag
 
 from __future__ import annotations
 
-import math
-import reprlib
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import RequestError
+from .checks import check_integer, check_number, shown
 from .image import to_tensor
 
 __all__ = ["GenerationRequest", "OutputType", "Size", "check_integer", "check_number", "check_side"]
@@ -128,7 +126,7 @@ class GenerationRequest:
         start, end = _part_of_the_schedule(arguments)
         if arguments["output_type"] not in ("pil", "np", "pt", "latent"):
             raise RequestError(
-                f"output_type is {arguments['output_type']!r}; it can be 'pil', 'np', 'pt' or 'latent'"
+                f"output_type is {shown(arguments['output_type'])}; it can be 'pil', 'np', 'pt' or 'latent'"
             )
         generators, seeds = _generators(arguments["seed"], arguments["generator"], batch)
 
@@ -227,7 +225,7 @@ def _texts(name: str, value: Any, count: int | None) -> list[str]:
         value = [value] * (1 if count is None else count)
     if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
         raise RequestError(
-            f"{name} must be a string or a list of strings; got {type(value).__name__}: {reprlib.repr(value)}"
+            f"{name} must be a string or a list of strings; got {type(value).__name__}: {shown(value)}"
         )
     if not value:
         raise RequestError(f"{name} is an empty list; give at least one prompt")
@@ -245,21 +243,6 @@ def _texts(name: str, value: Any, count: int | None) -> list[str]:
     return list(value)
 
 
-def check_integer(name: str, value: Any, low: int, high: int | None) -> int:
-    """A whole number in bounds.
-
-    Raises:
-        RequestError: it is none, or out of bounds.
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise RequestError(f"{name} must be a whole number; got {value!r}")
-    number = int(value)
-    if number < low or (high is not None and number > high):
-        bound = f"at least {low}" if high is None else f"{low} to {high}"
-        raise RequestError(f"{name} is {number}; it must be {bound}")
-    return number
-
-
 def check_side(name: str, value: Any, latent_scale: int) -> int:
     """A height or width in pixels.
 
@@ -273,21 +256,6 @@ def check_side(name: str, value: Any, latent_scale: int) -> int:
     return side
 
 
-def check_number(name: str, value: Any, low: float, high: float) -> float:
-    """A number in bounds.
-
-    Raises:
-        RequestError: it is not a finite number, or out of bounds.
-    """
-    is_real = isinstance(value, Real) and not isinstance(value, bool)
-    # `not ... <` refuses NaN; huge integers compare without overflow.
-    if not is_real or not abs(value) < math.inf:
-        raise RequestError(f"{name} must be a finite number; got {value!r}")
-    if not low <= value <= high:
-        raise RequestError(f"{name} is {value}; it must be between {low} and {high}")
-    return float(value)
-
-
 def _scales(value: Any, batch: int) -> list[float]:
     """A guidance scale for every image, from a number or one for each."""
     if not isinstance(value, (list, tuple)):
@@ -299,7 +267,7 @@ def _scales(value: Any, batch: int) -> list[float]:
     scales = [check_number("guidance_scale", scale, -1e4, 1e4) for scale in value]
     if len({scale > 1 for scale in scales}) > 1:
         raise RequestError(
-            f"guidance_scale is {reprlib.repr(scales)}: 1 or less turns guidance off, and the images of one call "
+            f"guidance_scale is {shown(scales)}: 1 or less turns guidance off, and the images of one call "
             "must all be guided or all not; make them in two calls"
         )
     return scales
@@ -308,7 +276,9 @@ def _scales(value: Any, batch: int) -> list[float]:
 def _pair(name: str, value: Any) -> Size:
     if isinstance(value, (list, tuple)) and len(value) == 2:
         return check_integer(name, value[0], 0, _MAX_SIDE), check_integer(name, value[1], 0, _MAX_SIDE)
-    raise RequestError(f"{name} must be a pair of whole numbers (height, width or top, left); got {value!r}")
+    raise RequestError(
+        f"{name} must be a pair of whole numbers (height, width or top, left); got {shown(value)}"
+    )
 
 
 def _pairs(name: str, value: Any, count: int, per_prompt: int) -> list[Size]:
@@ -326,7 +296,7 @@ def _rows(name: str, value: Any, batch: int, per_prompt: int) -> list[int]:
     """For each image, the row of `value` it gets: with one row per prompt its prompt's; with any other number, the rows
     in turn."""
     if not isinstance(value, Tensor) or value.ndim != 4:
-        got = list(value.shape) if isinstance(value, Tensor) else reprlib.repr(value)
+        got = list(value.shape) if isinstance(value, Tensor) else shown(value)
         raise RequestError(f"{name} must be a tensor [B, C, h, w]; got {got}")
     if value.is_complex() or not value.isfinite().all():
         raise RequestError(f"{name} cannot hold NaN, infinite or complex values")
@@ -381,7 +351,9 @@ def _generators(
     if generator is not None:
         many = isinstance(generator, (list, tuple))
         if not all(isinstance(g, torch.Generator) for g in (generator if many else [generator])):
-            raise RequestError(f"generator must be a torch.Generator or a list of them; got {generator!r}")
+            raise RequestError(
+                f"generator must be a torch.Generator or a list of them; got {shown(generator)}"
+            )
         if many and len(generator) != batch:
             raise RequestError(f"{len(generator)} generators for {batch} images; give one for each")
         if not many and batch > 1:

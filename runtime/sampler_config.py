@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RequestError, UnsupportedConfigError
+from .checks import shown
 
 __all__ = ["SAMPLERS", "SamplerConfig", "scheduler_fields"]
 
@@ -186,7 +187,7 @@ class SamplerConfig:
             UnsupportedConfigError: naming the field and the value.
         """
         if sampler is not None and sampler not in SAMPLERS:
-            raise RequestError(f"there is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
+            raise RequestError(f"there is no sampler {shown(sampler)}; there are {', '.join(SAMPLERS)}")
         given, name = _explicit(config), config.get("_class_name")
         _require_own_schedule(name, given)
         if sampler is not None:
@@ -194,7 +195,7 @@ class SamplerConfig:
         else:
             if not isinstance(name, str) or name not in _KINDS:
                 raise UnsupportedConfigError(
-                    f"scheduler _class_name is {name!r}; latentrt has {', '.join(_KINDS)}; "
+                    f"scheduler _class_name is {shown(name)}; latentrt has {', '.join(_KINDS)}; "
                     f"or choose one with sampler=, such as {SAMPLERS[0]!r}"
                 )
             kind, forced = _KINDS[name], {}
@@ -259,16 +260,16 @@ def _require_own_schedule(name: Any, given: _Fields) -> None:
     """
     found = None
     if isinstance(name, str) and name.startswith(("EDM", "FlowMatch")):
-        found = f"_class_name is {name!r}"
+        found = f"_class_name is {shown(name)}"
     elif given.get("use_flow_sigmas"):
-        found = f"field use_flow_sigmas is {given['use_flow_sigmas']!r}"
+        found = f"field use_flow_sigmas is {shown(given['use_flow_sigmas'])}"
     elif given.get("prediction_type") == "flow_prediction":
         found = "field prediction_type is 'flow_prediction'"
     elif (
         given.get("prediction_type") == "v_prediction"
         and given.get("timestep_type", "discrete") != "discrete"
     ):
-        found = f"field timestep_type is {given['timestep_type']!r} with prediction_type 'v_prediction'"
+        found = f"field timestep_type is {shown(given['timestep_type'])} with prediction_type 'v_prediction'"
     if found is not None:
         raise UnsupportedConfigError(
             f"scheduler {found}: the model was trained on noise or timesteps that no sampler of latentrt has; take a "
@@ -340,7 +341,7 @@ def _betas(kind: str, betas: Any, steps: int) -> tuple[float, ...] | None:
     if betas is None:
         return None
     if not isinstance(betas, (list, tuple)) or len(betas) != steps:
-        got = f"{len(betas)} values" if isinstance(betas, (list, tuple)) else repr(betas)
+        got = f"{len(betas)} values" if isinstance(betas, (list, tuple)) else shown(betas)
         raise UnsupportedConfigError(
             f"scheduler field trained_betas has {got} for num_train_timesteps {steps}; one is needed for each"
         )
@@ -352,13 +353,13 @@ def _number(kind: str, fields: _Fields, name: str, least: float, most: float = m
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
         bound = f"from {least}" if most == math.inf else f"from {least} to {most}"
         raise UnsupportedConfigError(
-            f"scheduler field {name} of {kind} is {value!r}; it must be a number {bound}"
+            f"scheduler field {name} of {kind} is {shown(value)}; it must be a number {bound}"
         )
     return float(value)
 
 
 def _unsupported(kind: str, name: str, value: Any, allowed: tuple[Any, ...]) -> UnsupportedConfigError:
     return UnsupportedConfigError(
-        f"scheduler field {name} of {kind} is {value!r}; supported: {', '.join(repr(a) for a in allowed)}; "
+        f"scheduler field {name} of {kind} is {shown(value)}; supported: {', '.join(repr(a) for a in allowed)}; "
         f"other samplers can be chosen with sampler= ({', '.join(SAMPLERS)})"
     )

@@ -139,6 +139,7 @@ def test_what_a_file_says_cannot_drive_the_terminal(run_cli: Run) -> None:
         ),
         (("x", "--steps", "0"), "num_inference_steps is 0"),
         (("x", "--steps", "1001"), "1001 steps were asked for; this schedule has 1 to 1000"),
+        (("x", "--memory-limit", "much"), "memory_limit: 'much' is no amount of memory; write such as 20GB"),
         (("x", "--size", "60x64"), "width is 60; it must be a multiple of 8, such as 64"),
         (("x", "--size", "64x0"), "height is 0; it must be 8 to"),
     ],
@@ -166,6 +167,7 @@ def test_refusals_are_one_line(
         (("generate", "x", "--size", "axb"), "'axb' is not a size"),
         (("generate", "x", "--steps", "1e3"), "invalid int value: '1e3'"),
         (("generate", "x", "--dtype", "int8"), "invalid choice: 'int8'"),
+        (("export", "demo", "-o", ""), "argument -o/--output: it is empty; name a folder, or write . for"),
     ],
 )
 def test_unusable_arguments(arguments: tuple[str, ...], message: str, run_cli: Run) -> None:

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 
 from ...errors import BackendUnavailableError, UnknownBackendError
+from ..checks import shown
 from .base import Availability, Backend
 
 __all__ = [
@@ -71,7 +72,7 @@ def get_backend(name: str) -> Backend:
         UnknownBackendError: no such name; the names are listed.
     """
     if name not in _BACKENDS:
-        raise UnknownBackendError(f"no back end {name!r}; there are {', '.join(_BACKENDS)}, and auto")
+        raise UnknownBackendError(f"no back end {shown(name)}; there are {', '.join(_BACKENDS)}, and auto")
     module, cls = _BACKENDS[name]
     return cast(Backend, getattr(import_module(module, __package__), cls)())
 

@@ -65,13 +65,17 @@ def test_amounts_of_memory(text: str, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "much", "GB", "-1", "1.2.3G", "20iB", "20GGB"])
 def test_what_is_no_amount(text: str) -> None:
-    with pytest.raises(RequestError, match=r"is no amount of memory; write such as 20GB or 500MB"):
+    with pytest.raises(
+        RequestError, match=r"memory_limit: .* is no amount of memory; write such as 20GB or 500MB"
+    ):
         parse_bytes(text, "memory_limit")
 
 
 @pytest.mark.parametrize("text", ["1e999", "9" * 400, "1e308T"])
 def test_more_memory_than_there_is(text: str) -> None:
-    with pytest.raises(RequestError, match=r"is more memory than there is; write such as 20GB"):
+    with pytest.raises(
+        RequestError, match=r"memory_limit: .* is more memory than there is; write such as 20GB"
+    ):
         parse_bytes(text, "memory_limit")
 
 

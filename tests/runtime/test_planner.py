@@ -354,7 +354,10 @@ def test_the_command_refuses_what_does_not_fit_and_says_all_there_is(run_cli: Ru
         (("--gpu", "Voodoo"), "no ceilings are known for the GPU 'Voodoo'; there are H200"),
         (("--high-noise-frac", "nan"), "high_noise_frac must be a finite number; got nan"),
         (("--high-noise-frac", "2"), "high_noise_frac is 2.0; it must be between 0 and 1"),
-        (("--memory-limit", "much"), "'much' is no amount of memory; write such as 20GB or 500MB"),
+        (
+            ("--memory-limit", "much"),
+            "--memory-limit: 'much' is no amount of memory; write such as 20GB or 500MB",
+        ),
         (("--refiner", "/no/refiner"), "'/no/refiner' is not a local folder or file"),
     ],
 )

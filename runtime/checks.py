@@ -1,0 +1,53 @@
+"""Checks of single arguments, whose errors name the argument and the value, however odd or long that is."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from numbers import Integral, Real
+from typing import Any
+
+from ..errors import RequestError
+
+__all__ = ["check_integer", "check_number", "shown"]
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 80
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, for a message: of a long one its ends."""
+    try:
+        return _BRIEF.repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        return f"a {type(value).__name__}"
+
+
+def check_integer(name: str, value: Any, low: int, high: int | None) -> int:
+    """A whole number in bounds.
+
+    Raises:
+        RequestError: it is none, or out of bounds.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise RequestError(f"{name} must be a whole number; got {shown(value)}")
+    number = int(value)
+    if number < low or (high is not None and number > high):
+        bound = f"at least {low}" if high is None else f"{low} to {high}"
+        raise RequestError(f"{name} is {shown(number)}; it must be {bound}")
+    return number
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> float:
+    """A number in bounds.
+
+    Raises:
+        RequestError: it is not a finite number, or out of bounds.
+    """
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    # `not ... <` refuses NaN; huge integers compare without overflow.
+    if not is_real or not abs(value) < math.inf:
+        raise RequestError(f"{name} must be a finite number; got {shown(value)}")
+    if not low <= value <= high:
+        raise RequestError(f"{name} is {shown(value)}; it must be between {low} and {high}")
+    return float(value)
