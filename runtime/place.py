@@ -54,7 +54,7 @@ def parse_device(value: torch.device | str | None) -> torch.device:
     thread's current one by its number, since another thread's current one may differ.
 
     Raises:
-        RequestError: it is neither the CPU nor a CUDA device.
+        RequestError: it is neither the CPU nor a CUDA device that there is.
         BackendUnavailableError: PyTorch sees no CUDA device.
     """
     if value is None:
@@ -73,6 +73,10 @@ def parse_device(value: torch.device | str | None) -> torch.device:
         )
     if str(device) == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda" and device.index >= (count := torch.cuda.device_count()):
+        raise RequestError(
+            f"device is {shown(str(value))}; PyTorch sees {count} of CUDA, the last of them 'cuda:{count - 1}'"
+        )
     return device
 
 

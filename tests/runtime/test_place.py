@@ -17,6 +17,7 @@ def current(monkeypatch: pytest.MonkeyPatch) -> threading.local:
     """`current.index`: the current GPU, of each thread its own."""
     current = threading.local()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(current, "index", 0))
     return current
 
@@ -27,6 +28,13 @@ def test_a_gpu_is_said_by_its_number(name: torch.device | str | None, current: t
     assert parse_device(name) == torch.device("cuda", 1)
     assert parse_device("cuda:0") == torch.device("cuda", 0)
     assert parse_device("cpu") == torch.device("cpu")
+
+
+def test_a_gpu_that_there_is_not(current: threading.local) -> None:
+    assert parse_device("cuda:1") == torch.device("cuda", 1)
+    for name in ("cuda:2", torch.device("cuda", 2)):
+        with pytest.raises(RequestError, match=r"'cuda:2'; PyTorch sees 2 of .* 'cuda:1'"):
+            parse_device(name)
 
 
 def test_a_pipeline_stays_on_its_gpu(current: threading.local, monkeypatch: pytest.MonkeyPatch) -> None:
