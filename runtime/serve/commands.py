@@ -10,7 +10,8 @@ import os
 from collections.abc import Iterator
 from socket import getaddrinfo
 
-from ...errors import BackendUnavailableError, RequestError
+from ...errors import BackendUnavailableError
+from ..checks import check_integer, check_number
 from .keys import keys_of
 
 __all__ = ["serve"]
@@ -21,9 +22,10 @@ _log = logging.getLogger(__name__)
 def serve(args: argparse.Namespace) -> Iterator[str]:
     """Serve until told to stop. Everything is said in the log, as JSON on stderr."""
     keys = [] if args.api_key_file is None else keys_of(args.api_key_file)
-    for name in ("max_queue", "max_batch"):
-        if getattr(args, name) < 1:
-            raise RequestError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    check_integer("--port", args.port, 0, 65_535)
+    check_integer("--max-queue", args.max_queue, 1, None)
+    check_integer("--max-batch", args.max_batch, 1, None)
+    check_number("--drain-seconds", args.drain_seconds, 0, 1_000_000)
     if args.ray:
         _serve_by_ray(args)
         return

@@ -116,7 +116,7 @@ class Deployed(BaseModel):
     target_ongoing: float = Field(default=8.0, gt=0)
     max_batch: int = Field(default=8, ge=1)
     max_queue: int = Field(default=64, ge=1)
-    drain_seconds: float = Field(default=60.0, ge=0)
+    drain_seconds: float = Field(default=60.0, ge=0, le=1_000_000)
     hosts: tuple[str, ...] = ()
     api_key_file: Path | None = None
 

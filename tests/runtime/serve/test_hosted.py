@@ -129,6 +129,11 @@ def test_a_model_that_left_while_it_was_loaded_is_freed(monkeypatch: pytest.Monk
         ({"models": [{"id": "a"}, {"id": "a"}]}, "models: Value error, ids must differ; these are a, a"),
         ({"models": [{"id": "a", "weights": 1}]}, "models.0.weights: Extra inputs are not permitted"),
         ({"models": [{"id": "a"}], "gpus": -1}, "gpus: Input should be greater than or equal to 0"),
+        (
+            {"models": [{"id": "a"}], "drain_seconds": float("inf")},
+            "drain_seconds: Input should be less than or equal to 1000000",
+        ),
+        ({"models": [{"id": "a"}], "drain_seconds": float("nan")}, "drain_seconds: Input should be"),
         ({"models": [{"id": "a"}], "min_replicas": 3}, "max_replicas is 1, fewer than min_replicas, 3"),
     ],
 )

@@ -250,6 +250,11 @@ def test_unusable_options(run_cli: Run, tmp_path: Any) -> None:
             (("--api-key-file", "gone"), "No such file or directory: gone"),
             (("--max-queue", "0"), "--max-queue is 0; it must be at least 1"),
             (("--max-batch", "-1"), "--max-batch is -1; it must be at least 1"),
+            (("--drain-seconds", "inf"), "--drain-seconds must be a finite number; got inf"),
+            (("--drain-seconds", "nan"), "--drain-seconds must be a finite number; got nan"),
+            (("--drain-seconds", "-1"), "--drain-seconds is -1.0; it must be between 0 and 1000000"),
+            (("--port", "99999"), "--port is 99999; it must be 0 to 65535"),
+            (("--port", "-1"), "--port is -1; it must be 0 to 65535"),
             (("--port", str(taken.getsockname()[1])), "Address already in use"),
         ):
             code, out, err = run_cli("serve", *options)
