@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import RequestError
 
-__all__ = ["check_integer", "check_number", "shown"]
+__all__ = ["check_integer", "check_items", "check_number", "shown"]
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = 80
@@ -51,3 +51,17 @@ def check_number(name: str, value: Any, low: float, high: float) -> float:
     if not low <= value <= high:
         raise RequestError(f"{name} is {shown(value)}; it must be between {low} and {high}")
     return float(value)
+
+
+def check_items(name: str, value: Any, example: str) -> list[Any]:
+    """The items of a list, tuple or the like.
+
+    Raises:
+        RequestError: it is none; `example` is one.
+    """
+    try:
+        if not isinstance(value, (str, bytes, bytearray)):
+            return list(value)
+    except TypeError:
+        pass
+    raise RequestError(f"{name} must be a list, such as {example}; got {shown(value)}")

@@ -15,11 +15,11 @@ from torch import Tensor
 from ..errors import RequestError
 from .budget import Budget
 from .calls import Calls, PipelineOutput
-from .checks import shown
+from .checks import check_integer, check_items, shown
 from .parts import Parts, load_parts
 from .place import parse_device
 from .previews import Previewer
-from .request import GenerationRequest, OutputType, Size
+from .request import MAX_IMAGES, GenerationRequest, OutputType, Size, check_sizes
 from .sampler import SAMPLERS
 from .text_encoder import TextEncoder
 from .vae import VAE
@@ -221,12 +221,18 @@ class Pipeline:
             guidance, sampler: as the requests will have them.
 
         Raises:
+            RequestError: an argument cannot be met; nothing was loaded.
             MemoryPlanError: the largest cannot fit. A size that fits alone but cannot be kept is logged.
         """
-        pixels = [(None, None)] if sizes is None else sorted(sizes, key=lambda size: -size[0] * size[1])
+        pixels: list[Size] | list[tuple[None, None]] = [(None, None)]
+        if sizes is not None:
+            pixels = sorted(check_sizes("sizes", sizes, self.vae.scale), key=lambda size: -size[0] * size[1])
+        counts = [
+            check_integer("batches", n, 1, MAX_IMAGES) for n in check_items("batches", batches, "(1, 4)")
+        ]
         evicted = self._loader.graph_cache.evicted
         for height, width in pixels:
-            for batch in sorted(batches, reverse=True):  # the largest first: others then fit its memory
+            for batch in sorted(counts, reverse=True):  # the largest first: others then fit its memory
                 request = self._request(
                     [""] * batch,
                     height=height,

@@ -15,10 +15,19 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from .checks import check_integer, check_number, shown
+from .checks import check_integer, check_items, check_number, shown
 from .image import to_tensor
 
-__all__ = ["GenerationRequest", "OutputType", "Size", "check_integer", "check_number", "check_side"]
+__all__ = [
+    "MAX_IMAGES",
+    "GenerationRequest",
+    "OutputType",
+    "Size",
+    "check_integer",
+    "check_number",
+    "check_side",
+    "check_sizes",
+]
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Size = tuple[int, int]
@@ -26,6 +35,8 @@ Size = tuple[int, int]
 TILE = 64
 """Latents along a side of a tile, where tiles are asked for: 512 pixels, a quarter of the memory of 1024 x 1024."""
 
+MAX_IMAGES = 1024
+"""Images of a prompt in one call."""
 _MAX_SIDE = 16_384
 """Longest side of an image in pixels: a slip of the keyboard is refused before anything is planned for it."""
 
@@ -110,7 +121,7 @@ class GenerationRequest:
         prompts, prompts_2 = _prompts(arguments)
         count = len(prompts)
         negatives, negatives_2 = _negatives(arguments, count)
-        per_prompt = check_integer("num_images_per_prompt", arguments["num_images_per_prompt"], 1, 1024)
+        per_prompt = check_integer("num_images_per_prompt", arguments["num_images_per_prompt"], 1, MAX_IMAGES)
         batch = count * per_prompt
 
         image = None if arguments["image"] is None else to_tensor(arguments["image"])
@@ -254,6 +265,19 @@ def check_side(name: str, value: Any, latent_scale: int) -> int:
         near = max(latent_scale, round(side / latent_scale) * latent_scale)
         raise RequestError(f"{name} is {side}; it must be a multiple of {latent_scale}, such as {near}")
     return side
+
+
+def check_sizes(name: str, value: Any, latent_scale: int) -> list[Size]:
+    """Pairs of height and width in pixels.
+
+    Raises:
+        RequestError: it is no list of them, or as of `check_side`.
+    """
+    example = "[(1024, 1024), (832, 1216)]"
+    pairs = [check_items(name, pair, example) for pair in check_items(name, value, example)]
+    if any(len(pair) != 2 for pair in pairs):
+        raise RequestError(f"{name} must be pairs (height, width), such as {example}; got {shown(value)}")
+    return [(check_side(name, h, latent_scale), check_side(name, w, latent_scale)) for h, w in pairs]
 
 
 def _scales(value: Any, batch: int) -> list[float]:

@@ -103,6 +103,31 @@ def test_requests_that_cannot_be_met(
         pipe(**{"prompt": "a cat", **SMALL, **arguments})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sizes": (64, 64)}, r"sizes must be a list, such as \[\(1024, 1024\).* got 64"),
+        ({"sizes": 64}, r"sizes must be a list, such as \[\(1024, 1024\).* got 64"),
+        ({"sizes": "64x64"}, "sizes must be a list, such as .* got '64x64'"),
+        ({"sizes": [(64, 64, 64)]}, r"sizes must be pairs \(height, width\), .* got \[\(64, 64, 64\)\]"),
+        ({"sizes": [(64, 64), (64, "x")]}, "sizes must be a whole number; got 'x'"),
+        ({"sizes": [(64, 64), (60, 64)]}, "sizes is 60; it must be a multiple of 8, such as 64"),
+        ({"batches": 2}, r"batches must be a list, such as \(1, 4\); got 2"),
+        ({"batches": [1, 0]}, "batches is 0; it must be 1 to 1024"),
+        ({"batches": [1, 1025]}, "batches is 1025; it must be 1 to 1024"),
+        ({"batches": [1, 1.5]}, "batches must be a whole number; got 1.5"),
+    ],
+    ids=str,
+)
+def test_warm_ups_that_cannot_be_made(
+    arguments: dict[str, Any], message: str, pipe: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several sizes or batches, none is made before one is refused."""
+    monkeypatch.setattr(pipe._calls, "make", None)
+    with pytest.raises(RequestError, match=message):
+        pipe.warmup(**arguments)
+
+
 def test_a_refiner_in_the_pipeline_divides_the_schedule_itself(rig: Rig) -> None:
     with pytest.raises(
         RequestError, match="divides the schedule at high_noise_frac; load base and refiner as two"
