@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 import reprlib
+from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import RequestError
 
-__all__ = ["check_integer", "check_items", "check_number", "shown"]
+__all__ = ["check_choice", "check_flag", "check_integer", "check_items", "check_number", "shown"]
+
+T = TypeVar("T", bound=str)
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = 80
@@ -18,9 +22,35 @@ _BRIEF.maxstring = _BRIEF.maxother = 80
 def shown(value: object) -> str:
     """A value as Python writes it, for a message: of a long one its ends."""
     try:
-        return _BRIEF.repr(value)
+        return re.sub(r"\s*\n\s*", " ", _BRIEF.repr(value))  # arrays and tensors are written in lines
     except ValueError:  # a whole number of more digits than Python writes
         return f"a {type(value).__name__}"
+
+
+def check_choice(what: str, value: object, allowed: Sequence[T]) -> T:
+    """One of several names.
+
+    Raises:
+        RequestError: it is none of them; they are listed.
+    """
+    for name in allowed:
+        if isinstance(value, str) and value == name:
+            return name
+    raise RequestError(f"there is no {what} {shown(value)}; there are {', '.join(allowed)}")
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """True or False, also as a number, array or tensor; None for False.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    try:
+        if value is None or value in (0, 1):
+            return bool(value)
+    except Exception:  # an array of several is neither equal to a number nor different
+        pass
+    raise RequestError(f"{name} is {shown(value)}; it can be True or False")
 
 
 def check_integer(name: str, value: Any, low: int, high: int | None) -> int:

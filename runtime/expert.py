@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedConfigError
+from .checks import check_choice
 from .conditioning import Conditioning, MicroConditioning, guidance_batch, guidance_scale_embedding
 from .denoiser import Denoiser
 from .engines.lazy import LazyEngine
 from .models.unet import UNetConfig
 from .request import GenerationRequest
-from .sampler import SamplerConfig
+from .sampler import SAMPLERS, SamplerConfig
 from .text_encoder import PromptEncoding, TextEmbeddings, TextEncoder
 
 __all__ = ["Expert", "check_fit"]
@@ -81,9 +82,10 @@ class Expert:
         Raises:
             RequestError: there is no such sampler.
         """
-        if override not in list(self._samplers):  # not hashed: a list is refused as an unknown sampler
-            self._samplers[override] = SamplerConfig.from_dict(self.scheduler, override)
-        return self._samplers[override]
+        name = None if override is None else check_choice("sampler", override, SAMPLERS)
+        if name not in self._samplers:
+            self._samplers[name] = SamplerConfig.from_dict(self.scheduler, name)
+        return self._samplers[name]
 
     def uses_cfg(self, guided: bool) -> bool:
         """Whether a step runs the UNet on negative and positive rows: if the request is guided, and the guidance scale

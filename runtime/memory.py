@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ..errors import MemoryPlanError, RequestError
+from ..errors import MemoryPlanError
 from ..kernels.roofline import Gpu, Limit, floor_ms
-from .checks import shown
+from .checks import check_choice
 
 if TYPE_CHECKING:
     from .footprint import Footprint
@@ -254,9 +254,7 @@ def check_policy(policy: str) -> Policy:
     Raises:
         RequestError: there is none.
     """
-    if policy not in POLICIES:
-        raise RequestError(f"there is no memory policy {shown(policy)}; there are {', '.join(POLICIES)}")
-    return policy
+    return check_choice("memory policy", policy, POLICIES)
 
 
 def kind_of(component: str) -> Kind:

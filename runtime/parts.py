@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ import torch
 
 from ..errors import RequestError, UnsafeWeightsError
 from .cache import cache_root
-from .checks import shown
+from .checks import check_flag, shown
 from .engines.lazy import EngineLoader, LazyEngine
 from .expert import Expert, check_fit
+from .hub import weight_names
 from .loading import load_expert, load_refiner, load_vae
 from .memory import check_policy
 from .place import parse_bytes, parse_device, parse_dtype
@@ -77,7 +79,9 @@ def dtype_for(device: torch.device, dtype: torch.dtype | str | None) -> torch.dt
     Raises:
         RequestError: the project has no models of it.
     """
-    return parse_dtype(dtype or ("float32" if device.type == "cpu" else "float16"))
+    if dtype is None:
+        dtype = "float32" if device.type == "cpu" else "float16"
+    return parse_dtype(dtype)
 
 
 def load_parts(
@@ -108,7 +112,7 @@ def load_parts(
         upcast: of a VAE that overflows in float16; by default the back end's `upcast`.
     """
     _check_names(model=model, refiner=refiner, cache_dir=cache_dir, variant=variant, revision=revision)
-    if use_safetensors is not None and not use_safetensors:
+    if use_safetensors is not None and not check_flag("use_safetensors", use_safetensors):
         raise UnsafeWeightsError(
             "use_safetensors=False asks for pickled weights, which can run code; leave it out"
         )
@@ -122,12 +126,13 @@ def load_parts(
             )
     place = parse_device(device)
     precision = dtype_for(place, torch_dtype if dtype is None else dtype)
+    captures = None if graphs is None else check_flag("graphs", graphs)
     policy = check_policy(memory)
     limit, loops = parse_bytes(memory_limit, "memory_limit"), parse_bytes(loop_memory, "loop_memory")
     cache = cache_root(cache_dir)  # here, as a call may find another working directory and environment
     encoders = [encoder.engine for encoder in (text_encoder, text_encoder_2) if encoder is not None]
     lent = encoders if vae is None else [*encoders, vae.encoder, vae.decoder]
-    loader = EngineLoader(backend, place, precision, cache, graphs, policy, shared=lent)
+    loader = EngineLoader(backend, place, precision, cache, captures, policy, shared=lent)
     checkpoint = open_checkpoint(model, variant=variant, revision=revision, cache_dir=cache)
     base = load_expert(checkpoint, loader, text_encoder, text_encoder_2, scheduler)
     vae = vae or load_vae(checkpoint, loader, upcast=upcast)
@@ -139,10 +144,28 @@ def load_parts(
     return Parts(base, second, vae, loader, limit, loops)
 
 
-def _check_names(**given: object) -> None:
-    """Refuse what is neither a path nor a name; `model` alone has to be given."""
+def _check_names(**given: Any) -> None:
+    """Refuse what is neither a path nor a name, or no file can have; `model` alone has to be given."""
     for argument, value in given.items():
         wanted = (str,) if argument in ("variant", "revision") else (str, os.PathLike)
-        if not isinstance(value, wanted) and (value is not None or argument == "model"):
+        if value is None and argument != "model":
+            continue
+        if not isinstance(value, wanted):
             kinds = " or a ".join(kind.__name__ for kind in wanted)
             raise RequestError(f"{argument} is {shown(value)}; it must be a {kinds}")
+        name = max(weight_names(str(value)), key=len) if argument == "variant" else value
+        if not _can_be_looked_for(name):
+            raise RequestError(
+                f"{argument} is {shown(os.fspath(value))}, as no file can be called; give another one"
+            )
+
+
+def _can_be_looked_for(name: str | os.PathLike[str]) -> bool:
+    """Whether the file system bears a question for a file of that name."""
+    try:
+        os.lstat(name)
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    except ValueError:  # a zero byte, or half a character
+        return False
+    return True

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import RequestError
 from .budget import Budget
 from .calls import Calls, PipelineOutput
-from .checks import check_integer, check_items, shown
+from .checks import check_flag, check_integer, check_items, shown
 from .parts import Parts, load_parts
 from .place import parse_device
 from .previews import Previewer
@@ -230,6 +230,7 @@ class Pipeline:
         counts = [
             check_integer("batches", n, 1, MAX_IMAGES) for n in check_items("batches", batches, "(1, 4)")
         ]
+        guided = check_flag("guidance", guidance)
         evicted = self._loader.graph_cache.evicted
         for height, width in pixels:
             for batch in sorted(counts, reverse=True):  # the largest first: others then fit its memory
@@ -239,7 +240,7 @@ class Pipeline:
                     width=width,
                     num_inference_steps=5,  # of which a base takes two
                     high_noise_frac=0.5,
-                    guidance_scale=None if guidance else 1.0,
+                    guidance_scale=None if guided else 1.0,
                     sampler=sampler,
                     seed=0,
                     output_type="pt",
@@ -330,6 +331,8 @@ class Pipeline:
             CheckpointError: a network's weights were replaced on disk between the load and its first use.
             OutOfMemoryError: the device had too little memory after all; the pipeline can still be used.
         """
+        if previewer is not None and not isinstance(previewer, Previewer):
+            raise RequestError(f"previewer is {shown(previewer)}; give what fit_previewer returns")
         return self._calls.make(
             self._parts.request(locals()),
             self._bar_options,
@@ -353,7 +356,7 @@ class Pipeline:
             RequestError: as a call does.
         """
         request = self._request(prompt, **arguments)
-        return request, self._calls.check(request, planned=planned)
+        return request, self._calls.check(request, planned=check_flag("planned", planned))
 
     def fit_previewer(self) -> Previewer:
         """A previewer of this model's latents, fitted to its VAE at the model's own size.

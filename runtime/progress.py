@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import BackendError, OutOfMemoryError, RequestError
-from .checks import shown
+from .checks import check_flag, shown
 from .place import memory_ran_out
 from .previews import Previewer, StepReports
 from .streams import Event, Pace, current_stream
@@ -156,8 +156,8 @@ class CallProgress:
                 f"callback_on_progress returned {shown(answer)}; "
                 "it can return a mapping with 'interrupt' or 'discard'"
             )
-        self.discarded |= bool(answer.get("discard"))
-        if answer.get("interrupt") or self.discarded:
+        self.discarded |= check_flag("discard", answer.get("discard"))
+        if check_flag("interrupt", answer.get("interrupt")) or self.discarded:
             self.stop.set()
 
     def _replacement(self, timestep: float, latents: Tensor) -> Tensor | None:
@@ -172,7 +172,7 @@ class CallProgress:
                 f"callback_on_step_end returned {shown(answer)}; "
                 "it can return a mapping with 'latents' or 'interrupt'"
             )
-        if answer.get("interrupt"):
+        if check_flag("interrupt", answer.get("interrupt")):
             self.stop.set()
         replaced = answer.get("latents")
         if replaced is None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from .checks import check_integer, check_items, check_number, shown
+from .checks import check_choice, check_flag, check_integer, check_items, check_number, shown
 from .image import to_tensor
 
 __all__ = [
@@ -135,10 +135,6 @@ class GenerationRequest:
             )
         height, width = _size_of(arguments, image, latents, default_size, latent_scale, latent_channels)
         start, end = _part_of_the_schedule(arguments)
-        if arguments["output_type"] not in ("pil", "np", "pt", "latent"):
-            raise RequestError(
-                f"output_type is {shown(arguments['output_type'])}; it can be 'pil', 'np', 'pt' or 'latent'"
-            )
         generators, seeds = _generators(arguments["seed"], arguments["generator"], batch)
 
         def pairs(name: str, default: Size) -> list[Size]:
@@ -180,9 +176,9 @@ class GenerationRequest:
             negative_aesthetic_score=check_number(
                 "negative_aesthetic_score", arguments["negative_aesthetic_score"], -100, 100
             ),
-            output_type=arguments["output_type"],
+            output_type=check_choice("output_type", arguments["output_type"], get_args(OutputType)),
             sampler=arguments["sampler"],
-            tiled_vae=bool(arguments["tiled_vae"]),
+            tiled_vae=check_flag("tiled_vae", arguments["tiled_vae"]),
         )
 
 
@@ -390,7 +386,7 @@ def _generators(
     if seed is None:
         first = secrets.randbelow(2**32)
         seeds = [first + k for k in range(batch)]
-    elif isinstance(seed, Sequence) and not isinstance(seed, str):
+    elif isinstance(seed, Sequence) and not isinstance(seed, (str, bytes, bytearray)):
         seeds = [check_integer("seed", s, 0, limit) for s in seed]
         if len(seeds) != batch:
             raise RequestError(f"{len(seeds)} seeds for {batch} images; give one for each, or one number")

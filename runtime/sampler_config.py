@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RequestError, UnsupportedConfigError
-from .checks import shown
+from .checks import check_choice, shown
 
 __all__ = ["SAMPLERS", "SamplerConfig", "scheduler_fields"]
 
@@ -186,12 +186,10 @@ class SamplerConfig:
             RequestError: no sampler of that name.
             UnsupportedConfigError: naming the field and the value.
         """
-        if sampler is not None and sampler not in SAMPLERS:
-            raise RequestError(f"there is no sampler {shown(sampler)}; there are {', '.join(SAMPLERS)}")
         given, name = _explicit(config), config.get("_class_name")
         _require_own_schedule(name, given)
         if sampler is not None:
-            kind, forced = _OVERRIDES[sampler]
+            kind, forced = _OVERRIDES[check_choice("sampler", sampler, SAMPLERS)]
         else:
             if not isinstance(name, str) or name not in _KINDS:
                 raise UnsupportedConfigError(

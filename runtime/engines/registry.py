@@ -71,7 +71,7 @@ def get_backend(name: str) -> Backend:
     Raises:
         UnknownBackendError: no such name; the names are listed.
     """
-    if name not in _BACKENDS:
+    if not isinstance(name, str) or name not in _BACKENDS:
         raise UnknownBackendError(f"no back end {shown(name)}; there are {', '.join(_BACKENDS)}, and auto")
     module, cls = _BACKENDS[name]
     return cast(Backend, getattr(import_module(module, __package__), cls)())
@@ -85,15 +85,22 @@ def choose(name: str, device: torch.device, *dtypes: torch.dtype) -> Backend:
         UnknownBackendError: no such name.
         BackendUnavailableError: it cannot run here; says why and what would change that.
     """
-    if name != "auto":
-        backend = get_backend(name)
-        found = _availability(backend, device, dtypes)
-        if not found.ok:
-            raise BackendUnavailableError(
-                f"back end {name!r} cannot run here: {found.reason}; {found.remedy}"
-            )
-        _log.info("back end %s: asked for; %s", name, found.reason)
-        return backend
+    if isinstance(name, str) and name == "auto":
+        return _best(device, dtypes)
+    backend = get_backend(name)
+    found = _availability(backend, device, dtypes)
+    if not found.ok:
+        raise BackendUnavailableError(f"back end {name!r} cannot run here: {found.reason}; {found.remedy}")
+    _log.info("back end %s: asked for; %s", name, found.reason)
+    return backend
+
+
+def _best(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Backend:
+    """The first one by preference that can run here.
+
+    Raises:
+        BackendUnavailableError: none can.
+    """
     passed_over: list[str] = []
     for candidate in _preferred(device):
         backend = get_backend(candidate)

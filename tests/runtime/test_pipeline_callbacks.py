@@ -172,6 +172,10 @@ def test_a_callback_can_differentiate(pipe: latentrt.Pipeline) -> None:
         ({"latents": np.zeros((1, 4, 8, 6))}, r"returned latents as a ndarray; they are a tensor"),
         (torch.zeros(1, 4, 8, 6), r"callback_on_step_end returned tensor.* can return a mapping"),
         ("", "callback_on_step_end returned ''; it can return"),
+        (
+            {"interrupt": np.array([True, False])},
+            r"interrupt is array\(\[ True, False\]\); it can be True or",
+        ),
     ],
 )
 def test_what_a_callback_may_not_return(answer: Any, message: str, pipe: latentrt.Pipeline) -> None:
@@ -212,6 +216,8 @@ def test_progress_can_interrupt(both: latentrt.Pipeline) -> None:
 
     assert both(**PLAIN_CALL, seed=6, callback_on_progress=callback).interrupted
     assert told == [(1, None), (2, None)]
+    with pytest.raises(RequestError, match=r"discard is tensor\(\[1., 1.\]\); it can be True or False"):
+        both(**PLAIN_CALL, callback_on_progress=lambda *_: {"discard": torch.ones(2)})
     with pytest.raises(RequestError, match=r"callback_on_progress returned 3; it can return"):
         both(**PLAIN_CALL, seed=6, callback_on_progress=lambda *_: 3)
 
