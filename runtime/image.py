@@ -27,6 +27,8 @@ from ..errors import RequestError
 
 __all__ = [
     "Images",
+    "check_readable",
+    "check_tensor",
     "from_tensor",
     "parse_parameters",
     "png_bytes",
@@ -39,6 +41,12 @@ Images = list[PIL.Image.Image] | NDArray[np.float32] | Tensor
 """What `from_tensor` returns, by its `output_type`."""
 
 _log = logging.getLogger(__name__)
+
+_DTYPES = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+}
+"""Of tensors that are given as pictures or latents."""
 
 _LABELS = {
     "steps": "Steps",
@@ -120,11 +128,37 @@ def to_tensor(image: Any) -> Tensor:
     raise RequestError(f"image must be a PIL image, an array, a tensor or a list of them; got {type(image)}")
 
 
+def check_tensor(name: str, value: Tensor) -> None:
+    """Refuse a tensor that is no picture and no latents, whatever its shape.
+
+    Raises:
+        RequestError: as of `check_readable`, or it holds NaN or infinite values.
+    """
+    check_readable(name, value)
+    if not value.isfinite().all():
+        raise RequestError(f"{name} cannot hold NaN or infinite values")
+
+
+def check_readable(name: str, value: Tensor) -> None:
+    """Refuse a tensor whose numbers are not there to read, or of a dtype that few operators of PyTorch take.
+
+    Raises:
+        RequestError: it is nested, sparse, quantized or on the meta device, or of complex numbers, eight-bit floats or
+            wide unsigned integers.
+    """
+    if value.is_nested or value.is_meta or value.layout != torch.strided or value.dtype not in _DTYPES:
+        kind = "nested, " if value.is_nested else ""
+        raise RequestError(
+            f"{name} is a tensor that cannot be read ({kind}{value.layout}, {value.dtype}, on {value.device}); pass a "
+            "dense one of real numbers, such as x.to_dense().float()"
+        )
+
+
 def _from_pil(image: PIL.Image.Image) -> Tensor:
     width, height = (side - side % 8 for side in image.size)
     if not width or not height:
         raise RequestError(f"image is {image.size[0]}x{image.size[1]} pixels; it must be at least 8x8")
-    rgb = _eight_bit(image).convert("RGB")
+    rgb = _rgb(image)
     if rgb.size != (width, height):
         rgb = rgb.resize((width, height), PIL.Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(rgb, dtype=np.float32) / 255.0)
@@ -143,37 +177,44 @@ def _from_array(image: NDArray[Any]) -> Tensor:
 
 def _checked(image: Tensor) -> Tensor:
     """Pixels in [0, 1] brought to [-1, 1], or latents as they are."""
+    check_tensor("image", image)
     batch = image if image.ndim == 4 else image[None]
     if batch.ndim != 4 or batch.shape[1] not in (3, 4):
         raise RequestError(
             f"an image tensor must be [B, 3, H, W] pixels or [B, 4, h, w] latents; got {list(image.shape)}"
         )
-    if batch.is_complex() or not batch.isfinite().all():
-        raise RequestError("the image holds NaN, infinite or complex values")
+    if not batch.shape[0]:
+        raise RequestError("image holds no picture; give at least one")
     if batch.shape[1] == 4:
         return batch
     if batch.shape[2] % 8 or batch.shape[3] % 8 or 0 in batch.shape[2:]:
         raise RequestError(
             f"image is {batch.shape[3]}x{batch.shape[2]} pixels; both sides must be multiples of 8"
         )
-    low, high = float(batch.min()), float(batch.max())
+    pixels = batch.detach().float()
+    low, high = float(pixels.min()), float(pixels.max())
     if low < 0 or high > 1:
         raise RequestError(
             f"image pixels must be in [0, 1]; got {low:.3g} to {high:.3g} "
             "(for [0, 255] pass x / 255, for [-1, 1] pass x / 2 + 0.5)"
         )
-    return batch.float() * 2 - 1
+    return pixels * 2 - 1
 
 
-def _eight_bit(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Deeper greyscale brought down to 8 bits, which Pillow would clip to white."""
-    if image.mode.startswith("I;16"):
-        return PIL.Image.fromarray((np.asarray(image) / 257.0).round().astype(np.uint8))
+def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """In RGB; deeper greyscale brought down to 8 bits, which Pillow would clip to white."""
     if image.mode in ("I", "F"):
         raise RequestError(
             f"image has Pillow's mode {image.mode!r}, which says no range; convert it to 'RGB', or pass an array"
         )
-    return image
+    try:  # what is opened is read only now
+        if image.mode.startswith("I;16"):
+            image = PIL.Image.fromarray((np.asarray(image) / 257.0).round().astype(np.uint8))
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise RequestError(
+            f"image, of Pillow's mode {image.mode!r}, cannot be read: {error}; pass a whole one, open and in 'RGB'"
+        ) from error
 
 
 def _text(value: Any) -> str:

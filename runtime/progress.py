@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..errors import BackendError, OutOfMemoryError, RequestError
 from .checks import check_flag, shown
+from .image import check_readable
 from .place import memory_ran_out
 from .previews import Previewer, StepReports
 from .streams import Event, Pace, current_stream
@@ -177,6 +178,8 @@ class CallProgress:
         replaced = answer.get("latents")
         if replaced is None:
             return None
+        if isinstance(replaced, Tensor):
+            check_readable("latents of callback_on_step_end", replaced)
         if not isinstance(replaced, Tensor) or replaced.shape != latents.shape:
             got = list(replaced.shape) if isinstance(replaced, Tensor) else f"as a {type(replaced).__name__}"
             raise RequestError(

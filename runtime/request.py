@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 from .checks import check_choice, check_flag, check_integer, check_items, check_number, shown
-from .image import to_tensor
+from .image import check_tensor, to_tensor
 
 __all__ = [
     "MAX_IMAGES",
@@ -315,11 +315,11 @@ def _pairs(name: str, value: Any, count: int, per_prompt: int) -> list[Size]:
 def _rows(name: str, value: Any, batch: int, per_prompt: int) -> list[int]:
     """For each image, the row of `value` it gets: with one row per prompt its prompt's; with any other number, the rows
     in turn."""
+    if isinstance(value, Tensor):
+        check_tensor(name, value)
     if not isinstance(value, Tensor) or value.ndim != 4:
         got = list(value.shape) if isinstance(value, Tensor) else shown(value)
         raise RequestError(f"{name} must be a tensor [B, C, h, w]; got {got}")
-    if value.is_complex() or not value.isfinite().all():
-        raise RequestError(f"{name} cannot hold NaN, infinite or complex values")
     if 0 in value.shape[2:]:
         raise RequestError(f"{name} has the shape {list(value.shape)}; no side can be 0")
     rows = value.shape[0]

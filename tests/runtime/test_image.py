@@ -18,6 +18,7 @@ import torch
 from helpers.faults import disk_full
 from latentrt.errors import RequestError
 from latentrt.runtime.image import (
+    check_tensor,
     format_parameters,
     from_tensor,
     parse_parameters,
@@ -289,7 +290,9 @@ def test_arrays_in_any_layout(dtype: str) -> None:
         (torch.zeros(1, 9, 8, 8), r"\[B, 4, h, w\] latents; got \[1, 9, 8, 8\]"),
         (torch.zeros(3, 12, 8), "image is 8x12 pixels; both sides must be multiples of 8"),
         (torch.zeros(3, 0, 8), r"image is 8x0 pixels"),
-        (torch.full((3, 8, 8), torch.nan), "holds NaN"),
+        (np.zeros((0, 8, 8, 3)), "image holds no picture; give at least one"),
+        (torch.zeros(0, 3, 8, 8), "image holds no picture; give at least one"),
+        (torch.full((3, 8, 8), torch.nan), "cannot hold NaN"),
         (torch.zeros(3, 8, 8, dtype=torch.complex64), "complex"),
         (torch.full((3, 8, 8), -0.5), r"in \[0, 1\]; got -0.5 to -0.5"),
         (None, "got <class 'NoneType'>"),
@@ -299,6 +302,56 @@ def test_arrays_in_any_layout(dtype: str) -> None:
 def test_what_is_no_picture(image: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         to_tensor(image)
+
+
+UNREADABLE = {
+    "meta": lambda: torch.zeros(1, 4, 8, 8, device="meta"),
+    "sparse": lambda: torch.zeros(1, 4, 8, 8).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(4, 8, 8)]),
+    "jagged": lambda: torch.nested.nested_tensor([torch.zeros(8, 8)], layout=torch.jagged),
+    "float8_e4m3fn": lambda: torch.zeros(1, 4, 8, 8).to(torch.float8_e4m3fn),
+    "uint16": lambda: torch.zeros(1, 4, 8, 8, dtype=torch.uint16),
+    "quint8": lambda: torch.quantize_per_tensor(torch.zeros(1, 4, 8, 8), 1.0, 0, torch.quint8),
+    "complex64": lambda: torch.zeros(1, 4, 8, 8, dtype=torch.complex64),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_tensors_that_cannot_be_read(kind: str) -> None:
+    value = UNREADABLE[kind]()
+    for refuse in (to_tensor, lambda image: to_tensor([torch.zeros(1, 4, 8, 8), image])):
+        with pytest.raises(RequestError, match=rf"image .* cannot be read \(.*{kind}.* x.to_dense\(\).float"):
+            refuse(value)
+    with pytest.raises(RequestError, match=r"latents .* cannot be read .* pass a dense one of real numbers"):
+        check_tensor("latents", value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_picture_with_a_gradient() -> None:
+    assert to_tensor(torch.ones(3, 8, 8, requires_grad=True)).equal(torch.ones(1, 3, 8, 8))
+
+
+def opened(form: str, share: float = 1.0) -> PIL.Image.Image:
+    """A file's picture, which Pillow reads when it is asked for it; of the file's beginning only."""
+    file = io.BytesIO()
+    PIL.Image.effect_noise((64, 64), 30).convert("RGB").save(file, form)
+    return PIL.Image.open(io.BytesIO(file.getvalue()[: int(file.tell() * share)]))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP", "TIFF"])
+def test_pictures_that_cannot_be_read(form: str) -> None:
+    assert to_tensor(opened(form)).shape == (1, 3, 64, 64)
+    closed = opened(form)
+    closed.close()
+    for image in (opened(form, 0.5), closed):
+        with pytest.raises(RequestError, match=r"image, of .*'RGB', cannot be read: .*; pass a whole one"):
+            to_tensor(image)
+
+
+def test_a_mode_that_does_not_become_rgb() -> None:
+    with pytest.raises(RequestError, match=r"mode 'La', cannot be read: .* in 'RGB'"):
+        to_tensor(PIL.Image.new("La", (8, 8)))
 
 
 def test_pixels_round_to_the_nearest() -> None:

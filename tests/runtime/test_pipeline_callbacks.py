@@ -170,6 +170,10 @@ def test_a_callback_can_differentiate(pipe: latentrt.Pipeline) -> None:
             r"returned latents \[1, 4, 8, 8\]; they are a tensor \[1, 4, 8, 6\]",
         ),
         ({"latents": np.zeros((1, 4, 8, 6))}, r"returned latents as a ndarray; they are a tensor"),
+        (
+            {"latents": torch.zeros(1, 4, 8, 6, device="meta")},
+            "latents of callback_on_step_end is a tensor that cannot be read .* on meta",
+        ),
         (torch.zeros(1, 4, 8, 6), r"callback_on_step_end returned tensor.* can return a mapping"),
         ("", "callback_on_step_end returned ''; it can return"),
         (
