@@ -60,17 +60,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in body(args):
             print(line)  # noqa: T201 (unlike sys.stdout.write, it bears a stream that is closed)
     except LatentRTError as error:
-        sys.stderr.write(f"latentrt: {error}\n")
+        _complain(str(error))
         return 1
     except OSError as error:
-        sys.stderr.write(
-            f"latentrt: {error.strerror or error}: {error.filename or ''}\n".rstrip(": \n") + "\n"
-        )
+        _complain(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("latentrt: interrupted\n")
+        _complain("interrupted")
         return 130
     return 0
+
+
+def _complain(message: str) -> None:
+    if sys.stderr is not None:  # some services have none
+        sys.stderr.write(f"latentrt: {message}\n")
 
 
 if __name__ == "__main__":

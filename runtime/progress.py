@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -55,7 +57,10 @@ class CallProgress:
         self.discarded = False
         self.in_callback = False
         self.timings: dict[str, float] = {}
-        self._bar = tqdm(total=steps, **{"disable": None, "leave": False, "unit": "step", **options})
+        # A service may have no stderr at all, which tqdm does not bear.
+        file = io.StringIO() if sys.stderr is None else sys.stderr
+        shown_as = {"disable": None, "leave": False, "unit": "step", "file": file, **options}
+        self._bar = tqdm(total=steps, **shown_as)
         self._on_step, self._on_progress = on_step, on_progress
         self._step = 0
         self._device = device

@@ -242,6 +242,15 @@ def test_a_closed_stdout_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["backends"]) == 0
 
 
+def test_without_a_stderr_the_exit_status_tells(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of it comes on stdout, where results are."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert [main(("info", "/no/such.png")), main(("bench", "compare", "/no/a", "/no/b"))] == [1, 1]
+    assert capsys.readouterr().out == ""
+
+
 # A test run in the background of a shell has SIGINT ignored, and children inherit that. Every step is reported, and
 # takes long enough for a signal to arrive before the last.
 INTERRUPTIBLE = """

@@ -4,6 +4,7 @@ what it reports."""
 from __future__ import annotations
 
 import io
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -306,6 +307,17 @@ def test_progress_shows_only_where_it_is_wanted(
         assert "4/4" in shown.getvalue()
     finally:
         both.set_progress_bar_config(disable=True)
+
+
+def test_without_a_stderr_no_bar_is_shown(both: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pythonw leaves it, and some service managers."""
+    monkeypatch.setattr(sys, "stderr", None)
+    for options in ({}, {"disable": False}):
+        both.set_progress_bar_config(**options)
+        try:
+            both(**PLAIN_CALL)
+        finally:
+            both.set_progress_bar_config(disable=True)
 
 
 def test_a_warm_up_shows_no_bar_and_takes_none_from_calls_meanwhile(
