@@ -108,6 +108,11 @@ _DEFAULTS: Mapping[str, _Fields] = {
     },
 }
 
+_UNUSED: _Fields = {"lambda_min_clipped": -math.inf, "original_inference_steps": 1, "timestep_scaling": 10.0}
+"""Of samplers that have no such field."""
+
+_LEAST_SIGMA = 1e-9
+
 _OFF = (False, None)
 _PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _ALLOWED: Mapping[str, tuple[Any, ...]] = {
@@ -125,6 +130,13 @@ _ALLOWED: Mapping[str, tuple[Any, ...]] = {
     "use_beta_sigmas": _OFF,
     "use_lu_lambdas": _OFF,
     "use_dynamic_shifting": _OFF,
+    **dict.fromkeys(
+        (
+            *("clip_sample", "euler_at_final", "lower_order_final", "rescale_betas_zero_snr"),
+            *("set_alpha_to_one", "use_karras_sigmas"),
+        ),
+        (True, False, None),
+    ),
 }
 # Not DDPM's "fixed_large_log" and "learned": in diffusers they take the root of a negative number and of a raw output.
 _VARIANCES: Mapping[str, tuple[Any, ...]] = {
@@ -242,11 +254,20 @@ def scheduler_fields(
 
 
 def _explicit(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that the file itself gives; diffusers marks those that it filled in."""
+    """The fields that the file itself gives; diffusers marks those that it filled in.
+
+    Raises:
+        UnsupportedConfigError: one of them is a list, an array or the like.
+    """
     filled_in = config.get("_use_default_values", ())
     given = {k: v for k, v in config.items() if not k.startswith("_") and k not in filled_in}
     if unknown := sorted(given.keys() - _KNOWN):
         _log.warning("scheduler fields that no supported sampler has are ignored: %s", ", ".join(unknown))
+    for name in given.keys() & _KNOWN - {"trained_betas"}:
+        if given[name] is not None and not isinstance(given[name], (str, int, float)):
+            raise UnsupportedConfigError(
+                f"scheduler field {name} is {shown(given[name])}; it must be a number, a text, true, false or null"
+            )
     return given
 
 
@@ -277,16 +298,11 @@ def _require_own_schedule(name: Any, given: _Fields) -> None:
 
 def _resolve(kind: str, given: Mapping[str, Any]) -> SamplerConfig:
     defaults = _DEFAULTS[kind]
-    f = {name: given.get(name, default) for name, default in defaults.items()}
+    f = {**_UNUSED, **{name: given.get(name, default) for name, default in defaults.items()}}
     if kind == "pndm" and given.get("rescale_betas_zero_snr"):
         _log.warning("pndm has no zero terminal SNR; rescale_betas_zero_snr is ignored, as in diffusers")
     _refuse_unsupported(kind, f)
-    steps = int(_number(kind, f, "num_train_timesteps", 1, 1_000_000))
-    original = int(_number(kind, {"original_inference_steps": steps, **f}, "original_inference_steps", 1))
-    if original > steps:
-        raise UnsupportedConfigError(
-            f"scheduler field original_inference_steps is {original}, above num_train_timesteps {steps}"
-        )
+    steps = _integer(kind, f, "num_train_timesteps", 1, 1_000_000)
     variance = f.get("variance_type")
     return SamplerConfig(
         kind=kind,
@@ -298,19 +314,19 @@ def _resolve(kind: str, given: Mapping[str, Any]) -> SamplerConfig:
         rescale_betas_zero_snr=bool(f.get("rescale_betas_zero_snr", False)),
         prediction_type=f["prediction_type"],
         timestep_spacing=f["timestep_spacing"],
-        steps_offset=int(_number(kind, f, "steps_offset", 0)),
+        steps_offset=_integer(kind, f, "steps_offset", 0, steps),
         clip=_number(kind, f, "clip_sample_range", 0) if f.get("clip_sample") else math.inf,
         set_alpha_to_one=bool(f.get("set_alpha_to_one", True)),
         variance_type="fixed_small" if variance in (None, "fixed_small_log") else str(variance),
         use_karras_sigmas=bool(f.get("use_karras_sigmas", False)),
-        sigma_min=None if f.get("sigma_min") is None else _number(kind, f, "sigma_min", 0),
-        sigma_max=None if f.get("sigma_max") is None else _number(kind, f, "sigma_max", 0),
+        sigma_min=None if f.get("sigma_min") is None else _number(kind, f, "sigma_min", _LEAST_SIGMA),
+        sigma_max=None if f.get("sigma_max") is None else _number(kind, f, "sigma_max", _LEAST_SIGMA),
         final_sigmas_type=f.get("final_sigmas_type", "zero"),
         lower_order_final=bool(f.get("lower_order_final", True)),
         euler_at_final=bool(f.get("euler_at_final", False)),
-        lambda_min_clipped=float(f.get("lambda_min_clipped", -math.inf)),
-        original_inference_steps=original,
-        timestep_scaling=float(f.get("timestep_scaling", 10.0)),
+        lambda_min_clipped=_number(kind, f, "lambda_min_clipped", -math.inf),
+        original_inference_steps=_integer(kind, f, "original_inference_steps", 1, steps),
+        timestep_scaling=_number(kind, f, "timestep_scaling", 0),
     )
 
 
@@ -346,14 +362,22 @@ def _betas(kind: str, betas: Any, steps: int) -> tuple[float, ...] | None:
     return tuple(_number(kind, {"trained_betas": beta}, "trained_betas", 0, 1) for beta in betas)
 
 
-def _number(kind: str, fields: _Fields, name: str, least: float, most: float = math.inf) -> float:
+def _number(kind: str, fields: _Fields, name: str, least: float, most: float = 1e9) -> float:
     value = fields[name]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-        bound = f"from {least}" if most == math.inf else f"from {least} to {most}"
         raise UnsupportedConfigError(
-            f"scheduler field {name} of {kind} is {shown(value)}; it must be a number {bound}"
+            f"scheduler field {name} of {kind} is {shown(value)}; it must be a number from {least} to {most}"
         )
     return float(value)
+
+
+def _integer(kind: str, fields: _Fields, name: str, least: int, most: int) -> int:
+    number = _number(kind, fields, name, least, most)
+    if not number.is_integer():
+        raise UnsupportedConfigError(
+            f"scheduler field {name} of {kind} is {number}; it must be a whole number"
+        )
+    return int(number)
 
 
 def _unsupported(kind: str, name: str, value: Any, allowed: tuple[Any, ...]) -> UnsupportedConfigError:

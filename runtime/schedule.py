@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import RequestError
+from ..errors import RequestError, UnsupportedConfigError
 from .place import CPU_FLOAT32
 from .sampler_config import SamplerConfig
 
@@ -61,6 +61,7 @@ def make_schedule(config: SamplerConfig, num_steps: int) -> Schedule:
 
     Raises:
         RequestError: the sampler has no schedule of that many steps.
+        UnsupportedConfigError: the scheduler's fields leave no noise, no signal or no step.
     """
     T = config.num_train_timesteps
     if num_steps < 1 or num_steps > T:
@@ -155,6 +156,18 @@ def _alphas_cumprod(config: SamplerConfig) -> Tensor:
         rescaled = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
         betas = 1 - torch.cat([rescaled[:1], rescaled[1:] / rescaled[:-1]])
     alphas_cumprod = (1 - betas).cumprod(0)
+    noisy = alphas_cumprod[:-1] if config.rescale_betas_zero_snr else alphas_cumprod
+    if not len(noisy) or not ((noisy > 0) & (noisy < 1)).all():
+        betas_of = (
+            "trained_betas"
+            if config.trained_betas
+            else f"beta_start {config.beta_start}, beta_end {config.beta_end}"
+        )
+        raise UnsupportedConfigError(
+            f"scheduler {betas_of}, num_train_timesteps {T}: a timestep has no noise or no signal, and no sampler can "
+            "compute a step there; give betas above 0 and below 1 whose signal lasts (to end without any: "
+            "rescale_betas_zero_snr)"
+        )
     if config.rescale_betas_zero_snr and config.kind in ("euler", "euler-a", "dpm++2m"):
         alphas_cumprod[-1] = _NEARLY_ZERO
     return alphas_cumprod
@@ -199,6 +212,10 @@ def _dpm_steps(config: SamplerConfig, num_steps: int, training_sigmas: Array) ->
         if config.beta_schedule == "squaredcos_cap_v2":
             timesteps = np.floor(timesteps)
         return timesteps.round(), np.append(sigmas, _last_sigma(config, training_sigmas))
+    if not usable:
+        raise UnsupportedConfigError(
+            f"scheduler field lambda_min_clipped is {config.lambda_min_clipped}: no step is left; lower it"
+        )
     if config.timestep_spacing != "trailing" and num_steps >= usable:
         raise RequestError(
             f"{num_steps} steps were asked for; with {config.timestep_spacing} spacing this sampler has up to "

@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 from helpers.sampler_oracle import (
     CLASSES,
@@ -22,6 +23,7 @@ from helpers.sampler_oracle import (
 )
 from helpers.tiny_checkpoints import SCHEDULERS
 from latentrt.errors import RequestError, UnsupportedConfigError
+from latentrt.runtime.checks import shown
 from latentrt.runtime.sampler import SAMPLERS, SamplerConfig, build_table
 from latentrt.runtime.sampler_config import scheduler_fields
 from tolerances import SAMPLER_TRAJECTORY, relative_error
@@ -142,6 +144,22 @@ REFUSED = [
     ("dpm++2m", "use_flow_sigmas", True),
     ("dpm++2m", "variance_type", "learned_range"),
     ("lcm", "original_inference_steps", 2000),
+    ("lcm", "original_inference_steps", math.inf),
+    ("lcm", "original_inference_steps", 1.5),
+    ("euler", "num_train_timesteps", 1000.5),
+    ("euler", "steps_offset", math.inf),
+    ("euler", "steps_offset", None),
+    ("euler", "sigma_min", 0),
+    ("euler", "sigma_max", 10**400),
+    ("euler", "use_karras_sigmas", "no"),
+    ("euler", "rescale_betas_zero_snr", [True]),
+    ("euler", "beta_schedule", np.array(["linear", "linear"])),
+    ("euler", "prediction_type", np.array(["epsilon", "sample"])),
+    ("euler", "timestep_type", np.array(["discrete", "continuous"])),
+    ("ddim", "set_alpha_to_one", np.array([True, True])),
+    ("ddpm", "variance_type", np.array(["fixed_small", "learned"])),
+    *(("dpm++2m", "lambda_min_clipped", value) for value in (None, "", math.inf, math.nan)),
+    *(("lcm", "timestep_scaling", value) for value in (None, "", math.inf, -1)),
 ]
 
 
@@ -152,7 +170,40 @@ def test_unsupported_fields_are_named_with_their_value(name: str, field: str, va
         SamplerConfig.from_dict({"_class_name": cls, **own, field: value})
     message = str(raised.value)
     assert field in message
-    assert ("2 values" if field == "trained_betas" else str(value)) in message
+    assert ("2 values" if field == "trained_betas" else shown(value)) in message
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"beta_start": 0.0}, "beta_start 0.0, beta_end"),
+        ({"beta_start": 1e-9}, "beta_start 1e-09, beta_end"),  # 1 - 1e-9 is 1 in float32
+        ({"beta_start": 1.0}, "beta_start 1.0, beta_end"),
+        ({"beta_end": 1.0}, "beta_end 1.0, num_train_timesteps 1000"),
+        ({"num_train_timesteps": 100_000}, "num_train_timesteps 100000"),  # nothing is left of the signal
+        (
+            {"trained_betas": [0.1, 1.0, 0.1], "num_train_timesteps": 3, "original_inference_steps": 3},
+            "trained_betas",
+        ),
+    ],
+    ids=str,
+)
+def test_betas_that_leave_no_noise_or_no_signal(name: str, fields: dict[str, Any], named: str) -> None:
+    cls, own = CLASSES[name]
+    config = SamplerConfig.from_dict({"_class_name": cls, **own, "beta_schedule": "linear", **fields})
+    with pytest.raises(
+        UnsupportedConfigError, match=rf"scheduler .*{named}.* no noise or no signal.*; give betas"
+    ):
+        build_table(config, 2)
+
+
+def test_a_clipped_noise_level_leaves_a_step() -> None:
+    config = SamplerConfig.from_dict(
+        {**PUBLISHED["DPM++"], "use_karras_sigmas": False, "lambda_min_clipped": 9.0}
+    )
+    with pytest.raises(UnsupportedConfigError, match=r"lambda_min_clipped is 9.0: no step is left; lower it"):
+        build_table(config, 2)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +304,7 @@ def test_stable_diffusion_pipelines_mend_old_files() -> None:
             {"timestep_spacing": "trailling"},
             r"scheduler= cannot be met: .*timestep_spacing of euler is 'trailling'",
         ),
+        ({"prediction_type": np.array(["a", "b"])}, r"scheduler= cannot be met: .*prediction_type is array"),
         ({"num_train_timesteps": "abc"}, r"scheduler= cannot be met: .*num_train_timesteps"),
         ("trailing", r"scheduler is a str; give the fields .* choose the sampler with sampler="),
         (make_scheduler("euler"), r"scheduler is a EulerDiscreteScheduler; give the fields"),
