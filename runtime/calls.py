@@ -45,6 +45,10 @@ class PipelineOutput:
     timings: dict[str, float]
     interrupted: bool = False
 
+    def __getitem__(self, key: int | str) -> Any:
+        """`output[0]` and `output["images"]`, as diffusers' outputs have them."""
+        return vars(self)[key] if isinstance(key, str) else (self.images,)[key]
+
 
 class Calls:
     """Makes the images of requests, which may come from several threads.

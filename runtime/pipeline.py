@@ -171,13 +171,22 @@ class Pipeline:
         """Whether the work of engines is captured once and replayed."""
         return self._loader.graphs is not None
 
-    def to(self, device: torch.device | str) -> Pipeline:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:
         """Run on another device from the next call on; parts shared with another pipeline stay with that one.
+
+        Args:
+            device: as for `from_pretrained`.
+            dtype: refused: one is chosen when a pipeline is loaded.
 
         Raises:
             BackendUnavailableError: the back end cannot run there.
-            RequestError: a call is in progress.
+            RequestError: a call is in progress, or a dtype is given.
         """
+        wanted = device if isinstance(device, torch.dtype) else dtype
+        if wanted is not None:
+            raise RequestError(
+                f"a pipeline's dtype cannot be changed to {shown(wanted)}; load it so: from_pretrained(..., dtype=...)"
+            )
         place = parse_device(device)
         if place != self._loader.device:
             if self._calls.running:
@@ -316,8 +325,9 @@ class Pipeline:
             aesthetic_score, negative_aesthetic_score: conditioning of a refiner.
             output_type: "pil", "np" (float32 `[B, H, W, 3]` in [0, 1]), "pt" (float32 `[B, 3, H, W]`) or "latent".
             callback_on_step_end: called after each step, which the device has done by then, as
-                `callback(pipeline, step, timestep, {"latents": x})`. Networks may be called in its own thread only.
-                It may return `{"latents": y}` to go on with, or `{"interrupt": True}` to stop.
+                `callback(pipeline, step, timestep, {"latents": x})`, where timestep is a float. Networks may be
+                called in its own thread only. It may return `{"latents": y}` to go on with, or `{"interrupt": True}`
+                to stop.
             callback_on_progress: (*) called for each step once the device has done it, without waiting: on a GPU
                 a step or two later. As `callback(pipeline, steps_done, {"preview": pictures})`, where pictures are
                 uint8 `[B, H/8, W/8, 3]` on the CPU, or None. It may return `{"interrupt": True}` to stop, or

@@ -347,3 +347,22 @@ def test_moving_where_it_is_already_keeps_what_is_loaded(pipe: latentrt.Pipeline
     assert pipe.to("cpu") is pipe
     assert pipe.to(torch.device("cpu")) is pipe
     assert pipe._parts.base.unet.load() is engine
+
+
+def test_a_pipeline_takes_no_other_dtype(pipe: latentrt.Pipeline) -> None:
+    for arguments in (("cpu", torch.float16), (torch.float16,), ("cpu", torch.float32)):
+        with pytest.raises(RequestError, match=r"dtype cannot be changed to torch.float.*from_pretrained\("):
+            pipe.to(*arguments)
+    with pytest.raises(RequestError, match=r"to torch.bfloat16; load it so: from_pretrained\(\.\.\., dtype="):
+        pipe.to(dtype=torch.bfloat16)
+
+
+def test_images_are_found_where_diffusers_outputs_have_them(pipe: latentrt.Pipeline) -> None:
+    made = pipe(**PLAIN_CALL, seed=1)
+    assert made[0] is made["images"] is made.images
+    assert made["timings"] is made.timings
+    (images,) = made
+    assert images is made.images
+    for error, key in ((IndexError, 1), (KeyError, "nsfw_content_detected")):
+        with pytest.raises(error):
+            made[key]
