@@ -171,23 +171,26 @@ class Pipeline:
         """Whether the work of engines is captured once and replayed."""
         return self._loader.graphs is not None
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:
+    def to(
+        self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> Pipeline:
         """Run on another device from the next call on; parts shared with another pipeline stay with that one.
 
         Args:
-            device: as for `from_pretrained`.
-            dtype: refused: one is chosen when a pipeline is loaded.
+            device: as for `from_pretrained`; with a dtype alone it stays where it is.
+            dtype: that which it has: another one is chosen when a pipeline is loaded.
 
         Raises:
             BackendUnavailableError: the back end cannot run there.
-            RequestError: a call is in progress, or a dtype is given.
+            RequestError: a call is in progress, or another dtype is given.
         """
-        wanted = device if isinstance(device, torch.dtype) else dtype
-        if wanted is not None:
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if dtype not in (None, self._loader.dtype):
             raise RequestError(
-                f"a pipeline's dtype cannot be changed to {shown(wanted)}; load it so: from_pretrained(..., dtype=...)"
+                f"a pipeline's dtype cannot be changed to {shown(dtype)}; load it so: from_pretrained(..., dtype=...)"
             )
-        place = parse_device(device)
+        place = parse_device(self._loader.device if device is None and dtype is not None else device)
         if place != self._loader.device:
             if self._calls.running:
                 raise RequestError(

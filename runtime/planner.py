@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RequestError
+from .checks import check_number
 from .denoise import DenoiseState, LoopKind
 from .engines.base import Component, Engine
 from .engines.eager import EagerEngine
@@ -23,7 +24,7 @@ from .loading import load_expert, load_refiner, load_vae
 from .memory import Network, Plan, PlannedStage
 from .parts import Parts
 from .place import dtype_name
-from .request import GenerationRequest, check_number, check_side
+from .request import GenerationRequest, check_side
 from .stages import Stage, stage_names, stages_of
 from .vae import Tiles
 from .weights import open_outline, refiner_source

@@ -23,8 +23,6 @@ __all__ = [
     "GenerationRequest",
     "OutputType",
     "Size",
-    "check_integer",
-    "check_number",
     "check_side",
     "check_sizes",
 ]

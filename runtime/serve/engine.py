@@ -10,8 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from ...errors import DrainingError, RequestError, ServiceError, StoppedError
+from ..checks import check_flag, check_integer, check_number
 from ..pipeline import Pipeline
-from ..request import check_integer, check_number
 from .admission import Admission
 from .jobs import Job
 from .requests import Finished, ImageRequest, ImageResult, Progress
@@ -180,8 +180,9 @@ class AsyncEngine:
         for request in requests:
             if not isinstance(request, ImageRequest):
                 raise RequestError(f"the request is a {type(request).__name__}; give an ImageRequest")
-        if timeout is not None and timeout != math.inf:
+        if timeout is not None and not (isinstance(timeout, float) and timeout == math.inf):
             check_number("timeout", timeout, -math.inf, math.inf)
+        previews, again = check_flag("previews", previews), check_flag("again", again)
         checked = [self._runner.check(request) for request in requests]
         self._admission.check([one.group for one in checked], timeout, self._loop.time(), again=again)
         jobs = [Job(one, timeout=timeout, previews=previews, forget=self._queue.remove) for one in checked]

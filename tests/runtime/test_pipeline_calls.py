@@ -350,11 +350,12 @@ def test_moving_where_it_is_already_keeps_what_is_loaded(pipe: latentrt.Pipeline
 
 
 def test_a_pipeline_takes_no_other_dtype(pipe: latentrt.Pipeline) -> None:
-    for arguments in (("cpu", torch.float16), (torch.float16,), ("cpu", torch.float32)):
+    for arguments in (("cpu", torch.float16), (torch.float16,)):
         with pytest.raises(RequestError, match=r"dtype cannot be changed to torch.float.*from_pretrained\("):
             pipe.to(*arguments)
     with pytest.raises(RequestError, match=r"to torch.bfloat16; load it so: from_pretrained\(\.\.\., dtype="):
         pipe.to(dtype=torch.bfloat16)
+    assert pipe.to("cpu", torch.float32) is pipe.to(torch.float32) is pipe
 
 
 def test_images_are_found_where_diffusers_outputs_have_them(pipe: latentrt.Pipeline) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.fake_clock import FakeClock
 from helpers.fake_runner import (
@@ -278,6 +279,7 @@ def test_what_an_engine_cannot_be_made_of_is_refused(fields: dict[str, Any], mes
         ("a cat", None, "the request is a str; give an ImageRequest"),
         (image_request(1), "3", "timeout must be a finite number; got '3'"),
         (image_request(1), float("nan"), "timeout must be a finite number; got nan"),
+        (image_request(1), np.array([1.0, 2.0]), "timeout must be a finite number; got array"),
     ],
 )
 def test_what_is_no_request_is_refused(asked: Any, timeout: Any, message: str) -> None:
@@ -285,6 +287,8 @@ def test_what_is_no_request_is_refused(asked: Any, timeout: Any, message: str) -
         async with AsyncEngine(FakeRunner(), window=0) as engine:
             with pytest.raises(RequestError, match=message):
                 await engine.generate(asked, timeout=timeout)
+            with pytest.raises(RequestError, match="previews is array"):
+                engine.submit(image_request(1), previews=np.array([True, False]))  # type: ignore[arg-type]
             assert seed_of((await engine.generate(image_request(2), timeout=float("inf"))).image) == 2
 
     in_loop(main())
