@@ -65,6 +65,8 @@ class Kernel:
         import triton
         import triton.language
 
+        if triton.knobs.runtime.interpret:
+            _mend_interpreter()
         scope = dict(self.function.__globals__)
         for name, value in scope.items():
             if value is self:
@@ -86,6 +88,38 @@ def kernel(function: Callable[..., Any]) -> Any:
     if not isinstance(function, FunctionType):
         raise TypeError(f"a kernel is a plain function, not {function!r}")
     return Kernel(function)
+
+
+@cache
+def _mend_interpreter() -> None:
+    """Patch what Triton's interpreter lacks: bfloat16 matmuls, and in 3.6 loops with NumPy 2.4."""
+    import numpy as np
+    import triton
+    from triton import language
+    from triton.runtime import interpreter
+
+    # bfloat16 is held as its bits, and tl.dot multiplies those (3.9): widen them first.
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def widened(x: Any) -> Any:
+        if x.dtype.scalar != language.bfloat16 or x.data.dtype != np.uint16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), language.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return plain(self, widened(a), widened(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+    # Before 3.7 it takes int() of arrays of one element, which NumPy 2.4 refuses.
+    if version_of(triton.__version__) < (3, 7):
+        patch_tensor = interpreter._patch_lang_tensor
+
+        def patched(tensor: Any, scope: Any) -> None:
+            patch_tensor(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+        interpreter._patch_lang_tensor = patched
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,6 @@ def pytest_runtestloop() -> Generator[None, object, object]:
 # test module is. Where there is a GPU the kernels' tests run compiled on it instead.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    from helpers import interpreter
-
-    interpreter.mend()
 
 
 @pytest.fixture(scope="session", autouse=True)
