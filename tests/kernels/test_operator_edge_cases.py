@@ -99,7 +99,8 @@ def test_keys_that_score_minus_infinity_weigh_nothing(table: str, device: torch.
     k[:, :16, :, 3] = -math.inf
     with tuning.trying("attention", {**BLOCKS, "TMA": int(table == "copied")}):
         torch.testing.assert_close(attention(q, k, v), attention(q, k[:, 16:], v[:, 16:]))
-        torch.testing.assert_close(attention(q, k, v), reference.attention(q, k, v))
+        # On the CPU: in float32 on CUDA, PyTorch's own kernel splits -inf into two numbers, one of which is NaN.
+        torch.testing.assert_close(attention(q, k, v).cpu(), reference.attention(q.cpu(), k.cpu(), v.cpu()))
 
 
 def test_views_that_share_memory(device: torch.device) -> None:
