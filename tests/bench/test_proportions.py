@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from latentrt.bench.proportions import (
     transformer,
 )
 from latentrt.errors import BenchmarkError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -72,6 +73,45 @@ def test_all_sides_compute_the_same(block: Block) -> None:
     assert len(found.eager) == len(found.onnxruntime) == len(found.latentrt) == 2
     assert found.layout in ("contiguous", "channels_last")
     assert found.flops > 0
+
+
+@pytest.mark.parametrize("faster", ["contiguous", "channels_last"])
+def test_each_side_is_timed_as_itself_and_in_turns(faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"contiguous": 4.0, "channels_last": 4.0, faster: 3.0, "onnxruntime": 2.0, "latentrt": 1.0}
+    turns = []
+
+    class Planted:
+        """An engine that says whose it is."""
+
+        def __init__(self, side: str, module: nn.Module) -> None:
+            self.side, self.module = side, module
+
+        def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {"out": self.module(*inputs.values())}
+
+    def seconds_of(call: Any) -> float:
+        turns.append(call.func.side if isinstance(call.func, Planted) else layout(call.func, *call.args))
+        return seconds[turns[-1]]
+
+    def layout(module: nn.Module, x: Tensor, embedding: Tensor) -> str:
+        (last,) = {t.is_contiguous(memory_format=torch.channels_last) for t in (x, module.block.conv1.weight)}
+        return "channels_last" if last else "contiguous"
+
+    monkeypatch.setattr(proportions, "_seconds", seconds_of)
+    monkeypatch.setattr(
+        proportions, "_onnxruntime_engine", lambda pair, _: Planted("onnxruntime", pair.diffusers)
+    )
+    monkeypatch.setattr(
+        proportions.OnnxRuntimeBackend,
+        "load",
+        lambda _, component, **__: Planted("latentrt", component.build()),
+    )
+    found = measure(Block("residual", None, lambda: residual(8, 32, embedding=16)), rounds=3)
+    assert found.layout == faster
+    assert (found.eager, found.onnxruntime, found.latentrt) == ([3.0] * 3, [2.0] * 3, [1.0] * 3)
+    assert turns[-9:-6] == [faster, "onnxruntime", "latentrt"]
+    assert turns[-6:-3] == ["onnxruntime", "latentrt", faster]
+    assert turns[-3:] == ["latentrt", faster, "onnxruntime"]
 
 
 @pytest.mark.parametrize(
