@@ -28,5 +28,6 @@ Whole models:
     random_checkpoint, demo_model         random weights at any size; the demo's training and evaluation
     null_cuda                             a CUDA device that computes nothing: memory at full size without a GPU
 Serving:
-    serve_load, serve_process, loadgen    `latentrt serve` under load, its process, MLPerf's LoadGen
+    serve_load, serve_clients             `latentrt serve` under load, and who asks it
+    serve_process, loadgen                its process; MLPerf's LoadGen
 """

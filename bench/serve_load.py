@@ -18,33 +18,31 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
-import hashlib
-import io
 import json
 import random
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import product
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
-import httpx2 as httpx
 import numpy as np
-import PIL.Image
 
-from ..errors import BenchmarkError
 from ..kernels.atomic_file import write_json
 from .machine import describe_machine, module_command
+from .serve_clients import Outcome, flood, mixed_bodies, send
 from .serve_process import Memory, ServerProcess, run_server
 
-__all__ = ["Outcome", "batching", "main", "measure", "mixed", "mixed_bodies", "overload", "send"]
+__all__ = [
+    "batching",
+    "batching_checks",
+    "main",
+    "measure",
+    "mixed",
+    "mixed_checks",
+    "overload",
+    "overload_checks",
+]
 
-Body = dict[str, Any]
-_PATH = "/v1/images/generations"
 _IMAGES_METRIC = "latentrt_images_total"
 _MIN_GAIN = 1.5
 _MAX_GROWTH_MIB = 100
@@ -56,184 +54,6 @@ _MIN_BATCHED_SHARE = 0.5
 """Least share of images generated in batches of several, among those that are compared with unbatched ones."""
 
 
-@dataclass
-class Outcome:
-    """The outcome of many requests.
-
-    Attributes:
-        images: seed -> digest of the image's pixels.
-        statuses: HTTP status -> how many responses had it.
-        disconnected: clients that disconnected before they got a response.
-        seconds: size -> latencies of its images.
-        retry_after: `Retry-After` of each refusal, in seconds; None if there was none.
-        per_image: batch size -> stage -> seconds per image, of every response.
-        wall: seconds in all.
-    """
-
-    images: dict[int, str] = field(default_factory=dict)
-    statuses: Counter[int] = field(default_factory=Counter)
-    disconnected: int = 0
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    retry_after: list[int | None] = field(default_factory=list)
-    per_image: dict[int, dict[str, list[float]]] = field(default_factory=dict)
-    wall: float = 0.0
-
-    def add_response(self, body: Body, response: httpx.Response, seconds: float) -> None:
-        """Record the response to a request, `seconds` after it was sent."""
-        if response.status_code == 200:
-            (image,) = response.json()["data"]
-            self.add_image(body, image, seconds)
-            return
-        self.statuses[response.status_code] += 1
-        if response.status_code == 429:
-            retry_after = response.headers.get("retry-after", "")
-            self.retry_after.append(int(retry_after) if retry_after.isdecimal() else None)
-
-    def add_image(self, body: Body, image: dict[str, Any], seconds: float) -> None:
-        """Record an image, as the server describes it in JSON."""
-        self.statuses[200] += 1
-        if image["seed"] != body["seed"]:
-            raise BenchmarkError(f"seed {body['seed']} was answered with {image['seed']}")
-        picture = PIL.Image.open(io.BytesIO(base64.b64decode(image["b64_json"])))
-        self.images[body["seed"]] = hashlib.sha256(np.asarray(picture).tobytes()).hexdigest()
-        self.seconds.setdefault(body.get("size", "auto"), []).append(seconds)
-        stages = self.per_image.setdefault(image["batch"], defaultdict(list))
-        for stage, stage_seconds in image["timings"].items():
-            if stage != "queue":
-                stages[stage].append(stage_seconds / image["batch"])
-
-    @property
-    def batches(self) -> dict[int, int]:
-        """Batch size -> how many images were generated in batches of this size."""
-        return {batch: len(stages["total"]) for batch, stages in sorted(self.per_image.items())}
-
-    def figures(self) -> dict[str, Any]:
-        """The figures for the results' JSON."""
-        return {
-            "statuses": {str(status): count for status, count in sorted(self.statuses.items())},
-            "left": self.disconnected,
-            "images_per_second": len(self.images) / self.wall,
-            **_percentiles([latency for latencies in self.seconds.values() for latency in latencies]),
-            "by_size": {size: _percentiles(latencies) for size, latencies in sorted(self.seconds.items())},
-            "images_by_batch": {str(batch): count for batch, count in self.batches.items()},
-            "wall_seconds": self.wall,
-        }
-
-
-def _percentiles(seconds: Sequence[float]) -> dict[str, float | None]:
-    p50, p99 = map(float, np.percentile(seconds, [50, 99])) if seconds else (None, None)
-    return {"p50_seconds": p50, "p99_seconds": p99}
-
-
-def mixed_bodies(count: int, sizes: Sequence[str], steps: Sequence[int]) -> list[Body]:
-    """Requests in a few groups that can be batched together. Within a group they differ, and each has its own seed.
-
-    A group has the same size, the same steps, guidance or none, and a negative prompt or none.
-    """
-    rng = random.Random(1)
-    groups = list(product(sizes, steps))
-    bodies = []
-    for seed in range(count):
-        k = rng.randrange(len(groups))
-        size, step_count = groups[k]
-        bodies.append(
-            {
-                "prompt": rng.choice(["a red circle", "storm", "a blue square above a green ring"]),
-                "seed": seed,
-                "size": size,
-                "steps": step_count,
-                "guidance": 1.0 if k % 3 == 2 else rng.choice([3.0, 7.5]),
-                "negative_prompt": rng.choice(["blurry", "dark"]) if k % 2 else None,
-            }
-        )
-    return bodies
-
-
-async def send(
-    url: str,
-    bodies: Sequence[Body],
-    clients: int,
-    disconnect_after: Callable[[Body], float | None] = lambda _: None,
-    on_done: Callable[[int], None] = lambda _: None,
-) -> Outcome:
-    """Send requests from a number of clients, each of which sends its next request when the last one is answered.
-
-    Args:
-        disconnect_after: seconds after which a request's client disconnects, if it has no preview before, at which it
-            disconnects too; None if it waits for its image.
-        on_done: called after each request with how many are answered or disconnected by then.
-    """
-    outcome = Outcome()
-    todo = list(reversed(bodies))
-    started = perf_counter()
-    async with httpx.AsyncClient(
-        base_url=url, timeout=900, limits=httpx.Limits(max_connections=clients)
-    ) as http:
-
-        async def client() -> None:
-            while todo:
-                body = todo.pop()
-                since = perf_counter()
-                seconds = disconnect_after(body)
-                if seconds is None:
-                    outcome.add_response(body, await http.post(_PATH, json=body), perf_counter() - since)
-                elif (image := await _stream_and_disconnect(http, body, seconds)) is not None:
-                    outcome.add_image(body, image, perf_counter() - since)
-                else:
-                    outcome.disconnected += 1
-                on_done(sum(outcome.statuses.values()) + outcome.disconnected)
-
-        await asyncio.gather(*(client() for _ in range(clients)))
-    outcome.wall = perf_counter() - started
-    return outcome
-
-
-async def _stream_and_disconnect(
-    http: httpx.AsyncClient, body: Body, seconds: float
-) -> dict[str, Any] | None:
-    """Stream a request and disconnect at its first preview, or after some seconds. Returns its image if that came
-    first."""
-    try:
-        async with (
-            asyncio.timeout(seconds),
-            http.stream("POST", _PATH, json={**body, "stream": True}) as answer,
-        ):
-            async for line in answer.aiter_lines():
-                if line.startswith("data: "):
-                    event: dict[str, Any] = json.loads(line.removeprefix("data: "))
-                    if "error" in event:
-                        raise BenchmarkError(f"seed {body['seed']}: {event['error']}")
-                    return event if event["type"] == "image_generation.completed" else None
-            raise BenchmarkError(f"seed {body['seed']}: {answer.status_code}, and no event")
-    except TimeoutError:
-        return None
-
-
-async def flood(url: str, bodies: Sequence[Body], rate: float, on_image: Callable[[int], None]) -> Outcome:
-    """Send `rate` requests a second, without waiting for responses.
-
-    Args:
-        on_image: called with the number of images after each one.
-    """
-    outcome = Outcome()
-    started = perf_counter()
-    async with httpx.AsyncClient(
-        base_url=url, timeout=900, limits=httpx.Limits(max_connections=None)
-    ) as http:
-
-        async def one(k: int, body: Body) -> None:
-            await asyncio.sleep(started + k / rate - perf_counter())
-            since = perf_counter()
-            response = await http.post(_PATH, json=body)
-            outcome.add_response(body, response, perf_counter() - since)
-            if response.status_code == 200:
-                on_image(len(outcome.images))
-
-        await asyncio.gather(*(one(k, body) for k, body in enumerate(bodies)))
-    outcome.wall = perf_counter() - started
-    return outcome
-
-
 def batching(
     unbatched: ServerProcess, batched: ServerProcess, *, clients: int, rounds: int, checks: dict[str, bool]
 ) -> dict[str, Any]:
@@ -241,7 +61,8 @@ def batching(
 
     `checks` gets what has to hold, here and below: name of the check -> whether it passed.
     """
-    ratios, outcomes = [], []
+    requests = 2 * clients
+    outcomes = []
     for k in range(rounds):
         bodies = [
             {
@@ -251,38 +72,60 @@ def batching(
                 "guidance": 3.0,
                 "timeout": 600,
             }
-            for seed in range(2 * clients)
+            for seed in range(requests)
         ]
-        by_server: dict[str, Outcome] = {}
         servers = {"alone": unbatched, "batched": batched}
-        for name in reversed(servers) if k % 2 else servers:
-            before = servers[name].metric(_IMAGES_METRIC)
-            by_server[name] = asyncio.run(send(servers[name].url, bodies, clients))
-            once = len(by_server[name].images) == len(bodies) == servers[name].metric(_IMAGES_METRIC) - before
-            checks["each image is made once"] = checks.get("each image is made once", True) and once
-        ratios.append(by_server["alone"].wall / by_server["batched"].wall)
-        outcomes.append(by_server)
-        checks["batched images equal those alone"] = (
-            checks.get("batched images equal those alone", True)
-            and by_server["alone"].images == by_server["batched"].images
+        outcomes.append(
+            {
+                name: _counted(servers[name], send(servers[name].url, bodies, clients))
+                for name in (reversed(servers) if k % 2 else servers)
+            }
         )
-    gain = float(np.median(ratios))
+    gains = [by_server["alone"].wall / by_server["batched"].wall for by_server in outcomes]
+    gain = float(np.median(gains))
     last = outcomes[-1]
     per_image = {
         str(batch): {stage: float(np.median(seconds)) for stage, seconds in stages.items()}
         for batch, stages in sorted({**last["batched"].per_image, **last["alone"].per_image}.items())
     }
-    checks[
-        f"batching gains {_MIN_GAIN}x, or an image alone takes less than {_MIN_GAIN} times its share of a batch"
-    ] = gain >= _MIN_GAIN or (
-        per_image["1"]["total"] < _MIN_GAIN * min(stages["total"] for stages in per_image.values())
-    )
+    totals = {batch: stages["total"] for batch, stages in per_image.items()}
+    checks.update(batching_checks(outcomes, requests=requests, gain=gain, seconds_per_image=totals))
     return {
         "gain": gain,
-        "gains": ratios,
+        "gains": gains,
         "one_at_a_time": last["alone"].figures(),
         "batched": last["batched"].figures(),
         "seconds_per_image_by_batch": per_image,
+    }
+
+
+def batching_checks(
+    outcomes: Sequence[Mapping[str, Outcome]],
+    *,
+    requests: int,
+    gain: float,
+    seconds_per_image: Mapping[str, float],
+) -> dict[str, bool]:
+    """The checks of `batching`.
+
+    Args:
+        outcomes: of each round, "alone" and "batched".
+        requests: how many were sent to each server in a round.
+        gain: of throughput.
+        seconds_per_image: batch size -> seconds.
+    """
+    return {
+        "each image is made once": all(
+            len(outcome.images) == requests == outcome.made
+            for by_server in outcomes
+            for outcome in by_server.values()
+        ),
+        "batched images equal those alone": all(
+            by_server["alone"].images == by_server["batched"].images for by_server in outcomes
+        ),
+        f"batching gains {_MIN_GAIN}x, or an image alone takes less than {_MIN_GAIN} times its share of a batch": (
+            gain >= _MIN_GAIN or seconds_per_image["1"] < _MIN_GAIN * min(seconds_per_image.values())
+        ),
     }
 
 
@@ -303,33 +146,49 @@ def mixed(
     bodies = mixed_bodies(requests, ["64x64", "72x64", "128x128"], [2, 4])
     rng = random.Random(2)
     leaving = {body["seed"]: rng.uniform(0.1, 2 * clients * image_seconds) for body in bodies[::3]}
-    before = batched.metric(_IMAGES_METRIC)
     memory = Memory(batched, every=max(1, requests // 25))
-    outcome = asyncio.run(
-        send(batched.url, bodies, clients, lambda body: leaving.get(body["seed"]), memory.sample)
+    outcome = _counted(
+        batched, send(batched.url, bodies, clients, lambda body: leaving.get(body["seed"]), memory.sample)
     )
-    generated = batched.metric(_IMAGES_METRIC) - before
     answered = [body for body in bodies if body["seed"] in outcome.images]
-    expected = asyncio.run(send(unbatched.url, answered, 1))
-    differ = [seed for seed, digest in outcome.images.items() if expected.images.get(seed) != digest]
-    shared = sum(count for batch, count in outcome.batches.items() if batch > 1) / len(outcome.images)
-    first = next(size for count, size in memory.resident.items() if count >= requests / 5)
-    grown = list(memory.resident.values())[-1] - first
-    checks["every request was answered or had left"] = len(outcome.images) + outcome.disconnected == requests
-    checks["a third left midway"] = 0.9 * len(leaving) <= outcome.disconnected <= len(leaving)
-    checks["every image equals the same made alone"] = not differ
-    checks[f"of those {_MIN_BATCHED_SHARE:.0%} and more were made in company"] = shared >= _MIN_BATCHED_SHARE
-    checks[f"memory grew by less than {_MAX_GROWTH_MIB} MiB"] = grown < _MAX_GROWTH_MIB
-    checks[f"and in the end by less than {_MAX_LEAK_KIB} KiB a request"] = memory.slope < _MAX_LEAK_KIB
+    alone = asyncio.run(send(unbatched.url, answered, 1))
+    differ = [seed for seed, digest in outcome.images.items() if alone.images.get(seed) != digest]
+    checks.update(
+        mixed_checks(outcome, requests=requests, leaving=len(leaving), differ=differ, memory=memory)
+    )
     return {
         **outcome.figures(),
         "requests": requests,
-        "made": generated,
+        "made": outcome.made,
         "compared_with_alone": len(outcome.images),
-        "made_in_company": shared,
+        "made_in_company": outcome.in_company,
         "differ": differ,
         "resident_mib": memory.resident,
         "kib_per_request": memory.slope,
+    }
+
+
+def mixed_checks(
+    outcome: Outcome, *, requests: int, leaving: int, differ: Sequence[int], memory: Memory
+) -> dict[str, bool]:
+    """The checks of `mixed`.
+
+    Args:
+        requests: how many were sent.
+        leaving: how many of them disconnect midway.
+        differ: seeds whose images are not those made alone.
+        memory: the server's, by requests.
+    """
+    first = next(size for count, size in memory.resident.items() if count >= requests / 5)
+    grown = list(memory.resident.values())[-1] - first
+    return {
+        "every request was answered or had left": len(outcome.images) + outcome.disconnected == requests,
+        "a third left midway": 0.9 * leaving <= outcome.disconnected <= leaving,
+        "every image equals the same made alone": not differ,
+        f"of those {_MIN_BATCHED_SHARE:.0%} and more were made in company": outcome.in_company
+        >= _MIN_BATCHED_SHARE,
+        f"memory grew by less than {_MAX_GROWTH_MIB} MiB": grown < _MAX_GROWTH_MIB,
+        f"and in the end by less than {_MAX_LEAK_KIB} KiB a request": memory.slope < _MAX_LEAK_KIB,
     }
 
 
@@ -349,24 +208,51 @@ def overload(
     bodies = [{**fields, "seed": seed, "size": sizes[seed % 3]} for seed in range(int(5 * rate * seconds))]
     memory = Memory(batched, every=max(1, int(rate * seconds) // 200))
     outcome = asyncio.run(flood(batched.url, bodies, 5 * rate, memory.sample))
-    answered, late, refused = (outcome.statuses[status] for status in (200, 504, 429))
-    checks["overload is answered with 200, 429 or 504"] = answered + late + refused == len(bodies)
-    figures = outcome.figures()
-    checks["99 % of what was let in was in time"] = late <= 0.01 * (answered + late)
-    checks["so say the clients"] = answered > 0 and figures["p99_seconds"] <= timeout
-    checks["who is refused is told when to come again"] = all(
-        wait is not None and wait >= 1 for wait in outcome.retry_after
+    checks.update(
+        overload_checks(
+            outcome, requests=len(bodies), capacity=rate * seconds, timeout=timeout, slope=memory.slope
+        )
     )
-    checks["the rest was refused, and the device not idle"] = refused > 0 and answered >= 0.5 * rate * seconds
-    checks[f"meanwhile memory grew by less than {_MAX_LEAK_KIB} KiB an image"] = memory.slope < _MAX_LEAK_KIB
     return {
-        **figures,
+        **outcome.figures(),
         "resident_mib": memory.resident,
         "kib_per_image": memory.slope,
         "offered_per_second": 5 * rate,
         "deadline_seconds": timeout,
-        "late": late,
+        "late": outcome.statuses[504],
     }
+
+
+def overload_checks(
+    outcome: Outcome, *, requests: int, capacity: float, timeout: float, slope: float
+) -> dict[str, bool]:
+    """The checks of `overload`.
+
+    Args:
+        requests: how many were sent.
+        capacity: images that the server can make in that time.
+        timeout: deadline of each request in seconds.
+        slope: growth of the server's memory in KiB an image.
+    """
+    answered, late, refused = (outcome.statuses[status] for status in (200, 504, 429))
+    return {
+        "overload is answered with 200, 429 or 504": answered + late + refused == requests,
+        "99 % of what was let in was in time": late <= 0.01 * (answered + late),
+        "so say the clients": answered > 0 and outcome.figures()["p99_seconds"] <= timeout,
+        "who is refused is told when to come again": all(
+            wait is not None and wait >= 1 for wait in outcome.retry_after
+        ),
+        "the rest was refused, and the device not idle": refused > 0 and answered >= 0.5 * capacity,
+        f"meanwhile memory grew by less than {_MAX_LEAK_KIB} KiB an image": slope < _MAX_LEAK_KIB,
+    }
+
+
+def _counted(server: ServerProcess, requests: Coroutine[Any, Any, Outcome]) -> Outcome:
+    """The outcome of requests to a server, and how many images it made for them."""
+    before = server.metric(_IMAGES_METRIC)
+    outcome = asyncio.run(requests)
+    outcome.made = server.metric(_IMAGES_METRIC) - before
+    return outcome
 
 
 def measure(

@@ -1,5 +1,5 @@
-"""`bench/serve_load.py` and `serve_process.py`: many clients at once, a third of whom leave midway: no image is lost
-or mixed up."""
+"""`bench/serve_load.py`, `serve_clients.py` and `serve_process.py`: many clients at once, a third of whom leave midway:
+no image is lost or mixed up."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import random
 import sys
 import time
 from collections import Counter
+from itertools import permutations
 from typing import Any
 
 import httpx2 as httpx
@@ -18,9 +19,9 @@ import pytest
 from helpers.fake_runner import FakeRunner, in_loop, picture
 from helpers.served import Served, served
 from helpers.waiting import until
-from latentrt.bench import serve_load, serve_process
-from latentrt.bench.serve_load import Outcome, mixed_bodies, send
-from latentrt.bench.serve_process import ServerProcess, run_server
+from latentrt.bench import serve_clients, serve_load, serve_process
+from latentrt.bench.serve_clients import Outcome, mixed_bodies, send
+from latentrt.bench.serve_process import Memory, ServerProcess, run_server
 from latentrt.errors import BenchmarkError
 from latentrt.runtime.serve.requests import ImageResult
 from latentrt.runtime.serve.runner import OnStep
@@ -76,22 +77,142 @@ def test_the_measurement_of_load() -> None:
     assert sum(mixed["images_by_batch"].values()) == mixed["compared_with_alone"] == 20 - mixed["left"]
     assert sum(each["p50_seconds"] > 0 for each in mixed["by_size"].values()) == 3
     assert sum(flood["statuses"].values()) == 25
-    for held in (
-        "batched images equal those alone",
-        "every image equals the same made alone",
-        "each image is made once",
-        "so say the clients",
-        "who is refused is told when to come again",
-    ):
-        assert checks[held]
-    assert checks["every request was answered or had left"]
-    assert checks["overload is answered with 200, 429 or 504"]
+    assert not checks["the rest was refused, and the device not idle"]  # it could answer all of them
+
+
+ONCE = "each image is made once"
+ALONE = "batched images equal those alone"
+GAIN = "batching gains 1.5x, or an image alone takes less than 1.5 times its share of a batch"
+
+
+def batched_run() -> tuple[dict[str, Outcome], dict[str, Any]]:
+    """A round of four requests to each server, as it should be, and the other arguments of the checks."""
+    images = dict.fromkeys(range(4), "as drawn")
+    one_round = {name: Outcome(images=dict(images), made=4) for name in ("alone", "batched")}
+    return one_round, {"requests": 4, "gain": 2.0, "seconds_per_image": {"1": 4.0, "2": 2.0}}
+
+
+@pytest.mark.parametrize(
+    ("fault", "arguments", "failing"),
+    [
+        (lambda r: None, {}, []),
+        (lambda r: setattr(r["batched"], "made", 5), {}, [ONCE]),
+        (lambda r: setattr(r["alone"], "made", 3), {}, [ONCE]),
+        (lambda r: [outcome.images.popitem() for outcome in r.values()], {}, [ONCE]),
+        (lambda r: r["batched"].images.update({2: "another"}), {}, [ALONE]),
+        (lambda r: None, {"gain": 1.4}, [GAIN]),
+        (lambda r: None, {"gain": 1.4, "seconds_per_image": {"1": 2.9, "2": 2.0}}, []),  # little to be gained
+    ],
+)
+def test_faults_of_batching_are_found(fault: Any, arguments: dict[str, Any], failing: list[str]) -> None:
+    """In whichever round they are."""
+    faulty, others = batched_run()
+    fault(faulty)
+    for outcomes in permutations([batched_run()[0], faulty]):
+        checks = serve_load.batching_checks(outcomes, **others | arguments)
+        assert [name for name, held in checks.items() if not held] == failing
+
+
+def mixed_run() -> tuple[Outcome, dict[str, Any]]:
+    """30 requests, 10 of which leave, as it should be."""
+    batches = {1: {"total": [0.1] * 10}, 2: {"total": [0.1] * 10}}
+    outcome = Outcome(images=dict.fromkeys(range(20), "as drawn"), disconnected=10, per_image=batches)
+    return outcome, {"requests": 30, "leaving": 10, "differ": [], "memory": memory(*[400.0] * 10)}
+
+
+def memory(*resident: float) -> Memory:
+    """Samples in MiB, after every third request."""
+    sampled = Memory(ServerProcess("", 0), every=3)
+    sampled.resident = {3 * k: size for k, size in enumerate(resident, start=1)}
+    return sampled
+
+
+@pytest.mark.parametrize(
+    ("fault", "arguments", "failing"),
+    [
+        (lambda o: None, {}, []),
+        (lambda o: o.images.popitem(), {}, ["every request was answered or had left"]),
+        (lambda o: None, {"requests": 31}, ["every request was answered or had left"]),
+        (lambda o: None, {"leaving": 12}, ["a third left midway"]),
+        (lambda o: None, {"leaving": 9}, ["a third left midway"]),
+        (lambda o: None, {"differ": [7]}, ["every image equals the same made alone"]),
+        (
+            lambda o: o.per_image[2].update(total=[0.1] * 9),
+            {},
+            ["of those 50% and more were made in company"],
+        ),
+        (
+            lambda o: None,
+            {"memory": memory(350.0, 400.0, 450.0, 500.0, *[501.0] * 6)},
+            ["memory grew by less than 100 MiB"],
+        ),
+        (lambda o: None, {"memory": memory(300.0, *[400.0] * 9)}, []),  # while it warms up
+        (
+            lambda o: None,
+            {"memory": memory(*[400.0] * 5, 400.0, 400.2, 400.4, 400.6, 400.8)},
+            ["and in the end by less than 40 KiB a request"],
+        ),
+    ],
+)
+def test_faults_of_mixed_requests_are_found(
+    fault: Any, arguments: dict[str, Any], failing: list[str]
+) -> None:
+    outcome, others = mixed_run()
+    fault(outcome)
+    checks = serve_load.mixed_checks(outcome, **others | arguments)
+    assert [name for name, held in checks.items() if not held] == failing
+
+
+def flooded() -> tuple[Outcome, dict[str, Any]]:
+    """500 requests to a server that makes 100 images in the time, as it should be."""
+    outcome = Outcome(
+        statuses=Counter({200: 99, 504: 1, 429: 400}),
+        seconds={"64x64": [2.0] * 99},
+        retry_after=[1] * 400,
+        wall=10.0,
+    )
+    return outcome, {"requests": 500, "capacity": 100.0, "timeout": 2.5, "slope": 10.0}
+
+
+@pytest.mark.parametrize(
+    ("fault", "arguments", "failing"),
+    [
+        (lambda o: None, {}, []),
+        (
+            lambda o: o.statuses.update({500: 1}),
+            {"requests": 501},
+            ["overload is answered with 200, 429 or 504"],
+        ),
+        (lambda o: o.statuses.update({504: 1, 429: -1}), {}, ["99 % of what was let in was in time"]),
+        (lambda o: o.seconds.update({"72x64": [2.6] * 2}), {}, ["so say the clients"]),
+        (lambda o: o.retry_after.append(None), {}, ["who is refused is told when to come again"]),
+        (lambda o: o.retry_after.append(0), {}, ["who is refused is told when to come again"]),
+        (lambda o: None, {"capacity": 199.0}, ["the rest was refused, and the device not idle"]),
+        (
+            lambda o: o.statuses.update({200: 400, 429: -400}),
+            {},
+            ["the rest was refused, and the device not idle"],
+        ),
+        (lambda o: None, {"slope": 40.0}, ["meanwhile memory grew by less than 40 KiB an image"]),
+    ],
+)
+def test_faults_under_overload_are_found(fault: Any, arguments: dict[str, Any], failing: list[str]) -> None:
+    outcome, others = flooded()
+    fault(outcome)
+    checks = serve_load.overload_checks(outcome, **others | arguments)
+    assert [name for name, held in checks.items() if not held] == failing
+
+
+def test_a_server_that_answers_nobody_fails_without_an_error() -> None:
+    outcome = Outcome(statuses=Counter({504: 500}), wall=10.0)
+    checks = serve_load.overload_checks(outcome, **flooded()[1])
+    assert not checks["so say the clients"]
 
 
 def test_a_third_leaves_midway(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the first preview, or before it; no image is finished before those who leave have left."""
     gone: set[int] = set()
-    leave = serve_load._stream_and_disconnect
+    leave = serve_clients._stream_and_disconnect
 
     async def left(http: httpx.AsyncClient, body: Any, seconds: float) -> Any:
         result = await leave(http, body, seconds)
@@ -106,7 +227,7 @@ def test_a_third_leaves_midway(monkeypatch: pytest.MonkeyPatch) -> None:
 
             return super().run(requests, step)
 
-    monkeypatch.setattr(serve_load, "_stream_and_disconnect", left)
+    monkeypatch.setattr(serve_clients, "_stream_and_disconnect", left)
     checks: dict[str, bool] = {}
     with served(FakeRunner, max_batch=1) as one, served(Waiting, max_batch=8) as many:
         found = serve_load.mixed(
