@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,14 +50,39 @@ def test_without_a_repository_the_commit_is_what_is_said(said: str, monkeypatch:
     assert machine.commit.__wrapped__() == (said or "unknown")
 
 
-@pytest.mark.parametrize(("changed", "found"), [("", "4567def"), (" M bench/gpu.py\n", "4567def+")])
-def test_a_repository_knows_better(changed: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def git(command: list[str], **kwargs: Any) -> Any:
-        return SimpleNamespace(stdout=changed if "status" in command else "4567def\n")
+@pytest.mark.parametrize(
+    ("changed", "counts"),
+    [
+        (None, False),
+        ("bench/results/new.json", False),
+        ("kernels/tuned/sm_90.json", False),
+        ("bench/gpu.py", True),
+        ("bench/new.py", True),
+        ("kernels/new.py", True),
+    ],
+)
+def test_a_repository_knows_better(
+    changed: str | None, counts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a"]
+        done = subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
 
+    for name in ("bench/gpu.py", "bench/results/old.json", "kernels/tuned/sm_90.json"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    git("init")
+    git("add", ".")
+    git("commit", "--message", "all")
+    if changed is not None:
+        (tmp_path / changed).write_text("changed")
     monkeypatch.setenv("LATENTRT_COMMIT", "0123abc")
-    monkeypatch.setattr(machine.subprocess, "run", git)
-    assert machine.commit.__wrapped__() == found
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert machine.commit.__wrapped__() == git("rev-parse", "--short=12", "HEAD") + ("+" if counts else "")
 
 
 @pytest.mark.parametrize(("name", "kept"), [("0123abc", True), ("0123abc+", False), ("unknown", False)])
@@ -92,7 +117,6 @@ def test_versions_are_found_by_any_name_of_a_distribution(monkeypatch: pytest.Mo
     monkeypatch.setattr("torch.backends.cudnn.is_available", lambda: True)
     monkeypatch.setattr("torch.backends.cudnn.version", lambda: 91900)
     assert installed_versions() == {**there, "cudnn": "91900"}
-    assert "Linux" in describe_machine(CPU)["system"] or "mac" in describe_machine(CPU)["system"]
 
 
 def test_memory_is_estimated_before_a_case_begins() -> None:
