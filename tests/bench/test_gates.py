@@ -28,6 +28,9 @@ def test_half_precision_may_be_as_far_off_as_eager_pytorch_is() -> None:
     assert judge(Quality(4, float("nan"), 1.0), "float32", None) != []
     nonsense = Quality(4, psnr=float("-inf"), ssim=float("nan"))  # as from an eager run full of NaN
     assert judge(nonsense, "float16", nonsense) != []
+    for psnr, passes in ((20.0, True), (19.9, False)):  # below, eager is nonsense too
+        overflowing = Quality(4, psnr, 0.5)
+        assert (judge(overflowing, "float16", overflowing) == []) is passes
 
 
 def test_mlperfs_gate_wants_mlperfs_number_of_pictures() -> None:
