@@ -386,9 +386,8 @@ def interrupted(folder: Path, call: int, *sides: SideSpec) -> CaseResult:
 
 def test_what_was_measured_before_ctrl_c_is_kept(tmp_path: Path) -> None:
     """In the second round, one side is through and the other one is not."""
-    result = interrupted(tmp_path, 15, planted("a"), planted("b", step_seconds=0.001))
-    counts = [len(row.batches[0].seconds) for row in result.rows]
-    assert sorted(counts) == [2, 2] or sorted(counts) == [1, 2]
+    result = interrupted(tmp_path, 14, planted("a"), planted("b", step_seconds=0.001))
+    assert [len(row.batches[0].seconds) for row in result.rows] == [1, 2]
     assert all(row.batches[0].speedup.value > 0 for row in result.rows)
 
 
