@@ -254,8 +254,9 @@ def test_sides_that_do_not_fit_with_the_first_are_measured_alone(tmp_path: Path)
 def test_a_side_that_fits_with_the_first_at_small_sizes_is_opened_again_for_larger_ones(
     tmp_path: Path,
 ) -> None:
-    """Its pictures, what building took and its first picture are those of the first process."""
+    """Its pictures, what building took, its first picture and its layout are those of the first process."""
     events: list[str] = []
+    layouts: list[Layout | None] = []
 
     class Noting(Worker):
         def __init__(self, job: Job) -> None:
@@ -268,6 +269,7 @@ def test_a_side_that_fits_with_the_first_at_small_sizes_is_opened_again_for_larg
 
         def tune(self, layout: Layout | None = None) -> Any:
             events.append(f"tune {self._name}")
+            layouts.append(layout)
             return super().tune(layout)
 
         def run(self, prompts: Sequence[str], seeds: Sequence[int], **kwargs: Any) -> Any:
@@ -301,6 +303,7 @@ def test_a_side_that_fits_with_the_first_at_small_sizes_is_opened_again_for_larg
     assert "close b" in events[a_alone - 2 : a_alone]
     assert events[b_alone - 3 : b_alone] == ["close a", "open b", "tune b"]
     assert [events.count(f"tune {name}") for name in "ab"] == [1, 2]
+    assert layouts == [None, None, {"UNet": "channels_last", "VAE": "contiguous"}]
     assert b.built_before is False
     assert b.build_seconds is not None
     for row in (a, b):
