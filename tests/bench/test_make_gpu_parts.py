@@ -50,6 +50,14 @@ def test_what_is_worth_most_comes_first() -> None:
     assert sides == set(SIDES)
 
 
+def test_a_side_may_take_as_long_as_it_is_waited_for() -> None:
+    """Or its part would be ended while it compiles."""
+    waited_for = [step for step in steps() if "--patience" in step.part.command]
+    assert {side for step in waited_for for side in step.sides} == set(SIDES)
+    for part in (step.part for step in waited_for):
+        assert part.time_limit >= float(part.command[part.command.index("--patience") + 1]), part.name
+
+
 def test_the_documented_half_hour_has_time_for_each_of_its_parts() -> None:
     """By CONTRIBUTING's estimates: eight minutes for each of the first two commands, five for the base's benchmark, six
     with the refiner; kernels have what they are given, and their edge cases what is left."""
