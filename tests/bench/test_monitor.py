@@ -32,6 +32,22 @@ def test_memory_of_a_gpu_is_reported_at_rest_too(monkeypatch: pytest.MonkeyPatch
     assert "allocated" not in memory_now(CPU, None)
 
 
+def test_peaks_of_pytorch_s_allocator_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts them between samples too, from when the sampler begins."""
+    device = torch.device("cuda")
+    counted = {"memory_allocated": 77, "memory_reserved": 99}
+    before = {"max_memory_allocated": 7000, "max_memory_reserved": 9000}
+    since = {"max_memory_allocated": 700, "max_memory_reserved": 900}
+    for name in (*counted, *before):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda _, name=name: (counted | before)[name])
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda _: before.update(since))
+    with MemorySampler(device, None) as sampler:
+        pass
+    assert (max(sampler.series["allocated"]), max(sampler.series["reserved"])) == (77, 99)
+    peaks = sampler.peaks()
+    assert (peaks["allocated"], peaks["reserved"]) == (700, 900)
+
+
 def test_a_stage_that_runs_twice_has_the_larger_peak() -> None:
     """As the text encoders do, for the base and for the refiner."""
     with MemorySampler(CPU, None) as sampler:

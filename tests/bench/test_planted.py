@@ -65,6 +65,23 @@ def test_a_peak_shows_in_its_stage(measure: Callable[..., CaseResult]) -> None:
     assert max(memory.series["resident"]) == memory.peaks["resident"]
 
 
+def test_a_long_series_is_thinned_and_keeps_its_peak(measure: Callable[..., CaseResult]) -> None:
+    values = [5.0] * 601
+    values[400] = 9.0
+
+    class Sampled(Worker):
+        def run(self, *args: Any, **kwargs: Any) -> Any:
+            made = super().run(*args, **kwargs)
+            series = {"seconds": [float(k) for k in range(601)], "resident": values}
+            return made if made.trace is None else replace(made, trace=replace(made.trace, series=series))
+
+    memory = measure(planted("a"), rounds=1, open_host=Sampled).rows[0].batches[0].memory
+    assert memory is not None
+    assert len(memory.series["seconds"]) == len(memory.series["resident"]) == 201
+    assert memory.series["resident"] == [5.0] * 133 + [9.0] + [5.0] * 67
+    assert memory.series["seconds"][133] == 401
+
+
 def test_wrong_pictures_withhold_the_speed(measure: Callable[..., CaseResult]) -> None:
     found = rows(measure(planted("right"), planted("wrong", wrong_from=0)))
     wrong = found["wrong"]
