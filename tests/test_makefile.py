@@ -57,12 +57,6 @@ def test_a_prompt_arrives_as_it_was_typed(prompt: str, folder: Path) -> None:
     assert not (folder / "spoilt").exists()
 
 
-def test_there_is_a_picture_without_being_asked(folder: Path) -> None:
-    arguments = generated(folder)
-    assert arguments[:2] == ["generate", "--seed"]
-    assert " above " in arguments[-1] or " below " in arguments[-1]
-
-
 def test_what_belongs_to_another_machine_is_removed_first(folder: Path) -> None:
     """`onnxruntime` and `onnxruntime-gpu` are one folder of files: whichever is removed last takes the other's."""
     venv = folder / ".venv"

@@ -318,7 +318,7 @@ def test_a_server_that_does_not_get_ready_is_an_error(
         raise httpx.ConnectError("refused")
 
     monkeypatch.setattr(serve_process.httpx, "get", get)
-    monkeypatch.setattr(serve_process, "_LOADING_SECONDS", 1.0, raising=False)
+    monkeypatch.setattr(serve_process, "_LOADING_SECONDS", 1.0)
     server_that(script, monkeypatch)
     with pytest.raises(BenchmarkError, match=message), run_server(8, "eager", {}):
         pass
