@@ -1,7 +1,7 @@
 """Measures the gaps between the denoising steps on a GPU, with PyTorch's profiler.
 
 `python -m latentrt.bench.timeline --case sdxl` profiles one picture, and writes the gaps as JSON and prints them as a
-table. A case that was profiled at this commit is not profiled again.
+table.
 
 A step is one launch of a recorded CUDA graph. In the profiler's trace, the call that launches it on the host and the
 kernels that it runs on the device have the same correlation number. That gives for each launch its begin and end on the
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,15 +28,12 @@ import torch
 
 from ..errors import BenchmarkError
 from ..kernels.atomic_file import write_json
-from ..runtime.pipeline import Pipeline
 from .cases import CASES, DTYPES, Case, case_named
-from .machine import describe_machine, is_clean_commit
+from .latentrt_side import open_side
+from .machine import describe_machine
 from .models import resolve_models
-from .side import try_convolutions
 
 __all__ = ["Launch", "Run", "launches_of", "profile", "runs_of", "table"]
-
-_log = logging.getLogger(__name__)
 
 SCHEMA = 1
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -205,38 +201,13 @@ def profile(case: Case, folder: Path, backend: str) -> dict[str, Any]:
     """
     device = torch.device("cuda")
     case = resolve_models(case, folder, device)
-    # The same setting as in the benchmark, whose times this explains.
-    try_convolutions(device)
-    pipe = Pipeline.from_pretrained(
-        case.model,
-        case.refiner,
-        backend=backend,
-        dtype=DTYPES[case.dtype],
-        device=device,
-        cache_dir=folder / "cache",
-        graphs=True,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    height, width = case.size or (None, None)
-
-    def picture(seed: int) -> None:
-        pipe(
-            "a timeline",
-            seed=seed,
-            height=height,
-            width=width,
-            negative_prompt=case.negative,
-            num_inference_steps=case.steps,
-            guidance_scale=case.guidance,
-            high_noise_frac=case.high_noise_frac,
-            output_type="pt",
-        )
-
+    # The benchmark's side, whose times this explains.
+    side = open_side(case, device, DTYPES[case.dtype], folder, backend=backend, graphs=True)
     for seed in range(2):
-        picture(seed)
+        side(["a timeline"], [seed])
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
-        picture(2)
+        side(["a timeline"], [2])
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory(prefix="latentrt-") as scratch:
         path = Path(scratch) / "trace.json"
@@ -245,42 +216,20 @@ def profile(case: Case, folder: Path, backend: str) -> dict[str, Any]:
     return trace
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Read an earlier run's file; empty if it does not exist, or is damaged."""
-    try:
-        result: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        _log.warning("%s is not JSON (%s): profiling again", path, error)
-        return {}
-    return result
-
-
 def measure(case: Case, folder: Path, backend: str, out: Path) -> str:
-    """Profile a case, write `<case>.json` into `out`, and return the table.
-
-    If the case was profiled at this commit, its table is returned at once.
-    """
-    path, machine = out / f"{case.name}.json", describe_machine()
-    result = _read(path)
-    if (result.get("machine"), result.get("backend")) == (machine, backend) and is_clean_commit(
-        machine["commit"]
-    ):
-        _log.info("%s has been profiled at this commit", case.name)
-        return table(Run(**run) for run in result["runs"])
+    """Profile a case, write `<case>.json` into `out`, and return the table."""
     launches = launches_of(profile(case, folder, backend))
     runs = runs_of(launches)
     report = {
         "schema": SCHEMA,
         "benchmark": "timeline",
-        "machine": machine,
+        "machine": describe_machine(),
         "case": asdict(case),
         "backend": backend,
         "runs": [asdict(run) for run in runs],
         "launches": [asdict(launch) for launch in launches],
     }
-    write_json(path, report)
+    write_json(out / f"{case.name}.json", report)
     return table(runs)
 
 

@@ -98,34 +98,47 @@ def test_a_trace_without_graphs_is_refused() -> None:
         timeline.launches_of(trace.json())
 
 
-def test_a_part_that_was_done_at_this_commit_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_is_profiled_each_time_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`make gpu --again` asks for it, and does not ask for what passed otherwise."""
     done: list[str] = []
 
     def profiled(case: Any, folder: Path, backend: str) -> dict[str, Any]:
-        done.append(case.name)
+        done.append(backend)
         return two_loops().json()
 
     machine = {**describe_machine(), "commit": "0123abc"}
     monkeypatch.setattr(timeline, "profile", profiled)
-    monkeypatch.setattr(timeline, "describe_machine", lambda: dict(machine))
-    first = timeline.measure(case_named("sdxl"), tmp_path, "triton", tmp_path / "out")
-    assert timeline.measure(case_named("sdxl"), tmp_path, "triton", tmp_path / "out") == first
-    assert done == ["sdxl"]
-    timeline.measure(case_named("sdxl"), tmp_path, "tensorrt", tmp_path / "out")
-    machine["commit"] = "4567def"
-    timeline.measure(case_named("sdxl"), tmp_path, "tensorrt", tmp_path / "out")
-    for name in ("4567def+", "unknown"):  # changed since the commit, or of none: who knows how
-        machine["commit"] = name
-        for _ in range(2):
-            timeline.measure(case_named("sdxl"), tmp_path, "tensorrt", tmp_path / "out")
-    assert len(done) == 7
-    file = tmp_path / "out" / "sdxl.json"
-    whole = file.read_text("utf-8")
-    file.write_text(whole[: len(whole) // 2], "utf-8")  # torn, as by a full disk
-    timeline.measure(case_named("sdxl"), tmp_path, "tensorrt", tmp_path / "out")
-    report = json.loads(file.read_text("utf-8"))
+    monkeypatch.setattr(timeline, "describe_machine", lambda: machine)
+    first, second = (
+        timeline.measure(case_named("sdxl"), tmp_path, "triton", tmp_path / "out") for _ in range(2)
+    )
+    assert first == second
+    assert done == ["triton"] * 2
+    report = json.loads((tmp_path / "out" / "sdxl.json").read_text("utf-8"))
     assert [run["launches"] for run in report["runs"]] == [24, 6, 1]
     assert report["machine"] == machine
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_what_is_profiled_is_the_benchmark_s_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its third picture, by graphs that the first two recorded."""
+    opened: list[Any] = []
+    seeds: list[int] = []
+
+    def open_side(case: Any, device: torch.device, dtype: torch.dtype, folder: Path, **options: Any) -> Any:
+        opened.append((case.name, device.type, dtype, folder, options))
+        return lambda prompts, given: seeds.extend(given)
+
+    monkeypatch.setattr(timeline, "open_side", open_side)
+    monkeypatch.setattr(timeline, "resolve_models", lambda case, *_: case)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    trace = timeline.profile(case_named("sdxl"), tmp_path, "triton")
+    options = {"backend": "triton", "graphs": True}
+    assert opened == [("sdxl", "cuda", torch.float16, tmp_path, options)]
+    assert seeds == [0, 1, 2]
+    assert trace["traceEvents"]
 
 
 def test_without_a_gpu_it_says_so(
