@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from ..errors import BenchmarkError
 from .full import PartVerdict
@@ -49,10 +48,12 @@ def resumable_verdict(out: Path, what: str) -> PartVerdict:
         out: folder of its results.
         what: "kernels" for `--measure`, "tuning" for `--tune`.
     """
-    result = _read(out / f"{what}-{gpu_slug(describe_machine())}.json")
-    if isinstance(result, PartVerdict):
-        return result
-    return PartVerdict(True, f"{len(result['left'])} left" if result["left"] else "")
+    path = out / f"{what}-{gpu_slug(describe_machine())}.json"
+    try:
+        left = json.loads(path.read_text("utf-8"))["left"]
+    except (OSError, ValueError) as error:
+        return PartVerdict(False, str(error))
+    return PartVerdict(True, f"{len(left)} left" if left else "")
 
 
 def is_unfinished(out: Path, what: str) -> bool:
@@ -62,13 +63,4 @@ def is_unfinished(out: Path, what: str) -> bool:
         out: folder of its results.
         what: "kernels" for `--measure`, "tuning" for `--tune`.
     """
-    result = _read(out / f"{what}-{gpu_slug(describe_machine())}.json")
-    return isinstance(result, PartVerdict) or bool(result["left"])
-
-
-def _read(path: Path) -> dict[str, Any] | PartVerdict:
-    try:
-        result: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        return PartVerdict(False, str(error))
-    return result
+    return resumable_verdict(out, what) != PartVerdict(True, "")
