@@ -288,23 +288,28 @@ def sources_digest() -> str:
     return digest_of_files(sorted(files), KERNELS_FOLDER.parent)[:16]
 
 
-def read_resumable(path: Path, machine: Mapping[str, Any], *more: str) -> dict[str, Any]:
-    """Read an earlier run's file, if its times can be compared with those of this run; otherwise it is empty.
+def read_resumable(path: Path, machine: dict[str, Any], *more: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read an earlier run's file, if its times can be compared with those of this run.
 
     GPU, driver, CUDA, versions and sources have to be the same. A driver that NVML did not report in one of the runs
     is not compared.
 
     Args:
         more: further fields of the machine that have to be the same.
+
+    Returns:
+        The content of the file, empty if it is not to be continued; and `machine`, with the earlier run's driver if
+        NVML reported none in this one.
     """
     if not path.exists():
-        return {}
+        return {}, machine
     earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     before = earlier["machine"]
     drivers = {run["driver"] for run in (before, machine) if run.get("driver") is not None}
     keys = ("gpu", "cuda", "versions", "sources", *more)
-    same = len(drivers) < 2 and all(before.get(key) == machine.get(key) for key in keys)
-    return earlier if same else {}
+    if len(drivers) > 1 or any(before.get(key) != machine.get(key) for key in keys):
+        return {}, machine
+    return earlier, {**machine, "driver": next(iter(drivers), None)}
 
 
 def gpu_slug(machine: Mapping[str, Any]) -> str:

@@ -78,9 +78,7 @@ def tune(timing: Timing, operators: Sequence[OpSpec] | None = None, save: bool =
     arch = arch_of(timing.device)
     machine = run_metadata(timing)
     path = timing.folder / f"tuning-{gpu_slug(machine)}.json"
-    earlier = read_resumable(path, machine)
-    if earlier and machine.get("driver") is None:  # NVML did not report it this time
-        machine["driver"] = earlier["machine"].get("driver")
+    earlier, machine = read_resumable(path, machine)
     times: dict[str, dict[str, Trials]] = earlier.get("times", {})
     finals: dict[str, dict[str, Trials]] = earlier.get("finals", {})
     tables = table_uses(specs() if operators is None else operators, arch)

@@ -103,9 +103,7 @@ def measure(
     started = time.monotonic()
     machine = run_metadata(timing)
     path = timing.folder / f"kernels-{gpu_slug(machine)}.json"
-    earlier = read_resumable(path, machine, "tuned")
-    if earlier and machine.get("driver") is None:  # NVML did not report it this time
-        machine["driver"] = earlier["machine"].get("driver")
+    earlier, machine = read_resumable(path, machine, "tuned")
     # A case that failed is measured again, unless it ended the process.
     rows = [row for row in earlier.get("rows", []) if "us" in row or row.get("error") == HUNG]
     done = {(row["op"], row["case"], row["dtype"]) for row in rows}

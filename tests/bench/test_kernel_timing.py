@@ -134,21 +134,24 @@ def test_times_of_another_machine_are_not_continued(changed: str, tmp_path: Path
     path = tmp_path / "kernels.json"
     machine = {"gpu": "H200", "driver": "580.1", "cuda": "13.0", "versions": {}, "sources": "s", "tuned": "t"}
     path.write_text(json.dumps({"machine": machine}))
-    assert kernel_timing.read_resumable(path, machine, "tuned") == {"machine": machine}
+    assert kernel_timing.read_resumable(path, machine, "tuned") == ({"machine": machine}, machine)
     other = {**machine, changed: "another"}
-    assert kernel_timing.read_resumable(path, other, "tuned") == {}
-    assert bool(kernel_timing.read_resumable(path, other)) is (changed == "tuned")
+    assert kernel_timing.read_resumable(path, other, "tuned") == ({}, other)
+    assert bool(kernel_timing.read_resumable(path, other)[0]) is (changed == "tuned")
 
 
 @pytest.mark.parametrize("without", ["earlier", "now", "both"])
 def test_a_driver_that_could_not_be_read_does_not_drop_earlier_times(without: str, tmp_path: Path) -> None:
-    """NVML may fail once; what is read in both runs has to be equal."""
+    """NVML may fail once; what is read in both runs has to be equal. What either one read is written."""
     path = tmp_path / "kernels.json"
     machine = {"gpu": "H200", "driver": "580.1", "cuda": "13.0", "versions": {}, "sources": "s"}
     unread = {name: value for name, value in machine.items() if name != "driver"}
     path.write_text(json.dumps({"machine": machine if without == "now" else unread}))
-    assert kernel_timing.read_resumable(path, machine if without == "earlier" else unread) != {}
-    assert kernel_timing.read_resumable(path, {**unread, "cuda": "12.8"}) == {}
+    earlier, now = kernel_timing.read_resumable(path, machine if without == "earlier" else unread)
+    assert earlier != {}
+    assert now == {**machine, "driver": None if without == "both" else "580.1"}
+    other = {**unread, "cuda": "12.8"}
+    assert kernel_timing.read_resumable(path, other) == ({}, other)
 
 
 def test_a_wrong_kernel_is_not_timed(here: Timing) -> None:
