@@ -17,7 +17,7 @@ from ..runtime.place import dtype_name
 from .cases import Case
 from .diffusers_side import DiffusersSide, load_pipelines
 
-__all__ = ["open_side"]
+__all__ = ["export_plainly", "open_side"]
 
 _NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
 
@@ -148,20 +148,26 @@ def _export(
     letters = {0: "batch", 1: "channels", 2: "height", 3: "width"}
     dims = {name: torch.export.Dim(name) for name in letters.values()}
     shapes = tuple({axis: dims[letters[axis]] for axis in free} for free in axes)
-    with torch.no_grad():
-        torch.onnx.export(
-            module.eval(),
-            tuple(inputs.values()),
-            partial / file.name,
-            input_names=list(inputs),
-            dynamic_shapes=shapes,
-            dynamo=True,
-            opset_version=20,
-            external_data=True,
-            verbose=False,
-        )
+    export_plainly(partial / file.name, module, inputs, dynamic_shapes=shapes)
     partial.rename(file.parent)
     return file
+
+
+@torch.no_grad()
+def export_plainly(file: Path, module: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> None:
+    """PyTorch's export of a module as it is, with its example inputs by name; `options` as `torch.onnx.export` has
+    them."""
+    torch.onnx.export(
+        module.eval(),
+        tuple(inputs.values()),
+        file,
+        input_names=list(inputs),
+        dynamo=True,
+        opset_version=20,
+        external_data=True,
+        verbose=False,
+        **options,
+    )
 
 
 def _unet_inputs(

@@ -42,6 +42,8 @@ from ..runtime.models.layers import ResnetBlock
 from ..runtime.models.unet_blocks import TransformerBlock
 from ..runtime.models.unet_config import UNetConfig
 from .machine import describe_machine, module_command
+from .onnxruntime_side import export_plainly
+from .side import MEMORY_FORMATS
 from .stats import Interval, ratio
 
 __all__ = [
@@ -268,8 +270,8 @@ def _fastest_eager(pair: Pair) -> tuple[str, Callable[[], Tensor]]:
     """diffusers' module in the faster layout. Only images have more than one layout."""
     measured: dict[str, tuple[float, Callable[[], Tensor]]] = {}
     images = any(x.dim() == 4 for x in pair.inputs.values())
-    for layout in ("contiguous", "channels_last") if images else ("contiguous",):
-        memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    for layout in MEMORY_FORMATS if images else ("contiguous",):
+        memory_format = MEMORY_FORMATS[layout]
         module = copy.deepcopy(pair.diffusers).to(memory_format=memory_format)  # type: ignore[call-overload]
         inputs = [x.to(memory_format=memory_format) if x.dim() == 4 else x for x in pair.inputs.values()]
         call = partial(module, *inputs)
@@ -287,17 +289,7 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 def _onnxruntime_engine(pair: Pair, file: Path) -> Engine:
     """PyTorch's export of diffusers' module, run by the same engine as latentrt's."""
-    torch.onnx.export(
-        pair.diffusers,
-        tuple(pair.inputs.values()),
-        file,
-        input_names=list(pair.inputs),
-        output_names=["out"],
-        dynamo=True,
-        opset_version=20,
-        external_data=True,
-        verbose=False,
-    )
+    export_plainly(file, pair.diffusers, pair.inputs, output_names=["out"])
     return OnnxRuntimeEngine(pair.component(), file, _CPU)
 
 
