@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import tempfile
 import time
@@ -43,6 +42,7 @@ from ..runtime.models.unet_blocks import TransformerBlock
 from ..runtime.models.unet_config import UNetConfig
 from .machine import describe_machine, module_command
 from .onnxruntime_side import export_plainly
+from .results import read_json
 from .side import MEMORY_FORMATS
 from .stats import Interval, ratio
 
@@ -350,16 +350,13 @@ def read_blocks(path: Path) -> dict[str, Any]:
     Raises:
         BenchmarkError: the file is something else, or of another schema.
     """
-    try:
-        content: Any = json.loads(path.read_text("utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise BenchmarkError(f"{path} is not JSON: {error}") from error
+    content: dict[str, Any] = read_json(path)
     kind = [content.get(key) for key in ("benchmark", "schema")] if isinstance(content, dict) else None
     if kind != [BENCHMARK, SCHEMA]:
         raise BenchmarkError(
             f"{path} holds no blocks of SDXL in schema {SCHEMA}; write it with python -m latentrt.bench.proportions"
         )
-    return dict(content)
+    return content
 
 
 def _interval_text(r: Interval) -> str:

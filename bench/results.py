@@ -15,7 +15,17 @@ from .gates import Quality
 from .profile import Profile
 from .stats import Interval, median
 
-__all__ = ["SCHEMA", "BatchFigures", "CaseResult", "Memory", "Report", "Row", "read_report", "write_report"]
+__all__ = [
+    "SCHEMA",
+    "BatchFigures",
+    "CaseResult",
+    "Memory",
+    "Report",
+    "Row",
+    "read_json",
+    "read_report",
+    "write_report",
+]
 
 SCHEMA = 3
 _READABLE_SCHEMAS = (2, 3)
@@ -186,16 +196,25 @@ def write_report(path: Path, report: Report) -> None:
     write_json(path, {"schema": SCHEMA, "benchmark": BENCHMARK, **_finite(asdict(report))})
 
 
+def read_json(path: Path) -> Any:
+    """What a file of results holds.
+
+    Raises:
+        BenchmarkError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise BenchmarkError(f"{path} is not JSON: {error}") from error
+
+
 def read_report(path: Path) -> Report:
     """Read what `write_report` wrote.
 
     Raises:
         BenchmarkError: the file is something else, of another schema, or damaged.
     """
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise BenchmarkError(f"{path} is not JSON: {error}") from error
+    content = read_json(path)
     if not isinstance(content, dict) or content.get("benchmark") != BENCHMARK:
         raise BenchmarkError(f"{path} holds no results of `latentrt bench`; give a file that it wrote")
     if content.get("schema") not in _READABLE_SCHEMAS:
