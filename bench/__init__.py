@@ -13,6 +13,7 @@ Quality of pictures:
 Output:
     results                               the results, as JSON
     tables, plots, report                 the same for people, as text, Markdown and HTML
+    markup                                any table of text, as Markdown and HTML
     live, compare, readme                 progress, changes between two runs, README's figures
 Kernels:
     kernels, kernel_timing                times compared with PyTorch's own; how they are taken

@@ -41,6 +41,7 @@ from ..runtime.models.layers import ResnetBlock
 from ..runtime.models.unet_blocks import TransformerBlock
 from ..runtime.models.unet_config import UNetConfig
 from .machine import describe_machine, module_command
+from .markup import as_markdown
 from .onnxruntime_side import export_plainly
 from .results import read_json
 from .side import MEMORY_FORMATS
@@ -320,9 +321,6 @@ def estimate(measured: Sequence[BlockTimes]) -> dict[str, Any]:
 
 def table(measured: Sequence[Mapping[str, Any]], whole: Mapping[str, Any]) -> list[str]:
     """Lines of Markdown: a table of blocks, in the form of `BlockTimes`, and a sentence on the estimate."""
-    # Imported here, because it imports the networks of quality metrics.
-    from .tables import as_markdown
-
     other_sides = [side for side in _SIDES if side != "eager"]
     head = ["block", "GFLOP", "eager's layout", *(f"{name}, GFLOP/s" for name in _SIDES.values())]
     head += [f"{_SIDES[side]} against eager" for side in other_sides]

@@ -21,6 +21,7 @@ from ..kernels.atomic_file import write_atomic
 from . import tables
 from .cases import SIDES
 from .machine import RESULTS, ROOT
+from .markup import as_markdown, drop_empty_columns
 from .proportions import read_blocks
 from .proportions import table as blocks_table
 from .report import PROFILE
@@ -62,7 +63,7 @@ def _demo(report: Report) -> Iterator[str]:
         )
     yield from _measured(report, case, "")
     if profile := tables.profile(case, (case.rows[0].side, _OURS)):
-        yield from [*_wrapped(f"Where that comes from. {PROFILE}"), "", *tables.as_markdown(profile), ""]
+        yield from [*_wrapped(f"Where that comes from. {PROFILE}"), "", *as_markdown(profile), ""]
 
 
 def _blocks(path: Path) -> Iterator[str]:
@@ -108,7 +109,7 @@ def _measured(report: Report, case: CaseResult, source: str) -> Iterator[str]:
     )
     head = ["side", "what it is", "seconds", f"against {case.rows[0].side}", "PSNR", "CLIP score", "FID"]
     table = [[*head, "peak MiB", "built in", "first image"], *(_row(case, row) for row in case.rows)]
-    yield from [*_wrapped(text), "", *tables.as_markdown(tables.drop_empty_columns(table, 5)), ""]
+    yield from [*_wrapped(text), "", *as_markdown(drop_empty_columns(table, 5)), ""]
 
 
 def _row(case: CaseResult, row: Row) -> list[str]:

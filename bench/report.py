@@ -14,6 +14,7 @@ import PIL.Image
 
 from . import tables
 from .compare import SECONDS_TOLERANCE, differences
+from .markup import as_html, as_markdown
 from .plots import Line, bars, lines
 from .results import CaseResult, Report
 from .side import Images, as_bytes
@@ -63,7 +64,7 @@ def markdown(report: Report, others: Sequence[Report] = ()) -> str:
         if case.skipped:
             out.append(f"Skipped: {case.skipped}")
             continue
-        out += [tables.settings(case), "", *tables.as_markdown(tables.latency(case)), ""]
+        out += [tables.settings(case), "", *as_markdown(tables.latency(case)), ""]
         if reasons := list(_failures(case)):
             out += [*(f"- **{side}** {reason}" for side, reason in reasons), ""]
         for words, table in (
@@ -73,9 +74,9 @@ def markdown(report: Report, others: Sequence[Report] = ()) -> str:
             (PROFILE, tables.profile(case)),
         ):
             if table:
-                out += [*([words, ""] if words else []), *tables.as_markdown(table), ""]
+                out += [*([words, ""] if words else []), *as_markdown(table), ""]
         for words, theirs in _other_results(report, case, others):
-            out += [f"{words}:", "", *tables.as_markdown(tables.latency(theirs)), ""]
+            out += [f"{words}:", "", *as_markdown(tables.latency(theirs)), ""]
         out.pop()
     return "\n".join(out) + "\n"
 
@@ -105,23 +106,21 @@ def _case(
 ) -> Iterator[str]:
     if fastest := _fastest(case):
         yield f'<p class="best">{escape(fastest)}</p>'
-    yield tables.as_html(tables.latency(case))
+    yield as_html(tables.latency(case))
     for side, reason in _failures(case):
         yield f'<p class="warn">{escape(f"{side} {reason}")}</p>'
     yield f'<p class="soft">{escape(tables.settings(case))}</p>'
-    yield "<h3>Images a second, beside the worst timed picture's PSNR</h3>" + tables.as_html(
-        tables.batches(case)
-    )
+    yield "<h3>Images a second, beside the worst timed picture's PSNR</h3>" + as_html(tables.batches(case))
     yield from _time_plots(case)
     if table := tables.profile(case):
-        yield f"<h3>Where the time of a picture goes</h3>{_profile_plot(case)}{tables.as_html(table)}"
+        yield f"<h3>Where the time of a picture goes</h3>{_profile_plot(case)}{as_html(table)}"
         yield f'<p class="soft">{escape(PROFILE)}</p>'
     if table := tables.memory(case):
-        yield f"<h3>Memory</h3>{tables.as_html(table)}" + f'<p class="soft">{escape(_GROWTH_NOTE)}</p>'
+        yield f"<h3>Memory</h3>{as_html(table)}" + f'<p class="soft">{escape(_GROWTH_NOTE)}</p>'
         yield _memory_plot(case)
-    yield "<h3>How each side was set up</h3>" + tables.as_html(tables.conditions(case))
+    yield "<h3>How each side was set up</h3>" + as_html(tables.conditions(case))
     for words, theirs in _other_results(report, case, others):
-        yield f"<h3>{escape(words)}</h3>{tables.as_html(tables.latency(theirs))}"
+        yield f"<h3>{escape(words)}</h3>{as_html(tables.latency(theirs))}"
     yield from _picture_grid(pictures)
 
 

@@ -22,10 +22,10 @@ from ..kernels.atomic_file import write_atomic, write_json
 from .demo_model.checker import judge
 from .demo_model.scenes import Scene
 from .features import ClipNetwork
+from .markup import as_markdown
 from .plots import lines
 from .report import STYLE
 from .side import Images, as_bytes
-from .tables import as_markdown
 
 __all__ = ["Generate", "Point", "page", "sweep", "table", "write_sweep"]
 

@@ -31,6 +31,7 @@ from ..kernels.atomic_file import write_json
 from .cases import CASES, DTYPES, Case, case_named
 from .latentrt_side import open_side
 from .machine import describe_machine
+from .markup import as_markdown
 from .models import resolve_models
 
 __all__ = ["Launch", "Run", "launches_of", "profile", "runs_of", "table"]
@@ -157,7 +158,7 @@ def runs_of(launches: Sequence[Launch]) -> list[Run]:
 
 def table(runs: Iterable[Run]) -> str:
     """The runs as a Markdown table."""
-    head = (
+    head = [
         "launches",
         "kernels",
         "step ms",
@@ -166,19 +167,19 @@ def table(runs: Iterable[Run]) -> str:
         "longest us",
         "gap after us",
         "host us",
-    )
-    rows = [head, tuple("---:" for _ in head)]
+    ]
+    rows = [head]
     for run in runs:
         times = (run.idle_within, run.gap, run.gap_most, run.gap_after, run.host)
         rows.append(
-            (
+            [
                 str(run.launches),
                 str(run.kernels),
                 f"{run.step / 1000:.3f}",
-                *("" if time is None else f"{time:.1f}" for time in times),
-            )
+                *("-" if time is None else f"{time:.1f}" for time in times),
+            ]
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join(as_markdown(rows))
 
 
 def _union_length(spans: Iterable[tuple[float, float]]) -> float:

@@ -80,7 +80,7 @@ def test_the_table_and_the_json_say_the_same() -> None:
     lines = timeline.table(runs).splitlines()
     assert len(lines) == 2 + 3
     assert lines[2] == "| 24 | 20 | 1.000 | 36.0 | 7.0 | 50.0 | 21.0 | 15.0 |"
-    assert lines[4] == "| 1 | 6 | 1.000 | 8.0 |  |  |  |  |"
+    assert lines[4] == "| 1 | 6 | 1.000 | 8.0 | - | - | - | - |"
 
 
 def test_steps_that_overlap_leave_no_gap() -> None:
