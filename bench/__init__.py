@@ -25,7 +25,8 @@ Long runs:
     pytest_resume, verdicts, shutdown     resuming tests, checking what a part wrote, ending processes
 Whole models:
     full_size, full_size_engines          SDXL at full size: a forward on the CPU, exports and engines
-    proportions, sweep                    SDXL's blocks on a CPU; the demo's time against quality, by steps
+    proportions, sdxl_blocks              SDXL's blocks timed on a CPU, and in both definitions
+    sweep                                 the demo's time against quality, by steps
     random_checkpoint, demo_model         random weights at any size; the demo's training and evaluation
     null_cuda                             a CUDA device that computes nothing: memory at full size without a GPU
 Serving:
