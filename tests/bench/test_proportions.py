@@ -10,17 +10,8 @@ from typing import Any
 import pytest
 import torch
 from latentrt.bench import proportions
-from latentrt.bench.proportions import (
-    BLOCKS,
-    FORWARD_TFLOP,
-    Block,
-    BlockTimes,
-    estimate,
-    measure,
-    residual,
-    table,
-    transformer,
-)
+from latentrt.bench.proportions import FORWARD_TFLOP, BlockTimes, estimate, measure, table
+from latentrt.bench.sdxl_blocks import BLOCKS, Block, residual, transformer
 from latentrt.errors import BenchmarkError
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode

@@ -8,6 +8,7 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import httpx2 as httpx
+from latentrt.errors import QueueFullError
 from latentrt.runtime.serve.hosted import Deployed, Forwarded, Head, HostedModel
 from latentrt.runtime.serve.ingress import Ingress
 from latentrt.runtime.serve.retries import ReplicaLostError
@@ -17,6 +18,8 @@ from starlette.types import Receive, Scope, Send
 from helpers.fake_runner import in_loop
 
 IMAGES = "/v1/images/generations"
+LOST = ReplicaLostError("the replica was lost")
+FULL = QueueFullError("all replicas are busy; try again in 2 s", 2.0)
 DEPLOYED = Deployed.of(
     {
         "models": [
@@ -55,11 +58,11 @@ class Replicas:
         async with aclosing(self.hosted[model].answer(request)) as parts:
             async for part in parts:
                 if left == 0:
-                    raise ReplicaLostError("the replica was lost")
+                    raise LOST
                 yield part
                 left = None if left is None else left - 1
             if left is not None:
-                raise ReplicaLostError("the replica was lost")
+                raise LOST
 
     def bodies(self) -> list[dict[str, Any]]:
         return [json.loads(request.body) for _, request in self.sent]
