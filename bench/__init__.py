@@ -8,7 +8,7 @@
     side                                  the interface of a side: latentrt_side, diffusers_side, onnxruntime_side
     monitor, nvml, machine, stats         memory and energy, what a run was measured on, intervals of medians
 Quality of pictures:
-    gates                                 whether a side's pictures are good enough for its speed to be reported
+    judging > gates                       whether a side's pictures are good enough for its speed to be reported
     quality, features, inception, lpips   the metrics, and the networks that they need
 Output:
     results                               the results, as JSON

@@ -28,14 +28,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import BenchmarkError
 from .cases import Case, SideSpec, eager_sides, pictures_only
 from .features import MetricNetworks
-from .gates import Gate, Quality, likeness, measure_quality
+from .gates import Gate
 from .grouping import Grouping
 from .host import Host, job_for
+from .judging import Judge
 from .results import CaseResult
-from .side import Images, Pictures, as_bytes, as_float
+from .side import Images
 from .side_run import SideRun
 from .worker import Job, Run, Trace
 
@@ -43,10 +43,6 @@ __all__ = ["CaseRun", "Plan"]
 
 _log = logging.getLogger(__name__)
 
-_MAX_FLOAT_PICTURES = 256
-"""More pictures of a side than this are stored and compared as bytes, in a quarter of the memory."""
-_REPORT_PICTURES = 16
-"""With more than `_MAX_FLOAT_PICTURES`, only so many of a side are stored for the report."""
 _WARM_UP_PICTURE = 1_000_000
 """Number of a picture that nothing else generates."""
 
@@ -117,19 +113,17 @@ class CaseRun:
         self._plan = plan
         self._steps = steps
         self._open_host = open_host
-        self._networks = networks or MetricNetworks()
         self._picture_count = max(plan.pictures, *case.batches)
         self._on_progress = on_progress
         self._on_result = on_result
         self._keep_builds = keep_builds
         self._seconds: float | None = None
-        self._reference: SideRun | None = None
         unavailable = unavailable or {}
         available = [spec for spec in specs if spec.name not in unavailable]
         self._eager_sides = eager_sides(available)
         self._pictures_only = pictures_only(case, available)
-        # dtype -> the quality that eager PyTorch reaches in it.
-        self._eager_quality: dict[str, Quality] = {}
+        prompts, _ = plan.inputs(0, self._picture_count)
+        self._judge = Judge(plan.gate, networks or MetricNetworks(), prompts, self._eager_sides)
         grouping = grouping or Grouping.together(case, available)
         self._sides = [
             SideRun(spec, job_for(case, spec, device, folder), grouping.batches.get(spec.name, ()))
@@ -166,9 +160,7 @@ class CaseRun:
     @property
     def pictures(self) -> dict[str, Images]:
         """Side -> its pictures for the report; sides without any are missing."""
-        generated = {side.name: side.images for side in self._sides if side.images is not None}
-        count = self._picture_count if self._picture_count <= _MAX_FLOAT_PICTURES else _REPORT_PICTURES
-        return {name: as_float(images[:count]).astype(np.float32) for name, images in generated.items()}
+        return {side.name: self._judge.shown(side.images) for side in self._sides if side.images is not None}
 
     def result(self) -> CaseResult:
         """What is known by now. A side that failed has no speed, except at batch sizes that were complete."""
@@ -177,7 +169,7 @@ class CaseRun:
             asdict(self._case),
             self._steps,
             self._plan.gate.name,
-            self._reference.name if self._reference else None,
+            self._judge.reference.name if self._judge.reference else None,
             [side.row(self._steps, rounds, self._baseline_seconds(side)) for side in self._sides],
             seconds=self._seconds,
             builders=self._plan.builders,
@@ -215,9 +207,9 @@ class CaseRun:
         eager = [side for side in group if side.name in self._eager_sides]
         for side in eager:
             self._attempt(side, self._open)
-        self._choose_reference(eager)
+        self._judge.choose_reference(eager)
         for side in eager:
-            self._attempt(side, self._measure_quality)
+            self._attempt(side, self._judge_pictures)
             if side.spec is self._pictures_only:
                 side.stop("reference", "only its pictures are taken")
         self._on_result()
@@ -225,8 +217,8 @@ class CaseRun:
         for side in group:
             if side not in eager:
                 self._attempt(side, self._open)
-                self._choose_reference([side])
-                self._attempt(side, self._measure_quality)
+                self._judge.choose_reference([side])
+                self._attempt(side, self._judge_pictures)
                 self._on_result()
         for batch in batches:
             sides = [side for side in group if side.status == "measured" and batch in side.batches]
@@ -284,12 +276,12 @@ class CaseRun:
         if timed:
             self._on_progress(side.name, "its best setting")
             side.settings, side.layout = self._host(side).tune()
-        compact = self._compact(first)
+        compact = self._judge.compact(first)
         images = np.empty((self._picture_count, *compact.shape[1:]), compact.dtype)
         images[:1] = compact
         for k in range(1, self._picture_count):
             self._on_progress(side.name, f"picture {k + 1} of {self._picture_count}")
-            images[k : k + 1] = self._compact(self._host(side).run(*self._plan.inputs(k, 1)).images)
+            images[k : k + 1] = self._judge.compact(self._host(side).run(*self._plan.inputs(k, 1)).images)
         # Set only when complete, so that a side which fails midway has no pictures.
         side.images = images
 
@@ -301,53 +293,12 @@ class CaseRun:
         first = side.host.run(*self._plan.inputs(0, 1)).images
         return time.perf_counter() - started, first
 
-    def _compact(self, images: Images) -> Pictures:
-        """Images in the form in which they are stored: as bytes if there are many.
+    def _judge_pictures(self, side: SideRun) -> None:
+        if side.images is not None and side.quality is None:
+            self._on_progress(side.name, "quality")
+            self._stop_invalid(side, self._judge.failures(side, side.images), "")
 
-        Raises:
-            BenchmarkError: pictures that are to be bytes are not finite, which bytes would hide.
-        """
-        if self._picture_count <= _MAX_FLOAT_PICTURES:
-            return images
-        if not np.isfinite(images).all():
-            raise BenchmarkError("a picture is not finite")
-        return np.stack(as_bytes(images))
-
-    def _choose_reference(self, sides: Sequence[SideRun]) -> None:
-        """Take the reference from `sides`, if there is none yet and one of them has finite pictures.
-
-        Eager PyTorch in float32 is preferred, then other eager PyTorch, then the first side that ran. Also notes the
-        quality that eager sides reach.
-        """
-        # A side that was checked in an earlier group may have few of its pictures left.
-        unchecked = [side for side in sides if side.status == "measured" and side.quality is None]
-        finite = [side for side in unchecked if side.images is not None and np.isfinite(side.images).all()]
-        exact = [side for side in finite if side.job.dtype == "float32"]
-        self._reference = self._reference or next(iter([*exact, *finite]), None)
-        for side in finite:
-            if side.name in self._eager_sides and side.images is not None:
-                found = likeness(side.images, self._reference_images())
-                self._eager_quality[side.job.dtype] = Quality(len(side.images), *found)
-
-    def _measure_quality(self, side: SideRun) -> None:
-        if side.images is None or side.quality is not None:
-            return
-        self._on_progress(side.name, "quality")
-        prompts, _ = self._plan.inputs(0, self._picture_count)
-        # Without a reference this side's pictures are not finite, and fail even beside themselves.
-        reference = side.images if self._reference is None else self._reference_images()
-        side.quality = measure_quality(side.images, reference, prompts, self._networks)
-        if self._picture_count > _MAX_FLOAT_PICTURES and side is not self._reference:
-            side.images = side.images[:_REPORT_PICTURES].copy()
-        self._apply_gate(side, side.quality, "")
-
-    def _reference_images(self) -> Pictures:
-        if self._reference is None or self._reference.images is None:
-            raise AssertionError("there is a reference as soon as a side has finite pictures")
-        return self._reference.images
-
-    def _apply_gate(self, side: SideRun, quality: Quality, where: str) -> None:
-        failures = self._plan.gate.judge(quality, side.job.dtype, self._eager_quality.get(side.job.dtype))
+    def _stop_invalid(self, side: SideRun, failures: Sequence[str], where: str) -> None:
         if failures:
             side.stop("invalid", where + ", ".join(failures))
             self._on_progress(side.name, f"invalid: {side.reason}")
@@ -395,12 +346,8 @@ class CaseRun:
                     side.baseline_seconds.setdefault(batch, []).append(run.seconds)
 
     def _check_run(self, side: SideRun, run: Run, batch: int, first: int) -> None:
-        """Compare timed pictures with the reference's too: a side may be right alone and wrong in a batch."""
-        found = likeness(self._compact(run.images), self._reference_images()[first : first + batch])
-        worst = side.worst_likeness.get(batch, found)
-        side.worst_likeness[batch] = (min(found[0], worst[0]), min(found[1], worst[1]))
-        if self._plan.gate.of_each_picture:
-            self._apply_gate(side, Quality(batch, *found), f"batch {batch}: ")
+        failures = self._judge.failures_while_timed(side, run.images, batch, first)
+        self._stop_invalid(side, failures, f"batch {batch}: ")
         if side.status == "measured":
             side.runs.setdefault(batch, []).append(replace(run, images=run.images[:0]))
 

@@ -98,7 +98,7 @@ def test_wrong_pictures_withhold_the_speed(measure: Callable[..., CaseResult]) -
 def test_pictures_that_are_not_finite_are_no_reference(
     many: int, measure: Callable[..., CaseResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("latentrt.bench.run._MAX_FLOAT_PICTURES", many)  # of which bytes are kept
+    monkeypatch.setattr("latentrt.bench.judging._MAX_FLOAT_PICTURES", many)  # of which bytes are kept
     result = measure(planted("nan", nan=True), planted("sound"), planted("wrong", wrong_from=0), rounds=1)
     assert result.reference == "sound"
     status, reason = ("failed", "a picture is not") if many == 1 else ("invalid", "PSNR -inf dB")
@@ -121,7 +121,7 @@ def test_pictures_that_go_wrong_while_timed_withhold_the_speed_too(
 def test_bytes_do_not_hide_that_the_last_timed_picture_is_not_finite(
     measure: Callable[..., CaseResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("latentrt.bench.run._MAX_FLOAT_PICTURES", 1)
+    monkeypatch.setattr("latentrt.bench.judging._MAX_FLOAT_PICTURES", 1)
 
     class Late(Worker):
         calls = 0
@@ -157,8 +157,8 @@ def test_a_batch_in_another_order_is_wrong(measure: Callable[..., CaseResult]) -
 def test_many_pictures_are_kept_as_bytes(
     measure: Callable[..., CaseResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("latentrt.bench.run._MAX_FLOAT_PICTURES", 2)
-    monkeypatch.setattr("latentrt.bench.run._REPORT_PICTURES", 1)
+    monkeypatch.setattr("latentrt.bench.judging._MAX_FLOAT_PICTURES", 2)
+    monkeypatch.setattr("latentrt.bench.judging._REPORT_PICTURES", 1)
     runs: list[CaseRun] = []
     begin = CaseRun.measure
     monkeypatch.setattr(CaseRun, "measure", lambda self: (runs.append(self), begin(self)))

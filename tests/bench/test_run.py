@@ -350,7 +350,7 @@ def test_the_gpu_does_not_wait_between_the_calls_of_a_round(
         clock.sleep(100)
         return likeness(*pictures)
 
-    monkeypatch.setattr("latentrt.bench.run.likeness", slow_likeness)
+    monkeypatch.setattr("latentrt.bench.judging.likeness", slow_likeness)
     result = measure(planted("a"), planted("b"), planted("c"), open_host=Noting, rounds=3, pictures=1)
     timed = calls[-9:]
     waits = [later[0] - earlier[1] for earlier, later in pairwise(timed)]
