@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.planted_sides import planted
+from helpers.tf32 import allowing_tf32
 from latentrt.bench import onnxruntime_side
 from latentrt.bench.cases import Case, sides_named
 from latentrt.bench.gates import GATES, likeness
@@ -182,19 +183,7 @@ def test_the_negative_prompt_reaches_every_side(case: Case, tmp_path: Path) -> N
     assert likeness(made["diffusers", "a blurry dog"], made["diffusers", None])[0] < 100
 
 
-@pytest.fixture
-def tf32() -> Iterator[None]:
-    """Allowed, as far as PyTorch allows it by itself or a user may have."""
-    places = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [place.allow_tf32 for place in places]
-    for place in places:
-        place.allow_tf32 = True
-    yield
-    for place, value in zip(places, before, strict=True):
-        place.allow_tf32 = value
-
-
-@pytest.mark.usefixtures("tf32")
+@allowing_tf32()
 def test_float32_is_no_tf32_in_a_sides_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("planted", "", "none", steps=1)
     half, exact = (

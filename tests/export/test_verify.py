@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import tiny_components as tiny
 from helpers.fake_tensorrt import install
+from helpers.tf32 import allowing_tf32
 from latentrt.errors import BackendUnavailableError, RequestError
 from latentrt.export import verify as verify_module
 from latentrt.export.verify import LIMITS, Verdict, verify_component, verify_model
@@ -140,24 +141,12 @@ def test_a_fault_fails(fault: Callable[[Tensor], Tensor], failures: list[str]) -
     assert str(verdict).startswith("FAILED  vae_decoder")
 
 
-@pytest.fixture
-def tf32() -> Iterator[None]:
-    """Allowed in convolutions, as is PyTorch's default, and in matmuls."""
-    places = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [place.allow_tf32 for place in places]
-    for place in places:
-        place.allow_tf32 = True
-    yield
-    for place, value in zip(places, before, strict=True):
-        place.allow_tf32 = value
-
-
 def tf32_allowed() -> tuple[bool, bool]:
     """In convolutions, in matmuls."""
     return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
 
-@pytest.mark.usefixtures("tf32")
+@allowing_tf32()
 @pytest.mark.parametrize(
     ("component", "judged_as", "allowed"),
     [
@@ -195,7 +184,7 @@ def test_a_network_that_may_use_tf32_is_judged_as_float16_where_there_is_tf32() 
     ]
 
 
-@pytest.mark.usefixtures("tf32")
+@allowing_tf32()
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, False), (torch.float16, True)])
 def test_only_pictures_in_float32_are_made_without_tf32(dtype: torch.dtype, allowed: bool) -> None:
     seen: list[tuple[Any, ...]] = []
@@ -243,7 +232,7 @@ def test_the_command_prints_each_part(verify: Run) -> None:
     )
 
 
-@pytest.mark.usefixtures("tf32")
+@allowing_tf32()
 def test_a_faulty_back_end_ends_the_command_with_1(verify: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fault(x: Tensor) -> Tensor:
         rows.add(len(x))

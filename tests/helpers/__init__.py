@@ -6,6 +6,7 @@ parity, parity_cases, sampler_oracle  what diffusers computes, and which calls a
 kernel_checks, engine_checks          an operator against float64; an engine that is replayed
 loops, threads                        run a loop; work in several threads
 stream_order, vector_clocks           whether streams are ordered; what each stream and thread comes after
+tf32                                  a test for which PyTorch may use TF32
 faults                                errors of the operating system to plant
 waiting                               until a condition holds, a file is written, a process has ended
 fake_*                                stand in for a clock, a device, its stream and captures, NVML, a runner, a
