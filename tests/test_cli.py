@@ -168,6 +168,12 @@ def test_refusals_are_one_line(
         (("generate", "x", "--steps", "1e3"), "invalid int value: '1e3'"),
         (("generate", "x", "--dtype", "int8"), "invalid choice: 'int8'"),
         (("export", "demo", "-o", ""), "argument -o/--output: it is empty; name a folder, or write . for"),
+        (("build", "demo"), "--engine"),
+        (("build", "demo", "--engine", "onnx"), "invalid choice: 'onnx'"),
+        (
+            ("build", "demo", "--engine", "tensorrt", "--arch", "ada"),
+            "'ada' is not an architecture; write sm_90",
+        ),
     ],
 )
 def test_unusable_arguments(arguments: tuple[str, ...], message: str, run_cli: Run) -> None:

@@ -221,23 +221,6 @@ def test_tensorrt_builds_for_no_gpu_but_its_own(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("build", "demo"), "--engine"),
-        (("build", "demo", "--engine", "onnx"), "invalid choice: 'onnx'"),
-        (
-            ("build", "demo", "--engine", "tensorrt", "--arch", "ada"),
-            "'ada' is not an architecture; write sm_90",
-        ),
-    ],
-)
-def test_unusable_arguments(arguments: tuple[str, ...], message: str, run_cli: Run) -> None:
-    code, out, err = run_cli(*arguments)
-    assert (code, out) == (2, "")
-    assert message in err
-
-
-@pytest.mark.parametrize(
     ("error", "message"),
     [
         (BuildError("unet: rejects node 'x'; do that"), "latentrt: unet: rejects node 'x'; do that\n"),
