@@ -7,6 +7,7 @@ the command line, `_LAZY` names) is not seen.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import textwrap
@@ -151,3 +152,11 @@ def test_every_package_is_declared() -> None:
         for p in (ROOT / folder).rglob("__init__.py")
     }
     assert set(declared) == found | {"latentrt"}
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_every_test_that_is_named_exists(document: str) -> None:
+    """Also by a pattern: `test_cache*.py`, `test_<name>_triton.py`."""
+    text = (ROOT / document).read_text("utf-8")
+    for name in set(re.findall(r"\btest_[a-z0-9_<>*]+\.py", text)):
+        assert any((ROOT / "tests").rglob(re.sub("<[a-z]+>", "*", name))), name
