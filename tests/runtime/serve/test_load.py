@@ -147,6 +147,7 @@ def memory(*resident: float) -> Memory:
             ["memory grew by less than 100 MiB"],
         ),
         (lambda o: None, {"memory": memory(300.0, *[400.0] * 9)}, []),  # while it warms up
+        (lambda o: None, {"memory": memory(360.0, 370.0, 380.0, 390.0, *[400.0] * 6)}, []),
         (
             lambda o: None,
             {"memory": memory(*[400.0] * 5, 400.0, 400.2, 400.4, 400.6, 400.8)},
