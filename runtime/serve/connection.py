@@ -12,14 +12,16 @@ import asyncio
 import json
 import logging
 import math
+import secrets
 from typing import cast
 
 import h11
+from starlette.datastructures import Headers
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .answers import error_body
 from .metrics import Metrics
-from .middleware import REFUSED, tell
+from .middleware import REFUSED, request_id_of, tell
 from .schema import Limits
 
 __all__ = ["Connection", "bounded"]
@@ -49,7 +51,7 @@ class Connection(H11Protocol):
             self._say_full()
             transport.abort()
             return
-        if hasattr(transport, "max_size"):  # of asyncio's own; uvloop's cannot be told
+        if hasattr(transport, "max_size"):  # of asyncio's for selectors, not of Windows' for completions
             transport.max_size = _AT_ONCE
         transport.set_write_buffer_limits(high=0)  # any byte that waits is known of, and so has its deadline
         self._watch_arrival()
@@ -145,15 +147,20 @@ class Connection(H11Protocol):
             return
         self.metrics.error(f"http_{status}")
         if self.cycle is None or self.cycle.response_complete:
-            self._tell_refused(status)
+            request_id = secrets.token_hex(8)
+            self._tell_refused(status, request_id)
         else:
             self.cycle.disconnected = True  # for the application there is nothing left to answer
-            self.scope["state"][REFUSED] = status
+            state = self.scope["state"]
+            state[REFUSED] = status
+            # The application may not have begun, and takes this one then.
+            request_id = state.setdefault("request_id", request_id_of(Headers(raw=self.headers)))
         body = json.dumps(error_body(status, message)).encode()
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
             (b"connection", b"close"),
+            (b"x-request-id", request_id.encode()),
         ]
         events: list[h11.Event] = [
             h11.Response(status_code=status, headers=headers),
@@ -163,12 +170,13 @@ class Connection(H11Protocol):
         self.transport.write(b"".join(cast(bytes, self.conn.send(event)) for event in events))
         self.transport.close()
 
-    def _tell_refused(self, status: int) -> None:
+    def _tell_refused(self, status: int, request_id: str) -> None:
         """Of what did not get as far as the application: nothing is known of it."""
         now = self.loop.time()
         begun = now if self._arriving is None else self._arriving.when() - self.limits.read
         tell(
             self.metrics,
+            request_id=request_id,
             method="",
             path="",
             route="other",

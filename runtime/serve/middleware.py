@@ -62,9 +62,9 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        request_id = request_id_of(headers)
         state: dict[str, Any] = scope.setdefault("state", {})
-        state.update(request_id=request_id, log={})
+        request_id = state.setdefault("request_id", request_id_of(headers))
+        state["log"] = {}
         begun = time.perf_counter()
         status: int | None = None
 
@@ -81,8 +81,8 @@ class RequestMiddleware:
             body, refusal = await self._body(scope, receive, self._stranger(headers, scope["path"]))
             if refusal is None:
                 # RFC 9110, section 9.3.2; the server leaves the body out.
-                method = "GET" if scope["method"] == "HEAD" else scope["method"]
-                await self._app({**scope, "method": method}, _replayed(body, receive), answer)
+                inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+                await self._app(inner, _replayed(body, receive), answer)
             else:
                 if refusal.status_code != _LEFT:
                     state["log"]["error"] = f"http_{refusal.status_code}"

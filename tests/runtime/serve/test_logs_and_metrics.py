@@ -86,12 +86,14 @@ def test_refusals_are_counted_and_logged_as_they_were_answered(
         caplog.at_level(logging.INFO, "latentrt.access"),
         served(FakeRunner, limits=limits, hosts=("x", "127.0.0.1"), api_keys=keys) as server,
     ):
-        assert server.raw(sent, half_close=False).startswith(b"HTTP/1.1 %d " % status)
+        answer = server.raw(sent, half_close=False)
+        assert answer.startswith(b"HTTP/1.1 %d " % status)
         line = until(lambda: next((one for one in _access(caplog) if one["status"] == status), None))
         labels = {"method": line["method"] or "other", "path": path, "status": str(status)}
         assert server.metric("latentrt_requests_total", **labels) == 1
         assert server.metric("latentrt_errors_total", kind=f"http_{status}") == 1
     assert line["error"] == f"http_{status}"
+    assert b"\r\nx-request-id: %s\r\n" % line["request_id"].encode() in answer
     assert line["seconds"] >= (0.3 if status == 408 else 0.0)
 
 
