@@ -14,7 +14,7 @@ would reach 67 % of the copy bandwidth on a large tensor.
 
 Time on a GPU is short. So everything that Triton compiles is compiled first, with one process for each core; cases that
 take the largest part of a forward come first; every row is saved at once; after the time limit nothing new is started;
-and another run resumes where the last one stopped, after a kernel that hung.
+and another run resumes where the last one stopped, after a kernel that hung or lost the GPU.
 """
 
 from __future__ import annotations
@@ -98,14 +98,15 @@ def measure(
         dtypes: to run, in this order.
 
     Returns:
-        What was written; "left" lists the cases that there was no time for.
+        What was written; "left" lists the cases that there was no time for. A row with "lost" ended the run, since the
+        GPU was lost with it.
     """
     started = time.monotonic()
     machine = run_metadata(timing)
     path = timing.folder / f"kernels-{gpu_slug(machine)}.json"
     earlier, machine = read_resumable(path, machine, "tuned")
-    # A case that failed is measured again, unless it ended the process.
-    rows = [row for row in earlier.get("rows", []) if "us" in row or row.get("error") == HUNG]
+    # A case that failed is measured again, unless it ended the run.
+    rows = [row for row in earlier.get("rows", []) if "us" in row or "lost" in row or row["error"] == HUNG]
     done = {(row["op"], row["case"], row["dtype"]) for row in rows}
     operators = specs() if operators is None else operators
     todo = [
@@ -141,9 +142,11 @@ def measure(
             left.insert(0, [spec.name, case.name, dtype_name(dtype)])
             write_json(path, {**result, "rows": rows[:-1]})
             raise
+        if lost := "error" in rows[-1] and not gpu_is_alive(timing.device):
+            rows[-1]["lost"] = True
         _log.info("%s", rows[-1])
         write_json(path, result)
-        if "error" in rows[-1] and not gpu_is_alive(timing.device):
+        if lost:
             _log.error("the GPU answers no more; run this again to go on")
             return result
     result["ceilings_after"], result["machine_after"] = ceilings(timing), gpu_state(timing)

@@ -229,6 +229,9 @@ def test_a_lost_gpu_ends_the_run(here: Timing, monkeypatch: pytest.MonkeyPatch) 
     assert result["left"] == [["attention", "one", "bfloat16"]]
     assert timings.failures(result).endswith(FALLEN)
     assert verdicts.resumable_verdict(here.folder, "kernels") == (True, "1 left")
+    again = timings.measure(here, [small_attention()], BF16)
+    assert [row["case"] for row in again["rows"]] == ["two", "one"]  # not the first one again
+    assert again["left"] == []
 
 
 @pytest.fixture
