@@ -72,7 +72,8 @@ def tune(timing: Timing, operators: Sequence[OpSpec] | None = None, save: bool =
         A dictionary with "machine"; "best": {table: {key: constants}}, where a key's fastest is no
         plain kernel also that of the fastest plain one; "times": {table: {key: {candidate: {case:
         microseconds in one forward, or what went wrong}}}}; "finals": the same for the best candidates, interleaved;
-        "left": the tables that are not written yet, or whose best candidates are not interleaved at every case.
+        "left": the tables that are not written yet, or whose best candidates are not interleaved at every case;
+        "failed": those that are not written since a key has no candidate that runs in all cases.
     """
     end = time.monotonic() + timing.seconds
     arch = arch_of(timing.device)
@@ -83,7 +84,7 @@ def tune(timing: Timing, operators: Sequence[OpSpec] | None = None, save: bool =
     finals: dict[str, dict[str, Trials]] = earlier.get("finals", {})
     tables = table_uses(specs() if operators is None else operators, arch)
     result: dict[str, Any] = {"machine": machine, "best": {}, "times": times, "finals": finals}
-    result["left"] = list(tables)
+    result |= {"left": list(tables), "failed": []}
 
     def save_result() -> None:
         write_json(path, result)
@@ -110,8 +111,12 @@ def tune(timing: Timing, operators: Sequence[OpSpec] | None = None, save: bool =
         if not interleaved and not gpu_is_alive(timing.device):
             return result
         best = {key: fastest for key in keys if (fastest := _fastest(trials[key], rows[key]))}
+        if interleaved:
+            result["left"].remove(table)
         if len(best) < len(keys):
-            _log.error("no candidate of %s runs in all cases", table)
+            if interleaved:  # otherwise some of those that crashed together may still run by themselves
+                result["failed"].append(table)
+            save_result()
             continue
         for key in keys:
             if not tuning.is_plain(best[key]) and (
@@ -119,8 +124,6 @@ def tune(timing: Timing, operators: Sequence[OpSpec] | None = None, save: bool =
             ):
                 best[f"{key}{tuning.PLAIN}"] = plain
         result["best"][table] = best
-        if interleaved:
-            result["left"].remove(table)
         save_result()
         if save:
             fields = ("gpu", "cuda", "driver", "versions", "commit", "sources")
@@ -139,6 +142,8 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
             row = finals[name] if name in _ranked(finals, _cases(times)) else times[name]
             alone = ", its rivals not yet timed in turn" if table in result["left"] else ""
             yield f"{table} {key}: {name}, {sum(row.values()):.1f} us in one forward{alone}"
+    for table in result["failed"]:
+        yield f"{table}: no candidate runs in all cases"
     yield f"left: {', '.join(result['left']) or 'none'}"
 
 

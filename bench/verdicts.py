@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ..errors import BenchmarkError
 from .full import PartVerdict
@@ -42,18 +43,18 @@ def side_verdict(out: Path, side: str) -> PartVerdict:
 
 def resumable_verdict(out: Path, what: str) -> PartVerdict:
     """The verdict on `latentrt kernels --measure` or `--tune`: it passes if it wrote results, even with cases left for
-    another run. If a kernel is wrong, the command itself fails.
+    another run, or with tables of which no candidate runs. If a kernel is wrong, the command itself fails.
 
     Args:
         out: folder of its results.
         what: "kernels" for `--measure`, "tuning" for `--tune`.
     """
-    path = out / f"{what}-{gpu_slug(describe_machine())}.json"
-    try:
-        left = json.loads(path.read_text("utf-8"))["left"]
-    except (OSError, ValueError) as error:
-        return PartVerdict(False, str(error))
-    return PartVerdict(True, f"{len(left)} left" if left else "")
+    result = _read(out / f"{what}-{gpu_slug(describe_machine())}.json")
+    if isinstance(result, PartVerdict):
+        return result
+    why = [f"{len(result['left'])} left"] if result["left"] else []
+    why += [f"no candidate runs: {table}" for table in result.get("failed", [])]
+    return PartVerdict(True, "; ".join(why))
 
 
 def is_unfinished(out: Path, what: str) -> bool:
@@ -63,4 +64,13 @@ def is_unfinished(out: Path, what: str) -> bool:
         out: folder of its results.
         what: "kernels" for `--measure`, "tuning" for `--tune`.
     """
-    return resumable_verdict(out, what) != PartVerdict(True, "")
+    result = _read(out / f"{what}-{gpu_slug(describe_machine())}.json")
+    return isinstance(result, PartVerdict) or bool(result["left"])
+
+
+def _read(path: Path) -> dict[str, Any] | PartVerdict:
+    try:
+        result: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        return PartVerdict(False, str(error))
+    return result

@@ -367,8 +367,33 @@ def test_block_sizes_of_other_sources_or_forms_are_not_taken(block_sizes: tuple[
     assert {path.name for path in read.iterdir()} == {f"sm_{arch}.json" for arch in tuning.architectures()}
 
 
-def test_no_candidate_runs(here: Timing, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_table_of_which_no_candidate_runs_is_not_left(here: Timing) -> None:
+    """Another run would find the same."""
     with forced():
         result = kernel_tuning.tune(here, [small_attention(candidates={"attention": SMALL[:1]})])
-    assert (result["best"], result["left"]) == ({}, ["attention"])
-    assert "no candidate of attention runs in all cases" in caplog.text
+    assert (result["best"], result["left"], result["failed"]) == ({}, [], ["attention"])
+    assert list(kernel_tuning.lines(result)) == [
+        "attention: no candidate runs in all cases",
+        "left: none",
+    ]
+    assert not verdicts.is_unfinished(here.folder, "tuning")
+    assert verdicts.resumable_verdict(here.folder, "tuning") == (True, "no candidate runs: attention")
+
+
+def test_finalists_that_crashed_together_may_still_run(here: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the time ends before each is timed by itself, their table is left."""
+    clock = [0.0]
+    monkeypatch.setattr(kernel_tuning.time, "monotonic", lambda: clock[0])
+
+    def timer(calls: Any, inputs: Any, seconds: float) -> dict[str, float | str]:
+        if len(calls) > 1 and not clock[0]:
+            clock[0] = 1000.0
+            raise RuntimeError("an illegal memory access was encountered")
+        return fake_timer(calls, inputs, seconds)
+
+    timing = Timing(here.device, timer, folder=here.folder)
+    with forced():
+        result = kernel_tuning.tune(timing, [small_attention()], save=False)
+        assert (result["best"], result["left"], result["failed"]) == ({}, ["attention"], [])
+        again = kernel_tuning.tune(timing, [small_attention()], save=False)
+    assert (again["best"].keys(), again["left"], again["failed"]) == ({"attention"}, [], [])
