@@ -211,7 +211,7 @@ def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         if image.mode.startswith("I;16"):
             image = PIL.Image.fromarray((np.asarray(image) / 257.0).round().astype(np.uint8))
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, RuntimeError, SyntaxError, ValueError) as error:  # RuntimeError: of AVIF
         raise RequestError(
             f"image, of Pillow's mode {image.mode!r}, cannot be read: {error}; pass a whole one, open and in 'RGB'"
         ) from error
@@ -328,7 +328,7 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
             info: dict[Any, Any] = dict(image.info)
     except FileNotFoundError as error:
         raise RequestError(f"there is no file {os.fspath(path)!r}") from error
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+    except (OSError, RuntimeError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise RequestError(f"{os.fspath(path)!r} cannot be read as an image: {error}") from error
     if "latentrt" in info:
         try:

@@ -17,9 +17,9 @@ from .budget import Budget
 from .calls import Calls, PipelineOutput
 from .checks import check_flag, check_integer, check_items, shown
 from .parts import Parts, load_parts
-from .place import parse_device
+from .place import parse_device, parse_dtype
 from .previews import Previewer
-from .request import MAX_IMAGES, GenerationRequest, OutputType, Size, check_sizes
+from .request import GenerationRequest, OutputType, Size, check_sizes
 from .sampler import SAMPLERS
 from .text_encoder import TextEncoder
 from .vae import VAE
@@ -177,7 +177,7 @@ class Pipeline:
         """Run on another device from the next call on; parts shared with another pipeline stay with that one.
 
         Args:
-            device: as for `from_pretrained`; with a dtype alone it stays where it is.
+            device: as for `from_pretrained`; None for the one where it is.
             dtype: that which it has: another one is chosen when a pipeline is loaded.
 
         Raises:
@@ -186,11 +186,11 @@ class Pipeline:
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        if dtype not in (None, self._loader.dtype):
+        if dtype is not None and parse_dtype(dtype) != self._loader.dtype:
             raise RequestError(
                 f"a pipeline's dtype cannot be changed to {shown(dtype)}; load it so: from_pretrained(..., dtype=...)"
             )
-        place = parse_device(self._loader.device if device is None and dtype is not None else device)
+        place = self._loader.device if device is None else parse_device(device)
         if place != self._loader.device:
             if self._calls.running:
                 raise RequestError(
@@ -239,9 +239,7 @@ class Pipeline:
         pixels: list[Size] | list[tuple[None, None]] = [(None, None)]
         if sizes is not None:
             pixels = sorted(check_sizes("sizes", sizes, self.vae.scale), key=lambda size: -size[0] * size[1])
-        counts = [
-            check_integer("batches", n, 1, MAX_IMAGES) for n in check_items("batches", batches, "(1, 4)")
-        ]
+        counts = [check_integer("batches", n, 1, None) for n in check_items("batches", batches, "(1, 4)")]
         guided = check_flag("guidance", guidance)
         evicted = self._loader.graph_cache.evicted
         for height, width in pixels:

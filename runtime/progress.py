@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import BackendError, OutOfMemoryError, RequestError
-from .checks import check_flag, shown
+from .checks import shown
 from .image import check_readable
 from .place import memory_ran_out
 from .previews import Previewer, StepReports
@@ -162,8 +162,8 @@ class CallProgress:
                 f"callback_on_progress returned {shown(answer)}; "
                 "it can return a mapping with 'interrupt' or 'discard'"
             )
-        self.discarded |= check_flag("discard", answer.get("discard"))
-        if check_flag("interrupt", answer.get("interrupt")) or self.discarded:
+        self.discarded |= _is_true("discard", answer.get("discard"))
+        if _is_true("interrupt", answer.get("interrupt")) or self.discarded:
             self.stop.set()
 
     def _replacement(self, timestep: float, latents: Tensor) -> Tensor | None:
@@ -178,7 +178,7 @@ class CallProgress:
                 f"callback_on_step_end returned {shown(answer)}; "
                 "it can return a mapping with 'latents' or 'interrupt'"
             )
-        if check_flag("interrupt", answer.get("interrupt")):
+        if _is_true("interrupt", answer.get("interrupt")):
             self.stop.set()
         replaced = answer.get("latents")
         if replaced is None:
@@ -191,3 +191,15 @@ class CallProgress:
                 f"callback_on_step_end returned latents {got}; they are a tensor {list(latents.shape)}"
             )
         return replaced
+
+
+def _is_true(name: str, answer: object) -> bool:
+    """What a callback answers, as `if` would take it.
+
+    Raises:
+        RequestError: it is neither true nor false, as an array of several.
+    """
+    try:
+        return bool(answer)
+    except Exception as error:
+        raise RequestError(f"{name} is {shown(answer)}; it can be True or False") from error

@@ -19,7 +19,6 @@ from .checks import check_choice, check_flag, check_integer, check_items, check_
 from .image import check_tensor, to_tensor
 
 __all__ = [
-    "MAX_IMAGES",
     "GenerationRequest",
     "OutputType",
     "Size",
@@ -32,9 +31,6 @@ Size = tuple[int, int]
 
 TILE = 64
 """Latents along a side of a tile, where tiles are asked for: 512 pixels, a quarter of the memory of 1024 x 1024."""
-
-MAX_IMAGES = 1024
-"""Images of a prompt in one call."""
 _MAX_SIDE = 16_384
 """Longest side of an image in pixels: a slip of the keyboard is refused before anything is planned for it."""
 
@@ -119,7 +115,7 @@ class GenerationRequest:
         prompts, prompts_2 = _prompts(arguments)
         count = len(prompts)
         negatives, negatives_2 = _negatives(arguments, count)
-        per_prompt = check_integer("num_images_per_prompt", arguments["num_images_per_prompt"], 1, MAX_IMAGES)
+        per_prompt = check_integer("num_images_per_prompt", arguments["num_images_per_prompt"], 1, 1024)
         batch = count * per_prompt
 
         image = None if arguments["image"] is None else to_tensor(arguments["image"])

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ..errors import RequestError, UnsupportedConfigError
 from .checks import check_choice, shown
 
@@ -261,6 +263,7 @@ def _explicit(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     filled_in = config.get("_use_default_values", ())
     given = {k: v for k, v in config.items() if not k.startswith("_") and k not in filled_in}
+    given = {k: v.item() if isinstance(v, np.number | np.bool_) else v for k, v in given.items()}
     if unknown := sorted(given.keys() - _KNOWN):
         _log.warning("scheduler fields that no supported sampler has are ignored: %s", ", ".join(unknown))
     for name in given.keys() & _KNOWN - {"trained_betas"}:

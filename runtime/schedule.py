@@ -156,7 +156,9 @@ def _alphas_cumprod(config: SamplerConfig) -> Tensor:
         rescaled = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
         betas = 1 - torch.cat([rescaled[:1], rescaled[1:] / rescaled[:-1]])
     alphas_cumprod = (1 - betas).cumprod(0)
-    noisy = alphas_cumprod[:-1] if config.rescale_betas_zero_snr else alphas_cumprod
+    # Those that read no signal at the last timestep, where some files' own betas leave none.
+    reads_none = config.kind in ("ddim", "ddpm", "lcm") and config.prediction_type != "epsilon"
+    noisy = alphas_cumprod[:-1] if config.rescale_betas_zero_snr or reads_none else alphas_cumprod
     if not len(noisy) or not ((noisy > 0) & (noisy < 1)).all():
         betas_of = (
             "trained_betas"
@@ -165,8 +167,8 @@ def _alphas_cumprod(config: SamplerConfig) -> Tensor:
         )
         raise UnsupportedConfigError(
             f"scheduler {betas_of}, num_train_timesteps {T}: a timestep has no noise or no signal, and no sampler can "
-            "compute a step there; give betas above 0 and below 1 whose signal lasts (to end without any: "
-            "rescale_betas_zero_snr)"
+            "compute a step there; give betas above 0 and below 1 whose signal lasts, or "
+            "rescale_betas_zero_snr, which makes it end at the last timestep"
         )
     if config.rescale_betas_zero_snr and config.kind in ("euler", "euler-a", "dpm++2m"):
         alphas_cumprod[-1] = _NEARLY_ZERO

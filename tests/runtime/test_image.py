@@ -9,6 +9,7 @@ import time
 import zlib
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import PIL.Image
@@ -352,6 +353,14 @@ def test_pictures_that_cannot_be_read(form: str) -> None:
 def test_a_mode_that_does_not_become_rgb() -> None:
     with pytest.raises(RequestError, match=r"mode 'La', cannot be read: .* in 'RGB'"):
         to_tensor(PIL.Image.new("La", (8, 8)))
+
+
+def test_a_decoder_of_pillow_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of AVIF does, by an error of its own."""
+    image = opened("PNG")
+    monkeypatch.setattr(image, "convert", Mock(side_effect=RuntimeError("Failed to decode frame 0")))
+    with pytest.raises(RequestError, match="cannot be read: Failed to decode frame 0; pass a whole one"):
+        to_tensor(image)
 
 
 def test_pixels_round_to_the_nearest() -> None:

@@ -355,7 +355,14 @@ def test_a_pipeline_takes_no_other_dtype(pipe: latentrt.Pipeline) -> None:
             pipe.to(*arguments)
     with pytest.raises(RequestError, match=r"to torch.bfloat16; load it so: from_pretrained\(\.\.\., dtype="):
         pipe.to(dtype=torch.bfloat16)
-    assert pipe.to("cpu", torch.float32) is pipe.to(torch.float32) is pipe
+    assert pipe.to("cpu", torch.float32) is pipe.to(torch.float32) is pipe.to("cpu", "float32") is pipe
+
+
+def test_to_nowhere_stays(pipe: latentrt.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is a GPU, which a new pipeline would be on."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pipe.to() is pipe.to(None) is pipe.to(torch.float32) is pipe
+    assert pipe.device == torch.device("cpu")
 
 
 def test_images_are_found_where_diffusers_outputs_have_them(pipe: latentrt.Pipeline) -> None:

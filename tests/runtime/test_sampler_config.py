@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import torch
 from helpers.sampler_oracle import (
     CLASSES,
     config_of,
@@ -196,6 +197,36 @@ def test_betas_that_leave_no_noise_or_no_signal(name: str, fields: dict[str, Any
         UnsupportedConfigError, match=rf"scheduler .*{named}.* no noise or no signal.*; give betas"
     ):
         build_table(config, 2)
+
+
+@pytest.mark.parametrize("name", ["DDIM", "DDPM", "LCM"])
+def test_trained_betas_that_end_without_signal(name: str) -> None:
+    """As files have them whose betas were rescaled before they were written. These samplers read no signal there,
+    where the model does not predict the noise."""
+    fields = {"_class_name": f"{name}Scheduler", "prediction_type": "v_prediction", "clip_sample": False}
+    scaled = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    zero_snr = diffusers.schedulers.scheduling_ddim.rescale_zero_terminal_snr
+    betas = zero_snr(diffusers.DDIMScheduler(**scaled).betas).tolist()
+    assert betas[-1] == 1.0
+    written = build_table(SamplerConfig.from_dict({**fields, "trained_betas": betas}), 4).on(
+        torch.device("cpu")
+    )
+    asked = {**fields, **scaled, "rescale_betas_zero_snr": True}
+    flagged = build_table(SamplerConfig.from_dict(asked), 4).on(torch.device("cpu"))
+    torch.testing.assert_close(written, flagged, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UnsupportedConfigError, match="no noise or no signal"):
+        build_table(SamplerConfig.from_dict({"_class_name": f"{name}Scheduler", "trained_betas": betas}), 4)
+
+
+def test_numbers_of_numpy() -> None:
+    numbers = {
+        "use_karras_sigmas": np.bool_(True),
+        "steps_offset": np.int64(1),
+        "beta_end": np.float32(0.0625),
+    }
+    plain = {"use_karras_sigmas": True, "steps_offset": 1, "beta_end": 0.0625}
+    euler = {"_class_name": "EulerDiscreteScheduler"}
+    assert SamplerConfig.from_dict({**euler, **numbers}) == SamplerConfig.from_dict({**euler, **plain})
 
 
 def test_a_clipped_noise_level_leaves_a_step() -> None:
