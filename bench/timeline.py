@@ -246,6 +246,8 @@ def main(argv: list[str] | None = None) -> int:
         "--work", type=Path, help="keep random weights and builds here, and use them if they are there"
     )
     args = parser.parse_args(argv)
+    if args.backend == "eager":
+        parser.error("eager PyTorch has no captured steps; give a back end that has")
     if not torch.cuda.is_available():
         print(f"a timeline is of a GPU, and PyTorch {torch.__version__} sees none", file=sys.stderr)
         return 1

@@ -50,8 +50,7 @@ def test_what_is_worth_most_comes_first() -> None:
     assert sides == set(SIDES)
 
 
-def test_a_side_may_take_as_long_as_it_is_waited_for() -> None:
-    """Or its part would be ended while it compiles."""
+def test_a_side_is_not_waited_for_longer_than_its_part() -> None:
     waited_for = [step for step in steps() if "--patience" in step.part.command]
     assert {side for step in waited_for for side in step.sides} == set(SIDES)
     for part in (step.part for step in waited_for):

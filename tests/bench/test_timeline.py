@@ -147,3 +147,9 @@ def test_without_a_gpu_it_says_so(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert timeline.main([]) == 1
     assert "a timeline is of a GPU" in capsys.readouterr().err
+
+
+def test_eager_has_no_captured_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        timeline.main(["--backend", "eager"])
+    assert "eager PyTorch has no captured steps" in capsys.readouterr().err

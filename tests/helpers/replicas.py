@@ -58,11 +58,11 @@ class Replicas:
         async with aclosing(self.hosted[model].answer(request)) as parts:
             async for part in parts:
                 if left == 0:
-                    raise LOST
+                    raise ReplicaLostError(str(LOST))
                 yield part
                 left = None if left is None else left - 1
             if left is not None:
-                raise LOST
+                raise ReplicaLostError(str(LOST))
 
     def bodies(self) -> list[dict[str, Any]]:
         return [json.loads(request.body) for _, request in self.sent]

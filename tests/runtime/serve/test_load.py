@@ -78,6 +78,16 @@ def test_the_measurement_of_load() -> None:
     assert sum(each["p50_seconds"] > 0 for each in mixed["by_size"].values()) == 3
     assert sum(flood["statuses"].values()) == 25
     assert not checks["the rest was refused, and the device not idle"]  # it could answer all of them
+    for held in (
+        "every request was answered or had left",
+        "batched images equal those alone",
+        "every image equals the same made alone",
+        "each image is made once",
+        "so say the clients",
+        "overload is answered with 200, 429 or 504",
+        "who is refused is told when to come again",
+    ):
+        assert checks[held], held
 
 
 ONCE = "each image is made once"
