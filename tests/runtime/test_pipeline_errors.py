@@ -82,6 +82,10 @@ ENOUGH = {**SMALL, "num_inference_steps": 5}  # of fewer with leading spacing a 
         ({"output_type": "jpeg"}, "no output_type 'jpeg'; there are pil, np, pt, latent"),
         ({"denoising_start": 0.5}, "denoising_start=0.5 continues from latents; pass them as image="),
         ({"denoising_end": 1.1}, "denoising_end is 1.1; it must be between 0 and 1"),
+        (
+            {"denoising_start": -0.1, "image": torch.zeros(1, 4, 8, 6)},
+            "denoising_start is -0.1; it must be between 0 and 1",
+        ),
         ({"latents": torch.zeros(3, 4, 8, 6)}, "latents has 3 rows for 1 images"),
         ({"latents": torch.zeros(1, 3, 8, 6)}, "latents have 3 channels; this model's have 4"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, "width is 48, but the image or latents given are 64"),
