@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import RequestError
+from ..errors import CacheError, RequestError
 from .cache import Store
 from .cache_contents import Entry, contents
 from .engines import plugins, products
@@ -217,7 +217,10 @@ def stored_engine(folder: Path, *, built: bool) -> StoredEngine:
     Raises:
         CacheError: it has been removed since, or is being replaced.
     """
-    manifest = read_manifest(folder)
+    try:
+        manifest = read_manifest(folder)
+    except CacheError as error:
+        raise CacheError(f"the engine {folder} was changed as it was read: {error}; run it again") from error
     return StoredEngine(
         folder.name,
         folder / PLAN_FILE,

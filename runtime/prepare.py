@@ -123,7 +123,8 @@ def find_or_build_engine(
         BackendError: there is none, or only one that failed its verification, and `rebuild` is "never"; or the product
             is not there.
         ExportError, BuildError, CheckpointError: the component cannot be exported or built.
-        CacheError: the cache cannot be written, or holds a damaged one and `rebuild` is "never".
+        CacheError: the cache cannot be written, holds a damaged one and `rebuild` is "never", or is changed by another
+            process again and again.
     """
     store = Store(cache_root(cache_dir))
     wanted = describe_engine(

@@ -172,15 +172,18 @@ def test_rebuild_never_builds_nothing(builder: FakeBuilder, component: Component
 
 
 class Replaced:
-    """Reading an entry that another process puts anew as it is read first."""
+    """Reading an entry that another process puts anew as it is read, the first `times`."""
 
     reads = 0
+
+    def __init__(self, times: int = 1) -> None:
+        self.times = times
 
     def __call__(self, folder: Path, *, built: bool) -> StoredEngine:
         self.reads += 1
         path = folder / "manifest.json"
         whole = path.read_bytes()
-        if self.reads == 1:
+        if self.reads <= self.times:
             path.unlink()
         try:
             return stored_engine(folder, built=built)
@@ -202,6 +205,15 @@ def test_an_engine_that_is_replaced_while_it_is_read(
     assert again.built == (rebuild == "always")
     assert len(builder.requests) == (2 if rebuild == "always" else 1)
     assert replaced.reads == 2
+
+
+def test_an_engine_that_is_replaced_again_and_again_is_named(
+    builder: FakeBuilder, component: Component, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path)
+    monkeypatch.setattr(prepare, "stored_engine", Replaced(2))
+    with pytest.raises(CacheError, match=rf"{tmp_path}\S+ .*manifest\.json is missing; run it again"):
+        find_or_build_engine(component, RTX, ONE, cache_dir=tmp_path)
 
 
 def test_rebuild_always_builds_again(builder: FakeBuilder, component: Component, tmp_path: Path) -> None:
