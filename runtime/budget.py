@@ -19,6 +19,7 @@ from .parts import Parts
 from .place import free_memory
 from .planner import Planner, PlanSize
 from .request import GenerationRequest
+from .residency import shared_residency
 from .stages import Stage
 
 __all__ = ["Admission", "Budget", "without_frames"]
@@ -95,13 +96,18 @@ class Budget:
 
     def _with_staying(self, plan: Plan) -> Plan:
         """The plan plus the weights that stay on the device whatever this request does: networks of other requests, and
-        shared ones of a pipeline with another policy."""
-        residency = self._loader.residency
+        those lent by pipelines that do not offload them for this one, as it is or as it would be with another policy.
+        """
+        loader = self._loader
+        lent = [x for x in self.planner.engines().values() if not loader.owns(x)]
+        residencies = {policy: shared_residency(policy, lent) for policy in POLICIES}
+        residencies[self._policy] = loader.residency
         staying: dict[str, dict[str, int]] = {
             policy: {
                 name: x.held_bytes
                 for name, x in self._present().items()
-                if x.residency is not residency or stays(policy, kind_of(x.component.name), "denoise")
+                if (x in lent and x.residency is not residencies[policy])
+                or stays(policy, kind_of(x.component.name), "denoise")
             }
             for policy in POLICIES
         }

@@ -18,7 +18,7 @@ from .memory import Kind, Policy, kind_of, stays
 if TYPE_CHECKING:
     from .engines.lazy import LazyEngine
 
-__all__ = ["Residency", "residencies_held"]
+__all__ = ["Residency", "residencies_held", "shared_residency"]
 
 
 class Residency:
@@ -80,6 +80,11 @@ class Residency:
     def forget(self, engine: LazyEngine) -> None:
         """It is no longer on the device, for whatever reason."""
         self._loaded = [weakref.ref(other) for other in self.loaded if other is not engine]
+
+
+def shared_residency(policy: Policy, lent: Iterable[LazyEngine]) -> Residency | None:
+    """That of a pipeline with this policy to which others lend these engines; None if it has one of its own."""
+    return next((x.residency for x in lent if x.residency.policy == policy), None)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..graph import Graphs, expect_modes, synchronize
 from ..graph_cache import GraphCache
 from ..memory import Policy
-from ..residency import Residency
+from ..residency import Residency, shared_residency
 from ..streams import current_stream
 from .base import Component, Engine, Movable, check_inputs, output_shapes
 from .registry import choose
@@ -58,8 +58,7 @@ class EngineLoader:
         self.dtype = dtype
         self.cache_dir = cache_dir
         self.graph_cache = GraphCache()
-        found = (x.residency for x in shared if x.residency.policy == policy)
-        self.residency = next(found, None) or Residency(policy)
+        self.residency = shared_residency(policy, shared) or Residency(policy)
         self._engines: weakref.WeakSet[LazyEngine] = weakref.WeakSet()  # they belong to the networks' owners
         self._one_at_a_time = threading.RLock()
         self.device = device
@@ -104,6 +103,10 @@ class EngineLoader:
         lazy = LazyEngine(component, self)
         self._engines.add(lazy)
         return lazy
+
+    def owns(self, engine: LazyEngine) -> bool:
+        """Whether it is one of its own, and not lent by another pipeline."""
+        return engine in self._engines
 
 
 class _CapturedCall:

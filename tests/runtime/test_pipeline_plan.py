@@ -224,6 +224,21 @@ def test_what_another_pipeline_keeps_is_no_room(load: Load) -> None:
     assert plan_of(two, SEEDED_CALL).need("low") == before
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("of_donors", POLICIES)
+def test_what_another_policy_would_need_is_what_it_needs(policy: str, of_donors: str, load: Load) -> None:
+    """Of parts that two pipelines lend, whatever their policy."""
+    donors = [load(memory=of_donors), load(memory=of_donors)]
+    lent = {"text_encoder_2": donors[0].text_encoder_2, "vae": donors[1].vae}
+    for donor in donors:
+        donor(**SEEDED_CALL)
+    for part in (lent["text_encoder_2"].engine, lent["vae"].decoder):
+        part.load()
+    need = plan_of(load(memory=policy, **lent), SEEDED_CALL).need(policy)
+    for other in POLICIES:
+        assert plan_of(load(memory=other, **lent), SEEDED_CALL).need(policy) == need
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
