@@ -6,13 +6,17 @@ import gc
 import random
 import threading
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers import tiny_components as tiny
+from helpers.fake_stream import FakeStream
 from helpers.loops import Hooks, denoise, run_loop
 from helpers.sampler_oracle import CLASSES, config_of, generators, make_scheduler, noise_like
 from latentrt.errors import CaptureError
@@ -235,6 +239,59 @@ def test_a_closed_engine_is_let_go(component: Component) -> None:
     gc.collect()
     assert module() is None
     assert request.run(loop).equal(first)
+
+
+def test_a_loop_whose_engine_is_closed_while_it_is_in_use_is_let_go(component: Component) -> None:
+    lazy = engine(component, graphs=True)
+    loop = Denoiser(lazy)
+    request = Request(component, 3, "euler", batch=1)
+    with loop.ready(request.asked()) as run:
+        module = weakref.ref(lazy.load()._module)  # type: ignore[attr-defined]
+        lazy.close()
+        first = run(request.latents, Hooks())
+    del run
+    assert request.run(loop).equal(first)
+    gc.collect()
+    assert module() is None
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_what_failed_is_freed_once_the_device_is_done(
+    component: Component, monkeypatch: pytest.MonkeyPatch, made: bool
+) -> None:
+    """Before its memory is anybody else's: whether it failed while it was made or while it was used."""
+    lazy, stream = engine(component, graphs=True), FakeStream()
+    monkeypatch.setattr("latentrt.runtime.engines.lazy.current_stream", lambda device: stream)
+    kept: Any = SimpleNamespace(engine=lazy.load(), nbytes=1)
+
+    def fail() -> None:
+        stream.log.append("failed")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), lazy.kept("key", lazy.load(), lambda: kept if made else fail()):
+        fail()
+    assert stream.log == ["failed", "record 1", "wait 1"]
+    assert len(lazy.graph_cache) == 0
+
+
+def test_nothing_else_runs_while_a_loop_is_made(
+    component: Component, captures: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors and its capture take memory that plans count for one at a time."""
+
+    @contextmanager
+    def exclusive(self: LazyEngine) -> Iterator[None]:
+        captures.append("begin")
+        yield
+        captures.append("end")
+
+    monkeypatch.setattr(LazyEngine, "exclusive", exclusive)
+    spy = LazyEngineSpy(component, "unet", captures)
+    with Denoiser(spy.engine).ready(Request(component, 3, "euler", batch=1).asked()):
+        assert captures == [
+            *("begin", "prepare unet", "a denoising step of unet", "end"),  # made
+            *("begin", "prepare unet", "end"),  # started
+        ]
 
 
 def test_loops_are_recorded_largest_first_and_all_before_the_first_step(
