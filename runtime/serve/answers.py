@@ -7,7 +7,8 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from starlette.responses import JSONResponse
 
@@ -26,9 +27,9 @@ from .schema import field_of
 from .service import NotReadyError
 
 __all__ = [
+    "Refusal",
     "completed_event",
     "error_body",
-    "error_event",
     "error_response",
     "images_json",
     "partial_event",
@@ -77,31 +78,54 @@ def error_response(
     return JSONResponse(error_body(status, message, param, code), status, headers)
 
 
-def refusal(error: BaseException) -> tuple[int, str, str | None, str, dict[str, str]]:
-    """(status, message, field, code, headers) for what an engine raises; the details of internal errors stay hidden."""
+class Refusal(NamedTuple):
+    """An error as a client is told of it.
+
+    Attributes:
+        param: the field at fault.
+    """
+
+    status: int
+    message: str
+    param: str | None
+    code: str
+    headers: Mapping[str, str] = MappingProxyType({})
+
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        return error_response(*self)
+
+    def event(self, image: int | None = None) -> str:
+        """In a stream, which has begun with status 200: its last event, or of one image where the others go on."""
+        body = error_body(self.status, self.message, self.param, self.code)
+        if image is not None:
+            body["error"]["image"] = image
+        return sse("error", body)
+
+
+def refusal(error: BaseException) -> Refusal:
+    """How a client is told what an engine raises; the details of internal errors stay hidden."""
     if isinstance(error, QueueFullError):
-        return 429, str(error), None, "queue_full", {"Retry-After": str(math.ceil(error.retry_after))}
-    if isinstance(error, DeadlineError):
-        return 504, str(error), "timeout", "deadline_exceeded", _ONCE
-    if isinstance(error, NotReadyError):
-        return 503, str(error), None, "not_ready", {"Retry-After": "5"}
-    if isinstance(error, DrainingError):
-        return 503, str(error), None, "draining", {"Retry-After": "5"}
-    if isinstance(error, StoppedError):
-        return 503, str(error), None, "stopped", _ONCE
-    if is_out_of_memory(error):  # how much there is of it is not the client's business
-        return (
-            422,
-            "memory does not suffice for an image of this size; ask for a smaller one",
-            "size",
-            "out_of_memory",
-            {},
+        return Refusal(
+            429, str(error), None, "queue_full", {"Retry-After": str(math.ceil(error.retry_after))}
         )
+    if isinstance(error, DeadlineError):
+        return Refusal(504, str(error), "timeout", "deadline_exceeded", _ONCE)
+    if isinstance(error, NotReadyError):
+        return Refusal(503, str(error), None, "not_ready", {"Retry-After": "5"})
+    if isinstance(error, DrainingError):
+        return Refusal(503, str(error), None, "draining", {"Retry-After": "5"})
+    if isinstance(error, StoppedError):
+        return Refusal(503, str(error), None, "stopped", _ONCE)
+    if is_out_of_memory(error):  # how much there is of it is not the client's business
+        message = "memory does not suffice for an image of this size; ask for a smaller one"
+        return Refusal(422, message, "size", "out_of_memory")
     if isinstance(error, RequestError):
-        return 422, str(error), field_of(error), "invalid_value", {}
+        return Refusal(422, str(error), field_of(error), "invalid_value")
     if isinstance(error, LatentRTError):
-        return 500, "the image could not be made; the server's log says why", None, "failed", _ONCE
-    return 500, "an internal error; the server's log has more under this request's id", None, "internal", {}
+        return Refusal(500, "the image could not be made; the server's log says why", None, "failed", _ONCE)
+    message = "an internal error; the server's log has more under this request's id"
+    return Refusal(500, message, None, "internal")
 
 
 def images_json(results: Sequence[ImageResult], pngs: Sequence[bytes]) -> dict[str, Any]:
@@ -160,19 +184,6 @@ def completed_event(result: ImageResult, png: bytes, image: int) -> dict[str, An
         "batch": result.batch,
         "peak_memory_bytes": result.peak_memory,
     }
-
-
-def error_event(
-    status: int, message: str, param: str | None, code: str, image: int | None = None
-) -> dict[str, Any]:
-    """The data of an event that ends a stream, or one image of it: `error_body`, and `image` where the others go on.
-
-    The stream has begun with status 200; `status` is that of the same error in a plain answer.
-    """
-    body = error_body(status, message, param, code)
-    if image is not None:
-        body["error"]["image"] = image
-    return body
 
 
 def sse(event: str, data: Mapping[str, Any]) -> str:

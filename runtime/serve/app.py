@@ -21,7 +21,6 @@ from ...errors import LatentRTError
 from ..image import png_bytes
 from .answers import (
     completed_event,
-    error_event,
     error_response,
     images_json,
     partial_event,
@@ -227,9 +226,9 @@ async def _events(
                     await queue.put(await asyncio.to_thread(_partial, event, image, part))
                     part += 1
         except Exception as error:
-            status, message, param, code, _ = refusal(error)
-            _note(metrics, request, code, error, status)
-            await queue.put(sse("error", error_event(status, message, param, code, image)))
+            refused = refusal(error)
+            _note(metrics, request, refused.code, error, refused.status)
+            await queue.put(refused.event(image))
         await queue.put(None)
 
     followers = [asyncio.create_task(follow(k, job)) for k, job in enumerate(jobs)]
@@ -321,11 +320,11 @@ def _note(metrics: Metrics, request: Request, code: str, error: BaseException, s
 
 
 def _refused(metrics: Metrics, request: Request, error: Exception) -> Response:
-    status, message, param, code, headers = refusal(error)
+    refused = refusal(error)
     if isinstance(error, FieldError) and error.field == "model":
-        status, code = 404, "model_not_found"
-    _note(metrics, request, code, error, status)
-    return error_response(status, message, param, code, headers)
+        refused = refused._replace(status=404, code="model_not_found")
+    _note(metrics, request, refused.code, error, refused.status)
+    return refused.response()
 
 
 def _handle_errors(app: FastAPI, metrics: Metrics) -> None:

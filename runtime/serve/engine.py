@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 from ...errors import DrainingError, RequestError, ServiceError, StoppedError
@@ -183,9 +184,9 @@ class AsyncEngine:
         if timeout is not None and not (isinstance(timeout, float) and timeout == math.inf):
             check_number("timeout", timeout, -math.inf, math.inf)
         previews, again = check_flag("previews", previews), check_flag("again", again)
-        checked = [self._runner.check(request) for request in requests]
+        checked = [replace(self._runner.check(request), previews=previews) for request in requests]
         self._admission.check([one.group for one in checked], timeout, self._loop.time(), again=again)
-        jobs = [Job(one, timeout=timeout, previews=previews, forget=self._queue.remove) for one in checked]
+        jobs = [Job(one, timeout=timeout, forget=self._queue.remove) for one in checked]
         for job in jobs:
             self._queue.add(job)
         self._wake.set()

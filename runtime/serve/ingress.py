@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ...errors import DeadlineError, DrainingError, QueueFullError
-from .answers import error_event, error_response, refusal, sse
+from .answers import Refusal, error_response, refusal
 from .hosted import Forwarded, Head
 from .hosts import Hosts
 from .middleware import request_id_of
@@ -111,7 +111,7 @@ class Ingress:
                 return streamed
             whole = b"".join([piece async for piece in _bytes(pieces)])
         except Exception as error:
-            return _own(_refused(error, request_id), request, request_id)
+            return _own(_refusal(error, request_id).response(), request, request_id)
         if edit is not None and head.status == 200:
             whole = edit(whole)
         response = Response(status_code=head.status)
@@ -185,7 +185,7 @@ class Ingress:
                     elif isinstance(error, QueueFullError) and lost and accepted is not None:
                         pauses = _FULL  # it was taken: it waits for a place, until its deadline
                     elif sent.begun:
-                        yield _ended(error, request_id)
+                        yield _refusal(error, request_id).event().encode()
                         return
                     else:
                         raise
@@ -243,23 +243,13 @@ def _own(answer: Response, request: Request, request_id: str) -> Response:
     return answer
 
 
-def _refusal(error: Exception, request_id: str) -> tuple[int, str, str | None, str, dict[str, str]]:
-    """(status, message, field, code, headers)"""
+def _refusal(error: Exception, request_id: str) -> Refusal:
     if isinstance(error, ReplicaLostError):
         code = "not_ready" if isinstance(error, NotServingError) else "replica_lost"
-        return 503, str(error), None, code, {"Retry-After": "5"}
+        return Refusal(503, str(error), None, code, {"Retry-After": "5"})
     if isinstance(error, TimeoutError):
         error = DeadlineError("no replica answered in time; try again, or give it more")
     refused = refusal(error)
-    if refused[0] == 500:
+    if refused.status == 500:
         _log.error("a request failed", exc_info=error, extra={"fields": {"request_id": request_id}})
     return refused
-
-
-def _refused(error: Exception, request_id: str) -> Response:
-    return error_response(*_refusal(error, request_id))
-
-
-def _ended(error: Exception, request_id: str) -> bytes:
-    status, message, param, code, _ = _refusal(error, request_id)
-    return sse("error", error_event(status, message, param, code)).encode()

@@ -19,7 +19,6 @@ class Job:
         since: time of arrival, by the loop's clock.
         timeout: seconds from its arrival to its deadline; None for none.
         waited: seconds from its arrival to the beginning of its call; None before.
-        previews: whether progress comes with pictures.
     """
 
     def __init__(
@@ -27,7 +26,6 @@ class Job:
         request: CheckedRequest,
         *,
         timeout: float | None,
-        previews: bool,
         forget: Callable[[Job], None],
     ) -> None:
         """`forget`: called when it ends, to remove it from the queue."""
@@ -36,7 +34,6 @@ class Job:
         self.since = loop.time()
         self.timeout = timeout
         self.waited: float | None = None
-        self.previews = previews
         self._forget = forget
         self._end: asyncio.Future[ImageResult] = loop.create_future()
         # Retrieved here, since asyncio logs an error that is never retrieved.

@@ -141,15 +141,14 @@ class Worker:
                 raise _AbandonedError
             for k, job in enumerate(jobs):
                 if not job.ended:
-                    picture = preview(k) if job.previews and preview is not None else None
+                    picture = preview(k) if job.request.previews and preview is not None else None
                     self._tell(job.progress, Progress(done, job.request.steps, picture))
 
         failure: Exception | None = None
         timings: dict[str, float] = {}
         outcome = "made"
         try:
-            requests = [replace(job.request, previews=job.previews) for job in jobs]
-            results = self._runner.run(requests, on_step)
+            results = self._runner.run([job.request for job in jobs], on_step)
         except _AbandonedError:
             outcome = "abandoned"
         except Exception as error:

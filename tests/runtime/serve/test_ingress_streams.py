@@ -12,7 +12,7 @@ from helpers.fake_runner import FakeTime, in_loop, pass_time
 from helpers.replicas import FULL, IMAGES, LOST, Replicas, body, with_ingress
 from helpers.served import events_of
 from latentrt.errors import BackendError, DrainingError, StoppedError
-from latentrt.runtime.serve.answers import error_event, refusal, sse
+from latentrt.runtime.serve.answers import Refusal, refusal
 from latentrt.runtime.serve.hosted import Forwarded, Head
 from latentrt.runtime.serve.ingress import Ingress
 from latentrt.runtime.serve.schema import Limits
@@ -81,18 +81,18 @@ def beginning(*parts: Head | bytes) -> Replicas:
 @pytest.mark.parametrize("tries", [1, 2])
 def test_a_stream_whose_engine_ends_continues_at_another_replica(error: Exception, tries: int) -> None:
     """As a plain answer with 503 does; what failed otherwise would fail there as well."""
-    status, message, param, code, _ = refusal(error)
-    ended = sse("error", error_event(status, message, param, code, image=0)).encode()
+    refused = refusal(error)
+    ended = refused.event(image=0).encode()
     replicas = beginning(STREAM, EVENT + ended, b"data: [DONE]\n\n")
 
     async def test(client: httpx.AsyncClient) -> None:
         first, *others, last = events_in(await client.post(IMAGES, json=body(stream=True)))
         assert first["step"] == 1
-        if tries == 2 and status == 503:
+        if tries == 2 and refused.status == 503:
             assert all(event["step"] > 1 for event in others)
             assert last["type"] == "image_generation.completed"
         else:
-            assert (others, last["error"]["code"]) == ([], code)
+            assert (others, last["error"]["code"]) == ([], refused.code)
 
     with_ingress(replicas, test, tries=tries)
 
@@ -100,7 +100,7 @@ def test_a_stream_whose_engine_ends_continues_at_another_replica(error: Exceptio
 def test_an_image_that_failed_is_not_made_for_the_client_at_another_replica() -> None:
     """Which makes all of them again: each comes to one end, an error or a picture."""
     failed, lost = (
-        sse("error", error_event(500, "no", None, code, image=image)).encode()
+        Refusal(500, "no", None, code).event(image).encode()
         for image, code in ((1, "internal"), (0, "stopped"))
     )
 
